@@ -1,0 +1,213 @@
+"""What the HTTP API answers: written by the service, read by the client, so that both mean the same.
+
+Times are RFC 3339 in UTC. ``revision`` is opaque: it changes whenever its session does. A reader ignores fields that it
+does not know, so the service may add some.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from agentstate.manifests import KvState
+from agentstate.models import EntryKind, OperationState, SessionStatus
+
+_SESSION = {
+    "id": "ses_01k8z3v9q4e7w2m5n8r1t6y0ab",
+    "model": "smollm2",
+    "metadata": {"user": "u_17"},
+    "cache_salt": None,
+    "extra_key": None,
+    "status": "running",
+    "head_id": "ent_01k8z3vb1r9d0c3f6h8j2k4m5n",
+    "revision": "12",
+    "created_at": "2026-01-05T09:30:00Z",
+    "updated_at": "2026-01-05T09:31:12.512000Z",
+    "expires_at": None,
+}
+_ENTRY = {
+    "id": "ent_01k8z3vb1r9d0c3f6h8j2k4m5n",
+    "session_id": _SESSION["id"],
+    "parent_id": None,
+    "seq": 1,
+    "kind": "message",
+    "payload": {"role": "user", "content": "What is in the report?"},
+    "call_id": None,
+    "created_at": "2026-01-05T09:31:12.512000Z",
+}
+_ENTRIES = {
+    "object": "list",
+    "data": [_ENTRY],
+    "first_id": _ENTRY["id"],
+    "last_id": _ENTRY["id"],
+    "has_more": False,
+}
+_LEASE = {"token": "q0vT3…", "epoch": 8, "expires_at": "2026-01-05T09:32:12.512000Z"}
+
+
+def _example(example: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [example]})
+
+
+class Session(BaseModel):
+    model_config = _example(_SESSION)
+
+    id: str
+    model: str
+    metadata: dict[str, Any]
+    cache_salt: str | None
+    extra_key: str | None
+    status: SessionStatus
+    head_id: str | None = Field(description="The newest entry.")
+    revision: str
+    created_at: datetime
+    updated_at: datetime
+    expires_at: datetime | None
+
+
+class Entry(BaseModel):
+    model_config = _example(_ENTRY)
+
+    id: str
+    session_id: str
+    parent_id: str | None
+    seq: int = Field(description="Numbers the entries of the session from 1, without gaps.")
+    kind: EntryKind
+    payload: dict[str, Any]
+    call_id: str | None
+    created_at: datetime
+
+
+class EntryList(BaseModel):
+    model_config = _example(_ENTRIES)
+
+    object: Literal["list"] = "list"
+    data: list[Entry]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool = Field(description="Whether there are more in the direction read; for a tail, older ones.")
+
+
+class AppendedEntries(EntryList):
+    model_config = _example({**_ENTRIES, "revision": "13"})
+
+    revision: str = Field(description="The session's revision after the append.")
+
+
+class Lease(BaseModel):
+    model_config = _example(_LEASE)
+
+    token: str = Field(repr=False)
+    epoch: int
+    expires_at: datetime
+
+
+class StoredKv(BaseModel):
+    state: KvState
+    tokens: int = Field(description="Tokens from the head of the session that can be restored.")
+    pages: int
+    bytes: int
+
+
+class Suspended(BaseModel):
+    model_config = _example(
+        {
+            "id": _SESSION["id"],
+            "status": "suspended",
+            "revision": "13",
+            "head_id": _ENTRY["id"],
+            "pending_tool_calls": ["call_1"],
+            "operation": None,
+            "kv": {"state": "durable", "tokens": 18432, "pages": 288, "bytes": 424673280},
+        }
+    )
+
+    id: str
+    status: SessionStatus
+    revision: str
+    head_id: str | None
+    pending_tool_calls: list[str]
+    operation: str | None = Field(description="To follow while kv.state is pending.")
+    kv: StoredKv
+
+
+class EngineLink(BaseModel):
+    """What an OpenAI client needs to send the session's next call to the engine."""
+
+    base_url: str
+    extra_body: dict[str, str]
+
+
+class Outlook(BaseModel):
+    state: KvState
+    tokens: int
+    valid: bool = Field(description="Whether the engine can use the stored pages; if not, it recomputes.")
+    invalid_reason: str | None
+
+
+class Resumed(BaseModel):
+    model_config = _example(
+        {
+            "session": _SESSION,
+            "lease": _LEASE,
+            "entries": _ENTRIES,
+            "pending_tool_calls": [],
+            "engine": {
+                "base_url": "http://127.0.0.1:30000/v1",
+                "extra_body": {"session_id": _SESSION["id"]},
+            },
+            "kv": {"state": "durable", "tokens": 18432, "valid": True, "invalid_reason": None},
+        }
+    )
+
+    session: Session
+    lease: Lease
+    entries: EntryList
+    pending_tool_calls: list[str] = Field(description="Calls without a result, in the order of their claims.")
+    engine: EngineLink | None = Field(description="Null while no live engine serves the session's model.")
+    kv: Outlook
+
+
+class Operation(BaseModel):
+    model_config = _example(
+        {
+            "id": "op_01k8z3w0a7s5d3f1g9h7j5k3m1",
+            "kind": "flush",
+            "session_id": _SESSION["id"],
+            "state": "done",
+            "result": {"state": "durable", "tokens": 18432, "pages": 288, "bytes": 424673280},
+            "created_at": "2026-01-05T09:31:13Z",
+            "finished_at": "2026-01-05T09:31:15.250000Z",
+        }
+    )
+
+    id: str
+    kind: str
+    session_id: str
+    state: OperationState
+    result: dict[str, Any] | None
+    created_at: datetime
+    finished_at: datetime | None
+
+
+class Engine(BaseModel):
+    id: str
+    node: str
+    rank: int
+    base_url: str
+    model: str
+    fingerprint: str
+    pages_dir: str
+    live: bool
+    started_at: datetime
+    heartbeat_at: datetime
+
+
+class EngineList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Engine]
+    first_id: str | None
+    last_id: str | None
+    has_more: Literal[False] = False

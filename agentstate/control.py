@@ -1,0 +1,68 @@
+"""The control protocol between the service and one rank of an engine.
+
+A request is one msgpack map ``{"verb": str, **arguments}``; its answer is ``{"ok": true, **fields}`` or
+``{"ok": false, "error": str}``, over ZeroMQ (a REQ socket here, a ROUTER socket at the engine). The engine's side
+lives in ``engine_patch.control``.
+
+Verbs::
+
+    flush(session, timeout_ms)  -> state, tokens, pages, bytes     the barrier of a suspend
+    stat()                      -> counters of the rank, its fingerprint and its page store
+
+An endpoint is bound to loopback unless an operator sets ``AGENTSTATE_CONTROL_ADDRESS`` otherwise. It carries no
+secrets and authenticates nobody: whoever reaches it can ask for durability and for statistics, not for pages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import zmq
+
+from agentstate.errors import EngineRefused, EngineUnreachable
+
+
+def pack(message: dict[str, Any]) -> bytes:
+    return msgpack.packb(message, use_bin_type=True)
+
+
+def unpack(raw: bytes) -> dict[str, Any]:
+    """Raises ValueError when ``raw`` is not one msgpack map with string keys."""
+    try:
+        message = msgpack.unpackb(raw, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise ValueError(f"not a control message: {error}") from error
+    if not isinstance(message, dict):
+        raise ValueError(f"not a control message: a {type(message).__name__} instead of a map")
+    return message
+
+
+class ControlClient:
+    """Calls the verbs of one engine rank. Thread-safe: every call opens its own socket, so a call that timed out
+    leaves no half-finished exchange behind for the next one."""
+
+    def __init__(self, address: str):
+        self.address = address
+
+    def call(self, verb: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+        """Send one request and wait for its answer.
+
+        Raises EngineUnreachable when no answer came within ``timeout_s`` (the engine may still act on the
+        request) and EngineRefused when the engine answered with an error.
+        """
+        socket = zmq.Context.instance().socket(zmq.REQ)
+        socket.setsockopt(zmq.LINGER, 0)
+        try:
+            socket.connect(self.address)
+            socket.send(pack({"verb": verb, **arguments}))
+            if not socket.poll(int(timeout_s * 1000), zmq.POLLIN):
+                raise EngineUnreachable(f"the engine at {self.address} did not answer '{verb}' within {timeout_s:g} s")
+            answer = unpack(socket.recv())
+        except zmq.ZMQError as error:
+            raise EngineUnreachable(f"the engine at {self.address} cannot be reached: {error}") from error
+        finally:
+            socket.close()
+        if not answer.pop("ok", False):
+            raise EngineRefused(f"the engine at {self.address} refused '{verb}': {answer.get('error', 'no reason given')}")
+        return answer

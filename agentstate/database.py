@@ -1,0 +1,272 @@
+"""The database: SQLite by default, PostgreSQL when its URL is set. Both hold the same schema.
+
+**SQLite** runs in WAL mode. Reads never wait for writes. A process has one writing connection, and every write starts
+with ``BEGIN IMMEDIATE``, so two writers wait for each other instead of failing half-way. With ``synchronous = NORMAL``
+a committed transaction survives a crash of the process; after a power loss the newest transactions may be missing, the
+database is never corrupt.
+
+**PostgreSQL** runs at READ COMMITTED, with limits on how long a statement runs, waits for a lock, or idles in a
+transaction. A committed transaction is as durable as the server's ``synchronous_commit`` makes it.
+
+Transactions are short by design: never hold one while waiting for an engine or for a client.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import alembic.command
+import sqlalchemy as sa
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.pool import NullPool
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import FunctionElement
+
+import migrations
+from agentstate.errors import DatabaseError, DatabaseUnreachable, SchemaNewer, SchemaOutdated, SettingsError
+
+DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql+psycopg")
+BUSY_TIMEOUT_S = 10
+CONNECT_TIMEOUT_S = 5
+POOL_SIZE = 10
+POSTGRESQL_OPTIONS = "-c statement_timeout=15s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s"
+MIGRATION_LOCK = 0x6167656E74737461  # "agentsta": the advisory lock that lets one process migrate at a time
+
+
+class now_us(FunctionElement[int]):
+    """SQL expression: the database's clock, in microseconds since the Unix epoch, UTC.
+
+    Every time that is stored or compared comes from it, so that the clocks of clients, services and engines do not
+    matter. The clock of the moment, not of the transaction's start: a transaction that waited for a lock must not
+    judge a lease by the time before it waited. SQLite's resolution is one millisecond.
+    """
+
+    type = sa.BigInteger()
+    inherit_cache = True
+
+
+@compiles(now_us, "sqlite")
+def _now_sqlite(element: now_us, compiler: SQLCompiler, **kw: Any) -> str:
+    return "(CAST(ROUND((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) * 1000)"
+
+
+@compiles(now_us, "postgresql")
+def _now_postgresql(element: now_us, compiler: SQLCompiler, **kw: Any) -> str:
+    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)"
+
+
+def instant(time_us: int) -> datetime:
+    """A stored time as a timezone-aware UTC datetime."""
+    return datetime.fromtimestamp(time_us / 1_000_000, UTC)
+
+
+def insert(connection: Connection, table: sa.Table) -> Any:
+    """The dialect's INSERT, for its ``on_conflict_do_update`` and ``on_conflict_do_nothing``, spelt alike in both."""
+    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
+
+
+class Database:
+    """Gives out connections to one database. Thread-safe; opens nothing until it is used.
+
+    ``url`` is a SQLAlchemy URL for a SQLite file or for PostgreSQL (``Settings.sqlalchemy_url``). Raises SettingsError
+    when it is neither.
+    """
+
+    def __init__(self, url: str):
+        try:
+            self._url = make_url(url)
+            backend = self._url.get_backend_name()
+        except (ArgumentError, NoSuchModuleError):
+            raise SettingsError("AGENTSTATE_DATABASE_URL is not a database URL") from None
+        if self._url.drivername not in DRIVERS:
+            raise SettingsError(
+                f"AGENTSTATE_DATABASE_URL names {self._url.drivername}: use sqlite:///FILE or postgresql://…"
+            )
+        self.is_sqlite = backend == "sqlite"
+        self.url = self._url.render_as_string(hide_password=True)  # safe to log
+        if self.is_sqlite:
+            if self._url.database in (None, "", ":memory:"):
+                raise SettingsError("AGENTSTATE_DATABASE_URL must name a file: an in-memory SQLite cannot be shared")
+            # A pool of one is the queue in which this process's writers wait for each other.
+            self._writer = sa.create_engine(
+                self._url,
+                pool_size=1,
+                max_overflow=0,
+                pool_timeout=BUSY_TIMEOUT_S,
+                connect_args={"timeout": BUSY_TIMEOUT_S},
+            )
+            self._reader = sa.create_engine(
+                self._url,
+                pool_size=POOL_SIZE,
+                max_overflow=POOL_SIZE,
+                pool_timeout=BUSY_TIMEOUT_S,
+                connect_args={"timeout": BUSY_TIMEOUT_S},
+            )
+            _configure_sqlite(self._writer, begin="BEGIN IMMEDIATE", read_only=False)
+            _configure_sqlite(self._reader, begin="BEGIN", read_only=True)
+        else:
+            self._writer = self._reader = sa.create_engine(
+                self._url,
+                pool_size=POOL_SIZE,
+                max_overflow=POOL_SIZE,
+                pool_timeout=CONNECT_TIMEOUT_S,
+                pool_pre_ping=True,
+                connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "options": POSTGRESQL_OPTIONS},
+            )
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """One consistent transaction for reading; on SQLite it cannot write.
+
+        Raises DatabaseUnreachable when no connection can be had, DatabaseError when a statement fails for a reason
+        of the database's (a lock not got in time, a full disk).
+        """
+        with self._errors(), self._reader.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """One transaction for writing: committed when the block ends, rolled back when it raises.
+
+        Waits up to ``BUSY_TIMEOUT_S`` for SQLite's other writers. Raises like :meth:`read`; then nothing was written.
+        """
+        with self._errors():
+            if self.is_sqlite:
+                self._make_parent()
+            with self._writer.begin() as connection:
+                yield connection
+
+    def upgrade(self) -> None:
+        """Bring the schema to this version's. Safe to call from many processes at once; nothing is left half-done."""
+        config = Config()
+        config.set_main_option("script_location", str(_scripts_dir()))
+        if self.is_sqlite:
+            with self.write() as connection:
+                config.attributes["connection"] = connection
+                alembic.command.upgrade(config, "head")
+            return
+        # A migration may run for longer than any statement of the service is allowed to.
+        engine = sa.create_engine(self._url, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
+        with self._errors(), engine.begin() as connection:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
+            config.attributes["connection"] = connection
+            alembic.command.upgrade(config, "head")
+
+    def check_schema(self) -> None:
+        """Raises SchemaOutdated or SchemaNewer unless the schema is this version's."""
+        scripts = ScriptDirectory(str(_scripts_dir()))
+        head = scripts.get_current_head()
+        # Before the first migration SQLite has no file, which a reader must not create.
+        missing = self.is_sqlite and not Path(self._url.database or "").exists()
+        if missing:
+            found = None
+        else:
+            with self.read() as connection:
+                found = MigrationContext.configure(connection).get_current_revision()
+        if found == head:
+            return
+        if found is None or found in {script.revision for script in scripts.walk_revisions()}:
+            raise SchemaOutdated(
+                f"the schema of {self.url} is at revision {found or 'none'}, this version of AgentState needs {head}: "
+                "run `agentstate db upgrade`"
+            )
+        raise SchemaNewer(
+            f"the schema of {self.url} is at revision {found}, which this version of AgentState (at {head}) does not "
+            "know: upgrade AgentState, or point AGENTSTATE_DATABASE_URL at another database"
+        )
+
+    def close(self) -> None:
+        """Close the idle connections. The object opens new ones if it is used again."""
+        self._writer.dispose()
+        self._reader.dispose()
+
+    def _make_parent(self) -> None:
+        parent = Path(self._url.database or "").absolute().parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DatabaseUnreachable(
+                f"the directory {parent} of the SQLite database cannot be created: {error.strerror}; "
+                "set AGENTSTATE_HOME or AGENTSTATE_DATABASE_URL"
+            ) from error
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn what the driver raises into this package's errors, with one line that says what to do."""
+        try:
+            yield
+        except PoolTimeout as error:
+            raise DatabaseError(f"{self.url}: no connection became free in time; try again") from error
+        except (OperationalError, InterfaceError) as error:
+            reason = " ".join(str(error.orig).split())
+            # Without a statement the driver failed to connect; a locked file was reached all the same.
+            unreached = error.statement is None and "locked" not in reason
+            if unreached or error.connection_invalidated or "unable to open" in reason:
+                hint = (
+                    "check that its directory exists and is writable"
+                    if self.is_sqlite
+                    else "check that the server runs and that AGENTSTATE_DATABASE_URL is right"
+                )
+                raise DatabaseUnreachable(f"{self.url} cannot be reached: {reason}; {hint}") from error
+            raise DatabaseError(f"{self.url}: {reason}") from error
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise DatabaseUnreachable(f"{self.url}: the connection broke: {error.orig}") from error
+            # SQLite raises the bare class for a file that is damaged or not a database.
+            if type(error) is sa.exc.DatabaseError:
+                raise DatabaseError(f"{self.url}: {error.orig}") from error
+            raise
+
+
+def _scripts_dir() -> Path:
+    return Path(migrations.__file__).parent
+
+
+def _configure_sqlite(engine: sa.Engine, *, begin: str, read_only: bool) -> None:
+    @sa.event.listens_for(engine, "connect")
+    def on_connect(connection: Any, record: Any) -> None:
+        # The driver must not start transactions by itself: it would begin them deferred, and a deferred transaction
+        # that turns into a write fails at once where an immediate one waits.
+        connection.isolation_level = None
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        if read_only:
+            connection.execute("PRAGMA query_only = ON")
+        else:
+            _enter_wal(connection)
+
+    @sa.event.listens_for(engine, "begin")
+    def on_begin(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+
+def _enter_wal(connection: sqlite3.Connection) -> None:
+    """Put the file into WAL mode, in which it then stays.
+
+    Of several processes that open a new file at once some find it locked, and for this statement SQLite does not wait
+    as ``busy_timeout`` says: where waiting could deadlock it answers busy at once, see
+    https://www.sqlite.org/c3ref/busy_handler.html.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # The low byte is the primary code; the others say which kind of busy.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

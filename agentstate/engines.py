@@ -1,0 +1,96 @@
+"""Engines: which ranks of which SGLang servers run, what they serve and where they answer.
+
+Each rank registers itself and then sends heartbeats; one whose heartbeat stops is simply not live any more. Nothing
+else than its heartbeat says that an engine runs, and a live engine may have died a moment ago.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentstate.database import now_us
+from agentstate.models import engines
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One rank of an engine.
+
+    ``base_url`` is the OpenAI base URL of the server the rank belongs to (the same for all its ranks);
+    ``control_address`` the rank's own ZeroMQ endpoint; ``model`` the name it is served under; ``pages_dir`` the root
+    of its page store. The times are microseconds of the database's clock, 0 before the engine is registered.
+    """
+
+    id: str
+    node: str
+    rank: int
+    control_address: str
+    base_url: str
+    model: str
+    fingerprint: str
+    pages_dir: str
+    started_us: int = 0
+    heartbeat_us: int = 0
+
+
+def register(connection: Connection, engine: Engine) -> None:
+    """Announce an engine rank, started and alive now by the database's clock.
+
+    Takes the place of the registration that the same rank left behind when it ended without unregistering: a store
+    directory (root, fingerprint, rank on a node) has one owner at a time.
+    """
+    connection.execute(
+        sa.delete(engines).where(
+            engines.c.node == engine.node,
+            engines.c.rank == engine.rank,
+            engines.c.fingerprint == engine.fingerprint,
+            engines.c.pages_dir == engine.pages_dir,
+        )
+    )
+    connection.execute(
+        sa.insert(engines).values(
+            id=engine.id,
+            node=engine.node,
+            rank=engine.rank,
+            control_address=engine.control_address,
+            base_url=engine.base_url,
+            model=engine.model,
+            fingerprint=engine.fingerprint,
+            pages_dir=engine.pages_dir,
+            started_us=now_us(),
+            heartbeat_us=now_us(),
+        )
+    )
+
+
+def heartbeat(connection: Connection, engine_id: str) -> bool:
+    """Say that an engine is alive now. False when it is not registered (any more): it must register again."""
+    result = connection.execute(sa.update(engines).where(engines.c.id == engine_id).values(heartbeat_us=now_us()))
+    return result.rowcount == 1
+
+
+def unregister(connection: Connection, engine_id: str) -> None:
+    """Take an engine off the list. Its pages and manifests stay."""
+    connection.execute(sa.delete(engines).where(engines.c.id == engine_id))
+
+
+def live(connection: Connection, timeout_s: float, model: str | None = None) -> list[Engine]:
+    """The engines whose last heartbeat is at most ``timeout_s`` old, the youngest heartbeat first."""
+    query = _select().where(engines.c.heartbeat_us >= now_us() - round(timeout_s * 1_000_000))
+    if model is not None:
+        query = query.where(engines.c.model == model)
+    query = query.order_by(engines.c.heartbeat_us.desc(), engines.c.id)
+    return [Engine(**row._mapping) for row in connection.execute(query)]
+
+
+def registered(connection: Connection) -> list[Engine]:
+    """Every engine that registered and did not unregister, live or not, the oldest first."""
+    query = _select().order_by(engines.c.started_us, engines.c.id)
+    return [Engine(**row._mapping) for row in connection.execute(query)]
+
+
+def _select() -> sa.Select[tuple[object, ...]]:
+    return sa.select(*(engines.c[name] for name in Engine.__dataclass_fields__))

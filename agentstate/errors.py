@@ -1,0 +1,197 @@
+"""Every error that AgentState raises on purpose.
+
+::
+
+    AgentStateError
+    ├── SettingsError                a setting is wrong, or the machine does not allow it
+    ├── DatabaseError                the database refused or broke off a statement
+    │   ├── DatabaseUnreachable      no connection: server down, directory missing or not writable
+    │   ├── SchemaOutdated           the schema is older than this version: migrate it
+    │   └── SchemaNewer              the schema is newer than this version: upgrade AgentState
+    ├── SessionError                 what a session does not allow now
+    │   ├── SessionNotFound
+    │   ├── SessionExists            the id is taken
+    │   ├── SessionExpired
+    │   ├── SessionBusy              someone else holds the lease; carries ``retry_after_s``
+    │   ├── LeaseLost                the lease lapsed, was released or was taken over
+    │   ├── ToolInFlight             a tool call is claimed and not finished
+    │   ├── EntryNotFound
+    │   ├── InvalidEntry             an entry that would make the transcript inconsistent
+    │   └── ModelMismatch            the session runs another model than the caller expects
+    ├── OperationNotFound
+    ├── RequestRefused               the service refused the request itself (seen by clients only)
+    ├── ServiceUnreachable           the service did not answer (seen by clients only)
+    ├── EngineError
+    │   ├── EngineUnreachable        no answer in time; the engine may still act on the request
+    │   └── EngineRefused            the engine answered with an error
+    └── PageStoreError
+        ├── PageStoreLocked          another process owns the store directory
+        ├── PageStoreUnwritable
+        ├── PageStoreFull
+        ├── FingerprintMismatch      pages of another model, layout or format
+        └── BadExtent                an extent file that is damaged or not one of ours
+
+The first line of a class's docstring is its message when it is raised without one. ``retryable`` says whether the
+same call may succeed later with nothing changed by the caller; over HTTP the problem type of an error is its
+``slug``, which is its name in kebab case, so **renaming a class changes the API**.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+
+class AgentStateError(Exception):
+    """AgentState could not do what was asked."""
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str | None = None):
+        super().__init__(message or (type(self).__doc__ or "").partition("\n")[0])
+
+    @classmethod
+    def slug(cls) -> str:
+        """The last part of the error's problem type, e.g. ``lease-lost``."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+
+class SettingsError(AgentStateError):
+    """A setting is not usable on this machine."""
+
+
+class DatabaseError(AgentStateError):
+    """The database refused the statement."""
+
+    retryable = True
+
+
+class DatabaseUnreachable(DatabaseError):
+    """The database cannot be reached."""
+
+
+class SchemaOutdated(DatabaseError):
+    """The database schema is older than this version of AgentState: run `agentstate db upgrade`."""
+
+    retryable = False
+
+
+class SchemaNewer(DatabaseError):
+    """The database schema is newer than this version of AgentState: upgrade AgentState."""
+
+    retryable = False
+
+
+class SessionError(AgentStateError):
+    """The session does not allow this now.
+
+    ``revision`` is the session's revision when the error was raised, or None where there is none to tell.
+    """
+
+    def __init__(self, message: str | None = None, *, revision: int | None = None):
+        super().__init__(message)
+        self.revision = revision
+
+
+class SessionNotFound(SessionError):
+    """There is no such session."""
+
+
+class SessionExists(SessionError):
+    """The session id is taken."""
+
+
+class SessionExpired(SessionError):
+    """The session has expired."""
+
+
+class SessionBusy(SessionError):
+    """Another process runs the session.
+
+    ``retry_after_s`` is when its lease lapses unless it is renewed; it may also be released before.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str | None = None, *, retry_after_s: float, revision: int | None = None):
+        super().__init__(message, revision=revision)
+        self.retry_after_s = retry_after_s
+
+
+class LeaseLost(SessionError):
+    """The lease is not valid any more: resume the session to get a new one."""
+
+
+class ToolInFlight(SessionError):
+    """A tool call of the session is claimed and has no result yet."""
+
+
+class EntryNotFound(SessionError):
+    """There is no such entry in the session."""
+
+
+class InvalidEntry(SessionError):
+    """The entry would make the transcript inconsistent."""
+
+
+class ModelMismatch(SessionError):
+    """The session runs another model than the caller expects."""
+
+
+class OperationNotFound(AgentStateError):
+    """There is no such operation."""
+
+
+class RequestRefused(AgentStateError):
+    """The service refused the request.
+
+    What a client raises for an answer that no other class of this tree stands for; ``status`` is the HTTP status.
+    """
+
+    def __init__(self, message: str | None = None, *, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+class ServiceUnreachable(AgentStateError):
+    """The AgentState service did not answer."""
+
+    retryable = True
+
+
+class EngineError(AgentStateError):
+    """The engine could not do what was asked."""
+
+
+class EngineUnreachable(EngineError):
+    """The engine did not answer in time; it may still act on the request."""
+
+    retryable = True
+
+
+class EngineRefused(EngineError):
+    """The engine answered with an error."""
+
+
+class PageStoreError(AgentStateError):
+    """The page store could not do what was asked."""
+
+
+class PageStoreLocked(PageStoreError):
+    """Another process owns the page store directory."""
+
+
+class PageStoreUnwritable(PageStoreError):
+    """The page store directory is not writable."""
+
+
+class PageStoreFull(PageStoreError):
+    """There is no space left for pages."""
+
+
+class FingerprintMismatch(PageStoreError):
+    """The pages belong to another model, layout or format version."""
+
+
+class BadExtent(PageStoreError):
+    """The extent file is damaged, or not an extent."""

@@ -1,0 +1,111 @@
+"""Starting SGLang with the plug-in: which interpreter has it, which flags it needs, and what would make it fail.
+
+Everything that can be known before SGLang's half minute of start-up is checked here, so that a mistake costs one
+line instead of a traceback.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from agentstate.errors import EngineError, PageStoreFull, PageStoreUnwritable, SettingsError
+from agentstate.settings import Settings
+
+BACKEND = "agentstate"
+_LEAST_FREE_BYTES = 64 << 20
+
+
+def engine_command(settings: Settings, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment that start SGLang, with ``arguments`` passed through.
+
+    Flags that the caller gave are left as they are. Raises SettingsError, EngineError or PageStoreError for what
+    would fail: no SGLang, no such model directory, a port that is taken, a page directory that cannot be used.
+    """
+    python = engine_python(settings)
+    model = _value(arguments, "--model-path") or _value(arguments, "--model")
+    if model is None:
+        raise SettingsError("which model? Give --model-path DIRECTORY, or a model's name on the hub")
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
+        raise SettingsError(f"there is no model directory {model}: check --model-path")
+    host, port = _value(arguments, "--host") or "127.0.0.1", int(_value(arguments, "--port") or 30000)
+    require_free_port(host, port)
+    require_page_directory(settings.pages_path)
+    command = [python, "-m", "sglang.launch_server", *arguments]
+    environment = dict(os.environ)
+    if _value(arguments, "--radix-cache-backend") is None:
+        command += ["--radix-cache-backend", BACKEND]
+    if "--enable-cache-report" not in arguments:
+        command += ["--enable-cache-report"]
+    if not has_cuda():
+        if _value(arguments, "--device") is None:
+            command += ["--device", "cpu"]
+        # One core stays free for reading, spilling and serving. A forward whose threads spin while they wait would
+        # take it all the same.
+        threads = max(1, len(os.sched_getaffinity(0)) - 1)
+        environment.setdefault("OMP_WAIT_POLICY", "passive")
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "0" if threads == 1 else f"0-{threads - 1}")
+    return command, environment
+
+
+def engine_python(settings: Settings) -> str:
+    """The interpreter that has SGLang: the one that is set, or this one. Raises EngineError when it has not."""
+    python = str(settings.engine_python or sys.executable)
+    if not Path(python).exists():
+        raise EngineError(f"AGENTSTATE_ENGINE_PYTHON is {python}, which does not exist")
+    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
+    if subprocess.run([python, "-c", probe], check=False).returncode:
+        raise EngineError(
+            f"{python} has no SGLang: pip install 'agentstate[engine]' there, or set AGENTSTATE_ENGINE_PYTHON to the "
+            "Python of an environment that has it"
+        )
+    return python
+
+
+def require_free_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SettingsError(f"port {port} of {host} cannot be used ({error.strerror}): choose another with --port") from error
+
+
+def require_page_directory(directory: Path) -> None:
+    """Raises PageStoreUnwritable or PageStoreFull unless pages can be written to ``directory``, which is created."""
+    advice = "point AGENTSTATE_PAGES_DIR at a directory on another disk"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PageStoreUnwritable(f"the page directory {directory} cannot be created ({error.strerror}): {advice}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PageStoreUnwritable(f"the page directory {directory} cannot be written: {advice}")
+    disk = os.statvfs(directory)
+    if disk.f_bavail * disk.f_frsize < _LEAST_FREE_BYTES:
+        raise PageStoreFull(f"the disk of the page directory {directory} is full: make room, or {advice}")
+
+
+def has_cuda() -> bool:
+    """Whether a CUDA driver loads here and finds a device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def _value(arguments: list[str], flag: str) -> str | None:
+    """The value of ``--flag value`` or ``--flag=value``; the last one counts."""
+    found = None
+    for position, argument in enumerate(arguments):
+        if argument == flag and position + 1 < len(arguments):
+            found = arguments[position + 1]
+        elif argument.startswith(flag + "="):
+            found = argument.partition("=")[2]
+    return found

@@ -1,0 +1,126 @@
+"""Leases: who may run a session now.
+
+A lease is a secret token and an epoch. The epoch of a session only grows, also across released leases, so that
+whoever acts for an agent can tell a newer runner from an older one. A lease that lapsed is lost for good, even when
+nobody has taken it over: its holder resumes the session and gets the next epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentstate.database import insert, now_us
+from agentstate.errors import LeaseLost, SessionBusy
+from agentstate.models import leases
+
+
+@dataclass(frozen=True)
+class LeaseKey:
+    """What the holder of a lease shows with every call. The token is a secret: SQL has only its hash."""
+
+    token: str = field(repr=False)
+    epoch: int
+
+    @property
+    def token_hash(self) -> bytes:
+        return hashlib.sha256(self.token.encode()).digest()
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A lease that was just given or renewed. ``expires_us`` is by the database's clock."""
+
+    key: LeaseKey
+    expires_us: int
+
+
+def take(connection: Connection, session_id: str, ttl_s: float, revision: int) -> Lease:
+    """Take a session's lease, or take it over when it has lapsed, with the next epoch.
+
+    One statement decides, so of several callers one gets it. Raises SessionBusy, with ``revision``, while another
+    lease is valid.
+    """
+    token = secrets.token_urlsafe(32)
+    expires_us = now_us() + _microseconds(ttl_s)
+    row = connection.execute(
+        insert(connection, leases)
+        .values(session_id=session_id, token_hash=LeaseKey(token, 0).token_hash, epoch=1, expires_us=expires_us)
+        .on_conflict_do_update(
+            index_elements=["session_id"],
+            set_={
+                "token_hash": LeaseKey(token, 0).token_hash,
+                "epoch": leases.c.epoch + 1,
+                "expires_us": expires_us,
+            },
+            where=leases.c.expires_us <= now_us(),
+        )
+        .returning(leases.c.epoch, leases.c.expires_us)
+    ).one_or_none()
+    if row is None:
+        left_us = connection.execute(
+            sa.select(leases.c.expires_us - now_us()).where(leases.c.session_id == session_id)
+        ).scalar_one()
+        retry_after_s = max(0.0, left_us / 1_000_000)
+        raise SessionBusy(
+            f"session {session_id} is being run: its lease lapses in {retry_after_s:.1f} s unless it is renewed",
+            retry_after_s=retry_after_s,
+            revision=revision,
+        )
+    return Lease(LeaseKey(token, row.epoch), row.expires_us)
+
+
+def require(connection: Connection, session_id: str, key: LeaseKey, revision: int) -> int:
+    """The database's time, if ``key`` is the session's valid lease. Raises LeaseLost, with ``revision``, if it is not.
+
+    Holds until the transaction ends only if the caller has locked the session: taking a lease locks it too.
+    """
+    time_us = connection.execute(sa.select(now_us()).select_from(leases).where(_held(session_id, key))).scalar()
+    if time_us is None:
+        raise _lost(session_id, key, revision)
+    return time_us
+
+
+def renew(connection: Connection, session_id: str, key: LeaseKey, ttl_s: float, revision: int) -> Lease:
+    """Let a valid lease lapse ``ttl_s`` from now instead of when it would have. Raises LeaseLost."""
+    expires_us = connection.execute(
+        sa.update(leases)
+        .where(_held(session_id, key))
+        .values(expires_us=now_us() + _microseconds(ttl_s))
+        .returning(leases.c.expires_us)
+    ).scalar_one_or_none()
+    if expires_us is None:
+        raise _lost(session_id, key, revision)
+    return Lease(key, expires_us)
+
+
+def release(connection: Connection, session_id: str, key: LeaseKey, revision: int) -> None:
+    """End a valid lease; the session can be resumed at once. Raises LeaseLost."""
+    result = connection.execute(sa.update(leases).where(_held(session_id, key)).values(token_hash=None, expires_us=0))
+    if result.rowcount != 1:
+        raise _lost(session_id, key, revision)
+
+
+def _held(session_id: str, key: LeaseKey) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        leases.c.session_id == session_id,
+        leases.c.token_hash == key.token_hash,
+        leases.c.epoch == key.epoch,
+        leases.c.expires_us > now_us(),
+    )
+
+
+def _lost(session_id: str, key: LeaseKey, revision: int) -> LeaseLost:
+    return LeaseLost(
+        f"the lease of epoch {key.epoch} on session {session_id} lapsed, was released or was taken over: "
+        "resume the session",
+        revision=revision,
+    )
+
+
+def _microseconds(ttl_s: float) -> int:
+    return round(ttl_s * 1_000_000)

@@ -1,0 +1,125 @@
+"""Manifests: which pages, in which order, hold the KV of a session up to a token length.
+
+An engine rank saves one when a request of a session has finished and its pages are published, so what a manifest
+lists was durable when it was written. The service reads them to tell how much of a session can be restored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentstate.database import insert, now_us
+from agentstate.models import manifests
+
+KEY_BYTES = 32  # SHA-256
+
+
+class KvState(StrEnum):
+    """What is known of a session's KV outside of device memory."""
+
+    DURABLE = "durable"  # all of it, from the head, is stored
+    PENDING = "pending"  # being stored
+    PARTIAL = "partial"  # only a prefix is stored and no more will be: the rest is recomputed
+    LOST = "lost"  # nothing is stored and nothing will be: everything is recomputed
+    UNKNOWN = "unknown"  # nobody could be asked
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """A manifest without its keys: its size does not grow with the session."""
+
+    session_id: str
+    fingerprint: str
+    rank: int
+    node: str
+    engine_id: str
+    page_size: int
+    tokens: int
+    nbytes: int
+
+    @property
+    def pages(self) -> int:
+        return self.tokens // self.page_size
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The ordered page keys of a session on one engine rank.
+
+    ``keys`` packs one 32-byte key a page; ``tokens`` is what they cover, whole pages only; ``nbytes`` is the KV of
+    those pages on this rank, uncompressed. Raises ValueError when the three do not agree.
+    """
+
+    session_id: str
+    fingerprint: str
+    rank: int
+    node: str
+    engine_id: str
+    page_size: int
+    tokens: int
+    keys: bytes
+    nbytes: int
+
+    def __post_init__(self) -> None:
+        if self.page_size <= 0 or self.tokens < 0 or self.tokens % self.page_size:
+            raise ValueError(
+                f"manifest of {self.session_id}: {self.tokens} tokens are not whole pages of {self.page_size}"
+            )
+        if len(self.keys) != KEY_BYTES * (self.tokens // self.page_size):
+            raise ValueError(
+                f"manifest of {self.session_id}: {len(self.keys)} bytes of keys do not fit "
+                f"{self.tokens // self.page_size} pages of {KEY_BYTES} bytes"
+            )
+
+    def page_keys(self) -> list[bytes]:
+        """The 32-byte keys, first page first."""
+        return [self.keys[at : at + KEY_BYTES] for at in range(0, len(self.keys), KEY_BYTES)]
+
+
+def save(connection: Connection, manifest: Manifest) -> None:
+    """Store ``manifest``, replacing the one of the same session, fingerprint and rank.
+
+    The last writer wins, also with a shorter manifest. The session need not exist in SQL.
+    """
+    key = {"session_id": manifest.session_id, "fingerprint": manifest.fingerprint, "rank": manifest.rank}
+    content = {
+        "node": manifest.node,
+        "engine_id": manifest.engine_id,
+        "page_size": manifest.page_size,
+        "tokens": manifest.tokens,
+        "keys": manifest.keys,
+        "nbytes": manifest.nbytes,
+        "updated_us": now_us(),
+    }
+    connection.execute(
+        insert(connection, manifests)
+        .values(**key, **content)
+        .on_conflict_do_update(index_elements=list(key), set_=content)
+    )
+
+
+def load(connection: Connection, session_id: str, fingerprint: str, rank: int) -> Manifest | None:
+    """The manifest of a session for one fingerprint and rank, or None. Does not look at whether its pages exist."""
+    row = connection.execute(
+        sa.select(*(manifests.c[name] for name in Manifest.__dataclass_fields__)).where(
+            manifests.c.session_id == session_id,
+            manifests.c.fingerprint == fingerprint,
+            manifests.c.rank == rank,
+        )
+    ).one_or_none()
+    return None if row is None else Manifest(**row._mapping)
+
+
+def latest(connection: Connection, session_id: str) -> Coverage | None:
+    """What the most recently saved manifest of a session covers, or None. Never reads the keys."""
+    row = connection.execute(
+        sa.select(*(manifests.c[name] for name in Coverage.__dataclass_fields__))
+        .where(manifests.c.session_id == session_id)
+        .order_by(manifests.c.updated_us.desc(), manifests.c.tokens.desc())
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else Coverage(**row._mapping)

@@ -1,0 +1,99 @@
+"""The settings of every AgentState process, read from ``AGENTSTATE_*`` environment variables.
+
+There is no global: a process builds ``Settings()`` where it starts and passes it, or the values it needs, down.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from agentstate.errors import SettingsError
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """One process's settings. Sizes may be written with a unit in the environment (``512MiB``).
+
+    Raises SettingsError, naming every variable that is wrong, when built from values that do not fit.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="AGENTSTATE_", env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
+
+    home: Path = Field(
+        Path("~/.local/share/agentstate"),
+        description="Directory of everything AgentState keeps, unless a more specific setting says otherwise.",
+    )
+    database_url: str = Field(
+        "", description="SQLite or PostgreSQL URL. Empty: the SQLite file agentstate.db in the home directory."
+    )
+    pages_dir: Path | None = Field(
+        None, description="Directory of the KV pages, best on a local NVMe drive. Default: pages in the home directory."
+    )
+    cache_dir: Path = Field(
+        Path("~/.cache/agentstate"), description="Directory of files that can be downloaded or built again."
+    )
+    host: str = Field("127.0.0.1", description="Address that the HTTP service listens on.")
+    port: int = Field(8700, ge=0, le=65535, description="Port of the HTTP service; 0 takes a free one.")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
+    lease_ttl_s: float = Field(
+        60, gt=0, description="How long a lease is valid when a resume does not say; it can be renewed."
+    )
+    heartbeat_interval_s: float = Field(
+        2.0, gt=0, description="How often an engine tells the database that it is alive."
+    )
+    engine_timeout_s: float = Field(
+        10.0, gt=0, description="An engine whose last heartbeat is older than this is not live."
+    )
+    staging_bytes: ByteSize = Field(
+        ByteSize(512 * MIB), gt=0, description="Host memory of an engine rank for restoring pages."
+    )
+    spill_staging_bytes: ByteSize = Field(
+        ByteSize(256 * MIB), gt=0, description="Host memory of an engine rank for spilling pages."
+    )
+    read_threads: int = Field(2, ge=1, description="Threads of an engine rank that read pages.")
+    control_address: str = Field(
+        "tcp://127.0.0.1:*", description="ZeroMQ address that an engine rank binds its control endpoint to."
+    )
+    engine_base_url: str = Field(
+        "",
+        description="OpenAI base URL that an engine registers for clients. Empty: derived from its host and port.",
+    )
+    engine_python: Path | None = Field(None, description="Python interpreter of the environment that has SGLang.")
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # The value stays out of the message: it may be a URL with a password.
+            wrong = "; ".join(
+                f"AGENTSTATE_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
+                for item in error.errors(include_input=False, include_url=False)
+            )
+            raise SettingsError(wrong) from None
+
+    @field_validator("home", "pages_dir", "cache_dir", "engine_python")
+    @classmethod
+    def _expand_user(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser()
+
+    @property
+    def sqlalchemy_url(self) -> str:
+        """``database_url`` as SQLAlchemy takes it: PostgreSQL goes through psycopg, whichever spelling was used."""
+        if not self.database_url:
+            return f"sqlite:///{self.home.absolute() / 'agentstate.db'}"
+        scheme, separator, rest = self.database_url.partition("://")
+        if scheme in ("postgres", "postgresql"):
+            scheme = "postgresql+psycopg"
+        return f"{scheme}{separator}{rest}"
+
+    @property
+    def pages_path(self) -> Path:
+        """Root directory of the KV pages."""
+        return self.pages_dir or self.home / "pages"

@@ -1,0 +1,1 @@
+"""The HTTP API of AgentState: FastAPI over the verbs of `agentstate`, one file a resource."""

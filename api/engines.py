@@ -1,0 +1,35 @@
+"""``/v1/engines``: the engine ranks that registered themselves, and the page stores that they own."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from agentstate import answers, engines
+from agentstate.database import instant
+from api.service import ServiceDep
+
+router = APIRouter(prefix="/v1/engines", tags=["engines"])
+
+
+@router.get("")
+def read(service: ServiceDep) -> answers.EngineList:
+    """List all of them, the oldest first; ``live`` says which still send heartbeats."""
+    with service.database.read() as connection:
+        registered = engines.registered(connection)
+        live = {engine.id for engine in engines.live(connection, service.settings.engine_timeout_s)}
+    data = [
+        answers.Engine(
+            id=engine.id,
+            node=engine.node,
+            rank=engine.rank,
+            base_url=engine.base_url,
+            model=engine.model,
+            fingerprint=engine.fingerprint,
+            pages_dir=engine.pages_dir,
+            live=engine.id in live,
+            started_at=instant(engine.started_us),
+            heartbeat_at=instant(engine.heartbeat_us),
+        )
+        for engine in registered
+    ]
+    return answers.EngineList(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)

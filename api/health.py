@@ -1,0 +1,66 @@
+"""``/healthz`` and ``/readyz``: whether the process runs, and whether it can do its work."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Literal
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+
+from agentstate import engines
+from agentstate.errors import DatabaseError, DatabaseUnreachable
+from api.service import ServiceDep
+
+router = APIRouter(tags=["health"])
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Check(BaseModel):
+    ok: bool
+    detail: str
+
+
+class Readiness(BaseModel):
+    """``ready`` needs the database and its schema; without an engine the service works, with unknown KV."""
+
+    status: Literal["ready", "unavailable"]
+    database: Check
+    migrations: Check
+    engine: Check
+
+
+@router.get("/healthz")
+async def healthz() -> Health:
+    """Answers as long as the process runs; touches nothing."""
+    return Health()
+
+
+@router.get("/readyz", responses={503: {"model": Readiness, "description": "Not ready"}})
+def readyz(response: Response, service: ServiceDep) -> Readiness:
+    """Looks at the database, its schema and the engines."""
+    unseen = Check(ok=False, detail="not looked at: the database does not answer")
+    readiness = Readiness(
+        status="unavailable",
+        database=Check(ok=True, detail=service.database.url),
+        migrations=Check(ok=True, detail="at this version's head"),
+        engine=unseen,
+    )
+    try:
+        service.database.check_schema()
+        with service.database.read() as connection:
+            live = engines.live(connection, service.settings.engine_timeout_s)
+        readiness.engine = Check(ok=bool(live), detail=f"{len(live)} live" if live else "none is live")
+        readiness.status = "ready"
+    except DatabaseUnreachable as error:
+        readiness.database = Check(ok=False, detail=str(error))
+        readiness.migrations = unseen
+    except DatabaseError as error:
+        readiness.migrations = Check(ok=False, detail=str(error))
+        readiness.engine = Check(ok=False, detail="not looked at: the schema is not this version's")
+    if readiness.status == "unavailable":
+        response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+    return readiness

@@ -1,0 +1,91 @@
+"""What this rank writes to SQL: that it is alive, and the manifests of the sessions it has served.
+
+One thread does it, so the scheduler never waits for the database. While SQL is down nothing is lost as long as the
+process lives: the newest manifest of every session waits here, and pages need no SQL.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from agentstate import engines, manifests
+from agentstate.database import Database
+from agentstate.engines import Engine
+from agentstate.errors import DatabaseError
+from agentstate.manifests import Manifest
+
+logger = logging.getLogger(__name__)
+
+
+class Catalog:
+    """Registers ``engine`` and keeps it registered until `close`. ``saved`` is called, on the catalog's thread, with
+    every manifest once it is committed."""
+
+    def __init__(self, database: Database, engine: Engine, heartbeat_s: float, saved: Callable[[Manifest], None]):
+        self._database = database
+        self._engine = engine
+        self._heartbeat_s = heartbeat_s
+        self._saved = saved
+        self._waiting: dict[str, Manifest] = {}
+        self._changed = threading.Condition()
+        self._closing = False
+        self._schema_checked = False
+        self._thread = threading.Thread(target=self._run, name="agentstate-catalog", daemon=True)
+        self._thread.start()
+
+    def save(self, manifest: Manifest) -> None:
+        """Queue a manifest; a newer one of the same session takes the place of one that still waits."""
+        with self._changed:
+            self._waiting[manifest.session_id] = manifest
+            self._changed.notify()
+
+    def load(self, session_id: str) -> Manifest | None:
+        """The manifest that SQL holds of a session for this engine's pages. Raises DatabaseError."""
+        with self._database.read() as connection:
+            return manifests.load(connection, session_id, self._engine.fingerprint, self._engine.rank)
+
+    def close(self) -> None:
+        """Write what waits, if the database answers, and take the engine off the list."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        failing = False
+        while True:
+            with self._changed:
+                # After a failure even waiting manifests wait for the next heartbeat.
+                if not self._closing and (failing or not self._waiting):
+                    self._changed.wait(self._heartbeat_s)
+                batch, self._waiting = self._waiting, {}
+                closing = self._closing
+            try:
+                self._write(list(batch.values()), closing)
+                if failing:
+                    logger.info("agentstate: the database answers again")
+                failing = False
+            except DatabaseError as error:
+                if not failing:
+                    logger.warning("agentstate: manifests wait for the database: %s", error)
+                failing = True
+                with self._changed:
+                    self._waiting = batch | self._waiting
+            if closing:
+                return
+
+    def _write(self, batch: list[Manifest], closing: bool) -> None:
+        if not self._schema_checked:
+            self._database.check_schema()
+            self._schema_checked = True
+        with self._database.write() as connection:
+            for manifest in batch:
+                manifests.save(connection, manifest)
+            if closing:
+                engines.unregister(connection, self._engine.id)
+            elif not engines.heartbeat(connection, self._engine.id):
+                engines.register(connection, self._engine)
+        for manifest in batch:
+            self._saved(manifest)

@@ -1,0 +1,92 @@
+"""What this rank knows of the sessions it serves: how far each is durable from its head."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+from agentstate.manifests import KEY_BYTES, KvState, Manifest
+
+_REMEMBERED = 10_000
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A session as of its newest finished request: ``requests`` finished so far, ``settled`` of them stored, and
+    ``saved`` of them in SQL. ``keys`` are all whole pages of its newest settled request, ``durable`` of which, from
+    the head, are stored."""
+
+    requests: int = 0
+    settled: int = 0
+    saved: int = 0
+    keys: tuple[bytes, ...] = ()
+    durable: int = 0
+
+
+class Ledger:
+    """Thread-safe. Remembers the sessions that were used last; SQL remembers the others."""
+
+    def __init__(self, page_size: int, page_bytes: int):
+        self._page_size = page_size
+        self._page_bytes = page_bytes
+        self._standings: OrderedDict[str, Standing] = OrderedDict()
+        self._mutex = threading.Lock()
+
+    def finished(self, session_id: str) -> int:
+        """A request of the session has finished and its pages are queued: the number of this request."""
+        with self._mutex:
+            standing = self._standings.get(session_id, Standing())
+            standing = replace(standing, requests=standing.requests + 1)
+            self._put(session_id, standing)
+            return standing.requests
+
+    def settled(self, session_id: str, request: int, keys: list[bytes], durable: int) -> None:
+        """The pages queued by request number ``request`` are stored, ``durable`` of them from the head."""
+        with self._mutex:
+            standing = self._standings.get(session_id, Standing())
+            self._put(session_id, replace(standing, settled=request, keys=tuple(keys), durable=durable))
+
+    def saved(self, manifest: Manifest) -> None:
+        """``manifest`` is in SQL. It counts when it is the one of the newest settled request: a page's key covers
+        everything before it, so equal last keys are equal manifests."""
+        with self._mutex:
+            standing = self._standings.get(manifest.session_id)
+            if standing is not None and manifest.keys[-KEY_BYTES:] == b"".join(standing.keys[: standing.durable][-1:]):
+                self._put(manifest.session_id, replace(standing, saved=standing.settled))
+
+    def standing(self, session_id: str) -> dict[str, object] | None:
+        """The answer of a ``flush`` right now, or None for a session that this process has not served."""
+        with self._mutex:
+            standing = self._standings.get(session_id)
+        if standing is None:
+            return None
+        if min(standing.settled, standing.saved) < standing.requests:
+            state = KvState.PENDING
+        else:
+            state = _state(standing.durable, len(standing.keys))
+        return self._answer(state, standing.durable)
+
+    def remembered(self, manifest: Manifest, stored: int) -> dict[str, object]:
+        """The answer of a ``flush`` for a session of an earlier process: ``stored`` of its pages are still here."""
+        return self._answer(_state(stored, len(manifest.page_keys())), stored)
+
+    def _answer(self, state: KvState, pages: int) -> dict[str, object]:
+        return {
+            "state": state.value,
+            "tokens": pages * self._page_size,
+            "pages": pages,
+            "bytes": pages * self._page_bytes,
+        }
+
+    def _put(self, session_id: str, standing: Standing) -> None:
+        self._standings[session_id] = standing
+        self._standings.move_to_end(session_id)
+        if len(self._standings) > _REMEMBERED:
+            self._standings.popitem(last=False)
+
+
+def _state(durable: int, pages: int) -> KvState:
+    if durable == pages:
+        return KvState.DURABLE
+    return KvState.PARTIAL if durable else KvState.LOST

@@ -1,0 +1,87 @@
+"""What SGLang loads: registers the radix-cache backend behind `--radix-cache-backend agentstate`.
+
+SGLang starts, finishes and reaps a linker's loads only when its external-linker flag is set; a backend that is only
+registered would be asked to load, never be started, and the forward would read pages that were not filled. So the
+one flag that a user sets is completed here, when SGLang resolves its arguments, and the cache asserts the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+BACKEND = "agentstate"
+
+
+def register() -> None:
+    """Entry point `sglang.srt.plugins`: run early in every SGLang process, whether or not the flag is given.
+    Registers and decides nothing; the linker and its store are made by the scheduler processes alone."""
+    from engine_patch import sglang_api as sgl
+
+    sgl.register_resolution_hook("handle_hicache")(_resolve_arguments)
+    sgl.register_radix_cache_backend(BACKEND, _create_cache)
+    sgl.add_attention_backend_choices(["agentstate_cpu"])
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _before_next_batch, sgl.HookType.AROUND
+    )
+
+
+def platform() -> str | None:
+    """Entry point `sglang.srt.platforms`: our CPU platform, only where there is no accelerator to prefer."""
+    import torch
+
+    if torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    return "engine_patch.cpu.platform.CpuPlatform"
+
+
+def _resolve_arguments(server_args: Any, previous: Any) -> None:
+    from engine_patch import sglang_api as sgl
+
+    cfg = sgl.resolving_view(server_args)
+    if cfg.radix_cache_backend != BACKEND:
+        previous(server_args)
+        return
+    refused = [
+        flag
+        for flag, given in {
+            "--disable-radix-cache": cfg.disable_radix_cache,
+            "--enable-hierarchical-cache": cfg.enable_hierarchical_cache,
+            "--enable-lmcache": cfg.enable_lmcache,
+            "--enable-unified-cache-external-linker": cfg.enable_unified_cache_external_linker,
+            "--speculative-algorithm": cfg.speculative_algorithm,
+            "--disaggregation-mode": cfg.disaggregation_mode not in (None, "null"),
+            "--enable-streaming-session": cfg.enable_streaming_session,
+            "--pp-size": cfg.pp_size > 1,
+            "--dp-size": cfg.dp_size > 1,
+        }.items()
+        if given
+    ]
+    if refused:
+        raise ValueError(f"--radix-cache-backend {BACKEND} cannot be combined with {', '.join(refused)}")
+    previous(server_args)
+    sgl.declare_resolution(
+        server_args,
+        "agentstate",
+        enable_unified_cache_external_linker=True,
+        unified_cache_external_linker_backend="dynamic",
+        unified_cache_external_linker_config={
+            "linker": "AgentStateLinker",
+            "linker_module_path": "engine_patch.linker",
+        },
+    )
+
+
+def _create_cache(ctx: Any) -> Any:
+    from engine_patch import sglang_api as sgl
+    from engine_patch.radix_cache import AgentStateRadixCache
+
+    if not sgl.get_memory().enable_unified_cache_external_linker:
+        raise RuntimeError(f"--radix-cache-backend {BACKEND} was not resolved: SGLang would never start its loads")
+    return sgl.create_unified_radix_cache(ctx, cache_class=AgentStateRadixCache)
+
+
+def _before_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    requeue = getattr(scheduler.tree_cache, "requeue_failed", None)
+    if requeue is not None:
+        requeue(scheduler)
+    return original(scheduler, *args, **kwargs)

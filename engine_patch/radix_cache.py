@@ -1,0 +1,124 @@
+"""SGLang's radix cache with AgentState's linker: manifests at a request's end, recomputation where a restore failed.
+
+How a failed restore is recomputed. The forward has run on slots that were not filled, so its output must never be
+seen. The request is marked as finished with that output discarded, which is the one state in which all of SGLang's
+result processing (logprobs, hidden states, overlap scheduling) drops an output without touching its neighbours in the
+batch; and as already streamed, so that no client hears of it. Once no batch holds it any more, it is made new and
+queued again, and its next match ends before the page that failed, because the store has dropped that page.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine_patch.linker import AgentStateLinker
+from engine_patch.sglang_api import (
+    FINISH_ABORT,
+    RadixKey,
+    UnifiedCacheLinkerWrapper,
+    UnifiedRadixCache,
+    release_kv_cache,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class _LinkerWrapper(UnifiedCacheLinkerWrapper):
+    """Stock, but that a load's verdict is one a request instead of one a batch."""
+
+    cache_linker: AgentStateLinker
+
+    def finish_loads(self) -> list[str]:
+        """Wait for the loads of the batch that just ran: the rids that failed, identical on every rank."""
+        rids, self.inflight_load_rids = self.inflight_load_rids, []
+        if not rids:
+            return []
+        index, self.inflight_load_index = self.inflight_load_index, -1
+        failed = self.cache_linker.failed_loads(index)
+        landed = torch.tensor([rid not in failed for rid in rids], dtype=torch.int)
+        self.cache._all_reduce_attn_groups(landed, torch.distributed.ReduceOp.MIN)
+        for rid in rids:
+            self.private_load_indices.pop(rid, None)
+        return [rid for rid, good in zip(rids, landed.tolist(), strict=True) if not good]
+
+
+class AgentStateRadixCache(UnifiedRadixCache):
+    """`UnifiedRadixCache` of one rank, its pages linked to the rank's page store."""
+
+    linker: _LinkerWrapper
+
+    def __init__(self, params: Any):
+        super().__init__(params)
+        # Requests whose restore failed, until they are queued again.
+        self._recomputing: list[Req] = []
+
+    def init_cache_linker(self, cache_linker: AgentStateLinker) -> None:
+        self.linker = _LinkerWrapper(self, cache_linker)
+
+    def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
+        super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+        if req.finished() and req.session_id and not self.disable:
+            # The insert may have kept less than it was offered; what it kept is what the manifest may list.
+            tokens = req.full_untruncated_fill_ids[: req.kv.cache_inserted_len]
+            key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
+            self.linker.cache_linker.request_finished(req.session_id, key)
+
+    def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
+        """Mark the requests whose restore failed (see the module's docstring). None is returned for the caller to
+        abort, which is what stock SGLang does with them."""
+        rids = set(self.linker.finish_loads())
+        for req in reqs:
+            if req.rid in rids:
+                req.skip_radix_cache_insert = True
+                req.discard_output_reason = FINISH_ABORT("KV restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
+                req.finished_output = True
+                self._recomputing.append(req)
+        return []
+
+    def requeue_failed(self, scheduler: Scheduler) -> None:
+        """Queue again what no batch holds any more. Called before the scheduler makes its next batch."""
+        for req in list(self._recomputing):
+            if req is scheduler.chunked_req:
+                # Its next chunk must not run. This one's result may still be under way, and passes over a request
+                # that is marked as retracted; batches pass over one that is finished.
+                scheduler.chunked_req = None
+                release_kv_cache(req, self, checkpoint=False)
+                req.is_retracted = True
+                req.finished_reason = req.discard_output_reason
+            if req.kv.holds_kv or any(req in batch.reqs for batch in _batches(scheduler)):
+                continue
+            self._recomputing.remove(req)
+            _renew(req)
+            logger.warning("agentstate: request %s is recomputed from its last good page", req.rid)
+            scheduler._add_request_to_queue(req, is_retracted=True)
+
+
+def _batches(scheduler: Scheduler) -> Iterable[Any]:
+    """Every batch that may still touch its requests."""
+    for batch in (scheduler.running_batch, scheduler.last_batch):
+        if batch is not None:
+            yield batch
+    for batch, _result in getattr(scheduler, "result_queue", ()):
+        yield batch
+
+
+def _renew(req: Req) -> None:
+    """Make a request, whose KV is released, as it was before its first forward."""
+    req.reset_for_retract()
+    req.finished_reason = req.to_finish = req.finished_len = req.finished_output = None
+    req.discard_output_reason = None
+    req.skip_radix_cache_insert = False
+    # It never ran as far as anyone can tell: what it reports as cached is what its next match finds.
+    req.retracted_stain = False
+    req.retraction_count -= 1
+    req.cached_tokens = req.cached_tokens_device = req.cached_tokens_host = req.cached_tokens_storage = 0
+    req._cache_breakdown_computed = False

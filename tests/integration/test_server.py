@@ -1,0 +1,133 @@
+"""The service as a process: how it starts, what it refuses, and what a crash leaves."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from stage import MODEL, register, stored
+
+from agentstate.client import Client
+from agentstate.database import Database
+from agentstate.errors import DatabaseUnreachable, ServiceUnreachable, SettingsError
+from agentstate.models import OperationState
+from agentstate.settings import Settings
+from api.server import run
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = "from agentstate.settings import Settings; from api.server import run; run(Settings())"
+START_S = 60
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def process(log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A service of its own process, ready to serve; ended hard if it still runs."""
+    with log.open("ab") as output:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+        started = subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{variables['AGENTSTATE_PORT']}/readyz").raise_for_status()
+                break
+            except httpx.HTTPError:
+                assert started.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+def test_a_service_starts_from_nothing_says_where_it_is_and_stops_when_told(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    home = tmp_path / "new" / "home"
+    with process(log, AGENTSTATE_HOME=str(home), AGENTSTATE_PORT=str(port)) as service:
+        service.terminate()
+        assert service.wait(START_S) in (0, -15)
+    (line,) = log.read_text().splitlines()
+    for part in (
+        f"AgentState listens on http://127.0.0.1:{port}",
+        f"sqlite:///{home}/agentstate.db",
+        f"pages in {home}/pages",
+    ):
+        assert part in line
+
+
+def test_a_password_is_masked(tmp_path: Path, postgresql: Any) -> None:
+    port, log = free_port(), tmp_path / "log"
+    url = postgresql.create_database(postgresql.template).replace("postgres:@", "postgres:hunter2@")
+    assert "hunter2" in url
+    with process(log, AGENTSTATE_DATABASE_URL=url, AGENTSTATE_PORT=str(port)):
+        pass
+    assert "AgentState listens" in log.read_text()
+    assert "hunter2" not in log.read_text()
+
+
+def test_an_operation_of_a_killed_service_has_failed_when_it_is_back(tmp_path: Path, start_peer: Any) -> None:
+    port, log = free_port(), tmp_path / "log"
+    variables = {"AGENTSTATE_HOME": str(tmp_path), "AGENTSTATE_PORT": str(port)}
+    base_url = f"http://127.0.0.1:{port}"
+    with process(log, **variables) as service, Client(base_url) as client:
+        database = Database(Settings(home=tmp_path).sqlalchemy_url)
+        register(database, start_peer(lambda request: stored("pending")).address)
+        database.close()
+        session = client.create_session(MODEL)
+        turn = client.resume(session.id)
+        operation_id = client.suspend(session.id, turn.lease, durable_timeout_ms=0).operation
+        assert operation_id is not None
+        assert client.operation(operation_id).state in (OperationState.PENDING, OperationState.RUNNING)
+        service.kill()
+        service.wait()
+        with pytest.raises(ServiceUnreachable, match=str(port)):
+            client.operation(operation_id)
+    with process(log, **variables), Client(base_url) as client:
+        operation = client.operation(operation_id)
+        assert operation.state is OperationState.FAILED
+        assert operation.result is not None
+        assert "the service ended" in operation.result["error"]
+        assert client.resume(session.id).lease.epoch == turn.lease.epoch + 1
+
+
+def test_a_port_in_use_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"port {port} .*AGENTSTATE_PORT"):
+            run(Settings(home=tmp_path / "home", port=port))
+    assert not (tmp_path / "home").exists(), "nothing is made for a service that does not start"
+
+
+def test_a_host_that_is_not_this_machine_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"192\.0\.2\.1"):
+        run(Settings(home=tmp_path, host="192.0.2.1", port=0))
+    with pytest.raises(SettingsError, match="no.such.host"):
+        run(Settings(home=tmp_path, host="no.such.host.invalid", port=0))
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DatabaseUnreachable, match="AGENTSTATE_HOME"):
+        run(Settings(home=tmp_path / "file" / "home", port=0))
+
+
+def test_a_database_server_that_is_down_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DatabaseUnreachable, match="127.0.0.1:1/agents"):
+        run(Settings(home=tmp_path, database_url="postgresql://ada:hunter2@127.0.0.1:1/agents", port=0))

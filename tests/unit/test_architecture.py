@@ -1,0 +1,71 @@
+"""Which room may import which."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+FORBIDDEN = {
+    "agentstate": {"torch", "sglang", "fastapi", "starlette", "uvicorn", "api", "engine_patch"},
+    "api": {"torch", "sglang", "engine_patch"},
+    "engine_patch": {"api", "fastapi", "starlette", "uvicorn"},
+    "migrations": {"torch", "sglang", "fastapi", "api", "engine_patch"},
+}
+
+
+def imported(source: str) -> Iterator[str]:
+    """The top-level packages that a module imports, anywhere in it: also inside of functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (name.name.partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_a_room_imports_only_what_it_may(room: str) -> None:
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files
+    broken = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in imported(path.read_text())
+        if name in FORBIDDEN[room]
+    }
+    assert not broken
+
+
+def test_only_the_command_line_names_other_rooms() -> None:
+    """What starts another room by name, without an import statement, is ``cli.py`` and no other module of the core."""
+    users = {
+        path.name
+        for path in (ROOT / "agentstate").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "import_module"
+    }
+    assert users <= {"cli.py"}
+
+
+def test_the_service_needs_no_torch_and_no_sglang() -> None:
+    program = (
+        "import sys, agentstate, agentstate.client, agentstate.sessions, api.app\n"
+        "sys.exit(', '.join({'torch', 'sglang'} & set(sys.modules)) or None)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_core_needs_no_web_framework() -> None:
+    program = (
+        "import sys, agentstate.client, agentstate.sessions, agentstate.operations\n"
+        "sys.exit(', '.join({'fastapi', 'starlette', 'uvicorn', 'api', 'engine_patch'} & set(sys.modules)) or None)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+import sqlalchemy as sa
+
+from agentstate import manifests
+from agentstate.database import Database
+from agentstate.manifests import Coverage, Manifest
+
+
+def manifest(session_id: str = "ses_1", fingerprint: str = "f1", rank: int = 0, pages: int = 3) -> Manifest:
+    keys = b"".join(hashlib.sha256(bytes([page])).digest() for page in range(pages))
+    return Manifest(
+        session_id=session_id,
+        fingerprint=fingerprint,
+        rank=rank,
+        node="n1",
+        engine_id="eng_1",
+        page_size=64,
+        tokens=64 * pages,
+        keys=keys,
+        nbytes=1000 * pages,
+    )
+
+
+def test_a_manifest_comes_back_as_it_was_saved(database: Database) -> None:
+    saved = manifest()
+    with database.write() as connection:
+        manifests.save(connection, saved)
+    with database.read() as connection:
+        assert manifests.load(connection, "ses_1", "f1", 0) == saved
+        assert manifests.load(connection, "ses_1", "f1", 1) is None
+        assert manifests.load(connection, "ses_2", "f1", 0) is None
+    assert saved.page_keys() == [hashlib.sha256(bytes([page])).digest() for page in range(3)]
+
+
+def test_a_newer_manifest_takes_the_place_of_the_older(database: Database) -> None:
+    with database.write() as connection:
+        manifests.save(connection, manifest(pages=5))
+        manifests.save(connection, replace(manifest(pages=2), node="n2", engine_id="eng_2"))
+    with database.read() as connection:
+        found = manifests.load(connection, "ses_1", "f1", 0)
+        rows = connection.execute(sa.text("SELECT count(*) FROM manifests")).scalar()
+    assert found == replace(manifest(pages=2), node="n2", engine_id="eng_2")
+    assert rows == 1
+
+
+def test_ranks_and_fingerprints_have_manifests_of_their_own(database: Database) -> None:
+    with database.write() as connection:
+        for rank in (0, 1):
+            for fingerprint in ("f1", "f2"):
+                manifests.save(connection, manifest(fingerprint=fingerprint, rank=rank, pages=rank + 1))
+    with database.read() as connection:
+        found = manifests.load(connection, "ses_1", "f2", 1)
+    assert found == manifest(fingerprint="f2", rank=1, pages=2)
+
+
+def test_the_latest_is_what_was_saved_last_without_its_keys(database: Database) -> None:
+    with database.write() as connection:
+        assert manifests.latest(connection, "ses_1") is None
+        manifests.save(connection, manifest(fingerprint="f1", pages=9))
+        connection.execute(sa.text("UPDATE manifests SET updated_us = updated_us - 1000000"))
+        manifests.save(connection, manifest(fingerprint="f2", pages=4))
+        found = manifests.latest(connection, "ses_1")
+    assert found == Coverage("ses_1", "f2", 0, "n1", "eng_1", page_size=64, tokens=256, nbytes=4000)
+
+
+def test_an_empty_manifest_says_that_nothing_is_stored(database: Database) -> None:
+    with database.write() as connection:
+        manifests.save(connection, manifest(pages=0))
+        assert manifests.load(connection, "ses_1", "f1", 0) == manifest(pages=0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"keys": b"k" * 95}, {"keys": b""}, {"tokens": 100}, {"tokens": 128}, {"page_size": 0}, {"tokens": -64}]
+)
+def test_a_manifest_whose_numbers_disagree_cannot_be_made(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="ses_1"):
+        replace(manifest(), **change)

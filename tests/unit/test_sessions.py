@@ -1,0 +1,386 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agentstate import engines, manifests
+from agentstate.database import Database
+from agentstate.engines import Engine
+from agentstate.errors import (
+    EntryNotFound,
+    InvalidEntry,
+    ModelMismatch,
+    SessionError,
+    SessionExists,
+    SessionExpired,
+    SessionNotFound,
+)
+from agentstate.leases import LeaseKey
+from agentstate.manifests import KvState, Manifest
+from agentstate.models import EntryKind, SessionStatus
+from agentstate.sessions import NewEntry, Order, Resumed, Sessions, SuspendReason
+
+ENGINE = Engine("eng_1", "n1", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f1", "/pages")
+
+
+def message(text: str = "hello") -> NewEntry:
+    return NewEntry(EntryKind.MESSAGE, {"role": "user", "content": text})
+
+
+def call(call_id: str) -> NewEntry:
+    return NewEntry(EntryKind.TOOL_CALL, {"name": "search"}, call_id)
+
+
+def output(call_id: str) -> NewEntry:
+    return NewEntry(EntryKind.TOOL_RESULT, {"output": "found"}, call_id)
+
+
+def resume(sessions: Sessions, session_id: str, tail: int = 50) -> Resumed:
+    return sessions.resume(session_id, lease_ttl_s=60, tail=tail)
+
+
+def expire(database: Database, session_id: str) -> None:
+    with database.write() as connection:
+        connection.execute(sa.text("UPDATE sessions SET expires_us = 1 WHERE id = :id"), {"id": session_id})
+
+
+@contextmanager
+def statements() -> Iterator[list[tuple[str, Any]]]:
+    """What is sent to the database, with its parameters."""
+    seen: list[tuple[str, Any]] = []
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        seen.append((statement, parameters))
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        yield seen
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+
+
+# --- create and read
+
+
+def test_a_new_session_reads_as_it_was_created(sessions: Sessions) -> None:
+    created = sessions.create("m", metadata={"user": {"name": "Ada ☕"}}, cache_salt="salt", extra_key="key")
+    assert sessions.read(created.id) == created
+    assert created.id.startswith("ses_")
+    assert (created.status, created.revision, created.head_id) == (SessionStatus.IDLE, 1, None)
+    assert (created.metadata, created.cache_salt, created.extra_key) == ({"user": {"name": "Ada ☕"}}, "salt", "key")
+    assert created.created_us <= created.updated_us
+    assert created.expires_us is None
+
+
+def test_an_id_of_the_callers_own_is_given_once(sessions: Sessions) -> None:
+    assert sessions.create("m", session_id="my-agent").id == "my-agent"
+    with pytest.raises(SessionExists, match="my-agent"):
+        sessions.create("other", session_id="my-agent")
+    assert sessions.read("my-agent").model == "m"
+
+
+def test_of_many_that_create_one_id_at_once_one_does(sessions: Sessions) -> None:
+    start = threading.Barrier(6)
+    outcomes: list[str] = []
+
+    def create() -> None:
+        start.wait()
+        try:
+            sessions.create("m", session_id="my-agent")
+            outcomes.append("created")
+        except SessionExists:
+            outcomes.append("exists")
+
+    threads = [threading.Thread(target=create) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["created"] + ["exists"] * 5
+
+
+def test_every_verb_says_that_a_session_is_not_there_or_has_expired(sessions: Sessions, database: Database) -> None:
+    session = sessions.create("m", expires_in_s=3600)
+    assert session.expires_us == pytest.approx(session.created_us + 3_600_000_000, abs=10_000_000)
+    key = resume(sessions, session.id).lease.key
+    expire(database, session.id)
+    for session_id, kind in (("ses_none", SessionNotFound), (session.id, SessionExpired)):
+        for attempt in (
+            lambda id: sessions.read(id),
+            lambda id: sessions.entries(id),
+            lambda id: resume(sessions, id),
+            lambda id: sessions.append(id, key, [message()]),
+            lambda id: sessions.suspend(id, key, SuspendReason.DONE),
+            lambda id: sessions.renew(id, key, lease_ttl_s=60),
+        ):
+            with pytest.raises(kind, match=session_id) as error:
+                attempt(session_id)
+            assert isinstance(error.value, SessionError)
+
+
+# --- append
+
+
+def test_entries_follow_each_other_from_one(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    key = resume(sessions, session.id).lease.key
+    first = sessions.append(session.id, key, [message("a"), message("b")])
+    second = sessions.append(session.id, key, [NewEntry(EntryKind.NOTE, {"n": 1})])
+    found = sessions.entries(session.id).entries
+    assert found == first.entries + second.entries
+    assert [entry.seq for entry in found] == [1, 2, 3]
+    assert [entry.parent_id for entry in found] == [None, found[0].id, found[1].id]
+    assert sessions.read(session.id).head_id == found[2].id
+    assert second.session.revision == first.session.revision + 1
+
+
+def test_concurrent_appends_leave_no_gap(database_url: str) -> None:
+    own = [Sessions(Database(database_url), 10) for _ in range(4)]
+    session = own[0].create("m")
+    key = resume(own[0], session.id).lease.key
+    start = threading.Barrier(len(own))
+    failures: list[BaseException] = []
+
+    def append(sessions: Sessions) -> None:
+        start.wait()
+        try:
+            for _ in range(8):
+                sessions.append(session.id, key, [message(), message()])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=append, args=(sessions,)) for sessions in own]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    found = own[0].entries(session.id, limit=1000).entries
+    assert [entry.seq for entry in found] == list(range(1, 65))
+    assert [entry.parent_id for entry in found] == [None] + [entry.id for entry in found[:-1]]
+    assert own[0].read(session.id).head_id == found[-1].id
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ([], "nothing to append"),
+        ([NewEntry(EntryKind.MESSAGE, {}, "c1")], "has no call_id"),
+        ([NewEntry(EntryKind.TOOL_CALL, {"name": "t"})], "needs a call_id"),
+        ([NewEntry(EntryKind.TOOL_CALL, {}, "c1")], "name"),
+        ([NewEntry(EntryKind.TOOL_CALL, {"name": ""}, "c1")], "name"),
+        ([NewEntry(EntryKind.TOOL_CALL, {"name": "t", "expected_s": -1}, "c1")], "expected_s"),
+        ([NewEntry(EntryKind.TOOL_CALL, {"name": "t", "expected_s": True}, "c1")], "expected_s"),
+        ([NewEntry(EntryKind.TOOL_RESULT, {"output": 1})], "needs a call_id"),
+        ([output("c1")], "append the call first"),
+        ([call("c1"), NewEntry(EntryKind.TOOL_RESULT, {}, "c1")], "output or error"),
+        ([call("c1"), NewEntry(EntryKind.TOOL_RESULT, {"output": 1, "error": 1}, "c1")], "output or error"),
+        ([call("c1"), call("c1")], "exists already"),
+        ([call("c1"), output("c1"), output("c1")], "has a result already"),
+        ([output("c1"), call("c1")], "append the call first"),
+        ([NewEntry(EntryKind.NOTE, {"x": float("nan")})], "not JSON"),
+        ([NewEntry(EntryKind.NOTE, {"x": "\ud800"})], "not JSON"),
+        ([NewEntry(EntryKind.NOTE, {"x": {1, 2}})], "not JSON"),
+    ],
+)
+def test_an_entry_that_does_not_fit_is_refused_with_all_others(
+    sessions: Sessions, bad: list[NewEntry], reason: str
+) -> None:
+    session = sessions.create("m")
+    resumed = resume(sessions, session.id)
+    with pytest.raises(InvalidEntry, match=reason):
+        sessions.append(session.id, resumed.lease.key, [message(), *bad] if bad else [])
+    assert sessions.entries(session.id).entries == []
+    assert sessions.read(session.id) == resumed.session
+
+
+def test_json_that_is_nested_too_deep_is_refused(sessions: Sessions) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(100):
+        deep = {"x": deep}
+    with pytest.raises(InvalidEntry, match="nested deeper"):
+        sessions.create("m", metadata=deep)
+
+
+def test_odd_but_valid_json_comes_back_unchanged(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    payload = {"nul": "a\0b", "emoji": "☕🦆", "big": 2**80, "small": 1e-300, "list": [None, True, {}], "": 0}
+    sessions.append(session.id, resume(sessions, session.id).lease.key, [NewEntry(EntryKind.NOTE, payload)])
+    assert sessions.entries(session.id).entries[0].payload == payload
+
+
+# --- paging
+
+
+def test_entries_are_paged_in_both_orders(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    key = resume(sessions, session.id).lease.key
+    sessions.append(session.id, key, [message() for _ in range(7)])
+    for order, expected in ((Order.ASCENDING, [1, 2, 3, 4, 5, 6, 7]), (Order.DESCENDING, [7, 6, 5, 4, 3, 2, 1])):
+        seqs: list[int] = []
+        after = None
+        while True:
+            page = sessions.entries(session.id, after=after, limit=3, order=order)
+            seqs += [entry.seq for entry in page.entries]
+            if not page.has_more:
+                break
+            after = page.entries[-1].id
+        assert seqs == expected
+
+
+def test_a_cursor_must_be_an_entry_of_the_session(sessions: Sessions) -> None:
+    one, two = sessions.create("m"), sessions.create("m")
+    (entry,) = sessions.append(one.id, resume(sessions, one.id).lease.key, [message()]).entries
+    with pytest.raises(EntryNotFound, match=entry.id):
+        sessions.entries(two.id, after=entry.id)
+
+
+# --- resume
+
+
+def test_resume_gives_the_newest_entries(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    first = resume(sessions, session.id)
+    assert (first.tail.entries, first.tail.has_more) == ([], False)
+    sessions.append(session.id, first.lease.key, [message(str(number)) for number in range(1, 11)])
+    for tail, expected, more in ((3, [8, 9, 10], True), (10, list(range(1, 11)), False), (0, [], True)):
+        key = LeaseKey(first.lease.key.token, first.lease.key.epoch)
+        sessions.suspend(session.id, key, SuspendReason.USER_WAIT)
+        first = resume(sessions, session.id, tail)
+        assert [entry.seq for entry in first.tail.entries] == expected
+        assert first.tail.has_more is more
+    assert first.session.status is SessionStatus.RUNNING
+
+
+def test_a_model_that_is_not_the_expected_one_leaves_the_session_alone(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    with pytest.raises(ModelMismatch, match="'m'.*'other'"):
+        sessions.resume(session.id, lease_ttl_s=60, tail=1, expect_model="other")
+    assert sessions.read(session.id) == session
+    assert sessions.resume(session.id, lease_ttl_s=60, tail=1, expect_model="m").lease.key.epoch == 1
+
+
+def test_resume_and_suspend_know_the_engine_and_the_pages(sessions: Sessions, database: Database) -> None:
+    session = sessions.create("m")
+    resumed = resume(sessions, session.id)
+    assert resumed.engine is None
+    assert (resumed.kv.state, resumed.kv.valid) == (KvState.UNKNOWN, False)
+    assert sessions.suspend(session.id, resumed.lease.key, SuspendReason.USER_WAIT).ranks == []
+    other_server = Engine("eng_9", "n1", 0, "tcp://127.0.0.1:7000", "http://127.0.0.1:31000/v1", "m", "f9", "/pages")
+    with database.write() as connection:
+        engines.register(connection, ENGINE)
+        engines.register(connection, Engine(**{**vars(ENGINE), "id": "eng_2", "rank": 1}))
+        engines.register(connection, other_server)
+        manifests.save(connection, Manifest(session.id, "f1", 0, "n1", "eng_1", 64, 128, b"k" * 64, 1000))
+    resumed = resume(sessions, session.id)
+    assert resumed.engine is not None
+    assert resumed.engine.base_url == ENGINE.base_url
+    assert (resumed.kv.state, resumed.kv.tokens, resumed.kv.valid) == (KvState.DURABLE, 128, True)
+    suspended = sessions.suspend(session.id, resumed.lease.key, SuspendReason.USER_WAIT)
+    assert {rank.id for rank in suspended.ranks} == {"eng_1", "eng_2"}
+    assert suspended.session.status is SessionStatus.SUSPENDED
+
+
+def test_suspending_may_move_the_expiry(sessions: Sessions) -> None:
+    session = sessions.create("m", expires_in_s=10)
+    key = resume(sessions, session.id).lease.key
+    kept = sessions.suspend(session.id, key, SuspendReason.USER_WAIT).session
+    assert kept.expires_us == session.expires_us
+    key = resume(sessions, session.id).lease.key
+    moved = sessions.suspend(session.id, key, SuspendReason.USER_WAIT, expires_in_s=3600).session
+    assert moved.expires_us == pytest.approx(moved.updated_us + 3_600_000_000, abs=10_000_000)
+
+
+def test_a_long_history_costs_no_more_statements(sessions: Sessions) -> None:
+    counts = []
+    for length in (3, 300):
+        session = sessions.create("m")
+        key = resume(sessions, session.id).lease.key
+        for start in range(0, length, 3):
+            sessions.append(session.id, key, [message(), call(f"c{start}"), output(f"c{start}")])
+        with statements() as appending:
+            sessions.append(session.id, key, [message(), call("x"), call("y"), output("x")])
+        with statements() as suspending:
+            sessions.suspend(session.id, key, SuspendReason.TOOL_WAIT)
+        with statements() as resuming:
+            resume(sessions, session.id, tail=3)
+        counts.append((len(appending), len(suspending), len(resuming)))
+    assert counts[0] == counts[1]
+    assert max(counts[0]) <= 10
+
+
+def test_every_verb_finds_its_rows_by_index(tmp_path: Any) -> None:
+    """As SQLite plans it: no verb walks through all entries, tool calls, leases, manifests or sessions."""
+    database = Database(f"sqlite:///{tmp_path / 'a.db'}")
+    database.upgrade()
+    sessions = Sessions(database, 10)
+    with statements() as seen:
+        session = sessions.create("m")
+        key = resume(sessions, session.id).lease.key
+        appended = sessions.append(session.id, key, [message(), call("x"), output("x")])
+        sessions.entries(session.id, after=appended.entries[0].id)
+        sessions.read(session.id)
+        sessions.renew(session.id, key, lease_ttl_s=5)
+        sessions.suspend(session.id, key, SuspendReason.DONE)
+    plans = []
+    with database.read() as connection:
+        for statement, parameters in seen:
+            if statement.startswith(("SELECT", "UPDATE", "WITH")):
+                one = parameters[0] if isinstance(parameters, list) else parameters
+                plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", one)
+                plans += [row.detail for row in plan]
+    assert any("SEARCH entries" in line for line in plans)
+    # The few engines are read whole; a recursive query steps through what it has found itself.
+    allowed = ("SCAN engines", "SCAN cut", "SCAN CONSTANT")
+    walked = {line for line in plans if line.startswith("SCAN") and not line.startswith(allowed)}
+    assert walked == set()
+
+
+# --- the tail never separates a result from its call
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Sessions:
+    database = Database(f"sqlite:///{tmp_path_factory.mktemp('tail') / 'a.db'}")
+    database.upgrade()
+    return Sessions(database, 10)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_tail_is_whole_and_no_longer_than_it_must_be(shared: Sessions, data: st.DataObject) -> None:
+    transcript: list[NewEntry] = []
+    spans: dict[str, list[int]] = {}  # call id -> seq of the call, and of its result
+    for seq in range(1, data.draw(st.integers(1, 25), label="length") + 1):
+        pending = [call_id for call_id, span in spans.items() if len(span) == 1]
+        kind = data.draw(st.sampled_from(["message", "call"] + ["result"] * 2 * bool(pending)))
+        if kind == "message":
+            transcript.append(message())
+        elif kind == "call":
+            spans[f"c{seq}"] = [seq]
+            transcript.append(call(f"c{seq}"))
+        else:
+            call_id = data.draw(st.sampled_from(pending))
+            spans[call_id].append(seq)
+            transcript.append(output(call_id))
+    tail = data.draw(st.integers(1, 30), label="tail")
+
+    session = shared.create("m")
+    key = resume(shared, session.id).lease.key
+    shared.append(session.id, key, transcript)
+    shared.suspend(session.id, key, SuspendReason.TOOL_WAIT)
+    resumed = resume(shared, session.id, tail)
+
+    cut = max(1, len(transcript) - tail + 1)
+    while any(len(span) == 2 and span[0] < cut <= span[1] for span in spans.values()):
+        cut -= 1
+    assert [entry.seq for entry in resumed.tail.entries] == list(range(cut, len(transcript) + 1))
+    assert resumed.tail.has_more is (cut > 1)
+    assert resumed.pending_tool_calls == [call_id for call_id, span in spans.items() if len(span) == 1]

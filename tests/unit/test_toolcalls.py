@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import sqlalchemy as sa
+
+from agentstate.database import Database
+from agentstate.errors import InvalidEntry, ToolInFlight
+from agentstate.models import EntryKind, SessionStatus
+from agentstate.sessions import NewEntry, Sessions, SuspendReason
+
+
+def call(call_id: str, expected_s: float | None = None) -> NewEntry:
+    return NewEntry(EntryKind.TOOL_CALL, {"name": "search", "expected_s": expected_s}, call_id)
+
+
+def output(call_id: str) -> NewEntry:
+    return NewEntry(EntryKind.TOOL_RESULT, {"output": "found"}, call_id)
+
+
+def failure(call_id: str) -> NewEntry:
+    return NewEntry(EntryKind.TOOL_RESULT, {"error": "timed out"}, call_id)
+
+
+def stored(database: Database) -> dict[str, sa.Row[tuple[object, ...]]]:
+    with database.read() as connection:
+        return {row.call_id: row for row in connection.execute(sa.text("SELECT * FROM tool_calls"))}
+
+
+def test_a_call_is_claimed_then_done_or_failed_with_its_times(sessions: Sessions, database: Database) -> None:
+    session = sessions.create("m")
+    resumed = sessions.resume(session.id, lease_ttl_s=60, tail=1)
+    sessions.append(session.id, resumed.lease.key, [call("a", expected_s=2.5), call("b"), call("c")])
+    claimed = stored(database)
+    assert {row.state for row in claimed.values()} == {"claimed"}
+    assert (claimed["a"].name, claimed["a"].expected_s, claimed["b"].expected_s) == ("search", 2.5, None)
+    sessions.append(session.id, resumed.lease.key, [output("a"), failure("b")])
+    finished = stored(database)
+    assert {call_id: row.state for call_id, row in finished.items()} == {"a": "done", "b": "failed", "c": "claimed"}
+    assert (finished["a"].call_seq, finished["a"].result_seq) == (1, 4)
+    assert finished["a"].finished_us >= finished["a"].claimed_us == claimed["a"].claimed_us
+    assert finished["c"].finished_us is None
+
+
+def test_a_turn_cannot_be_done_while_a_tool_runs(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    key = sessions.resume(session.id, lease_ttl_s=60, tail=1).lease.key
+    sessions.append(session.id, key, [call("a"), call("b"), output("a")])
+    with pytest.raises(ToolInFlight, match="tool calls b"):
+        sessions.suspend(session.id, key, SuspendReason.DONE)
+    assert sessions.read(session.id).status is SessionStatus.RUNNING
+    assert sessions.suspend(session.id, key, SuspendReason.TOOL_WAIT).pending_tool_calls == ["b"]
+
+
+def test_a_tool_may_run_on_while_the_session_is_suspended(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    key = sessions.resume(session.id, lease_ttl_s=60, tail=1).lease.key
+    sessions.append(session.id, key, [call("a")])
+    sessions.suspend(session.id, key, SuspendReason.TOOL_WAIT)
+    resumed = sessions.resume(session.id, lease_ttl_s=60, tail=1)
+    assert resumed.pending_tool_calls == ["a"]
+    sessions.append(session.id, resumed.lease.key, [output("a")])
+    assert sessions.suspend(session.id, resumed.lease.key, SuspendReason.DONE).pending_tool_calls == []
+
+
+def test_calls_of_a_runner_that_vanished_are_unknown_and_can_still_get_a_result(
+    sessions: Sessions, database: Database
+) -> None:
+    session = sessions.create("m")
+    key = sessions.resume(session.id, lease_ttl_s=60, tail=1).lease.key
+    sessions.append(session.id, key, [call("a"), call("b"), output("b")])
+    with database.write() as connection:
+        connection.execute(sa.text("UPDATE leases SET expires_us = 1"))
+    resumed = sessions.resume(session.id, lease_ttl_s=60, tail=1)
+    assert resumed.pending_tool_calls == ["a"]
+    assert {call_id: row.state for call_id, row in stored(database).items()} == {"a": "unknown", "b": "done"}
+    with pytest.raises(InvalidEntry, match="exists already"):
+        sessions.append(session.id, resumed.lease.key, [call("a")])
+    sessions.append(session.id, resumed.lease.key, [failure("a")])
+    assert stored(database)["a"].state == "failed"
+
+
+def test_sessions_have_call_ids_of_their_own(sessions: Sessions) -> None:
+    for _ in range(2):
+        session = sessions.create("m")
+        key = sessions.resume(session.id, lease_ttl_s=60, tail=1).lease.key
+        sessions.append(session.id, key, [call("a"), output("a")])

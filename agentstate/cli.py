@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -80,7 +81,7 @@ def demo(
     raise typer.Exit(0 if run(Settings(), json) else 1)
 
 
-def _room(name: str) -> object:
+def _room(name: str) -> ModuleType:
     """A module of another room, which this one never imports otherwise."""
     return importlib.import_module(name)
 

@@ -24,7 +24,8 @@ from agentstate.errors import EngineRefused, EngineUnreachable
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    return msgpack.packb(message, use_bin_type=True)
+    packed: bytes = msgpack.packb(message, use_bin_type=True)
+    return packed
 
 
 def unpack(raw: bytes) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class ControlClient:
         Raises EngineUnreachable when no answer came within ``timeout_s`` (the engine may still act on the
         request) and EngineRefused when the engine answered with an error.
         """
-        socket = zmq.Context.instance().socket(zmq.REQ)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REQ)
         socket.setsockopt(zmq.LINGER, 0)
         try:
             socket.connect(self.address)
@@ -64,5 +65,7 @@ class ControlClient:
         finally:
             socket.close()
         if not answer.pop("ok", False):
-            raise EngineRefused(f"the engine at {self.address} refused '{verb}': {answer.get('error', 'no reason given')}")
+            raise EngineRefused(
+                f"the engine at {self.address} refused '{verb}': {answer.get('error', 'no reason given')}"
+            )
         return answer

@@ -73,7 +73,9 @@ def require_free_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise SettingsError(f"port {port} of {host} cannot be used ({error.strerror}): choose another with --port") from error
+            raise SettingsError(
+                f"port {port} of {host} cannot be used ({error.strerror}): choose another with --port"
+            ) from error
 
 
 def require_page_directory(directory: Path) -> None:
@@ -82,7 +84,9 @@ def require_page_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PageStoreUnwritable(f"the page directory {directory} cannot be created ({error.strerror}): {advice}") from error
+        raise PageStoreUnwritable(
+            f"the page directory {directory} cannot be created ({error.strerror}): {advice}"
+        ) from error
     if not os.access(directory, os.W_OK | os.X_OK):
         raise PageStoreUnwritable(f"the page directory {directory} cannot be written: {advice}")
     disk = os.statvfs(directory)

@@ -42,7 +42,7 @@ class ControlEndpoint:
         except zmq.ZMQError as error:
             self._socket.close()
             raise EngineError(
-                f"the control endpoint {address} cannot be bound ({error}): set AGENTSTATE_CONTROL_ADDRESS to a free one"
+                f"the control endpoint {address} cannot be bound ({error}): set AGENTSTATE_CONTROL_ADDRESS"
             ) from error
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._waiting: list[_Waiting] = []

@@ -45,7 +45,9 @@ class AgentStateLinker(UnifiedCacheLinker):
     run on threads of their own. Constructed by SGLang with keyword arguments of its choosing.
     """
 
-    def __init__(self, server_args: Any, params: Any, *, components: Any, extra_config: Any, forward_stream: Any = None):
+    def __init__(
+        self, server_args: Any, params: Any, *, components: Any, extra_config: Any, forward_stream: Any = None
+    ):
         settings = Settings()
         self.forward_stream = forward_stream
         self.page_size: int = params.page_size
@@ -54,7 +56,8 @@ class AgentStateLinker(UnifiedCacheLinker):
         self._pages = DevicePages(tensors, self.page_size)
         geometry = self._pages.geometry
         rank = get_parallel().tp_rank
-        mark = _fingerprint(self.page_size, str(pool.dtype), [list(tensor.shape[1:]) for tensor in tensors[0]], len(tensors))
+        rows = [list(tensor.shape[1:]) for tensor in tensors[0]]
+        mark = _fingerprint(self.page_size, str(pool.dtype), rows, len(tensors))
         directory = settings.pages_path.absolute() / mark.hex()[:32] / f"rank{rank}"
         self._store = PageStore(directory, mark, geometry)
         self._spiller = Spiller(self._store, self._pages, settings.spill_staging_bytes)
@@ -198,7 +201,8 @@ def _kv_tensors(pool: Any) -> list[tuple[torch.Tensor, ...]]:
     if getattr(pool, "kv_buffer", None) and not hasattr(pool, "index_k_with_scale_buffer"):
         return [(tensor,) for tensor in pool.kv_buffer]
     raise EngineError(
-        f"AgentState does not store the KV of a {type(pool).__name__} yet: start without --radix-cache-backend agentstate"
+        f"AgentState does not store the KV of a {type(pool).__name__} yet: "
+        "start without --radix-cache-backend agentstate"
     )
 
 

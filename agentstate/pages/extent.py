@@ -120,7 +120,7 @@ class ExtentHeader:
         return align(PREFIX.size + len(header._packed()))
 
     def _packed(self) -> bytes:
-        return msgpack.packb(
+        packed: bytes = msgpack.packb(
             {
                 "fingerprint": self.fingerprint,
                 "page_size": self.geometry.page_size,
@@ -132,6 +132,7 @@ class ExtentHeader:
             },
             use_bin_type=True,
         )
+        return packed
 
     def encode(self) -> bytes:
         """The first ``data_offset`` bytes of the file, all but the zeros that pad them."""
@@ -202,4 +203,4 @@ class ExtentDraft:
         encoded = header.encode()
         self._bytes[: len(encoded)] = np.frombuffer(encoded, dtype=np.uint8)
         self._bytes[len(encoded) : self.data_offset] = 0
-        return header, memoryview(self._bytes)
+        return header, memoryview(self._bytes.data)

@@ -34,7 +34,9 @@ def weights_digest(model_dir: Path) -> str:
     end. Not promised: that two checkpoints of equal shape which differ only between the samples are told apart.
     Tokenizer files do not count: pages are keyed by token ids. Raises SettingsError where no weight file is found.
     """
-    weights = sorted(path for path in model_dir.iterdir() if path.suffix in _WEIGHT_SUFFIXES) if model_dir.is_dir() else []
+    weights = (
+        sorted(path for path in model_dir.iterdir() if path.suffix in _WEIGHT_SUFFIXES) if model_dir.is_dir() else []
+    )
     if not weights:
         raise SettingsError(f"no model weights in {model_dir}: cannot tell which model its KV pages belong to")
     digest = hashlib.sha256()

@@ -122,24 +122,24 @@ class LayerwiseReader:
         run: list[Segment] = []
         room = self._chunk_bytes
         for segment in segments:
-            while segment.count:
-                taken = min(segment.count, max(0, (room - self._padding) // self._layer_bytes))
+            while segment.pages:
+                taken = min(segment.pages, max(0, (room - self._padding) // self._layer_bytes))
                 if taken == 0:
                     yield tuple(run)
                     run, room = [], self._chunk_bytes
                     continue
-                run.append(segment._replace(count=taken))
+                run.append(segment._replace(pages=taken))
                 room -= self._padding + taken * self._layer_bytes
                 segment = segment._replace(
-                    slot=segment.slot + taken, count=segment.count - taken, page=segment.page + taken
+                    slot=segment.slot + taken, pages=segment.pages - taken, first=segment.first + taken
                 )
         if run:
             yield tuple(run)
 
     @staticmethod
     def _read(plan: _Plan, buffer: mmap.mmap, files: dict[Path, int]) -> Chunk:
-        first = plan.segments[0].page
-        count = sum(segment.count for segment in plan.segments)
+        first = plan.segments[0].first
+        count = sum(segment.pages for segment in plan.segments)
         chunk = Chunk(plan.request, plan.layer, first, count, plan.last_of_layer, [])
         view = memoryview(buffer)
         position = 0
@@ -147,9 +147,7 @@ class LayerwiseReader:
             for segment in plan.segments:
                 header = segment.extent.header
                 sizes = header.geometry.component_bytes
-                spans = [
-                    header.component_range(plan.layer, c, segment.slot, segment.count) for c in range(len(sizes))
-                ]
+                spans = [header.component_range(plan.layer, c, segment.slot, segment.pages) for c in range(len(sizes))]
                 arrays = []
                 for start, end, members in _coalesced(spans):
                     skew = start % ALIGNMENT
@@ -161,9 +159,9 @@ class LayerwiseReader:
                     for offset, length in members:
                         at = position + skew + offset - start
                         raw = np.frombuffer(buffer, dtype=np.uint8, count=length, offset=at)
-                        arrays.append(raw.reshape(segment.count, -1))
+                        arrays.append(raw.reshape(segment.pages, -1))
                     position += wanted
-                chunk.parts.append((segment.page, arrays))
+                chunk.parts.append((segment.first, arrays))
         except OSError as error:
             chunk.parts, chunk.error = [], error
         return chunk
@@ -189,7 +187,7 @@ class Verifier:
     def __init__(self, request: ReadRequest, fingerprint: bytes):
         self._request = request
         self._seeds = [page_seed(fingerprint, key) for key in request.keys]
-        self._home = [(s.extent.header, s.slot + i) for s in request.segments for i in range(s.count)]
+        self._home = [(s.extent.header, s.slot + i) for s in request.segments for i in range(s.pages)]
 
     def wrong_page(self, chunk: Chunk) -> int | None:
         """The first page of ``chunk`` whose bytes must not be used, or None when all are as they were written."""

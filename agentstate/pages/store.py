@@ -19,7 +19,7 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +37,12 @@ class Extent(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """``count`` pages of a request, from its page ``page`` on, that lie side by side in ``extent`` from ``slot`` on."""
+    """``pages`` pages of a request, from its page ``first`` on, side by side in ``extent`` from ``slot`` on."""
 
     extent: Extent
     slot: int
-    count: int
-    page: int
+    pages: int
+    first: int
 
 
 @dataclass
@@ -55,7 +55,7 @@ class StoreStats:
     pages_written: int = 0
     bytes_written: int = 0
     pages_dropped: int = 0
-    bad_extents: int = field(default=0)
+    bad_extents: int = 0
 
 
 def open_direct(path: Path, flags: int) -> int:
@@ -182,8 +182,8 @@ class PageStore:
             last: int | None = None
             for page, key in enumerate(keys):
                 number, slot = self._index[key]
-                if number == last and found[-1].slot + found[-1].count == slot:
-                    found[-1] = found[-1]._replace(count=found[-1].count + 1)
+                if number == last and found[-1].slot + found[-1].pages == slot:
+                    found[-1] = found[-1]._replace(pages=found[-1].pages + 1)
                 else:
                     found.append(Segment(self._extents[number], slot, 1, page))
                 last = number

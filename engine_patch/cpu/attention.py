@@ -13,13 +13,10 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-from torch.nn.functional import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
-_QUERY_BLOCK = 2048  # bounds the mask of a long extend: block × context
 
 
 class CpuAttention(TorchNativeAttnBackend):
@@ -82,6 +79,7 @@ class CpuAttention(TorchNativeAttnBackend):
             and layer.attn_type != AttentionType.ENCODER_ONLY
             and not self.use_sliding_window_kv_pool
             and (window is None or window < 0)
+            and layer.qk_head_dim == layer.v_head_dim
         )
 
     def _forward(
@@ -120,30 +118,41 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scal
     """Causal attention of a sequence's last queries over all of it.
 
     ``queries`` (new tokens, heads, size), ``keys`` and ``values`` (all tokens, KV heads, size), the new tokens last:
-    (new tokens, heads, value size). Heads share KV heads in groups, as in GQA.
+    (new tokens, heads, size). Heads share KV heads in groups, as in GQA.
+
+    Every query sees the whole prefix, so that part needs no mask; the new tokens see each other causally. Both parts
+    come with the logarithm of their softmax's denominator, by which they are weighted into one.
     """
-    new, total = len(queries), len(keys)
-    keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-    if new == 1:
-        # One query sees everything, so the heads of a group can be rows of one query matrix, and K and V need not be
-        # repeated for each of them.
-        grouped = queries.view(1, keys.shape[1], -1, queries.shape[-1])
-        return scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(1, queries.shape[1], -1)
-    blocks = []
-    for start in range(0, new, _QUERY_BLOCK):
-        block = queries[start : start + _QUERY_BLOCK].transpose(0, 1)[None]
-        seen = total - new + start + block.shape[2]
-        mask = None
-        if seen != block.shape[2]:
-            mask = torch.ones(block.shape[2], seen, dtype=torch.bool).tril(seen - block.shape[2])
-        attended = scaled_dot_product_attention(
-            block,
-            keys[:, :, :seen],
-            values[:, :, :seen],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=block.shape[1] != keys.shape[1],
-        )
-        blocks.append(attended[0].transpose(0, 1))
-    return torch.cat(blocks)
+    new, heads, size = queries.shape
+    prefix, kv_heads = len(keys) - new, keys.shape[1]
+    parts = []
+    if prefix:
+        # Without a mask the heads of a group are just more queries: K and V need not be repeated for each of them.
+        grouped = queries.view(new, kv_heads, -1, size).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, size)
+        out, weight = _flash(grouped, _heads_first(keys[:prefix]), _heads_first(values[:prefix]), False, scale)
+        parts.append((out.reshape(heads, new, size), weight.reshape(heads, new, 1)))
+    group = heads // kv_heads
+    own_keys = _heads_first(keys[prefix:]).repeat_interleave(group, 1)
+    own_values = _heads_first(values[prefix:]).repeat_interleave(group, 1)
+    out, weight = _flash(_heads_first(queries), own_keys, own_values, True, scale)
+    parts.append((out[0], weight[0, :, :, None]))
+    if len(parts) == 1:
+        return parts[0][0].transpose(0, 1)
+    (left, left_weight), (right, right_weight) = parts
+    total = torch.logaddexp(left_weight, right_weight)
+    merged = left.float() * (left_weight - total).exp() + right.float() * (right_weight - total).exp()
+    return merged.to(queries.dtype).transpose(0, 1)
+
+
+def _heads_first(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.transpose(0, 1)[None]
+
+
+def _flash(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scaled_dot_product_attention`'s CPU kernel, called by name because it also returns the weight of its result:
+    the output, and the log of its softmax's denominator, float32 of shape (1, heads, queries)."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        queries, keys, values, is_causal=causal, scale=scale
+    )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import sqlalchemy as sa
-from stage import MODEL, Service, register
+from stage import MODEL, Service, register, serving
 
 from agentstate import manifests
 from agentstate.manifests import Manifest
+from agentstate.settings import Settings
 
 
 def created(service: Service, **body: Any) -> dict[str, Any]:
@@ -331,22 +333,21 @@ def test_a_schema_that_is_not_this_versions_is_not_ready(service: Service) -> No
     assert "9999" in response.json()["migrations"]["detail"]
 
 
-def test_a_database_that_goes_away_is_told_and_comes_back(service: Service, backend: str, request: Any) -> None:
-    if backend != "postgresql":
-        pytest.skip("a file does not go away")
-    server = request.getfixturevalue("postgresql")
-    name = sa.make_url(service.app.state.service.settings.sqlalchemy_url).database
-    session_id = created(service)["id"]
-    server.execute(f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS false")
-    server.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
-    response = service.http.get(f"/v1/sessions/{session_id}")
-    assert_problem(response, 503, "database-unreachable", retryable=True)
-    response = service.http.get("/readyz")
-    assert response.status_code == 503
-    assert not response.json()["database"]["ok"]
-    assert service.http.get("/healthz").status_code == 200
-    server.execute(f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS true")
-    assert service.http.get(f"/v1/sessions/{session_id}").status_code == 200
+def test_a_database_that_goes_away_is_told_and_comes_back(postgresql: Any, tmp_path: Path) -> None:
+    url = postgresql.create_database(postgresql.template)
+    name = sa.make_url(url).database
+    with serving(Settings(home=tmp_path, database_url=url)) as service:
+        session_id = created(service)["id"]
+        postgresql.execute(f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS false")
+        postgresql.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        response = service.http.get(f"/v1/sessions/{session_id}")
+        assert_problem(response, 503, "database-unreachable", retryable=True)
+        response = service.http.get("/readyz")
+        assert response.status_code == 503
+        assert not response.json()["database"]["ok"]
+        assert service.http.get("/healthz").status_code == 200
+        postgresql.execute(f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS true")
+        assert service.http.get(f"/v1/sessions/{session_id}").status_code == 200
 
 
 def test_the_documentation_has_every_route_and_an_example_of_every_body(service: Service) -> None:

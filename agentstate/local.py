@@ -1,0 +1,137 @@
+"""A service and an engine on this machine, as child processes: what the demo and the acceptance tests run on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from agentstate import engines, launcher
+from agentstate.control import ControlClient
+from agentstate.database import Database
+from agentstate.errors import EngineError
+from agentstate.settings import Settings
+
+
+class LocalStack:
+    """`agentstate serve` and `agentstate engine` on two ports of loopback, with everything they keep below ``home``.
+
+    Logs go to ``home``/service.log and engine.log. `close` ends what was started. The settings of the surrounding
+    environment count, but for the database and the page directory, which are ``home``'s own.
+    """
+
+    model = "smollm2"
+
+    def __init__(
+        self, home: Path, checkpoint: Path, *, engine_python: Path | None, service_port: int, engine_port: int
+    ):
+        home.mkdir(parents=True, exist_ok=True)
+        self.home = home
+        self.service_url = f"http://127.0.0.1:{service_port}"
+        self.engine_url = f"http://127.0.0.1:{engine_port}"
+        self._checkpoint = checkpoint
+        self._engine_port = engine_port
+        self._engine: subprocess.Popen[bytes] | None = None
+        self._service: subprocess.Popen[bytes] | None = None
+        self._service_port = service_port
+        self._settings = Settings(
+            home=home, port=service_port, engine_python=engine_python, database_url="", pages_dir=None
+        )
+        own = {"AGENTSTATE_HOME": str(home), "AGENTSTATE_PORT": str(service_port), "HF_HUB_OFFLINE": "1"}
+        inherited = {
+            n: v for n, v in os.environ.items() if n not in ("AGENTSTATE_DATABASE_URL", "AGENTSTATE_PAGES_DIR")
+        }
+        self.environment: Mapping[str, str] = {**inherited, **own}
+
+    def start_service(self) -> None:
+        launcher.require_free_port("127.0.0.1", self._service_port)
+        self._service = self._spawn([sys.executable, "-m", "agentstate.cli", "serve"], self.environment, "service.log")
+        self._await(self._service, f"{self.service_url}/healthz", "service.log", 60)
+
+    def start_engine(self, *arguments: str) -> None:
+        """Start SGLang and wait until it answers and has told the service that it is there. The KV pool is small, so
+        that memory is left for others; ``arguments`` are SGLang's and come last."""
+        given = ["--model-path", str(self._checkpoint), "--served-model-name", self.model, "--host", "127.0.0.1"]
+        given += ["--port", str(self._engine_port), "--max-total-tokens", "32768", *arguments]
+        command, environment = launcher.engine_command(self._settings, given)
+        self._engine = self._spawn(command, {**environment, **self.environment}, "engine.log")
+        self._await(self._engine, f"{self.engine_url}/health", "engine.log", 300)
+        deadline = time.monotonic() + 30
+        while self._stat() is None:
+            if time.monotonic() > deadline:
+                raise EngineError("the engine runs and did not register itself with the service")
+            time.sleep(0.1)
+
+    def kill_engine(self) -> None:
+        """SIGKILL, to the engine and everything it started: nothing can be written any more."""
+        if self._engine is not None:
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(self._engine.pid, signal.SIGKILL)
+            self._engine.wait()
+            self._engine = None
+
+    def flush_device(self) -> None:
+        """Empty the device's cache, so that the next request has to restore. Retries while a request winds up."""
+        for _ in range(100):
+            if httpx.post(f"{self.engine_url}/flush_cache", timeout=60).is_success:
+                return
+            time.sleep(0.1)
+        raise EngineError("the engine's cache could not be flushed")
+
+    def stat(self) -> dict[str, Any]:
+        """What the engine says of itself at its control endpoint. Raises EngineError when it does not answer."""
+        stat = self._stat()
+        if stat is None:
+            raise EngineError("the engine does not answer at its control endpoint")
+        return stat
+
+    def close(self) -> None:
+        self.kill_engine()
+        if self._service is not None:
+            self._service.terminate()
+            self._service.wait()
+            self._service = None
+
+    def _stat(self) -> dict[str, Any] | None:
+        """What the registered engine says of itself; None while none answers, as one that was killed does not."""
+        database = Database(self._settings.sqlalchemy_url)
+        try:
+            with database.read() as connection:
+                found = engines.live(connection, self._settings.engine_timeout_s, self.model)
+        finally:
+            database.close()
+        for engine in found:
+            try:
+                return ControlClient(engine.control_address).call("stat", 1)
+            except EngineError:
+                continue
+        return None
+
+    def _spawn(self, command: Sequence[str], environment: Mapping[str, str], log: str) -> subprocess.Popen[bytes]:
+        with (self.home / log).open("ab") as output:
+            # A session of its own: the engine is several processes, and all of them are killed at once.
+            return subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def _await(self, process: subprocess.Popen[bytes], url: str, log: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(url, timeout=2).is_success:
+                    return
+            except httpx.TransportError:
+                pass
+            if process.poll() is not None:
+                break
+            time.sleep(0.2)
+        tail = (self.home / log).read_text(errors="replace").splitlines()[-15:]
+        raise EngineError(f"{url} does not answer; the end of {log}:\n" + "\n".join(tail))

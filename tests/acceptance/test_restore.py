@@ -1,0 +1,196 @@
+"""What a user is promised: a context that left the device comes back from disk, unchanged, or is computed again."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prompts import PAGE, Generator, prompt
+
+from agentstate.client import Client, message
+from agentstate.local import LocalStack
+from agentstate.pages.extent import KEY_BYTES
+from agentstate.pages.store import read_header
+
+
+def spilled(stack: LocalStack) -> dict[str, Any]:
+    """The store's and the spill's counters once nothing is being written any more."""
+    last: dict[str, Any] = {}
+    while last != (last := stack.stat()["spill"]):
+        time.sleep(0.3)
+    return last
+
+
+def extents(stack: LocalStack) -> list[Path]:
+    return sorted(stack.home.glob("pages/*/rank0/extents/*.ext"))
+
+
+def flip(path: Path, key: bytes | None = None, layer: int = 3) -> None:
+    """Flip one bit in the slab of a layer: in the page ``key``, or in the extent's first page."""
+    header = read_header(path)
+    slot = header.keys.index(key) if key is not None else 0
+    offset, _ = header.component_range(layer, 1, slot, 1)
+    with path.open("r+b") as file:
+        file.seek(offset + 100)
+        byte = file.read(1)[0]
+        file.seek(offset + 100)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_restores_after_a_flush_with_identical_tokens(stack: LocalStack, generate: Generator) -> None:
+    text = prompt(1, 20 * PAGE + 30)
+    computed = generate(text)
+    hit = generate(text)
+    assert (hit.cached, hit.restored) == (20 * PAGE, 0)
+    spilled(stack)
+    stack.flush_device()
+    restored = generate(text)
+    assert (restored.cached, restored.restored) == (20 * PAGE, 20 * PAGE)
+    assert restored.tokens == hit.tokens == computed.tokens
+
+
+def test_restores_what_a_longer_prompt_shares(stack: LocalStack, generate: Generator) -> None:
+    # More new tokens than a chunk holds: the restored prefix is the first chunk's.
+    text = prompt(2, 10 * PAGE)
+    longer = text + prompt(3, 1200)
+    never_suspended = generate(longer, cache_salt="reference")
+    generate(text)
+    spilled(stack)
+    stack.flush_device()
+    restored = generate(longer)
+    assert restored.restored == 10 * PAGE
+    assert restored.tokens == never_suspended.tokens
+
+
+def test_nothing_is_written_twice(stack: LocalStack, generate: Generator) -> None:
+    text = prompt(4, 8 * PAGE + 1)
+    generate(text, max_new_tokens=1)
+    before = spilled(stack)
+    for _ in range(3):
+        stack.flush_device()
+        assert generate(text, max_new_tokens=1).restored == 8 * PAGE
+    after = spilled(stack)
+    assert after["pages_spilled"] == before["pages_spilled"]
+    assert after["pages_known"] > before["pages_known"]
+
+
+def test_sessions_share_the_pages_of_a_common_system_prompt(stack: LocalStack, generate: Generator) -> None:
+    system = prompt(5, 12 * PAGE)
+    generate(system + prompt(6, 4 * PAGE + 1), max_new_tokens=1, session_id="ses_first")
+    before = spilled(stack)["pages_spilled"]
+    generate(system + prompt(7, 4 * PAGE + 1), max_new_tokens=1, session_id="ses_second")
+    assert spilled(stack)["pages_spilled"] == before + 4
+    keys = [key for path in extents(stack) for key in read_header(path).keys]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("namespace", [{"cache_salt": "other"}, {"extra_key": "other"}])
+def test_another_namespace_restores_nothing(stack: LocalStack, generate: Generator, namespace: dict[str, str]) -> None:
+    text = prompt(8, 6 * PAGE + 1)
+    own = generate(text, cache_salt="own")
+    spilled(stack)
+    stack.flush_device()
+    stranger = generate(text, **namespace)
+    assert stranger.cached == 0
+    assert generate(text, cache_salt="own").restored == 6 * PAGE
+    assert stranger.tokens == own.tokens
+
+
+def test_a_flipped_bit_is_recomputed_and_counted(stack: LocalStack, generate: Generator) -> None:
+    text = prompt(9, 9 * PAGE + 5)
+    known = set(extents(stack))
+    right = generate(text)
+    spilled(stack)
+    before = stack.stat()["restore"]
+    flip(min(set(extents(stack)) - known))
+    stack.flush_device()
+    answer = generate(text)
+    after = stack.stat()["restore"]
+    assert answer.tokens == right.tokens
+    assert answer.cached < 9 * PAGE
+    assert after["pages_failed"] > before["pages_failed"]
+    assert after["requests_failed"] > before["requests_failed"]
+    # What was computed again is stored again, and good.
+    spilled(stack)
+    stack.flush_device()
+    healed = generate(text)
+    assert (healed.restored, healed.tokens) == (9 * PAGE, right.tokens)
+
+
+def test_a_flipped_bit_costs_only_what_follows_it(stack: LocalStack, generate: Generator) -> None:
+    text = prompt(10, 8 * PAGE + 1)
+    known = set(extents(stack))
+    right = generate(text)
+    spilled(stack)
+    # The page in the middle of the prompt.
+    (path,) = (p for p in set(extents(stack)) - known if len(read_header(p).keys) >= 5)
+    flip(path, read_header(path).keys[4])
+    stack.flush_device()
+    answer = generate(text)
+    assert (answer.cached, answer.tokens) == (4 * PAGE, right.tokens)
+
+
+def test_a_flipped_bit_does_not_touch_its_neighbours(stack: LocalStack, generate: Generator) -> None:
+    texts = [prompt(seed, 5 * PAGE + 1) for seed in (11, 12, 13)]
+    right = []
+    broken: list[Path] = []
+    for text in texts:
+        known = set(extents(stack))
+        right.append(generate(text).tokens)
+        spilled(stack)
+        broken = broken or sorted(set(extents(stack)) - known)
+    flip(broken[0])
+    stack.flush_device()
+    answers = generate.batch(texts)
+    assert [answer.tokens for answer in answers] == right
+    assert [answer.restored for answer in answers] == [0, 5 * PAGE, 5 * PAGE]
+
+
+def test_a_flipped_bit_under_a_chunked_prefill(stack: LocalStack, generate: Generator) -> None:
+    text, tail = prompt(14, 6 * PAGE), prompt(15, 1500)
+    right = generate(text + tail, cache_salt="reference")
+    known = set(extents(stack))
+    generate(text, max_new_tokens=1)
+    spilled(stack)
+    for path in set(extents(stack)) - known:
+        flip(path)
+    stack.flush_device()
+    answer = generate(text + tail)
+    assert answer.tokens == right.tokens
+    assert answer.cached == 0
+
+
+def test_an_agent_goes_on_after_its_engine_was_killed(stack: LocalStack, generate: Generator) -> None:
+    text = prompt(16, 16 * PAGE + 20)
+    with Client(stack.service_url) as service:
+        session = service.create_session(stack.model)
+        turn = service.resume(session.id)
+        assert turn.engine is not None
+        service.append(session.id, turn.lease, [message({"role": "user", "content": "…"})])
+        right = generate(text, **turn.engine.extra_body)
+        suspended = service.suspend(session.id, turn.lease, durable_timeout_ms=0)
+        if suspended.operation is not None:
+            outcome = service.wait_operation(suspended.operation, timeout_s=60).result
+        else:
+            outcome = suspended.kv.model_dump(mode="json")
+        assert outcome is not None
+        assert (outcome["state"], outcome["tokens"]) == ("durable", 16 * PAGE)
+        stack.kill_engine()
+        stack.start_engine("--chunked-prefill-size", "512")
+        turn = service.resume(session.id)
+        assert turn.kv.valid and turn.kv.tokens == 16 * PAGE
+        assert turn.engine is not None
+        answer = generate(text, **turn.engine.extra_body)
+        assert (answer.restored, answer.tokens) == (16 * PAGE, right.tokens)
+        # A session of the engine that died is still answered for, from its manifest.
+        kept = service.suspend(session.id, turn.lease, durable_timeout_ms=5000).kv
+        assert (kept.state, kept.tokens, kept.bytes) == ("durable", 16 * PAGE, outcome["bytes"])
+
+
+def test_every_extent_on_disk_is_whole(stack: LocalStack) -> None:
+    headers = [read_header(path) for path in extents(stack)]
+    assert headers
+    assert all(len(key) == KEY_BYTES for header in headers for key in header.keys)
+    assert not list(stack.home.glob("pages/*/rank0/partial/*"))

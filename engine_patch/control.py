@@ -75,6 +75,9 @@ class ControlEndpoint:
                     self._send(peer, {"ok": False, "error": f"unknown verb {verb!r}"})
         except (KeyError, TypeError, ValueError) as error:
             self._send(peer, {"ok": False, "error": f"malformed request: {error!r}"})
+        except Exception as error:
+            logger.exception("agentstate: a control request failed")
+            self._send(peer, {"ok": False, "error": str(error)})
 
     def _settle(self, waiting: _Waiting) -> bool:
         """Answer a flush whose state is final or whose time is up."""

@@ -49,6 +49,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self, server_args: Any, params: Any, *, components: Any, extra_config: Any, forward_stream: Any = None
     ):
         settings = Settings()
+        self._retired = False
         self.forward_stream = forward_stream
         self.page_size: int = params.page_size
         pool = params.token_to_kv_pool_allocator.get_kvcache()
@@ -90,14 +91,22 @@ class AgentStateLinker(UnifiedCacheLinker):
             self._control.address,
         )
 
+    def retire(self, reason: str) -> None:
+        """Restore and spill nothing from now on, because this engine's pages are no longer its fingerprint's."""
+        if not self._retired:
+            logger.warning("agentstate: this engine neither stores nor restores pages any more: %s", reason)
+        self._retired = True
+
     # What the radix cache asks for, in the order of a request's life.
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every restorable prefix length, in pages: full attention restores any prefix of what is stored."""
-        stored = self._store.prefix_length(_keys(transfers[0]))
+        stored = 0 if self._retired else self._store.prefix_length(_keys(transfers[0]))
         return list(range(1, stored + 1))
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
+        if self._retired:
+            return False
         (transfer,) = transfers
         self._restorer.queue(rid, _keys(transfer), self._pages.page_numbers(transfer.device_indices))
         return True
@@ -116,6 +125,8 @@ class AgentStateLinker(UnifiedCacheLinker):
         return self._restorer.finish(counter_index)
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        if self._retired:
+            return False
         (transfer,) = transfers
         ready = self.record_offload_ready() if self._pages.device.type == "cuda" else ()
         self._spiller.offer(_keys(transfer), self._pages.page_numbers(transfer.device_indices), ready)
@@ -130,6 +141,8 @@ class AgentStateLinker(UnifiedCacheLinker):
     def request_finished(self, session_id: str, key: RadixKey) -> None:
         """A request of a session has ended with the tokens of ``key`` in the tree: publish its manifest as soon as
         its pages are. Its keys are computed on the spilling thread, not the scheduler's."""
+        if self._retired:
+            return
         request = self._ledger.finished(session_id)
 
         def settle() -> None:
@@ -161,6 +174,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             "rank": self._engine.rank,
             "model": self._engine.model,
             "fingerprint": self._engine.fingerprint,
+            "retired": self._retired,
             "store": dataclasses.asdict(self._store.stats),
             "spill": dataclasses.asdict(self._spiller.stats),
             "restore": dataclasses.asdict(self._restorer.stats),

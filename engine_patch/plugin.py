@@ -23,6 +23,11 @@ def register() -> None:
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _before_next_batch, sgl.HookType.AROUND
     )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._observe_weight_load",
+        _before_weight_update,
+        sgl.HookType.AROUND,
+    )
 
 
 def platform() -> str | None:
@@ -78,6 +83,14 @@ def _create_cache(ctx: Any) -> Any:
     if not sgl.get_memory().enable_unified_cache_external_linker:
         raise RuntimeError(f"--radix-cache-backend {BACKEND} was not resolved: SGLang would never start its loads")
     return sgl.create_unified_radix_cache(ctx, cache_class=AgentStateRadixCache)
+
+
+def _before_weight_update(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
+    """Weights loaded into a running engine leave its checkpoint, and so its fingerprint, behind."""
+    linker = getattr(updater.scheduler.tree_cache, "linker", None)
+    if linker is not None:
+        linker.cache_linker.retire("its weights were updated in place; restart it to store pages again")
+    return original(updater, *args, **kwargs)
 
 
 def _before_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import xxhash
+from contents import MARK, MHA, MLA, WIDE, expected, key, keys, read, reader_for, request_for, write
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentstate.errors import BadExtent
+from agentstate.pages import ExtentDraft, ExtentHeader, Geometry, PageStore, reading
+from agentstate.pages.extent import ALIGNMENT, PREFIX, checksum, page_seed
+
+TINY = Geometry(layers=2, page_size=1, component_bytes=(20, 12))
+
+
+def sealed(geometry: Geometry, pages: list[bytes]) -> tuple[ExtentHeader, bytes]:
+    buffer = mmap.mmap(-1, 1 << 20)
+    header, data = ExtentDraft(MARK, geometry, pages, buffer).seal()
+    return header, bytes(data)
+
+
+def with_header(**changes: object) -> bytes:
+    """A header whose digest is right and whose fields are not."""
+    raw = sealed(TINY, keys(1, 2))[1]
+    packed = raw[PREFIX.size : PREFIX.size + PREFIX.unpack_from(raw)[2]]
+    fields = {**msgpack.unpackb(packed), **changes}
+    packed = msgpack.packb({name: value for name, value in fields.items() if value is not None})
+    return PREFIX.pack(b"AGSEXTNT", 1, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
+
+
+@pytest.mark.parametrize("geometry", [MHA, MLA, WIDE], ids=["MHA", "MLA", "WIDE"])
+def test_a_header_says_what_was_sealed(geometry: Geometry) -> None:
+    header, data = sealed(geometry, keys(1, 2, 3))
+    found = ExtentHeader.decode(data, "x")
+    assert (found.fingerprint, found.geometry, found.keys) == (MARK, geometry, tuple(keys(1, 2, 3)))
+    assert found.data_offset == header.data_offset
+    assert np.array_equal(found.checksums, header.checksums)
+    assert found.file_bytes == len(data)
+
+
+@pytest.mark.parametrize("geometry", [MHA, MLA, WIDE], ids=["MHA", "MLA", "WIDE"])
+def test_a_layer_is_one_aligned_range_component_by_component(geometry: Geometry) -> None:
+    header, _ = sealed(geometry, keys(1, 2, 3))
+    ends = []
+    for layer in range(geometry.layers):
+        at = header.component_range(layer, 0, 0, 3)[0]
+        assert at % ALIGNMENT == 0
+        assert not ends or at - ends[-1] < ALIGNMENT
+        for component in range(len(geometry.component_bytes)):
+            start, length = header.component_range(layer, component, 0, 3)
+            assert (start, length) == (at, 3 * geometry.component_bytes[component])
+            at += length
+        ends.append(at)
+    assert header.file_bytes - ends[-1] < ALIGNMENT
+
+
+@given(
+    layers=st.integers(1, 70),
+    sizes=st.lists(st.integers(1, 70_000), min_size=1, max_size=3),
+    page_size=st.sampled_from([1, 64, 300]),
+    pages=st.integers(1, 300),
+)
+def test_the_room_for_a_header_is_known_before_its_contents(
+    layers: int, sizes: list[int], page_size: int, pages: int
+) -> None:
+    geometry = Geometry(layers, page_size, tuple(sizes))
+    sums = np.full((layers, pages), 2**64 - 1, dtype="<u8")
+    header = ExtentHeader(b"\xff" * 32, geometry, (b"\xff" * 32,) * pages, sums, 0)
+    room = ExtentHeader.encoded_bytes(geometry, pages)
+    assert len(header.encode()) <= room
+    assert ExtentHeader.decode(header.encode(), "x").data_offset == room
+
+
+def test_what_the_memory_held_before_does_not_get_into_the_file() -> None:
+    buffer = mmap.mmap(-1, 1 << 16)
+    buffer.write(b"\xa5" * len(buffer))
+    draft = ExtentDraft(MARK, TINY, keys(1), buffer)
+    for layer in range(TINY.layers):
+        for component in range(2):
+            draft.component(layer, component)[:] = 0
+    _, data = draft.seal()
+    assert b"\xa5" * 4 not in bytes(data)
+
+
+def test_a_draft_needs_a_buffer_that_is_large_enough() -> None:
+    with pytest.raises(ValueError, match="does not fit a buffer of 4096"):
+        ExtentDraft(MARK, TINY, keys(1), mmap.mmap(-1, 4096))
+
+
+def test_a_checksum_covers_which_page_and_which_layer_it_is() -> None:
+    parts = [b"k" * 20, b"v" * 12]
+    sums = {
+        checksum(page_seed(mark, page), layer, parts)
+        for mark in (MARK, bytes(32))
+        for page in keys(1, 2)
+        for layer in range(2)
+    }
+    assert len(sums) == 8
+    assert checksum(page_seed(MARK, key(1)), 0, [b"v" * 12, b"k" * 20]) not in sums
+
+
+def test_another_version_is_refused_and_named() -> None:
+    raw = bytearray(sealed(TINY, keys(1))[1])
+    raw[8] = 2
+    with pytest.raises(BadExtent, match="one.ext: format version 2; this release reads version 1"):
+        ExtentHeader.decode(raw, "one.ext")
+
+
+@pytest.mark.parametrize("length", [0, 1, PREFIX.size - 1, PREFIX.size, PREFIX.size + 10])
+def test_a_header_that_ends_too_early_is_refused(length: int) -> None:
+    with pytest.raises(BadExtent, match=r"^one\.ext: "):
+        ExtentHeader.decode(sealed(TINY, keys(1))[1][:length], "one.ext")
+
+
+@pytest.mark.parametrize("name", ["fingerprint", "page_size", "layers", "planes", "keys", "checksum", "checksums"])
+def test_a_header_that_misses_a_field_is_refused(name: str) -> None:
+    with pytest.raises(BadExtent, match="x: "):
+        ExtentHeader.decode(with_header(**{name: None}), "x")
+
+
+@pytest.mark.parametrize("name", ["layers", "planes", "keys", "checksum", "checksums"])
+@pytest.mark.parametrize("value", [7.5, "text"])
+def test_a_header_with_a_field_of_another_type_is_refused(name: str, value: object) -> None:
+    with pytest.raises(BadExtent, match="x: "):
+        ExtentHeader.decode(with_header(**{name: value}), "x")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": 3},
+        {"keys": b"".join(keys(1, 2, 3))},
+        {"checksums": bytes(31)},
+        {"checksum": "crc32"},
+        {"planes": []},
+        {"planes": [{"codec": "zstd", "components": [20, 12]}]},
+        {"planes": [{"codec": "raw"}]},
+        pytest.param(
+            {"keys": b"".join(keys(1, 2))[:-1]},
+            marks=pytest.mark.xfail(strict=True, reason="a blob of keys that ends within a key is accepted"),
+        ),
+    ],
+    ids=["layers", "keys", "checksums", "checksum", "no plane", "codec", "no components", "cut keys"],
+)
+def test_a_header_whose_fields_do_not_fit_each_other_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(BadExtent, match="x: "):
+        ExtentHeader.decode(with_header(**changes), "x")
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_decoding_fail_otherwise(raw: bytes) -> None:
+    prefix = PREFIX.pack(b"AGSEXTNT", 1, len(raw), xxhash.xxh3_64_intdigest(raw))
+    for header in (raw, prefix + raw):
+        with pytest.raises(BadExtent):
+            ExtentHeader.decode(header, "x")
+
+
+def test_no_flipped_byte_yields_a_wrong_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte of the file in turn: the extent is refused at open, or the page is found to be wrong, or the byte
+    was padding and the pages are right. What is served is never wrong."""
+    pages = keys(1, 2)
+    store = PageStore(tmp_path, MARK, TINY)
+    write(store, pages)
+    requests = [request_for(store, pages)]
+    right = expected(TINY, requests)
+    store.close()
+    (path,) = (tmp_path / "extents").iterdir()
+    original = path.read_bytes()
+    # The damage lies in the page cache, from where it is read: no disk has to be waited for.
+    monkeypatch.setattr(reading, "open_direct", lambda path, flags: os.open(path, flags))
+    reader = reader_for(TINY, 32 << 10)
+    outcomes = {"refused": 0, "found": 0, "harmless": 0}
+    try:
+        with path.open("r+b", buffering=0) as file:
+            for position, byte in enumerate(original):
+                for mask in (1 << position % 8, 0xFF):
+                    os.pwrite(file.fileno(), bytes([byte ^ mask]), position)
+                    damaged = PageStore(tmp_path, MARK, TINY, writable=False)
+                    if damaged.stats.bad_extents:
+                        assert damaged.prefix_length(pages) == 0
+                        outcomes["refused"] += 1
+                        continue
+                    found = read(reader, [request_for(damaged, pages)])
+                    assert found.keys() == right.keys()
+                    wrong = {place for place in right if found[place] != right[place]}
+                    assert all(found[place] is None for place in wrong), position
+                    outcomes["found" if wrong else "harmless"] += 1
+                os.pwrite(file.fileno(), bytes([byte]), position)
+    finally:
+        reader.close()
+    header = ExtentHeader.decode(original, "x")
+    assert outcomes["found"] == 2 * len(pages) * TINY.page_bytes
+    assert outcomes["refused"] == 2 * len(header.encode())
+
+
+def test_bytes_of_another_page_or_layer_are_found_to_be_wrong(tmp_path: Path) -> None:
+    store = PageStore(tmp_path, MARK, WIDE)
+    write(store, keys(1, 2))
+    (path,) = (tmp_path / "extents").iterdir()
+    raw = path.read_bytes()
+    header = store.segments(keys(1))[0].extent.header
+    requests = [request_for(store, keys(1, 2))]
+    right = expected(WIDE, requests)
+    here, length = header.component_range(0, 1, 0, 1)
+    for layer, page in [(0, 1), (1, 0)]:
+        there = header.component_range(layer, 1, page, 1)[0]
+        swapped = bytearray(raw)
+        swapped[here : here + length] = raw[there : there + length]
+        swapped[there : there + length] = raw[here : here + length]
+        path.write_bytes(swapped)
+        reader = reader_for(WIDE, chunk_bytes=1)  # a page a chunk
+        found = read(reader, requests)
+        reader.close()
+        assert {place for place in right if found[place] is None} == {(0, 0, 0), (0, layer, page)}
+        assert all(found[place] == right[place] for place in right if found[place] is not None)
+    store.close()

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contents import MARK, MHA, MLA, WIDE, expected, key, keys, read, reader_for, request_for, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentstate.pages import Geometry, LayerwiseReader, PageStore, ReadRequest, Verifier
+
+GEOMETRIES = {"MHA": MHA, "MLA": MLA, "WIDE": WIDE}
+
+
+@pytest.fixture(params=GEOMETRIES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[PageStore]:
+    """Twelve pages in four extents, in no order that a request has."""
+    store = PageStore(tmp_path, MARK, GEOMETRIES[request.param])
+    for extent in ([5, 0, 1], [2], [11, 10, 9, 8, 3], [4, 6, 7]):
+        write(store, keys(*extent))
+    yield store
+    store.close()
+
+
+def descriptors() -> list[str]:
+    return [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_extent(fd)]
+
+
+def _is_extent(fd: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").endswith(".ext")
+    except FileNotFoundError:
+        return False
+
+
+def batch(store: PageStore) -> list[ReadRequest]:
+    return [
+        request_for(store, keys(*range(12))),
+        request_for(store, keys(0)),
+        request_for(store, keys(*range(11, -1, -1))),
+        request_for(store, keys(3, 3, 9, 0)),
+    ]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 20_000, 1 << 20])
+def test_a_batch_of_fragmented_requests_comes_back(store: PageStore, chunk_bytes: int) -> None:
+    reader = reader_for(store.geometry, chunk_bytes)
+    requests = batch(store)
+    for _ in range(2):  # the buffers are reused
+        assert read(reader, requests) == expected(store.geometry, requests)
+    reader.close()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 20_000, 1 << 20])
+def test_chunks_come_in_the_order_of_their_layers_and_each_layer_ends_once(store: PageStore, chunk_bytes: int) -> None:
+    reader = reader_for(store.geometry, chunk_bytes)
+    requests = batch(store)
+    chunks = [(c.layer, c.request, c.first, c.count, c.last_of_layer) for c in reader.stream(requests)]
+    reader.close()
+    assert chunks == sorted(chunks)
+    covered = [
+        (layer, number, page) for layer, number, first, count, _ in chunks for page in range(first, first + count)
+    ]
+    assert covered == [
+        (layer, number, page)
+        for layer in range(store.geometry.layers)
+        for number, request in enumerate(requests)
+        for page in range(len(request.keys))
+    ]
+    for layer in range(store.geometry.layers):
+        assert [last for at, *_, last in chunks if at == layer].count(True) == 1
+        assert [last for at, *_, last in chunks if at == layer][-1]
+
+
+def test_a_request_for_nothing_changes_nothing_for_the_others(store: PageStore) -> None:
+    reader = reader_for(store.geometry)
+    nothing = ReadRequest([], [])
+    requests = [nothing, request_for(store, keys(1, 2)), nothing]
+    assert read(reader, requests) == expected(store.geometry, requests)
+    layers = [chunk.layer for chunk in reader.stream(requests) if chunk.last_of_layer]
+    assert layers == list(range(store.geometry.layers))
+    assert list(reader.stream([])) == []
+    reader.close()
+
+
+@pytest.mark.parametrize("staging_bytes", [1, 60_000, 300_000])
+def test_the_staging_memory_is_bounded_also_when_a_layer_is_larger(
+    store: PageStore, staging_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    real = mmap.mmap
+    monkeypatch.setattr(mmap, "mmap", lambda fd, length: taken.append(length) or real(fd, length))
+    reader = LayerwiseReader(store.geometry, staging_bytes=staging_bytes, threads=2)
+    least = store.geometry.layer_bytes + 2 * 4096 * len(store.geometry.component_bytes)
+    # Two buffers that hold a page each, when the bound is smaller than that.
+    assert sum(taken) <= max(staging_bytes + 2 * 4096, 2 * (least + 4096))
+    requests = [request_for(store, keys(*[page % 12 for page in range(48)]))]
+    assert read(reader, requests) == expected(store.geometry, requests)
+    largest = max(chunk.n_bytes for chunk in reader.stream(requests))
+    assert largest <= max(taken)
+    reader.close()
+
+
+def test_bytes_read_are_counted_and_are_little_more_than_what_was_asked_for(store: PageStore) -> None:
+    reader = reader_for(store.geometry)
+    requests = [request_for(store, keys(*range(12)))]
+    counted = sum(chunk.n_bytes for chunk in reader.stream(requests))
+    reader.close()
+    asked = 12 * store.geometry.page_bytes
+    per_layer = len(requests[0].segments) * len(store.geometry.component_bytes)
+    assert asked <= counted <= asked + store.geometry.layers * per_layer * 2 * 4096
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_a_consumer_that_stops_early_leaks_nothing(store: PageStore, after: int) -> None:
+    reader = reader_for(store.geometry, chunk_bytes=1)
+    requests = batch(store)
+    assert descriptors() == []
+    stream = reader.stream(requests)
+    for _ in range(after):
+        next(stream)
+    assert len(descriptors()) == (4 if after else 0)
+    stream.close()
+    assert descriptors() == []
+    assert read(reader, requests) == expected(store.geometry, requests)
+    reader.close()
+
+
+def test_a_consumer_that_fails_leaks_nothing(store: PageStore) -> None:
+    reader = reader_for(store.geometry, chunk_bytes=1)
+    with pytest.raises(ZeroDivisionError):
+        for chunk in reader.stream(batch(store)):
+            if chunk.layer:
+                raise ZeroDivisionError
+    assert read(reader, batch(store)) == expected(store.geometry, batch(store))
+    assert descriptors() == []
+    reader.close()
+
+
+def test_streams_of_two_threads_take_turns(store: PageStore) -> None:
+    reader = reader_for(store.geometry, chunk_bytes=1)
+    requests = batch(store)
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(read(reader, requests))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reader.close()
+    assert found == [expected(store.geometry, requests)] * 3
+
+
+def test_an_extent_that_is_gone_is_an_error_and_leaks_nothing(store: PageStore) -> None:
+    reader = reader_for(store.geometry)
+    requests = batch(store)
+    requests[0].segments[-1].extent.path.unlink()
+    with pytest.raises(FileNotFoundError):
+        list(reader.stream(requests))
+    assert descriptors() == []
+    others = [request_for(store, keys(2))]
+    assert read(reader, others) == expected(store.geometry, others)
+    reader.close()
+
+
+def test_a_file_that_is_truncated_after_it_was_opened_fails_its_own_chunks_only(store: PageStore) -> None:
+    """Layer 0 of the extent is still there; all the later ones are not."""
+    reader = reader_for(store.geometry, chunk_bytes=1)
+    requests = [request_for(store, keys(2)), request_for(store, keys(0, 1, 2, 3))]
+    extent = requests[0].segments[0].extent
+    os.truncate(extent.path, extent.header.data_offset + extent.header.slab_bytes)
+    found = {}
+    for chunk in reader.stream(requests):
+        for page in range(chunk.first, chunk.first + chunk.count):
+            found[chunk.request, chunk.layer, page] = chunk
+    right = expected(store.geometry, requests)
+    assert found.keys() == right.keys()
+    failed = {place for place, chunk in found.items() if chunk.error is not None}
+    of_the_page = {
+        (number, layer, page) for number, layer, page in right if layer and (number, page) in ((0, 0), (1, 2))
+    }
+    assert failed >= of_the_page
+    for place in failed:
+        chunk = found[place]
+        assert chunk.parts == []
+        assert "ends in the middle of a page" in str(chunk.error)
+        # No chunk failed that does not need the page.
+        assert any(
+            (chunk.request, chunk.layer, page) in of_the_page for page in range(chunk.first, chunk.first + chunk.count)
+        )
+    damaged = read(reader, requests)
+    assert all(damaged[place] == right[place] for place in right if place not in failed)
+    reader.close()
+
+
+def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = reader_for(store.geometry, chunk_bytes=1)
+    requests = [request_for(store, keys(8, 2)), request_for(store, keys(4, 6, 7))]
+    bad = requests[0].segments[1].extent.path
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[Any], offset: int) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(bad):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    verifiers = [Verifier(request, MARK) for request in requests]
+    layers_ended = []
+    for chunk in reader.stream(requests):
+        needs_bad = chunk.request == 0 and chunk.first <= 1 < chunk.first + chunk.count
+        assert (chunk.error is not None) == needs_bad
+        assert (verifiers[chunk.request].wrong_page(chunk) is None) == (not needs_bad)
+        if chunk.error is not None:
+            assert chunk.error.errno == errno.EIO
+        if chunk.last_of_layer:
+            layers_ended.append(chunk.layer)
+    assert layers_ended == list(range(store.geometry.layers))
+    assert descriptors() == []
+    reader.close()
+
+
+def test_the_first_wrong_page_of_a_chunk_is_named(store: PageStore) -> None:
+    reader = reader_for(store.geometry)
+    request = request_for(store, keys(11, 10, 9, 8, 3))
+    (segment,) = request.segments
+    last = len(store.geometry.component_bytes) - 1
+    with segment.extent.path.open("r+b") as file:
+        for slot in (3, 2):
+            file.seek(segment.extent.header.component_range(1, last, slot, 1)[0])
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 0x10]))
+    verifier = Verifier(request, MARK)
+    wrong: dict[int, set[int | None]] = {}
+    for chunk in reader.stream([request]):
+        wrong.setdefault(chunk.layer, set()).add(verifier.wrong_page(chunk))
+    reader.close()
+    assert wrong.pop(1) == {2}
+    assert all(found == {None} for found in wrong.values())
+
+
+def test_pages_of_another_fingerprint_or_key_are_wrong(store: PageStore) -> None:
+    reader = reader_for(store.geometry)
+    request = request_for(store, keys(4, 6))
+    assert set(read(reader, [request], mark=key("another model")).values()) == {None}
+    misplaced = ReadRequest(keys(4, 7), request.segments)
+    found = read(reader, [misplaced])
+    reader.close()
+    assert found[0, 0, 1] is None
+    right = expected(store.geometry, [misplaced])
+    assert found[0, 0, 0] == right[0, 0, 0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    layers=st.integers(1, 4),
+    sizes=st.lists(st.one_of(st.integers(1, 9000), st.just(4096)), min_size=1, max_size=3),
+    extents=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    chunk_bytes=st.integers(1, 60_000),
+    staging_bytes=st.integers(1, 200_000),
+    threads=st.integers(1, 3),
+    order=st.randoms(use_true_random=False),
+)
+def test_any_segments_of_any_geometry_come_back(
+    layers: int,
+    sizes: list[int],
+    extents: list[int],
+    chunk_bytes: int,
+    staging_bytes: int,
+    threads: int,
+    order: random.Random,
+) -> None:
+    geometry = Geometry(layers, 16, tuple(sizes))
+    names = keys(*range(sum(extents)))
+    order.shuffle(names)
+    with tempfile.TemporaryDirectory() as directory:
+        store = PageStore(Path(directory), MARK, geometry)
+        rest = list(names)
+        for pages in extents:
+            write(store, rest[:pages])
+            del rest[:pages]
+        requests = [
+            request_for(store, order.choices(names, k=order.randint(1, 12))),
+            request_for(store, names),
+            request_for(store, order.sample(names, k=order.randint(1, len(names)))),
+        ]
+        reader = LayerwiseReader(geometry, staging_bytes=staging_bytes, threads=threads, chunk_bytes=chunk_bytes)
+        assert read(reader, requests) == expected(geometry, requests)
+        reader.close()
+        store.close()

@@ -46,7 +46,8 @@ def _dequantise(source: Path, checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):  # the loaded weights are not quantised any more
+        del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
 

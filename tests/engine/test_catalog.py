@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from contents import keys
+from sqlalchemy.engine import Connection
+
+from agentstate import database as database_module
+from agentstate import engines, manifests
+from agentstate.database import Database
+from agentstate.engines import Engine
+from agentstate.errors import DatabaseError, DatabaseUnreachable
+from agentstate.manifests import Manifest
+from engine_patch.catalog import Catalog
+
+ENGINE = Engine("eng_1", "n", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f", "/pages")
+HEARTBEAT_S = 0.02
+WAIT_S = 60
+
+
+class Saved:
+    """What the catalog has reported as saved; can be waited for."""
+
+    def __init__(self) -> None:
+        self.manifests: list[Manifest] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, manifest: Manifest) -> None:
+        with self._changed:
+            self.manifests.append(manifest)
+            self._changed.notify_all()
+
+    def wait_for(self, *wanted: Manifest) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: all(one in self.manifests for one in wanted), WAIT_S)
+
+
+class Switched(Database):
+    """A database that can be taken down. ``refused`` is set whenever it has refused a transaction."""
+
+    def __init__(self, url: str):
+        super().__init__(url)
+        self.down = False
+        self.refused = threading.Event()
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        if self.down:
+            self.refused.set()
+            raise DatabaseUnreachable
+        with super().write() as connection:
+            yield connection
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'agentstate.db'}"
+
+
+@pytest.fixture
+def database(url: str) -> Iterator[Switched]:
+    database = Switched(url)
+    database.upgrade()
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def saved() -> Saved:
+    return Saved()
+
+
+@pytest.fixture
+def catalog(database: Database, saved: Saved) -> Iterator[Catalog]:
+    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved)
+    yield catalog
+    catalog.close()
+
+
+def manifest(session: str, *pages: object, fingerprint: str = "f", rank: int = 0) -> Manifest:
+    return Manifest(session, fingerprint, rank, "n", "eng_1", 64, 64 * len(pages), b"".join(keys(*pages)), len(pages))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread will have done in a moment."""
+    pause = threading.Event()
+    for _ in range(int(WAIT_S / HEARTBEAT_S)):
+        if condition():
+            return
+        pause.wait(HEARTBEAT_S)
+    pytest.fail("it did not come to pass")
+
+
+def registered(database: Database) -> list[Engine]:
+    with database.read() as connection:
+        return engines.registered(connection)
+
+
+def test_an_engine_is_registered_until_it_closes(database: Switched, saved: Saved) -> None:
+    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved)
+    until(lambda: len(registered(database)) == 1)
+    (found,) = registered(database)
+    assert (found.id, found.control_address, found.pages_dir) == ("eng_1", ENGINE.control_address, "/pages")
+    until(lambda: registered(database)[0].heartbeat_us > found.heartbeat_us)
+    assert registered(database)[0].started_us == found.started_us
+    catalog.close()
+    assert registered(database) == []
+
+
+def test_an_engine_that_was_taken_off_the_list_registers_again(database: Switched, catalog: Catalog) -> None:
+    until(lambda: len(registered(database)) == 1)
+    with database.write() as connection:
+        engines.unregister(connection, ENGINE.id)
+    until(lambda: len(registered(database)) == 1)
+    assert registered(database)[0].id == ENGINE.id
+
+
+def test_a_manifest_is_in_sql_when_it_is_reported_as_saved(database: Switched, url: str) -> None:
+    seen: list[Manifest | None] = []
+    done = threading.Event()
+
+    def look(manifest: Manifest) -> None:
+        other = Database(url)
+        with other.read() as connection:
+            seen.append(manifests.load(connection, manifest.session_id, "f", 0))
+        other.close()
+        done.set()
+
+    catalog = Catalog(database, ENGINE, WAIT_S, look)
+    catalog.save(manifest("s", 1, 2))
+    assert done.wait(WAIT_S)
+    catalog.close()
+    assert seen == [manifest("s", 1, 2)]
+
+
+def test_only_manifests_of_this_engines_pages_are_loaded(database: Switched, catalog: Catalog, saved: Saved) -> None:
+    with database.write() as connection:
+        manifests.save(connection, manifest("s", 7, fingerprint="other"))
+        manifests.save(connection, manifest("s", 8, rank=1))
+    assert catalog.load("s") is None
+    catalog.save(manifest("s", 1))
+    saved.wait_for(manifest("s", 1))
+    assert catalog.load("s") == manifest("s", 1)
+    assert catalog.load("other") is None
+
+
+def test_no_manifest_is_lost_while_sql_is_down(database: Switched, catalog: Catalog, saved: Saved) -> None:
+    catalog.save(manifest("before", 1))
+    saved.wait_for(manifest("before", 1))
+    database.down = True
+    wanted = [manifest(f"s{n}", n, n + 1) for n in range(30)]
+    for one in wanted[:15]:
+        catalog.save(one)
+    database.refused.clear()
+    assert database.refused.wait(WAIT_S)
+    for one in wanted[15:]:
+        catalog.save(one)
+    database.refused.clear()
+    assert database.refused.wait(WAIT_S)
+    assert saved.manifests == [manifest("before", 1)]
+    database.down = False
+    saved.wait_for(*wanted)
+    assert [catalog.load(one.session_id) for one in wanted] == wanted
+    assert len(saved.manifests) == 31
+
+
+def test_the_newest_of_a_sessions_manifests_outlives_sql_being_down(
+    database: Switched, catalog: Catalog, saved: Saved
+) -> None:
+    """Also when the older one has been tried, and refused, before."""
+    database.down = True
+    catalog.save(manifest("s", 1))
+    database.refused.clear()
+    assert database.refused.wait(WAIT_S)
+    catalog.save(manifest("s", 1, 2))
+    catalog.save(manifest("s", 1, 2, 3))
+    database.refused.clear()
+    assert database.refused.wait(WAIT_S)
+    database.down = False
+    saved.wait_for(manifest("s", 1, 2, 3))
+    assert saved.manifests == [manifest("s", 1, 2, 3)]
+    assert catalog.load("s") == manifest("s", 1, 2, 3)
+
+
+def test_a_transaction_that_breaks_off_is_made_again_as_a_whole(
+    database: Switched, catalog: Catalog, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = manifests.save, []
+
+    def second_breaks(connection: Connection, one: Manifest) -> None:
+        calls.append(one.session_id)
+        real(connection, one)
+        if len(calls) == 2:
+            raise DatabaseError("from the test")
+
+    database.down = True
+    wanted = [manifest("a", 1), manifest("b", 2), manifest("c", 3)]
+    for one in wanted:
+        catalog.save(one)
+    monkeypatch.setattr(manifests, "save", second_breaks)
+    database.down = False
+    saved.wait_for(*wanted)
+    assert sorted(one.session_id for one in saved.manifests) == ["a", "b", "c"]
+    assert [catalog.load(one.session_id) for one in wanted] == wanted
+    assert len(calls) > 3
+
+
+def test_a_database_without_its_schema_is_waited_for(url: str, saved: Saved) -> None:
+    database = Database(url)
+    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved)
+    catalog.save(manifest("s", 1))
+    with pytest.raises(DatabaseError):
+        catalog.load("s")
+    assert saved.manifests == []
+    database.upgrade()
+    saved.wait_for(manifest("s", 1))
+    assert catalog.load("s") == manifest("s", 1)
+    assert [engine.id for engine in registered(database)] == ["eng_1"]
+    catalog.close()
+    database.close()
+
+
+def test_a_file_that_another_process_holds_is_waited_for(
+    url: str, tmp_path: Path, saved: Saved, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(database_module, "BUSY_TIMEOUT_S", 0.05)
+    database = Database(url)
+    database.upgrade()
+    holder = sqlite3.connect(tmp_path / "agentstate.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved)
+    catalog.save(manifest("s", 1))
+    until(lambda: "manifests wait for the database" in caplog.text)
+    assert saved.manifests == []
+    holder.execute("ROLLBACK")
+    holder.close()
+    saved.wait_for(manifest("s", 1))
+    catalog.close()
+    assert caplog.text.count("manifests wait for the database") == 1
+    database.close()
+
+
+def test_closing_writes_what_waits(database: Switched, saved: Saved) -> None:
+    catalog = Catalog(database, ENGINE, WAIT_S, saved)
+    wanted = [manifest(f"s{n}", n) for n in range(5)]
+    for one in wanted:
+        catalog.save(one)
+    catalog.close()
+    assert sorted(one.session_id for one in saved.manifests) == [f"s{n}" for n in range(5)]
+    assert [catalog.load(one.session_id) for one in wanted] == wanted
+
+
+def test_closing_ends_also_while_sql_is_down(database: Switched, saved: Saved) -> None:
+    database.down = True
+    catalog = Catalog(database, ENGINE, WAIT_S, saved)
+    catalog.save(manifest("s", 1))
+    catalog.close()
+    assert saved.manifests == []
+    assert catalog.load("s") is None

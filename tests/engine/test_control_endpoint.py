@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import pytest
+import zmq
+
+from agentstate.control import ControlClient, pack, unpack
+from agentstate.errors import EngineError, EngineRefused, EngineUnreachable
+from engine_patch.control import ControlEndpoint
+
+WAIT_S = 60
+
+
+class Rank:
+    """What an endpoint asks: sessions by name, each with its state."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, str] = {}
+        self.asked = threading.Semaphore(0)
+        self.statistics: Any = {"rank": 0, "store": {"pages": 3}}
+
+    def standing(self, session: str) -> dict[str, Any]:
+        self.asked.release()
+        state = self.states[session]
+        if state == "broken":
+            raise RuntimeError("the database is down")
+        return {"state": state, "tokens": 64, "pages": 1, "bytes": 10}
+
+    def stat(self) -> dict[str, Any]:
+        if isinstance(self.statistics, Exception):
+            raise self.statistics
+        found: dict[str, Any] = self.statistics
+        return found
+
+
+@pytest.fixture
+def rank() -> Rank:
+    return Rank()
+
+
+@pytest.fixture
+def endpoint(rank: Rank) -> Iterator[ControlEndpoint]:
+    endpoint = ControlEndpoint("tcp://127.0.0.1:*", rank.standing, rank.stat)
+    yield endpoint
+    endpoint.close()
+
+
+@pytest.fixture
+def client(endpoint: ControlEndpoint) -> ControlClient:
+    return ControlClient(endpoint.address)
+
+
+def raw_call(address: str, request: bytes) -> dict[str, Any]:
+    socket = zmq.Context.instance().socket(zmq.REQ)
+    socket.setsockopt(zmq.LINGER, 0)
+    try:
+        socket.connect(address)
+        socket.send(request)
+        assert socket.poll(WAIT_S * 1000), "no answer"
+        return unpack(socket.recv())
+    finally:
+        socket.close()
+
+
+@pytest.mark.parametrize("state", ["durable", "partial", "lost", "unknown"])
+def test_a_flush_of_a_settled_session_is_answered(rank: Rank, client: ControlClient, state: str) -> None:
+    rank.states["s"] = state
+    answer = client.call("flush", WAIT_S, session="s", timeout_ms=WAIT_S * 1000)
+    assert answer == {"state": state, "tokens": 64, "pages": 1, "bytes": 10}
+
+
+def test_a_flush_waits_until_the_session_has_settled(rank: Rank, client: ControlClient) -> None:
+    rank.states["s"] = "pending"
+    answers: list[dict[str, Any]] = []
+    caller = threading.Thread(
+        target=lambda: answers.append(client.call("flush", WAIT_S, session="s", timeout_ms=WAIT_S * 1000))
+    )
+    caller.start()
+    for _ in range(5):  # it is looked at again and again
+        assert rank.asked.acquire(timeout=WAIT_S)
+    assert answers == []
+    rank.states["s"] = "durable"
+    caller.join(WAIT_S)
+    assert [answer["state"] for answer in answers] == ["durable"]
+
+
+@pytest.mark.parametrize("timeout", [{"timeout_ms": 30}, {"timeout_ms": 0}, {}], ids=str)
+def test_a_flush_whose_time_is_up_is_answered_as_pending(
+    rank: Rank, client: ControlClient, timeout: dict[str, int]
+) -> None:
+    rank.states["s"] = "pending"
+    assert client.call("flush", WAIT_S, session="s", **timeout)["state"] == "pending"
+
+
+def test_a_waiting_flush_holds_nobody_up(rank: Rank, client: ControlClient) -> None:
+    rank.states = {"slow": "pending", "quick": "durable"}
+    answers: list[dict[str, Any]] = []
+    caller = threading.Thread(
+        target=lambda: answers.append(client.call("flush", WAIT_S, session="slow", timeout_ms=WAIT_S * 1000))
+    )
+    caller.start()
+    assert rank.asked.acquire(timeout=WAIT_S)
+    assert client.call("flush", WAIT_S, session="quick", timeout_ms=0)["state"] == "durable"
+    assert client.call("stat", WAIT_S) == rank.statistics
+    assert answers == []
+    rank.states["slow"] = "lost"
+    caller.join(WAIT_S)
+    assert [answer["state"] for answer in answers] == ["lost"]
+
+
+def test_a_caller_that_gave_up_does_no_harm(rank: Rank, client: ControlClient) -> None:
+    rank.states["s"] = "pending"
+    with pytest.raises(EngineUnreachable):
+        client.call("flush", 0.05, session="s", timeout_ms=WAIT_S * 1000)
+    rank.states["s"] = "durable"
+    assert client.call("flush", WAIT_S, session="s", timeout_ms=0)["state"] == "durable"
+
+
+def test_a_session_that_cannot_be_looked_up_is_refused_with_the_reason(rank: Rank, client: ControlClient) -> None:
+    rank.states["s"] = "broken"
+    with pytest.raises(EngineRefused, match="the database is down"):
+        client.call("flush", WAIT_S, session="s", timeout_ms=WAIT_S * 1000)
+    assert client.call("stat", WAIT_S) == rank.statistics
+
+
+def test_statistics_that_fail_are_refused_with_the_reason(rank: Rank, client: ControlClient) -> None:
+    good = rank.statistics
+    rank.statistics = RuntimeError("no statistics today")
+    with pytest.raises(EngineRefused, match="no statistics today"):
+        client.call("stat", WAIT_S)
+    rank.statistics = good
+    assert client.call("stat", WAIT_S) == good
+
+
+@pytest.mark.parametrize("verb", ["prefetch", "", "FLUSH"])
+def test_an_unknown_verb_is_refused_by_name(client: ControlClient, verb: str) -> None:
+    with pytest.raises(EngineRefused, match=f"unknown verb '{verb}'"):
+        client.call(verb, WAIT_S)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xc1\xc1",
+        msgpack.packb([1, 2]),
+        msgpack.packb({1: 2}),
+        pack({"verb": "stat"})[:-1],
+        pack({"verb": "flush"}),
+        pack({"verb": "flush", "session": "s", "timeout_ms": "soon"}),
+        pack({"verb": "flush", "session": "s", "timeout_ms": None}),
+        pack({"verb": ["stat"]}),
+        pack({}),
+    ],
+    ids=["nothing", "no msgpack", "list", "int key", "cut", "no session", "text", "no time", "list verb", "no verb"],
+)
+def test_malformed_requests_are_refused_and_the_endpoint_goes_on(
+    rank: Rank, endpoint: ControlEndpoint, raw: bytes
+) -> None:
+    rank.states["s"] = "durable"
+    answer = raw_call(endpoint.address, raw)
+    assert answer["ok"] is False
+    assert answer["error"]
+    assert ControlClient(endpoint.address).call("stat", WAIT_S) == rank.statistics
+
+
+def test_a_message_without_an_envelope_is_answered_too(rank: Rank, endpoint: ControlEndpoint) -> None:
+    dealer = zmq.Context.instance().socket(zmq.DEALER)
+    dealer.setsockopt(zmq.LINGER, 0)
+    dealer.connect(endpoint.address)
+    dealer.send(pack({"verb": "stat"}))
+    assert dealer.poll(WAIT_S * 1000)
+    assert unpack(dealer.recv()) == {"ok": True, **rank.statistics}
+    dealer.close()
+
+
+def test_an_address_that_is_taken_or_none_is_named(rank: Rank, endpoint: ControlEndpoint) -> None:
+    for address in (endpoint.address, "nonsense"):
+        with pytest.raises(EngineError, match=f"{address} cannot be bound.*AGENTSTATE_CONTROL_ADDRESS"):
+            ControlEndpoint(address, rank.standing, rank.stat)
+
+
+def test_closing_frees_the_address_also_while_somebody_waits(rank: Rank) -> None:
+    rank.states["s"] = "pending"
+    endpoint = ControlEndpoint("tcp://127.0.0.1:*", rank.standing, rank.stat)
+    client = ControlClient(endpoint.address)
+    errors: list[EngineError] = []
+
+    def call() -> None:
+        try:
+            client.call("flush", 1, session="s", timeout_ms=WAIT_S * 1000)
+        except EngineUnreachable as error:
+            errors.append(error)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    assert rank.asked.acquire(timeout=WAIT_S)
+    endpoint.close()
+    caller.join(WAIT_S)
+    assert len(errors) == 1
+    again = ControlEndpoint(endpoint.address, rank.standing, rank.stat)
+    assert client.call("stat", WAIT_S) == rank.statistics
+    again.close()

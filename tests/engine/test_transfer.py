@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from device import HEADS, LAYERS, PAGE_SIZE, PAGES, SIZE, as_bytes, fill, kv_tensors, page_of
+
+from agentstate.pages import Geometry
+from engine_patch.transfer import DevicePages
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32]
+RUNS = {"one": [5], "consecutive": [3, 4, 5, 6], "scattered": [9, 2, 17], "backwards": [3, 2, 1], "gap": [4, 5, 7]}
+
+
+def host(pages: DevicePages, count: int) -> list[np.ndarray]:
+    return [np.zeros((count, n_bytes), dtype=np.uint8) for n_bytes in pages.geometry.component_bytes]
+
+
+@pytest.mark.parametrize("components", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_geometry_is_what_the_tensors_hold(dtype: torch.dtype, components: int) -> None:
+    pages = DevicePages(kv_tensors(dtype, components), PAGE_SIZE)
+    n_bytes = PAGE_SIZE * HEADS * SIZE * dtype.itemsize
+    assert pages.geometry == Geometry(LAYERS, PAGE_SIZE, (n_bytes,) * components)
+    assert pages.device.type == "cpu"
+
+
+@pytest.mark.parametrize("numbers", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pages_travel_to_other_slots_bit_for_bit(dtype: torch.dtype, numbers: list[int]) -> None:
+    source, target = kv_tensors(dtype), kv_tensors(dtype)
+    fill(source)
+    elsewhere = [PAGES - 1 - number for number in reversed(numbers)]
+    reading, writing = DevicePages(source, PAGE_SIZE), DevicePages(target, PAGE_SIZE)
+    for layer in range(LAYERS):
+        slab = host(reading, len(numbers))
+        reading.gather(layer, torch.tensor(numbers), slab)
+        for component, array in enumerate(slab):
+            assert [row.tobytes() for row in array] == [page_of(source, n)[layer][component] for n in numbers]
+        writing.scatter(layer, torch.tensor(elsewhere), slab)
+    assert [page_of(target, n) for n in elsewhere] == [page_of(source, n) for n in numbers]
+    untouched = torch.ones(len(target[0][0]), dtype=torch.bool)
+    for number in elsewhere:
+        untouched[number * PAGE_SIZE : (number + 1) * PAGE_SIZE] = False
+    assert all(not as_bytes(tensor)[untouched].any() for layer in target for tensor in layer)
+
+
+def test_the_one_component_of_mla_travels_too() -> None:
+    source, target = kv_tensors(torch.bfloat16, components=1), kv_tensors(torch.bfloat16, components=1)
+    fill(source)
+    slab = host(DevicePages(source, PAGE_SIZE), 2)
+    DevicePages(source, PAGE_SIZE).gather(1, torch.tensor([7, 3]), slab)
+    DevicePages(target, PAGE_SIZE).scatter(1, torch.tensor([0, 1]), slab)
+    assert [page_of(target, n)[1] for n in (0, 1)] == [page_of(source, n)[1] for n in (7, 3)]
+
+
+def test_components_may_differ_in_size() -> None:
+    tensors = [(torch.randn(8, 2, 6), torch.randn(8, 2, 3)) for _ in range(2)]
+    pages = DevicePages(tensors, 4)
+    assert pages.geometry.component_bytes == (4 * 2 * 6 * 4, 4 * 2 * 3 * 4)
+    slab = host(pages, 2)
+    pages.gather(1, torch.tensor([1, 0]), slab)
+    assert slab[1][0].tobytes() == tensors[1][1][4:].numpy().tobytes()
+
+
+def test_a_slab_that_is_a_view_of_a_larger_buffer_is_filled_in_place() -> None:
+    tensors = kv_tensors()
+    fill(tensors)
+    pages = DevicePages(tensors, PAGE_SIZE)
+    n_bytes = pages.geometry.component_bytes[0]
+    for numbers in ([1, 2], [2, 1]):
+        buffer = np.zeros(100 + 4 * n_bytes, dtype=np.uint8)
+        slab = [buffer[100 + c * 2 * n_bytes : 100 + (c + 1) * 2 * n_bytes].reshape(2, n_bytes) for c in range(2)]
+        pages.gather(0, torch.tensor(numbers), slab)
+        wanted = b"".join(page_of(tensors, n)[0][c] for c in range(2) for n in numbers)
+        assert buffer.tobytes() == bytes(100) + wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_slots_of_whole_pages_have_page_numbers(dtype: torch.dtype) -> None:
+    pages = DevicePages(kv_tensors(), PAGE_SIZE)
+    slots = torch.cat([torch.arange(n * PAGE_SIZE, (n + 1) * PAGE_SIZE) for n in (4, 2, 3)]).to(dtype)
+    numbers = pages.page_numbers(slots)
+    assert numbers.tolist() == [4, 2, 3]
+    assert numbers.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [1, 2, 3, 4],
+        [0, 1, 2, 4],
+        [3, 2, 1, 0],
+        [0, 0, 0, 0],
+        [4, 5, 6, 7, 9, 10, 11, 12],
+        pytest.param(
+            [0, 1, 2],
+            marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch's own error comes through"),
+        ),
+        pytest.param(
+            [0, 1, 2, 3, 4],
+            marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch's own error comes through"),
+        ),
+    ],
+    ids=str,
+)
+def test_slots_that_are_no_whole_aligned_pages_are_refused(slots: list[int]) -> None:
+    pages = DevicePages(kv_tensors(), PAGE_SIZE)
+    with pytest.raises(ValueError, match="not whole, aligned pages"):
+        pages.page_numbers(torch.tensor(slots))
+
+
+@pytest.mark.parametrize("numbers", [[0, PAGES], [PAGES, PAGES + 1], [PAGES + 5, 1]], ids=str)
+def test_pages_that_do_not_exist_are_not_written(numbers: list[int]) -> None:
+    tensors = kv_tensors()
+    pages = DevicePages(tensors, PAGE_SIZE)
+    with pytest.raises((IndexError, ValueError)):
+        pages.scatter(0, torch.tensor(numbers), [array + 1 for array in host(pages, 2)])
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        pytest.param(
+            [1, PAGES + 3],
+            marks=pytest.mark.xfail(strict=True, reason="numbers out of range are clipped: another page's bytes"),
+        ),
+        [PAGES, PAGES + 1],
+    ],
+    ids=str,
+)
+def test_pages_that_do_not_exist_are_not_read(numbers: list[int]) -> None:
+    tensors = kv_tensors()
+    fill(tensors)
+    pages = DevicePages(tensors, PAGE_SIZE)
+    with pytest.raises((IndexError, ValueError)):
+        pages.gather(0, torch.tensor(numbers), host(pages, 2))
+
+
+def test_tensors_of_another_layout_are_refused() -> None:
+    good = torch.zeros(8, 2, 4)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        DevicePages([(good, torch.zeros(2, 8, 4).transpose(0, 1))], 4)
+    with pytest.raises(ValueError, match="layers of different page sizes"):
+        DevicePages([(good, good), (good, torch.zeros(8, 2, 5))], 4)
+    with pytest.raises(ValueError, match="layers of different page sizes"):
+        DevicePages([(good, good), (good,)], 4)

@@ -1,0 +1,109 @@
+"""The command line as a user meets it: what is wrong is one line that says what to do, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import agentstate
+
+SRC = Path(agentstate.__file__).parent.parent
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("AGENTSTATE_")}
+    return subprocess.run(
+        [sys.executable, "-m", "agentstate.cli", *arguments],
+        env={**inherited, "PYTHONPATH": str(SRC), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def only_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("agentstate: ")
+    return line
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def fake_sglang(tmp_path: Path) -> Path:
+    """An interpreter that finds a package called sglang: enough for everything that is checked before it starts."""
+    (tmp_path / "site" / "sglang").mkdir(parents=True)
+    (tmp_path / "site" / "sglang" / "__init__.py").touch()
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/site exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+@pytest.fixture
+def taken_port() -> int:
+    listener = socket.create_server(("127.0.0.1", 0))
+    yield listener.getsockname()[1]
+    listener.close()
+
+
+def test_version() -> None:
+    assert run("version").stdout.strip() == agentstate.__version__
+
+
+def test_settings_lists_every_variable(home: Path) -> None:
+    shown = run("settings", AGENTSTATE_HOME=str(home), COLUMNS="200").stdout
+    assert "AGENTSTATE_PAGES_DIR" in shown
+    assert str(home) in shown
+
+
+def test_settings_hides_a_password(home: Path) -> None:
+    shown = run("settings", AGENTSTATE_DATABASE_URL="postgresql://user:secret@host/db", COLUMNS="200").stdout
+    assert "secret" not in shown
+
+
+def test_a_missing_engine(home: Path) -> None:
+    line = only_line(run("engine", "--model-path", "x", AGENTSTATE_ENGINE_PYTHON="/no/such/python"))
+    assert "AGENTSTATE_ENGINE_PYTHON" in line
+
+
+def test_a_wrong_model_path(home: Path, fake_sglang: Path) -> None:
+    environment = {"AGENTSTATE_HOME": str(home), "AGENTSTATE_ENGINE_PYTHON": str(fake_sglang)}
+    assert "/no/such/model" in only_line(run("engine", "--model-path", "/no/such/model", **environment))
+    assert "--model-path" in only_line(run("engine", **environment))
+
+
+def test_an_occupied_engine_port(home: Path, fake_sglang: Path, taken_port: int, tmp_path: Path) -> None:
+    environment = {"AGENTSTATE_HOME": str(home), "AGENTSTATE_ENGINE_PYTHON": str(fake_sglang)}
+    line = only_line(run("engine", "--model-path", str(tmp_path), "--port", str(taken_port), **environment))
+    assert str(taken_port) in line
+
+
+def test_an_occupied_service_port(home: Path, taken_port: int) -> None:
+    line = only_line(run("serve", "--port", str(taken_port), AGENTSTATE_HOME=str(home)))
+    assert str(taken_port) in line
+    assert not home.exists()
+
+
+def test_a_page_directory_that_cannot_be_made(home: Path, fake_sglang: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    environment = {
+        "AGENTSTATE_PAGES_DIR": str(tmp_path / "file" / "pages"),
+        "AGENTSTATE_ENGINE_PYTHON": str(fake_sglang),
+    }
+    line = only_line(run("engine", "--model-path", str(tmp_path), "--port", "0", **environment))
+    assert "AGENTSTATE_PAGES_DIR" in line
+
+
+def test_a_setting_that_does_not_fit() -> None:
+    assert "AGENTSTATE_PORT" in only_line(run("serve", AGENTSTATE_PORT="99999"))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.progress import Progress
+from rich.table import Column, Table
 
 from agentstate import __version__, launcher
 from agentstate.errors import AgentStateError
+from agentstate.pages import inventory
 from agentstate.settings import Settings
 
 app = typer.Typer(
@@ -24,6 +27,11 @@ app = typer.Typer(
 )
 db = typer.Typer(help="The database.", no_args_is_help=True)
 app.add_typer(db, name="db")
+pages = typer.Typer(help="The page directory.", no_args_is_help=True)
+app.add_typer(pages, name="pages")
+
+PagesDir = Annotated[Path | None, typer.Option("--dir", help="Page directory. [AGENTSTATE_PAGES_DIR]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
@@ -60,6 +68,68 @@ def upgrade() -> None:
     _room("api.server").migrate(Settings())
 
 
+@pages.command("ls")
+def list_pages(directory: PagesDir = None, as_json: AsJson = False) -> None:
+    """List the stores of a page directory: one a fingerprint and rank."""
+    rows = []
+    for store in inventory.store_directories(directory or Settings().pages_path):
+        reports = list(inventory.extents(store))
+        headers = [report.header for report in reports if report.header is not None]
+        rows.append(
+            {
+                "fingerprint": store.parent.name,
+                "rank": store.name,
+                "extents": len(reports),
+                "unreadable": len(reports) - len(headers),
+                "pages": sum(header.pages for header in headers),
+                "tokens": sum(header.pages * header.geometry.page_size for header in headers),
+                "bytes": sum(report.n_bytes for report in reports),
+            }
+        )
+    if as_json:
+        print(json.dumps(rows))
+        return
+    if not rows:
+        print("no pages are stored there")
+        return
+    table = Table("fingerprint", *(Column(name, justify="right") for name in list(rows[0])[1:]))
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+    Console().print(table)
+
+
+@pages.command()
+def check(
+    directory: PagesDir = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop what is broken, and nothing else.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read and verify every stored page. Ends with status 1 when something is broken and was not repaired."""
+    found: list[dict[str, Any]] = []
+    dropped = 0
+    stores = inventory.store_directories(directory or Settings().pages_path)
+    total = sum(len(list((store / "extents").glob("*.ext"))) for store in stores)
+    with Progress(*Progress.get_default_columns(), "{task.completed} of {task.total}", console=_errors) as progress:
+        task = progress.add_task("verifying extents", total=total)
+        for store in stores:
+            bad = []
+            for report in inventory.check(store):
+                progress.advance(task)
+                if not report.good:
+                    bad.append(report)
+                    keys = [report.header.keys[slot].hex() for slot in report.broken] if report.header else None
+                    found.append({"extent": str(report.path), "damage": report.damage, "broken_pages": keys})
+            if repair and bad:
+                dropped += inventory.repair(store, bad)
+    if as_json:
+        print(json.dumps({"extents": total, "broken": found, "repaired": repair, "pages_dropped": dropped}))
+    else:
+        for item in found:
+            print(f"{item['extent']}: {item['damage'] or 'broken pages: ' + ', '.join(item['broken_pages'])}")
+        print(f"{total} extents, {len(found)} broken" + (f", {dropped} pages dropped" if repair else ""))
+    raise typer.Exit(1 if found and not repair else 0)
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="Example: agentstate engine --model-path Qwen/Qwen2.5-7B-Instruct --port 30000",
@@ -73,12 +143,15 @@ def engine(context: typer.Context) -> None:
 
 @app.command()
 def demo(
-    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
+    report: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """An agent works, is suspended, its engine is killed, and it goes on from NVMe: on this machine, for real."""
     from agentstate.demo import run
 
-    raise typer.Exit(0 if run(Settings(), json) else 1)
+    raise typer.Exit(0 if run(Settings(), report) else 1)
+
+
+_errors = Console(stderr=True)
 
 
 def _room(name: str) -> ModuleType:

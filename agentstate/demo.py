@@ -8,6 +8,7 @@ says what the first one's continuation must be, token for token.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -66,8 +67,10 @@ def run(settings: Settings, report: Path | None) -> bool:
         if subprocess.run([python, "-m", "engine_patch.cpu.smollm2", str(checkpoint)], check=False).returncode:
             raise EngineError("the model could not be prepared; the lines above say why")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended then too
+    home = settings.home / "demo"
+    shutil.rmtree(home, ignore_errors=True)  # the last run's pages and sessions
     stack = LocalStack(
-        settings.home / "demo",
+        home,
         checkpoint,
         engine_python=settings.engine_python,
         service_port=SERVICE_PORT,

@@ -1,0 +1,115 @@
+"""What lies in a page directory, and whether it is still what was written: for `agentstate pages`.
+
+Works on the files alone and beside a running engine: nothing here opens a store for writing but `repair`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from agentstate.errors import BadExtent
+from agentstate.pages.extent import ExtentHeader, checksum, page_seed
+from agentstate.pages.store import PageStore, read_header
+
+
+@dataclass(frozen=True)
+class ExtentReport:
+    """One extent file. ``header`` is None, and ``damage`` says why, when it cannot be read; ``broken`` are the slots
+    whose bytes are not those that were written."""
+
+    path: Path
+    n_bytes: int
+    header: ExtentHeader | None
+    damage: str | None = None
+    broken: tuple[int, ...] = ()
+
+    @property
+    def good(self) -> bool:
+        return self.header is not None and not self.broken
+
+
+def store_directories(root: Path) -> list[Path]:
+    """The directories of the stores below ``root``, one a fingerprint and rank."""
+    return sorted(path.parent for path in root.glob("*/*/extents"))
+
+
+def extents(store: Path) -> Iterator[ExtentReport]:
+    """Every extent of a store by its header alone, in the order of their numbers."""
+    for path in sorted((store / "extents").glob("*.ext")):
+        n_bytes = path.stat().st_size
+        try:
+            yield ExtentReport(path, n_bytes, read_header(path))
+        except (BadExtent, OSError) as error:
+            yield ExtentReport(path, n_bytes, None, str(error))
+
+
+def check(store: Path) -> Iterator[ExtentReport]:
+    """Every extent of a store, every byte of it read and verified."""
+    for report in extents(store):
+        if report.header is None:
+            yield report
+            continue
+        try:
+            broken = _broken(report.path, report.header)
+            yield ExtentReport(report.path, report.n_bytes, report.header, broken=broken)
+        except OSError as error:
+            yield ExtentReport(report.path, report.n_bytes, None, str(error))
+
+
+def repair(store: Path, reports: list[ExtentReport]) -> int:
+    """Drop what `check` found broken, and nothing else: extents that cannot be read are deleted, and of the others the
+    good pages are written anew. How many pages were dropped from extents that could be read.
+
+    Raises PageStoreLocked while an engine writes to the store, PageStoreFull when the good pages do not fit beside
+    the old extent; then the store is as it was but for what had been repaired before.
+    """
+    headers = [report.header for report in reports if report.header is not None]
+    if headers:
+        writer = PageStore(store, headers[0].fingerprint, headers[0].geometry)
+        try:
+            for report in reports:
+                if report.header is not None and report.broken:
+                    _rewrite(writer, report.path, report.header, report.broken)
+        finally:
+            writer.close()
+    for report in reports:
+        if not report.good:
+            report.path.unlink(missing_ok=True)
+    return sum(len(report.broken) for report in reports)
+
+
+def _broken(path: Path, header: ExtentHeader) -> tuple[int, ...]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        content.madvise(mmap.MADV_SEQUENTIAL)
+        seeds = [page_seed(header.fingerprint, key) for key in header.keys]
+        return tuple(
+            slot
+            for slot, seed in enumerate(seeds)
+            if any(
+                checksum(seed, layer, _components(content, header, layer, slot)) != int(header.checksums[layer, slot])
+                for layer in range(header.geometry.layers)
+            )
+        )
+
+
+def _components(content: mmap.mmap, header: ExtentHeader, layer: int, slot: int) -> list[bytes]:
+    spans = (header.component_range(layer, c, slot, 1) for c in range(len(header.geometry.component_bytes)))
+    return [content[offset : offset + length] for offset, length in spans]
+
+
+def _rewrite(writer: PageStore, path: Path, header: ExtentHeader, broken: tuple[int, ...]) -> None:
+    keep = [slot for slot in range(header.pages) if slot not in broken]
+    if not keep:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        draft = writer.draft([header.keys[slot] for slot in keep], mmap.mmap(-1, writer.draft_bytes(len(keep))))
+        for layer in range(header.geometry.layers):
+            for row, slot in enumerate(keep):
+                for component, data in enumerate(_components(content, header, layer, slot)):
+                    draft.component(layer, component)[row] = np.frombuffer(data, dtype=np.uint8)
+        writer.publish(draft)

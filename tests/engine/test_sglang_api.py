@@ -1,0 +1,239 @@
+"""What the plug-in was written against: a failing test names the SGLang symbol that an upgrade has changed."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang.srt.layers.attention.attention_registry import register_attention_backend
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+from sglang.srt.mem_cache import memory_pool
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.platforms.interface import SRTPlatform
+from sglang.srt.server_args import ServerArgs
+
+from agentstate.errors import EngineError
+from engine_patch import sglang_api as sgl
+from engine_patch.cpu.attention import CpuAttention
+from engine_patch.cpu.platform import CpuPlatform
+from engine_patch.linker import AgentStateLinker
+from engine_patch.radix_cache import AgentStateRadixCache, _LinkerWrapper
+
+ROOT = Path(__file__).parents[2]
+
+# Symbol, its parameters as the plug-in knows them; those after "*" are passed by name.
+CALLED: list[tuple[Callable[..., Any], str]] = [
+    (sgl.FINISH_ABORT, "message status_code"),
+    (sgl.HookRegistry.register, "target hook hook_type"),
+    (sgl.LayerWiseLoadCounter, "num_layers"),
+    (sgl.LayerWiseLoadCounter.complete, "self index layer"),
+    (sgl.LayerWiseLoadCounter.fail, "self index error"),
+    (sgl.LayerWiseLoadCounter.finish, "self index"),
+    (sgl.LayerWiseLoadCounter.reset, "self"),
+    (sgl.LayerWiseLoadCounter.update_producer, "self"),
+    (sgl.PoolTransfer, "* name device_indices keys"),
+    (sgl.RadixKey, "token_ids extra_key * cache_salt"),
+    (sgl.UnifiedCacheLinkerWrapper, "cache cache_linker"),
+    (sgl.UnifiedCacheLinker.record_offload_ready, "self"),
+    (sgl.UnifiedRadixCache, "params"),
+    (sgl.UnifiedRadixCache._all_reduce_attn_groups, "self tensor op"),
+    (sgl.check_version, ""),
+    (sgl.create_unified_radix_cache, "ctx * cache_class"),
+    (sgl.declare_resolution, "server_args source * fields"),
+    (sgl.get_memory, ""),
+    (sgl.get_model, ""),
+    (sgl.get_parallel, ""),
+    (sgl.get_serving, ""),
+    (sgl.get_storage_hash_str, "key * page_size"),
+    (sgl.register_radix_cache_backend, "name factory"),
+    (sgl.register_resolution_hook, "name"),
+    (sgl.release_kv_cache, "req tree_cache * checkpoint"),
+    (sgl.resolving_view, "server_args"),
+    (register_attention_backend, "name"),
+    (KVWriteLoc, "loc swa_loc"),
+    (MHATokenToKVPool.get_key_buffer, "self layer_id"),
+    (MHATokenToKVPool.get_value_buffer, "self layer_id"),
+    (MHATokenToKVPool.set_kv_buffer, "self layer loc_info cache_k cache_v"),
+    (Req.finished, "self"),
+    (Req.reset_for_retract, "self"),
+    (Scheduler._add_request_to_queue, "self req is_retracted"),
+    (Scheduler.get_next_batch_to_run, "self running_batch last_batch"),
+    (SchedulerWeightUpdaterManager._observe_weight_load, "self source"),
+    (TorchNativeAttnBackend, "model_runner"),
+]
+
+OVERRIDDEN: list[tuple[type, type, str, str]] = [
+    (AgentStateRadixCache, sgl.UnifiedRadixCache, "__init__", "self params"),
+    (AgentStateRadixCache, sgl.UnifiedRadixCache, "init_cache_linker", "self cache_linker"),
+    (AgentStateRadixCache, sgl.UnifiedRadixCache, "checkpoint_into_tree", "self req up_to kwargs"),
+    (AgentStateRadixCache, sgl.UnifiedRadixCache, "finish_external_linker_loads", "self reqs"),
+    (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "finish_loads", "self"),
+    (CpuAttention, TorchNativeAttnBackend, "__init__", "self model_runner"),
+    (CpuAttention, TorchNativeAttnBackend, "init_forward_metadata", "self forward_batch"),
+    (CpuAttention, TorchNativeAttnBackend, "forward_extend", "self q k v layer forward_batch save_kv_cache"),
+    (CpuAttention, TorchNativeAttnBackend, "forward_decode", "self q k v layer forward_batch save_kv_cache"),
+    (CpuPlatform, SRTPlatform, "apply_server_args_defaults", "self server_args"),
+    (CpuPlatform, SRTPlatform, "get_default_attention_backend", "self"),
+    (CpuPlatform, SRTPlatform, "get_dispatch_key_name", "self"),
+    (CpuPlatform, SRTPlatform, "is_pin_memory_available", "self device"),
+    (CpuPlatform, SRTPlatform, "init_backend", "self"),
+    *(
+        (AgentStateLinker, sgl.UnifiedCacheLinker, name, parameters)
+        for name, parameters in {
+            "lookup": "self rid transfers",
+            "load": "self rid transfers",
+            "start_layer_wise_loading": "self",
+            "finish_layer_wise_loading": "self counter_index",
+            "cancel_queued_load": "self rid",
+            "offload": "self transfers session_id",
+            "num_completed_offloads": "self",
+            "pop_completed_offload": "self",
+            "reset": "self",
+            "close": "self",
+        }.items()
+    ),
+]
+
+# Attributes that the plug-in reads or sets.
+ATTRIBUTES: dict[type, str] = {
+    Req: "rid session_id extra_key cache_salt kv full_untruncated_fill_ids skip_radix_cache_insert "
+    "discard_output_reason finished_output finished_reason finished_len to_finish is_retracted retracted_stain "
+    "retraction_count cached_tokens cached_tokens_device cached_tokens_host cached_tokens_storage "
+    "_cache_breakdown_computed",
+    ReqKvInfo: "holds_kv cache_inserted_len",
+    Scheduler: "running_batch last_batch chunked_req tree_cache",
+    sgl.UnifiedCacheLinkerWrapper: "cache cache_linker inflight_load_rids inflight_load_index private_load_indices",
+    SchedulerWeightUpdaterManager: "scheduler",
+    sgl.UnifiedCacheLinker: "layer_done_counter pools forward_stream",
+    TorchNativeAttnBackend: "req_to_token_pool token_to_kv_pool use_sliding_window_kv_pool",
+    RadixAttention: "layer_id tp_q_head_num qk_head_dim v_head_dim scaling sliding_window_size is_cross_attention "
+    "attn_type",
+    ForwardBatch: "seq_lens extend_prefix_lens req_pool_indices out_cache_loc forward_mode",
+    MHATokenToKVPool: "k_buffer v_buffer k_scale_buffer",
+    memory_pool.MLATokenToKVPool: "kv_buffer",
+    memory_pool.DSATokenToKVPool: "index_k_with_scale_buffer",
+    ServerArgs: "host port attention_backend page_size dtype disable_cuda_graph radix_cache_backend "
+    "disable_radix_cache enable_hierarchical_cache enable_lmcache enable_unified_cache_external_linker "
+    "unified_cache_external_linker_backend unified_cache_external_linker_config speculative_algorithm "
+    "disaggregation_mode enable_streaming_session pp_size dp_size model_path served_model_name "
+    "json_model_override_args quantization",
+}
+
+
+def named(symbol: Any) -> str:
+    return f"{symbol.__module__}.{symbol.__qualname__}"
+
+
+def parameters(symbol: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(symbol).parameters)
+
+
+@pytest.mark.parametrize(("symbol", "known"), CALLED, ids=[named(symbol) for symbol, _ in CALLED])
+def test_what_is_called_takes_what_it_is_given(symbol: Callable[..., Any], known: str) -> None:
+    positional, _, by_name = (f"{known} *" if "*" not in known else known).partition("*")
+    found = parameters(symbol)
+    where = f"{named(symbol)} has changed: its parameters are ({', '.join(found)}), known as ({known})"
+    assert list(found)[: len(positional.split())] == positional.split(), where
+    assert set(by_name.split()) <= set(found), where
+    required = {
+        name
+        for name, parameter in found.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    assert required <= set(known.split()), where
+
+
+@pytest.mark.parametrize(
+    ("ours", "stock", "name", "known"), OVERRIDDEN, ids=[f"{named(stock)}.{name}" for _, stock, name, _ in OVERRIDDEN]
+)
+def test_what_is_overridden_has_the_parameters_it_had(ours: type, stock: type, name: str, known: str) -> None:
+    found = parameters(getattr(stock, name))
+    assert list(found) == known.split(), f"{named(stock)}.{name} has changed: its parameters are ({', '.join(found)})"
+    overriding = parameters(getattr(ours, name))
+    assert [n for n in overriding if n not in ("kwargs",)] == [n for n in found if n != "kwargs"]
+    for parameter in found:
+        assert overriding[parameter].kind == found[parameter].kind
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(owner, name) for owner, names in ATTRIBUTES.items() for name in names.split()],
+    ids=lambda part: part if isinstance(part, str) else named(part),
+)
+def test_the_attributes_that_are_used_exist(owner: type, name: str) -> None:
+    source = "".join(inspect.getsource(cls) for cls in owner.__mro__ if cls.__module__.startswith("sglang"))
+    declared = re.search(rf"^\s+(self\.)?{name}\s*[:=]|^\s+def {name}\(|self\.{name}\b.*=", source, re.MULTILINE)
+    assert hasattr(owner, name) or declared, f"{named(owner)} has no {name} any more"
+
+
+def test_the_linker_implements_all_of_the_contract() -> None:
+    contract = set(sgl.UnifiedCacheLinker.__abstractmethods__)
+    assert contract == {name for ours, _, name, _ in OVERRIDDEN if ours is AgentStateLinker}
+    missing = {name for name in contract if getattr(AgentStateLinker, name) is getattr(sgl.UnifiedCacheLinker, name)}
+    assert not missing
+    assert not AgentStateLinker.__abstractmethods__
+
+
+def test_the_linker_takes_what_sglang_constructs_linkers_with() -> None:
+    assert "Linker(server_args, params, components=..., extra_config=..., forward_stream=...)" in (
+        sgl.UnifiedCacheLinker.__doc__ or ""
+    )
+    inspect.signature(AgentStateLinker).bind(None, None, components=None, extra_config=None, forward_stream=None)
+
+
+def test_the_members_of_enumerations_exist() -> None:
+    assert sgl.PoolName.KV.value
+    assert sgl.HookType.AROUND.value
+    assert AttentionType.ENCODER_ONLY.value
+
+
+def hooked() -> Iterator[str]:
+    tree = ast.parse((ROOT / "engine_patch" / "plugin.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("sglang.srt.man"):
+            yield node.value
+
+
+def test_what_is_hooked_into_exists() -> None:
+    targets = list(hooked())
+    assert len(targets) >= 2
+    for target in targets:
+        module, cls, method = target.rsplit(".", 2)
+        assert callable(getattr(getattr(importlib.import_module(module), cls), method, None)), target
+
+
+def test_the_resolution_step_may_be_overridden() -> None:
+    hooks = importlib.import_module("sglang.srt.arg_groups.resolution_hooks")
+    assert "handle_hicache" in hooks._OVERRIDABLE_HOOKS
+
+
+def test_every_symbol_of_the_api_module_is_there_and_listed() -> None:
+    tree = ast.parse(inspect.getsource(sgl))
+    imported = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang")
+        for alias in node.names
+    }
+    assert imported | {"SUPPORTED", "check_version"} == set(sgl.__all__)
+    assert all(hasattr(sgl, name) for name in sgl.__all__)
+
+
+def test_another_version_of_sglang_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    sgl.check_version()
+    monkeypatch.setattr(sgl, "version", lambda name: "9.9.9")
+    with pytest.raises(EngineError, match=rf"supports SGLang {re.escape(sgl.SUPPORTED)} and found 9\.9\.9") as error:
+        sgl.check_version()
+    assert "\n" not in str(error.value)

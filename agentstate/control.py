@@ -36,6 +36,8 @@ def unpack(raw: bytes) -> dict[str, Any]:
         raise ValueError(f"not a control message: {error}") from error
     if not isinstance(message, dict):
         raise ValueError(f"not a control message: a {type(message).__name__} instead of a map")
+    if not all(isinstance(name, str) for name in message):
+        raise ValueError("not a control message: a map with keys that are no strings")
     return message
 
 
@@ -60,6 +62,8 @@ class ControlClient:
             if not socket.poll(int(timeout_s * 1000), zmq.POLLIN):
                 raise EngineUnreachable(f"the engine at {self.address} did not answer '{verb}' within {timeout_s:g} s")
             answer = unpack(socket.recv())
+        except ValueError as error:
+            raise EngineRefused(f"{self.address} answered '{verb}' with something else: {error}") from error
         except zmq.ZMQError as error:
             raise EngineUnreachable(f"the engine at {self.address} cannot be reached: {error}") from error
         finally:

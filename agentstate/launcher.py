@@ -7,6 +7,7 @@ line instead of a traceback.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import subprocess
@@ -30,10 +31,12 @@ def engine_command(settings: Settings, arguments: list[str]) -> tuple[list[str],
     model = _value(arguments, "--model-path") or _value(arguments, "--model")
     if model is None:
         raise SettingsError("which model? Give --model-path DIRECTORY, or a model's name on the hub")
-    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
-        raise SettingsError(f"there is no model directory {model}: check --model-path")
-    host, port = _value(arguments, "--host") or "127.0.0.1", int(_value(arguments, "--port") or 30000)
-    require_free_port(host, port)
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).exists():
+        raise SettingsError(f"there is no model at {model}: check --model-path")
+    port = _value(arguments, "--port") or "30000"
+    if not port.isdecimal() or int(port) > 65535:
+        raise SettingsError(f"--port {port} is no port number")
+    require_free_port(_value(arguments, "--host") or "127.0.0.1", int(port))
     require_page_directory(settings.pages_path)
     command = [python, "-m", "sglang.launch_server", *arguments]
     environment = dict(os.environ)
@@ -59,7 +62,11 @@ def engine_python(settings: Settings) -> str:
     if not Path(python).exists():
         raise EngineError(f"AGENTSTATE_ENGINE_PYTHON is {python}, which does not exist")
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
-    if subprocess.run([python, "-c", probe], check=False).returncode:
+    try:
+        missing = subprocess.run([python, "-c", probe], check=False).returncode
+    except OSError as error:
+        raise EngineError(f"{python} cannot be run ({error.strerror}): set AGENTSTATE_ENGINE_PYTHON") from error
+    if missing:
         raise EngineError(
             f"{python} has no SGLang: pip install 'agentstate[engine]' there, or set AGENTSTATE_ENGINE_PYTHON to the "
             "Python of an environment that has it"
@@ -68,14 +75,16 @@ def engine_python(settings: Settings) -> str:
 
 
 def require_free_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise SettingsError(
-                f"port {port} of {host} cannot be used ({error.strerror}): choose another with --port"
-            ) from error
+    """Raises SettingsError unless ``port`` of ``host``, an IPv4 or IPv6 address or a name, can be listened on."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise SettingsError(
+            f"port {port} of {host} cannot be used ({error.strerror}): choose another with --port"
+        ) from error
 
 
 def require_page_directory(directory: Path) -> None:
@@ -84,6 +93,10 @@ def require_page_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PageStoreFull(
+                f"the disk of the page directory {directory} is full: make room, or {advice}"
+            ) from error
         raise PageStoreUnwritable(
             f"the page directory {directory} cannot be created ({error.strerror}): {advice}"
         ) from error

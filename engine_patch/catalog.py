@@ -30,7 +30,7 @@ class Catalog:
         self._saved = saved
         self._waiting: dict[str, Manifest] = {}
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._closed = self._failing = False
         self._schema_checked = False
         self._thread = threading.Thread(target=self._run, name="agentstate-catalog", daemon=True)
         self._thread.start()
@@ -54,27 +54,29 @@ class Catalog:
         self._thread.join()
 
     def _run(self) -> None:
-        failing = False
-        while True:
+        while not self._closed:
             with self._changed:
-                # After a failure even waiting manifests wait for the next heartbeat.
-                if not self._closing and (failing or not self._waiting):
-                    self._changed.wait(self._heartbeat_s)
+                self._changed.wait_for(self._has_work, self._heartbeat_s)
                 batch, self._waiting = self._waiting, {}
                 closing = self._closing
             try:
                 self._write(list(batch.values()), closing)
-                if failing:
+                if self._failing:
                     logger.info("agentstate: the database answers again")
-                failing = False
-            except DatabaseError as error:
-                if not failing:
+                self._failing = False
+            except Exception as error:
+                if not isinstance(error, DatabaseError):
+                    logger.exception("agentstate: writing to the database failed")
+                elif not self._failing:
                     logger.warning("agentstate: manifests wait for the database: %s", error)
-                failing = True
+                self._failing = True
                 with self._changed:
                     self._waiting = batch | self._waiting
-            if closing:
-                return
+            self._closed = closing
+
+    def _has_work(self) -> bool:
+        # After a failure even waiting manifests wait for the next heartbeat.
+        return self._closing or (bool(self._waiting) and not self._failing)
 
     def _write(self, batch: list[Manifest], closing: bool) -> None:
         if not self._schema_checked:

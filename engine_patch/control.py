@@ -83,13 +83,12 @@ class ControlEndpoint:
         """Answer a flush whose state is final or whose time is up."""
         try:
             answer = self._standing(waiting.session)
+            if answer["state"] == "pending" and time.monotonic() < waiting.deadline:
+                return False
+            self._send(waiting.peer, {"ok": True, **answer})
         except Exception as error:
             logger.exception("agentstate: flush of %s failed", waiting.session)
             self._send(waiting.peer, {"ok": False, "error": str(error)})
-            return True
-        if answer["state"] == "pending" and time.monotonic() < waiting.deadline:
-            return False
-        self._send(waiting.peer, {"ok": True, **answer})
         return True
 
     def _send(self, peer: list[bytes], answer: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ class Ledger:
     def settled(self, session_id: str, request: int, keys: list[bytes], durable: int) -> None:
         """The pages queued by request number ``request`` are stored, ``durable`` of them from the head."""
         with self._mutex:
-            standing = self._standings.get(session_id, Standing())
+            standing = self._standings.get(session_id, Standing(requests=request))
             self._put(session_id, replace(standing, settled=request, keys=tuple(keys), durable=durable))
 
     def saved(self, manifest: Manifest) -> None:

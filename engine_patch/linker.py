@@ -239,8 +239,8 @@ def _fingerprint(page_size: int, kv_dtype: str, rows: list[list[int]], layers: i
 
 
 def _checkpoint(model_path: str) -> Path:
-    """The directory of the weights: ``model_path`` itself, or where the hub's cache keeps that model."""
-    if Path(model_path).is_dir():
+    """Where the weights are: ``model_path`` itself, or where the hub's cache keeps that model."""
+    if Path(model_path).exists():
         return Path(model_path)
     from huggingface_hub import snapshot_download
 

@@ -78,23 +78,28 @@ def _resolve_arguments(server_args: Any, previous: Any) -> None:
 
 def _create_cache(ctx: Any) -> Any:
     from engine_patch import sglang_api as sgl
-    from engine_patch.radix_cache import AgentStateRadixCache
 
     if not sgl.get_memory().enable_unified_cache_external_linker:
         raise RuntimeError(f"--radix-cache-backend {BACKEND} was not resolved: SGLang would never start its loads")
-    return sgl.create_unified_radix_cache(ctx, cache_class=AgentStateRadixCache)
+    return sgl.create_unified_radix_cache(ctx, cache_class=_cache_class())
+
+
+def _cache_class() -> type:
+    # Late: SGLang loads this module before most of its own.
+    from engine_patch.radix_cache import AgentStateRadixCache
+
+    return AgentStateRadixCache
 
 
 def _before_weight_update(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
     """Weights loaded into a running engine leave its checkpoint, and so its fingerprint, behind."""
-    linker = getattr(updater.scheduler.tree_cache, "linker", None)
-    if linker is not None:
-        linker.cache_linker.retire("its weights were updated in place; restart it to store pages again")
+    cache = getattr(updater.scheduler, "tree_cache", None)
+    if isinstance(cache, _cache_class()):
+        cache.linker.cache_linker.retire("its weights were updated in place; restart it to store pages again")
     return original(updater, *args, **kwargs)
 
 
 def _before_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    requeue = getattr(scheduler.tree_cache, "requeue_failed", None)
-    if requeue is not None:
-        requeue(scheduler)
+    if isinstance(scheduler.tree_cache, _cache_class()):
+        scheduler.tree_cache.requeue_failed(scheduler)
     return original(scheduler, *args, **kwargs)

@@ -6,11 +6,12 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
-from agentstate.pages import LayerwiseReader, PageStore, ReadRequest, Verifier
+from agentstate.pages import Chunk, LayerwiseReader, PageStore, ReadRequest, Verifier
 from engine_patch.sglang_api import LayerWiseLoadCounter
 from engine_patch.transfer import DevicePages
 
@@ -116,6 +117,9 @@ class Restorer:
                 self._restore(index, batch)
             except Exception as error:
                 logger.exception("agentstate: a restore failed; its requests are recomputed")
+                # They must not match the same pages again, or they would fail for ever.
+                for load in batch.loads:
+                    self._drop(load, range(len(load.keys)))
                 self.counter.fail(index, error)
             finally:
                 self._queue.task_done()
@@ -132,29 +136,35 @@ class Restorer:
         for chunk in self._reader.stream([load.reads for load in loads]):
             load = loads[chunk.request]
             n_bytes += chunk.n_bytes
+            # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
+            if wrong := verifiers[chunk.request].wrong_pages(chunk):
+                self._reject(batch, load, wrong, chunk)
             if load.rid not in batch.failed:
-                wrong = verifiers[chunk.request].wrong_page(chunk)
-                if wrong is None:
-                    for first, arrays in chunk.parts:
-                        self._pages.scatter(chunk.layer, load.numbers[first : first + len(arrays[0])], arrays)
-                else:
-                    self._reject(batch, load, wrong, chunk.layer, chunk.error)
+                for first, arrays in chunk.parts:
+                    self._pages.scatter(chunk.layer, load.numbers[first : first + len(arrays[0])], arrays)
             if chunk.last_of_layer:
                 self.counter.complete(index, chunk.layer)
         self._record(batch, loads, n_bytes, time.perf_counter() - started)
 
-    def _reject(self, batch: _Batch, load: _Load, page: int, layer: int, error: OSError | None) -> None:
+    def _reject(self, batch: _Batch, load: _Load, wrong: list[int], chunk: Chunk) -> None:
         batch.failed.add(load.rid)
-        self._store.drop(load.keys[page])
-        self.stats.pages_failed += 1
+        self._drop(load, wrong)
+        reason = str(chunk.unread[0][1]) if chunk.unread else "their bytes are not those that were written"
         logger.error(
-            "agentstate: page %s (number %d of request %s) is unusable in layer %d: %s; the request is recomputed",
-            load.keys[page].hex()[:16],
-            page,
+            "agentstate: %d page(s) of request %s, the first one number %d, are unusable in layer %d (%s); "
+            "the request is recomputed",
+            len(wrong),
             load.rid,
-            layer,
-            error or "its bytes are not those that were written",
+            wrong[0],
+            chunk.layer,
+            reason,
         )
+
+    def _drop(self, load: _Load, pages: Iterable[int]) -> None:
+        for page in pages:
+            if load.keys[page] in self._store:
+                self._store.drop(load.keys[page])
+                self.stats.pages_failed += 1
 
     def _record(self, batch: _Batch, loads: list[_Load], n_bytes: int, seconds: float) -> None:
         pages = sum(len(load.keys) for load in loads if load.rid not in batch.failed)

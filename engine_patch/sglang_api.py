@@ -1,7 +1,7 @@
 """Every SGLang symbol that the plug-in uses, and the version it was read from.
 
 SGLang has no stable plug-in interface below its entry points: an upgrade is this file to read again, and
-`tests/acceptance/test_sglang_api.py` names what changed.
+`tests/engine/test_sglang_api.py` names what changed.
 """
 
 from __future__ import annotations

@@ -79,10 +79,12 @@ class Spiller:
                     self.results.append(self._store_offer(item))
                 else:
                     item()
-            except Exception:
-                logger.exception("agentstate: spilling failed; the pages are recomputed when they are needed")
+            except Exception as error:
+                if isinstance(error, PageStoreFull):
+                    logger.warning("agentstate: %s; they are recomputed when they are needed", error)
+                else:
+                    logger.exception("agentstate: spilling failed; the pages are recomputed when they are needed")
                 if isinstance(item, _Offer):
-                    self.stats.pages_failed += len(item.keys)
                     self.results.append(False)
             finally:
                 self._queue.task_done()
@@ -107,8 +109,6 @@ class Spiller:
                 self.stats.pages_spilled += len(run)
                 self.stats.bytes_spilled += len(run) * draft.geometry.page_bytes
                 new = rest
-        except PageStoreFull as error:
+        finally:
             self.stats.pages_failed += len(new)
-            logger.warning("agentstate: %s; %d pages were not kept and will be recomputed", error, len(new))
-            return False
         return True

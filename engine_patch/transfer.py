@@ -34,16 +34,22 @@ class DevicePages:
         """The page numbers, int64 on the host, of ``slots``, a whole number of pages of row indices.
         Raises ValueError unless every page is aligned and in order."""
         size = self.geometry.page_size
-        pages = slots.detach().to("cpu", torch.int64).reshape(-1, size)
-        numbers = pages[:, 0] // size
-        if not torch.equal(pages, (numbers * size)[:, None] + torch.arange(size)):
+        slots = slots.detach().to("cpu", torch.int64).flatten()
+        numbers = slots[::size] // size
+        if not torch.equal(slots, ((numbers * size)[:, None] + torch.arange(size)).flatten()):
             raise ValueError("KV slots that are not whole, aligned pages cannot be stored or restored")
+        return self._existing(numbers)
+
+    def _existing(self, numbers: torch.Tensor) -> torch.Tensor:
+        pages = len(self._rows[0][0])
+        if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < pages):
+            raise ValueError(f"page numbers {numbers.tolist()} are not all on a device of {pages} pages")
         return numbers
 
     def gather(self, layer: int, numbers: torch.Tensor, out: Sequence[np.ndarray]) -> None:
         """Device → host: the pages ``numbers`` of ``layer`` into ``out``, a uint8 array of shape (pages, component
-        bytes) a component."""
-        run = _as_slice(numbers)
+        bytes) a component. Raises ValueError for a page number that the device has not."""
+        run = _as_slice(self._existing(numbers))
         for rows, array in zip(self._rows[layer], out, strict=True):
             if self._stream is None:
                 source = rows.numpy()
@@ -59,7 +65,7 @@ class DevicePages:
 
     def scatter(self, layer: int, numbers: torch.Tensor, pages: Sequence[np.ndarray]) -> None:
         """Host → device, the inverse of `gather`."""
-        run = _as_slice(numbers)
+        run = _as_slice(self._existing(numbers))
         for rows, array in zip(self._rows[layer], pages, strict=True):
             if self._stream is None:
                 rows.numpy()[run if run is not None else numbers.numpy()] = array

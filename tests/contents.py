@@ -56,17 +56,16 @@ def request_for(store: PageStore, pages: Sequence[bytes]) -> ReadRequest:
 def read(
     reader: LayerwiseReader, requests: Sequence[ReadRequest], mark: bytes = MARK
 ) -> dict[tuple[int, int, int], list[bytes] | None]:
-    """The components of every (request, layer, page) that may be used; None for a page that may not, and for what
-    comes after it in its chunk."""
+    """The components of every (request, layer, page) that may be used; None for a page that may not."""
     verifiers = [Verifier(request, mark) for request in requests]
     found: dict[tuple[int, int, int], list[bytes] | None] = {}
     for chunk in reader.stream(requests):
-        wrong = verifiers[chunk.request].wrong_page(chunk)
+        wrong = verifiers[chunk.request].wrong_pages(chunk)
         for page in range(chunk.first, chunk.first + chunk.count):
             found[chunk.request, chunk.layer, page] = None
         for first, arrays in chunk.parts:
             for i in range(len(arrays[0])):
-                if wrong is None or first + i < wrong:
+                if first + i not in wrong:
                     found[chunk.request, chunk.layer, first + i] = [array[i].tobytes() for array in arrays]
     return found
 

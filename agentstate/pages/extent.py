@@ -161,6 +161,8 @@ class ExtentHeader:
                 raise BadExtent(f"{name}: unknown codec {plane['codec']!r} or checksum {fields['checksum']!r}")
             geometry = Geometry(fields["layers"], fields["page_size"], tuple(plane["components"]))
             blob = fields["keys"]
+            if len(blob) % KEY_BYTES:
+                raise BadExtent(f"{name}: {len(blob)} bytes of keys are no whole keys of {KEY_BYTES}")
             keys = tuple(blob[i : i + KEY_BYTES] for i in range(0, len(blob), KEY_BYTES))
             sums = np.frombuffer(fields["checksums"], dtype="<u8").reshape(geometry.layers, len(keys))
             return cls(fields["fingerprint"], geometry, keys, sums, align(PREFIX.size + length))
@@ -173,6 +175,8 @@ class ExtentDraft:
     the draft to `PageStore.publish`. The memory is ``buffer``'s and may be reused after that."""
 
     def __init__(self, fingerprint: bytes, geometry: Geometry, keys: list[bytes], buffer: mmap.mmap):
+        if any(len(key) != KEY_BYTES for key in [fingerprint, *keys]):
+            raise ValueError(f"keys and fingerprints have {KEY_BYTES} bytes")
         self.keys = tuple(keys)
         self.geometry = geometry
         self.fingerprint = fingerprint

@@ -22,27 +22,26 @@ _CONFIG_NAMES = ("config.json", "quantize_config.json", "hf_quant_config.json")
 
 def fingerprint(**fields: Any) -> bytes:
     """SHA-256 over ``fields``, which must be JSON values, and the format version. Order does not matter."""
-    text = json.dumps({"format": FORMAT_VERSION, **fields}, sort_keys=True, separators=(",", ":"))
+    text = json.dumps({**fields, "format": FORMAT_VERSION}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()
 
 
-def weights_digest(model_dir: Path) -> str:
-    """A digest of a checkpoint directory that costs megabytes of reading, not gigabytes.
+def weights_digest(checkpoint: Path) -> str:
+    """A digest of a checkpoint, a directory or one file, that costs megabytes of reading, not gigabytes.
 
     Covers the model's configuration files whole, and of every weight file its name, its size, its first mebibyte
     (where safetensors keeps every tensor's name, dtype, shape and place) and mebibytes sampled at its middle and its
     end. Not promised: that two checkpoints of equal shape which differ only between the samples are told apart.
     Tokenizer files do not count: pages are keyed by token ids. Raises SettingsError where no weight file is found.
     """
-    weights = (
-        sorted(path for path in model_dir.iterdir() if path.suffix in _WEIGHT_SUFFIXES) if model_dir.is_dir() else []
-    )
+    files = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.glob("*"))
+    weights = [path for path in files if path.suffix in _WEIGHT_SUFFIXES and path.is_file()]
     if not weights:
-        raise SettingsError(f"no model weights in {model_dir}: cannot tell which model its KV pages belong to")
+        raise SettingsError(f"no model weights in {checkpoint}: cannot tell which model its KV pages belong to")
     digest = hashlib.sha256()
     for name in _CONFIG_NAMES:
-        if (model_dir / name).is_file():
-            digest.update(f"{name}\0".encode() + (model_dir / name).read_bytes())
+        if (checkpoint / name).is_file():
+            digest.update(f"{name}\0".encode() + (checkpoint / name).read_bytes())
     for path in weights:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())

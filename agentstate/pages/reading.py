@@ -36,9 +36,9 @@ class ReadRequest:
 class Chunk:
     """Pages ``[first, first + count)`` of request number ``request``, in layer ``layer``.
 
-    ``parts`` holds, for every segment read, its first page and one uint8 array of shape (pages, component bytes) a
-    component. They are views of a buffer that is reused: valid until the next chunk is asked for. ``error`` is set,
-    and ``parts`` is empty, when the device failed; ``n_bytes`` is what was read from it.
+    ``parts`` holds, for every segment that could be read, its first page and one uint8 array of shape (pages,
+    component bytes) a component. They are views of a buffer that is reused: valid until the next chunk is asked for.
+    ``unread`` holds the segments that could not, with the reason; ``n_bytes`` is what came from the device.
     """
 
     request: int
@@ -47,8 +47,8 @@ class Chunk:
     count: int
     last_of_layer: bool
     parts: list[tuple[int, list[np.ndarray]]]
+    unread: list[tuple[Segment, OSError]]
     n_bytes: int = 0
-    error: OSError | None = None
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,19 @@ class LayerwiseReader:
     def stream(self, requests: Sequence[ReadRequest]) -> Iterator[Chunk]:
         """Every page of every request, layer 0 of all of them first. The iterator must be run to its end or closed.
 
-        Bytes are handed over as they came; `Verifier` tells which may be used. Raises OSError when an extent
-        can no longer be opened; a failing read is reported in its chunk instead.
+        Bytes are handed over as they came; `Verifier` tells which may be used. What cannot be opened or read is
+        reported in its chunk, and everything else is read all the same.
         """
         with self._streaming, ExitStack() as stack:
-            files: dict[Path, int] = {}
-            for request in requests:
-                for segment in request.segments:
-                    if segment.extent.path not in files:
-                        fd = open_direct(segment.extent.path, os.O_RDONLY)
-                        stack.callback(os.close, fd)
-                        files[segment.extent.path] = fd
+            files: dict[Path, int | OSError] = {}
+            for path in {segment.extent.path for request in requests for segment in request.segments}:
+                try:
+                    fd = open_direct(path, os.O_RDONLY)
+                except OSError as error:
+                    files[path] = error
+                else:
+                    stack.callback(os.close, fd)
+                    files[path] = fd
             plans = self._plans(requests)
             free = list(self._buffers)
             ahead: deque[tuple[Future[Chunk], mmap.mmap]] = deque()
@@ -137,37 +139,49 @@ class LayerwiseReader:
             yield tuple(run)
 
     @staticmethod
-    def _read(plan: _Plan, buffer: mmap.mmap, files: dict[Path, int]) -> Chunk:
+    def _read(plan: _Plan, buffer: mmap.mmap, files: dict[Path, int | OSError]) -> Chunk:
         first = plan.segments[0].first
         count = sum(segment.pages for segment in plan.segments)
-        chunk = Chunk(plan.request, plan.layer, first, count, plan.last_of_layer, [])
-        view = memoryview(buffer)
+        chunk = Chunk(plan.request, plan.layer, first, count, plan.last_of_layer, [], [])
         position = 0
-        try:
-            for segment in plan.segments:
-                header = segment.extent.header
-                sizes = header.geometry.component_bytes
-                spans = [header.component_range(plan.layer, c, segment.slot, segment.pages) for c in range(len(sizes))]
-                arrays = []
-                for start, end, members in _coalesced(spans):
-                    skew = start % ALIGNMENT
-                    wanted = align(skew + end - start)
-                    got = os.preadv(files[segment.extent.path], [view[position : position + wanted]], start - skew)
-                    if got < skew + end - start:
-                        raise OSError(f"{segment.extent.path} ends in the middle of a page")
-                    chunk.n_bytes += got
-                    for offset, length in members:
-                        at = position + skew + offset - start
-                        raw = np.frombuffer(buffer, dtype=np.uint8, count=length, offset=at)
-                        arrays.append(raw.reshape(segment.pages, -1))
-                    position += wanted
+        for segment in plan.segments:
+            file = files[segment.extent.path]
+            try:
+                if isinstance(file, OSError):
+                    raise file
+                arrays, position, n_bytes = _read_segment(file, segment, plan.layer, buffer, position)
                 chunk.parts.append((segment.first, arrays))
-        except OSError as error:
-            chunk.parts, chunk.error = [], error
+                chunk.n_bytes += n_bytes
+            except OSError as error:
+                chunk.unread.append((segment, error))
         return chunk
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def _read_segment(
+    fd: int, segment: Segment, layer: int, buffer: mmap.mmap, position: int
+) -> tuple[list[np.ndarray], int, int]:
+    """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned: an array a component,
+    the next free position, and the bytes that were read. Raises OSError, also when the file is too short."""
+    header = segment.extent.header
+    components = range(len(header.geometry.component_bytes))
+    spans = [header.component_range(layer, component, segment.slot, segment.pages) for component in components]
+    view = memoryview(buffer)
+    arrays, n_bytes = [], 0
+    for start, end, members in _coalesced(spans):
+        skew = start % ALIGNMENT
+        wanted = align(skew + end - start)
+        got = os.preadv(fd, [view[position : position + wanted]], start - skew)
+        if got < skew + end - start:
+            raise OSError(f"{segment.extent.path} ends in the middle of a page")
+        n_bytes += got
+        for offset, length in members:
+            raw = np.frombuffer(buffer, dtype=np.uint8, count=length, offset=position + skew + offset - start)
+            arrays.append(raw.reshape(segment.pages, -1))
+        position += wanted
+    return arrays, position, n_bytes
 
 
 def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
@@ -189,10 +203,9 @@ class Verifier:
         self._seeds = [page_seed(fingerprint, key) for key in request.keys]
         self._home = [(s.extent.header, s.slot + i) for s in request.segments for i in range(s.pages)]
 
-    def wrong_page(self, chunk: Chunk) -> int | None:
-        """The first page of ``chunk`` whose bytes must not be used, or None when all are as they were written."""
-        if chunk.error is not None:
-            return chunk.first
+    def wrong_pages(self, chunk: Chunk) -> list[int]:
+        """The pages of ``chunk`` that must not be used: not read, or not as they were written."""
+        wrong = [segment.first + i for segment, _ in chunk.unread for i in range(segment.pages)]
         for first, arrays in chunk.parts:
             for i in range(len(arrays[0])):
                 header, slot = self._home[first + i]
@@ -200,5 +213,5 @@ class Verifier:
                     header.checksums[chunk.layer, slot]
                 ) == checksum(self._seeds[first + i], chunk.layer, [array[i] for array in arrays])
                 if not right:
-                    return first + i
-        return None
+                    wrong.append(first + i)
+        return wrong

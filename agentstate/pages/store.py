@@ -17,8 +17,10 @@ import fcntl
 import logging
 import mmap
 import os
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +31,7 @@ from agentstate.pages.extent import KEY_BYTES, PREFIX, ExtentDraft, ExtentHeader
 logger = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NAME = re.compile(r"[0-9a-f]{16}\.ext")
 
 
 class Extent(NamedTuple):
@@ -96,6 +99,7 @@ class PageStore:
         self.stats = StoreStats()
         self._extents: dict[int, Extent] = {}
         self._index: dict[bytes, tuple[int, int]] = {}
+        self._next = 1
         self._mutex = threading.Lock()
         self._lock_fd = self._acquire() if writable else None
         try:
@@ -103,7 +107,6 @@ class PageStore:
         except BaseException:
             self.close()
             raise
-        self._next = max(self._extents, default=0) + 1
 
     @property
     def _extents_dir(self) -> Path:
@@ -130,20 +133,28 @@ class PageStore:
             ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in self._partial_dir.iterdir():
+                leftover.unlink()
         except BlockingIOError as error:
             os.close(lock)
             raise PageStoreLocked(
                 f"another engine writes to {self.directory}: stop it, or give this one a directory of its own "
                 "with AGENTSTATE_PAGES_DIR"
             ) from error
-        for leftover in self._partial_dir.iterdir():
-            leftover.unlink()
+        except BaseException:
+            os.close(lock)
+            raise
         return lock
 
     def _load(self) -> None:
         if not self._extents_dir.is_dir():
             return
         for path in sorted(self._extents_dir.glob("*.ext")):
+            if _NAME.fullmatch(path.name) is None:
+                logger.warning("page store: ignoring %s, which is no name of an extent", path)
+                continue
+            # A file that cannot be read keeps its number: it may be a later release's.
+            self._next = max(self._next, int(path.stem, 16) + 1)
             try:
                 extent = Extent(path, read_header(path))
             except (BadExtent, OSError) as error:
@@ -201,15 +212,19 @@ class PageStore:
         return ExtentHeader.encoded_bytes(self.geometry, pages) + self.geometry.layers * self.geometry.slab_bytes(pages)
 
     def draft(self, keys: list[bytes], buffer: mmap.mmap) -> ExtentDraft:
-        """An extent of ``keys`` to fill, in ``buffer``, which must hold `draft_bytes` of them."""
+        """An extent of ``keys`` to fill, in ``buffer``, which must hold `draft_bytes` of them. Raises ValueError
+        for keys of another length than 32 bytes."""
         return ExtentDraft(self.fingerprint, self.geometry, keys, buffer)
 
     def publish(self, draft: ExtentDraft) -> None:
         """Make the draft's pages durable and findable: written, `fdatasync`, renamed, directory synced, indexed.
 
         A reader, and a store opened after a crash, sees all of the extent or nothing. Raises PageStoreFull when the
-        disk is full and OSError when it fails; then nothing of the draft is stored.
+        disk is full, OSError when it fails and ValueError when the store was opened for reading; then nothing of the
+        draft is stored.
         """
+        if self._lock_fd is None:
+            raise ValueError(f"{self.directory} is not open for writing")
         number, self._next = self._next, self._next + 1
         name = f"{number:016x}.ext"
         partial, final = self._partial_dir / name, self._extents_dir / name
@@ -217,18 +232,20 @@ class PageStore:
         try:
             fd = open_direct(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
-                os.posix_fallocate(fd, 0, len(data))
+                with _unless_unsupported():
+                    os.posix_fallocate(fd, 0, len(data))
                 _write_all(fd, data)
                 os.fdatasync(fd)
             finally:
                 os.close(fd)
             os.rename(partial, final)
+            _sync_directory(self._extents_dir)
         except OSError as error:
             partial.unlink(missing_ok=True)
+            final.unlink(missing_ok=True)
             if error.errno in _FULL:
                 raise PageStoreFull(f"no room for {len(data):,} bytes of KV pages in {self.directory}") from error
             raise
-        _sync_directory(self._extents_dir)
         self._add(number, Extent(final, header))
         self.stats.pages_written += len(draft.keys)
         self.stats.bytes_written += len(data)
@@ -245,6 +262,16 @@ class PageStore:
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
+
+
+@contextmanager
+def _unless_unsupported() -> Iterator[None]:
+    """Preallocation is a help, and some file systems cannot do it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
 
 
 def _write_all(fd: int, data: memoryview) -> None:

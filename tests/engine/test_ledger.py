@@ -114,9 +114,6 @@ def test_the_sessions_that_were_used_last_are_remembered(ledger: Ledger, monkeyp
     assert ledger.standing("a") == ledger.standing("c") == answer("durable", 1)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a session forgotten between its end and its settling comes back without its end"
-)
 def test_a_session_that_was_forgotten_before_it_settled_is_not_durable_before_it_is_saved(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:

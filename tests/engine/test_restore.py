@@ -222,9 +222,6 @@ def test_an_extent_that_is_cut_off_fails_the_requests_that_need_it(rank: Rank, r
     assert rank.store.prefix_length(keys(4, 5)) == 0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="of a chunk that cannot be read the first page is dropped, which may be a good one"
-)
 def test_a_request_is_served_again_after_its_unreadable_pages_were_computed_again(rank: Rank, tmp_path: Path) -> None:
     """What the engine does: restore, and where that fails compute, and offer, from the page that was dropped on."""
     for extent in ([0, 1, 2, 3], [4, 5]):
@@ -241,9 +238,6 @@ def test_a_request_is_served_again_after_its_unreadable_pages_were_computed_agai
     assert [is_restored(rank, key(page), page + 10) for page in range(6)] == [True] * 6
 
 
-@pytest.mark.xfail(
-    strict=True, reason="nothing is dropped when an extent cannot be opened: the next match finds it again"
-)
 def test_pages_whose_extent_is_gone_are_not_offered_again(rank: Rank, restorer: Restorer) -> None:
     extent_of(rank, 4).unlink()
     queue(restorer, "a", [4, 5], [14, 15])
@@ -251,7 +245,6 @@ def test_pages_whose_extent_is_gone_are_not_offered_again(rank: Rank, restorer: 
     assert rank.store.prefix_length(keys(4, 5)) < 2
 
 
-@pytest.mark.xfail(strict=True, reason="an extent that cannot be opened fails its whole batch")
 def test_an_extent_that_is_gone_fails_the_requests_that_need_it(rank: Rank, restorer: Restorer) -> None:
     extent_of(rank, 4).unlink()
     queue(restorer, "a", [4, 5], [14, 15])

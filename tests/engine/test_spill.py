@@ -161,7 +161,6 @@ def test_a_full_disk_is_a_result_and_not_the_end(rank: Rank, spiller: Spiller) -
         errno.ENOSPC,
         pytest.param(
             errno.EIO,
-            marks=pytest.mark.xfail(strict=True, reason="what was stored or known before counts as failed too"),
         ),
     ],
     ids=["ENOSPC", "EIO"],

@@ -182,19 +182,23 @@ def test_a_file_that_is_truncated_after_it_was_opened_fails_its_own_chunks_only(
             found[chunk.request, chunk.layer, page] = chunk
     right = expected(store.geometry, requests)
     assert found.keys() == right.keys()
-    failed = {place for place, chunk in found.items() if chunk.error is not None}
+    failed = {
+        (number, layer, page)
+        for (number, layer, page), chunk in found.items()
+        if any(segment.first <= page < segment.first + segment.pages for segment, _ in chunk.unread)
+    }
     of_the_page = {
         (number, layer, page) for number, layer, page in right if layer and (number, page) in ((0, 0), (1, 2))
     }
     assert failed >= of_the_page
     for place in failed:
-        chunk = found[place]
-        assert chunk.parts == []
-        assert "ends in the middle of a page" in str(chunk.error)
-        # No chunk failed that does not need the page.
-        assert any(
-            (chunk.request, chunk.layer, page) in of_the_page for page in range(chunk.first, chunk.first + chunk.count)
-        )
+        for segment, error in found[place].unread:
+            assert "ends in the middle of a page" in str(error)
+            # No segment failed that does not need the page.
+            assert any(
+                (place[0], place[1], page) in of_the_page
+                for page in range(segment.first, segment.first + segment.pages)
+            )
     damaged = read(reader, requests)
     assert all(damaged[place] == right[place] for place in right if place not in failed)
     reader.close()
@@ -216,10 +220,8 @@ def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypa
     layers_ended = []
     for chunk in reader.stream(requests):
         needs_bad = chunk.request == 0 and chunk.first <= 1 < chunk.first + chunk.count
-        assert (chunk.error is not None) == needs_bad
-        assert (verifiers[chunk.request].wrong_page(chunk) is None) == (not needs_bad)
-        if chunk.error is not None:
-            assert chunk.error.errno == errno.EIO
+        assert [error.errno for _, error in chunk.unread] == [errno.EIO] * needs_bad
+        assert verifiers[chunk.request].wrong_pages(chunk) == [1] * needs_bad
         if chunk.last_of_layer:
             layers_ended.append(chunk.layer)
     assert layers_ended == list(range(store.geometry.layers))
@@ -227,7 +229,7 @@ def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypa
     reader.close()
 
 
-def test_the_first_wrong_page_of_a_chunk_is_named(store: PageStore) -> None:
+def test_the_wrong_pages_of_a_chunk_are_named(store: PageStore) -> None:
     reader = reader_for(store.geometry)
     request = request_for(store, keys(11, 10, 9, 8, 3))
     (segment,) = request.segments
@@ -239,12 +241,12 @@ def test_the_first_wrong_page_of_a_chunk_is_named(store: PageStore) -> None:
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 0x10]))
     verifier = Verifier(request, MARK)
-    wrong: dict[int, set[int | None]] = {}
+    wrong: dict[int, list[int]] = {}
     for chunk in reader.stream([request]):
-        wrong.setdefault(chunk.layer, set()).add(verifier.wrong_page(chunk))
+        wrong.setdefault(chunk.layer, []).extend(verifier.wrong_pages(chunk))
     reader.close()
-    assert wrong.pop(1) == {2}
-    assert all(found == {None} for found in wrong.values())
+    assert wrong.pop(1) == [2, 3]
+    assert all(found == [] for found in wrong.values())
 
 
 def test_pages_of_another_fingerprint_or_key_are_wrong(store: PageStore) -> None:

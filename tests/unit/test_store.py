@@ -171,7 +171,6 @@ def test_slabs_that_never_reached_the_disk_are_found_when_they_are_read(store: P
     store.close()
 
 
-@pytest.mark.xfail(strict=True, reason="a store takes the number, and so the place, of an extent that it cannot read")
 def test_an_extent_of_a_newer_version_is_not_overwritten(store: PageStore) -> None:
     write(store, keys(1))
     (path,) = (store.directory / "extents").iterdir()
@@ -184,7 +183,6 @@ def test_an_extent_of_a_newer_version_is_not_overwritten(store: PageStore) -> No
     assert path.read_bytes() == newer
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="the name is taken for a number without a look")
 def test_a_copy_with_a_name_of_its_own_does_not_keep_the_store_from_opening(store: PageStore) -> None:
     write(store, keys(1))
     (path,) = (store.directory / "extents").iterdir()
@@ -304,7 +302,6 @@ def test_a_failing_disk_is_no_full_disk_and_leaves_nothing_behind_either(store: 
     assert holds(store, keys(1))
 
 
-@pytest.mark.xfail(strict=True, reason="the extent stays, unindexed, when its directory cannot be synced")
 def test_nothing_is_stored_when_the_directory_cannot_be_synced(store: PageStore) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", failing(errno.EIO))
@@ -314,7 +311,6 @@ def test_nothing_is_stored_when_the_directory_cannot_be_synced(store: PageStore)
     assert files(store) == []
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="only what comes before the directory's sync is translated")
 def test_a_directory_that_cannot_be_synced_for_lack_of_room_is_a_full_disk(store: PageStore) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", failing(errno.ENOSPC))

@@ -28,7 +28,7 @@ test-service: $(SERVICE)
 	$(SERVICE) $(PYTEST) tests/unit tests/integration tests/migration
 
 test-engine: setup model
-	$(RUN) $(ENGINE) $(PYTEST) tests/engine
+	$(RUN) $(ENGINE) $(PYTEST) --disable-warnings tests/engine
 	$(RUN) $(SERVICE) $(PYTEST) tests/acceptance
 
 lint: $(SERVICE)

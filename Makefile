@@ -8,6 +8,8 @@ PYTHON ?= python3
 CACHE ?= $(or $(AGENTSTATE_CACHE_DIR),$(HOME)/.cache/agentstate)
 SERVICE := .venv/service/bin/python
 ENGINE := .venv/engine/bin/python
+SERVICE_SET_UP := .venv/service/complete
+ENGINE_SET_UP := .venv/engine/complete
 RUN := AGENTSTATE_ENGINE_PYTHON=$(CURDIR)/$(ENGINE) AGENTSTATE_CACHE_DIR=$(CACHE) OMP_WAIT_POLICY=passive
 PYTEST := -m pytest --durations=5
 
@@ -24,25 +26,25 @@ demo: setup
 
 test: lint test-service test-engine
 
-test-service: $(SERVICE)
+test-service: $(SERVICE_SET_UP)
 	$(SERVICE) $(PYTEST) tests/unit tests/integration tests/migration
 
 test-engine: setup model
 	$(RUN) $(ENGINE) $(PYTEST) --disable-warnings tests/engine
 	$(RUN) $(SERVICE) $(PYTEST) tests/acceptance
 
-lint: $(SERVICE)
+lint: $(SERVICE_SET_UP)
 	$(SERVICE) -m ruff check .
 	$(SERVICE) -m ruff format --check .
 	$(SERVICE) -m mypy
 
-setup: $(SERVICE) $(ENGINE)
+setup: $(SERVICE_SET_UP) $(ENGINE_SET_UP)
 
 .PHONY: model
-model: $(ENGINE)
+model: $(ENGINE_SET_UP)
 	@$(RUN) $(ENGINE) -m engine_patch.cpu.smollm2 $(CACHE)/smollm2-135m-instruct
 
-.venv/%/bin/python: locks/%.txt pyproject.toml
+.venv/%/complete: locks/%.txt pyproject.toml
 	@.ci/environment $(PYTHON) $* $(CACHE)
 
 clean:

@@ -137,7 +137,7 @@ def check(
 def engine(context: typer.Context) -> None:
     """Start SGLang with AgentState. Every argument is SGLang's and is passed through; where to keep pages, how much
     memory to stage them in and which database to tell are settings (`agentstate settings`)."""
-    command, environment = launcher.engine_command(Settings(), context.args)
+    command, environment = launcher.engine_command(Settings(), context.args, os.environ)
     os.execve(command[0], command, environment)
 
 

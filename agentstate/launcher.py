@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from agentstate.errors import EngineError, PageStoreFull, PageStoreUnwritable, SettingsError
@@ -21,8 +22,11 @@ BACKEND = "agentstate"
 _LEAST_FREE_BYTES = 64 << 20
 
 
-def engine_command(settings: Settings, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The command line and the environment that start SGLang, with ``arguments`` passed through.
+def engine_command(
+    settings: Settings, arguments: list[str], environment: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The command line that starts SGLang, with ``arguments`` passed through, and its environment: ``environment``,
+    and what SGLang needs on a CPU where that does not say otherwise.
 
     Flags that the caller gave are left as they are. Raises SettingsError, EngineError or PageStoreError for what
     would fail: no SGLang, no such model directory, a port that is taken, a page directory that cannot be used.
@@ -39,7 +43,7 @@ def engine_command(settings: Settings, arguments: list[str]) -> tuple[list[str],
     require_free_port(_value(arguments, "--host") or "127.0.0.1", int(port))
     require_page_directory(settings.pages_path)
     command = [python, "-m", "sglang.launch_server", *arguments]
-    environment = dict(os.environ)
+    complete = dict(environment)
     if _value(arguments, "--radix-cache-backend") is None:
         command += ["--radix-cache-backend", BACKEND]
     if "--enable-cache-report" not in arguments:
@@ -50,10 +54,10 @@ def engine_command(settings: Settings, arguments: list[str]) -> tuple[list[str],
         # One core stays free for reading, spilling and serving. A forward whose threads spin while they wait would
         # take it all the same.
         threads = max(1, len(os.sched_getaffinity(0)) - 1)
-        environment.setdefault("OMP_WAIT_POLICY", "passive")
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-        environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "0" if threads == 1 else f"0-{threads - 1}")
-    return command, environment
+        complete.setdefault("OMP_WAIT_POLICY", "passive")
+        complete.setdefault("OMP_NUM_THREADS", str(threads))
+        complete.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "0" if threads == 1 else f"0-{threads - 1}")
+    return command, complete
 
 
 def engine_python(settings: Settings) -> str:

@@ -61,8 +61,8 @@ class LocalStack:
         that memory is left for others; ``arguments`` are SGLang's and come last."""
         given = ["--model-path", str(self._checkpoint), "--served-model-name", self.model, "--host", "127.0.0.1"]
         given += ["--port", str(self._engine_port), "--max-total-tokens", "32768", *arguments]
-        command, environment = launcher.engine_command(self._settings, given)
-        self._engine = self._spawn(command, {**environment, **self.environment}, "engine.log")
+        command, environment = launcher.engine_command(self._settings, given, self.environment)
+        self._engine = self._spawn(command, environment, "engine.log")
         self._await(self._engine, f"{self.engine_url}/health", "engine.log", 300)
         deadline = time.monotonic() + 30
         while self._stat() is None:
@@ -97,7 +97,11 @@ class LocalStack:
         self.kill_engine()
         if self._service is not None:
             self._service.terminate()
-            self._service.wait()
+            try:
+                self._service.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._service.kill()
+                self._service.wait()
             self._service = None
 
     def _stat(self) -> dict[str, Any] | None:

@@ -60,7 +60,7 @@ class Catalog:
                 batch, self._waiting = self._waiting, {}
                 closing = self._closing
             try:
-                self._write(list(batch.values()), closing)
+                self._write(batch, closing)
                 if self._failing:
                     logger.info("agentstate: the database answers again")
                 self._failing = False
@@ -78,16 +78,25 @@ class Catalog:
         # After a failure even waiting manifests wait for the next heartbeat.
         return self._closing or (bool(self._waiting) and not self._failing)
 
-    def _write(self, batch: list[Manifest], closing: bool) -> None:
+    def _write(self, batch: dict[str, Manifest], closing: bool) -> None:
+        """Say that the engine lives, then save ``batch``, from which everything that is done with is taken."""
         if not self._schema_checked:
             self._database.check_schema()
             self._schema_checked = True
         with self._database.write() as connection:
-            for manifest in batch:
-                manifests.save(connection, manifest)
             if closing:
                 engines.unregister(connection, self._engine.id)
             elif not engines.heartbeat(connection, self._engine.id):
                 engines.register(connection, self._engine)
-        for manifest in batch:
-            self._saved(manifest)
+        for manifest in list(batch.values()):
+            try:
+                with self._database.write() as connection:
+                    manifests.save(connection, manifest)
+            except DatabaseError:
+                raise
+            except Exception:
+                # Not the database's state but this manifest: another attempt would fail alike.
+                logger.exception("agentstate: the manifest of session %r cannot be saved", manifest.session_id)
+            else:
+                self._saved(manifest)
+            del batch[manifest.session_id]

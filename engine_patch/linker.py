@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from engine_patch.control import ControlEndpoint
 from engine_patch.ledger import Ledger
 from engine_patch.restore import Restorer
 from engine_patch.sglang_api import (
+    SUPPORTED,
+    MHATokenToKVPool,
+    MLATokenToKVPool,
     PoolName,
     PoolTransfer,
     RadixKey,
@@ -115,7 +119,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         return self._restorer.cancel(rid)
 
     def start_layer_wise_loading(self) -> int:
-        return self._restorer.start()
+        return self._restorer.start(self._device_events())
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         return not self.failed_loads(counter_index)
@@ -128,8 +132,8 @@ class AgentStateLinker(UnifiedCacheLinker):
         if self._retired:
             return False
         (transfer,) = transfers
-        ready = self.record_offload_ready() if self._pages.device.type == "cuda" else ()
-        self._spiller.offer(_keys(transfer), self._pages.page_numbers(transfer.device_indices), ready)
+        numbers = self._pages.page_numbers(transfer.device_indices)
+        self._spiller.offer(_keys(transfer), numbers, self._device_events())
         return True
 
     def num_completed_offloads(self) -> int:
@@ -186,6 +190,11 @@ class AgentStateLinker(UnifiedCacheLinker):
             return self._ledger.remembered(manifest, self._store.prefix_length(manifest.page_keys()))
         return standing or {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0}
 
+    def _device_events(self) -> Sequence[torch.cuda.Event]:
+        """After these, everything that was launched so far has read and written its device pages. A CPU launches
+        nothing: its forwards are over when they return."""
+        return self.record_offload_ready() if self._pages.device.type == "cuda" else ()
+
     def _manifest(self, session_id: str, keys: list[bytes]) -> Manifest:
         return Manifest(
             session_id=session_id,
@@ -209,22 +218,34 @@ def _reachable(host: str) -> str:
 
 
 def _kv_tensors(pool: Any) -> list[tuple[torch.Tensor, ...]]:
-    """The tensors of every layer of a full-attention pool: (K, V), or (latent,) for MLA."""
-    if getattr(pool, "k_scale_buffer", None) is None and getattr(pool, "k_buffer", None):
-        return list(zip(pool.k_buffer, pool.v_buffer, strict=True))
-    if getattr(pool, "kv_buffer", None) and not hasattr(pool, "index_k_with_scale_buffer"):
-        return [(tensor,) for tensor in pool.kv_buffer]
-    raise EngineError(
-        f"AgentState does not store the KV of a {type(pool).__name__} yet: "
-        "start without --radix-cache-backend agentstate"
-    )
+    """The tensors of every layer of a full-attention pool: (K, V), or (latent,) for MLA.
+
+    A list of what is known, not of what is not: a pool with a scale, a sidecar or rows of another meaning would be
+    stored without them, and every checksum of that would be right. Raises EngineError for any other pool.
+    """
+    layers: list[tuple[torch.Tensor, ...]] = []
+    if type(pool) is MHATokenToKVPool and pool.kv_cache_layout == "nhd" and pool.k_scale_buffer is None:
+        layers = list(zip(pool.k_buffer, pool.v_buffer, strict=True))
+    elif type(pool) is MLATokenToKVPool:
+        layers = [(tensor,) for tensor in pool.kv_buffer]
+    rows = pool.size + pool.page_size
+    if not layers or any(tensor.shape[0] != rows for layer in layers for tensor in layer):
+        raise EngineError(
+            f"AgentState does not store the KV of a {type(pool).__name__} yet: "
+            "start without --radix-cache-backend agentstate"
+        )
+    return layers
 
 
 def _fingerprint(page_size: int, kv_dtype: str, rows: list[list[int]], layers: int) -> bytes:
     """``rows`` are the shapes of a token's components in a layer: (heads, head size) of K and of V."""
     model, parallel = get_model(), get_parallel()
     return fingerprint(
-        weights=weights_digest(_checkpoint(model.model_path)),
+        sglang=SUPPORTED,
+        weights=weights_digest(_checkpoint(model.model_path, model.revision)),
+        loader=str(model.model_loader_extra_config),
+        quantization_params=str(model.quantization_param_path),
+        rl_quantization=str(model.rl_quant_profile),
         model_overrides=str(model.json_model_override_args),
         dtype=str(model.dtype),
         quantization=str(model.quantization),
@@ -238,10 +259,10 @@ def _fingerprint(page_size: int, kv_dtype: str, rows: list[list[int]], layers: i
     )
 
 
-def _checkpoint(model_path: str) -> Path:
+def _checkpoint(model_path: str, revision: str | None) -> Path:
     """Where the weights are: ``model_path`` itself, or where the hub's cache keeps that model."""
     if Path(model_path).exists():
         return Path(model_path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model_path, local_files_only=True))
+    return Path(snapshot_download(model_path, revision=revision, local_files_only=True))

@@ -24,6 +24,9 @@ def register() -> None:
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _before_next_batch, sgl.HookType.AROUND
     )
     sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.abort_request", _before_abort, sgl.HookType.AROUND
+    )
+    sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._observe_weight_load",
         _before_weight_update,
         sgl.HookType.AROUND,
@@ -58,6 +61,10 @@ def _resolve_arguments(server_args: Any, previous: Any) -> None:
             "--enable-streaming-session": cfg.enable_streaming_session,
             "--pp-size": cfg.pp_size > 1,
             "--dp-size": cfg.dp_size > 1,
+            "--dcp-size": cfg.dcp_size > 1,
+            "--attn-cp-size": cfg.attn_cp_size > 1,
+            # An adapter's KV is keyed by its name and path, which do not change when it is trained again.
+            "--enable-lora": cfg.enable_lora or cfg.lora_paths,
         }.items()
         if given
     ]
@@ -97,6 +104,12 @@ def _before_weight_update(original: Any, updater: Any, *args: Any, **kwargs: Any
     if isinstance(cache, _cache_class()):
         cache.linker.cache_linker.retire("its weights were updated in place; restart it to store pages again")
     return original(updater, *args, **kwargs)
+
+
+def _before_abort(original: Any, scheduler: Any, abort: Any) -> Any:
+    if isinstance(scheduler.tree_cache, _cache_class()):
+        scheduler.tree_cache.note_abort(abort)
+    return original(scheduler, abort)
 
 
 def _before_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:

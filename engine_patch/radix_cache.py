@@ -4,13 +4,15 @@ How a failed restore is recomputed. The forward has run on slots that were not f
 seen. The request is marked as finished with that output discarded, which is the one state in which all of SGLang's
 result processing (logprobs, hidden states, overlap scheduling) drops an output without touching its neighbours in the
 batch; and as already streamed, so that no client hears of it. Once no batch holds it any more, it is made new and
-queued again, and its next match ends before the page that failed, because the store has dropped that page.
+queued again, and its next match ends before the page that failed, because the store has dropped that page. What
+cannot be made new (`_can_be_renewed`) is aborted with 503, as stock SGLang aborts every request whose load failed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from engine_patch.sglang_api import (
 )
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
 
@@ -59,7 +62,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
     def __init__(self, params: Any):
         super().__init__(params)
         # Requests whose restore failed, until they are queued again.
-        self._recomputing: list[Req] = []
+        self._recomputing: list[_Recomputation] = []
 
     def init_cache_linker(self, cache_linker: AgentStateLinker) -> None:
         self.linker = _LinkerWrapper(self, cache_linker)
@@ -73,20 +76,22 @@ class AgentStateRadixCache(UnifiedRadixCache):
             self.linker.cache_linker.request_finished(req.session_id, key)
 
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
-        """Mark the requests whose restore failed (see the module's docstring). None is returned for the caller to
-        abort, which is what stock SGLang does with them."""
+        """Mark the requests whose restore failed (see the module's docstring), and return those that the caller must
+        abort, as stock SGLang does with all of them: what cannot be made new once it is marked as finished."""
         rids = set(self.linker.finish_loads())
-        for req in reqs:
-            if req.rid in rids:
-                req.skip_radix_cache_insert = True
-                req.discard_output_reason = FINISH_ABORT("KV restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
+        failed = [req for req in reqs if req.rid in rids]
+        for req in failed:
+            if _can_be_renewed(req):
+                self._recomputing.append(_Recomputation(req, req.retracted_stain))
                 req.finished_output = True
-                self._recomputing.append(req)
-        return []
+            req.skip_radix_cache_insert = True
+            req.discard_output_reason = FINISH_ABORT("KV restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
+        return [req for req in failed if not req.finished_output]
 
     def requeue_failed(self, scheduler: Scheduler) -> None:
         """Queue again what no batch holds any more. Called before the scheduler makes its next batch."""
-        for req in list(self._recomputing):
+        for item in list(self._recomputing):
+            req = item.req
             if req is scheduler.chunked_req:
                 # Its next chunk must not run. This one's result may still be under way, and passes over a request
                 # that is marked as retracted; batches pass over one that is finished.
@@ -96,10 +101,45 @@ class AgentStateRadixCache(UnifiedRadixCache):
                 req.finished_reason = req.discard_output_reason
             if req.kv.holds_kv or any(req in batch.reqs for batch in _batches(scheduler)):
                 continue
-            self._recomputing.remove(req)
-            _renew(req)
-            logger.warning("agentstate: request %s is recomputed from its last good page", req.rid)
-            scheduler._add_request_to_queue(req, is_retracted=True)
+            self._recomputing.remove(item)
+            # A pause of the engine may have retracted it, and queued it again, in the meantime.
+            queued = req in scheduler.waiting_queue
+            if not queued:
+                req.reset_for_retract()
+                req.retraction_count -= 1
+            _renew(req, item.was_retracted)
+            if not queued:
+                logger.warning("agentstate: request %s is recomputed from its last good page", req.rid)
+                scheduler._add_request_to_queue(req, is_retracted=True)
+            if item.abort is not None:
+                scheduler.abort_request(item.abort)
+
+    def note_abort(self, abort: AbortReq) -> None:
+        """Remember an abort of a request that is in no queue just now: it is carried out when it is back in one."""
+        for item in self._recomputing:
+            if abort.abort_all or item.req.rid.startswith(abort.rid):
+                item.abort = abort
+
+
+@dataclass
+class _Recomputation:
+    """A request on its way back to the queue. ``was_retracted`` is whether SGLang had retracted it before, which
+    fixes the cached tokens that it reports."""
+
+    req: Req
+    was_retracted: bool
+    abort: AbortReq | None = None
+
+
+def _can_be_renewed(req: Req) -> bool:
+    """Multimodal features are released when a request finishes, sessions keep its KV row, and what is barred from the
+    tree is barred for a reason that must not be undone; an abort that is already under way is let happen."""
+    return (
+        req.multimodal_inputs is None
+        and req.session is None
+        and not req.skip_radix_cache_insert
+        and req.to_finish is None
+    )
 
 
 def _batches(scheduler: Scheduler) -> Iterable[Any]:
@@ -111,14 +151,13 @@ def _batches(scheduler: Scheduler) -> Iterable[Any]:
         yield batch
 
 
-def _renew(req: Req) -> None:
-    """Make a request, whose KV is released, as it was before its first forward."""
-    req.reset_for_retract()
+def _renew(req: Req, was_retracted: bool) -> None:
+    """Make a request, whose KV is released, as it was before the forward that is discarded."""
     req.finished_reason = req.to_finish = req.finished_len = req.finished_output = None
     req.discard_output_reason = None
     req.skip_radix_cache_insert = False
-    # It never ran as far as anyone can tell: what it reports as cached is what its next match finds.
-    req.retracted_stain = False
-    req.retraction_count -= 1
-    req.cached_tokens = req.cached_tokens_device = req.cached_tokens_host = req.cached_tokens_storage = 0
-    req._cache_breakdown_computed = False
+    if not was_retracted:
+        # It never ran as far as anyone can tell: what it reports as cached is what its next match finds.
+        req.retracted_stain = False
+        req.cached_tokens = req.cached_tokens_device = req.cached_tokens_host = req.cached_tokens_storage = 0
+        req._cache_breakdown_computed = False

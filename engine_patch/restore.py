@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +43,7 @@ class _Load:
 @dataclass
 class _Batch:
     loads: list[_Load]
+    ready: Sequence[torch.cuda.Event]
     failed: set[str] = field(default_factory=set)
 
 
@@ -77,11 +78,15 @@ class Restorer:
     def cancel(self, rid: str) -> bool:
         return self._pending.pop(rid, None) is not None
 
-    def start(self) -> int:
-        """Start everything queued as one batch: its index in ``counter``, or -1 when nothing was queued."""
+    def start(self, ready: Sequence[torch.cuda.Event] = ()) -> int:
+        """Start everything queued as one batch: its index in ``counter``, or -1 when nothing was queued.
+
+        Reading starts at once; ``ready`` are the events after which the device pages may be written: a forward that
+        was launched before may still write a last token into a page that has been freed and given to this batch.
+        """
         if not self._pending:
             return -1
-        batch = _Batch(list(self._pending.values()))
+        batch = _Batch(list(self._pending.values()), ready)
         self._pending = {}
         index = self.counter.update_producer()
         self._batches[index] = batch
@@ -139,6 +144,9 @@ class Restorer:
             # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
             if wrong := verifiers[chunk.request].wrong_pages(chunk):
                 self._reject(batch, load, wrong, chunk)
+            for event in batch.ready:
+                event.synchronize()
+            batch.ready = ()
             if load.rid not in batch.failed:
                 for first, arrays in chunk.parts:
                     self._pages.scatter(chunk.layer, load.numbers[first : first + len(arrays[0])], arrays)

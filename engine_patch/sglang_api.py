@@ -31,6 +31,7 @@ from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook  # n
 from sglang.srt.managers.schedule_batch import FINISH_ABORT  # noqa: E402
 from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer  # noqa: E402
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool  # noqa: E402
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 from sglang.srt.mem_cache.registry import (  # noqa: E402
     TreeCacheBuildContext,
@@ -55,6 +56,8 @@ __all__ = [
     "HookRegistry",
     "HookType",
     "LayerWiseLoadCounter",
+    "MHATokenToKVPool",
+    "MLATokenToKVPool",
     "PoolName",
     "PoolTransfer",
     "RadixKey",

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from agentstate.errors import SettingsError
 from agentstate.pages.extent import FORMAT_VERSION
 
-_SAMPLE_BYTES = 1 << 20
+_SAMPLE_BYTES = 4096
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _CONFIG_NAMES = ("config.json", "quantize_config.json", "hf_quant_config.json")
 
@@ -27,12 +28,14 @@ def fingerprint(**fields: Any) -> bytes:
 
 
 def weights_digest(checkpoint: Path) -> str:
-    """A digest of a checkpoint, a directory or one file, that costs megabytes of reading, not gigabytes.
+    """A digest of a checkpoint, a directory or one file, that reads megabytes of it, not gigabytes.
 
-    Covers the model's configuration files whole, and of every weight file its name, its size, its first mebibyte
-    (where safetensors keeps every tensor's name, dtype, shape and place) and mebibytes sampled at its middle and its
-    end. Not promised: that two checkpoints of equal shape which differ only between the samples are told apart.
-    Tokenizer files do not count: pages are keyed by token ids. Raises SettingsError where no weight file is found.
+    Covers the model's configuration files whole; of every safetensors file its name, its size, its header (every
+    tensor's name, dtype, shape and place) and 4 KiB from the beginning, the middle and the end of every tensor; of
+    any other weight file its name, its size and 64 samples spread over it. Training changes all of a tensor that it
+    changes, so fine-tunes of one model differ. Not promised: that checkpoints made to differ between the samples are
+    told apart. Tokenizer files do not count: pages are keyed by token ids. Raises SettingsError where no weight file
+    is found.
     """
     files = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.glob("*"))
     weights = [path for path in files if path.suffix in _WEIGHT_SUFFIXES and path.is_file()]
@@ -46,7 +49,26 @@ def weights_digest(checkpoint: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
-            for offset in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
-                file.seek(offset)
-                digest.update(file.read(_SAMPLE_BYTES))
+            for start, length in _samples(file, size):
+                file.seek(start)
+                digest.update(file.read(length))
     return digest.hexdigest()
+
+
+def _samples(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """Offsets and lengths, in bytes, of what stands for a weight file."""
+    if Path(file.name).suffix != ".safetensors":
+        yield from ((max(0, (size - _SAMPLE_BYTES) * i // 63), _SAMPLE_BYTES) for i in range(64))
+        return
+    header_bytes = int.from_bytes(file.read(8), "little")
+    base = 8 + header_bytes
+    yield 0, min(base, size)
+    try:
+        tensors = json.loads(file.read(min(header_bytes, size)))
+        spans = [tensor["data_offsets"] for name, tensor in tensors.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError):
+        raise SettingsError(f"{file.name} is not a safetensors file") from None
+    for start, end in sorted(spans):
+        length = min(_SAMPLE_BYTES, end - start)
+        for offset in (start, (start + end - length) // 2, end - length):
+            yield base + offset, length

@@ -187,7 +187,7 @@ def test_the_newest_of_a_sessions_manifests_outlives_sql_being_down(
     assert catalog.load("s") == manifest("s", 1, 2, 3)
 
 
-def test_a_transaction_that_breaks_off_is_made_again_as_a_whole(
+def test_what_breaks_off_is_saved_again_and_nothing_else(
     database: Switched, catalog: Catalog, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = manifests.save, []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,21 @@ from agentstate.pages import fingerprint as module_surface
 from agentstate.pages import weights_digest
 from agentstate.pages.fingerprint import fingerprint
 
-MIB = 1 << 20
+TENSORS = {"a": (0, 300_000), "b": (300_000, 300_010), "c": (300_010, 2_000_000)}
+
+
+def safetensors(path: Path, tensors: dict[str, tuple[int, int]]) -> int:
+    """Write a safetensors file of zeros: the offset of its first tensor."""
+    header = json.dumps({name: {"dtype": "U8", "data_offsets": span} for name, span in tensors.items()}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(max(end for _, end in tensors.values())))
+    return 8 + len(header)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text('{"layers": 2}')
-    (tmp_path / "model-1.safetensors").write_bytes(bytes(5 * MIB))
-    (tmp_path / "model-2.safetensors").write_bytes(b"small")
+    safetensors(tmp_path / "model-1.safetensors", TENSORS)
+    safetensors(tmp_path / "model-2.safetensors", {"d": (0, 5)})
     return tmp_path
 
 
@@ -61,13 +69,27 @@ def test_what_is_no_json_value_is_refused() -> None:
         fingerprint(dtype=object())
 
 
-@pytest.mark.parametrize("offset", [0, MIB - 1, 5 * MIB // 2, 4 * MIB, 5 * MIB - 1])
-def test_a_change_of_the_weights_at_their_begin_middle_and_end_changes_the_digest(
-    checkpoint: Path, offset: int
-) -> None:
+@pytest.mark.parametrize("offset", [0, 299_999, 300_005, 300_010, 1_150_000, 1_999_999])
+def test_a_change_of_any_tensor_at_its_begin_middle_or_end_changes_the_digest(checkpoint: Path, offset: int) -> None:
     before = weights_digest(checkpoint)
-    changed(checkpoint / "model-1.safetensors", offset)
+    base = safetensors(checkpoint / "model-1.safetensors", TENSORS)
+    assert weights_digest(checkpoint) == before
+    changed(checkpoint / "model-1.safetensors", base + offset)
     assert weights_digest(checkpoint) != before
+
+
+def test_a_file_that_is_no_safetensors_is_sampled(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(bytes(1_000_000))
+    before = weights_digest(tmp_path)
+    assert weights_digest(tmp_path / "model.bin") == before
+    changed(tmp_path / "model.bin", 999_999)
+    assert weights_digest(tmp_path) != before
+
+
+def test_a_damaged_safetensors_file_is_named(checkpoint: Path) -> None:
+    (checkpoint / "model-2.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0nojso")
+    with pytest.raises(SettingsError, match="model-2.safetensors"):
+        weights_digest(checkpoint)
 
 
 def test_names_sizes_and_the_configuration_count(checkpoint: Path) -> None:

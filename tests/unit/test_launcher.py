@@ -71,7 +71,7 @@ def values(command: list[str], flag: str) -> list[str]:
 
 def test_what_is_not_given_is_completed(settings: Settings, model: str, free_port: str) -> None:
     arguments = ["--model-path", model, "--port", free_port]
-    command, environment = engine_command(settings, arguments)
+    command, environment = engine_command(settings, arguments, os.environ)
     assert command[:3] == [str(settings.engine_python), "-m", "sglang.launch_server"]
     assert command[3:7] == arguments
     assert command[7:] == ["--radix-cache-backend", "agentstate", "--enable-cache-report", "--device", "cpu"]
@@ -86,7 +86,7 @@ def test_what_is_given_is_kept(settings: Settings, model: str, free_port: str, m
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "3")
     arguments = [f"--model={model}", f"--port={free_port}", "--device=xpu", "--enable-cache-report"]
     arguments += ["--radix-cache-backend", "default", "--log-level", "debug"]
-    command, environment = engine_command(settings, arguments)
+    command, environment = engine_command(settings, arguments, os.environ)
     assert command[3:] == arguments
     assert (environment["OMP_NUM_THREADS"], environment["SGLANG_CPU_OMP_THREADS_BIND"]) == ("7", "3")
 
@@ -96,7 +96,7 @@ def test_a_core_is_left_free_where_there_is_more_than_one(
     settings: Settings, model: str, free_port: str, monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    _, environment = engine_command(settings, ["--model-path", model, "--port", free_port])
+    _, environment = engine_command(settings, ["--model-path", model, "--port", free_port], os.environ)
     found = environment["OMP_NUM_THREADS"], environment["SGLANG_CPU_OMP_THREADS_BIND"]
     assert found == {1: ("1", "0"), 2: ("1", "0"), 8: ("7", "0-6")}[cores]
 
@@ -105,48 +105,47 @@ def test_with_a_gpu_the_device_and_its_threads_are_left_to_sglang(
     settings: Settings, model: str, free_port: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launcher, "has_cuda", lambda: True)
-    command, environment = engine_command(settings, ["--model-path", model, "--port", free_port])
+    command, environment = engine_command(settings, ["--model-path", model, "--port", free_port], os.environ)
     assert "--device" not in command
     assert "OMP_NUM_THREADS" not in environment
     assert values(command, "--radix-cache-backend") == ["agentstate"]
 
 
 def test_the_last_of_a_repeated_flag_counts(settings: Settings, model: str, free_port: str, taken_port: str) -> None:
-    command, _ = engine_command(
-        settings, ["--model-path", "/nowhere", "--port", taken_port, f"--model-path={model}", "--port", free_port]
-    )
+    arguments = ["--model-path", "/nowhere", "--port", taken_port, f"--model-path={model}", "--port", free_port]
+    command, _ = engine_command(settings, arguments, os.environ)
     assert command[-5] == "--radix-cache-backend"
 
 
 @pytest.mark.parametrize("wrong", ["/no/such/model", "./model", "~/model", "models/of/mine"])
 def test_a_model_directory_that_does_not_exist_is_named(settings: Settings, free_port: str, wrong: str) -> None:
     with pytest.raises(SettingsError) as error:
-        engine_command(settings, ["--port", free_port, "--model-path", wrong])
+        engine_command(settings, ["--port", free_port, "--model-path", wrong], os.environ)
     assert f"there is no model at {wrong}: check --model-path" == one_line(error)
 
 
 def test_a_name_on_the_hub_is_left_to_sglang(settings: Settings, free_port: str) -> None:
-    command, _ = engine_command(settings, ["--model-path", "org/model", "--port", free_port])
+    command, _ = engine_command(settings, ["--model-path", "org/model", "--port", free_port], os.environ)
     assert values(command, "--model-path") == ["org/model"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--model-path"], ["--port", "1"]])
 def test_a_missing_model_is_asked_for(settings: Settings, arguments: list[str]) -> None:
     with pytest.raises(SettingsError) as error:
-        engine_command(settings, arguments)
+        engine_command(settings, arguments, os.environ)
     assert "--model-path" in one_line(error)
 
 
 def test_a_taken_port_is_named(settings: Settings, model: str, taken_port: str) -> None:
     with pytest.raises(SettingsError) as error:
-        engine_command(settings, ["--model-path", model, "--port", taken_port])
+        engine_command(settings, ["--model-path", model, "--port", taken_port], os.environ)
     assert f"port {taken_port} of 127.0.0.1 cannot be used" in one_line(error)
     assert "--port" in one_line(error)
 
 
 def test_a_host_that_is_not_this_machine_is_named(settings: Settings, model: str, free_port: str) -> None:
     with pytest.raises(SettingsError) as error:
-        engine_command(settings, ["--model-path", model, "--port", free_port, "--host", "192.0.2.1"])
+        engine_command(settings, ["--model-path", model, "--port", free_port, "--host", "192.0.2.1"], os.environ)
     assert f"port {free_port} of 192.0.2.1 cannot be used" in one_line(error)
 
 
@@ -162,7 +161,7 @@ def test_looking_at_a_port_leaves_it_free(free_port: str) -> None:
 @pytest.mark.parametrize("port", ["http", "70000", "-1"])
 def test_what_is_no_port_is_named(settings: Settings, model: str, port: str) -> None:
     with pytest.raises(SettingsError) as error:
-        engine_command(settings, ["--model-path", model, f"--port={port}"])
+        engine_command(settings, ["--model-path", model, f"--port={port}"], os.environ)
     assert port in one_line(error)
 
 
@@ -221,7 +220,7 @@ def test_a_page_directory_that_cannot_be_made_is_named(
     (tmp_path / "pages").write_text("a file")
     settings = settings.model_copy(update={"pages_dir": tmp_path / where})
     with pytest.raises(PageStoreUnwritable) as error:
-        engine_command(settings, ["--model-path", model, "--port", free_port])
+        engine_command(settings, ["--model-path", model, "--port", free_port], os.environ)
     assert f"the page directory {tmp_path / where} cannot be created" in one_line(error)
     assert "AGENTSTATE_PAGES_DIR" in one_line(error)
 

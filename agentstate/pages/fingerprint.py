@@ -62,12 +62,13 @@ def _samples(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
         return
     header_bytes = int.from_bytes(file.read(8), "little")
     base = 8 + header_bytes
-    yield 0, min(base, size)
     try:
         tensors = json.loads(file.read(min(header_bytes, size)))
         spans = [tensor["data_offsets"] for name, tensor in tensors.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError):
         raise SettingsError(f"{file.name} is not a safetensors file") from None
+    # Only now: whoever takes a sample moves the file's position.
+    yield 0, base
     for start, end in sorted(spans):
         length = min(_SAMPLE_BYTES, end - start)
         for offset in (start, (start + end - length) // 2, end - length):

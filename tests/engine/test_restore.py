@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -289,3 +290,28 @@ def test_restoring_leaves_the_store_as_it_was(rank: Rank, restorer: Restorer) ->
     requests = [request_for(rank.store, keys(*range(8)))]
     assert read(reader, requests) == expected(rank.store.geometry, requests)
     reader.close()
+
+
+class Held:
+    """A device event that has not happened yet."""
+
+    def __init__(self) -> None:
+        self.waited_for = threading.Event()
+        self.happened = threading.Event()
+
+    def synchronize(self) -> None:
+        self.waited_for.set()
+        assert self.happened.wait(30)
+
+
+def test_no_device_page_is_written_before_the_forwards_that_were_launched_are_over(
+    rank: Rank, restorer: Restorer
+) -> None:
+    queue(restorer, "a", [0, 1], [10, 11])
+    event = Held()
+    index = restorer.start([event])
+    assert event.waited_for.wait(30)
+    assert all(is_blank(rank, number) for number in (10, 11))
+    event.happened.set()
+    assert restorer.finish(index) == set()
+    assert is_restored(rank, key(0), 10)

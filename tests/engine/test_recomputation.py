@@ -1,0 +1,181 @@
+"""How a request whose restore failed gets back into the queue: the bookkeeping, with stand-ins for the scheduler and
+its requests. That the answer is right in the end is for the acceptance tests, which break real pages."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine_patch.radix_cache import AgentStateRadixCache
+
+
+class Request(SimpleNamespace):
+    """What of SGLang's `Req` is touched."""
+
+    def __init__(self, rid: str, **fields: Any):
+        defaults = {
+            "rid": rid,
+            "kv": SimpleNamespace(holds_kv=True),
+            "multimodal_inputs": None,
+            "session": None,
+            "skip_radix_cache_insert": False,
+            "to_finish": None,
+            "finished_reason": None,
+            "finished_len": None,
+            "finished_output": None,
+            "discard_output_reason": None,
+            "retracted_stain": False,
+            "retraction_count": 0,
+            "is_retracted": False,
+            "cached_tokens": 128,
+            "cached_tokens_device": 64,
+            "cached_tokens_host": 64,
+            "cached_tokens_storage": 0,
+            "_cache_breakdown_computed": True,
+        }
+        super().__init__(**{**defaults, **fields})
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+    def reset_for_retract(self) -> None:
+        assert not self.kv.holds_kv
+        self.is_retracted = self.retracted_stain = True
+        self.retraction_count += 1
+
+
+class Scheduler(SimpleNamespace):
+    def __init__(self) -> None:
+        super().__init__(
+            chunked_req=None, running_batch=None, last_batch=None, result_queue=[], waiting_queue=[], aborted=[]
+        )
+
+    def _add_request_to_queue(self, req: Request, is_retracted: bool) -> None:
+        assert is_retracted
+        self.waiting_queue.append(req)
+
+    def abort_request(self, abort: Any) -> None:
+        self.aborted.append(abort)
+
+
+@pytest.fixture
+def cache() -> AgentStateRadixCache:
+    cache = AgentStateRadixCache.__new__(AgentStateRadixCache)
+    cache._recomputing = []
+    return cache
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    return Scheduler()
+
+
+def fail(cache: AgentStateRadixCache, *requests: Request) -> list[Any]:
+    """A batch in which the restores of all ``requests`` failed: those that the scheduler is told to abort."""
+    cache.linker = SimpleNamespace(finish_loads=lambda: [req.rid for req in requests])
+    return cache.finish_external_linker_loads([*requests, Request("a neighbour")])
+
+
+def finish(req: Request) -> None:
+    """What SGLang does with a request whose output is discarded."""
+    req.finished_reason = req.to_finish = req.discard_output_reason
+    req.finished_len = 0
+    req.kv.holds_kv = False
+
+
+def test_a_failed_request_is_queued_again_as_if_it_had_never_run(
+    cache: AgentStateRadixCache, scheduler: Scheduler
+) -> None:
+    req = Request("r")
+    assert fail(cache, req) == []
+    assert req.discard_output_reason is not None
+    assert req.finished_output is True  # nobody is told
+    finish(req)
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == [req]
+    assert (req.finished_reason, req.to_finish, req.finished_output, req.discard_output_reason) == (None,) * 4
+    assert (req.skip_radix_cache_insert, req.retracted_stain, req.retraction_count) == (False, False, 0)
+    assert (req.cached_tokens, req._cache_breakdown_computed) == (0, False)
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == [req]
+
+
+@pytest.mark.parametrize("holder", ["running_batch", "last_batch", "result_queue"])
+def test_it_waits_until_no_batch_holds_it(cache: AgentStateRadixCache, scheduler: Scheduler, holder: str) -> None:
+    req = Request("r")
+    fail(cache, req)
+    finish(req)
+    batch = SimpleNamespace(reqs=[req])
+    setattr(scheduler, holder, [(batch, None)] if holder == "result_queue" else batch)
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == []
+    batch.reqs.clear()
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == [req]
+
+
+def test_it_waits_until_its_kv_is_released(cache: AgentStateRadixCache, scheduler: Scheduler) -> None:
+    req = Request("r")
+    fail(cache, req)
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"multimodal_inputs": object()},
+        {"session": object()},
+        {"skip_radix_cache_insert": True},
+        {"to_finish": object()},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_cannot_be_made_new_is_left_to_the_scheduler_to_abort(
+    cache: AgentStateRadixCache, scheduler: Scheduler, fields: dict[str, Any]
+) -> None:
+    hopeless, other = Request("h", **fields), Request("o")
+    assert fail(cache, hopeless, other) == [hopeless]
+    assert hopeless.finished_output is None  # its client is told
+    assert hopeless.skip_radix_cache_insert
+    finish(hopeless)
+    finish(other)
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == [other]
+
+
+def test_an_abort_on_the_way_is_carried_out_once_the_request_is_in_the_queue(
+    cache: AgentStateRadixCache, scheduler: Scheduler
+) -> None:
+    gone, other = Request("gone-1"), Request("other")
+    fail(cache, gone, other)
+    abort = SimpleNamespace(abort_all=False, rid="gone")
+    cache.note_abort(abort)
+    finish(gone)
+    finish(other)
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == [gone, other]
+    assert scheduler.aborted == [abort]
+
+
+def test_what_a_pause_has_queued_already_is_not_queued_twice(cache: AgentStateRadixCache, scheduler: Scheduler) -> None:
+    req = Request("r")
+    fail(cache, req)
+    req.kv.holds_kv = False
+    req.reset_for_retract()
+    scheduler.waiting_queue.append(req)
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == [req]
+    assert (req.finished_output, req.discard_output_reason, req.skip_radix_cache_insert) == (None, None, False)
+
+
+def test_one_that_was_retracted_before_keeps_what_it_reported(
+    cache: AgentStateRadixCache, scheduler: Scheduler
+) -> None:
+    req = Request("r", retracted_stain=True, cached_tokens=192)
+    fail(cache, req)
+    finish(req)
+    cache.requeue_failed(scheduler)
+    assert (req.retracted_stain, req.cached_tokens) == (True, 192)

@@ -180,7 +180,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             "fingerprint": self._engine.fingerprint,
             "retired": self._retired,
             "store": dataclasses.asdict(self._store.stats),
-            "spill": dataclasses.asdict(self._spiller.stats),
+            "spill": {**dataclasses.asdict(self._spiller.stats), "waiting": self._spiller.waiting},
             "restore": dataclasses.asdict(self._restorer.stats),
         }
 

@@ -64,6 +64,11 @@ class Spiller:
         """Run ``action`` on the spilling thread once everything offered so far is stored or has failed."""
         self._queue.put(action)
 
+    @property
+    def waiting(self) -> int:
+        """Offers and actions that are queued or being worked on."""
+        return self._queue.unfinished_tasks
+
     def drain(self) -> None:
         """Wait until everything queued so far is done."""
         self._queue.join()

@@ -16,11 +16,11 @@ from agentstate.pages.store import read_header
 
 
 def spilled(stack: LocalStack) -> dict[str, Any]:
-    """The store's and the spill's counters once nothing is being written any more."""
-    last: dict[str, Any] = {}
-    while last != (last := stack.stat()["spill"]):
-        time.sleep(0.3)
-    return last
+    """The spill's counters once everything that was offered is stored. A request's pages are offered before it is
+    answered."""
+    while (spill := stack.stat()["spill"])["waiting"]:
+        time.sleep(0.05)
+    return dict(spill)
 
 
 def extents(stack: LocalStack) -> list[Path]:

@@ -30,11 +30,10 @@ SYSTEM = "You are a careful software engineer. You answer in one or two short se
 STEPS: dict[str, list[tuple[str, tuple[str, dict[str, Any]] | None]]] = {
     "survey": [
         ("Which files of this project define errors?", ("search", {"pattern": r"class \w+Error\b"})),
-        ("Read how an extent file is laid out.", ("read_file", {"path": "agentstate/pages/extent.py", "chars": 6600})),
         ("How many bytes do 64 pages of 30 layers take, at 49152 bytes?", ("calculate", {"expression": "64*30*49152"})),
-        ("Now read how the store publishes one.", ("read_file", {"path": "agentstate/pages/store.py", "chars": 6600})),
+        ("Read how sessions work.", ("read_file", {"path": "agentstate/sessions.py", "chars": 15500})),
     ],
-    "conclude": [("Why does the store rename a file when it publishes it?", None)],
+    "conclude": [("What does suspending a session do?", None)],
 }
 
 
@@ -187,7 +186,7 @@ def main() -> None:
     parser.add_argument("--service", default="http://127.0.0.1:8700", help="the AgentState service")
     parser.add_argument("--model", default="smollm2", help="the model's name at the engine")
     parser.add_argument("--cache-salt", help="namespace of the agent's KV, set when it is created")
-    parser.add_argument("--max-tokens", type=int, default=16, help="longest reply")
+    parser.add_argument("--max-tokens", type=int, default=12, help="longest reply")
     parser.add_argument("--model-chooses", action="store_true", help="let the model choose the tools")
     parser.add_argument("--report", type=Path, help="write what every model call cost, as JSON")
     options = parser.parse_args()

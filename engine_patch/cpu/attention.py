@@ -7,7 +7,7 @@ consecutive, which paged allocation and restores mostly make them, K and V are r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -29,8 +29,7 @@ class CpuAttention(TorchNativeAttnBackend):
 
     def __init__(self, model_runner: Any):
         super().__init__(model_runner)
-        self._slots: list[slice | torch.Tensor] = []
-        self._lengths: list[tuple[int, int]] = []
+        self._contexts: list[_Context] = []
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
@@ -39,10 +38,12 @@ class CpuAttention(TorchNativeAttnBackend):
             prefixes = [total - 1 for total in totals]
         else:
             prefixes = forward_batch.extend_prefix_lens.tolist()
-        self._lengths = list(zip(prefixes, totals, strict=True))
         table = self.req_to_token_pool.req_to_token
         rows = forward_batch.req_pool_indices.tolist()
-        self._slots = [_slots(table[row, :total]) for row, total in zip(rows, totals, strict=True)]
+        self._contexts = [
+            _Context(_slots(table[row, :prefix]), _slots(table[row, prefix:total]), total - prefix)
+            for row, prefix, total in zip(rows, prefixes, totals, strict=True)
+        ]
 
     def forward_extend(
         self,
@@ -98,43 +99,58 @@ class CpuAttention(TorchNativeAttnBackend):
         out = queries.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         start = 0
-        for slots, (prefix, total) in zip(self._slots, self._lengths, strict=True):
-            end = start + total - prefix
-            out[start:end] = attend(
-                queries[start:end], keys[slots].to(q.dtype), values[slots].to(q.dtype), layer.scaling
+        for context in self._contexts:
+            end = start + context.new_tokens
+            prefix, own = (
+                (keys[slots].to(q.dtype), values[slots].to(q.dtype)) for slots in (context.prefix, context.own)
             )
+            out[start:end] = attend(queries[start:end], prefix, own, layer.scaling)
             start = end
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
 
+class _Context(NamedTuple):
+    """Where a request's tokens lie in the pool. The prefix apart, since it was allocated apart from the new tokens,
+    and is mostly in one piece where the two together are not."""
+
+    prefix: slice | torch.Tensor
+    own: slice | torch.Tensor
+    new_tokens: int
+
+
 def _slots(indices: torch.Tensor) -> slice | torch.Tensor:
+    """Consecutive slots as a slice, which copies nothing."""
+    if not len(indices):
+        return slice(0, 0)
     first, count = int(indices[0]), len(indices)
     if torch.equal(indices, torch.arange(first, first + count, dtype=indices.dtype)):
         return slice(first, first + count)
     return indices.to(torch.int64)
 
 
-def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+Tensors = tuple[torch.Tensor, torch.Tensor]
+
+
+def attend(queries: torch.Tensor, prefix: Tensors, own: Tensors, scale: float) -> torch.Tensor:
     """Causal attention of a sequence's last queries over all of it.
 
-    ``queries`` (new tokens, heads, size), ``keys`` and ``values`` (all tokens, KV heads, size), the new tokens last:
-    (new tokens, heads, size). Heads share KV heads in groups, as in GQA.
+    ``queries`` (new tokens, heads, size), and keys and values of the ``prefix`` (tokens before, KV heads, size) and of
+    the new tokens' ``own``: (new tokens, heads, size). Heads share KV heads in groups, as in GQA.
 
     Every query sees the whole prefix, so that part needs no mask; the new tokens see each other causally. Both parts
     come with the logarithm of their softmax's denominator, by which they are weighted into one.
     """
     new, heads, size = queries.shape
-    prefix, kv_heads = len(keys) - new, keys.shape[1]
+    kv_heads = own[0].shape[1]
     parts = []
-    if prefix:
+    if len(prefix[0]):
         # Without a mask the heads of a group are just more queries: K and V need not be repeated for each of them.
         grouped = queries.view(new, kv_heads, -1, size).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, size)
-        out, weight = _flash(grouped, _heads_first(keys[:prefix]), _heads_first(values[:prefix]), False, scale)
+        out, weight = _flash(grouped, *map(_heads_first, prefix), False, scale)
         parts.append((out.reshape(heads, new, size), weight.reshape(heads, new, 1)))
     group = heads // kv_heads
-    own_keys = _heads_first(keys[prefix:]).repeat_interleave(group, 1)
-    own_values = _heads_first(values[prefix:]).repeat_interleave(group, 1)
-    out, weight = _flash(_heads_first(queries), own_keys, own_values, True, scale)
+    repeated = (_heads_first(tensor).repeat_interleave(group, 1) for tensor in own)
+    out, weight = _flash(_heads_first(queries), *repeated, True, scale)
     parts.append((out[0], weight[0, :, :, None]))
     if len(parts) == 1:
         return parts[0][0].transpose(0, 1)

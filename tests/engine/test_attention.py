@@ -15,6 +15,12 @@ HEADS, SIZE = 6, 32
 SCALE = 0.17
 
 
+def attended(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """`attend` over a sequence that lies in one piece."""
+    prefix = len(keys) - len(queries)
+    return attend(queries, (keys[:prefix], values[:prefix]), (keys[prefix:], values[prefix:]), scale)
+
+
 def reference(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Causal attention as it is written down, in float64."""
     new, heads, _ = queries.shape
@@ -47,22 +53,22 @@ def close(found: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_is_what_the_formula_says(dtype: torch.dtype, prefix: int, new: int, kv_heads: int) -> None:
     queries, keys, values = tensors(prefix, new, kv_heads, dtype)
-    close(attend(queries, keys, values, SCALE), reference(queries, keys, values), dtype)
+    close(attended(queries, keys, values, SCALE), reference(queries, keys, values), dtype)
 
 
 def test_what_is_cached_and_what_is_new_makes_no_difference_to_the_last_token() -> None:
     queries, keys, values = tensors(0, 90, 2, torch.float32)
-    whole = attend(queries, keys, values, SCALE)
+    whole = attended(queries, keys, values, SCALE)
     for new in (1, 2, 45, 89):
-        part = attend(queries[-new:], keys, values, SCALE)
+        part = attended(queries[-new:], keys, values, SCALE)
         torch.testing.assert_close(part, whole[-new:], atol=4e-6, rtol=4e-6)
 
 
 def test_a_token_does_not_see_those_after_it() -> None:
     queries, keys, values = tensors(10, 6, 2, torch.float32)
-    before = attend(queries, keys, values, SCALE)
+    before = attended(queries, keys, values, SCALE)
     keys[13:], values[13:] = 50, -50
-    after = attend(queries, keys, values, SCALE)
+    after = attended(queries, keys, values, SCALE)
     assert torch.equal(before[:3], after[:3])
     assert not torch.isclose(before[3:], after[3:]).all(-1).any()
 
@@ -72,7 +78,7 @@ def test_large_scores_neither_overflow_nor_lose_a_part(size: float) -> None:
     """One part of the context outweighs the other beyond what float32 can express."""
     queries, keys, values = tensors(5, 3, 2, torch.float32)
     queries[:], keys[:5], keys[5:] = 1, size / SIZE, 0
-    found = attend(queries, keys, values, SCALE)
+    found = attended(queries, keys, values, SCALE)
     close(found, reference(queries, keys, values), torch.float32)
     assert found.isfinite().all()
 

@@ -81,8 +81,8 @@ def list_pages(directory: PagesDir = None, as_json: AsJson = False) -> None:
                 "rank": store.name,
                 "extents": len(reports),
                 "unreadable": len(reports) - len(headers),
-                "pages": sum(header.pages for header in headers),
-                "tokens": sum(header.pages * header.geometry.page_size for header in headers),
+                "pages": sum(len(header.keys) for header in headers),
+                "tokens": sum(len(header.keys) * header.geometry.page_size for header in headers),
                 "bytes": sum(report.n_bytes for report in reports),
             }
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from agentstate.pages import Chunk, LayerwiseReader, PageStore, ReadRequest, Verifier
+from agentstate.pages import Chunk, Hold, LayerwiseReader, PageStore, Verifier
 from engine_patch.sglang_api import LayerWiseLoadCounter
 from engine_patch.transfer import DevicePages
 
@@ -32,12 +32,16 @@ class RestoreStats:
 
 @dataclass
 class _Load:
-    """One request's restore. ``reads`` is None when a page went missing between the match and now."""
+    """One request's restore. ``hold`` is None when a page went missing between the match and now."""
 
     rid: str
     keys: list[bytes]
     numbers: torch.Tensor
-    reads: ReadRequest | None
+    hold: Hold | None
+
+    def close(self) -> None:
+        if self.hold is not None:
+            self.hold.close()
 
 
 @dataclass
@@ -70,13 +74,16 @@ class Restorer:
     def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor) -> None:
         """Queue ``keys`` for the device pages ``numbers``; `start` begins reading."""
         try:
-            reads = ReadRequest(keys, self._store.segments(keys))
+            hold = self._store.hold(keys)
         except KeyError:
-            reads = None
-        self._pending[rid] = _Load(rid, keys, numbers, reads)
+            hold = None
+        self._pending[rid] = _Load(rid, keys, numbers, hold)
 
     def cancel(self, rid: str) -> bool:
-        return self._pending.pop(rid, None) is not None
+        load = self._pending.pop(rid, None)
+        if load is not None:
+            load.close()
+        return load is not None
 
     def start(self, ready: Sequence[torch.cuda.Event] = ()) -> int:
         """Start everything queued as one batch: its index in ``counter``, or -1 when nothing was queued.
@@ -105,7 +112,8 @@ class Restorer:
 
     def reset(self) -> None:
         """Forget what is queued and wait for what runs."""
-        self._pending.clear()
+        for rid in list(self._pending):
+            self.cancel(rid)
         self._queue.join()
         self._batches.clear()
         self.counter.reset()
@@ -127,18 +135,21 @@ class Restorer:
                     self._drop(load, range(len(load.keys)))
                 self.counter.fail(index, error)
             finally:
+                for load in batch.loads:
+                    load.close()
                 self._queue.task_done()
         self._queue.task_done()
 
     def _restore(self, index: int, batch: _Batch) -> None:
         started, n_bytes = time.perf_counter(), 0
-        loads = [load for load in batch.loads if load.reads is not None]
-        batch.failed.update(load.rid for load in batch.loads if load.reads is None)
-        verifiers = [Verifier(load.reads, self._store.fingerprint) for load in loads]
+        loads = [load for load in batch.loads if load.hold is not None]
+        batch.failed.update(load.rid for load in batch.loads if load.hold is None)
+        holds = [load.hold for load in loads if load.hold is not None]
+        verifiers = [Verifier(hold) for hold in holds]
         if not loads:
             for layer in range(self._pages.geometry.layers):
                 self.counter.complete(index, layer)
-        for chunk in self._reader.stream([load.reads for load in loads]):
+        for chunk in self._reader.stream(holds):
             load = loads[chunk.request]
             n_bytes += chunk.n_bytes
             # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
@@ -148,8 +159,9 @@ class Restorer:
                 event.synchronize()
             batch.ready = ()
             if load.rid not in batch.failed:
-                for first, arrays in chunk.parts:
-                    self._pages.scatter(chunk.layer, load.numbers[first : first + len(arrays[0])], arrays)
+                for segment, _, arrays in chunk.parts:
+                    numbers = load.numbers[segment.first : segment.first + segment.pages]
+                    self._pages.scatter(chunk.layer, numbers, arrays)
             if chunk.last_of_layer:
                 self.counter.complete(index, chunk.layer)
         self._record(batch, loads, n_bytes, time.perf_counter() - started)

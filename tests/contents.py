@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agentstate.pages import Geometry, LayerwiseReader, PageStore, ReadRequest, Verifier, fingerprint
+from agentstate.pages import Geometry, Hold, LayerwiseReader, PageStore, Verifier, fingerprint
 
 MHA = Geometry(layers=3, page_size=4, component_bytes=(1000, 1000))
 MLA = Geometry(layers=2, page_size=4, component_bytes=(1156,))
@@ -49,29 +49,23 @@ def reader_for(geometry: Geometry, chunk_bytes: int = 1 << 20) -> LayerwiseReade
     return LayerwiseReader(geometry, staging_bytes=4 * chunk_bytes, threads=2, chunk_bytes=chunk_bytes)
 
 
-def request_for(store: PageStore, pages: Sequence[bytes]) -> ReadRequest:
-    return ReadRequest(pages, store.segments(pages))
-
-
-def read(
-    reader: LayerwiseReader, requests: Sequence[ReadRequest], mark: bytes = MARK
-) -> dict[tuple[int, int, int], list[bytes] | None]:
+def read(reader: LayerwiseReader, holds: Sequence[Hold]) -> dict[tuple[int, int, int], list[bytes] | None]:
     """The components of every (request, layer, page) that may be used; None for a page that may not."""
-    verifiers = [Verifier(request, mark) for request in requests]
+    verifiers = [Verifier(hold) for hold in holds]
     found: dict[tuple[int, int, int], list[bytes] | None] = {}
-    for chunk in reader.stream(requests):
+    for chunk in reader.stream(holds):
         wrong = verifiers[chunk.request].wrong_pages(chunk)
         for page in range(chunk.first, chunk.first + chunk.count):
             found[chunk.request, chunk.layer, page] = None
-        for first, arrays in chunk.parts:
-            for i in range(len(arrays[0])):
-                if first + i not in wrong:
-                    found[chunk.request, chunk.layer, first + i] = [array[i].tobytes() for array in arrays]
+        for segment, _, arrays in chunk.parts:
+            for i, page in enumerate(range(segment.first, segment.first + segment.pages)):
+                if page not in wrong:
+                    found[chunk.request, chunk.layer, page] = [array[i].tobytes() for array in arrays]
     return found
 
 
 def expected(
-    geometry: Geometry, requests: Sequence[ReadRequest], version: int = 0
+    geometry: Geometry, requests: Sequence[Hold], version: int = 0
 ) -> dict[tuple[int, int, int], list[bytes] | None]:
     """What `read` gives for undamaged pages."""
     components = range(len(geometry.component_bytes))

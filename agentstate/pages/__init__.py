@@ -1,26 +1,31 @@
 """The page store: KV pages in extent files on a local disk, one store a rank of an engine.
 
 `PageStore` is the room's whole surface for one rank: which pages are stored (`prefix_length`), writing a run of them
-(`draft`, `publish`) and finding them again (`segments`). `LayerwiseReader` streams what was found, layer by layer,
-through a bounded staging memory. `Verifier` says which of the bytes that came back may be used.
+(`draft`, `publish`), finding them again and keeping them where they are (`hold`), and what to do when space runs out
+(`Quota`, `need`, `pin`). `LayerwiseReader` streams what is held, layer by layer, through a bounded staging memory.
+`Verifier` says which of the bytes that came back may be used. `merge` makes one extent of many small ones.
 """
 
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, Geometry
 from agentstate.pages.fingerprint import fingerprint, weights_digest
-from agentstate.pages.reading import Chunk, LayerwiseReader, ReadRequest, Verifier
-from agentstate.pages.store import PageStore, Segment, StoreStats
+from agentstate.pages.merging import merge
+from agentstate.pages.reading import Chunk, LayerwiseReader, Part, Verifier
+from agentstate.pages.store import Hold, PageStore, Quota, Segment, StoreStats
 
 __all__ = [
     "Chunk",
     "ExtentDraft",
     "ExtentHeader",
     "Geometry",
+    "Hold",
     "LayerwiseReader",
     "PageStore",
-    "ReadRequest",
+    "Part",
+    "Quota",
     "Segment",
     "StoreStats",
     "Verifier",
     "fingerprint",
+    "merge",
     "weights_digest",
 ]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -80,22 +81,16 @@ def page_seed(fingerprint: bytes, key: bytes) -> int:
 
 
 @dataclass(frozen=True)
-class ExtentHeader:
-    """What an extent says of itself.
+class ExtentLayout:
+    """Where everything lies in an extent of ``pages`` pages: it follows from their number and geometry alone."""
 
-    ``keys`` are the pages' 32-byte keys in slot order; ``checksums`` has shape (layers, pages), uint64.
-    ``data_offset`` is where the first slab starts and ``file_bytes`` how long the whole file is.
-    """
-
-    fingerprint: bytes
     geometry: Geometry
-    keys: tuple[bytes, ...]
-    checksums: np.ndarray
-    data_offset: int
+    pages: int
 
     @property
-    def pages(self) -> int:
-        return len(self.keys)
+    def data_offset(self) -> int:
+        """Where the first slab starts: what the prefix and the header take, rounded up to 4 KiB."""
+        return _data_offset(self.geometry, self.pages)
 
     @property
     def slab_bytes(self) -> int:
@@ -111,15 +106,33 @@ class ExtentHeader:
         start = self.data_offset + layer * self.slab_bytes + self.pages * sum(sizes[:component])
         return start + slot * sizes[component], count * sizes[component]
 
-    @staticmethod
-    def encoded_bytes(geometry: Geometry, pages: int) -> int:
-        """Room that the prefix and the header of an extent take, rounded up to 4 KiB. The length of the msgpack
-        map depends on the number of pages alone, for its blobs have fixed widths."""
-        blank = np.zeros((geometry.layers, pages), dtype="<u8")
-        header = ExtentHeader(bytes(KEY_BYTES), geometry, (bytes(KEY_BYTES),) * pages, blank, 0)
-        return align(PREFIX.size + len(header._packed()))
 
-    def _packed(self) -> bytes:
+@lru_cache(maxsize=1024)
+def _data_offset(geometry: Geometry, pages: int) -> int:
+    # The length of the msgpack map depends on the number of pages alone, for its blobs have fixed widths.
+    blank = np.zeros((geometry.layers, pages), dtype="<u8")
+    header = ExtentHeader(bytes(KEY_BYTES), geometry, (bytes(KEY_BYTES),) * pages, blank)
+    return align(PREFIX.size + len(header.packed()))
+
+
+@dataclass(frozen=True)
+class ExtentHeader:
+    """What an extent says of itself.
+
+    ``keys`` are the pages' 32-byte keys in slot order; ``checksums`` has shape (layers, pages), uint64.
+    """
+
+    fingerprint: bytes
+    geometry: Geometry
+    keys: tuple[bytes, ...]
+    checksums: np.ndarray
+
+    @property
+    def layout(self) -> ExtentLayout:
+        return ExtentLayout(self.geometry, len(self.keys))
+
+    def packed(self) -> bytes:
+        """The header's msgpack map."""
         packed: bytes = msgpack.packb(
             {
                 "fingerprint": self.fingerprint,
@@ -135,8 +148,8 @@ class ExtentHeader:
         return packed
 
     def encode(self) -> bytes:
-        """The first ``data_offset`` bytes of the file, all but the zeros that pad them."""
-        packed = self._packed()
+        """The first bytes of the file, all but the zeros that pad them to ``layout.data_offset``."""
+        packed = self.packed()
         return PREFIX.pack(MAGIC, FORMAT_VERSION, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
 
     @classmethod
@@ -165,7 +178,10 @@ class ExtentHeader:
                 raise BadExtent(f"{name}: {len(blob)} bytes of keys are no whole keys of {KEY_BYTES}")
             keys = tuple(blob[i : i + KEY_BYTES] for i in range(0, len(blob), KEY_BYTES))
             sums = np.frombuffer(fields["checksums"], dtype="<u8").reshape(geometry.layers, len(keys))
-            return cls(fields["fingerprint"], geometry, keys, sums, align(PREFIX.size + length))
+            header = cls(fields["fingerprint"], geometry, keys, sums)
+            if align(PREFIX.size + length) != header.layout.data_offset:
+                raise BadExtent(f"{name}: the header has {length} bytes, which its fields do not add up to")
+            return header
         except (KeyError, TypeError, ValueError) as error:
             raise BadExtent(f"{name}: the header misses or misstates a field: {error!r}") from error
 
@@ -180,17 +196,16 @@ class ExtentDraft:
         self.keys = tuple(keys)
         self.geometry = geometry
         self.fingerprint = fingerprint
-        self.data_offset = ExtentHeader.encoded_bytes(geometry, len(keys))
-        self.n_bytes = self.data_offset + geometry.layers * geometry.slab_bytes(len(keys))
+        self.layout = ExtentLayout(geometry, len(keys))
+        self.n_bytes = self.layout.file_bytes
         if self.n_bytes > len(buffer):
             raise ValueError(f"a draft of {self.n_bytes} bytes does not fit a buffer of {len(buffer)}")
         self._bytes = np.frombuffer(buffer, dtype=np.uint8, count=self.n_bytes)
 
     def component(self, layer: int, component: int) -> np.ndarray:
         """Where the caller puts all pages' bytes of one component: uint8, shape (pages, component bytes)."""
-        pages, sizes = len(self.keys), self.geometry.component_bytes
-        start = self.data_offset + layer * self.geometry.slab_bytes(pages) + pages * sum(sizes[:component])
-        return self._bytes[start : start + pages * sizes[component]].reshape(pages, sizes[component])
+        start, length = self.layout.component_range(layer, component, 0, len(self.keys))
+        return self._bytes[start : start + length].reshape(len(self.keys), self.geometry.component_bytes[component])
 
     def seal(self) -> tuple[ExtentHeader, memoryview]:
         """Checksum every page and write the header: the header, and the whole file's bytes."""
@@ -201,10 +216,10 @@ class ExtentDraft:
             parts = [self.component(layer, c) for c in range(len(self.geometry.component_bytes))]
             for slot, seed in enumerate(seeds):
                 sums[layer, slot] = checksum(seed, layer, [part[slot] for part in parts])
-            end = self.data_offset + (layer + 1) * self.geometry.slab_bytes(pages)
-            self._bytes[end - self.geometry.slab_bytes(pages) + pages * self.geometry.layer_bytes : end] = 0
-        header = ExtentHeader(self.fingerprint, self.geometry, self.keys, sums, self.data_offset)
+            start = self.layout.data_offset + layer * self.layout.slab_bytes
+            self._bytes[start + pages * self.geometry.layer_bytes : start + self.layout.slab_bytes] = 0
+        header = ExtentHeader(self.fingerprint, self.geometry, self.keys, sums)
         encoded = header.encode()
         self._bytes[: len(encoded)] = np.frombuffer(encoded, dtype=np.uint8)
-        self._bytes[len(encoded) : self.data_offset] = 0
+        self._bytes[len(encoded) : self.layout.data_offset] = 0
         return header, memoryview(self._bytes.data)

@@ -6,15 +6,18 @@ Works on the files alone and beside a running engine: nothing here opens a store
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from agentstate.errors import BadExtent
 from agentstate.pages.extent import ExtentHeader, checksum, page_seed
-from agentstate.pages.store import PageStore, read_header
+from agentstate.pages.files import header_of, opened
+from agentstate.pages.store import PageStore
 
 
 @dataclass(frozen=True)
@@ -40,25 +43,24 @@ def store_directories(root: Path) -> list[Path]:
 
 def extents(store: Path) -> Iterator[ExtentReport]:
     """Every extent of a store by its header alone, in the order of their numbers."""
-    for path in sorted((store / "extents").glob("*.ext")):
-        n_bytes = path.stat().st_size
-        try:
-            yield ExtentReport(path, n_bytes, read_header(path))
-        except (BadExtent, OSError) as error:
-            yield ExtentReport(path, n_bytes, None, str(error))
+    yield from _reports(store, lambda file, header: ())
 
 
 def check(store: Path) -> Iterator[ExtentReport]:
     """Every extent of a store, every byte of it read and verified."""
-    for report in extents(store):
-        if report.header is None:
-            yield report
-            continue
-        try:
-            broken = _broken(report.path, report.header)
-            yield ExtentReport(report.path, report.n_bytes, report.header, broken=broken)
-        except OSError as error:
-            yield ExtentReport(report.path, report.n_bytes, None, str(error))
+    yield from _reports(store, _broken)
+
+
+def _reports(store: Path, examine: Callable[[BinaryIO, ExtentHeader], tuple[int, ...]]) -> Iterator[ExtentReport]:
+    for path in sorted((store / "extents").glob("*.ext")):
+        # A running engine may evict an extent at any time; then there is nothing to report.
+        with suppress(FileNotFoundError), opened(path) as file:
+            n_bytes = path.stat().st_size
+            try:
+                header = header_of(file, path.name)
+                yield ExtentReport(path, n_bytes, header, broken=examine(file, header))
+            except (BadExtent, OSError) as error:
+                yield ExtentReport(path, n_bytes, None, str(error))
 
 
 def repair(store: Path, reports: list[ExtentReport]) -> int:
@@ -74,7 +76,9 @@ def repair(store: Path, reports: list[ExtentReport]) -> int:
         try:
             for report in reports:
                 if report.header is not None and report.broken:
-                    _rewrite(writer, report.path, report.header, report.broken)
+                    # The store deletes at open what it does not need any more.
+                    with suppress(FileNotFoundError), opened(report.path) as file:
+                        _rewrite(writer, file, report.header, report.broken)
         finally:
             writer.close()
     for report in reports:
@@ -83,8 +87,8 @@ def repair(store: Path, reports: list[ExtentReport]) -> int:
     return sum(len(report.broken) for report in reports)
 
 
-def _broken(path: Path, header: ExtentHeader) -> tuple[int, ...]:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+def _broken(file: BinaryIO, header: ExtentHeader) -> tuple[int, ...]:
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         content.madvise(mmap.MADV_SEQUENTIAL)
         seeds = [page_seed(header.fingerprint, key) for key in header.keys]
         return tuple(
@@ -98,15 +102,15 @@ def _broken(path: Path, header: ExtentHeader) -> tuple[int, ...]:
 
 
 def _components(content: mmap.mmap, header: ExtentHeader, layer: int, slot: int) -> list[bytes]:
-    spans = (header.component_range(layer, c, slot, 1) for c in range(len(header.geometry.component_bytes)))
+    spans = (header.layout.component_range(layer, c, slot, 1) for c in range(len(header.geometry.component_bytes)))
     return [content[offset : offset + length] for offset, length in spans]
 
 
-def _rewrite(writer: PageStore, path: Path, header: ExtentHeader, broken: tuple[int, ...]) -> None:
-    keep = [slot for slot in range(header.pages) if slot not in broken]
+def _rewrite(writer: PageStore, file: BinaryIO, header: ExtentHeader, broken: tuple[int, ...]) -> None:
+    keep = [slot for slot in range(len(header.keys)) if slot not in broken]
     if not keep:
         return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         draft = writer.draft([header.keys[slot] for slot in keep], mmap.mmap(-1, writer.draft_bytes(len(keep))))
         for layer in range(header.geometry.layers):
             for row, slot in enumerate(keep):

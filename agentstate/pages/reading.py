@@ -14,31 +14,32 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from agentstate.pages.extent import ALIGNMENT, Geometry, align, checksum, page_seed
-from agentstate.pages.store import Segment, open_direct
+from agentstate.errors import BadExtent
+from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align, checksum, page_seed
+from agentstate.pages.files import open_direct
+from agentstate.pages.store import Hold, Segment, StoredExtent
 
 
-@dataclass(frozen=True)
-class ReadRequest:
-    """Pages to bring back for one request: ``keys`` in order, and the segments where they lie."""
+class Part(NamedTuple):
+    """What was read of one segment in one layer: one uint8 array of shape (pages, component bytes) a component, and
+    the header of its extent, which says what they should be."""
 
-    keys: Sequence[bytes]
-    segments: Sequence[Segment]
+    segment: Segment
+    header: ExtentHeader
+    arrays: list[np.ndarray]
 
 
 @dataclass
 class Chunk:
     """Pages ``[first, first + count)`` of request number ``request``, in layer ``layer``.
 
-    ``parts`` holds, for every segment that could be read, its first page and one uint8 array of shape (pages,
-    component bytes) a component. They are views of a buffer that is reused: valid until the next chunk is asked for.
-    ``unread`` holds the segments that could not, with the reason; ``n_bytes`` is what came from the device.
+    The arrays of ``parts`` are views of a buffer that is reused: valid until the next chunk is asked for. ``unread``
+    holds the segments that could not be read, with the reason; ``n_bytes`` is what came from the device.
     """
 
     request: int
@@ -46,8 +47,8 @@ class Chunk:
     first: int
     count: int
     last_of_layer: bool
-    parts: list[tuple[int, list[np.ndarray]]]
-    unread: list[tuple[Segment, OSError]]
+    parts: list[Part]
+    unread: list[tuple[Segment, OSError | BadExtent]]
     n_bytes: int = 0
 
 
@@ -76,22 +77,16 @@ class LayerwiseReader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="agentstate-read")
         self._streaming = threading.Lock()
 
-    def stream(self, requests: Sequence[ReadRequest]) -> Iterator[Chunk]:
-        """Every page of every request, layer 0 of all of them first. The iterator must be run to its end or closed.
+    def stream(self, requests: Sequence[Hold]) -> Iterator[Chunk]:
+        """Every page of every request, layer 0 of all of them first. The iterator must be run to its end or closed,
+        and the holds kept until then.
 
         Bytes are handed over as they came; `Verifier` tells which may be used. What cannot be opened or read is
         reported in its chunk, and everything else is read all the same.
         """
-        with self._streaming, ExitStack() as stack:
-            files: dict[Path, int | OSError] = {}
-            for path in {segment.extent.path for request in requests for segment in request.segments}:
-                try:
-                    fd = open_direct(path, os.O_RDONLY)
-                except OSError as error:
-                    files[path] = error
-                else:
-                    stack.callback(os.close, fd)
-                    files[path] = fd
+        with self._streaming:
+            extents = {segment.extent for request in requests for segment in request.segments}
+            opened = {extent: self._pool.submit(_OpenExtent, extent) for extent in extents}
             plans = self._plans(requests)
             free = list(self._buffers)
             ahead: deque[tuple[Future[Chunk], mmap.mmap]] = deque()
@@ -99,7 +94,7 @@ class LayerwiseReader:
                 while True:
                     while free and (plan := next(plans, None)) is not None:
                         buffer = free.pop()
-                        ahead.append((self._pool.submit(self._read, plan, buffer, files), buffer))
+                        ahead.append((self._pool.submit(self._read, plan, buffer, opened), buffer))
                     if not ahead:
                         return
                     future, buffer = ahead[0]
@@ -108,11 +103,14 @@ class LayerwiseReader:
                     free.append(buffer)
             finally:
                 # Also when the consumer stops early: no thread may read on when the files are closed.
-                for future, _ in ahead:
-                    if not future.cancel():
-                        future.exception()
+                for reading, _ in ahead:
+                    if not reading.cancel():
+                        reading.exception()
+                for opening in opened.values():
+                    if not opening.cancel() and opening.exception() is None:
+                        opening.result().close()
 
-    def _plans(self, requests: Sequence[ReadRequest]) -> Iterator[_Plan]:
+    def _plans(self, requests: Sequence[Hold]) -> Iterator[_Plan]:
         per_request = [list(self._chunked(request.segments)) for request in requests]
         for layer in range(self._layers):
             of_layer = [(number, run) for number, runs in enumerate(per_request) for run in runs]
@@ -139,20 +137,19 @@ class LayerwiseReader:
             yield tuple(run)
 
     @staticmethod
-    def _read(plan: _Plan, buffer: mmap.mmap, files: dict[Path, int | OSError]) -> Chunk:
+    def _read(plan: _Plan, buffer: mmap.mmap, opened: dict[StoredExtent, Future[_OpenExtent]]) -> Chunk:
         first = plan.segments[0].first
         count = sum(segment.pages for segment in plan.segments)
         chunk = Chunk(plan.request, plan.layer, first, count, plan.last_of_layer, [], [])
         position = 0
         for segment in plan.segments:
-            file = files[segment.extent.path]
             try:
-                if isinstance(file, OSError):
-                    raise file
-                arrays, position, n_bytes = _read_segment(file, segment, plan.layer, buffer, position)
-                chunk.parts.append((segment.first, arrays))
+                # The openings were queued before any reading, so whoever waits for one does not keep it from running.
+                extent = opened[segment.extent].result()
+                arrays, position, n_bytes = _read_segment(extent.fd, segment, plan.layer, buffer, position)
+                chunk.parts.append(Part(segment, extent.header, arrays))
                 chunk.n_bytes += n_bytes
-            except OSError as error:
+            except (OSError, BadExtent) as error:
                 chunk.unread.append((segment, error))
         return chunk
 
@@ -160,14 +157,34 @@ class LayerwiseReader:
         self._pool.shutdown()
 
 
+class _OpenExtent:
+    """An extent open for direct reading, and its header. Raises OSError, and BadExtent for a header that is damaged
+    or not of this layout."""
+
+    def __init__(self, extent: StoredExtent):
+        self.fd = open_direct(extent.path, os.O_RDONLY)
+        try:
+            raw = mmap.mmap(-1, extent.layout.data_offset)
+            os.preadv(self.fd, [raw], 0)
+            self.header = ExtentHeader.decode(memoryview(raw), extent.path.name)
+            if self.header.layout != extent.layout:
+                raise BadExtent(f"{extent.path.name}: the header is of another extent")
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 def _read_segment(
     fd: int, segment: Segment, layer: int, buffer: mmap.mmap, position: int
 ) -> tuple[list[np.ndarray], int, int]:
     """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned: an array a component,
     the next free position, and the bytes that were read. Raises OSError, also when the file is too short."""
-    header = segment.extent.header
-    components = range(len(header.geometry.component_bytes))
-    spans = [header.component_range(layer, component, segment.slot, segment.pages) for component in components]
+    layout = segment.extent.layout
+    components = range(len(layout.geometry.component_bytes))
+    spans = [layout.component_range(layer, component, segment.slot, segment.pages) for component in components]
     view = memoryview(buffer)
     arrays, n_bytes = [], 0
     for start, end, members in _coalesced(spans):
@@ -198,20 +215,18 @@ def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tu
 class Verifier:
     """Checks the pages of one request against the sums in their extents' headers."""
 
-    def __init__(self, request: ReadRequest, fingerprint: bytes):
-        self._request = request
-        self._seeds = [page_seed(fingerprint, key) for key in request.keys]
-        self._home = [(s.extent.header, s.slot + i) for s in request.segments for i in range(s.pages)]
+    def __init__(self, request: Hold):
+        self._keys = request.keys
+        self._seeds = [page_seed(request.fingerprint, key) for key in request.keys]
 
     def wrong_pages(self, chunk: Chunk) -> list[int]:
         """The pages of ``chunk`` that must not be used: not read, or not as they were written."""
         wrong = [segment.first + i for segment, _ in chunk.unread for i in range(segment.pages)]
-        for first, arrays in chunk.parts:
-            for i in range(len(arrays[0])):
-                header, slot = self._home[first + i]
-                right = header.keys[slot] == self._request.keys[first + i] and int(
-                    header.checksums[chunk.layer, slot]
-                ) == checksum(self._seeds[first + i], chunk.layer, [array[i] for array in arrays])
-                if not right:
-                    wrong.append(first + i)
+        for segment, header, arrays in chunk.parts:
+            sums = header.checksums[chunk.layer, segment.slot : segment.slot + segment.pages].tolist()
+            for i, right in enumerate(sums):
+                page = segment.first + i
+                found = checksum(self._seeds[page], chunk.layer, [array[i] for array in arrays])
+                if found != right or header.keys[segment.slot + i] != self._keys[page]:
+                    wrong.append(page)
         return wrong

@@ -1,48 +1,68 @@
-"""The page store of one rank: extent files, and the index that says which page lies in which of them.
+"""The page store of one rank: extent files within a quota, and the index that says which page lies in which of them.
 
 ::
 
-    ROOT/FINGERPRINT/RANK/lock                 held by the one writer
+    ROOT/FINGERPRINT/RANK/lock                 held by the process that has the store open
     ROOT/FINGERPRINT/RANK/extents/NUMBER.ext   published extents, immutable
-    ROOT/FINGERPRINT/RANK/partial/NUMBER.ext   being written; whatever a writer finds here at open is a crash's
+    ROOT/FINGERPRINT/RANK/partial/NUMBER.ext   being written; whatever a store finds here at open is a crash's
+    ROOT/FINGERPRINT/RANK/index/               see `agentstate.pages.index`
 
-The extents are the truth. The index is a dictionary in memory that is rebuilt from their headers at open, so it can
-never disagree with them after a crash; where two extents hold the same page, the later number wins.
+The extents are the truth: at open the index is made to agree with them. Where two extents hold the same page, the
+later number wins, and an extent none of whose pages is found through the index any more is deleted.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
+import itertools
 import logging
 import mmap
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
+import lmdb
+
 from agentstate.errors import BadExtent, FingerprintMismatch, PageStoreFull, PageStoreLocked, PageStoreUnwritable
-from agentstate.pages.extent import KEY_BYTES, PREFIX, ExtentDraft, ExtentHeader, Geometry
+from agentstate.pages import files
+from agentstate.pages.extent import KEY_BYTES, ExtentDraft, ExtentHeader, ExtentLayout, Geometry
+from agentstate.pages.index import ExtentRecord, IndexChange, PageIndex
 
 logger = logging.getLogger(__name__)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"[0-9a-f]{16}\.ext")
+# The clock of uses leaves room to order the extents of one use among each other.
+_WITHIN = 1 << 20
 
 
-class Extent(NamedTuple):
+class Quota(NamedTuple):
+    """How much a store may hold: ``max_bytes`` of extents (None: no limit of its own), and never so much that less
+    than ``free_share`` (0 to 1) of the file system is free."""
+
+    max_bytes: int | None = None
+    free_share: float = 0.0
+
+
+UNLIMITED = Quota()
+
+
+class StoredExtent(NamedTuple):
     path: Path
-    header: ExtentHeader
+    layout: ExtentLayout
 
 
 class Segment(NamedTuple):
     """``pages`` pages of a request, from its page ``first`` on, side by side in ``extent`` from ``slot`` on."""
 
-    extent: Extent
+    extent: StoredExtent
     slot: int
     pages: int
     first: int
@@ -50,7 +70,10 @@ class Segment(NamedTuple):
 
 @dataclass
 class StoreStats:
-    """Counters since open, but for ``pages``, ``extents`` and ``bytes``, which are what is stored now."""
+    """Counters since open, but for ``pages``, ``extents`` and ``bytes``, which are what is stored now.
+
+    ``pages_evicted_needed`` are those of ``pages_evicted`` that a live manifest needed.
+    """
 
     pages: int = 0
     extents: int = 0
@@ -58,63 +81,86 @@ class StoreStats:
     pages_written: int = 0
     bytes_written: int = 0
     pages_dropped: int = 0
+    pages_evicted: int = 0
+    pages_evicted_needed: int = 0
     bad_extents: int = 0
 
 
-def open_direct(path: Path, flags: int) -> int:
-    """Open for direct I/O, or buffered where the file system refuses that."""
-    try:
-        return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags | os.O_CLOEXEC, 0o644)
+@dataclass(slots=True)
+class _Extent:
+    """An extent as the store works with it. Its file is deleted when it has no live page and no holder."""
+
+    number: int
+    pages: int
+    live: int
+    file_bytes: int
+    mtime_ns: int
+    used: int = 0
+    holders: int = 0
+    pinned_until_s: float = 0.0
+    needed: bool = False
+
+    def record(self) -> ExtentRecord:
+        return ExtentRecord(self.pages, self.live, self.file_bytes, self.mtime_ns, self.used)
 
 
-def read_header(path: Path) -> ExtentHeader:
-    """The header of an extent file that is at least as long as its header says. Raises BadExtent or OSError."""
-    with path.open("rb") as file:
-        prefix = file.read(PREFIX.size)
-        if len(prefix) < PREFIX.size:
-            raise BadExtent(f"{path.name}: shorter than an extent's prefix")
-        length = PREFIX.unpack(prefix)[2]
-        size = os.fstat(file.fileno()).st_size
-        header = ExtentHeader.decode(prefix + file.read(min(length, size)), path.name)
-    if size < header.file_bytes:
-        raise BadExtent(f"{path.name}: truncated to {size} of {header.file_bytes} bytes")
-    return header
+class Hold:
+    """The pages of one request, in order, and where they lie: ``segments``. Until `close` they stay there, whatever is
+    evicted or merged. A context manager."""
+
+    def __init__(self, store: PageStore, keys: Sequence[bytes], segments: list[Segment], numbers: set[int]):
+        self.keys = keys
+        self.segments = segments
+        self.fingerprint = store.fingerprint
+        self._store = store
+        self._numbers = numbers
+
+    def close(self) -> None:
+        numbers, self._numbers = self._numbers, set()
+        self._store._release(numbers)
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
 
 
 class PageStore:
-    """Pages by key. Reads and look-ups may come from any thread; `draft` and `publish` from one at a time.
+    """Pages by key. Every method may be called from any thread.
 
-    Raises PageStoreLocked when another process writes to the same directory, PageStoreUnwritable when the directory
-    cannot be made or written, and FingerprintMismatch when ``directory`` holds another fingerprint's extents.
+    Raises PageStoreLocked when another process has the store open, PageStoreUnwritable when the directory cannot be
+    made or written, PageStoreFull when its disk has no room at all, and FingerprintMismatch when ``directory`` holds
+    another fingerprint's extents.
     """
 
-    def __init__(self, directory: Path, fingerprint: bytes, geometry: Geometry, *, writable: bool = True):
+    def __init__(self, directory: Path, fingerprint: bytes, geometry: Geometry, quota: Quota = UNLIMITED):
         self.directory = directory
         self.fingerprint = fingerprint
         self.geometry = geometry
+        self.quota = quota
         self.stats = StoreStats()
-        self._extents: dict[int, Extent] = {}
-        self._index: dict[bytes, tuple[int, int]] = {}
-        self._next = 1
+        self._extents_dir = directory / "extents"
+        self._partial_dir = directory / "partial"
+        # `_writing` is held while the index changes, which may take as long as the disk does; `_mutex` never for
+        # longer than a few memory accesses, and it is the inner one.
+        self._writing = threading.Lock()
         self._mutex = threading.Lock()
-        self._lock_fd = self._acquire() if writable else None
+        self._extents: dict[int, _Extent] = {}
+        self._used_since: set[int] = set()
+        self._spares: list[Path] = []
+        self._being_written = 0
+        self._lock_fd: int | None = self._acquire()
         try:
-            self._load()
+            self._index = PageIndex(directory / "index", fingerprint, geometry)
+            try:
+                self._load()
+            except BaseException:
+                self._index.close()
+                raise
         except BaseException:
-            self.close()
+            os.close(self._lock_fd)
             raise
-
-    @property
-    def _extents_dir(self) -> Path:
-        return self.directory / "extents"
-
-    @property
-    def _partial_dir(self) -> Path:
-        return self.directory / "partial"
 
     def _acquire(self) -> int:
         try:
@@ -122,7 +168,7 @@ class PageStore:
                 directory.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in files.FULL:
                 raise PageStoreFull(
                     f"the disk of the page directory {self.directory} is full: make room, or point "
                     "AGENTSTATE_PAGES_DIR at another disk"
@@ -147,58 +193,262 @@ class PageStore:
         return lock
 
     def _load(self) -> None:
-        if not self._extents_dir.is_dir():
-            return
-        for path in sorted(self._extents_dir.glob("*.ext")):
-            if _NAME.fullmatch(path.name) is None:
-                logger.warning("page store: ignoring %s, which is no name of an extent", path)
-                continue
-            # A file that cannot be read keeps its number: it may be a later release's.
-            self._next = max(self._next, int(path.stem, 16) + 1)
-            try:
-                extent = Extent(path, read_header(path))
-            except (BadExtent, OSError) as error:
-                self.stats.bad_extents += 1
-                logger.warning("page store: ignoring %s: %s", path, error)
-                continue
-            header = extent.header
-            if header.fingerprint != self.fingerprint or header.geometry != self.geometry:
-                raise FingerprintMismatch(f"{path} was written for another model or layout than this store's")
-            self._add(int(path.stem, 16), extent)
+        """Make the index agree with the files."""
+        records = self._index.records()
+        numbers, unknown, gone = [0], [], set(records)
+        with os.scandir(self._extents_dir) as entries:
+            for entry in entries:
+                if _NAME.fullmatch(entry.name) is None:
+                    logger.warning("page store: ignoring %s, which is no name of an extent", entry.path)
+                    continue
+                # A file that cannot be read keeps its number: it may be a later release's.
+                number, status = int(entry.name[:16], 16), entry.stat()
+                numbers.append(number)
+                record = records.get(number)
+                if record and (record.file_bytes, record.mtime_ns) == (status.st_size, status.st_mtime_ns):
+                    self._extents[number] = _Extent(number, *record)
+                    gone.discard(number)
+                else:
+                    unknown.append(number)
+        self._next = max(numbers) + 1
+        self._clock = itertools.count(1 + max((record.used for record in records.values()), default=0) // _WITHIN)
+        if gone:
+            with self._index.change() as change:
+                change.delete_pages_of(gone)
+                for number in gone:
+                    change.forget(number)
+        if unknown:
+            logger.info("page store: reading the headers of %d extents that the index does not know", len(unknown))
+            with self._index.change() as change:
+                for number in sorted(unknown):
+                    self._adopt(change, number)
+        self.stats.bytes = sum(extent.file_bytes for extent in self._extents.values())
+        self._delete([extent for extent in self._extents.values() if not extent.live])
 
-    def _add(self, number: int, extent: Extent) -> None:
+    def _adopt(self, change: IndexChange, number: int) -> None:
+        """Put an extent that is on the disk into the index."""
+        path = self._path(number)
+        try:
+            header, status = files.read_header(path), path.stat()
+        except (BadExtent, OSError) as error:
+            self.stats.bad_extents += 1
+            logger.warning("page store: ignoring %s: %s", path, error)
+            return
+        if header.fingerprint != self.fingerprint or header.geometry != self.geometry:
+            raise FingerprintMismatch(f"{path} was written for another model or layout than this store's")
+        self._extents[number] = _Extent(number, len(header.keys), 0, status.st_size, status.st_mtime_ns)
+        self._take_over(change, number, header.keys)
+
+    def _take_over(self, change: IndexChange, number: int, keys: Sequence[bytes]) -> Counter[int]:
+        """Let the index find ``keys``, in slot order, in extent ``number``, but for those that a later one has: by how
+        much this changes the number of live pages of which extent."""
+        gained: Counter[int] = Counter()
+        for slot, key in enumerate(keys):
+            place = change.place(key)
+            if place is not None and place[0] > number:
+                continue
+            change.put(key, number, slot)
+            if place is None or place[0] != number:
+                gained[number] += 1
+                if place is not None and place[0] in self._extents:
+                    gained[place[0]] -= 1
+        self._shift(gained)
+        for other in gained:
+            change.record(other, self._extents[other].record())
+        return gained
+
+    def _shift(self, gained: Counter[int], sign: int = 1) -> None:
+        for number, pages in gained.items():
+            self._extents[number].live += sign * pages
+
+    def _delete(self, extents: Iterable[_Extent]) -> None:
+        """Delete extents that have no live page, but for those that are held: `_release` deletes them. The caller
+        holds ``_writing``."""
         with self._mutex:
-            self._extents[number] = extent
-            for slot, key in enumerate(extent.header.keys):
-                self._index[key] = (number, slot)
-            self.stats.extents = len(self._extents)
-            self.stats.pages = len(self._index)
-            self.stats.bytes += extent.header.file_bytes
+            free = [extent for extent in extents if not extent.holders]
+            for extent in free:
+                self._extents.pop(extent.number, None)
+        if free:
+            # What the index still knows of a file that is gone is put right at the next open.
+            with suppress(lmdb.Error), self._index.change() as change:
+                for extent in free:
+                    change.forget(extent.number)
+            self._unlink(free)
+        self._count()
+
+    def _unlink(self, extents: list[_Extent], *, keep: _Extent | None = None) -> None:
+        """Delete the files of extents that the store has forgotten; that of ``keep`` is kept for its space."""
+        for extent in extents:
+            self.stats.bytes -= extent.file_bytes
+            with suppress(FileNotFoundError):
+                if extent is keep:
+                    spare = self._partial_dir / f"{extent.number:016x}.spare"
+                    self._path(extent.number).rename(spare)
+                    # Or a power failure might bring the old name back over new content.
+                    files.sync_directory(self._extents_dir)
+                    self._spares.append(spare)
+                else:
+                    self._path(extent.number).unlink()
+
+    def _path(self, number: int) -> Path:
+        return self._extents_dir / f"{number:016x}.ext"
+
+    def _count(self) -> None:
+        self.stats.extents = len(self._extents)
+        self.stats.pages = len(self._index)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._index
+        return bool(self._index.prefix([key]))
 
     def prefix_length(self, keys: Sequence[bytes]) -> int:
-        """How many of ``keys``, from the first on, are stored. From memory; never touches the disk."""
-        index = self._index
-        for length, key in enumerate(keys):
-            if key not in index:
-                return length
-        return len(keys)
+        """How many of ``keys``, from the first on, are stored; they count as used. From memory, about a microsecond
+        a key; never waits for the disk or for a writer."""
+        try:
+            places = self._index.prefix(keys)
+        except lmdb.Error as error:
+            logger.error("page store: the index of %s cannot be read, nothing is restored: %s", self.directory, error)
+            return 0
+        now = next(self._clock) * _WITHIN
+        # The head of a chain is worth more than its end: without it the rest is useless.
+        for depth, number in enumerate(dict.fromkeys(number for number, _ in places)):
+            if (extent := self._extents.get(number)) is None:
+                # Being evicted just now.
+                return next(page for page, place in enumerate(places) if place[0] == number)
+            extent.used = now - depth
+            self._used_since.add(number)
+        return len(places)
 
-    def segments(self, keys: Sequence[bytes]) -> list[Segment]:
-        """Where ``keys`` lie, in their order. Raises KeyError, with the key, where one is not stored (any more)."""
+    def hold(self, keys: Sequence[bytes]) -> Hold:
+        """Find ``keys`` and keep them where they are. Raises KeyError, with the key, where one is not stored (any
+        more)."""
+        places = self._index.prefix(keys)
+        while len(places) == len(keys):
+            numbers = {number for number, _ in places}
+            with self._mutex:
+                missing = numbers - self._extents.keys()
+                if not missing:
+                    for number in numbers:
+                        self._extents[number].holders += 1
+                    return Hold(self, keys, self._segments(places), numbers)
+            # Something was merged or evicted since the look-up.
+            before, places = places, self._index.prefix(keys)
+            if places == before:
+                del places[next(page for page, place in enumerate(places) if place[0] in missing) :]
+        raise KeyError(keys[len(places)])
+
+    def _segments(self, places: list[tuple[int, int]]) -> list[Segment]:
         found: list[Segment] = []
-        with self._mutex:
-            last: int | None = None
-            for page, key in enumerate(keys):
-                number, slot = self._index[key]
-                if number == last and found[-1].slot + found[-1].pages == slot:
-                    found[-1] = found[-1]._replace(pages=found[-1].pages + 1)
-                else:
-                    found.append(Segment(self._extents[number], slot, 1, page))
-                last = number
+        last = None
+        for page, (number, slot) in enumerate(places):
+            if number == last and found[-1].slot + found[-1].pages == slot:
+                found[-1] = found[-1]._replace(pages=found[-1].pages + 1)
+            else:
+                layout = ExtentLayout(self.geometry, self._extents[number].pages)
+                found.append(Segment(StoredExtent(self._path(number), layout), slot, 1, page))
+            last = number
         return found
+
+    def _release(self, numbers: set[int]) -> None:
+        with self._mutex:
+            held = [self._extents[number] for number in numbers]
+            for extent in held:
+                extent.holders -= 1
+            dead = [extent for extent in held if not extent.live]
+        if dead:
+            with self._writing:
+                if self._lock_fd is not None:
+                    self._delete(dead)
+
+    def pin(self, keys: Iterable[bytes], seconds: float) -> None:
+        """Do not evict those of ``keys`` that are stored for that long, unless the process ends before: a pin is not
+        persisted, and follows no clock that can be set. ``seconds`` of zero end a pin."""
+        until = time.monotonic() + seconds
+        for number in self._index.numbers(keys):
+            if (extent := self._extents.get(number)) is not None:
+                extent.pinned_until_s = until
+
+    def need(self, keys: Iterable[bytes], *, only: bool = False) -> None:
+        """Declare that a live manifest needs ``keys``: what nothing needs is evicted first. ``only``: nothing else
+        is needed any more. Not persisted."""
+        numbers = self._index.numbers(keys)
+        with self._mutex:
+            for number in list(self._extents) if only else numbers & self._extents.keys():
+                self._extents[number].needed = number in numbers
+
+    def collect(self) -> int:
+        """Evict everything that no live manifest needs and that is neither pinned nor held: how many bytes it was."""
+        with self._writing:
+            before = self.stats.bytes
+            self._evict([extent for extent in self._evictable() if not extent.needed])
+            return before - self.stats.bytes
+
+    def make_room(self, n_bytes: int) -> None:
+        """Evict until ``n_bytes`` more fit the quota: what no live manifest needs before what one does, then the least
+        recently used. Raises PageStoreFull when there is nothing left to evict."""
+        with self._writing:
+            status = os.statvfs(self.directory)
+            free = status.f_bavail * status.f_frsize - self.quota.free_share * status.f_blocks * status.f_frsize
+            excess = n_bytes + self._being_written - free
+            if self.quota.max_bytes is not None:
+                excess = max(excess, self.stats.bytes + n_bytes + self._being_written - self.quota.max_bytes)
+            if excess <= 0:
+                return
+            victims: list[_Extent] = []
+            for extent in self._evictable():
+                if excess <= 0:
+                    break
+                victims.append(extent)
+                excess -= extent.file_bytes
+            if excess > 0:
+                raise PageStoreFull(
+                    f"no room for {n_bytes:,} bytes of KV pages in {self.directory}: {self.stats.bytes:,} are stored, "
+                    "and what is left of them cannot be evicted"
+                )
+            # Overwriting blocks that the file system has given out already is faster than asking for new ones.
+            largest = max(victims, key=lambda extent: extent.file_bytes)
+            self._evict(victims, keep=None if self._spares else largest)
+
+    def _evictable(self) -> list[_Extent]:
+        """The extents that may be evicted, in the order in which they are."""
+        now = time.monotonic()
+        with self._mutex:
+            free = [extent for extent in self._extents.values() if not extent.holders and extent.pinned_until_s <= now]
+        return sorted(free, key=lambda extent: (extent.needed, extent.used))
+
+    def _evict(self, victims: list[_Extent], keep: _Extent | None = None) -> None:
+        with self._mutex:
+            victims = [extent for extent in victims if not extent.holders]
+            for extent in victims:
+                del self._extents[extent.number]
+        if not victims:
+            return
+        try:
+            self._forget_pages_of(victims)
+        except lmdb.Error as error:
+            # No room for the index to say so. Look-ups pass over what is not in `_extents`.
+            logger.warning("page store: the index of %s could not be written: %s", self.directory, error)
+        for extent in victims:
+            self.stats.pages_evicted += extent.live
+            self.stats.pages_evicted_needed += extent.live if extent.needed else 0
+        self._unlink(victims, keep=keep)
+        self._count()
+
+    def _forget_pages_of(self, extents: Iterable[_Extent]) -> None:
+        unreadable = set()
+        with self._index.change() as change:
+            for extent in extents:
+                try:
+                    keys = files.read_header(self._path(extent.number)).keys
+                except (BadExtent, OSError):
+                    unreadable.add(extent.number)
+                    continue
+                for key in keys:
+                    place = change.place(key)
+                    if place is not None and place[0] == extent.number:
+                        change.delete(key)
+                change.forget(extent.number)
+            if unreadable:
+                change.delete_pages_of(unreadable)
 
     def pages_within(self, budget_bytes: int) -> int:
         """The most pages whose draft fits ``budget_bytes``; 1 at the least."""
@@ -209,7 +459,7 @@ class PageStore:
         return pages
 
     def draft_bytes(self, pages: int) -> int:
-        return ExtentHeader.encoded_bytes(self.geometry, pages) + self.geometry.layers * self.geometry.slab_bytes(pages)
+        return ExtentLayout(self.geometry, pages).file_bytes
 
     def draft(self, keys: list[bytes], buffer: mmap.mmap) -> ExtentDraft:
         """An extent of ``keys`` to fill, in ``buffer``, which must hold `draft_bytes` of them. Raises ValueError
@@ -219,70 +469,79 @@ class PageStore:
     def publish(self, draft: ExtentDraft) -> None:
         """Make the draft's pages durable and findable: written, `fdatasync`, renamed, directory synced, indexed.
 
-        A reader, and a store opened after a crash, sees all of the extent or nothing. Raises PageStoreFull when the
-        disk is full, OSError when it fails and ValueError when the store was opened for reading; then nothing of the
-        draft is stored.
+        A reader, and a store opened after a crash, sees all of the extent or nothing. Raises PageStoreFull when there
+        is no room and OSError when the disk fails; then nothing of the draft is stored.
         """
-        if self._lock_fd is None:
-            raise ValueError(f"{self.directory} is not open for writing")
-        number, self._next = self._next, self._next + 1
-        name = f"{number:016x}.ext"
-        partial, final = self._partial_dir / name, self._extents_dir / name
         header, data = draft.seal()
+        self.make_room(len(data))
+        with self._mutex:
+            number, self._next = self._next, self._next + 1
+            spare = self._spares.pop() if self._spares else None
+            self._being_written += len(data)
+        final = self._path(number)
         try:
-            fd = open_direct(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            try:
-                with _unless_unsupported():
-                    os.posix_fallocate(fd, 0, len(data))
-                _write_all(fd, data)
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
-            os.rename(partial, final)
-            _sync_directory(self._extents_dir)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            final.unlink(missing_ok=True)
-            if error.errno in _FULL:
+            mtime_ns = files.publish(self._partial_dir / final.name, final, data, spare)
+            with self._writing:
+                self._enter(number, header, len(data), mtime_ns)
+        except (OSError, lmdb.Error) as error:
+            with suppress(OSError):
+                final.unlink(missing_ok=True)
+            if isinstance(error, lmdb.MapFullError) or (isinstance(error, OSError) and error.errno in files.FULL):
                 raise PageStoreFull(f"no room for {len(data):,} bytes of KV pages in {self.directory}") from error
+            if isinstance(error, lmdb.Error):
+                raise OSError(f"the index of {self.directory} could not be written: {error}") from error
             raise
-        self._add(number, Extent(final, header))
+        finally:
+            with self._mutex:
+                self._being_written -= len(data)
         self.stats.pages_written += len(draft.keys)
         self.stats.bytes_written += len(data)
 
+    def _enter(self, number: int, header: ExtentHeader, file_bytes: int, mtime_ns: int) -> None:
+        # First, or a look-up might find a page whose extent is not known yet.
+        used = next(self._clock) * _WITHIN
+        self._extents[number] = _Extent(number, len(header.keys), 0, file_bytes, mtime_ns, used)
+        gained: Counter[int] = Counter()
+        try:
+            with self._index.change() as change:
+                gained = self._take_over(change, number, header.keys)
+                recent, self._used_since = self._used_since, set()
+                for other in recent & self._extents.keys():
+                    change.record(other, self._extents[other].record())
+        except BaseException:
+            self._shift(gained, -1)
+            del self._extents[number]
+            raise
+        self.stats.bytes += file_bytes
+        self._delete([self._extents[other] for other in gained if not self._extents[other].live])
+
     def drop(self, key: bytes) -> None:
-        """Stop serving a page, because its bytes turned out wrong. Its extent stays as it is: when the page has been
-        computed again it is written anew, and the later extent wins."""
-        with self._mutex:
-            if self._index.pop(key, None) is not None:
-                self.stats.pages = len(self._index)
-                self.stats.pages_dropped += 1
+        """Stop serving a page, because its bytes turned out wrong. When it has been computed again it is written
+        anew."""
+        with self._writing:
+            with self._index.change() as change:
+                place = change.place(key)
+                if place is None:
+                    return
+                change.delete(key)
+                extent = self._extents.get(place[0])
+                if extent is not None:
+                    change.record(extent.number, extent.record()._replace(live=extent.live - 1))
+            self.stats.pages_dropped += 1
+            if extent is not None:
+                extent.live -= 1
+                if not extent.live:
+                    self._delete([extent])
+            self._count()
 
     def close(self) -> None:
-        if self._lock_fd is not None:
+        """Close the store; what is held stays readable through the files that are open. May be called again."""
+        with self._writing:
+            if self._lock_fd is None:
+                return
+            with suppress(lmdb.Error), self._index.change() as change:
+                for number in self._used_since & self._extents.keys():
+                    change.record(number, self._extents[number].record())
+            self._index.close()
             os.close(self._lock_fd)
             self._lock_fd = None
-
-
-@contextmanager
-def _unless_unsupported() -> Iterator[None]:
-    """Preallocation is a help, and some file systems cannot do it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-
-
-def _write_all(fd: int, data: memoryview) -> None:
-    written = 0
-    while written < len(data):
-        written += os.pwrite(fd, data[written:], written)
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

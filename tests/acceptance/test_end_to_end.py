@@ -12,7 +12,7 @@ from prompts import PAGE, Generator, prompt
 from agentstate.client import Client, message
 from agentstate.local import LocalStack
 from agentstate.pages.extent import KEY_BYTES
-from agentstate.pages.store import read_header
+from agentstate.pages.files import read_header
 
 
 def spilled(stack: LocalStack) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def flip(path: Path, key: bytes | None = None, layer: int = 3) -> None:
     """Flip one bit in the slab of a layer: in the page ``key``, or in the extent's first page."""
     header = read_header(path)
     slot = header.keys.index(key) if key is not None else 0
-    offset, _ = header.component_range(layer, 1, slot, 1)
+    offset, _ = header.layout.component_range(layer, 1, slot, 1)
     with path.open("r+b") as file:
         file.seek(offset + 100)
         byte = file.read(1)[0]

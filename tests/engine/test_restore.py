@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contents import content, expected, key, keys, read, reader_for, request_for
+from contents import content, expected, key, keys, read, reader_for
 from device import Rank, page_of
 
 from engine_patch.restore import Restorer, RestoreStats
@@ -62,12 +62,12 @@ def released(restorer: Restorer, index: int) -> list[Future[None]]:
 
 
 def extent_of(rank: Rank, page: int) -> Path:
-    return rank.store.segments(keys(page))[0].extent.path
+    return rank.store.hold(keys(page)).segments[0].extent.path
 
 
 def flip(rank: Rank, page: int, layer: int, component: int = 1) -> None:
-    (segment,) = rank.store.segments(keys(page))
-    offset = segment.extent.header.component_range(layer, component, segment.slot, 1)[0] + 5
+    (segment,) = rank.store.hold(keys(page)).segments
+    offset = segment.extent.layout.component_range(layer, component, segment.slot, 1)[0] + 5
     with segment.extent.path.open("r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
@@ -287,7 +287,7 @@ def test_restoring_leaves_the_store_as_it_was(rank: Rank, restorer: Restorer) ->
     queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
     assert run(restorer) == set()
     reader = reader_for(rank.store.geometry)
-    requests = [request_for(rank.store, keys(*range(8)))]
+    requests = [rank.store.hold(keys(*range(8)))]
     assert read(reader, requests) == expected(rank.store.geometry, requests)
     reader.close()
 

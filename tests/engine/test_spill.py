@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contents import key, keys, read, reader_for, request_for
+from contents import key, keys, read, reader_for
 from device import PAGES, Rank, fill
 
 from engine_patch.spill import Spiller
@@ -43,7 +43,7 @@ def numbers(*pages: int) -> torch.Tensor:
 def stored(rank: Rank, pages: list[bytes]) -> Stored:
     """What the store holds of ``pages``: for each, for every layer, its components' bytes."""
     reader = reader_for(rank.store.geometry)
-    found: dict[tuple[int, int, int], Any] = read(reader, [request_for(rank.store, pages)])
+    found: dict[tuple[int, int, int], Any] = read(reader, [rank.store.hold(pages)])
     reader.close()
     return [[found[0, layer, page] for layer in range(rank.store.geometry.layers)] for page in range(len(pages))]
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from agentstate.cli import app
 from agentstate.errors import PageStoreLocked
 from agentstate.pages import Geometry, PageStore, inventory
-from agentstate.pages.store import read_header
+from agentstate.pages.files import read_header
 
 MARK = bytes(range(32))
 GEOMETRY = Geometry(layers=3, page_size=4, component_bytes=(1000, 600))
@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def flip(path: Path, layer: int, slot: int) -> None:
-    offset, _ = read_header(path).component_range(layer, 1, slot, 1)
+    offset, _ = read_header(path).layout.component_range(layer, 1, slot, 1)
     raw = bytearray(path.read_bytes())
     raw[offset] ^= 1
     path.write_bytes(raw)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contents import MARK, MHA, MLA, WIDE, expected, key, keys, read, reader_for, request_for, write
+from contents import MARK, MHA, MLA, WIDE, expected, key, keys, read, reader_for, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentstate.pages import Geometry, LayerwiseReader, PageStore, ReadRequest, Verifier
+from agentstate.pages import Geometry, Hold, LayerwiseReader, PageStore, Verifier
 
 GEOMETRIES = {"MHA": MHA, "MLA": MLA, "WIDE": WIDE}
 
@@ -41,12 +41,12 @@ def _is_extent(fd: str) -> bool:
         return False
 
 
-def batch(store: PageStore) -> list[ReadRequest]:
+def batch(store: PageStore) -> list[Hold]:
     return [
-        request_for(store, keys(*range(12))),
-        request_for(store, keys(0)),
-        request_for(store, keys(*range(11, -1, -1))),
-        request_for(store, keys(3, 3, 9, 0)),
+        store.hold(keys(*range(12))),
+        store.hold(keys(0)),
+        store.hold(keys(*range(11, -1, -1))),
+        store.hold(keys(3, 3, 9, 0)),
     ]
 
 
@@ -82,8 +82,8 @@ def test_chunks_come_in_the_order_of_their_layers_and_each_layer_ends_once(store
 
 def test_a_request_for_nothing_changes_nothing_for_the_others(store: PageStore) -> None:
     reader = reader_for(store.geometry)
-    nothing = ReadRequest([], [])
-    requests = [nothing, request_for(store, keys(1, 2)), nothing]
+    nothing = store.hold([])
+    requests = [nothing, store.hold(keys(1, 2)), nothing]
     assert read(reader, requests) == expected(store.geometry, requests)
     layers = [chunk.layer for chunk in reader.stream(requests) if chunk.last_of_layer]
     assert layers == list(range(store.geometry.layers))
@@ -102,7 +102,7 @@ def test_the_staging_memory_is_bounded_also_when_a_layer_is_larger(
     least = store.geometry.layer_bytes + 2 * 4096 * len(store.geometry.component_bytes)
     # Two buffers that hold a page each, when the bound is smaller than that.
     assert sum(taken) <= max(staging_bytes + 2 * 4096, 2 * (least + 4096))
-    requests = [request_for(store, keys(*[page % 12 for page in range(48)]))]
+    requests = [store.hold(keys(*[page % 12 for page in range(48)]))]
     assert read(reader, requests) == expected(store.geometry, requests)
     largest = max(chunk.n_bytes for chunk in reader.stream(requests))
     assert largest <= max(taken)
@@ -111,7 +111,7 @@ def test_the_staging_memory_is_bounded_also_when_a_layer_is_larger(
 
 def test_bytes_read_are_counted_and_are_little_more_than_what_was_asked_for(store: PageStore) -> None:
     reader = reader_for(store.geometry)
-    requests = [request_for(store, keys(*range(12)))]
+    requests = [store.hold(keys(*range(12)))]
     counted = sum(chunk.n_bytes for chunk in reader.stream(requests))
     reader.close()
     asked = 12 * store.geometry.page_bytes
@@ -183,9 +183,9 @@ def test_an_extent_that_is_gone_costs_its_own_pages_only_and_leaks_nothing(store
 def test_a_file_that_is_truncated_after_it_was_opened_fails_its_own_chunks_only(store: PageStore) -> None:
     """Layer 0 of the extent is still there; all the later ones are not."""
     reader = reader_for(store.geometry, chunk_bytes=1)
-    requests = [request_for(store, keys(2)), request_for(store, keys(0, 1, 2, 3))]
+    requests = [store.hold(keys(2)), store.hold(keys(0, 1, 2, 3))]
     extent = requests[0].segments[0].extent
-    os.truncate(extent.path, extent.header.data_offset + extent.header.slab_bytes)
+    os.truncate(extent.path, extent.layout.data_offset + extent.layout.slab_bytes)
     found = {}
     for chunk in reader.stream(requests):
         for page in range(chunk.first, chunk.first + chunk.count):
@@ -216,7 +216,7 @@ def test_a_file_that_is_truncated_after_it_was_opened_fails_its_own_chunks_only(
 
 def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = reader_for(store.geometry, chunk_bytes=1)
-    requests = [request_for(store, keys(8, 2)), request_for(store, keys(4, 6, 7))]
+    requests = [store.hold(keys(8, 2)), store.hold(keys(4, 6, 7))]
     bad = requests[0].segments[1].extent.path
     real = os.preadv
 
@@ -226,7 +226,7 @@ def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypa
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    verifiers = [Verifier(request, MARK) for request in requests]
+    verifiers = [Verifier(request) for request in requests]
     layers_ended = []
     for chunk in reader.stream(requests):
         needs_bad = chunk.request == 0 and chunk.first <= 1 < chunk.first + chunk.count
@@ -241,16 +241,16 @@ def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypa
 
 def test_the_wrong_pages_of_a_chunk_are_named(store: PageStore) -> None:
     reader = reader_for(store.geometry)
-    request = request_for(store, keys(11, 10, 9, 8, 3))
+    request = store.hold(keys(11, 10, 9, 8, 3))
     (segment,) = request.segments
     last = len(store.geometry.component_bytes) - 1
     with segment.extent.path.open("r+b") as file:
         for slot in (3, 2):
-            file.seek(segment.extent.header.component_range(1, last, slot, 1)[0])
+            file.seek(segment.extent.layout.component_range(1, last, slot, 1)[0])
             byte = file.read(1)[0]
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 0x10]))
-    verifier = Verifier(request, MARK)
+    verifier = Verifier(request)
     wrong: dict[int, list[int]] = {}
     for chunk in reader.stream([request]):
         wrong.setdefault(chunk.layer, []).extend(verifier.wrong_pages(chunk))
@@ -261,9 +261,11 @@ def test_the_wrong_pages_of_a_chunk_are_named(store: PageStore) -> None:
 
 def test_pages_of_another_fingerprint_or_key_are_wrong(store: PageStore) -> None:
     reader = reader_for(store.geometry)
-    request = request_for(store, keys(4, 6))
-    assert set(read(reader, [request], mark=key("another model")).values()) == {None}
-    misplaced = ReadRequest(keys(4, 7), request.segments)
+    request = store.hold(keys(4, 6))
+    request.fingerprint = key("another model")
+    assert set(read(reader, [request]).values()) == {None}
+    misplaced = store.hold(keys(4, 6))
+    misplaced.keys = keys(4, 7)
     found = read(reader, [misplaced])
     reader.close()
     assert found[0, 0, 1] is None
@@ -300,9 +302,9 @@ def test_any_segments_of_any_geometry_come_back(
             write(store, rest[:pages])
             del rest[:pages]
         requests = [
-            request_for(store, order.choices(names, k=order.randint(1, 12))),
-            request_for(store, names),
-            request_for(store, order.sample(names, k=order.randint(1, len(names)))),
+            store.hold(order.choices(names, k=order.randint(1, 12))),
+            store.hold(names),
+            store.hold(order.sample(names, k=order.randint(1, len(names)))),
         ]
         reader = LayerwiseReader(geometry, staging_bytes=staging_bytes, threads=threads, chunk_bytes=chunk_bytes)
         assert read(reader, requests) == expected(geometry, requests)

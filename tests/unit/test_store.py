@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contents import MARK, MHA, MLA, WIDE, expected, key, keys, read, reader_for, request_for, write
+from contents import MARK, MHA, MLA, WIDE, expected, key, keys, read, reader_for, write
 
 from agentstate.errors import FingerprintMismatch, PageStoreFull, PageStoreLocked, PageStoreUnwritable
 from agentstate.pages import Geometry, PageStore, fingerprint
@@ -34,7 +34,7 @@ def reopened(store: PageStore) -> PageStore:
 def holds(store: PageStore, pages: list[bytes], version: int = 0) -> bool:
     """Whether ``pages`` come back as they were written."""
     reader = reader_for(store.geometry)
-    requests = [request_for(store, pages)]
+    requests = [store.hold(pages)]
     try:
         return read(reader, requests) == expected(store.geometry, requests, version)
     finally:
@@ -68,13 +68,6 @@ def test_pages_come_back_as_they_were_written_also_to_a_store_opened_later(tmp_p
     store.close()
 
 
-def test_an_empty_directory_is_an_empty_store(tmp_path: Path) -> None:
-    reader = PageStore(tmp_path / "none", MARK, MLA, writable=False)
-    assert reader.stats == StoreStats()
-    assert reader.prefix_length(keys(1)) == 0
-    assert not (tmp_path / "none").exists()
-
-
 def test_a_prefix_ends_before_the_first_page_that_is_missing(store: PageStore) -> None:
     write(store, keys(1, 2, 4))
     assert store.prefix_length(keys(1, 2, 3, 4)) == 2
@@ -87,10 +80,10 @@ def test_a_prefix_ends_before_the_first_page_that_is_missing(store: PageStore) -
 def test_neighbours_are_one_segment(store: PageStore) -> None:
     write(store, keys(1, 2, 3))
     write(store, keys(4, 5))
-    found = [(segment.slot, segment.pages, segment.first) for segment in store.segments(keys(2, 3, 4, 5, 1))]
+    found = [(segment.slot, segment.pages, segment.first) for segment in store.hold(keys(2, 3, 4, 5, 1)).segments]
     assert found == [(1, 2, 0), (0, 2, 2), (0, 1, 4)]
     with pytest.raises(KeyError) as error:
-        store.segments(keys(1, 9))
+        store.hold(keys(1, 9))
     assert error.value.args == (key(9),)
 
 
@@ -115,7 +108,7 @@ def test_a_dropped_page_is_gone_until_it_is_written_again(store: PageStore) -> N
     assert holds(store, keys(1, 3))
     assert (store.stats.pages, store.stats.pages_dropped) == (2, 1)
     with pytest.raises(KeyError):
-        store.segments(keys(1, 2))
+        store.hold(keys(1, 2))
     write(store, keys(2), version=1)
     assert holds(store, keys(2), version=1)
     assert (store.stats.pages, store.stats.extents) == (3, 2)
@@ -124,7 +117,7 @@ def test_a_dropped_page_is_gone_until_it_is_written_again(store: PageStore) -> N
 @pytest.mark.parametrize("budget_pages", [1, 2, 7, 40])
 @pytest.mark.parametrize("geometry", [MHA, MLA, WIDE], ids=["MHA", "MLA", "WIDE"])
 def test_as_many_pages_are_drafted_as_fit_the_budget(tmp_path: Path, geometry: Geometry, budget_pages: int) -> None:
-    store = PageStore(tmp_path, MARK, geometry, writable=False)
+    store = PageStore(tmp_path, MARK, geometry)
     budget = store.draft_bytes(budget_pages)
     pages = store.pages_within(budget)
     assert pages >= budget_pages
@@ -165,7 +158,7 @@ def test_slabs_that_never_reached_the_disk_are_found_when_they_are_read(store: P
     path.write_bytes(raw[:4096] + bytes(len(raw) - 4096))
     store = reopened(store)
     reader = reader_for(store.geometry)
-    found = read(reader, [request_for(store, keys(1, 2))])
+    found = read(reader, [store.hold(keys(1, 2))])
     reader.close()
     assert found and all(page is None for page in found.values())
     store.close()
@@ -196,8 +189,6 @@ def test_what_a_crash_left_in_partial_is_removed(store: PageStore) -> None:
     write(store, keys(1))
     leftover = store.directory / "partial" / "0000000000000002.ext"
     leftover.write_bytes(b"half")
-    PageStore(store.directory, MARK, store.geometry, writable=False)
-    assert leftover.exists(), "a reader removed what may be a writer's"
     store = reopened(store)
     assert not leftover.exists()
     assert holds(store, keys(1))
@@ -208,9 +199,8 @@ def test_pages_of_another_model_or_layout_are_refused(store: PageStore) -> None:
     write(store, keys(1))
     store.close()
     for mark, geometry in [(fingerprint(model="other"), MLA), (MARK, MHA)]:
-        for writable in (True, False):
-            with pytest.raises(FingerprintMismatch, match="was written for another model or layout"):
-                PageStore(store.directory, mark, geometry, writable=writable)
+        with pytest.raises(FingerprintMismatch, match="was written for another model or layout"):
+            PageStore(store.directory, mark, geometry)
     # The refusal left no lock behind.
     assert holds(reopened(store), keys(1))
 
@@ -218,9 +208,9 @@ def test_pages_of_another_model_or_layout_are_refused(store: PageStore) -> None:
 def test_there_is_one_writer_and_any_number_of_readers(store: PageStore) -> None:
     write(store, keys(1))
     program = (
-        "import sys; from pathlib import Path; from contents import MARK, MLA; from agentstate.pages import PageStore\n"
-        "reader = PageStore(Path(sys.argv[1]), MARK, MLA, writable=False)\n"
-        "print('reads', reader.stats.pages)\n"
+        "import sys; from pathlib import Path; from contents import MARK, MLA\n"
+        "from agentstate.pages import PageStore, inventory\n"
+        "print('reads', sum(len(report.header.keys) for report in inventory.check(Path(sys.argv[1])) if report.good))\n"
         "PageStore(Path(sys.argv[1]), MARK, MLA)\n"
     )
     run = child(program, store.directory)

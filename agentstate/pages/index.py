@@ -1,0 +1,167 @@
+"""Which extent holds a page: an LMDB environment beside the extents, which are the truth.
+
+The index is memory-mapped, so a look-up costs about a microsecond and its memory is the page cache's. It holds what
+the extents say and a little that they cannot (which pages were dropped, and when an extent was last used), and it may
+be lost at any time: `PageStore` compares it with the files at open and reads the headers of those it does not know.
+
+LMDB trusts its file. An index that is shorter than it says, was made by another version or for other pages, or made
+the last process that opened it end in the middle of that, is deleted and made anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lmdb
+
+from agentstate.pages.extent import FORMAT_VERSION, Geometry
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+# Address space, not memory or disk: room for about a hundred million pages.
+_MAP_BYTES = 1 << 34
+_PLACE = struct.Struct("<QI")
+_NUMBER = struct.Struct(">Q")
+_RECORD = struct.Struct("<IIQQQ")
+
+
+class ExtentRecord(NamedTuple):
+    """What the index knows of an extent: how many pages it holds and how many of them are found through the index
+    (``live``), the size and modification time of its file, and when it was last used, by a clock that counts uses."""
+
+    pages: int
+    live: int
+    file_bytes: int
+    mtime_ns: int
+    used: int
+
+
+class IndexChange:
+    """A write transaction: everything in it is seen at once or never."""
+
+    def __init__(self, txn: Any, pages: Any, extents: Any):
+        self._txn, self._pages, self._extents = txn, pages, extents
+
+    def place(self, key: bytes) -> tuple[int, int] | None:
+        """The extent's number and the slot of a page."""
+        raw = self._txn.get(key, db=self._pages)
+        return None if raw is None else _PLACE.unpack(raw)
+
+    def put(self, key: bytes, number: int, slot: int) -> None:
+        self._txn.put(key, _PLACE.pack(number, slot), db=self._pages)
+
+    def delete(self, key: bytes) -> None:
+        self._txn.delete(key, db=self._pages)
+
+    def delete_pages_of(self, numbers: set[int]) -> None:
+        """Delete every page of some extents whose keys are not known: walks the whole index."""
+        cursor = self._txn.cursor(db=self._pages)
+        for key in [bytes(key) for key, raw in cursor if _PLACE.unpack(raw)[0] in numbers]:
+            self.delete(key)
+
+    def record(self, number: int, record: ExtentRecord) -> None:
+        self._txn.put(_NUMBER.pack(number), _RECORD.pack(*record), db=self._extents)
+
+    def forget(self, number: int) -> None:
+        self._txn.delete(_NUMBER.pack(number), db=self._extents)
+
+
+class PageIndex:
+    """Places by key, records by extent number. One process opens it at a time; any thread reads, one at a time writes.
+
+    Raises lmdb.Error where LMDB cannot work.
+    """
+
+    def __init__(self, directory: Path, fingerprint: bytes, geometry: Geometry):
+        identity = repr((_VERSION, FORMAT_VERSION, fingerprint.hex(), geometry)).encode()
+        data, opening = directory / "data.mdb", directory / "opening"
+        damage = None
+        # It lies there while an open is under way: a crash of LMDB over a damaged index must not repeat for ever.
+        if opening.exists():
+            damage = "the last process that opened it ended in the middle of that"
+        elif data.exists():
+            opening.touch()
+            damage = self._damage(data, identity)
+        if damage is not None:
+            logger.warning("page store: the index %s is made anew: %s", directory, damage)
+            shutil.rmtree(directory)
+        directory.mkdir(exist_ok=True)
+        if not data.exists():
+            opening.touch()
+            self._map(data)
+            with self._env.begin(write=True) as txn:
+                txn.put(b"identity", identity, db=self._meta)
+        with self._env.begin(db=self._pages) as txn:
+            # Touches every leaf, so that the look-ups to come find them in memory.
+            for _ in txn.cursor().iternext(keys=True, values=False):
+                pass
+        opening.unlink()
+
+    def _map(self, data: Path) -> None:
+        # The last transactions before a power failure may be lost, which is no harm; a torn index would be one.
+        self._env = lmdb.open(str(data.parent), map_size=_MAP_BYTES, max_dbs=3, metasync=False)
+        self._meta, self._pages, self._extents = (self._env.open_db(name) for name in (b"meta", b"pages", b"extents"))
+
+    def _damage(self, data: Path, identity: bytes) -> str | None:
+        """Map the index that is there, and tell why it cannot be used, if it cannot."""
+        try:
+            self._map(data)
+        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PageNotFoundError) as error:
+            return str(error)
+        end = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        with self._env.begin(db=self._meta) as txn:
+            found = txn.get(b"identity")
+        damage = None
+        if (size := data.stat().st_size) < end:
+            damage = f"it is {size} bytes long and should be {end}"
+        elif found != identity:
+            damage = "it is of another version, model or layout"
+        if damage is not None:
+            self._env.close()
+        return damage
+
+    def __len__(self) -> int:
+        """How many pages it holds."""
+        with self._env.begin(db=self._pages) as txn:
+            entries: int = txn.stat(self._pages)["entries"]
+        return entries
+
+    def prefix(self, keys: Iterable[bytes]) -> list[tuple[int, int]]:
+        """The extent number and the slot of each of ``keys``, up to the first that is not stored. As of one moment."""
+        found: list[Any] = []
+        unpack = _PLACE.unpack
+        with self._env.begin(db=self._pages, buffers=True) as txn:
+            get = txn.get
+            for key in keys:
+                raw = get(key)
+                if raw is None:
+                    break
+                found.append(unpack(raw))
+        return found
+
+    def numbers(self, keys: Iterable[bytes]) -> set[int]:
+        """The extents that hold those of ``keys`` that are stored."""
+        with self._env.begin(db=self._pages, buffers=True) as txn:
+            found = (txn.get(key) for key in keys)
+            return {_PLACE.unpack(raw)[0] for raw in found if raw is not None}
+
+    def records(self) -> dict[int, ExtentRecord]:
+        """Every extent by its number."""
+        with self._env.begin(db=self._extents) as txn:
+            return {_NUMBER.unpack(number)[0]: ExtentRecord(*_RECORD.unpack(raw)) for number, raw in txn.cursor()}
+
+    @contextmanager
+    def change(self) -> Iterator[IndexChange]:
+        """A write transaction, committed at the end and given up after an exception."""
+        with self._env.begin(write=True) as txn:
+            yield IndexChange(txn, self._pages, self._extents)
+
+    def close(self) -> None:
+        self._env.close()

@@ -6,6 +6,7 @@ lists was durable when it was written. The service reads them to tell how much o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -77,7 +78,11 @@ class Manifest:
 
     def page_keys(self) -> list[bytes]:
         """The 32-byte keys, first page first."""
-        return [self.keys[at : at + KEY_BYTES] for at in range(0, len(self.keys), KEY_BYTES)]
+        return _split(self.keys)
+
+
+def _split(keys: bytes) -> list[bytes]:
+    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 
 def save(connection: Connection, manifest: Manifest) -> None:
@@ -112,6 +117,16 @@ def load(connection: Connection, session_id: str, fingerprint: str, rank: int) -
         )
     ).one_or_none()
     return None if row is None else Manifest(**row._mapping)
+
+
+def chains(connection: Connection, fingerprint: str, rank: int) -> Iterator[list[bytes]]:
+    """The page keys of every manifest of a fingerprint and rank, a manifest at a time."""
+    rows = connection.execute(
+        sa.select(manifests.c["keys"]).where(manifests.c.fingerprint == fingerprint, manifests.c.rank == rank),
+        execution_options={"yield_per": 100},
+    )
+    for (keys,) in rows:
+        yield _split(keys)
 
 
 def latest(connection: Connection, session_id: str) -> Coverage | None:

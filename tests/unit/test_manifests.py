@@ -80,3 +80,14 @@ def test_an_empty_manifest_says_that_nothing_is_stored(database: Database) -> No
 def test_a_manifest_whose_numbers_disagree_cannot_be_made(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="ses_1"):
         replace(manifest(), **change)
+
+
+def test_the_chains_of_a_fingerprint_and_rank_are_those_of_all_its_sessions(database: Database) -> None:
+    with database.write() as connection:
+        for session, pages in (("ses_1", 3), ("ses_2", 0), ("ses_3", 1)):
+            manifests.save(connection, manifest(session, pages=pages))
+        manifests.save(connection, manifest("ses_4", fingerprint="f2"))
+        manifests.save(connection, manifest("ses_5", rank=1))
+    with database.read() as connection:
+        found = sorted(manifests.chains(connection, "f1", 0), key=len)
+    assert found == [manifest(pages=pages).page_keys() for pages in (0, 1, 3)]

@@ -51,16 +51,22 @@ def reader_for(geometry: Geometry, chunk_bytes: int = 1 << 20) -> LayerwiseReade
 
 def read(reader: LayerwiseReader, holds: Sequence[Hold]) -> dict[tuple[int, int, int], list[bytes] | None]:
     """The components of every (request, layer, page) that may be used; None for a page that may not."""
-    verifiers = [Verifier(hold) for hold in holds]
+    streams, verifiers = [reader.open(hold) for hold in holds], [Verifier(hold) for hold in holds]
     found: dict[tuple[int, int, int], list[bytes] | None] = {}
-    for chunk in reader.stream(holds):
-        wrong = verifiers[chunk.request].wrong_pages(chunk)
-        for page in range(chunk.first, chunk.first + chunk.count):
-            found[chunk.request, chunk.layer, page] = None
-        for segment, _, arrays in chunk.parts:
-            for i, page in enumerate(range(segment.first, segment.first + segment.pages)):
-                if page not in wrong:
-                    found[chunk.request, chunk.layer, page] = [array[i].tobytes() for array in arrays]
+    for stream in streams:
+        stream.hurry()
+    for layer in range(reader.geometry.layers):
+        for number, (stream, verifier) in enumerate(zip(streams, verifiers, strict=True)):
+            for chunk in stream.layer(layer):
+                wrong = verifier.wrong_pages(chunk)
+                for page in range(chunk.first, chunk.first + chunk.count):
+                    found[number, layer, page] = None
+                for segment, _, arrays in chunk.parts:
+                    for i, page in enumerate(range(segment.first, segment.first + segment.pages)):
+                        if page not in wrong:
+                            found[number, layer, page] = [array[i].tobytes() for array in arrays]
+    for stream in streams:
+        stream.close()
     return found
 
 

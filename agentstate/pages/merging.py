@@ -62,9 +62,9 @@ def _rewrite(
 ) -> bool:
     chain = list(keys[run[0].first : run[-1].first + run[-1].pages])
     draft, wrong = store.draft(chain, buffer), set[int]()
-    with store.hold(chain) as hold:
-        verifier = Verifier(hold)
-        for chunk in reader.stream([hold]):
+    with reader.open(store.hold(chain)) as stream:
+        verifier = Verifier(stream.hold)
+        for chunk in stream:
             wrong.update(verifier.wrong_pages(chunk))
             for segment, _, arrays in chunk.parts:
                 for component, rows in enumerate(arrays):

@@ -1,9 +1,13 @@
 """Streaming stored pages back, layer by layer, ahead of whoever consumes them.
 
-The unit of work is a `Chunk`: some consecutive pages of one request in one layer, at most ``chunk_bytes`` of them.
-Chunks are read in the order of their layers by a few threads into a ring of reused, page-aligned buffers; the
-consumer gets them in that order too. So memory is bounded whatever the context's length, and a forward can start
-when its first layer has arrived.
+The unit of work is a `Chunk`: some consecutive pages of one request in one layer, at most ``chunk_bytes`` of them. A
+few threads read chunks into reused, page-aligned buffers, which all streams share; every stream is read in the order
+of its layers, as far ahead as there are buffers. So memory is bounded whatever the context's length, a forward can
+start when its first layer has arrived, and a request that still waits can have its first layers in memory already.
+
+Who gets a buffer: the streams that are being consumed (`Stream.hurry`), of these the one that is behind; then the
+others, the oldest first, but for a few buffers that are kept back for the former. What is consumed frees its buffer,
+so streams that are consumed always advance, and those that wait never keep them from it.
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,125 +41,226 @@ class Part(NamedTuple):
 
 @dataclass
 class Chunk:
-    """Pages ``[first, first + count)`` of request number ``request``, in layer ``layer``.
+    """Pages ``[first, first + count)`` of a stream, in layer ``layer``.
 
     The arrays of ``parts`` are views of a buffer that is reused: valid until the next chunk is asked for. ``unread``
     holds the segments that could not be read, with the reason; ``n_bytes`` is what came from the device.
     """
 
-    request: int
     layer: int
     first: int
     count: int
-    last_of_layer: bool
     parts: list[Part]
     unread: list[tuple[Segment, OSError | BadExtent]]
     n_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class _Plan:
-    request: int
-    layer: int
-    segments: tuple[Segment, ...]
-    last_of_layer: bool
-
-
 class LayerwiseReader:
     """Reads with ``threads`` threads into ``staging_bytes`` of memory, in chunks of at most ``chunk_bytes``.
 
-    One stream at a time. The memory is taken from the operating system as it is first used, and kept.
+    Any number of streams at a time, from any threads. The memory, ``staging``, is taken at once and kept.
     """
 
-    def __init__(self, geometry: Geometry, *, staging_bytes: int, threads: int, chunk_bytes: int = 16 << 20):
+    def __init__(self, geometry: Geometry, *, staging_bytes: int, threads: int, chunk_bytes: int = 4 << 20):
+        self.geometry = geometry
         # Direct I/O reads whole blocks: up to two more a component than its bytes need.
         self._padding = 2 * ALIGNMENT * len(geometry.component_bytes)
         smallest = geometry.layer_bytes + self._padding
-        self._layers = geometry.layers
-        self._layer_bytes = geometry.layer_bytes
-        self._chunk_bytes = align(max(smallest, min(chunk_bytes, staging_bytes // 2)))
-        self._buffers = [mmap.mmap(-1, self._chunk_bytes) for _ in range(max(2, staging_bytes // self._chunk_bytes))]
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="agentstate-read")
-        self._streaming = threading.Lock()
+        self.chunk_bytes = align(max(smallest, min(chunk_bytes, staging_bytes // 2)))
+        count = max(2, staging_bytes // self.chunk_bytes)
+        # Page faults cost as much as reading: they are taken here, once.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+        self.staging = mmap.mmap(-1, count * self.chunk_bytes, flags=flags)
+        whole = memoryview(self.staging)
+        self._free = [whole[i * self.chunk_bytes : (i + 1) * self.chunk_bytes] for i in range(count)]
+        self._kept_back = max(1, count // 8)
+        self._streams: list[Stream] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._work, name="agentstate-read", daemon=True) for _ in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def stream(self, requests: Sequence[Hold]) -> Iterator[Chunk]:
-        """Every page of every request, layer 0 of all of them first. The iterator must be run to its end or closed,
-        and the holds kept until then.
+    def open(self, hold: Hold) -> Stream:
+        """Begin to read what ``hold`` holds, which the stream closes when it is closed."""
+        stream = Stream(self, hold, list(self._runs(hold.segments)))
+        with self._changed:
+            self._streams.append(stream)
+            self._changed.notify_all()
+        return stream
 
-        Bytes are handed over as they came; `Verifier` tells which may be used. What cannot be opened or read is
-        reported in its chunk, and everything else is read all the same.
-        """
-        with self._streaming:
-            extents = {segment.extent for request in requests for segment in request.segments}
-            opened = {extent: self._pool.submit(_OpenExtent, extent) for extent in extents}
-            plans = self._plans(requests)
-            free = list(self._buffers)
-            ahead: deque[tuple[Future[Chunk], mmap.mmap]] = deque()
-            try:
-                while True:
-                    while free and (plan := next(plans, None)) is not None:
-                        buffer = free.pop()
-                        ahead.append((self._pool.submit(self._read, plan, buffer, opened), buffer))
-                    if not ahead:
-                        return
-                    future, buffer = ahead[0]
-                    yield future.result()
-                    ahead.popleft()
-                    free.append(buffer)
-            finally:
-                # Also when the consumer stops early: no thread may read on when the files are closed.
-                for reading, _ in ahead:
-                    if not reading.cancel():
-                        reading.exception()
-                for opening in opened.values():
-                    if not opening.cancel() and opening.exception() is None:
-                        opening.result().close()
+    @property
+    def staged_bytes(self) -> int:
+        """How much memory the streams have at the moment."""
+        with self._changed:
+            return sum(len(stream.ahead) for stream in self._streams) * self.chunk_bytes
 
-    def _plans(self, requests: Sequence[Hold]) -> Iterator[_Plan]:
-        per_request = [list(self._chunked(request.segments)) for request in requests]
-        for layer in range(self._layers):
-            of_layer = [(number, run) for number, runs in enumerate(per_request) for run in runs]
-            for position, (number, run) in enumerate(of_layer):
-                yield _Plan(number, layer, run, position == len(of_layer) - 1)
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                job = self._changed.wait_for(self._job)
+            if not callable(job):
+                return
+            job()
+            with self._changed:
+                self._changed.notify_all()
 
-    def _chunked(self, segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
-        """Group segments into runs whose reads fit one buffer, splitting those that do not."""
+    def _job(self) -> Callable[[], None] | bool:
+        """What a thread that is free now should do."""
+        hurried = [stream for stream in self._streams if stream.hurried and stream.wants is not None]
+        for stream in sorted(hurried, key=lambda stream: stream.wants or 0) + self._streams:
+            if job := stream.job(None if len(self._free) <= (0 if stream.hurried else self._kept_back) else self._free):
+                return job
+        return self._closing
+
+    def _runs(self, segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
+        """Group segments into runs whose reads of one layer fit one buffer, splitting those that do not."""
         run: list[Segment] = []
-        room = self._chunk_bytes
+        room = self.chunk_bytes
         for segment in segments:
             while segment.pages:
-                taken = min(segment.pages, max(0, (room - self._padding) // self._layer_bytes))
+                taken = min(segment.pages, max(0, (room - self._padding) // self.geometry.layer_bytes))
                 if taken == 0:
                     yield tuple(run)
-                    run, room = [], self._chunk_bytes
+                    run, room = [], self.chunk_bytes
                     continue
                 run.append(segment._replace(pages=taken))
-                room -= self._padding + taken * self._layer_bytes
+                room -= self._padding + taken * self.geometry.layer_bytes
                 segment = segment._replace(
                     slot=segment.slot + taken, pages=segment.pages - taken, first=segment.first + taken
                 )
         if run:
             yield tuple(run)
 
-    @staticmethod
-    def _read(plan: _Plan, buffer: mmap.mmap, opened: dict[StoredExtent, Future[_OpenExtent]]) -> Chunk:
-        first = plan.segments[0].first
-        count = sum(segment.pages for segment in plan.segments)
-        chunk = Chunk(plan.request, plan.layer, first, count, plan.last_of_layer, [], [])
+    def close(self) -> None:
+        """End the threads. Every stream is closed before."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+
+class Stream:
+    """The pages of one hold, on their way. `LayerwiseReader.open` makes it.
+
+    Bytes are handed over as they came; `Verifier` tells which may be used. What cannot be opened or read is reported
+    in its chunk, and everything else is read all the same.
+    """
+
+    def __init__(self, reader: LayerwiseReader, hold: Hold, runs: list[tuple[Segment, ...]]):
+        self.hold = hold
+        self.hurried = False
+        # Chunks that are read or being read, in order, each with its buffer.
+        self.ahead: deque[tuple[Future[Chunk], memoryview]] = deque()
+        self._reader = reader
+        self._runs = runs
+        self._closed = False
+        self._opened: dict[StoredExtent, Future[_OpenExtent]] = {}
+        self._to_open = deque(dict.fromkeys(segment.extent for segment in hold.segments))
+        self._taken = 0
+        self._total = len(runs) * reader.geometry.layers
+
+    @property
+    def wants(self) -> int | None:
+        """The layer that is to be read next; None when everything is read or being read."""
+        return self._taken // len(self._runs) if self._taken < self._total else None
+
+    def job(self, free: list[memoryview] | None) -> Callable[[], None] | None:
+        """The next thing to do for this stream, if there is one; reading takes a buffer from ``free``. The caller has
+        the reader's lock, and runs the job without it."""
+        if self._to_open:
+            extent = self._to_open.popleft()
+            opening = self._opened[extent] = Future()
+            return lambda: _fulfil(opening, lambda: _OpenExtent(extent))
+        if (layer := self.wants) is None or not free:
+            return None
+        buffer, run = free.pop(), self._runs[self._taken % len(self._runs)]
+        self._taken += 1
+        reading: Future[Chunk] = Future()
+        self.ahead.append((reading, buffer))
+        return lambda: _fulfil(reading, lambda: self._read(layer, run, buffer))
+
+    def _read(self, layer: int, run: tuple[Segment, ...], buffer: memoryview) -> Chunk:
+        chunk = Chunk(layer, run[0].first, sum(segment.pages for segment in run), [], [])
         position = 0
-        for segment in plan.segments:
+        for segment in run:
             try:
-                # The openings were queued before any reading, so whoever waits for one does not keep it from running.
-                extent = opened[segment.extent].result()
-                arrays, position, n_bytes = _read_segment(extent.fd, segment, plan.layer, buffer, position)
+                # Every opening was taken up before any reading: it is done, or another thread is at it.
+                extent = self._opened[segment.extent].result()
+                arrays, position, n_bytes = _read_segment(extent.fd, segment, layer, buffer, position)
                 chunk.parts.append(Part(segment, extent.header, arrays))
                 chunk.n_bytes += n_bytes
             except (OSError, BadExtent) as error:
                 chunk.unread.append((segment, error))
         return chunk
 
+    def hurry(self) -> None:
+        """It is going to be consumed now."""
+        with self._reader._changed:
+            self.hurried = True
+            self._reader._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Every chunk, layer by layer."""
+        self.hurry()
+        for layer in range(self._reader.geometry.layers):
+            yield from self.layer(layer)
+
+    def layer(self, layer: int) -> Iterator[Chunk]:
+        """The chunks of one layer, each as soon as it has arrived. To be called for every layer, in order, of a stream
+        that hurries, and run to the end."""
+        for _ in self._runs:
+            with self._reader._changed:
+                self._reader._changed.wait_for(lambda: self.ahead or self._closed)
+                if self._closed:
+                    raise ValueError("the stream is closed")
+                reading, buffer = self.ahead[0]
+            chunk = reading.result()
+            if chunk.layer != layer:
+                raise ValueError(f"layer {layer} was asked for and {chunk.layer} is the next")
+            yield chunk
+            with self._reader._changed:
+                if not self._closed:
+                    self.ahead.popleft()
+                    self._reader._free.append(buffer)
+                    self._reader._changed.notify_all()
+
     def close(self) -> None:
-        self._pool.shutdown()
+        """Stop reading and let go of everything, the hold too. At any time, also twice."""
+        with self._reader._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._reader._streams.remove(self)
+            self._to_open.clear()
+            self._taken = self._total
+        # No thread may read on when the files are closed.
+        for reading, _ in self.ahead:
+            reading.exception()
+        for opening in self._opened.values():
+            if opening.exception() is None:
+                opening.result().close()
+        self.hold.close()
+        with self._reader._changed:
+            self._reader._free.extend(buffer for _, buffer in self.ahead)
+            self.ahead.clear()
+            self._reader._changed.notify_all()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _fulfil(promise: Future[Any], work: Callable[[], Any]) -> None:
+    try:
+        promise.set_result(work())
+    except BaseException as error:
+        promise.set_exception(error)
 
 
 class _OpenExtent:
@@ -178,19 +284,18 @@ class _OpenExtent:
 
 
 def _read_segment(
-    fd: int, segment: Segment, layer: int, buffer: mmap.mmap, position: int
+    fd: int, segment: Segment, layer: int, buffer: memoryview, position: int
 ) -> tuple[list[np.ndarray], int, int]:
     """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned: an array a component,
     the next free position, and the bytes that were read. Raises OSError, also when the file is too short."""
     layout = segment.extent.layout
     components = range(len(layout.geometry.component_bytes))
     spans = [layout.component_range(layer, component, segment.slot, segment.pages) for component in components]
-    view = memoryview(buffer)
     arrays, n_bytes = [], 0
     for start, end, members in _coalesced(spans):
         skew = start % ALIGNMENT
         wanted = align(skew + end - start)
-        got = os.preadv(fd, [view[position : position + wanted]], start - skew)
+        got = os.preadv(fd, [buffer[position : position + wanted]], start - skew)
         if got < skew + end - start:
             raise OSError(f"{segment.extent.path} ends in the middle of a page")
         n_bytes += got
@@ -215,9 +320,9 @@ def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tu
 class Verifier:
     """Checks the pages of one request against the sums in their extents' headers."""
 
-    def __init__(self, request: Hold):
-        self._keys = request.keys
-        self._seeds = [page_seed(request.fingerprint, key) for key in request.keys]
+    def __init__(self, hold: Hold):
+        self._keys = hold.keys
+        self._seeds = [page_seed(hold.fingerprint, key) for key in hold.keys]
 
     def wrong_pages(self, chunk: Chunk) -> list[int]:
         """The pages of ``chunk`` that must not be used: not read, or not as they were written."""

@@ -60,34 +60,67 @@ def test_a_batch_of_fragmented_requests_comes_back(store: PageStore, chunk_bytes
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 20_000, 1 << 20])
-def test_chunks_come_in_the_order_of_their_layers_and_each_layer_ends_once(store: PageStore, chunk_bytes: int) -> None:
+def test_chunks_come_in_the_order_of_their_layers_and_cover_every_page_once(store: PageStore, chunk_bytes: int) -> None:
     reader = reader_for(store.geometry, chunk_bytes)
-    requests = batch(store)
-    chunks = [(c.layer, c.request, c.first, c.count, c.last_of_layer) for c in reader.stream(requests)]
+    for hold in batch(store):
+        with reader.open(hold) as stream:
+            chunks = [(chunk.layer, chunk.first, chunk.count) for chunk in stream]
+        assert chunks == sorted(chunks)
+        covered = [(layer, page) for layer, first, count in chunks for page in range(first, first + count)]
+        assert covered == [(layer, page) for layer in range(store.geometry.layers) for page in range(len(hold.keys))]
     reader.close()
-    assert chunks == sorted(chunks)
-    covered = [
-        (layer, number, page) for layer, number, first, count, _ in chunks for page in range(first, first + count)
-    ]
-    assert covered == [
-        (layer, number, page)
-        for layer in range(store.geometry.layers)
-        for number, request in enumerate(requests)
-        for page in range(len(request.keys))
-    ]
-    for layer in range(store.geometry.layers):
-        assert [last for at, *_, last in chunks if at == layer].count(True) == 1
-        assert [last for at, *_, last in chunks if at == layer][-1]
 
 
 def test_a_request_for_nothing_changes_nothing_for_the_others(store: PageStore) -> None:
     reader = reader_for(store.geometry)
-    nothing = store.hold([])
-    requests = [nothing, store.hold(keys(1, 2)), nothing]
+    requests = [store.hold([]), store.hold(keys(1, 2)), store.hold([])]
     assert read(reader, requests) == expected(store.geometry, requests)
-    layers = [chunk.layer for chunk in reader.stream(requests) if chunk.last_of_layer]
-    assert layers == list(range(store.geometry.layers))
-    assert list(reader.stream([])) == []
+    with reader.open(store.hold([])) as stream:
+        assert list(stream) == []
+    reader.close()
+
+
+def test_layers_are_asked_for_in_order(store: PageStore) -> None:
+    reader = reader_for(store.geometry)
+    with reader.open(store.hold(keys(1))) as stream:
+        stream.hurry()
+        with pytest.raises(ValueError, match="layer 1 was asked for and 0 is the next"):
+            next(stream.layer(1))
+    with pytest.raises(ValueError, match="closed"):
+        next(stream.layer(0))
+    reader.close()
+
+
+def test_streams_that_wait_leave_room_for_the_one_that_is_consumed(store: PageStore) -> None:
+    """However many streams wait with all the memory they can get, one more is read to its end, and then they are."""
+    reader = reader_for(store.geometry, chunk_bytes=1)
+    waiting = [reader.open(store.hold(keys(*range(12)))) for _ in range(3)]
+    with reader.open(store.hold(keys(3, 2, 1))) as stream:
+        assert len(
+            {(chunk.layer, page) for chunk in stream for page in range(chunk.first, chunk.first + chunk.count)}
+        ) == (3 * store.geometry.layers)
+    assert [sum(chunk.count for chunk in stream) for stream in waiting] == [12 * store.geometry.layers] * 3
+    for stream in waiting:
+        stream.close()
+    assert reader.staged_bytes == 0
+    reader.close()
+
+
+def test_what_is_read_ahead_is_there_when_the_stream_is_consumed(
+    store: PageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = LayerwiseReader(store.geometry, staging_bytes=64 << 20, threads=1)
+    stream = reader.open(store.hold(keys(0, 1)))
+    for reading, _ in list(stream.ahead):
+        reading.result()
+    while stream.wants is not None:
+        pass
+    for reading, _ in list(stream.ahead):
+        reading.result()
+    assert reader.staged_bytes == len(stream.ahead) * reader.chunk_bytes > 0
+    monkeypatch.setattr(os, "preadv", None)
+    assert sum(chunk.count for chunk in stream) == 2 * store.geometry.layers
+    stream.close()
     reader.close()
 
 
@@ -97,65 +130,55 @@ def test_the_staging_memory_is_bounded_also_when_a_layer_is_larger(
 ) -> None:
     taken: list[int] = []
     real = mmap.mmap
-    monkeypatch.setattr(mmap, "mmap", lambda fd, length: taken.append(length) or real(fd, length))
+    monkeypatch.setattr(mmap, "mmap", lambda fd, length, **kwargs: taken.append(length) or real(fd, length, **kwargs))
     reader = LayerwiseReader(store.geometry, staging_bytes=staging_bytes, threads=2)
     least = store.geometry.layer_bytes + 2 * 4096 * len(store.geometry.component_bytes)
     # Two buffers that hold a page each, when the bound is smaller than that.
     assert sum(taken) <= max(staging_bytes + 2 * 4096, 2 * (least + 4096))
     requests = [store.hold(keys(*[page % 12 for page in range(48)]))]
     assert read(reader, requests) == expected(store.geometry, requests)
-    largest = max(chunk.n_bytes for chunk in reader.stream(requests))
-    assert largest <= max(taken)
+    with reader.open(store.hold(keys(*[page % 12 for page in range(48)]))) as stream:
+        assert max(chunk.n_bytes for chunk in stream) <= reader.chunk_bytes
     reader.close()
 
 
 def test_bytes_read_are_counted_and_are_little_more_than_what_was_asked_for(store: PageStore) -> None:
     reader = reader_for(store.geometry)
-    requests = [store.hold(keys(*range(12)))]
-    counted = sum(chunk.n_bytes for chunk in reader.stream(requests))
+    with reader.open(store.hold(keys(*range(12)))) as stream:
+        counted = sum(chunk.n_bytes for chunk in stream)
     reader.close()
     asked = 12 * store.geometry.page_bytes
-    per_layer = len(requests[0].segments) * len(store.geometry.component_bytes)
+    per_layer = len(stream.hold.segments) * len(store.geometry.component_bytes)
     assert asked <= counted <= asked + store.geometry.layers * per_layer * 2 * 4096
 
 
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_a_consumer_that_stops_early_leaks_nothing(store: PageStore, after: int) -> None:
     reader = reader_for(store.geometry, chunk_bytes=1)
-    requests = batch(store)
-    assert descriptors() == []
-    stream = reader.stream(requests)
+    stream = reader.open(store.hold(keys(*range(12))))
+    chunks = iter(stream)
     for _ in range(after):
-        next(stream)
-    assert len(descriptors()) == (4 if after else 0)
+        next(chunks)
+    stream.close()
     stream.close()
     assert descriptors() == []
-    assert read(reader, requests) == expected(store.geometry, requests)
-    reader.close()
-
-
-def test_a_consumer_that_fails_leaks_nothing(store: PageStore) -> None:
-    reader = reader_for(store.geometry, chunk_bytes=1)
-    with pytest.raises(ZeroDivisionError):
-        for chunk in reader.stream(batch(store)):
-            if chunk.layer:
-                raise ZeroDivisionError
+    assert reader.staged_bytes == 0
     assert read(reader, batch(store)) == expected(store.geometry, batch(store))
-    assert descriptors() == []
     reader.close()
 
 
-def test_streams_of_two_threads_take_turns(store: PageStore) -> None:
+def test_streams_of_several_threads_run_at_once(store: PageStore) -> None:
     reader = reader_for(store.geometry, chunk_bytes=1)
-    requests = batch(store)
+    right = expected(store.geometry, batch(store))
     found: list[Any] = []
-    threads = [threading.Thread(target=lambda: found.append(read(reader, requests))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(read(reader, batch(store)))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     reader.close()
-    assert found == [expected(store.geometry, requests)] * 3
+    assert found == [right] * 3
+    assert descriptors() == []
 
 
 def test_an_extent_that_is_gone_costs_its_own_pages_only_and_leaks_nothing(store: PageStore) -> None:
@@ -187,9 +210,11 @@ def test_a_file_that_is_truncated_after_it_was_opened_fails_its_own_chunks_only(
     extent = requests[0].segments[0].extent
     os.truncate(extent.path, extent.layout.data_offset + extent.layout.slab_bytes)
     found = {}
-    for chunk in reader.stream(requests):
-        for page in range(chunk.first, chunk.first + chunk.count):
-            found[chunk.request, chunk.layer, page] = chunk
+    for number, hold in enumerate(requests):
+        with reader.open(hold) as stream:
+            for chunk in stream:
+                for page in range(chunk.first, chunk.first + chunk.count):
+                    found[number, chunk.layer, page] = chunk
     right = expected(store.geometry, requests)
     assert found.keys() == right.keys()
     failed = {
@@ -226,15 +251,17 @@ def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypa
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    verifiers = [Verifier(request) for request in requests]
-    layers_ended = []
-    for chunk in reader.stream(requests):
-        needs_bad = chunk.request == 0 and chunk.first <= 1 < chunk.first + chunk.count
-        assert [error.errno for _, error in chunk.unread] == [errno.EIO] * needs_bad
-        assert verifiers[chunk.request].wrong_pages(chunk) == [1] * needs_bad
-        if chunk.last_of_layer:
-            layers_ended.append(chunk.layer)
-    assert layers_ended == list(range(store.geometry.layers))
+    for number, hold in enumerate(requests):
+        verifier, layers = Verifier(hold), set()
+        with reader.open(hold) as stream:
+            for chunk in stream:
+                needs_bad = number == 0 and chunk.first <= 1 < chunk.first + chunk.count
+                assert [error.errno for _, error in chunk.unread if isinstance(error, OSError)] == (
+                    [errno.EIO] * needs_bad
+                )
+                assert verifier.wrong_pages(chunk) == [1] * needs_bad
+                layers.add(chunk.layer)
+        assert layers == set(range(store.geometry.layers))
     assert descriptors() == []
     reader.close()
 
@@ -252,8 +279,9 @@ def test_the_wrong_pages_of_a_chunk_are_named(store: PageStore) -> None:
             file.write(bytes([byte ^ 0x10]))
     verifier = Verifier(request)
     wrong: dict[int, list[int]] = {}
-    for chunk in reader.stream([request]):
-        wrong.setdefault(chunk.layer, []).extend(verifier.wrong_pages(chunk))
+    with reader.open(request) as stream:
+        for chunk in stream:
+            wrong.setdefault(chunk.layer, []).extend(verifier.wrong_pages(chunk))
     reader.close()
     assert wrong.pop(1) == [2, 3]
     assert all(found == [] for found in wrong.values())

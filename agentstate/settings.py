@@ -54,10 +54,26 @@ class Settings(BaseSettings):
     staging_bytes: ByteSize = Field(
         ByteSize(512 * MIB), gt=0, description="Host memory of an engine rank for restoring pages."
     )
+    pages_quota: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="Most that an engine keeps of its pages, divided among its ranks. Empty: until the disk is full.",
+    )
+    pages_free_share: float = Field(
+        0.05, ge=0, lt=1, description="Share of the pages' disk that is kept free; what was used least is evicted."
+    )
+    spill_queue_bytes: ByteSize = Field(
+        ByteSize(1024 * MIB),
+        gt=0,
+        description="Pages that may wait for being written, a rank; what comes beyond it is not stored for now.",
+    )
     spill_staging_bytes: ByteSize = Field(
         ByteSize(256 * MIB), gt=0, description="Host memory of an engine rank for spilling pages."
     )
     read_threads: int = Field(2, ge=1, description="Threads of an engine rank that read pages.")
+    prefetch_ttl_s: float = Field(
+        60.0, gt=0, description="How long pages that were prefetched to host memory are kept for the next request."
+    )
     control_address: str = Field(
         "tcp://127.0.0.1:*", description="ZeroMQ address that an engine rank binds its control endpoint to."
     )

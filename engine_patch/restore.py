@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from agentstate.pages import Chunk, Hold, LayerwiseReader, PageStore, Verifier
+from agentstate.pages import Chunk, LayerwiseReader, PageStore, Stream, Verifier
+from engine_patch.prefetch import Prefetches
 from engine_patch.sglang_api import LayerWiseLoadCounter
 from engine_patch.transfer import DevicePages
 
@@ -20,28 +21,36 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RestoreStats:
-    """Counters since the engine started. ``pages_failed`` were read and not used: damaged, or not readable."""
+    """Counters since the engine started. ``pages_failed`` were read and not used: damaged, or not readable.
+    ``first_layer_s`` is how long batches waited for their first layer, of ``seconds`` in all."""
 
     restores: int = 0
     pages_restored: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
+    first_layer_s: float = 0.0
     pages_failed: int = 0
     requests_failed: int = 0
 
 
 @dataclass
 class _Load:
-    """One request's restore. ``hold`` is None when a page went missing between the match and now."""
+    """One request's restore: its pages are those of ``stream`` from ``offset`` on. ``stream`` is None when a page went
+    missing between the match and now."""
 
     rid: str
     keys: list[bytes]
     numbers: torch.Tensor
-    hold: Hold | None
+    stream: Stream | None
+    offset: int = 0
+
+    def own(self, first: int, count: int) -> slice:
+        """Which of ``count`` pages of the stream, from ``first`` on, are the request's."""
+        return slice(max(0, self.offset - first), max(0, min(count, self.offset + len(self.keys) - first)))
 
     def close(self) -> None:
-        if self.hold is not None:
-            self.hold.close()
+        if self.stream is not None:
+            self.stream.close()
 
 
 @dataclass
@@ -62,6 +71,7 @@ class Restorer:
     def __init__(self, store: PageStore, pages: DevicePages, reader: LayerwiseReader):
         self.stats = RestoreStats()
         self.counter = LayerWiseLoadCounter(pages.geometry.layers)
+        self.prefetches = Prefetches(store, reader)
         self._store = store
         self._pages = pages
         self._reader = reader
@@ -72,12 +82,15 @@ class Restorer:
         self._thread.start()
 
     def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor) -> None:
-        """Queue ``keys`` for the device pages ``numbers``; `start` begins reading."""
+        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, if it has not begun before."""
+        if (ahead := self.prefetches.take(keys)) is not None:
+            self._pending[rid] = _Load(rid, keys, numbers, *ahead)
+            return
         try:
-            hold = self._store.hold(keys)
+            stream = self._reader.open(self._store.hold(keys))
         except KeyError:
-            hold = None
-        self._pending[rid] = _Load(rid, keys, numbers, hold)
+            stream = None
+        self._pending[rid] = _Load(rid, keys, numbers, stream)
 
     def cancel(self, rid: str) -> bool:
         load = self._pending.pop(rid, None)
@@ -86,10 +99,11 @@ class Restorer:
         return load is not None
 
     def start(self, ready: Sequence[torch.cuda.Event] = ()) -> int:
-        """Start everything queued as one batch: its index in ``counter``, or -1 when nothing was queued.
+        """Start writing everything queued to the device as one batch: its index in ``counter``, or -1 when nothing
+        was queued.
 
-        Reading starts at once; ``ready`` are the events after which the device pages may be written: a forward that
-        was launched before may still write a last token into a page that has been freed and given to this batch.
+        ``ready`` are the events after which the device pages may be written: a forward that was launched before may
+        still write a last token into a page that has been freed and given to this batch.
         """
         if not self._pending:
             return -1
@@ -114,11 +128,15 @@ class Restorer:
         """Forget what is queued and wait for what runs."""
         for rid in list(self._pending):
             self.cancel(rid)
+        self.prefetches.clear()
         self._queue.join()
         self._batches.clear()
         self.counter.reset()
 
     def close(self) -> None:
+        for rid in list(self._pending):
+            self.cancel(rid)
+        self.prefetches.clear()
         self._queue.put(None)
         self._thread.join()
         self._reader.close()
@@ -142,29 +160,37 @@ class Restorer:
 
     def _restore(self, index: int, batch: _Batch) -> None:
         started, n_bytes = time.perf_counter(), 0
-        loads = [load for load in batch.loads if load.hold is not None]
-        batch.failed.update(load.rid for load in batch.loads if load.hold is None)
-        holds = [load.hold for load in loads if load.hold is not None]
-        verifiers = [Verifier(hold) for hold in holds]
-        if not loads:
-            for layer in range(self._pages.geometry.layers):
-                self.counter.complete(index, layer)
-        for chunk in self._reader.stream(holds):
-            load = loads[chunk.request]
-            n_bytes += chunk.n_bytes
-            # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
-            if wrong := verifiers[chunk.request].wrong_pages(chunk):
-                self._reject(batch, load, wrong, chunk)
-            for event in batch.ready:
-                event.synchronize()
-            batch.ready = ()
-            if load.rid not in batch.failed:
-                for segment, _, arrays in chunk.parts:
-                    numbers = load.numbers[segment.first : segment.first + segment.pages]
-                    self._pages.scatter(chunk.layer, numbers, arrays)
-            if chunk.last_of_layer:
-                self.counter.complete(index, chunk.layer)
-        self._record(batch, loads, n_bytes, time.perf_counter() - started)
+        batch.failed.update(load.rid for load in batch.loads if load.stream is None)
+        loads = [(load, load.stream, Verifier(load.stream.hold)) for load in batch.loads if load.stream is not None]
+        for _, stream, _ in loads:
+            stream.hurry()
+        for layer in range(self._pages.geometry.layers):
+            for load, stream, verifier in loads:
+                for chunk in stream.layer(layer):
+                    n_bytes += chunk.n_bytes
+                    self._land(batch, load, verifier, chunk)
+            self.counter.complete(index, layer)
+            if layer == 0:
+                self.stats.first_layer_s += time.perf_counter() - started
+        self._record(batch, len(loads), n_bytes, time.perf_counter() - started)
+
+    def _land(self, batch: _Batch, load: _Load, verifier: Verifier, chunk: Chunk) -> None:
+        """Verify a chunk and write what it has of the request's pages to the device."""
+        # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
+        own = range(len(load.keys))
+        if wrong := [page for at in verifier.wrong_pages(chunk) if (page := at - load.offset) in own]:
+            self._reject(batch, load, wrong, chunk)
+        for event in batch.ready:
+            event.synchronize()
+        batch.ready = ()
+        if load.rid in batch.failed:
+            return
+        for segment, _, arrays in chunk.parts:
+            rows = load.own(segment.first, segment.pages)
+            if rows.start < rows.stop:
+                first = segment.first - load.offset
+                numbers = load.numbers[first + rows.start : first + rows.stop]
+                self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays])
 
     def _reject(self, batch: _Batch, load: _Load, wrong: list[int], chunk: Chunk) -> None:
         batch.failed.add(load.rid)
@@ -186,8 +212,8 @@ class Restorer:
                 self._store.drop(load.keys[page])
                 self.stats.pages_failed += 1
 
-    def _record(self, batch: _Batch, loads: list[_Load], n_bytes: int, seconds: float) -> None:
-        pages = sum(len(load.keys) for load in loads if load.rid not in batch.failed)
+    def _record(self, batch: _Batch, requests: int, n_bytes: int, seconds: float) -> None:
+        pages = sum(len(load.keys) for load in batch.loads if load.rid not in batch.failed)
         self.stats.restores += 1
         self.stats.pages_restored += pages
         self.stats.bytes_read += n_bytes
@@ -198,5 +224,5 @@ class Restorer:
             n_bytes / 1e6,
             seconds * 1e3,
             n_bytes / 1e9 / seconds,
-            len(loads),
+            requests,
         )

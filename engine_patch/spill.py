@@ -13,20 +13,27 @@ from dataclasses import dataclass
 import torch
 
 from agentstate.errors import PageStoreFull
-from agentstate.pages import PageStore
+from agentstate.pages import LayerwiseReader, PageStore, merge
 from engine_patch.transfer import DevicePages
 
 logger = logging.getLogger(__name__)
 
 
+# Reading what is merged needs little: it happens when nothing else is to be done.
+_MERGE_STAGING_BYTES = 8 << 20
+
+
 @dataclass
 class SpillStats:
-    """Counters since the engine started. ``pages_known`` were offered again and not written again."""
+    """Counters since the engine started. ``pages_known`` were offered again and not written again; ``pages_skipped``
+    were not written because too much was waiting already; ``extents_merged`` were replaced by larger ones."""
 
     pages_spilled: int = 0
     bytes_spilled: int = 0
     pages_known: int = 0
+    pages_skipped: int = 0
     pages_failed: int = 0
+    extents_merged: int = 0
 
 
 @dataclass
@@ -34,6 +41,7 @@ class _Offer:
     keys: list[bytes]
     numbers: torch.Tensor
     ready: Sequence[torch.cuda.Event]
+    skipped: bool
 
 
 class Spiller:
@@ -41,16 +49,24 @@ class Spiller:
     turn comes, so that an earlier offer of the same page counts.
 
     Every offer gets one entry in ``results``, in the order of the offers, never earlier: the tree takes a result for
-    its oldest offer, and unlocks that one's device pages. The copy out of the device is bounded by ``staging_bytes``.
+    its oldest offer, and unlocks that one's device pages. The copy out of the device is bounded by ``staging_bytes``;
+    what waits, and so the device memory that is locked, by ``queue_bytes``: an offer beyond it is not stored, so that
+    a slow disk costs what it cannot hold and not the engine's memory. The tree offers it again.
     """
 
-    def __init__(self, store: PageStore, pages: DevicePages, staging_bytes: int):
+    def __init__(self, store: PageStore, pages: DevicePages, staging_bytes: int, queue_bytes: int):
         self.stats = SpillStats()
         self.results: deque[bool] = deque()
         self._store = store
         self._pages = pages
+        self._queue_pages = max(1, queue_bytes // store.geometry.page_bytes)
+        # Two counts, each written by one thread only.
+        self._accepted_pages = self._done_pages = 0
         self._pages_a_draft = store.pages_within(staging_bytes)
         self._buffer = mmap.mmap(-1, store.draft_bytes(self._pages_a_draft))
+        self._merge_reader = LayerwiseReader(store.geometry, staging_bytes=_MERGE_STAGING_BYTES, threads=1)
+        # Chains to look for small extents in, by their last key.
+        self._chains: dict[bytes, list[bytes]] = {}
         self._queue: queue.Queue[_Offer | Callable[[], None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="agentstate-spill", daemon=True)
         self._thread.start()
@@ -58,11 +74,19 @@ class Spiller:
     def offer(self, keys: list[bytes], numbers: torch.Tensor, ready: Sequence[torch.cuda.Event] = ()) -> None:
         """Queue pages for writing: ``numbers`` are their page numbers on the device, which the caller keeps unchanged
         until the result is in. ``ready`` are the events after which the device pages may be read."""
-        self._queue.put(_Offer(keys, numbers, ready))
+        # Decided here, and answered in turn: with several ranks, each must give a result for every offer.
+        waiting = self._accepted_pages - self._done_pages
+        skipped = waiting > 0 and waiting + len(keys) > self._queue_pages
+        self._accepted_pages += 0 if skipped else len(keys)
+        self._queue.put(_Offer(keys, numbers, ready, skipped))
 
     def then(self, action: Callable[[], None]) -> None:
         """Run ``action`` on the spilling thread once everything offered so far is stored or has failed."""
         self._queue.put(action)
+
+    def merge(self, chain: list[bytes]) -> None:
+        """Merge the small extents of a stored chain when there is nothing else to do. On the spilling thread."""
+        self._chains[chain[-1]] = chain
 
     @property
     def waiting(self) -> int:
@@ -76,9 +100,10 @@ class Spiller:
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
+        self._merge_reader.close()
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
+        while (item := self._next()) is not None:
             try:
                 if isinstance(item, _Offer):
                     self.results.append(self._store_offer(item))
@@ -92,10 +117,35 @@ class Spiller:
                 if isinstance(item, _Offer):
                     self.results.append(False)
             finally:
+                if isinstance(item, _Offer) and not item.skipped:
+                    self._done_pages += len(item.keys)
                 self._queue.task_done()
         self._queue.task_done()
 
+    def _next(self) -> _Offer | Callable[[], None] | None:
+        while self._chains and self._queue.empty():
+            self._merge_one()
+        return self._queue.get()
+
+    def _merge_one(self) -> None:
+        """Merge one run, so that what arrives in the meantime waits for no more than that."""
+        last, chain = next(iter(self._chains.items()))
+        replaced = 0
+        try:
+            replaced = merge(self._store, self._merge_reader, chain, self._buffer, most_runs=1)
+        except (KeyError, PageStoreFull) as error:
+            # Evicted or dropped in the meantime, or no room for a second copy.
+            logger.debug("agentstate: not merged: %s", error)
+        except Exception:
+            logger.exception("agentstate: merging failed; the extents stay as they are")
+        self.stats.extents_merged += replaced
+        if not replaced:
+            del self._chains[last]
+
     def _store_offer(self, offer: _Offer) -> bool:
+        if offer.skipped:
+            self.stats.pages_skipped += len(offer.keys)
+            return False
         new = [i for i, key in enumerate(offer.keys) if key not in self._store]
         self.stats.pages_known += len(offer.keys) - len(new)
         if not new:
@@ -105,6 +155,8 @@ class Spiller:
         try:
             while new:
                 run, rest = new[: self._pages_a_draft], new[self._pages_a_draft :]
+                # Before the pages are copied for nothing.
+                self._store.make_room(self._store.draft_bytes(len(run)))
                 draft = self._store.draft([offer.keys[i] for i in run], self._buffer)
                 numbers = offer.numbers[run]
                 for layer in range(draft.geometry.layers):

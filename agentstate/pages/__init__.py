@@ -2,14 +2,14 @@
 
 `PageStore` is the room's whole surface for one rank: which pages are stored (`prefix_length`), writing a run of them
 (`draft`, `publish`), finding them again and keeping them where they are (`hold`), and what to do when space runs out
-(`Quota`, `need`, `pin`). `LayerwiseReader` streams what is held, layer by layer, through a bounded staging memory.
-`Verifier` says which of the bytes that came back may be used. `merge` makes one extent of many small ones.
+(`Quota`, `need`, `pin`). `LayerwiseReader` opens a `Stream` of what is held, layer by layer, through a bounded staging
+memory. `Verifier` says which of the bytes that came back may be used. `merge` makes one extent of many small ones.
 """
 
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, Geometry
 from agentstate.pages.fingerprint import fingerprint, weights_digest
 from agentstate.pages.merging import merge
-from agentstate.pages.reading import Chunk, LayerwiseReader, Part, Verifier
+from agentstate.pages.reading import Chunk, LayerwiseReader, Part, Stream, Verifier
 from agentstate.pages.store import Hold, PageStore, Quota, Segment, StoreStats
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Quota",
     "Segment",
     "StoreStats",
+    "Stream",
     "Verifier",
     "fingerprint",
     "merge",

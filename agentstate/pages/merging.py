@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from agentstate.pages.reading import LayerwiseReader, Verifier
 from agentstate.pages.store import PageStore, Segment
@@ -21,8 +22,10 @@ def merge(
     keys: Sequence[bytes],
     buffer: mmap.mmap,
     range_bytes: int = RANGE_BYTES,
+    most_runs: int | None = None,
 ) -> int:
-    """Rewrite runs of small extents along the chain ``keys`` as one extent each: how many extents were replaced.
+    """Rewrite runs of small extents along the chain ``keys``, at most ``most_runs`` of them, as one extent each: how
+    many extents were replaced.
 
     An extent is small when a layer of it has less than ``range_bytes``. A run is rewritten once it makes an extent
     that is not small, or has 8 members, so a page is rewritten a few times at most. ``buffer`` bounds an extent's
@@ -31,7 +34,7 @@ def merge(
     PageStoreFull and OSError.
     """
     with store.hold(keys) as hold:
-        runs = list(_runs(store, hold.segments, len(buffer), range_bytes))
+        runs = list(islice(_runs(store, hold.segments, len(buffer), range_bytes), most_runs))
     return sum(len(run) for run in runs if _rewrite(store, reader, keys, run, buffer))
 
 

@@ -168,6 +168,13 @@ class Stream:
         """The layer that is to be read next; None when everything is read or being read."""
         return self._taken // len(self._runs) if self._taken < self._total else None
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being read for it: everything has been, or all the memory it may have is full."""
+        with self._reader._changed:
+            more = self.wants is not None and len(self._reader._free) > self._reader._kept_back
+            return not (more or self._to_open) and all(reading.done() for reading, _ in self.ahead)
+
     def job(self, free: list[memoryview] | None) -> Callable[[], None] | None:
         """The next thing to do for this stream, if there is one; reading takes a buffer from ``free``. The caller has
         the reader's lock, and runs the job without it."""

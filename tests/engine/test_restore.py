@@ -207,8 +207,8 @@ def test_a_page_that_is_dropped_between_queue_and_start_is_verified_all_the_same
     rank.store.drop(key(1))
     assert run(restorer) == set()
     assert is_restored(rank, key(1), 11)
-    queue(restorer, "b", [4, 5], [14, 15])
     flip(rank, 5, 2)
+    queue(restorer, "b", [4, 5], [14, 15])
     rank.store.drop(key(5))
     assert run(restorer) == {"b"}
     assert rank.store.stats.pages_dropped == 2

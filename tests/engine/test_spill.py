@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from contents import key, keys, read, reader_for
 from device import PAGES, Rank, fill
 
+from agentstate.pages import Quota
 from engine_patch.spill import Spiller
 
 Stored = list[list[list[bytes]]]
@@ -19,7 +21,7 @@ Stored = list[list[list[bytes]]]
 @pytest.fixture
 def spiller(rank: Rank) -> Iterator[Spiller]:
     fill(rank.tensors)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
     yield spiller
     spiller.close()
 
@@ -65,7 +67,7 @@ def test_offered_pages_are_stored_bit_for_bit(rank: Rank, spiller: Spiller, page
 def test_an_offer_that_exceeds_the_staging_becomes_several_extents(rank: Rank) -> None:
     fill(rank.tensors)
     staging = rank.store.draft_bytes(5)
-    spiller = Spiller(rank.store, rank.pages, staging)
+    spiller = Spiller(rank.store, rank.pages, staging, 1 << 30)
     everything = list(range(PAGES))
     spiller.offer(keys(*everything), torch.tensor(everything))
     spiller.close()
@@ -166,7 +168,7 @@ def test_a_full_disk_is_a_result_and_not_the_end(rank: Rank, spiller: Spiller) -
     ids=["ENOSPC", "EIO"],
 )
 def test_every_offered_page_is_counted_once(rank: Rank, number: int) -> None:
-    spiller = Spiller(rank.store, rank.pages, rank.store.draft_bytes(1))
+    spiller = Spiller(rank.store, rank.pages, rank.store.draft_bytes(1), 1 << 30)
     spiller.offer(keys(0), numbers(0))
     spiller.drain()
     per_draft = rank.store.pages_within(rank.store.draft_bytes(1))
@@ -234,9 +236,65 @@ def test_an_action_that_fails_is_no_result_and_not_the_end(rank: Rank, spiller: 
 
 def test_closing_stores_what_was_offered(rank: Rank) -> None:
     fill(rank.tensors)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
     for page in range(4):
         spiller.offer(keys(page), numbers(page))
     spiller.close()
     assert list(spiller.results) == [True] * 4
     assert stored(rank, keys(0, 1, 2, 3)) == rank.device_pages([0, 1, 2, 3])
+
+
+def test_what_is_offered_beyond_the_queue_is_skipped_in_its_turn(rank: Rank) -> None:
+    """A slow disk locks no more device memory than that, and every offer has its result."""
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, 3 * rank.store.geometry.page_bytes)
+    gate = Gate()
+    spiller.offer(keys(0, 1), numbers(0, 1), ready=[gate])
+    spiller.offer(keys(2), numbers(2))
+    spiller.offer(keys(3), numbers(3))
+    assert gate.waited_for.wait(60)
+    assert list(spiller.results) == []
+    gate.open.set()
+    spiller.drain()
+    assert list(spiller.results) == [True, True, False]
+    assert (spiller.stats.pages_spilled, spiller.stats.pages_skipped, spiller.stats.pages_failed) == (3, 1, 0)
+    spiller.offer(keys(3), numbers(3))
+    spiller.close()
+    assert list(spiller.results)[-1] is True
+    assert stored(rank, keys(0, 1, 2, 3)) == rank.device_pages([0, 1, 2, 3])
+
+
+def test_an_offer_larger_than_the_queue_is_stored_when_nothing_waits(rank: Rank) -> None:
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1)
+    spiller.offer(keys(0, 1, 2), numbers(0, 1, 2))
+    spiller.close()
+    assert list(spiller.results) == [True]
+
+
+def test_pages_are_not_copied_when_there_is_no_room_for_them(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank.store.quota = Quota(max_bytes=1)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
+    monkeypatch.setattr(rank.pages, "gather", None)
+    spiller.offer(keys(0), numbers(0))
+    spiller.close()
+    assert list(spiller.results) == [False]
+    assert spiller.stats.pages_failed == 1
+
+
+def test_small_extents_of_a_chain_are_merged_when_nothing_waits(rank: Rank) -> None:
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
+    for page in range(9):
+        spiller.offer(keys(page), numbers(page))
+    spiller.then(lambda: spiller.merge(keys(*range(9))))
+    deadline = time.monotonic() + 60
+    while spiller.stats.extents_merged < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert spiller.stats.extents_merged >= 8
+    assert rank.store.stats.extents <= 2
+    assert stored(rank, keys(*range(9))) == rank.device_pages(list(range(9)))
+    spiller.then(lambda: spiller.merge(keys(0, 77)))  # one that is not stored
+    spiller.offer(keys(10), numbers(10))
+    spiller.close()
+    assert list(spiller.results) == [True] * 10

@@ -6,6 +6,7 @@ import os
 import random
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,8 @@ def test_what_is_read_ahead_is_there_when_the_stream_is_consumed(
 ) -> None:
     reader = LayerwiseReader(store.geometry, staging_bytes=64 << 20, threads=1)
     stream = reader.open(store.hold(keys(0, 1)))
-    for reading, _ in list(stream.ahead):
-        reading.result()
-    while stream.wants is not None:
-        pass
-    for reading, _ in list(stream.ahead):
-        reading.result()
+    while not stream.idle:
+        time.sleep(0.001)
     assert reader.staged_bytes == len(stream.ahead) * reader.chunk_bytes > 0
     monkeypatch.setattr(os, "preadv", None)
     assert sum(chunk.count for chunk in stream) == 2 * store.geometry.layers

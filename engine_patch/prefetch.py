@@ -1,0 +1,124 @@
+"""Pages on their way to staging before the request that needs them has device memory: of requests that wait in the
+queue, and of sessions that are about to be resumed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from agentstate.pages import LayerwiseReader, PageStore, Stream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PrefetchStats:
+    """Counters since the engine started: reads begun ahead of admission, those that a request then used, and those
+    that expired or were given up unused."""
+
+    issued: int = 0
+    used: int = 0
+    wasted: int = 0
+
+
+@dataclass
+class _Ahead:
+    stream: Stream
+    position: dict[bytes, int]
+    expires_s: float | None
+
+
+class Prefetches:
+    """Streams by who asked for them: a waiting request by its rid, a session by its id.
+
+    A stream takes staging memory as the reader grants it and keeps it until it is used or given up, so every one has
+    an end: that of a request when the request leaves the queue, that of a session by time. Thread-safe.
+    """
+
+    def __init__(self, store: PageStore, reader: LayerwiseReader, clock: Callable[[], float] = time.monotonic):
+        self.stats = PrefetchStats()
+        self._store = store
+        self._reader = reader
+        self._clock = clock
+        self._mutex = threading.Lock()
+        self._requests: dict[str, _Ahead] = {}
+        self._sessions: dict[str, _Ahead] = {}
+
+    def for_request(self, rid: str, keys: Sequence[bytes]) -> None:
+        """Begin to read ``keys`` for a request that has just been queued, unless they are being read already."""
+        with self._mutex:
+            if rid not in self._requests and self._covering(keys) is None:
+                self._begin(self._requests, rid, keys, None)
+
+    def for_session(self, session_id: str, keys: Sequence[bytes], expires_in_s: float) -> bool:
+        """Begin to read ``keys``, a session's chain; False when they are not stored (any more)."""
+        with self._mutex:
+            self._give_up(self._sessions, session_id)
+            return self._begin(self._sessions, session_id, keys, self._clock() + expires_in_s)
+
+    def take(self, keys: Sequence[bytes]) -> tuple[Stream, int] | None:
+        """The stream that reads ``keys``, which is the caller's from now on, and the position of the first of them in
+        it."""
+        with self._mutex:
+            found = self._covering(keys)
+            if found is None:
+                return None
+            group, owner = found
+            ahead = group.pop(owner)
+            self.stats.used += 1
+            return ahead.stream, ahead.position[keys[0]]
+
+    def tidy(self, waiting: Collection[str]) -> None:
+        """Give up what was read for requests that are not ``waiting`` any more, and what has expired."""
+        with self._mutex:
+            for rid in [rid for rid in self._requests if rid not in waiting]:
+                self._give_up(self._requests, rid)
+            now = self._clock()
+            for session in [name for name, ahead in self._sessions.items() if ahead.expires_s <= now]:
+                self._give_up(self._sessions, session)
+
+    @property
+    def requests(self) -> int:
+        """Requests that are read for."""
+        return len(self._requests)
+
+    def staged(self, session_id: str) -> bool:
+        """Whether everything of a session's prefetch that fits the memory has been read, or has been used."""
+        with self._mutex:
+            ahead = self._sessions.get(session_id)
+        return ahead is None or ahead.stream.idle
+
+    def clear(self) -> None:
+        """Give up everything."""
+        with self._mutex:
+            for group in (self._requests, self._sessions):
+                for owner in list(group):
+                    self._give_up(group, owner)
+
+    def _begin(self, group: dict[str, _Ahead], owner: str, keys: Sequence[bytes], expires_s: float | None) -> bool:
+        try:
+            hold = self._store.hold(keys)
+        except KeyError:
+            return False
+        position = {key: page for page, key in enumerate(keys)}
+        group[owner] = _Ahead(self._reader.open(hold), position, expires_s)
+        self.stats.issued += 1
+        return True
+
+    def _covering(self, keys: Sequence[bytes]) -> tuple[dict[str, _Ahead], str] | None:
+        for group in (self._requests, self._sessions):
+            for owner, ahead in group.items():
+                first = ahead.position.get(keys[0])
+                # A key covers everything before it: chains that share their last page share all before.
+                if first is not None and ahead.position.get(keys[-1]) == first + len(keys) - 1:
+                    return group, owner
+        return None
+
+    def _give_up(self, group: dict[str, _Ahead], owner: str) -> None:
+        ahead = group.pop(owner, None)
+        if ahead is not None:
+            ahead.stream.close()
+            self.stats.wasted += 1

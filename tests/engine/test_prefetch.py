@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from contents import content, keys
+from device import LAYERS, Rank, page_of
+
+from agentstate.pages import LayerwiseReader
+from engine_patch.prefetch import Prefetches
+from engine_patch.restore import Restorer
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def reader(rank: Rank) -> Iterator[LayerwiseReader]:
+    reader = LayerwiseReader(rank.store.geometry, staging_bytes=4 << 20, threads=2, chunk_bytes=64 << 10)
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def ahead(rank: Rank, reader: LayerwiseReader) -> Iterator[Prefetches]:
+    rank.write(keys(*range(8)))
+    ahead = Prefetches(rank.store, reader, Clock())
+    yield ahead
+    ahead.clear()
+
+
+def restored(rank: Rank, restorer: Restorer, names: list[int]) -> set[str]:
+    """Restore the pages ``names`` to the device pages 3, 4, …; the rids that failed."""
+    restorer.queue("r", keys(*names), torch.arange(3, 3 + len(names)))
+    index = restorer.start()
+    failed = restorer.finish(index)
+    if not failed:
+        for number, name in enumerate(names, 3):
+            right = [
+                [content(rank.store.geometry, keys(name)[0], layer, c) for c in range(2)] for layer in range(LAYERS)
+            ]
+            assert page_of(rank.tensors, number) == right
+    return failed
+
+
+def settled(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_stream_is_taken_by_whoever_needs_its_pages(ahead: Prefetches) -> None:
+    ahead.for_request("a", keys(*range(8)))
+    assert ahead.take(keys(5, 7)) is None
+    assert ahead.take(keys(6, 7, 8)) is None
+    found = ahead.take(keys(3, 4, 5))
+    assert found is not None
+    stream, offset = found
+    assert offset == 3
+    assert ahead.take(keys(3, 4, 5)) is None, "it has been taken"
+    assert (ahead.stats.issued, ahead.stats.used, ahead.stats.wasted) == (1, 1, 0)
+    stream.close()
+
+
+def test_what_is_being_read_is_not_read_twice(ahead: Prefetches) -> None:
+    assert ahead.for_session("ses", keys(*range(8)), 10)
+    ahead.for_request("a", keys(2, 3))
+    ahead.for_request("b", keys(*range(8)))
+    assert ahead.stats.issued == 1
+    ahead.for_request("c", keys(7, 3))
+    ahead.for_request("c", keys(7, 3))
+    assert ahead.stats.issued == 2
+
+
+def test_what_is_not_stored_is_not_begun(ahead: Prefetches) -> None:
+    assert not ahead.for_session("ses", keys(1, 99), 10)
+    ahead.for_request("a", keys(99))
+    assert ahead.stats.issued == 0
+
+
+def test_a_request_that_leaves_the_queue_frees_its_memory(ahead: Prefetches, reader: LayerwiseReader) -> None:
+    ahead.for_request("a", keys(0, 1))
+    ahead.for_request("b", keys(2, 3))
+    settled(lambda: reader.staged_bytes > 0)
+    ahead.tidy({"b"})
+    assert (ahead.requests, ahead.stats.wasted) == (1, 1)
+    ahead.tidy(set())
+    assert (ahead.requests, reader.staged_bytes) == (0, 0)
+
+
+def test_a_prefetch_of_a_session_expires(ahead: Prefetches, reader: LayerwiseReader) -> None:
+    clock = Clock()
+    ahead._clock = clock
+    assert ahead.for_session("ses", keys(0, 1), 10)
+    assert ahead.for_session("ses", keys(0, 1, 2), 10), "a newer one takes the place of the older"
+    settled(lambda: ahead.staged("ses"))
+    clock.now = 9
+    ahead.tidy(())
+    assert reader.staged_bytes > 0
+    clock.now = 10
+    ahead.tidy(())
+    assert reader.staged_bytes == 0
+    assert ahead.stats.wasted == 2
+
+
+def test_a_restore_joins_what_was_read_ahead_also_in_its_middle(rank: Rank, reader: LayerwiseReader) -> None:
+    rank.write(keys(*range(8)))
+    restorer = Restorer(rank.store, rank.pages, reader)
+    for names in ([0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 4], [7]):
+        assert restorer.prefetches.for_session("ses", keys(*range(8)), 10)
+        settled(lambda: restorer.prefetches.staged("ses"))
+        before = restorer.prefetches.stats.used
+        assert restored(rank, restorer, names) == set()
+        assert restorer.prefetches.stats.used == before + 1
+    assert restored(rank, restorer, [6, 5]) == set(), "one that cannot join is read for itself"
+    assert restorer.prefetches.stats.used == 3
+    restorer.close()
+
+
+def test_a_page_outside_of_the_request_that_joined_does_not_fail_it(rank: Rank, reader: LayerwiseReader) -> None:
+    rank.write(keys(*range(8)))
+    restorer = Restorer(rank.store, rank.pages, reader)
+    (segment,) = rank.store.hold(keys(1)).segments
+    offset, _ = segment.extent.layout.component_range(1, 0, segment.slot, 1)
+    with segment.extent.path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 8)
+    assert restorer.prefetches.for_session("ses", keys(*range(8)), 10)
+    assert restored(rank, restorer, [2, 3, 4]) == set()
+    assert keys(1)[0] in rank.store, "whoever needs it finds out"
+    assert restorer.prefetches.for_session("ses", keys(*range(8)), 10)
+    assert restored(rank, restorer, [0, 1]) == {"r"}
+    assert keys(1)[0] not in rank.store
+    restorer.close()

@@ -1,4 +1,5 @@
-"""Tiny checkpoints with random weights, one of each kind of KV pool: `python tests/models.py KIND DIRECTORY`.
+"""Tiny checkpoints with random weights, one of each kind of KV pool: `python tests/models.py DIRECTORY`
+makes them all.
 
 Runs in the engine's environment, which has torch and transformers. Weights are drawn wider than a model is initialised
 with, so that what is attended to decides the next token, and a wrong page shows in the output.
@@ -39,7 +40,8 @@ def save(kind: str, directory: Path) -> None:
             config = hf.LlamaConfig(num_hidden_layers=4, head_dim=32, **common)
         case "mla":
             latent = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-            routed = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+            routed = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_layer_freq": 1}
+            routing = {"n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax"}
             yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, "rope_theta": 1e4}
             config = hf.DeepseekV2Config(
                 num_hidden_layers=3,
@@ -49,6 +51,7 @@ def save(kind: str, directory: Path) -> None:
                 rope_parameters=yarn | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1},
                 **latent,
                 **routed,
+                **routing,
                 **common | {"num_key_value_heads": 4},
             )
         case "sliding":
@@ -78,4 +81,5 @@ def save(kind: str, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    save(sys.argv[1], Path(sys.argv[2]))
+    for name in KINDS:
+        save(name, Path(sys.argv[1]) / name)

@@ -33,16 +33,21 @@ FLAGS = ("--skip-tokenizer-init", "--dtype", "float32", "--max-total-tokens", "8
 Start = Callable[..., LocalStack]
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, engine_python: Path) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    subprocess.run([engine_python, Path(__file__).parents[1] / "models.py", directory], check=True)
+    return directory
+
+
 @pytest.fixture
-def start(tmp_path: Path, engine_python: Path) -> Iterator[Start]:
+def start(tmp_path: Path, checkpoints: Path, engine_python: Path) -> Iterator[Start]:
     """Starts an engine with a model of a kind, and a service beside it; both end with the test."""
     with ExitStack() as running:
 
         def start(kind: str, *flags: str) -> LocalStack:
-            checkpoint = tmp_path / kind
-            subprocess.run([engine_python, Path(__file__).parents[1] / "models.py", kind, checkpoint], check=True)
             ports = {"service_port": free_port(), "engine_port": free_port()}
-            stack = LocalStack(tmp_path / "stack", checkpoint, engine_python=engine_python, **ports)
+            stack = LocalStack(tmp_path / "stack", checkpoints / kind, engine_python=engine_python, **ports)
             running.enter_context(closing(stack))
             stack.start_service()
             stack.start_engine(*FLAGS, *flags)

@@ -156,6 +156,6 @@ def test_sliding_window(start: Start) -> None:
 
 
 def test_state(start: Start) -> None:
-    stack = start("conv")
+    stack = start("conv", "--page-size", "1")
     resumes_like_never_suspended(stack, 1)
     print(stack.stat())

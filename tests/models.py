@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-KINDS = ("llama", "mla", "sliding", "conv", "linear")
+KINDS = ("llama", "mla", "sliding", "all_sliding", "conv")
 VOCABULARY = 1024
 WINDOW = 128  # tokens that a sliding layer sees: two pages
 _SEED = 20
@@ -54,26 +54,14 @@ def save(kind: str, directory: Path) -> None:
                 **routing,
                 **common | {"num_key_value_heads": 4},
             )
-        case "sliding":
-            layers = ["sliding_attention"] * 3 + ["full_attention"]
+        case "sliding" | "all_sliding":
+            layers = ["sliding_attention"] * 3 + ["full_attention" if kind == "sliding" else "sliding_attention"]
             config = hf.MellumConfig(
                 num_hidden_layers=4, head_dim=32, sliding_window=WINDOW, layer_types=layers, **experts, **common
             )
         case "conv":
             layers = ["conv", "conv", "full_attention", "conv"]
             config = hf.Lfm2Config(num_hidden_layers=4, layer_types=layers, conv_L_cache=3, **common)
-        case "linear":
-            config = hf.Qwen3NextConfig(
-                num_hidden_layers=4,
-                head_dim=32,
-                linear_key_head_dim=32,
-                linear_value_head_dim=32,
-                linear_num_key_heads=2,
-                linear_num_value_heads=4,
-                shared_expert_intermediate_size=64,
-                **experts,
-                **common,
-            )
         case _:
             raise SystemExit(f"{kind!r} is none of {', '.join(KINDS)}")
     torch.manual_seed(_SEED)

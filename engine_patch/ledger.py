@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from agentstate.manifests import KEY_BYTES, KvState, Manifest
@@ -25,11 +26,12 @@ class Standing:
 
 
 class Ledger:
-    """Thread-safe. Remembers the sessions that were used last; SQL remembers the others."""
+    """Thread-safe. Remembers the sessions that were used last; SQL remembers the others. ``n_bytes`` says how many
+    bytes a prefix of so many pages has in the stores."""
 
-    def __init__(self, page_size: int, page_bytes: int):
+    def __init__(self, page_size: int, n_bytes: Callable[[int], int]):
         self._page_size = page_size
-        self._page_bytes = page_bytes
+        self._n_bytes = n_bytes
         self._standings: OrderedDict[str, Standing] = OrderedDict()
         self._mutex = threading.Lock()
 
@@ -76,7 +78,7 @@ class Ledger:
             "state": state.value,
             "tokens": pages * self._page_size,
             "pages": pages,
-            "bytes": pages * self._page_bytes,
+            "bytes": self._n_bytes(pages),
         }
 
     def _put(self, session_id: str, standing: Standing) -> None:

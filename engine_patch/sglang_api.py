@@ -31,13 +31,20 @@ from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook  # n
 from sglang.srt.managers.schedule_batch import FINISH_ABORT  # noqa: E402
 from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer  # noqa: E402
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool  # noqa: E402
+from sglang.srt.mem_cache.memory_pool import (  # noqa: E402
+    HybridLinearKVPool,
+    HybridReqToTokenPool,
+    MambaPool,
+    MHATokenToKVPool,
+    MLATokenToKVPool,
+)
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 from sglang.srt.mem_cache.registry import (  # noqa: E402
     TreeCacheBuildContext,
     create_unified_radix_cache,
     register_radix_cache_backend,
 )
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (  # noqa: E402
     LayerWiseLoadCounter,
@@ -55,12 +62,16 @@ __all__ = [
     "ComponentType",
     "HookRegistry",
     "HookType",
+    "HybridLinearKVPool",
+    "HybridReqToTokenPool",
     "LayerWiseLoadCounter",
     "MHATokenToKVPool",
     "MLATokenToKVPool",
+    "MambaPool",
     "PoolName",
     "PoolTransfer",
     "RadixKey",
+    "SWAKVPool",
     "TreeCacheBuildContext",
     "UnifiedCacheLinker",
     "UnifiedCacheLinkerWrapper",

@@ -40,6 +40,17 @@ class DevicePages:
             raise ValueError("KV slots that are not whole, aligned pages cannot be stored or restored")
         return self._existing(numbers)
 
+    def held_pages(self, slots: torch.Tensor) -> list[tuple[int, int]]:
+        """Of ``slots``, which are pages of which some may be no longer held: the position and the number of each page
+        that is. What is not held has no slots of a page of its own, but those of the pool's first page, which SGLang
+        never gives out. Raises ValueError unless ``slots`` are a whole number of pages."""
+        size = self.geometry.page_size
+        pages = slots.detach().to("cpu", torch.int64).reshape(-1, size)
+        numbers = pages[:, 0] // size
+        whole = (pages == (numbers * size)[:, None] + torch.arange(size)).all(dim=1) & (numbers > 0)
+        positions = whole.nonzero().flatten()
+        return list(zip(positions.tolist(), self._existing(numbers[positions]).tolist(), strict=True))
+
     def _existing(self, numbers: torch.Tensor) -> torch.Tensor:
         pages = len(self._rows[0][0])
         if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < pages):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class CpuAttention(TorchNativeAttnBackend):
-    """Causal self-attention over the paged KV pool; everything else (cross-attention, encoders, sliding windows) is
-    left to the stock backend, which is slower and right.
+    """Causal self-attention over the paged KV pool, also in a sliding window; everything else (cross-attention,
+    encoders, MLA) is left to the stock backend, which is slower and right.
 
     The result depends on a request's tokens and lengths alone, not on which slots they lie in, so that a restored
     context gives bit for bit what the context that was never evicted gives.
@@ -30,6 +30,8 @@ class CpuAttention(TorchNativeAttnBackend):
     def __init__(self, model_runner: Any):
         super().__init__(model_runner)
         self._contexts: list[_Context] = []
+        self._windowed: dict[tuple[int | None, bool], list[_Context]] = {}
+        self._spans: list[tuple[int, int, int]] = []
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
@@ -38,12 +40,32 @@ class CpuAttention(TorchNativeAttnBackend):
             prefixes = [total - 1 for total in totals]
         else:
             prefixes = forward_batch.extend_prefix_lens.tolist()
-        table = self.req_to_token_pool.req_to_token
         rows = forward_batch.req_pool_indices.tolist()
-        self._contexts = [
-            _Context(_slots(table[row, :prefix]), _slots(table[row, prefix:total]), total - prefix)
-            for row, prefix, total in zip(rows, prefixes, totals, strict=True)
-        ]
+        self._spans = list(zip(rows, prefixes, totals, strict=True))
+        self._contexts = self._located(None, False)
+        self._windowed = {}
+
+    def _located(self, window: int | None, in_window_pool: bool) -> list[_Context]:
+        """Where each request's tokens lie, the last ``window`` ones of its prefix, in the pool of full attention or
+        in the pool of windows, whose slots are others."""
+        table = self.req_to_token_pool.req_to_token
+        contexts = []
+        for row, prefix, total in self._spans:
+            first = 0 if window is None else max(0, prefix - window)
+            slots = table[row, first:total]
+            if in_window_pool:
+                slots = self.token_to_kv_pool.translate_loc_from_full_to_swa(slots)
+            contexts.append(_Context(_slots(slots[: prefix - first]), _slots(slots[prefix - first :]), total - prefix))
+        return contexts
+
+    def _contexts_for(self, layer: RadixAttention, window: int | None) -> list[_Context]:
+        in_window_pool = self.use_sliding_window_kv_pool and self.token_to_kv_pool.layers_mapping[layer.layer_id][1]
+        if window is None and not in_window_pool:
+            return self._contexts
+        key = (window, in_window_pool)
+        if key not in self._windowed:
+            self._windowed[key] = self._located(window, in_window_pool)
+        return self._windowed[key]
 
     def forward_extend(
         self,
@@ -55,7 +77,7 @@ class CpuAttention(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if not self._is_plain(layer):
+        if not self._is_plain(layer, kwargs):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         return self._forward(q, k, v, layer, forward_batch, save_kv_cache)
 
@@ -69,17 +91,16 @@ class CpuAttention(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if not self._is_plain(layer):
+        if not self._is_plain(layer, kwargs):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         return self._forward(q, k, v, layer, forward_batch, save_kv_cache)
 
-    def _is_plain(self, layer: RadixAttention) -> bool:
-        window = layer.sliding_window_size
+    def _is_plain(self, layer: RadixAttention, arguments: dict[str, Any]) -> bool:
         return (
-            not layer.is_cross_attention
+            # Attention sinks: the stock backend knows none either, and says so.
+            arguments.get("sinks") is None
+            and not layer.is_cross_attention
             and layer.attn_type != AttentionType.ENCODER_ONLY
-            and not self.use_sliding_window_kv_pool
-            and (window is None or window < 0)
             and layer.qk_head_dim == layer.v_head_dim
         )
 
@@ -94,17 +115,22 @@ class CpuAttention(TorchNativeAttnBackend):
     ) -> torch.Tensor:
         pool = self.token_to_kv_pool
         if save_kv_cache and k is not None and v is not None:
-            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc), k, v)
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = queries.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        window = layer.sliding_window_size
+        window = window if window is not None and window >= 0 else None
         start = 0
-        for context in self._contexts:
+        for context in self._contexts_for(layer, window):
             end = start + context.new_tokens
             prefix, own = (
                 (keys[slots].to(q.dtype), values[slots].to(q.dtype)) for slots in (context.prefix, context.own)
             )
-            out[start:end] = attend(queries[start:end], prefix, own, layer.scaling)
+            if window is None:
+                out[start:end] = attend(queries[start:end], prefix, own, layer.scaling)
+            else:
+                out[start:end] = attend_window(queries[start:end], prefix, own, layer.scaling, window)
             start = end
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
@@ -158,6 +184,19 @@ def attend(queries: torch.Tensor, prefix: Tensors, own: Tensors, scale: float) -
     total = torch.logaddexp(left_weight, right_weight)
     merged = left.float() * (left_weight - total).exp() + right.float() * (right_weight - total).exp()
     return merged.to(queries.dtype).transpose(0, 1)
+
+
+def attend_window(queries: torch.Tensor, prefix: Tensors, own: Tensors, scale: float, window: int) -> torch.Tensor:
+    """Like `attend`, but that a query sees itself and the ``window`` tokens before it. ``prefix`` may begin where the
+    first query's window does."""
+    new, before = queries.shape[0], len(prefix[0])
+    keys, values = (_heads_first(torch.cat(parts)) for parts in zip(prefix, own, strict=True))
+    distance = torch.arange(before, before + new)[:, None] - torch.arange(before + new)
+    seen = (distance >= 0) & (distance <= window)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        _heads_first(queries), keys, values, attn_mask=seen, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
 
 
 def _heads_first(tensor: torch.Tensor) -> torch.Tensor:

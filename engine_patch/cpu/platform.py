@@ -41,7 +41,16 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def init_backend(self) -> None:
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
+        from sglang.srt.layers.attention.mamba import causal_conv1d
+        from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+        from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
+        from engine_patch.cpu import convolution
         from engine_patch.cpu.attention import CpuAttention
 
         register_attention_backend(ATTENTION)(CpuAttention)
+        # The other methods of MLA need kernels of their own.
+        AttentionBackendRegistry.register(ATTENTION, lambda attention, batch: AttnForwardMethod.MLA)
+        # SGLang calls these two where no compiled kernel is there; Triton's need a GPU.
+        causal_conv1d._causal_conv1d_fn_triton = convolution.convolve
+        causal_conv1d._causal_conv1d_update_triton = convolution.convolve_next

@@ -22,16 +22,22 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+def engine_python() -> Path:
+    """The engine's own environment. Of the session: a test sees no settings from outside."""
+    return Path(os.environ["AGENTSTATE_ENGINE_PYTHON"])
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, engine_python: Path) -> Iterator[LocalStack]:
     settings = Settings()
     checkpoint = settings.cache_dir / "smollm2-135m-instruct"
     if not (checkpoint / "config.json").exists():
         pytest.fail(f"no model in {checkpoint}: run `make test`, which prepares it")
-    # The engine's own environment. Chunks are small, so that restores also meet chunked prefills.
+    # Chunks are small, so that restores also meet chunked prefills.
     stack = LocalStack(
         tmp_path_factory.mktemp("stack"),
         checkpoint,
-        engine_python=Path(os.environ["AGENTSTATE_ENGINE_PYTHON"]),
+        engine_python=engine_python,
         service_port=free_port(),
         engine_port=free_port(),
     )

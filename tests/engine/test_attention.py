@@ -7,7 +7,7 @@ import pytest
 import torch
 from sglang.srt.layers.radix_attention import AttentionType
 
-from engine_patch.cpu.attention import CpuAttention, attend
+from engine_patch.cpu.attention import CpuAttention, attend, attend_window
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DTYPES = list(TOLERANCE)
@@ -21,7 +21,9 @@ def attended(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sc
     return attend(queries, (keys[:prefix], values[:prefix]), (keys[prefix:], values[prefix:]), scale)
 
 
-def reference(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def reference(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
     """Causal attention as it is written down, in float64."""
     new, heads, _ = queries.shape
     total, kv_heads, _ = keys.shape
@@ -29,8 +31,9 @@ def reference(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -
     k = keys.double().repeat_interleave(heads // kv_heads, 1).transpose(0, 1)
     v = values.double().repeat_interleave(heads // kv_heads, 1).transpose(0, 1)
     scores = q @ k.transpose(1, 2) * SCALE
-    future = torch.arange(total)[None, :] > torch.arange(total - new, total)[:, None]
-    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    ahead = torch.arange(total)[None, :] - torch.arange(total - new, total)[:, None]
+    unseen = (ahead > 0) | (-ahead > (total if window is None else window))
+    return (scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
 
 def tensors(prefix: int, new: int, kv_heads: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -71,6 +74,19 @@ def test_a_token_does_not_see_those_after_it() -> None:
     after = attended(queries, keys, values, SCALE)
     assert torch.equal(before[:3], after[:3])
     assert not torch.isclose(before[3:], after[3:]).all(-1).any()
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 63, 500])
+@pytest.mark.parametrize(("prefix", "new"), [(0, 1), (0, 90), (1, 7), (64, 1), (200, 70)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_window_hides_what_lies_before_it(dtype: torch.dtype, prefix: int, new: int, window: int) -> None:
+    queries, keys, values = tensors(prefix, new, 2, dtype)
+    right = reference(queries, keys, values, window)
+    kept = prefix - min(prefix, window)
+    for start in (0, kept):
+        seen = [tensor[start:] for tensor in (keys, values)]
+        before, own = (tuple(t[part] for t in seen) for part in (slice(prefix - start), slice(prefix - start, None)))
+        close(attend_window(queries, before, own, SCALE, window), right, dtype)
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
@@ -205,7 +221,6 @@ def test_a_request_does_not_depend_on_those_beside_it() -> None:
     [
         ("is_cross_attention", True),
         ("attn_type", AttentionType.ENCODER_ONLY),
-        ("sliding_window_size", 128),
         ("v_head_dim", 2 * SIZE),
     ],
 )

@@ -12,7 +12,7 @@ PAGE_SIZE, PAGE_BYTES = 64, 1000
 
 @pytest.fixture
 def ledger() -> Ledger:
-    return Ledger(PAGE_SIZE, PAGE_BYTES)
+    return Ledger(PAGE_SIZE, lambda pages: pages * PAGE_BYTES)
 
 
 def manifest(session: str, pages: list[bytes]) -> Manifest:

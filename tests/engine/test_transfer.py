@@ -108,6 +108,17 @@ def test_slots_that_are_no_whole_aligned_pages_are_refused(slots: list[int]) -> 
         pages.page_numbers(torch.tensor(slots))
 
 
+def test_of_the_pages_of_a_window_those_that_are_held_are_found() -> None:
+    pages = DevicePages(kv_tensors(), PAGE_SIZE)
+    own = [list(range(n * PAGE_SIZE, (n + 1) * PAGE_SIZE)) for n in (4, 2)]
+    gone = [[0] * PAGE_SIZE, list(range(PAGE_SIZE)), [-1] * PAGE_SIZE, own[0][::-1], [*own[0][:-1], 0]]
+    slots = torch.tensor([gone[0], own[0], *gone[1:], own[1]]).flatten()
+    assert pages.held_pages(slots) == [(1, 4), (6, 2)]
+    assert pages.held_pages(torch.empty(0, dtype=torch.int64)) == []
+    with pytest.raises(ValueError, match="not all on a device"):
+        pages.held_pages(torch.arange(PAGES * PAGE_SIZE, (PAGES + 1) * PAGE_SIZE))
+
+
 @pytest.mark.parametrize("numbers", [[0, PAGES], [PAGES, PAGES + 1], [PAGES + 5, 1]], ids=str)
 def test_pages_that_do_not_exist_are_not_written(numbers: list[int]) -> None:
     tensors = kv_tensors()

@@ -1,0 +1,220 @@
+"""The stores of one rank, one a device pool, behind the few questions that the linker asks.
+
+Full attention needs every page of a prefix; a sliding window and a recurrent state need only what lies before its
+end, and such pages exist only where the tree kept them. So a prefix can be restored up to some lengths and not up to
+others, and all pools have to agree on one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from agentstate.pages import LayerwiseReader, PageStore
+from agentstate.pages.store import StoreStats
+from agentstate.settings import Settings
+from engine_patch.pools import DevicePool
+from engine_patch.restore import Restorer, RestoreStats
+from engine_patch.sglang_api import LayerWiseLoadCounter, PoolName, PoolTransfer
+from engine_patch.spill import Spiller, SpillStats
+from engine_patch.transfer import DevicePages
+
+OpenStore = Callable[[DevicePool, DevicePages], PageStore]
+
+
+class LayerGate:
+    """What a forward waits on before it reads a layer of the model: that layer's pages, in whichever pools it has.
+
+    Has the part of `LayerWiseLoadCounter` that SGLang's pools and worker call. A layer without a pool is never
+    waited for.
+    """
+
+    def __init__(self, routes: dict[int, list[tuple[LayerWiseLoadCounter, int]]]):
+        self.consumer_index = -1
+        self._routes = routes
+        self._counters = {id(counter): counter for route in routes.values() for counter, _ in route}
+
+    def set_consumer(self, index: int) -> None:
+        self.consumer_index = index
+        for counter in self._counters.values():
+            counter.set_consumer(index)
+
+    def wait_until(self, threshold: int) -> None:
+        for counter, layer in self._routes.get(threshold, ()):
+            counter.wait_until(layer)
+
+
+class _StoredPool:
+    def __init__(self, pool: DevicePool, open_store: OpenStore, settings: Settings, share: int):
+        self.name = pool.name
+        self.model_layers = pool.model_layers
+        self.window_pages = pool.window_pages
+        self.pages = pool.pages()
+        self.store = open_store(pool, self.pages)
+        self.spiller = Spiller(self.store, self.pages, settings.spill_staging_bytes // share)
+        reader = LayerwiseReader(
+            self.pages.geometry, staging_bytes=settings.staging_bytes // share, threads=settings.read_threads
+        )
+        self.restorer = Restorer(self.store, self.pages, reader)
+
+    def stat(self) -> dict[str, Any]:
+        return {
+            "store": dataclasses.asdict(self.store.stats),
+            "spill": {**dataclasses.asdict(self.spiller.stats), "waiting": self.spiller.waiting},
+            "restore": dataclasses.asdict(self.restorer.stats),
+        }
+
+
+class StoredPools:
+    """``pools``, full attention first, each with a store that ``open_store`` opens. Memory for staging is shared out
+    evenly. Without pools it is a place where nothing is stored and nothing is found.
+
+    Every request loads from every pool, so that all pools count their batches alike: one index serves them all.
+    """
+
+    def __init__(self, pools: Sequence[DevicePool], open_store: OpenStore, settings: Settings):
+        self._pools = [_StoredPool(pool, open_store, settings, len(pools)) for pool in pools]
+        routes: dict[int, list[tuple[LayerWiseLoadCounter, int]]] = {}
+        for pool in self._pools:
+            for position, layer in enumerate(pool.model_layers):
+                routes.setdefault(layer, []).append((pool.restorer.counter, position))
+        self.gate = LayerGate(routes)
+        self.device_pages = {pool.name: pool.pages for pool in self._pools}
+
+    @property
+    def device(self) -> torch.device:
+        return self._pools[0].pages.device if self._pools else torch.device("cpu")
+
+    def restorable(self, keys: Sequence[bytes]) -> list[int]:
+        """Every length, in pages, up to which a prefix of ``keys`` is stored with all that is needed to go on from
+        there. Pages before ``keys`` are taken to be on the device. From memory; never touches the disk."""
+        if not self._pools:
+            return []
+        full, *windowed = self._pools
+        found = full.store.prefix_length(keys)
+        lengths = set(range(1, found + 1))
+        for pool in windowed:
+            run = 0
+            for length in range(1, found + 1):
+                run = run + 1 if keys[length - 1] in pool.store else 0
+                if run < min(pool.window_pages or length, length):
+                    lengths.discard(length)
+        return sorted(lengths)
+
+    def durable(self, keys: Sequence[bytes]) -> int:
+        """The longest of the `restorable` lengths, or 0."""
+        return max(self.restorable(keys), default=0)
+
+    def n_bytes(self, pages: int) -> int:
+        """What restoring a prefix of so many pages reads."""
+        return sum(
+            min(pages, pool.window_pages or pages) * pool.pages.geometry.page_bytes for pool in self._pools
+        )
+
+    def load(self, rid: str, transfers: Sequence[PoolTransfer]) -> bool:
+        """Queue a request's pages in every pool; False, and nothing queued, unless all pools are given."""
+        given = {transfer.name: transfer for transfer in transfers}
+        if not self._pools or given.keys() != self.device_pages.keys():
+            return False
+        for pool in self._pools:
+            transfer = given[pool.name]
+            pool.restorer.queue(rid, keys_of(transfer), pool.pages.page_numbers(transfer.device_indices))
+        return True
+
+    def cancel(self, rid: str) -> bool:
+        return any([pool.restorer.cancel(rid) for pool in self._pools])
+
+    def start(self, ready: Sequence[torch.cuda.Event]) -> int:
+        indices = {pool.restorer.start(ready) for pool in self._pools} or {-1}
+        if len(indices) > 1:
+            raise RuntimeError(f"the pools' batches are out of step: {sorted(indices)}")
+        return indices.pop()
+
+    def finish(self, index: int) -> set[str]:
+        """Wait for the batch: the requests that must not be used, because of whichever pool."""
+        return set().union(*(pool.restorer.finish(index) for pool in self._pools))
+
+    def offer(self, transfers: Sequence[PoolTransfer], ready: Sequence[torch.cuda.Event]) -> bool:
+        """Queue a tree node's pages for writing, those of each pool that it has. One result follows for all."""
+        if not self._pools:
+            return False
+        given = {transfer.name: transfer for transfer in transfers}
+        for pool in self._pools:
+            keys, numbers = _offered(pool, given.get(pool.name))
+            pool.spiller.offer(keys, numbers, ready)
+        return True
+
+    @property
+    def results(self) -> int:
+        """Offers whose result is in, in every pool."""
+        return min((len(pool.spiller.results) for pool in self._pools), default=0)
+
+    def pop_result(self) -> bool:
+        return all([pool.spiller.results.popleft() for pool in self._pools])
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Run ``action``, on a spilling thread, once everything offered so far is stored in every pool or has
+        failed."""
+        for pool in self._pools[1:]:
+            action = _after(pool.spiller, action)
+        if self._pools:
+            self._pools[0].spiller.then(action)
+
+    def reset(self) -> None:
+        for pool in self._pools:
+            pool.restorer.reset()
+            pool.spiller.drain()
+        # Only now: an action may have gone from one pool's queue to another's.
+        for pool in self._pools:
+            pool.spiller.drain()
+            pool.spiller.results.clear()
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.spiller.close()
+        for pool in self._pools:
+            pool.restorer.close()
+            pool.store.close()
+
+    def describe(self) -> str:
+        """For the log: what a page of each pool takes, and how many are stored."""
+        return ", ".join(
+            f"{pool.name.value} {pool.pages.geometry.page_bytes:,} bytes ({pool.store.stats.pages} stored)"
+            for pool in self._pools
+        )
+
+    def stat(self) -> dict[str, Any]:
+        """The counters of full attention, and below ``pools`` those of the others by name; what waits is everyone's."""
+        if not self._pools:
+            return {
+                "store": dataclasses.asdict(StoreStats()),
+                "spill": {**dataclasses.asdict(SpillStats()), "waiting": 0},
+                "restore": dataclasses.asdict(RestoreStats()),
+                "pools": {},
+            }
+        full, *windowed = self._pools
+        stat = full.stat()
+        stat["spill"]["waiting"] = sum(pool.spiller.waiting for pool in self._pools)
+        return {**stat, "pools": {pool.name.value: pool.stat() for pool in windowed}}
+
+
+def keys_of(transfer: PoolTransfer) -> list[bytes]:
+    return [bytes.fromhex(key) for key in transfer.keys]
+
+
+def _offered(pool: _StoredPool, transfer: PoolTransfer | None) -> tuple[list[bytes], torch.Tensor]:
+    if transfer is None:
+        return [], torch.empty(0, dtype=torch.int64)
+    keys = keys_of(transfer)
+    if pool.window_pages is None:
+        return keys, pool.pages.page_numbers(transfer.device_indices)
+    # What has left the window may have left the pool: its slots are those of the pool's empty first page.
+    held = pool.pages.held_pages(transfer.device_indices)
+    return [keys[position] for position, _ in held], torch.tensor([number for _, number in held], dtype=torch.int64)
+
+
+def _after(spiller: Spiller, action: Callable[[], None]) -> Callable[[], None]:
+    return lambda: spiller.then(action)

@@ -1,0 +1,182 @@
+"""Every kind of KV pool, on tiny random models: what left the device comes back, or the request is recomputed, and the
+tokens are those of an agent that was never suspended."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import free_port
+from prompts import Generated, Generator
+
+from agentstate import engines
+from agentstate.control import ControlClient
+from agentstate.database import Database
+from agentstate.local import LocalStack
+from agentstate.pages.inventory import store_directories
+from agentstate.pages.store import read_header
+from agentstate.settings import Settings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from models import VOCABULARY  # noqa: E402
+
+PAGE = 64
+FLAGS = ("--skip-tokenizer-init", "--dtype", "float32", "--max-total-tokens", "8192", "--chunked-prefill-size", "1024")
+
+Start = Callable[..., LocalStack]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, engine_python: Path) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    subprocess.run([engine_python, Path(__file__).parents[1] / "models.py", directory], check=True)
+    return directory
+
+
+@pytest.fixture
+def start(tmp_path: Path, checkpoints: Path, engine_python: Path) -> Iterator[Start]:
+    """Starts an engine with a model of a kind, and a service beside it; both end with the test."""
+    with ExitStack() as running:
+
+        def start(kind: str, *flags: str) -> LocalStack:
+            ports = {"service_port": free_port(), "engine_port": free_port()}
+            stack = LocalStack(tmp_path / "stack", checkpoints / kind, engine_python=engine_python, **ports)
+            running.enter_context(closing(stack))
+            stack.start_service()
+            stack.start_engine(*FLAGS, *flags)
+            return stack
+
+        yield start
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    numbers = random.Random(seed)
+    return [numbers.randrange(2, VOCABULARY) for _ in range(count)]
+
+
+def ask_ranks(stack: LocalStack, verb: str, **arguments: Any) -> list[dict[str, Any]]:
+    """What each rank of the engine answers at its control endpoint."""
+    settings = Settings(home=stack.home, database_url="")
+    database = Database(settings.sqlalchemy_url)
+    try:
+        with database.read() as connection:
+            found = engines.live(connection, settings.engine_timeout_s, stack.model)
+    finally:
+        database.close()
+    found.sort(key=lambda engine: engine.rank)
+    return [ControlClient(engine.control_address).call(verb, 60, **arguments) for engine in found]
+
+
+def suspend(stack: LocalStack) -> None:
+    """Wait until everything that was offered is stored, on every rank, and empty the device."""
+    while any(stat["spill"]["waiting"] for stat in ask_ranks(stack, "stat")):
+        time.sleep(0.05)
+    stack.flush_device()
+
+
+class Agent:
+    """Two turns, the second of which has all of the first before it."""
+
+    def __init__(self, stack: LocalStack, seed: int, **fields: Any):
+        self._generate = Generator(stack.engine_url)
+        self._fields = fields
+        self._question, self._next = tokens(seed, 7 * PAGE + 20), tokens(seed + 1, 30)
+        self._answer = self._generate(self._question, max_new_tokens=2 * PAGE, **fields)
+
+    def second_turn(self) -> Generated:
+        return self._generate([*self._question, *self._answer.tokens, *self._next], 24, **self._fields)
+
+
+def resumes_like_never_suspended(stack: LocalStack) -> None:
+    wanted = Agent(stack, 1, cache_salt="never suspended").second_turn()
+    assert wanted.cached and not wanted.restored
+    assert Agent(stack, 2).second_turn().tokens != wanted.tokens  # a model that answers everything alike tests nothing
+    agent = Agent(stack, 1, session_id="ses_1")
+    for rank in ask_ranks(stack, "flush", session="ses_1", timeout_ms=30_000):
+        assert (rank["state"], rank["tokens"]) == ("durable", wanted.cached)
+    suspend(stack)
+    resumed = agent.second_turn()
+    assert (resumed.tokens, resumed.cached, resumed.restored) == (wanted.tokens, wanted.cached, wanted.cached)
+
+
+def recomputes_what_was_damaged(stack: LocalStack, store: str, layers: int, slot: int) -> Generated:
+    """With a bit flipped in the page at ``slot`` of the newest extent that is so long, in the store of so many layers
+    whose directory has that name. What the resumed turn found."""
+    wanted = Agent(stack, 3, cache_salt="never damaged").second_turn()
+    agent = Agent(stack, 3)
+    suspend(stack)
+    paths = [path for path in (stack.home / "pages").glob(f"*/{store}/extents/*.ext")]
+    headers = {path: read_header(path) for path in sorted(paths, key=lambda path: path.name, reverse=True)}
+    path, header = next((p, h) for p, h in headers.items() if h.geometry.layers == layers and h.pages > slot)
+    offset, length = header.component_range(layers - 1, 0, slot, 1)
+    with path.open("r+b") as file:
+        file.seek(offset + length // 2)
+        byte = file.read(1)[0]
+        file.seek(offset + length // 2)
+        file.write(bytes([byte ^ 1]))
+    resumed = agent.second_turn()
+    assert resumed.tokens == wanted.tokens
+    assert resumed.cached < wanted.cached
+    return resumed
+
+
+def test_fp8(start: Start) -> None:
+    resumes_like_never_suspended(start("llama", "--kv-cache-dtype", "fp8_e4m3"))
+
+
+def test_mla(start: Start) -> None:
+    resumes_like_never_suspended(start("mla"))
+
+
+def test_a_sliding_window(start: Start) -> None:
+    stack = start("sliding")
+    resumes_like_never_suspended(stack)
+    # Without the last page of the window, a page less can be gone on from: its window is there.
+    assert recomputes_what_was_damaged(stack, "rank0", layers=3, slot=1).cached == 8 * PAGE
+    stat = stack.stat()
+    assert stat["restore"]["pages_failed"] == 0
+    assert stat["pools"]["swa"]["restore"]["pages_failed"] == 1
+
+
+def test_recurrent_state(start: Start) -> None:
+    stack = start("conv", "--page-size", "1")
+    resumes_like_never_suspended(stack)
+    recomputes_what_was_damaged(stack, "rank0", layers=3, slot=0)
+    stat = stack.stat()
+    assert stat["restore"]["pages_failed"] == 0
+    assert stat["pools"]["mamba"]["restore"]["pages_failed"] == 1
+
+
+def test_ranks_agree_on_what_is_restored(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    stack = start("llama", "--tp", "2")
+    resumes_like_never_suspended(stack)
+    # One rank's restore fails and is discarded on both; then its store has fewer pages than the other one's.
+    resumed = recomputes_what_was_damaged(stack, "rank1", layers=4, slot=4)
+    assert (resumed.cached, resumed.restored) == (4 * PAGE, 4 * PAGE)
+    first, second = ask_ranks(stack, "stat")
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert (first["restore"]["pages_failed"], second["restore"]["pages_failed"]) == (0, 1)
+    assert first["spill"]["pages_spilled"] + 1 == second["spill"]["pages_spilled"]
+
+
+def test_a_model_that_cannot_be_stored_is_served(start: Start) -> None:
+    stack = start("all_sliding")
+    reason = stack.stat()["off"]
+    assert "cannot store what this model keeps" in reason
+    log = (stack.home / "engine.log").read_text()
+    assert log.count("neither stores nor restores pages") == log.count(reason) == 1
+    computed = Agent(stack, 1)
+    hit = computed.second_turn()
+    assert hit.cached and not hit.restored
+    suspend(stack)
+    assert computed.second_turn().restored == 0
+    assert stack.stat()["spill"]["pages_spilled"] == 0
+    assert not store_directories(stack.home / "pages")

@@ -1,0 +1,73 @@
+"""Tiny checkpoints with random weights, one of each kind of KV pool: `python tests/models.py DIRECTORY`
+makes them all.
+
+Runs in the engine's environment, which has torch and transformers. Weights are drawn wider than a model is initialised
+with, so that what is attended to decides the next token, and a wrong page shows in the output.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+KINDS = ("llama", "mla", "sliding", "all_sliding", "conv")
+VOCABULARY = 1024
+WINDOW = 128  # tokens that a sliding layer sees: two pages
+_SEED = 20
+
+
+def save(kind: str, directory: Path) -> None:
+    """Write a checkpoint of one of `KINDS`: a few megabytes, float32, without a tokenizer."""
+    import torch
+    import transformers as hf
+
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    match kind:
+        case "llama":
+            config = hf.LlamaConfig(num_hidden_layers=4, head_dim=32, **common)
+        case "mla":
+            latent = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+            routed = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_layer_freq": 1}
+            routing = {"n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax"}
+            yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, "rope_theta": 1e4}
+            config = hf.DeepseekV2Config(
+                num_hidden_layers=3,
+                q_lora_rank=None,
+                moe_intermediate_size=64,
+                first_k_dense_replace=1,
+                rope_parameters=yarn | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1},
+                **latent,
+                **routed,
+                **routing,
+                **common | {"num_key_value_heads": 4},
+            )
+        case "sliding" | "all_sliding":
+            layers = ["sliding_attention"] * 3 + ["full_attention" if kind == "sliding" else "sliding_attention"]
+            config = hf.MellumConfig(
+                num_hidden_layers=4, head_dim=32, sliding_window=WINDOW, layer_types=layers, **experts, **common
+            )
+        case "conv":
+            layers = ["conv", "conv", "full_attention", "conv"]
+            config = hf.Lfm2Config(num_hidden_layers=4, layer_types=layers, conv_L_cache=3, **common)
+        case _:
+            raise SystemExit(f"{kind!r} is none of {', '.join(KINDS)}")
+    torch.manual_seed(_SEED)
+    hf.AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    for name in KINDS:
+        save(name, Path(sys.argv[1]) / name)

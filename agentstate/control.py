@@ -6,8 +6,14 @@ lives in ``engine_patch.control``.
 
 Verbs::
 
-    flush(session, timeout_ms)  -> state, tokens, pages, bytes     the barrier of a suspend
-    stat()                      -> counters of the rank, its fingerprint and its page store
+    flush(session, timeout_ms)           -> state, tokens, pages, bytes    the barrier of a suspend
+    prefetch(session, tier, timeout_ms)  -> state, tier, tokens, bytes     bring its pages to host or device memory
+    demote(session)                      -> demoted                        its device pages are evicted first
+    stat()                               -> counters of the rank, its fingerprint and its page store
+
+The state of a flush is a `KvState`. That of a prefetch is ``running`` when the time was up before it ended; ``done``;
+``missing`` when nothing of the session is stored; or ``full`` when there was no room on the device. ``tier`` says where
+the pages went: to host memory also when the device was asked for and cannot be reached.
 
 An endpoint is bound to loopback unless an operator sets ``AGENTSTATE_CONTROL_ADDRESS`` otherwise. It carries no
 secrets and authenticates nobody: whoever reaches it can ask for durability and for statistics, not for pages.

@@ -7,8 +7,10 @@ process lives: the newest manifest of every session waits here, and pages need n
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 from agentstate import engines, manifests
 from agentstate.database import Database
@@ -18,13 +20,25 @@ from agentstate.manifests import Manifest
 
 logger = logging.getLogger(__name__)
 
+_TELL_S = 600.0
+
 
 class Catalog:
     """Registers ``engine`` and keeps it registered until `close`. ``saved`` is called, on the catalog's thread, with
-    every manifest once it is committed."""
+    every manifest once it is committed; ``needed``, now and then, with the chains of all live manifests."""
 
-    def __init__(self, database: Database, engine: Engine, heartbeat_s: float, saved: Callable[[Manifest], None]):
+    def __init__(
+        self,
+        database: Database,
+        engine: Engine,
+        heartbeat_s: float,
+        *,
+        saved: Callable[[Manifest], None],
+        needed: Callable[[Iterable[list[bytes]]], None],
+    ):
         self._database = database
+        self._needed = needed
+        self._told_s = -math.inf
         self._engine = engine
         self._heartbeat_s = heartbeat_s
         self._saved = saved
@@ -53,6 +67,17 @@ class Catalog:
             self._changed.notify()
         self._thread.join()
 
+    def _tell_needed(self) -> None:
+        """Tell which chains live manifests need: sessions are deleted and expire in SQL, where nobody tells us."""
+        if time.monotonic() - self._told_s < _TELL_S:
+            return
+        with self._database.read() as connection:
+            chains = list(manifests.chains(connection, self._engine.fingerprint, self._engine.rank))
+        with self._changed:
+            chains += [manifest.page_keys() for manifest in self._waiting.values()]
+        self._needed(chains)
+        self._told_s = time.monotonic()
+
     def _run(self) -> None:
         while not self._closed:
             with self._changed:
@@ -61,6 +86,7 @@ class Catalog:
                 closing = self._closing
             try:
                 self._write(batch, closing)
+                self._tell_needed()
                 if self._failing:
                     logger.info("agentstate: the database answers again")
                 self._failing = False

@@ -15,26 +15,41 @@ from agentstate.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-_TICK_MS = 2  # how often a waiting flush is looked at again
+_POLL_MS = 2  # how often what waits is looked at again
 _IDLE_MS = 200  # how long `close` may have to wait
+_TICK_S = 1.0
 
 
 class _Waiting(NamedTuple):
     peer: list[bytes]
-    session: str
-    deadline: float
+    answer: Callable[[], dict[str, Any]]
+    deadline_s: float
 
 
 class ControlEndpoint:
     """Binds ``address`` (``*`` takes a free port; `address` then says which) and serves until `close`.
 
-    ``standing(session)`` answers a flush as of now; while its state is ``pending`` the peer waits, up to its own
-    timeout. ``stat()`` answers the other verb. Raises EngineError when the address cannot be bound.
+    ``standing(session)`` answers a flush as of now, and ``prefetch(session, tier)`` begins one and gives what answers
+    it as of now; while the state is ``pending`` or ``running`` the peer waits, up to its own timeout.
+    ``demote(session)`` and ``stat()`` answer the other verbs. ``tick()`` is called about once a second. Raises
+    EngineError when the address cannot be bound.
     """
 
-    def __init__(self, address: str, standing: Callable[[str], dict[str, Any]], stat: Callable[[], dict[str, Any]]):
+    def __init__(
+        self,
+        address: str,
+        *,
+        standing: Callable[[str], dict[str, Any]],
+        stat: Callable[[], dict[str, Any]],
+        prefetch: Callable[[str, str], Callable[[], dict[str, Any]]],
+        demote: Callable[[str], dict[str, Any]],
+        tick: Callable[[], None],
+    ):
         self._standing = standing
         self._stat = stat
+        self._prefetch = prefetch
+        self._demote = demote
+        self._tick = tick
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         try:
@@ -56,19 +71,33 @@ class ControlEndpoint:
         self._socket.close()
 
     def _run(self) -> None:
+        next_tick_s = time.monotonic() + _TICK_S
         while not self._closing.is_set():
-            if self._socket.poll(_TICK_MS if self._waiting else _IDLE_MS):
+            if self._socket.poll(_POLL_MS if self._waiting else _IDLE_MS):
                 *peer, request = self._socket.recv_multipart()
                 self._answer(peer, request)
             self._waiting = [waiting for waiting in self._waiting if not self._settle(waiting)]
+            if time.monotonic() >= next_tick_s:
+                next_tick_s = time.monotonic() + _TICK_S
+                try:
+                    self._tick()
+                except Exception:
+                    # Before the rank is complete, or what cannot be told now: the next one will.
+                    logger.debug("agentstate: a tick failed", exc_info=True)
 
     def _answer(self, peer: list[bytes], raw: bytes) -> None:
         try:
             request = unpack(raw)
+            deadline_s = time.monotonic() + float(request.get("timeout_ms", 0)) / 1000
             match request.get("verb"):
                 case "flush":
-                    deadline = time.monotonic() + float(request.get("timeout_ms", 0)) / 1000
-                    self._waiting.append(_Waiting(peer, str(request["session"]), deadline))
+                    session = str(request["session"])
+                    self._waiting.append(_Waiting(peer, lambda: self._standing(session), deadline_s))
+                case "prefetch":
+                    begun = self._prefetch(str(request["session"]), str(request["tier"]))
+                    self._waiting.append(_Waiting(peer, begun, deadline_s))
+                case "demote":
+                    self._send(peer, {"ok": True, **self._demote(str(request["session"]))})
                 case "stat":
                     self._send(peer, {"ok": True, **self._stat()})
                 case verb:
@@ -80,14 +109,14 @@ class ControlEndpoint:
             self._send(peer, {"ok": False, "error": str(error)})
 
     def _settle(self, waiting: _Waiting) -> bool:
-        """Answer a flush whose state is final or whose time is up."""
+        """Answer what is final or whose time is up."""
         try:
-            answer = self._standing(waiting.session)
-            if answer["state"] == "pending" and time.monotonic() < waiting.deadline:
+            answer = waiting.answer()
+            if answer["state"] in ("pending", "running") and time.monotonic() < waiting.deadline_s:
                 return False
             self._send(waiting.peer, {"ok": True, **answer})
         except Exception as error:
-            logger.exception("agentstate: flush of %s failed", waiting.session)
+            logger.exception("agentstate: a control request failed")
             self._send(waiting.peer, {"ok": False, "error": str(error)})
         return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from agentstate.manifests import KEY_BYTES, KvState, Manifest
@@ -27,10 +27,11 @@ class Standing:
 
 class Ledger:
     """Thread-safe. Remembers the sessions that were used last; SQL remembers the others. ``n_bytes`` says how many
-    bytes a prefix of so many pages has in the stores."""
+    bytes a prefix of so many pages has in the stores, ``stored`` how many pages of a chain are there now."""
 
-    def __init__(self, page_size: int, n_bytes: Callable[[int], int]):
+    def __init__(self, page_size: int, n_bytes: Callable[[int], int], stored: Callable[[Sequence[bytes]], int]):
         self._page_size = page_size
+        self._stored = stored
         self._n_bytes = n_bytes
         self._standings: OrderedDict[str, Standing] = OrderedDict()
         self._mutex = threading.Lock()
@@ -64,14 +65,19 @@ class Ledger:
         if standing is None:
             return None
         if min(standing.settled, standing.saved) < standing.requests:
-            state = KvState.PENDING
-        else:
-            state = _state(standing.durable, len(standing.keys))
-        return self._answer(state, standing.durable)
+            return self._answer(KvState.PENDING, standing.durable)
+        # What was stored then may have been evicted since.
+        return self.remembered(standing.keys, self._stored(standing.keys[: standing.durable]))
 
-    def remembered(self, manifest: Manifest, stored: int) -> dict[str, object]:
-        """The answer of a ``flush`` for a session of an earlier process: ``stored`` of its pages are still here."""
-        return self._answer(_state(stored, len(manifest.page_keys())), stored)
+    def remembered(self, keys: Sequence[bytes], stored: int) -> dict[str, object]:
+        """The answer of a ``flush`` for a chain of which ``stored`` pages are still here."""
+        return self._answer(_state(stored, len(keys)), stored)
+
+    def chain(self, session_id: str) -> list[bytes] | None:
+        """The stored pages of the session's newest settled request, or None when there is none."""
+        with self._mutex:
+            standing = self._standings.get(session_id)
+        return None if standing is None or not standing.settled else list(standing.keys[: standing.durable])
 
     def _answer(self, state: KvState, pages: int) -> dict[str, object]:
         return {

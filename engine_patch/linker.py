@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from agentstate.database import Database
 from agentstate.engines import Engine
 from agentstate.errors import EngineError
 from agentstate.manifests import Manifest
-from agentstate.pages import PageStore, fingerprint, weights_digest
+from agentstate.pages import PageStore, Quota, fingerprint, weights_digest
 from agentstate.settings import Settings
 from engine_patch.catalog import Catalog
 from engine_patch.control import ControlEndpoint
+from engine_patch.device_tier import DeviceTier
 from engine_patch.ledger import Ledger
+from engine_patch.metrics import Metrics
 from engine_patch.pools import DevicePool, device_pools
 from engine_patch.sglang_api import (
     SUPPORTED,
@@ -29,6 +31,7 @@ from engine_patch.sglang_api import (
     RadixKey,
     UnifiedCacheLinker,
     get_model,
+    get_observability,
     get_parallel,
     get_serving,
     get_storage_hash_str,
@@ -37,6 +40,9 @@ from engine_patch.stored_pools import StoredPools, keys_of
 from engine_patch.transfer import DevicePages
 
 logger = logging.getLogger(__name__)
+
+# SGLang waits 15 seconds for a scheduler that it has told to end.
+_DRAIN_S = 10.0
 
 
 class AgentStateLinker(UnifiedCacheLinker):
@@ -51,6 +57,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self, server_args: Any, params: Any, *, components: Any, extra_config: Any, forward_stream: Any = None
     ):
         settings = Settings()
+        self._prefetch_ttl_s = settings.prefetch_ttl_s
         self._off: str | None = None
         self.forward_stream = forward_stream
         self.page_size: int = params.page_size
@@ -60,13 +67,14 @@ class AgentStateLinker(UnifiedCacheLinker):
         except EngineError as error:
             self.retire(f"AgentState cannot store what this model keeps: {error}")
         rank = get_parallel().tp_rank
+        quota = _quota(settings, pools)
         fields = _fingerprint_fields(self.page_size, pools)
         mark = fingerprint(**fields, pool=PoolName.KV.value)
 
         def open_store(pool: DevicePool, pages: DevicePages) -> PageStore:
             own = fingerprint(**fields, pool=pool.name.value)
             directory = settings.pages_path.absolute() / own.hex()[:32] / f"rank{rank}"
-            return PageStore(directory, own, pages.geometry)
+            return PageStore(directory, own, pages.geometry, quota[pool.name])
 
         self._pools = StoredPools(pools, open_store, settings)
         self.layer_done_counter = self._pools.gate
@@ -74,8 +82,16 @@ class AgentStateLinker(UnifiedCacheLinker):
         if PoolName.MAMBA in self.pools:
             # The state has readers of its own, which do not come by the KV pool.
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
-        self._ledger = Ledger(self.page_size, self._pools.n_bytes)
-        self._control = ControlEndpoint(settings.control_address, self._standing, self.stat)
+        self._ledger = Ledger(self.page_size, self._pools.n_bytes, self._pools.durable)
+        self.device_tier: DeviceTier | None = None
+        self._control = ControlEndpoint(
+            settings.control_address,
+            standing=self._standing,
+            stat=self.stat,
+            prefetch=self._prefetch,
+            demote=self._demote,
+            tick=self._tick,
+        )
         self._engine = Engine(
             id=ids.new("eng"),
             node=socket.gethostname(),
@@ -87,7 +103,10 @@ class AgentStateLinker(UnifiedCacheLinker):
             pages_dir=str(settings.pages_path.absolute()),
         )
         database = Database(settings.sqlalchemy_url)
-        self._catalog = Catalog(database, self._engine, settings.heartbeat_interval_s, self._ledger.saved)
+        self._catalog = Catalog(
+            database, self._engine, settings.heartbeat_interval_s, saved=self._ledger.saved, needed=self._need_only
+        )
+        self._metrics = Metrics(self._engine) if get_observability().enable_metrics else None
         logger.info(
             "agentstate: rank %d, pages of %d tokens in %s: %s; database %s, control %s",
             rank,
@@ -149,9 +168,39 @@ class AgentStateLinker(UnifiedCacheLinker):
             keys = [bytes.fromhex(text) for text in get_storage_hash_str(key, page_size=self.page_size)]
             durable = self._pools.durable(keys)
             self._ledger.settled(session_id, request, keys, durable)
+            self._pools.need([keys[:durable]])
+            self._pools.merge(keys[:durable])
             self._catalog.save(self._manifest(session_id, keys[:durable]))
 
         self._pools.then(settle)
+
+    # Ahead of a request, and beside them.
+
+    def read_ahead(self, rid: str, keys: Sequence[str]) -> None:
+        """Begin to read what a request that waits is going to load."""
+        if self._off is None:
+            self._pools.read_ahead(rid, [bytes.fromhex(key) for key in keys])
+
+    def tidy(self, waiting: Callable[[], Collection[str]]) -> None:
+        """Let go of what was read for requests that are not ``waiting`` any more."""
+        self._pools.tidy(waiting)
+
+    def load_ahead(self, rid: str, keys: list[bytes], slots: torch.Tensor) -> int:
+        """Load pages for no request, into slots that the caller owns: the number of a batch, to ask `landed` and
+        `failed_loads` with."""
+        return self._pools.load_ahead(rid, keys, slots, self._device_events())
+
+    def landed(self, batch: int) -> bool:
+        return self._pools.landed(batch)
+
+    def stored(self, keys: Sequence[str]) -> bool:
+        """Whether all of these pages are stored."""
+        return self._pools.durable([bytes.fromhex(key) for key in keys]) == len(keys)
+
+    @property
+    def lost(self) -> int:
+        """How many pages that were stored have been lost since the start."""
+        return self._pools.lost
 
     def reset(self) -> None:
         """Quiesce for a flush of the device cache. What is stored stays stored."""
@@ -159,7 +208,7 @@ class AgentStateLinker(UnifiedCacheLinker):
 
     def close(self) -> None:
         self._control.close()
-        self._pools.close()
+        self._pools.close(_DRAIN_S)
         self._catalog.close()
 
     # What the control endpoint asks for.
@@ -176,9 +225,51 @@ class AgentStateLinker(UnifiedCacheLinker):
 
     def _standing(self, session_id: str) -> dict[str, Any]:
         standing = self._ledger.standing(session_id)
-        if standing is None and (manifest := self._catalog.load(session_id)) is not None:
-            return self._ledger.remembered(manifest, self._pools.durable(manifest.page_keys()))
+        if standing is None and (keys := self._chain(session_id)):
+            return self._ledger.remembered(keys, self._pools.durable(keys))
         return standing or {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0}
+
+    def _chain(self, session_id: str) -> list[bytes]:
+        """The session's pages that were stored when its newest request had ended."""
+        if (keys := self._ledger.chain(session_id)) is not None:
+            return keys
+        manifest = self._catalog.load(session_id)
+        return [] if manifest is None else manifest.page_keys()
+
+    def _prefetch(self, session_id: str, tier: str) -> Callable[[], dict[str, Any]]:
+        """Begin to bring a session's pages nearer: what tells how far that is, as of now.
+
+        ``tier`` is ``device`` or ``host``; where the device cannot be reached (`DeviceTier`), host memory is.
+        """
+        if tier not in ("host", "device"):
+            raise ValueError(f"tier {tier!r} is neither host nor device")
+        chain = self._chain(session_id)
+        keys = chain[: self._pools.durable(chain)]
+        answer = {"tier": tier, "tokens": len(keys) * self.page_size, "bytes": self._pools.n_bytes(len(keys))}
+        if not keys or self._off is not None:
+            return lambda: {**answer, "state": "missing"}
+        if tier == "device" and self.device_tier is not None and self.device_tier.knows(session_id):
+            progress = self.device_tier.prefetch(session_id, keys)
+            return lambda: {**answer, "state": progress.state}
+        begun = self._pools.prefetch(session_id, keys, self._prefetch_ttl_s)
+        answer["tier"] = "host"
+        return lambda: {
+            **answer,
+            "state": "missing" if not begun else "done" if self._pools.staged(session_id) else "running",
+        }
+
+    def _demote(self, session_id: str) -> dict[str, Any]:
+        if self.device_tier is None or not self.device_tier.knows(session_id):
+            return {"demoted": False}
+        self.device_tier.demote(session_id)
+        return {"demoted": True}
+
+    def _need_only(self, chains: Iterable[list[bytes]]) -> None:
+        self._pools.need(chains, only=True)
+
+    def _tick(self) -> None:
+        if self._metrics is not None:
+            self._metrics.update(self.stat())
 
     def _device_events(self) -> Sequence[torch.cuda.Event]:
         """After these, everything that was launched so far has read and written its device pages. A CPU launches
@@ -197,6 +288,19 @@ class AgentStateLinker(UnifiedCacheLinker):
             keys=b"".join(keys),
             nbytes=self._pools.n_bytes(len(keys)),
         )
+
+
+def _quota(settings: Settings, pools: list[DevicePool]) -> dict[PoolName, Quota]:
+    """Each pool's part of what this rank may keep, by what a page of it takes."""
+    sizes = {pool.name: pool.pages().geometry.page_bytes for pool in pools}
+    ranks = get_parallel().tp_size
+    return {
+        name: Quota(
+            None if settings.pages_quota is None else settings.pages_quota * size // sum(sizes.values()) // ranks,
+            settings.pages_free_share,
+        )
+        for name, size in sizes.items()
+    }
 
 
 def _reachable(host: str) -> str:

@@ -24,6 +24,9 @@ def register() -> None:
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _before_next_batch, sgl.HookType.AROUND
     )
     sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler._prefetch_kvcache", _while_queueing, sgl.HookType.AROUND
+    )
+    sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.abort_request", _before_abort, sgl.HookType.AROUND
     )
     sgl.HookRegistry.register(
@@ -112,7 +115,13 @@ def _before_abort(original: Any, scheduler: Any, abort: Any) -> Any:
     return original(scheduler, abort)
 
 
+def _while_queueing(original: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(scheduler.tree_cache, _cache_class()):
+        scheduler.tree_cache.read_ahead(scheduler, req)
+    return original(scheduler, req, *args, **kwargs)
+
+
 def _before_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(scheduler.tree_cache, _cache_class()):
-        scheduler.tree_cache.requeue_failed(scheduler)
+        scheduler.tree_cache.before_next_batch(scheduler)
     return original(scheduler, *args, **kwargs)

@@ -80,10 +80,9 @@ class Prefetches:
             for session in [name for name, ahead in self._sessions.items() if ahead.expires_s <= now]:
                 self._give_up(self._sessions, session)
 
-    @property
-    def requests(self) -> int:
-        """Requests that are read for."""
-        return len(self._requests)
+    def __len__(self) -> int:
+        """How many streams there are."""
+        return len(self._requests) + len(self._sessions)
 
     def staged(self, session_id: str) -> bool:
         """Whether everything of a session's prefetch that fits the memory has been read, or has been used."""

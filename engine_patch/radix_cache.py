@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine_patch.device_tier import DeviceTier
 from engine_patch.linker import AgentStateLinker
 from engine_patch.sglang_api import (
     FINISH_ABORT,
@@ -63,9 +64,16 @@ class AgentStateRadixCache(UnifiedRadixCache):
         super().__init__(params)
         # Requests whose restore failed, until they are queued again.
         self._recomputing: list[_Recomputation] = []
+        self._lost = 0
 
     def init_cache_linker(self, cache_linker: AgentStateLinker) -> None:
         self.linker = _LinkerWrapper(self, cache_linker)
+        self.device_tier = cache_linker.device_tier = DeviceTier(self)
+
+    def reset(self) -> None:
+        if self.linker is not None:
+            self.device_tier.drop_arrivals()
+        super().reset()
 
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
@@ -73,7 +81,25 @@ class AgentStateRadixCache(UnifiedRadixCache):
             # The insert may have kept less than it was offered; what it kept is what the manifest may list.
             tokens = req.full_untruncated_fill_ids[: req.kv.cache_inserted_len]
             key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
-            self.linker.cache_linker.request_finished(req.session_id, key)
+            linker = self.linker.cache_linker
+            if linker.lost != self._lost:
+                self._lost = linker.lost
+                self.device_tier.offer_again(key)
+            self.device_tier.remember(req.session_id, key)
+            linker.request_finished(req.session_id, key)
+
+    def read_ahead(self, scheduler: Scheduler, req: Req) -> None:
+        """Begin to read what a request will load, now that it is being queued behind others."""
+        if scheduler.waiting_queue or scheduler.chunked_req or not scheduler.running_batch.is_empty():
+            req.init_next_round_input(self, cow_mamba=False)
+            if (found := self.linker.hit_markers.get(req.rid)) is not None:
+                self.linker.cache_linker.read_ahead(req.rid, found.tail_hashes)
+
+    def before_next_batch(self, scheduler: Scheduler) -> None:
+        """Everything that is done between two batches."""
+        self.requeue_failed(scheduler)
+        self.device_tier.run()
+        self.linker.cache_linker.tidy(lambda: {req.rid for req in scheduler.waiting_queue})
 
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
         """Mark the requests whose restore failed (see the module's docstring), and return those that the caller must
@@ -89,7 +115,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         return [req for req in failed if not req.finished_output]
 
     def requeue_failed(self, scheduler: Scheduler) -> None:
-        """Queue again what no batch holds any more. Called before the scheduler makes its next batch."""
+        """Queue again what no batch holds any more."""
         for item in list(self._recomputing):
             req = item.req
             if req is scheduler.chunked_req:

@@ -22,13 +22,15 @@ logger = logging.getLogger(__name__)
 @dataclass
 class RestoreStats:
     """Counters since the engine started. ``pages_failed`` were read and not used: damaged, or not readable.
-    ``first_layer_s`` is how long batches waited for their first layer, of ``seconds`` in all."""
+    ``first_layer_s`` is how long it took until the first layer of a batch was there, of ``seconds`` in all, and
+    ``forward_wait_s`` how long forwards waited for a layer."""
 
     restores: int = 0
     pages_restored: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
     first_layer_s: float = 0.0
+    forward_wait_s: float = 0.0
     pages_failed: int = 0
     requests_failed: int = 0
 
@@ -113,6 +115,10 @@ class Restorer:
         self._batches[index] = batch
         self._queue.put((index, batch))
         return index
+
+    def landed(self, index: int) -> bool:
+        """Whether `finish` would not wait."""
+        return all(future.done() for future in self.counter.futures.get(index, ()))
 
     def finish(self, index: int) -> set[str]:
         """Wait until batch ``index`` stops writing to the device: the rids whose pages must not be used."""

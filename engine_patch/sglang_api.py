@@ -29,6 +29,7 @@ from sglang.srt.arg_groups.choices import add_attention_backend_choices  # noqa:
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view  # noqa: E402
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook  # noqa: E402
 from sglang.srt.managers.schedule_batch import FINISH_ABORT  # noqa: E402
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams  # noqa: E402
 from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer  # noqa: E402
 from sglang.srt.mem_cache.memory_pool import (  # noqa: E402
@@ -51,23 +52,27 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (  # noqa: E
     UnifiedCacheLinker,
     UnifiedCacheLinkerWrapper,
 )
+from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeCore  # noqa: E402
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache  # noqa: E402
 from sglang.srt.mem_cache.utils import get_storage_hash_str  # noqa: E402
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: E402
-from sglang.srt.runtime_context import get_memory, get_model, get_parallel, get_serving  # noqa: E402
+from sglang.srt.runtime_context import get_memory, get_model, get_observability, get_parallel, get_serving  # noqa: E402
 
 __all__ = [
     "FINISH_ABORT",
     "SUPPORTED",
     "ComponentType",
+    "EvictParams",
     "HookRegistry",
     "HookType",
     "HybridLinearKVPool",
     "HybridReqToTokenPool",
+    "InsertParams",
     "LayerWiseLoadCounter",
     "MHATokenToKVPool",
     "MLATokenToKVPool",
     "MambaPool",
+    "MatchPrefixParams",
     "PoolName",
     "PoolTransfer",
     "RadixKey",
@@ -76,12 +81,14 @@ __all__ = [
     "UnifiedCacheLinker",
     "UnifiedCacheLinkerWrapper",
     "UnifiedRadixCache",
+    "UnifiedTreeCore",
     "add_attention_backend_choices",
     "check_version",
     "create_unified_radix_cache",
     "declare_resolution",
     "get_memory",
     "get_model",
+    "get_observability",
     "get_parallel",
     "get_serving",
     "get_storage_hash_str",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,6 +67,7 @@ class Spiller:
         self._pages_a_draft = store.pages_within(staging_bytes)
         self._buffer = mmap.mmap(-1, store.draft_bytes(self._pages_a_draft))
         self._merge_reader = LayerwiseReader(store.geometry, staging_bytes=_MERGE_STAGING_BYTES, threads=1)
+        self._until_s = math.inf
         # Chains to look for small extents in, by their last key.
         self._chains: dict[bytes, list[bytes]] = {}
         self._queue: queue.Queue[_Offer | Callable[[], None] | None] = queue.Queue()
@@ -85,8 +88,8 @@ class Spiller:
         self._queue.put(action)
 
     def merge(self, chain: list[bytes]) -> None:
-        """Merge the small extents of a stored chain when there is nothing else to do. On the spilling thread."""
-        self._chains[chain[-1]] = chain
+        """Merge the small extents of a stored chain when there is nothing else to do."""
+        self._queue.put(lambda: self._chains.update({chain[-1]: chain}))
 
     @property
     def waiting(self) -> int:
@@ -97,7 +100,9 @@ class Spiller:
         """Wait until everything queued so far is done."""
         self._queue.join()
 
-    def close(self) -> None:
+    def close(self, within_s: float = math.inf) -> None:
+        """Store what is queued; what cannot be begun within so many seconds is not."""
+        self._until_s = time.monotonic() + within_s
         self._queue.put(None)
         self._thread.join()
         self._merge_reader.close()
@@ -123,7 +128,7 @@ class Spiller:
         self._queue.task_done()
 
     def _next(self) -> _Offer | Callable[[], None] | None:
-        while self._chains and self._queue.empty():
+        while self._chains and self._queue.empty() and self._until_s == math.inf:
             self._merge_one()
         return self._queue.get()
 
@@ -143,7 +148,7 @@ class Spiller:
             del self._chains[last]
 
     def _store_offer(self, offer: _Offer) -> bool:
-        if offer.skipped:
+        if offer.skipped or time.monotonic() > self._until_s:
             self.stats.pages_skipped += len(offer.keys)
             return False
         new = [i for i, key in enumerate(offer.keys) if key not in self._store]

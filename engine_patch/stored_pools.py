@@ -8,7 +8,9 @@ others, and all pools have to agree on one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from agentstate.pages.store import StoreStats
 from agentstate.settings import Settings
 from engine_patch.pools import DevicePool
 from engine_patch.restore import Restorer, RestoreStats
-from engine_patch.sglang_api import LayerWiseLoadCounter, PoolName, PoolTransfer
+from engine_patch.sglang_api import LayerWiseLoadCounter, PoolTransfer
 from engine_patch.spill import Spiller, SpillStats
 from engine_patch.transfer import DevicePages
 
@@ -34,6 +36,7 @@ class LayerGate:
 
     def __init__(self, routes: dict[int, list[tuple[LayerWiseLoadCounter, int]]]):
         self.consumer_index = -1
+        self.waited_s = 0.0
         self._routes = routes
         self._counters = {id(counter): counter for route in routes.values() for counter, _ in route}
 
@@ -43,8 +46,10 @@ class LayerGate:
             counter.set_consumer(index)
 
     def wait_until(self, threshold: int) -> None:
+        started = time.perf_counter()
         for counter, layer in self._routes.get(threshold, ()):
             counter.wait_until(layer)
+        self.waited_s += time.perf_counter() - started
 
 
 class _StoredPool:
@@ -54,17 +59,26 @@ class _StoredPool:
         self.window_pages = pool.window_pages
         self.pages = pool.pages()
         self.store = open_store(pool, self.pages)
-        self.spiller = Spiller(self.store, self.pages, settings.spill_staging_bytes // share)
-        reader = LayerwiseReader(
+        self.spiller = Spiller(
+            self.store, self.pages, settings.spill_staging_bytes // share, settings.spill_queue_bytes // share
+        )
+        self.reader = LayerwiseReader(
             self.pages.geometry, staging_bytes=settings.staging_bytes // share, threads=settings.read_threads
         )
-        self.restorer = Restorer(self.store, self.pages, reader)
+        self.restorer = Restorer(self.store, self.pages, self.reader)
+
+    def needed(self, keys: Sequence[bytes]) -> Sequence[bytes]:
+        """Those of a chain without which it cannot be gone on from its end."""
+        return keys if self.window_pages is None else keys[-self.window_pages :]
 
     def stat(self) -> dict[str, Any]:
+        prefetches = self.restorer.prefetches
         return {
             "store": dataclasses.asdict(self.store.stats),
             "spill": {**dataclasses.asdict(self.spiller.stats), "waiting": self.spiller.waiting},
             "restore": dataclasses.asdict(self.restorer.stats),
+            "prefetch": dataclasses.asdict(prefetches.stats),
+            "staged_bytes": self.reader.staged_bytes,
         }
 
 
@@ -110,9 +124,62 @@ class StoredPools:
 
     def n_bytes(self, pages: int) -> int:
         """What restoring a prefix of so many pages reads."""
-        return sum(
-            min(pages, pool.window_pages or pages) * pool.pages.geometry.page_bytes for pool in self._pools
+        return sum(min(pages, pool.window_pages or pages) * pool.pages.geometry.page_bytes for pool in self._pools)
+
+    def read_ahead(self, rid: str, keys: Sequence[bytes]) -> None:
+        """Begin to read what a waiting request will load."""
+        for pool in self._pools:
+            pool.restorer.prefetches.for_request(rid, pool.needed(keys))
+
+    def prefetch(self, session_id: str, keys: Sequence[bytes], ttl_s: float) -> bool:
+        """Begin to read a session's stored chain to host memory, and keep it for so long."""
+        return bool(self._pools) and all(
+            [pool.restorer.prefetches.for_session(session_id, pool.needed(keys), ttl_s) for pool in self._pools]
         )
+
+    def staged(self, session_id: str) -> bool:
+        """Whether a session's prefetch has read what fits the memory."""
+        return all(pool.restorer.prefetches.staged(session_id) for pool in self._pools)
+
+    def tidy(self, waiting: Callable[[], Collection[str]]) -> None:
+        """Give up what was read for requests that are not waiting any more, and what has expired."""
+        for pool in self._pools:
+            if pool.restorer.prefetches:
+                pool.restorer.prefetches.tidy(waiting())
+
+    def need(self, chains: Iterable[Sequence[bytes]], *, only: bool = False) -> None:
+        """Declare that live manifests need these chains, and with ``only`` nothing else."""
+        chains = list(chains)
+        for pool in self._pools:
+            pool.store.need(chain.from_iterable(pool.needed(keys) for keys in chains), only=only)
+
+    def merge(self, keys: list[bytes]) -> None:
+        """Merge the small extents of a stored chain when there is nothing else to do. A window's pages stay as they
+        were written: they are read few at a time."""
+        for pool in self._pools:
+            if pool.window_pages is None and keys:
+                pool.spiller.merge(keys)
+
+    @property
+    def lost(self) -> int:
+        """How many pages that were stored have been lost: evicted or dropped. Only grows."""
+        return sum(pool.store.stats.pages_evicted + pool.store.stats.pages_dropped for pool in self._pools)
+
+    @property
+    def lost_needed(self) -> int:
+        """How many of them a live manifest needed."""
+        return sum(pool.store.stats.pages_evicted_needed + pool.store.stats.pages_dropped for pool in self._pools)
+
+    def load_ahead(self, rid: str, keys: list[bytes], slots: torch.Tensor, ready: Sequence[torch.cuda.Event]) -> int:
+        """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
+        own."""
+        pool = self._pools[0]
+        pool.restorer.queue(rid, keys, pool.pages.page_numbers(slots))
+        return pool.restorer.start(ready)
+
+    def landed(self, index: int) -> bool:
+        """Whether such a batch has been written."""
+        return self._pools[0].restorer.landed(index)
 
     def load(self, rid: str, transfers: Sequence[PoolTransfer]) -> bool:
         """Queue a request's pages in every pool; False, and nothing queued, unless all pools are given."""
@@ -172,9 +239,11 @@ class StoredPools:
             pool.spiller.drain()
             pool.spiller.results.clear()
 
-    def close(self) -> None:
+    def close(self, within_s: float) -> None:
+        """Store what is queued, as far as that can be done in so many seconds, and close everything."""
+        until = time.monotonic() + within_s
         for pool in self._pools:
-            pool.spiller.close()
+            pool.spiller.close(max(0.0, until - time.monotonic()))
         for pool in self._pools:
             pool.restorer.close()
             pool.store.close()
@@ -197,6 +266,7 @@ class StoredPools:
             }
         full, *windowed = self._pools
         stat = full.stat()
+        stat["restore"]["forward_wait_s"] = self.gate.waited_s
         stat["spill"]["waiting"] = sum(pool.spiller.waiting for pool in self._pools)
         return {**stat, "pools": {pool.name.value: pool.stat() for pool in windowed}}
 

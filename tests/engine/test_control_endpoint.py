@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgpack
@@ -21,6 +21,7 @@ class Rank:
     def __init__(self) -> None:
         self.states: dict[str, str] = {}
         self.asked = threading.Semaphore(0)
+        self.ticks = threading.Semaphore(0)
         self.statistics: Any = {"rank": 0, "store": {"pages": 3}}
 
     def standing(self, session: str) -> dict[str, Any]:
@@ -30,11 +31,34 @@ class Rank:
             raise RuntimeError("the database is down")
         return {"state": state, "tokens": 64, "pages": 1, "bytes": 10}
 
+    def prefetch(self, session: str, tier: str) -> Callable[[], dict[str, Any]]:
+        if tier == "moon":
+            raise ValueError("tier 'moon' is neither host nor device")
+        return lambda: {"state": self.states[session], "tier": tier}
+
+    def demote(self, session: str) -> dict[str, Any]:
+        return {"demoted": session in self.states}
+
+    def tick(self) -> None:
+        self.ticks.release()
+        raise RuntimeError("from the test")
+
     def stat(self) -> dict[str, Any]:
         if isinstance(self.statistics, Exception):
             raise self.statistics
         found: dict[str, Any] = self.statistics
         return found
+
+
+def serving(rank: Rank, address: str = "tcp://127.0.0.1:*") -> ControlEndpoint:
+    return ControlEndpoint(
+        address,
+        standing=rank.standing,
+        stat=rank.stat,
+        prefetch=rank.prefetch,
+        demote=rank.demote,
+        tick=rank.tick,
+    )
 
 
 @pytest.fixture
@@ -44,7 +68,7 @@ def rank() -> Rank:
 
 @pytest.fixture
 def endpoint(rank: Rank) -> Iterator[ControlEndpoint]:
-    endpoint = ControlEndpoint("tcp://127.0.0.1:*", rank.standing, rank.stat)
+    endpoint = serving(rank)
     yield endpoint
     endpoint.close()
 
@@ -136,7 +160,7 @@ def test_statistics_that_fail_are_refused_with_the_reason(rank: Rank, client: Co
     assert client.call("stat", WAIT_S) == good
 
 
-@pytest.mark.parametrize("verb", ["prefetch", "", "FLUSH"])
+@pytest.mark.parametrize("verb", ["fetch", "", "FLUSH"])
 def test_an_unknown_verb_is_refused_by_name(client: ControlClient, verb: str) -> None:
     with pytest.raises(EngineRefused, match=f"unknown verb '{verb}'"):
         client.call(verb, WAIT_S)
@@ -181,12 +205,12 @@ def test_a_message_without_an_envelope_is_answered_too(rank: Rank, endpoint: Con
 def test_an_address_that_is_taken_or_none_is_named(rank: Rank, endpoint: ControlEndpoint) -> None:
     for address in (endpoint.address, "nonsense"):
         with pytest.raises(EngineError, match=f"{address} cannot be bound.*AGENTSTATE_CONTROL_ADDRESS"):
-            ControlEndpoint(address, rank.standing, rank.stat)
+            serving(rank, address)
 
 
 def test_closing_frees_the_address_also_while_somebody_waits(rank: Rank) -> None:
     rank.states["s"] = "pending"
-    endpoint = ControlEndpoint("tcp://127.0.0.1:*", rank.standing, rank.stat)
+    endpoint = serving(rank)
     client = ControlClient(endpoint.address)
     errors: list[EngineError] = []
 
@@ -202,6 +226,27 @@ def test_closing_frees_the_address_also_while_somebody_waits(rank: Rank) -> None
     endpoint.close()
     caller.join(WAIT_S)
     assert len(errors) == 1
-    again = ControlEndpoint(endpoint.address, rank.standing, rank.stat)
+    again = serving(rank, endpoint.address)
     assert client.call("stat", WAIT_S) == rank.statistics
     again.close()
+
+
+def test_a_prefetch_is_waited_for_while_it_runs(rank: Rank, client: ControlClient) -> None:
+    rank.states["s"] = "running"
+    assert client.call("prefetch", WAIT_S, session="s", tier="host") == {"state": "running", "tier": "host"}
+    threading.Timer(0.05, rank.states.__setitem__, ("s", "done")).start()
+    answer = client.call("prefetch", WAIT_S, session="s", tier="device", timeout_ms=60_000)
+    assert answer == {"state": "done", "tier": "device"}
+    with pytest.raises(EngineRefused, match="moon"):
+        client.call("prefetch", WAIT_S, session="s", tier="moon")
+
+
+def test_a_session_is_demoted(rank: Rank, client: ControlClient) -> None:
+    rank.states["s"] = "durable"
+    assert client.call("demote", WAIT_S, session="s") == {"demoted": True}
+    assert client.call("demote", WAIT_S, session="t") == {"demoted": False}
+
+
+def test_a_tick_that_fails_is_not_the_last(rank: Rank, client: ControlClient) -> None:
+    assert rank.ticks.acquire(timeout=WAIT_S) and rank.ticks.acquire(timeout=WAIT_S)
+    assert client.call("stat", WAIT_S)

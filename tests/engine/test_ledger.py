@@ -12,7 +12,7 @@ PAGE_SIZE, PAGE_BYTES = 64, 1000
 
 @pytest.fixture
 def ledger() -> Ledger:
-    return Ledger(PAGE_SIZE, lambda pages: pages * PAGE_BYTES)
+    return Ledger(PAGE_SIZE, lambda pages: pages * PAGE_BYTES, stored=len)
 
 
 def manifest(session: str, pages: list[bytes]) -> Manifest:
@@ -127,4 +127,19 @@ def test_a_session_that_was_forgotten_before_it_settled_is_not_durable_before_it
 
 @pytest.mark.parametrize(("stored", "state"), [(0, "lost"), (1, "partial"), (2, "durable")], ids=str)
 def test_a_session_of_an_earlier_process_is_as_durable_as_its_pages(ledger: Ledger, stored: int, state: str) -> None:
-    assert ledger.remembered(manifest("s", [key(1), key(2)]), stored) == answer(state, stored)
+    assert ledger.remembered([key(1), key(2)], stored) == answer(state, stored)
+
+
+def test_what_has_been_evicted_since_is_not_durable() -> None:
+    evicted = Ledger(PAGE_SIZE, lambda pages: pages * PAGE_BYTES, stored=lambda chain: min(1, len(chain)))
+    evicted.settled("s", evicted.finished("s"), keys(1, 2), 2)
+    evicted.saved(manifest("s", keys(1, 2)))
+    assert evicted.standing("s") == answer("partial", 1)
+
+
+def test_the_chain_of_a_session_is_what_was_stored_of_its_newest_request(ledger: Ledger) -> None:
+    assert ledger.chain("s") is None
+    number = ledger.finished("s")
+    assert ledger.chain("s") is None
+    ledger.settled("s", number, keys(1, 2, 3), 2)
+    assert ledger.chain("s") == keys(1, 2)

@@ -91,9 +91,9 @@ def test_a_request_that_leaves_the_queue_frees_its_memory(ahead: Prefetches, rea
     ahead.for_request("b", keys(2, 3))
     settled(lambda: reader.staged_bytes > 0)
     ahead.tidy({"b"})
-    assert (ahead.requests, ahead.stats.wasted) == (1, 1)
+    assert (len(ahead), ahead.stats.wasted) == (1, 1)
     ahead.tidy(set())
-    assert (ahead.requests, reader.staged_bytes) == (0, 0)
+    assert (len(ahead), reader.staged_bytes) == (0, 0)
 
 
 def test_a_prefetch_of_a_session_expires(ahead: Prefetches, reader: LayerwiseReader) -> None:

@@ -287,14 +287,31 @@ def test_small_extents_of_a_chain_are_merged_when_nothing_waits(rank: Rank) -> N
     spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
     for page in range(9):
         spiller.offer(keys(page), numbers(page))
-    spiller.then(lambda: spiller.merge(keys(*range(9))))
+    spiller.merge(keys(*range(9)))
     deadline = time.monotonic() + 60
     while spiller.stats.extents_merged < 8 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert spiller.stats.extents_merged >= 8
     assert rank.store.stats.extents <= 2
     assert stored(rank, keys(*range(9))) == rank.device_pages(list(range(9)))
-    spiller.then(lambda: spiller.merge(keys(0, 77)))  # one that is not stored
+    spiller.merge(keys(0, 77))  # one that is not stored
     spiller.offer(keys(10), numbers(10))
     spiller.close()
     assert list(spiller.results) == [True] * 10
+
+
+def test_closing_in_time_leaves_out_what_cannot_be_begun(rank: Rank) -> None:
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
+    gate = Gate()
+    spiller.offer(keys(0), numbers(0), ready=[gate])
+    spiller.offer(keys(1), numbers(1))
+    assert gate.waited_for.wait(60)
+    closing = threading.Thread(target=spiller.close, args=(0.0,))
+    closing.start()
+    while spiller._until_s > time.monotonic():
+        time.sleep(0.001)
+    gate.open.set()
+    closing.join()
+    assert list(spiller.results) == [True, False]
+    assert spiller.stats.pages_skipped == 1

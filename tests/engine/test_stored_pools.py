@@ -61,7 +61,7 @@ def opened(stage: Stage) -> Iterator[Callable[..., StoredPools]]:
 
     yield open
     for one in pools:
-        one.close()
+        one.close(60)
 
 
 def slots(*numbers: int, size: int = PAGE_SIZE) -> torch.Tensor:
@@ -208,11 +208,9 @@ def test_a_node_is_stored_only_when_every_pool_has_stored_it(
 def test_one_bad_page_in_one_pool_fails_its_request(stage: Stage, opened: Callable[..., StoredPools]) -> None:
     pools = opened(PoolName.KV, PoolName.SWA)
     for page in (1, 2):
-        assert offered(
-            pools, transfer(PoolName.KV, [page], slots(page)), transfer(PoolName.SWA, [page], slots(page))
-        )
-    (segment,) = stage.stores[PoolName.SWA].segments(keys(2))
-    offset, _ = segment.extent.header.component_range(1, 0, 0, 1)
+        assert offered(pools, transfer(PoolName.KV, [page], slots(page)), transfer(PoolName.SWA, [page], slots(page)))
+    (segment,) = stage.stores[PoolName.SWA].hold(keys(2)).segments
+    offset, _ = segment.extent.layout.component_range(1, 0, 0, 1)
     with segment.extent.path.open("r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]

@@ -48,7 +48,6 @@ from sglang.srt.mem_cache.registry import (  # noqa: E402
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (  # noqa: E402
-    LayerWiseLoadCounter,
     UnifiedCacheLinker,
     UnifiedCacheLinkerWrapper,
 )
@@ -68,7 +67,6 @@ __all__ = [
     "HybridLinearKVPool",
     "HybridReqToTokenPool",
     "InsertParams",
-    "LayerWiseLoadCounter",
     "MHATokenToKVPool",
     "MLATokenToKVPool",
     "MambaPool",

@@ -36,12 +36,6 @@ ROOT = Path(__file__).parents[2]
 CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.FINISH_ABORT, "message status_code"),
     (sgl.HookRegistry.register, "target hook hook_type"),
-    (sgl.LayerWiseLoadCounter, "num_layers"),
-    (sgl.LayerWiseLoadCounter.complete, "self index layer"),
-    (sgl.LayerWiseLoadCounter.fail, "self index error"),
-    (sgl.LayerWiseLoadCounter.finish, "self index"),
-    (sgl.LayerWiseLoadCounter.reset, "self"),
-    (sgl.LayerWiseLoadCounter.update_producer, "self"),
     (sgl.PoolTransfer, "* name device_indices keys"),
     (sgl.RadixKey, "token_ids extra_key * cache_salt"),
     (sgl.UnifiedCacheLinkerWrapper, "cache cache_linker"),

@@ -164,9 +164,11 @@ class Restorer:
                 # They must not match the same pages again, or they would fail for ever.
                 for load in batch.loads:
                     self._drop(load, range(len(load.keys)))
-                # The device pages are someone else's, and the staging memory another stream's, after this.
-                self._pages.inbound.finish()
-                self.arrivals.fail(index, error)
+                try:
+                    # After this the device pages are someone else's, and the staging memory another stream's.
+                    self._pages.inbound.finish()
+                finally:
+                    self.arrivals.fail(index, error)
             finally:
                 for load in batch.loads:
                     load.close()
@@ -194,9 +196,8 @@ class Restorer:
         """Verify a chunk and write what it has of the request's pages to the device."""
         # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
         own = range(len(load.keys))
-        if wrong := [
-            page for at in verifier.wrong_pages(self._host_copies.of(chunk)) if (page := at - load.offset) in own
-        ]:
+        unusable = verifier.wrong_pages(self._host_copies.of(chunk))
+        if wrong := [page for at in unusable if (page := at - load.offset) in own]:
             self._reject(batch, load, wrong, chunk)
         self._pages.inbound.after(batch.ready)
         batch.ready = ()

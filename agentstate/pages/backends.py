@@ -141,7 +141,8 @@ def _import_kvikio() -> Any:
     os.environ.setdefault("CUFILE_LOGFILE_PATH", str(log))
     try:
         import kvikio
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:
+        # Not installed, or without a library of CUDA's that it needs.
         raise SettingsError(
             f"AGENTSTATE_READ_BACKEND=kvikio needs KvikIO ({error}): pip install 'agentstate[kvikio]'"
         ) from None

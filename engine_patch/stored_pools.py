@@ -18,7 +18,7 @@ from agentstate.pages.store import StoreStats
 from agentstate.settings import Settings
 from engine_patch.pools import DevicePool
 from engine_patch.restore import Restorer, RestoreStats
-from engine_patch.sglang_api import LayerWiseLoadCounter, PoolName, PoolTransfer
+from engine_patch.sglang_api import LayerWiseLoadCounter, PoolTransfer
 from engine_patch.spill import Spiller, SpillStats
 from engine_patch.transfer import DevicePages
 
@@ -110,9 +110,7 @@ class StoredPools:
 
     def n_bytes(self, pages: int) -> int:
         """What restoring a prefix of so many pages reads."""
-        return sum(
-            min(pages, pool.window_pages or pages) * pool.pages.geometry.page_bytes for pool in self._pools
-        )
+        return sum(min(pages, pool.window_pages or pages) * pool.pages.geometry.page_bytes for pool in self._pools)
 
     def load(self, rid: str, transfers: Sequence[PoolTransfer]) -> bool:
         """Queue a request's pages in every pool; False, and nothing queued, unless all pools are given."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -75,9 +76,9 @@ def transfer(name: PoolName, pages: Sequence[object], indices: torch.Tensor) -> 
 def offered(pools: StoredPools, *transfers: PoolTransfer) -> bool:
     """Offer a node, wait for it: its result."""
     assert pools.offer(transfers, ())
-    pools.reset_after(lambda: None) if False else None
-    while pools.results == 0:
-        pass
+    done = threading.Event()
+    pools.then(done.set)
+    assert done.wait(60)
     return pools.pop_result()
 
 
@@ -208,9 +209,7 @@ def test_a_node_is_stored_only_when_every_pool_has_stored_it(
 def test_one_bad_page_in_one_pool_fails_its_request(stage: Stage, opened: Callable[..., StoredPools]) -> None:
     pools = opened(PoolName.KV, PoolName.SWA)
     for page in (1, 2):
-        assert offered(
-            pools, transfer(PoolName.KV, [page], slots(page)), transfer(PoolName.SWA, [page], slots(page))
-        )
+        assert offered(pools, transfer(PoolName.KV, [page], slots(page)), transfer(PoolName.SWA, [page], slots(page)))
     (segment,) = stage.stores[PoolName.SWA].segments(keys(2))
     offset, _ = segment.extent.header.component_range(1, 0, 0, 1)
     with segment.extent.path.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""The command line: `agentstate serve | engine | demo | db | version`."""
+"""The command line: `agentstate serve | engine | demo | db | pages | bench | version`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ db = typer.Typer(help="The database.", no_args_is_help=True)
 app.add_typer(db, name="db")
 pages = typer.Typer(help="The page directory.", no_args_is_help=True)
 app.add_typer(pages, name="pages")
+bench = typer.Typer(help="The figures that the documentation claims, on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 PagesDir = Annotated[Path | None, typer.Option("--dir", help="Page directory. [AGENTSTATE_PAGES_DIR]")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the raw result to this file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -149,6 +152,84 @@ def demo(
     from agentstate.demo import run
 
     raise typer.Exit(0 if run(Settings(), report) else 1)
+
+
+@bench.command()
+def replay(
+    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate a fleet under every policy.")] = False,
+    engine_url: Annotated[str | None, typer.Option("--engine", help="Replay against this running engine.")] = None,
+    source: Annotated[str, typer.Option(help="generated, mooncake or tracelab.")] = "generated",
+    sessions: Annotated[int, typer.Option(min=1, help="How many sessions.")] = 2000,
+    within_s: Annotated[float, typer.Option(help="Sessions start within so many seconds (generated).")] = 14_400,
+    max_gap_s: Annotated[float, typer.Option(help="Longer gaps are cut to this (generated).")] = 1800,
+    tokens: Annotated[float, typer.Option(help="Scale every context by this.")] = 1.0,
+    time: Annotated[float, typer.Option(help="Scale every gap and start by this.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the generator and of wrong guesses.")] = 0,
+    calibration: Annotated[str, typer.Option(help="What an engine takes: a shipped record or a file.")] = (
+        "qwen2.5-7b-projected"
+    ),
+    engines: Annotated[int, typer.Option(min=1, help="Engines of the fleet.")] = 8,
+    device_tokens: Annotated[int, typer.Option(help="KV pool of an engine, in tokens.")] = 900_000,
+    staging_gb: Annotated[float, typer.Option(help="Host memory for what is read before admission, an engine.")] = 4,
+    host_gb: Annotated[float, typer.Option(help="Host memory for prefetched pages, an engine.")] = 100,
+    quota_gb: Annotated[float, typer.Option(help="Drive space for pages, an engine.")] = 4000,
+    guess_sigma: Annotated[float, typer.Option(help="How wrong guesses of a tool's time are (log-normal).")] = 0.5,
+    report: JsonPath = None,
+) -> None:
+    """Replay an agent workload: simulated (--simulate), against a running engine (--engine), or both, which compares
+    them."""
+    room = _room("benchmarks.commands")
+    workload = room.workload(
+        source, sessions=sessions, within_s=within_s, max_gap_s=max_gap_s, tokens=tokens, time=time, seed=seed
+    )
+    fleet = {"engines": engines, "device_tokens": device_tokens, "staging_bytes": staging_gb * 1e9}
+    fleet |= {"host_bytes": host_gb * 1e9, "quota_bytes": quota_gb * 1e9, "guess_sigma": guess_sigma}
+    room.replay(workload, calibration, fleet, simulate=simulate, engine_url=engine_url, seed=seed, report=report)
+
+
+@bench.command()
+def calibrate(
+    engine_url: Annotated[str, typer.Option("--engine", help="An idle engine with the store on.")],
+    output: Annotated[Path, typer.Option(help="Where the record goes.")],
+    name: Annotated[str, typer.Option(help="What to call it.")],
+    layers: Annotated[int, typer.Option(help="Layers of its model.")],
+    token_bytes: Annotated[int, typer.Option(help="Bytes of KV a token, all layers.")],
+    longest: Annotated[int, typer.Option(help="The longest prompt, in tokens.")] = 6144,
+) -> None:
+    """Measure what a running engine takes, for `replay --simulate --calibration`."""
+    _room("benchmarks.commands").calibrate(engine_url, output, name, layers, token_bytes, longest)
+
+
+@bench.command()
+def project(
+    prefill_tflops: Annotated[float, typer.Option(help="What a prefill reaches, TFLOP/s.")] = 550,
+    prefill_tokens_per_s: Annotated[
+        float | None, typer.Option(help="Instead: Qwen2.5-7B's prefill in tokens/s, measured at --prefill-tokens.")
+    ] = None,
+    prefill_tokens: Annotated[int, typer.Option(help="The length that it was measured at.")] = 32_768,
+    memory_gb_per_s: Annotated[float, typer.Option(help="Device memory, GB/s.")] = 3350,
+    pcie_gb_per_s: Annotated[float, typer.Option(help="PCIe into the device, GB/s.")] = 55,
+    drives_gb_per_s: Annotated[float, typer.Option(help="All drives of an engine together, GB/s.")] = 45,
+    cases: Annotated[Path | None, typer.Option(help="JSON list of models and contexts, instead of the table.")] = None,
+    report: JsonPath = None,
+) -> None:
+    """What the published table would be on given hardware, on paper, with every assumption."""
+    hardware = {"prefill_tflops": prefill_tflops, "memory_gb_per_s": memory_gb_per_s}
+    hardware |= {"pcie_gb_per_s": pcie_gb_per_s, "drives_gb_per_s": drives_gb_per_s}
+    measured = (prefill_tokens_per_s, prefill_tokens) if prefill_tokens_per_s is not None else None
+    _room("benchmarks.commands").project(hardware, measured, cases, report)
+
+
+@bench.command("report")
+def performance(
+    results: Annotated[Path, typer.Argument(help="Directory of raw results (*.json).")],
+    output: Annotated[Path, typer.Option(help="The page to write; plots go to performance/ beside it.")] = Path(
+        "docs/performance.md"
+    ),
+) -> None:
+    """Write docs/performance.md and its plots from raw results."""
+    _room("benchmarks.report").write(results, output)
+    print(f"{output} is written")
 
 
 _errors = Console(stderr=True)

@@ -118,6 +118,7 @@ class PageIndex:
         if damage is not None or not self._data.exists():
             self._begin(b"..")
             self._map()
+            self._name()
             with self._env.begin(write=True) as txn:
                 txn.put(b"identity", self._identity, db=self._meta)
             ended = 0
@@ -139,15 +140,19 @@ class PageIndex:
     def _map(self) -> None:
         # The last transactions before a power failure may be lost, which is no harm; a torn index would be one.
         self._env = lmdb.open(str(self._data.parent), map_size=_MAP_BYTES, max_dbs=3, metasync=False)
+
+    def _name(self) -> None:
         self._meta, self._pages, self._extents = (self._env.open_db(name) for name in (b"meta", b"pages", b"extents"))
 
     def _damage(self) -> str | None:
         """Map the index that is there, and tell why it cannot be used, if it cannot."""
         try:
             self._map()
+            # Before anything else is touched: what lies behind a file's end cannot be, in memory that maps it.
             end = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
             if (size := self._data.stat().st_size) < end:
                 return f"it is {size} bytes long and should be {end}"
+            self._name()
             with self._env.begin(db=self._meta) as txn:
                 if txn.get(b"identity") != self._identity:
                     return "it is of another version, model or layout"

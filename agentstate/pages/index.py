@@ -137,9 +137,17 @@ class PageIndex:
             else:
                 self._unfinished.unlink()
 
-    def _map(self) -> None:
+    def _map(self, *, readonly: bool = False) -> None:
         # The last transactions before a power failure may be lost, which is no harm; a torn index would be one.
-        self._env = lmdb.open(str(self._data.parent), map_size=_MAP_BYTES, max_dbs=3, metasync=False)
+        self._env = lmdb.open(
+            str(self._data.parent),
+            map_size=_MAP_BYTES,
+            max_dbs=3,
+            metasync=False,
+            readonly=readonly,
+            create=not readonly,
+            lock=not readonly,
+        )
 
     def _name(self) -> None:
         self._meta, self._pages, self._extents = (self._env.open_db(name) for name in (b"meta", b"pages", b"extents"))
@@ -197,12 +205,32 @@ class PageIndex:
         try:
             with self._env.begin(write=True) as txn:
                 yield IndexChange(txn, self._pages, self._extents)
-        except _DAMAGE:
+        except lmdb.Error as error:
+            if not isinstance(error, _DAMAGE):
+                self._finish()
+            self._revive()
             raise
         except BaseException:
             self._finish()
             raise
         self._finish()
+
+    def _revive(self) -> None:
+        """An environment that could not write its last page refuses everything from then on: map it anew, and only for
+        look-ups while the disk allows no more. Look-ups that are under way fail."""
+        try:
+            with self._env.begin():
+                pass
+            if not self._env.flags()["readonly"]:
+                return
+        except lmdb.Error:
+            pass
+        self._env.close()
+        try:
+            self._map()
+        except lmdb.Error:
+            self._map(readonly=True)
+        self._name()
 
     def close(self) -> None:
         if self._env is not None:

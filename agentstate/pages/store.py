@@ -151,7 +151,7 @@ class PageStore:
         self._extents: dict[int, _Extent] = {}
         self._used_since: set[int] = set()
         # Pages that the index finds still, because it could not be written when they were dropped.
-        self._dropped: set[bytes] = set()
+        self._dropped: dict[bytes, _Extent] = {}
         self._being_written = 0
         self._lock_fd: int | None = None
         try:
@@ -549,8 +549,10 @@ class PageStore:
         self._extents[number] = entered
         try:
             with self._index.change() as change:
-                for key in self._dropped:
+                for key, extent in self._dropped.items():
                     change.delete(key)
+                    if extent.number in self._extents:
+                        change.record(extent.number, extent.record())
                 gained = self._take_over(change, number, header.keys)
                 recent, self._used_since = self._used_since, set()
                 for other in (recent - gained.keys()) & self._extents.keys():
@@ -586,7 +588,7 @@ class PageStore:
                     change.record(extent.number, extent.record()._replace(live=extent.live - 1))
             except lmdb.Error as error:
                 logger.warning("page store: the index of %s could not be written: %s", self.directory, error)
-                self._dropped.add(key)
+                self._dropped[key] = extent
             extent.live -= 1
             self.stats.pages -= 1
             self.stats.pages_dropped += 1
@@ -602,5 +604,5 @@ class PageStore:
                 for number in self._used_since & self._extents.keys():
                     change.record(number, self._extents[number].record())
             self._index.close()
-            os.close(self._lock_fd)
-            self._lock_fd = None
+            lock, self._lock_fd = self._lock_fd, None
+            os.close(lock)

@@ -308,6 +308,8 @@ class DamagedStoreMachine(PageStoreMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        # From the next opening, which looks at times and sizes alone.
+        self.damage_is_hidden = False
         self.saved_index: Path | None = None
         self.saved_extents: Path | None = None
 
@@ -323,7 +325,7 @@ class DamagedStoreMachine(PageStoreMachine):
     @rule(data=st.data(), keep_time=st.booleans(), header=st.booleans())
     def flip_a_bit(self, data: st.DataObject, keep_time: bool, header: bool) -> None:
         path = self.path(data.draw(st.sampled_from(sorted(self.stored))))
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size:
             return
         status = path.stat()
         self.damage(path)
@@ -335,6 +337,7 @@ class DamagedStoreMachine(PageStoreMachine):
             file.write(bytes([byte ^ 1 << data.draw(st.integers(0, 7))]))
         if keep_time:
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+            self.damage_is_hidden = True
         self.disk_is_known = False
 
     @precondition(lambda self: self.stored)
@@ -356,6 +359,7 @@ class DamagedStoreMachine(PageStoreMachine):
 
     def reopened(self, directory: Path) -> None:
         super().reopened(directory)
+        self.disk_is_known = not self.damage_is_hidden
         found = self.found()
         assert self.stored - found <= self.suspect, "lost, and nothing was done to it"
         # What was dropped, evicted or superseded may be found again where the index forgot about that.

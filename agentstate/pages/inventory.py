@@ -43,16 +43,20 @@ def store_directories(root: Path) -> list[Path]:
 
 def extents(store: Path) -> Iterator[ExtentReport]:
     """Every extent of a store by its header alone, in the order of their numbers."""
-    yield from _reports(store, lambda file, header: ())
+    yield from _reports(_paths(store), lambda file, header: ())
 
 
 def check(store: Path) -> Iterator[ExtentReport]:
     """Every extent of a store, every byte of it read and verified."""
-    yield from _reports(store, _broken)
+    yield from _reports(_paths(store), _broken)
 
 
-def _reports(store: Path, examine: Callable[[BinaryIO, ExtentHeader], tuple[int, ...]]) -> Iterator[ExtentReport]:
-    for path in sorted((store / "extents").glob("*.ext")):
+def _paths(store: Path) -> list[Path]:
+    return sorted((store / "extents").glob("*.ext"))
+
+
+def _reports(paths: list[Path], examine: Callable[[BinaryIO, ExtentHeader], tuple[int, ...]]) -> Iterator[ExtentReport]:
+    for path in paths:
         # A running engine may evict an extent at any time; then there is nothing to report.
         with suppress(FileNotFoundError), opened(path) as file:
             n_bytes = path.stat().st_size
@@ -65,11 +69,13 @@ def _reports(store: Path, examine: Callable[[BinaryIO, ExtentHeader], tuple[int,
 
 def repair(store: Path, reports: list[ExtentReport]) -> int:
     """Drop what `check` found broken, and nothing else: extents that cannot be read are deleted, and of the others the
-    good pages are written anew. How many pages were dropped from extents that could be read.
+    good pages are written anew. How many pages were dropped from extents that could be read. What can be read now, and
+    could not be when it was checked, is left alone.
 
     Raises PageStoreLocked while an engine writes to the store, PageStoreFull when the good pages do not fit beside
     the old extent; then the store is as it was but for what had been repaired before.
     """
+    reports = [again for report in reports if not report.good for again in _reports([report.path], _broken)]
     headers = [report.header for report in reports if report.header is not None]
     if headers:
         writer = PageStore(store, headers[0].fingerprint, headers[0].geometry)

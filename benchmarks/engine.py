@@ -44,7 +44,13 @@ class Engine:
     ) -> None:
         await self._client.aclose()
 
-    async def ask(self, prompt: Sequence[int], output_tokens: int, session_id: str | None = None) -> Answer:
+    async def ask(
+        self,
+        prompt: Sequence[int],
+        output_tokens: int,
+        session_id: str | None = None,
+        cache_salt: str | None = None,
+    ) -> Answer:
         """Exactly ``output_tokens`` greedy tokens after ``prompt``."""
         body: dict[str, Any] = {
             "input_ids": list(prompt),
@@ -53,6 +59,8 @@ class Engine:
         }
         if session_id is not None:
             body["session_id"] = session_id
+        if cache_salt is not None:
+            body["cache_salt"] = cache_salt
         started_s = time.perf_counter()
         first_s, last = None, None
         try:

@@ -148,27 +148,35 @@ def project(
 
 
 def _print_replay(chosen: Workload, rows: list[dict[str, Any]], validated: dict[str, Any] | None) -> None:
-    names = ["TTFT p50, s", "p90", "p99", "device hit", "host", "drive", "prefill, s", "saved, s"]
-    names += ["read, TB", "written, TB", "drive writes/day", "busy", "sessions restorable"]
-    table = Table("variant", *(Column(name, justify="right") for name in names), title=chosen.source)
-    for row in rows:
-        table.add_row(
-            row["variant"],
-            *(f"{row[f'ttft_{share}_s']:,.3f}" for share in ("p50", "p90", "p99")),
-            *(f"{row[f'hit_{tier}']:.1%}" for tier in ("device", "host", "drive")),
-            f"{row['prefill_s']:,.0f}",
-            f"{row['prefill_saved_s']:,.0f}",
-            f"{row['bytes_read'] / 1e12:,.2f}",
-            f"{row['bytes_written'] / 1e12:,.2f}",
-            f"{row['drive_writes_per_day']:.2f}",
-            f"{row['engine_busy']:.0%}",
-            f"{row['sessions_restorable_peak']:,} of {row['sessions_alive_peak']:,}",
+    figures: tuple[dict[str, Callable[[dict[str, Any]], str]], ...] = (
+        {
+            "TTFT p50": lambda row: f"{row['ttft_p50_s']:,.3f}",
+            "p90": lambda row: f"{row['ttft_p90_s']:,.3f}",
+            "p99, s": lambda row: f"{row['ttft_p99_s']:,.2f}",
+            "device": lambda row: f"{row['hit_device']:.1%}",
+            "host": lambda row: f"{row['hit_host']:.1%}",
+            "drive hits": lambda row: f"{row['hit_drive']:.1%}",
+        },
+        {
+            "prefill": lambda row: f"{row['prefill_s'] / 3600:,.1f}",
+            "saved, h": lambda row: f"{row['prefill_saved_s'] / 3600:,.1f}",
+            "read": lambda row: f"{row['bytes_read'] / 1e12:,.2f}",
+            "written, TB": lambda row: f"{row['bytes_written'] / 1e12:,.2f}",
+            "drive/day": lambda row: f"{row['drive_writes_per_day']:.2f}",
+            "busy": lambda row: f"{row['engine_busy']:.0%}",
+            "can resume": lambda row: f"{row['sessions_restorable_peak']:,}/{row['sessions_alive_peak']:,}",
+        },
+    )
+    console.print(f"[bold]{chosen.source}[/]: {rows[0]['requests']:,} requests", highlight=False)
+    for columns in figures:
+        table = Table(
+            Column("variant", no_wrap=True), *(Column(name, justify="right") for name in columns), padding=(0, 0)
         )
-    console.print(table)
-    for name, figures in (validated or {}).items():
-        console.print(
-            f"{name}: simulated {figures['simulated']:,}, measured {figures['measured']:,}, ratio {figures['ratio']}"
-        )
+        for row in rows:
+            table.add_row(row["variant"], *(shown(row) for shown in columns.values()))
+        console.print(table)
+    for name, of in (validated or {}).items():
+        console.print(f"{name}: simulated {of['simulated']:,}, measured {of['measured']:,}, ratio {of['ratio']}")
 
 
 def _keep(report: Path | None, kind: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:

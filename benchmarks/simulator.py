@@ -37,15 +37,19 @@ class Prefetch(enum.Enum):
 class Policy:
     """What is switched on. Without ``store`` nothing is written and the rest means nothing.
 
-    ``overlap``: layer *n* runs while *n + 1 …* are read. ``read_at_arrival``: reading begins when a request arrives,
-    not when it is admitted. ``demote``: pages of a session that is expected to stay away are the first to leave the
-    device. ``break_even``: what is sooner computed than read is computed.
+    - ``overlap``: layer *n* runs while *n + 1 …* are read.
+    - ``read_at_arrival``: reading begins when a request arrives, not when it is admitted.
+    - ``hold``: a request is admitted when what is being read for it has come, and others go first until then. Without
+      it, everything that the engine runs waits with the request.
+    - ``demote``: pages of a session that is expected to stay away are the first to leave the device.
+    - ``break_even``: what is sooner computed than read is computed.
     """
 
     name: str
     store: bool = False
     overlap: bool = False
     read_at_arrival: bool = False
+    hold: bool = False
     prefetch: Prefetch = Prefetch.NOT
     demote: bool = False
     break_even: bool = False
@@ -269,6 +273,8 @@ class Simulation:
             start_s, done_s = self._read(engine, n_bytes)
             engine.staged_bytes += n_bytes
             request.early = _Read(segments, start_s, done_s, staged=n_bytes)
+            if self._policy.hold:
+                self._at(done_s, partial(self._wake, engine))
 
     def _wake(self, engine: _Engine) -> None:
         """Let the scheduler see what has arrived: now, or when the decoding step that runs has ended."""
@@ -311,17 +317,21 @@ class Simulation:
         request = engine.chunked
         while budget > 0:
             if request is None:
-                if not engine.queue or len(engine.running) + len(batch) >= self._cost.max_running:
+                if len(engine.running) + len(batch) >= self._cost.max_running:
                     break
-                if not self._place(engine, engine.queue[0]):
+                request = next((r for r in engine.queue if not self._held(r)), None)
+                if request is None or not self._place(engine, request):
                     break
-                request = engine.queue.popleft()
+                engine.queue.remove(request)
             take = min(budget, request.input_tokens - request.done)
             batch.append((request, take))
             budget -= take
             engine.chunked = request if request.done + take < request.input_tokens else None
             request = None
         return batch
+
+    def _held(self, request: _Request) -> bool:
+        return self._policy.hold and request.early is not None and request.early.done_s > self._now_s
 
     def _place(self, engine: _Engine, request: _Request) -> bool:
         """Find what is cached of a request, and reserve device pages for the rest: whether there are any."""

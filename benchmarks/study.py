@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,33 +12,23 @@ from benchmarks.calibration import Calibration
 from benchmarks.simulator import Fleet, Outcome, Policy, Prefetch, Simulation
 from benchmarks.traces import Workload
 
+_READING = Policy("+ read at arrival", store=True, overlap=True, read_at_arrival=True)
+_HOLDING = replace(_READING, name="+ hold", hold=True)
+_DEMOTING = replace(_HOLDING, name="+ demote", demote=True)
+
 POLICIES = (
     Policy("device cache only"),
     Policy("+ store", store=True),
     Policy("+ overlap", store=True, overlap=True),
-    Policy("+ read at arrival", store=True, overlap=True, read_at_arrival=True),
-    Policy("+ break-even", store=True, overlap=True, read_at_arrival=True, break_even=True),
-    Policy("+ demote", store=True, overlap=True, read_at_arrival=True, break_even=True, demote=True),
-    Policy(
-        "+ host prefetch",
-        store=True,
-        overlap=True,
-        read_at_arrival=True,
-        break_even=True,
-        demote=True,
-        prefetch=Prefetch.HOST,
-    ),
-    Policy(
-        "+ device prefetch",
-        store=True,
-        overlap=True,
-        read_at_arrival=True,
-        break_even=True,
-        demote=True,
-        prefetch=Prefetch.DEVICE,
-    ),
+    _READING,
+    _HOLDING,
+    _DEMOTING,
+    replace(_DEMOTING, name="+ host prefetch", prefetch=Prefetch.HOST),
+    replace(_DEMOTING, name="+ device prefetch", prefetch=Prefetch.DEVICE),
+    replace(_DEMOTING, name="+ break-even", prefetch=Prefetch.HOST, break_even=True),
 )
-"""The last one prefetches to the device instead of host memory; every other one has all that those above it have."""
+"""Each has all that those above it have, but that the device prefetch takes the place of the one to host memory, and
+the break-even rule is added to the latter."""
 
 SHARES = tuple(share / 100 for share in range(0, 101))
 

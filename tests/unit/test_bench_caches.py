@@ -77,8 +77,9 @@ class Plain:
 
     def make_room(self, pages: int) -> bool:
         while sum(self.pages[part] for part in self.used) + pages > self.capacity:
-            held = {part for lock in self.locks for part in self.path(lock)}
-            held |= {self.parents[part] for part in self.used}
+            held = {part for lock in self.locks for part in self.path(lock)} | {
+                self.parents[part] for part in self.used
+            }
             free = [part for part in self.used if part not in held]
             if not free:
                 return False

@@ -105,6 +105,23 @@ def test_reading_at_arrival_is_done_before_a_busy_engine_admits() -> None:
     assert last(run(workload, replace(STORE, read_at_arrival=True))) == (2.5 + 1.1, 0, 0, 200)
 
 
+def test_a_request_that_is_held_lets_others_go_first() -> None:
+    workload = two_agents()
+    # One session decodes when the second turn arrives at 120: a step a second, from 118 + 1 on.
+    decoding = workload.add(ROOT, 10)
+    workload.sessions.append([Turn(Gap.START, 0.0, 118.0, decoding, workload.add(decoding, 6))])
+    reading = replace(STORE, read_at_arrival=True)
+
+    def ended_s(policy: Policy) -> tuple[float, float]:
+        outcome = run(workload, policy)
+        return last(outcome)[0], outcome.duration_s
+
+    # All wait for the two seconds of reading, then five steps are left, of which one was taken before.
+    assert ended_s(reading) == (pytest.approx(2.0 + 1.1), pytest.approx(120 + 3.1 + 4))
+    # Two steps are taken meanwhile.
+    assert ended_s(replace(reading, hold=True)) == (pytest.approx(2.0 + 1.1), pytest.approx(120 + 3.1 + 2))
+
+
 def test_staging_bounds_what_is_read_before_admission() -> None:
     workload = two_agents()
     busy = workload.add(ROOT, 30)

@@ -125,5 +125,6 @@ def test_a_scaled_workload_has_the_same_tree(seed: int, tokens: float, time: flo
     assert scaled.parents == workload.parents
     assert [turn.gap_s for turn in scaled.turns()] == pytest.approx([turn.gap_s * time for turn in turns])
     # Rounding never adds up: an end is off by half a token, or by what the segments before need to keep one each.
-    ends = zip(workload.ends, scaled.ends, strict=True)
-    assert all(abs(end - old * tokens) <= 0.5 + len(turns) * 2 for old, end in ends)
+    assert all(
+        abs(end - old * tokens) <= 0.5 + len(turns) * 2 for old, end in zip(workload.ends, scaled.ends, strict=True)
+    )

@@ -27,6 +27,7 @@ from agentstate.settings import Settings
 pytestmark = pytest.mark.timeout(600)
 
 PAGE = 64
+QUESTION = 7 * PAGE + 20
 FLAGS = ("--skip-tokenizer-init", "--dtype", "float32", "--max-total-tokens", "8192", "--chunked-prefill-size", "1024")
 
 Start = Callable[..., LocalStack]
@@ -84,7 +85,7 @@ class Agent:
     def __init__(self, stack: LocalStack, seed: int, **fields: Any):
         self._generate = Generator(stack.engine_url)
         self._fields = fields
-        self._question, self._next = tokens(seed, 7 * PAGE + 20), tokens(seed + 1, 30)
+        self._question, self._next = tokens(seed, QUESTION), tokens(seed + 1, 30)
         self._answer = self._generate(self._question, max_new_tokens=PAGE, **fields)
 
     def second_turn(self) -> Generated:
@@ -145,7 +146,8 @@ def test_a_sliding_window(start: Start) -> None:
 def test_recurrent_state(start: Start) -> None:
     stack = start("conv", "--page-size", "1")
     resumes_like_never_suspended(stack)
-    recomputes_what_was_damaged(stack, "rank0", layers=3, slot=0)
+    # Without the state at the turn's end, the one at the question's end is the last that can be gone on from.
+    assert recomputes_what_was_damaged(stack, "rank0", layers=3, slot=0).cached == QUESTION
     stat = stack.stat()
     assert stat["restore"]["pages_failed"] == 0
     assert stat["pools"]["mamba"]["restore"]["pages_failed"] == 1

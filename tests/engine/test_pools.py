@@ -40,7 +40,7 @@ def mla(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def sliding(dtype: torch.dtype = torch.float32) -> Any:
-    layers = {"swa_attention_layer_ids": [0, 2, 3], "full_attention_layer_ids": [1, 4]}
+    layers = {"swa_attention_layer_ids": [3, 0, 2], "full_attention_layer_ids": [1, 4]}
     return SWAKVPool(size_swa=32, dtype=dtype, **layers, **MHA)
 
 
@@ -103,7 +103,7 @@ def test_a_sliding_window_has_a_pool_of_its_own(window: int, pages: int) -> None
     kvcache = sliding()
     full, windowed = found(kvcache, [FULL, SWA], swa_retain_window=window)
     assert (full.name, full.model_layers, full.window_pages) == (PoolName.KV, (1, 4), None)
-    assert (windowed.name, windowed.model_layers, windowed.window_pages) == (PoolName.SWA, (0, 2, 3), pages)
+    assert (windowed.name, windowed.model_layers, windowed.window_pages) == (PoolName.SWA, (3, 0, 2), pages)
     assert full.tensors[1][0] is kvcache.full_kv_pool.k_buffer[1]
     assert windowed.tensors[2][1] is kvcache.swa_kv_pool.v_buffer[2]
     assert full.layout() != windowed.layout()

@@ -201,6 +201,32 @@ def calibrate(
 
 
 @bench.command()
+def ttft(
+    model: Annotated[str, typer.Option(help="smollm2-135m-instruct, or a KV geometry: qwen2.5-7b, llama-70b, …")] = (
+        "smollm2-135m-instruct"
+    ),
+    tokens: Annotated[str, typer.Option(help="Context lengths, whole pages of 64 at best.")] = "2048,4096,7488",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is measured.")] = 20,
+    recomputes: Annotated[int, typer.Option(min=0, help="How often a context is computed anew.")] = 3,
+    report: JsonPath = None,
+) -> None:
+    """Turn 2 on this machine: a memory hit, restored cold, after prefetches and over the API, and recomputed."""
+    lengths = [int(length) for length in tokens.split(",")]
+    _room("benchmarks.turn2").ttft(Settings(), model, lengths, rounds, recomputes, report)
+
+
+@bench.command()
+def soak(
+    turns: Annotated[int, typer.Option(min=2, help="How many turns are suspended and resumed.")] = 200,
+    restarts: Annotated[int, typer.Option(min=0, help="How many of them start the engine again.")] = 6,
+    seed: Annotated[int, typer.Option(help="What happens follows from it.")] = 0,
+    report: JsonPath = None,
+) -> None:
+    """Suspend and resume agents again and again, and compare every token with those of agents that never were."""
+    _room("benchmarks.turn2").soak(Settings(), turns, restarts, seed, report)
+
+
+@bench.command()
 def project(
     prefill_tflops: Annotated[float, typer.Option(help="What a prefill reaches, TFLOP/s.")] = 550,
     prefill_tokens_per_s: Annotated[

@@ -19,6 +19,7 @@ from agentstate import branches, engines, ids, leases, manifests, toolcalls, tra
 from agentstate.database import Database, insert, now_us
 from agentstate.engines import Engine
 from agentstate.errors import (
+    EventsTrimmed,
     ModelMismatch,
     RevisionStale,
     SessionExists,
@@ -377,6 +378,26 @@ class Sessions:
         if order is Order.DESCENDING:
             found.reverse()
         return EntryPage(found, has_more=rest.length > wanted.length)
+
+    def since(self, session_id: str, seq: int, limit: int = 100) -> tuple[Session, EntryPage]:
+        """The session, and the oldest entries of its history that come after ``seq``."""
+        with self._database.read() as connection:
+            row = self._find(connection, session_id)
+            rest = History.of(connection, row).between(seq + 1, row.next_seq)
+            wanted = rest.oldest(limit)
+            found = transcript.read(connection, session_id, wanted)
+            return _session(row), EntryPage(found, has_more=rest.length > wanted.length)
+
+    def seen(self, session_id: str, seq: int) -> Session:
+        """The session, for who has seen its entries up to ``seq``, 0 for none of them.
+
+        Raises EventsTrimmed when that entry is not in its history, as after a rewind.
+        """
+        with self._database.read() as connection:
+            row = self._find(connection, session_id)
+            if seq and History.of(connection, row).owner_of(seq) is None:
+                raise EventsTrimmed(f"entry {seq} is not in session {session_id}: read it again", revision=row.revision)
+            return _session(row)
 
     def append(self, session_id: str, key: LeaseKey, new: Sequence[NewEntry]) -> Appended:
         """Append entries, all or none, and record the tool calls and results among them.

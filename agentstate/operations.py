@@ -211,8 +211,8 @@ class Operations:
         """Carry out an operation that was announced and committed: ask one question after the other until each is
         settled, and write down what came of the last one.
 
-        It fails when an engine refuses, vanishes or takes longer than ``limit_s`` (by default ``FLUSH_LIMIT_S``), and when a flush that another
-        question follows does not end ``durable``.
+        It fails when an engine refuses, vanishes or takes longer than ``limit_s`` (by default ``FLUSH_LIMIT_S``), and
+        when a flush that another question follows does not end ``durable``.
         """
         limit_s = FLUSH_LIMIT_S if limit_s is None else limit_s
         steps = [lambda question=question: self._until_settled(question, limit_s) for question in questions]

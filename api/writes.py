@@ -90,14 +90,10 @@ class Write:
         body = stored["body"]
         if body is not None:
             for part in (body, body.get("entries")):
-                if isinstance(part, dict) and part.get("entry_ids"):
-                    found = transcript.by_id(connection, part["of"], part["entry_ids"])
-                    part["data"] = [
-                        entry(found[entry_id]).model_dump(mode="json")
-                        for entry_id in part["entry_ids"]
-                        if entry_id in found
-                    ]
-                    del part["entry_ids"], part["of"]
+                if isinstance(part, dict) and "entry_ids" in part:
+                    wanted, name = part.pop("entry_ids"), part.pop("of")
+                    found = transcript.by_id(connection, name, wanted) if wanted else {}
+                    part["data"] = [entry(found[item]).model_dump(mode="json") for item in wanted if item in found]
             if "lease" in body:
                 body["lease"]["token"] = self.lease_secret()
         return Answer(None if body is None else Stored(**body), stored["status"], stored["headers"], replayed=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -306,16 +309,19 @@ class Copy:
     entries: list[tuple[str, str]] = field(default_factory=list)  # id, text
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Database:
-    database = Database(f"sqlite:///{tmp_path_factory.mktemp('branches') / 'a.db'}")
-    database.upgrade()
-    return database
-
-
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_branches_are_as_if_they_had_been_copied(shared: Database, data: st.DataObject) -> None:
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_branches_are_as_if_they_had_been_copied(migrated_file: Path, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copy(migrated_file, Path(directory) / "a.db")
+        database = Database(f"sqlite:///{directory}/a.db")
+        try:
+            play(database, data)
+        finally:
+            database.close()
+
+
+def play(shared: Database, data: st.DataObject) -> None:
     sessions = Sessions(shared, 10)
     alive: dict[str, Copy] = {sessions.create("m").id: Copy()}
     for number in range(data.draw(st.integers(1, 14), label="steps")):

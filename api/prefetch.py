@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 from starlette.concurrency import run_in_threadpool
 
 from agentstate import answers, operations
-from agentstate.errors import AgentStateError, EngineError
+from agentstate.errors import AgentStateError, EngineError, EngineUnreachable
 from agentstate.operations import Kind, Outcome, PrefetchState, Question, Tier
 from agentstate.sessions import PagesOfSession, Sessions
 from api.operations import view
@@ -93,6 +93,9 @@ async def start(
         if not all(pages.keys):
             raise EngineError("the engine has stored no pages of the session")
         outcome = await asyncio.wrap_future(service.operations.ask(question, 0))
+    except EngineUnreachable:
+        # A busy engine may miss a question: it is asked again.
+        outcome = Outcome(PrefetchState.PENDING)
     except EngineError as error:
         await run_in_threadpool(service.operations.fail, operation_id, str(error))
         return None

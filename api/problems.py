@@ -122,6 +122,9 @@ def install(app: FastAPI) -> None:
         document = make()
         for path in document["paths"].values():
             for operation in path.values():
+                if "428" in operation["responses"]:
+                    for parameter in operation.get("parameters", []):
+                        parameter["required"] = parameter["required"] or parameter["name"] == "if-match"
                 for status, response in operation["responses"].items():
                     if int(status) >= 400 and "application/json" in response.get("content", {}):
                         schema = response["content"]["application/json"]

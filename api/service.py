@@ -60,7 +60,7 @@ def etag(revision: int, status: str) -> str:
 
 async def _seen(
     if_match: Annotated[
-        str | None, Header(description="The ETag or revision that the caller has seen, or * for any.")
+        str | None, Header(description="The ETag or revision that the caller has seen, or * for any.", examples=["*"])
     ] = None,
 ) -> int | None:
     """The revision that the caller has seen; None for any. One that is none of ours matches nothing."""

@@ -27,7 +27,7 @@ LINKS: dict[str, Any] = {
 } | {
     name: {
         "operationId": name,
-        "parameters": {"path.session_id": "$response.body#/id", "header.If-Match": "$response.body#/revision"},
+        "parameters": {"path.session_id": "$response.body#/id", "header.if-match": "$response.body#/revision"},
     }
     for name in ("fork_session", "update_session", "delete_session")
 }

@@ -1,4 +1,4 @@
-"""The command line: `agentstate serve | engine | demo | db | pages | bench | version`."""
+"""The command line: `agentstate serve | engine | demo | db | keys | tenants | pages | bench | version`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -16,8 +18,12 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from agentstate import __version__, launcher
+from agentstate import tenants as tenancy
+from agentstate.collection import collect
+from agentstate.database import Database, instant
 from agentstate.errors import AgentStateError
 from agentstate.pages import inventory
+from agentstate.sessions import DEFAULT_TENANT
 from agentstate.settings import Settings
 
 app = typer.Typer(
@@ -27,6 +33,10 @@ app = typer.Typer(
 )
 db = typer.Typer(help="The database.", no_args_is_help=True)
 app.add_typer(db, name="db")
+keys = typer.Typer(help="API keys. Once there is one, every call needs one.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+tenants = typer.Typer(help="Tenants: whose sessions a key gives access to.", no_args_is_help=True)
+app.add_typer(tenants, name="tenants")
 pages = typer.Typer(help="The page directory.", no_args_is_help=True)
 app.add_typer(pages, name="pages")
 bench = typer.Typer(help="The figures that the documentation claims, on this machine.", no_args_is_help=True)
@@ -69,6 +79,73 @@ def serve(
 def upgrade() -> None:
     """Bring the database to this version's schema."""
     _room("api.server").migrate(Settings())
+
+
+@db.command("gc")
+def collect_garbage() -> None:
+    """Delete what no session reaches any more, as a running service does by itself from time to time."""
+    now = Settings()
+    with _database(now) as database:
+        collected = collect(database, expired_after_s=now.expired_retention_s)
+    print(", ".join(f"{count:,} {name}" for name, count in vars(collected).items()))
+
+
+@keys.command("create")
+def create_key(
+    tenant: Annotated[str, typer.Option(help="Whose sessions it gives access to.")] = DEFAULT_TENANT,
+    note: Annotated[str, typer.Option(help="What it is for.")] = "",
+) -> None:
+    """Make an API key. It is printed now and never again."""
+    with _database(Settings()) as database, database.write() as connection:
+        made = tenancy.create_key(connection, tenant, note)
+    _errors.print(f"key {made.key.id} of tenant {tenant}; send it as Authorization: Bearer", highlight=False)
+    print(made.secret)
+
+
+@keys.command("list")
+def list_keys(as_json: AsJson = False) -> None:
+    """List the keys, without their secrets."""
+    with _database(Settings()) as database, database.read() as connection:
+        found = tenancy.list_keys(connection)
+    rows = [
+        {
+            "id": key.id,
+            "tenant": key.tenant,
+            "note": key.note,
+            "created": instant(key.created_us).isoformat(timespec="seconds"),
+            "revoked": "" if key.revoked_us is None else instant(key.revoked_us).isoformat(timespec="seconds"),
+        }
+        for key in found
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("id", "tenant", "note", "created", "revoked")
+    for row in rows:
+        table.add_row(*row.values())
+    Console().print(table)
+
+
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="As `agentstate keys list` shows it.")]) -> None:
+    """Let a key be valid no more. Running services notice within seconds."""
+    with _database(Settings()) as database, database.write() as connection:
+        tenancy.revoke_key(connection, key_id)
+
+
+@tenants.command("set")
+def set_tenant(
+    name: Annotated[str, typer.Argument(help="The tenant; it is made if it is not there.")],
+    expires_in_s: Annotated[
+        float | None, typer.Option(min=0.001, help="When its sessions expire that do not say. None: never.")
+    ] = None,
+    requests_per_s: Annotated[
+        float | None, typer.Option(min=0, help="How many it may send. None: AGENTSTATE_REQUESTS_PER_S.")
+    ] = None,
+) -> None:
+    """Set the limits of a tenant, both of them."""
+    with _database(Settings()) as database, database.write() as connection:
+        tenancy.put(connection, tenancy.Tenant(name, expires_in_s, requests_per_s))
 
 
 @pages.command("ls")
@@ -259,6 +336,17 @@ def performance(
 
 
 _errors = Console(stderr=True)
+
+
+@contextmanager
+def _database(settings: Settings) -> Iterator[Database]:
+    """The database, its schema this version's: a SQLite that is not there yet is made."""
+    _room("api.server").prepare(settings)
+    database = Database(settings.sqlalchemy_url)
+    try:
+        yield database
+    finally:
+        database.close()
 
 
 def _room(name: str) -> ModuleType:

@@ -117,7 +117,7 @@ class Turn2:
         if variant.endswith("_prefetch"):
             tier = variant.split("_")[1]
             answer = self._rank().call("prefetch", 130, session=session, tier=tier, timeout_ms=_WAIT_MS)
-            if (answer["state"], answer["tier"]) != ("done", tier):
+            if (answer["state"], answer["tier"]) != ("warm", tier):
                 raise EngineError(f"the prefetch to {tier} memory ended as {answer}")
 
     async def _measure(

@@ -25,7 +25,8 @@ from agentstate.errors import (
 from agentstate.leases import LeaseKey
 from agentstate.manifests import KvState, Manifest
 from agentstate.models import EntryKind, SessionStatus
-from agentstate.sessions import NewEntry, Order, Resumed, Sessions, SuspendReason
+from agentstate.sessions import Order, Resumed, Sessions, SuspendReason
+from agentstate.transcript import NewEntry
 
 ENGINE = Engine("eng_1", "n1", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f1", "/pages")
 

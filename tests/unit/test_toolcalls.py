@@ -6,7 +6,8 @@ import sqlalchemy as sa
 from agentstate.database import Database
 from agentstate.errors import InvalidEntry, ToolInFlight
 from agentstate.models import EntryKind, SessionStatus
-from agentstate.sessions import NewEntry, Sessions, SuspendReason
+from agentstate.sessions import Sessions, SuspendReason
+from agentstate.transcript import NewEntry
 
 
 def call(call_id: str, expected_s: float | None = None) -> NewEntry:

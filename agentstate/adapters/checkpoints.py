@@ -51,7 +51,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint without its channels' values. ``versions`` are those of all channels, also of ones without a value."""
+    """A checkpoint without its channels' values; ``versions`` are those of all channels, also of empty ones."""
 
     session_id: str
     namespace: str
@@ -77,7 +77,7 @@ class Write:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint, the values of its channels, and the writes made from it, in the order in which a run applies them."""
+    """A checkpoint, its channels' values, and the writes made from it, in the order in which a run applies them."""
 
     checkpoint: Checkpoint
     channels: dict[str, Value]
@@ -478,9 +478,11 @@ def _delete_rows(
 def _named(
     connection: Connection, table: sa.Table, names: Sequence[str], keys: Collection[tuple[Any, ...]]
 ) -> Iterator[Any]:
-    columns = sa.tuple_(*(table.c[name] for name in names))
+    """The rows of some keys. Joined with them, so that each is one look into the primary key on either database."""
     for batch in _batches(list(keys)):
-        yield from connection.execute(sa.select(table).where(columns.in_(batch)))
+        wanted = sa.values(*(sa.column(name, table.c[name].type) for name in names)).data(batch).cte("wanted")
+        same = sa.and_(*(table.c[name] == wanted.c[name] for name in names))
+        yield from connection.execute(sa.select(table).select_from(wanted.join(table, same)))
 
 
 def _batches(items: Sequence[T]) -> Iterator[list[T]]:

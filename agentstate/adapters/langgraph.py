@@ -128,7 +128,11 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
             config["configurable"]["checkpoint_id"],
             [
                 Write(
-                    task_id, WRITES_IDX_MAP.get(channel, index), task_path, channel, Value(*self.serde.dumps_typed(value))
+                    task_id,
+                    WRITES_IDX_MAP.get(channel, index),
+                    task_path,
+                    channel,
+                    Value(*self.serde.dumps_typed(value)),
                 )
                 for index, (channel, value) in enumerate(writes)
             ],

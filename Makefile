@@ -1,8 +1,9 @@
 # `make demo` and `make test` do everything on a machine that has Python 3.11 or newer and nothing else.
 #
 # The packages of an environment lie outside the checkout, in a directory named by its lock file, so that a second
-# checkout is set up in seconds. `.venv/service`, `.venv/engine` and so on are thin environments on top of them that hold
-# this checkout. The service and its clients have no torch; the engine (SGLang) is 11 GB and takes 5 minutes, once.
+# checkout is set up in seconds. `.venv/service` and its like are thin environments on top of them that hold this
+# checkout. The service and its clients have no torch; the agent frameworks are apart because they need a newer openai
+# than SGLang does; the engine (SGLang) is 11 GB and takes 5 minutes, once.
 
 PYTHON ?= python3
 CACHE ?= $(or $(AGENTSTATE_CACHE_DIR),$(HOME)/.cache/agentstate)
@@ -24,7 +25,7 @@ help:
 	@echo "make test-adapters what needs the agent frameworks"
 	@echo "make lint          ruff and mypy"
 
-demo: setup
+demo: $(SERVICE_SET_UP) $(ENGINE_SET_UP)
 	@$(RUN) $(SERVICE) -m agentstate.cli demo $(ARGS)
 
 test: lint test-service test-adapters test-engine

@@ -101,6 +101,7 @@ class Client(_Connection):
     resume = _now(routes.resume)
     renew = _now(routes.renew)
     suspend = _now(routes.suspend)
+    rewind = _now(routes.rewind)
     operation = _now(routes.operation)
     engines = _now(routes.engines)
 
@@ -166,6 +167,7 @@ class AsyncClient(_Connection):
     resume = _awaited(routes.resume)
     renew = _awaited(routes.renew)
     suspend = _awaited(routes.suspend)
+    rewind = _awaited(routes.rewind)
     operation = _awaited(routes.operation)
     engines = _awaited(routes.engines)
 

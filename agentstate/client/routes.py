@@ -116,6 +116,17 @@ def suspend(
     return _post(Suspended, _session(session_id, "suspend"), body, wait_s=durable_timeout_ms / 1000)
 
 
+def rewind(session_id: str, at: str, *, revision: str, lease: Lease | None = None) -> Call[Session]:
+    """Make the entry ``at`` the head again: what came after it is taken back.
+
+    ``revision`` is the one that the caller has seen; the ``lease`` is needed while the session is being run. Raises
+    EntryNotFound, RequestRefused.
+    """
+    body = {"at": at, "lease": None if lease is None else _proof(lease)}
+    headers = {"If-Match": f'"{revision}"'}
+    return Call(_model(Session), "POST", _session(session_id, "rewind"), Repeat.KEYED, body=body, headers=headers)
+
+
 def operation(operation_id: str) -> Call[Operation]:
     """How an operation stands. Raises OperationNotFound."""
     return _get(Operation, f"/v1/operations/{_part(operation_id)}")

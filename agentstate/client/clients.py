@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import httpx
 
-from agentstate.answers import Operation, Session
+from agentstate.answers import Entry, Operation, Session
 from agentstate.client import routes
+from agentstate.client.events import Following
 from agentstate.client.routes import Call
 from agentstate.client.transport import exchange
 from agentstate.client.turn import AsyncTurn, Turn, TurnOptions
@@ -95,13 +96,20 @@ class Client(_Connection):
         self._http.close()
 
     create_session = _now(routes.create_session)
+    list_sessions = _now(routes.list_sessions)
     read = _now(routes.read)
+    update = _now(routes.update)
+    delete = _now(routes.delete)
     entries = _now(routes.entries)
     append = _now(routes.append)
     resume = _now(routes.resume)
     renew = _now(routes.renew)
     suspend = _now(routes.suspend)
+    fork = _now(routes.fork)
     rewind = _now(routes.rewind)
+    prefetch = _now(routes.prefetch)
+    claim_tool_call = _now(routes.claim_tool_call)
+    finish_tool_call = _now(routes.finish_tool_call)
     operation = _now(routes.operation)
     engines = _now(routes.engines)
 
@@ -116,6 +124,26 @@ class Client(_Connection):
         """A block in which this process runs the session: see `Turn`."""
         return Turn(self, session_id, **options)
 
+    def events(self, session_id: str, *, after: int = 0) -> Iterator[Entry | Session]:
+        """What happens to a session: every entry after the seq ``after``, once and in order, and the session as it
+        stands after a change. It ends when the session does; a connection that breaks is made again.
+
+        Raises SessionNotFound, SessionExpired, and EventsTrimmed when the session was rewound past ``after``.
+        """
+        following = Following(after)
+        while not following.ended:
+            following.begin()
+            response = self._send(routes.events(session_id, following.seq), stream=True)
+            try:
+                for line in response.iter_lines():
+                    yield from following.take(line)
+            except httpx.TransportError:
+                pass
+            finally:
+                response.close()
+            if not following.ended:
+                time.sleep(POLL_S)
+
     def wait_operation(self, operation_id: str, *, timeout_s: float) -> Operation:
         """Poll until the operation is ``done`` or ``failed``. Raises TimeoutError; the operation then goes on."""
         deadline = time.monotonic() + timeout_s
@@ -124,7 +152,7 @@ class Client(_Connection):
             time.sleep(POLL_S)
         return operation
 
-    def _send(self, call: Call[A]) -> A:
+    def _send(self, call: Call[A], *, stream: bool = False) -> A:
         steps = self._exchange(call)
         attempt = next(steps)
         while True:
@@ -132,7 +160,9 @@ class Client(_Connection):
                 time.sleep(attempt.wait_s)
             outcome: httpx.Response | httpx.TransportError
             try:
-                outcome = self._http.request(**attempt.request)
+                outcome = self._http.send(self._http.build_request(**attempt.request), stream=stream)
+                if not outcome.is_success:
+                    outcome.read()
             except httpx.TransportError as error:
                 outcome = error
             try:
@@ -161,13 +191,20 @@ class AsyncClient(_Connection):
         await self._http.aclose()
 
     create_session = _awaited(routes.create_session)
+    list_sessions = _awaited(routes.list_sessions)
     read = _awaited(routes.read)
+    update = _awaited(routes.update)
+    delete = _awaited(routes.delete)
     entries = _awaited(routes.entries)
     append = _awaited(routes.append)
     resume = _awaited(routes.resume)
     renew = _awaited(routes.renew)
     suspend = _awaited(routes.suspend)
+    fork = _awaited(routes.fork)
     rewind = _awaited(routes.rewind)
+    prefetch = _awaited(routes.prefetch)
+    claim_tool_call = _awaited(routes.claim_tool_call)
+    finish_tool_call = _awaited(routes.finish_tool_call)
     operation = _awaited(routes.operation)
     engines = _awaited(routes.engines)
 
@@ -182,6 +219,27 @@ class AsyncClient(_Connection):
         """A block in which this process runs the session: see `AsyncTurn`."""
         return AsyncTurn(self, session_id, **options)
 
+    async def events(self, session_id: str, *, after: int = 0) -> AsyncIterator[Entry | Session]:
+        """What happens to a session: every entry after the seq ``after``, once and in order, and the session as it
+        stands after a change. It ends when the session does; a connection that breaks is made again.
+
+        Raises SessionNotFound, SessionExpired, and EventsTrimmed when the session was rewound past ``after``.
+        """
+        following = Following(after)
+        while not following.ended:
+            following.begin()
+            response = await self._send(routes.events(session_id, following.seq), stream=True)
+            try:
+                async for line in response.aiter_lines():
+                    for event in following.take(line):
+                        yield event
+            except httpx.TransportError:
+                pass
+            finally:
+                await response.aclose()
+            if not following.ended:
+                await asyncio.sleep(POLL_S)
+
     async def wait_operation(self, operation_id: str, *, timeout_s: float) -> Operation:
         """Poll until the operation is ``done`` or ``failed``. Raises TimeoutError; the operation then goes on."""
         deadline = time.monotonic() + timeout_s
@@ -190,7 +248,7 @@ class AsyncClient(_Connection):
             await asyncio.sleep(POLL_S)
         return operation
 
-    async def _send(self, call: Call[A]) -> A:
+    async def _send(self, call: Call[A], *, stream: bool = False) -> A:
         steps = self._exchange(call)
         attempt = next(steps)
         while True:
@@ -198,7 +256,9 @@ class AsyncClient(_Connection):
                 await asyncio.sleep(attempt.wait_s)
             outcome: httpx.Response | httpx.TransportError
             try:
-                outcome = await self._http.request(**attempt.request)
+                outcome = await self._http.send(self._http.build_request(**attempt.request), stream=stream)
+                if not outcome.is_success:
+                    await outcome.aread()
             except httpx.TransportError as error:
                 outcome = error
             try:

@@ -12,6 +12,8 @@ import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
+from pydantic import ValidationError
+
 from agentstate.answers import (
     AppendedEntries,
     EngineLink,
@@ -41,7 +43,10 @@ class TurnOptions(TypedDict, total=False):
     lease_ttl_s: float
     tail: int
     expect_model: str | None
+    busy_timeout_s: float
+    prefetch: str
     reason: str
+    kv: str
     durable_timeout_ms: int
 
 
@@ -55,7 +60,10 @@ class _Turn:
         lease_ttl_s: float = 60.0,
         tail: int = 50,
         expect_model: str | None = None,
+        busy_timeout_s: float = 0.0,
+        prefetch: str = "none",
         reason: str = "user_wait",
+        kv: str = "retain",
         durable_timeout_ms: int = 500,
     ):
         self.session_id = session_id
@@ -66,9 +74,16 @@ class _Turn:
         #: Whether the lease is known to be lost: another one may run the session, and nothing can be appended.
         self.lease_lost = False
         self._lease_ttl_s = lease_ttl_s
+        self._kv_after = kv
         self._durable_timeout_ms = durable_timeout_ms
-        self._tail = tail
-        self._expect_model = expect_model
+        self._resumption = routes.resume(
+            session_id,
+            lease_ttl_s=lease_ttl_s,
+            tail=tail,
+            expect_model=expect_model,
+            busy_timeout_s=busy_timeout_s,
+            prefetch=prefetch,
+        )
         self._resumed: Resumed | None = None
 
     @property
@@ -120,18 +135,15 @@ class _Turn:
             )
         return self.resumed.engine
 
-    def _resumption(self) -> Call[Resumed]:
-        return routes.resume(
-            self.session_id, lease_ttl_s=self._lease_ttl_s, tail=self._tail, expect_model=self._expect_model
-        )
-
     def _renewal(self) -> Call[Lease]:
         return routes.renew(self.session_id, self.lease, lease_ttl_s=self._lease_ttl_s)
 
     def _suspension(self, error: BaseException | None) -> Call[Suspended]:
         # A turn that broke off is not done, whatever it meant to be.
         reason = self.reason if error is None else "user_wait"
-        return routes.suspend(self.session_id, self.lease, reason=reason, durable_timeout_ms=self._durable_timeout_ms)
+        return routes.suspend(
+            self.session_id, self.lease, reason=reason, kv=self._kv_after, durable_timeout_ms=self._durable_timeout_ms
+        )
 
     def _not_suspended(self, failure: AgentStateError, error: BaseException | None) -> None:
         if error is None:
@@ -146,10 +158,10 @@ class _Turn:
 
 def _settled(suspended: Suspended, operation: Operation) -> StoredKv:
     """What an ended flush says is stored; ``unknown`` where it failed."""
-    stored = operation.result or {}
-    if "state" not in stored:
+    try:
+        return StoredKv.model_validate(operation.result)
+    except ValidationError:
         return suspended.kv.model_copy(update={"state": KvState.UNKNOWN})
-    return StoredKv.model_validate(stored)
 
 
 class Turn(_Turn):
@@ -171,7 +183,7 @@ class Turn(_Turn):
         self._keeper = threading.Thread(target=self._keep, name=f"agentstate-lease-{session_id}", daemon=True)
 
     def __enter__(self) -> Self:
-        self._resumed = self._client._send(self._resumption())
+        self._resumed = self._client._send(self._resumption)
         self._keeper.start()
         return self
 
@@ -192,7 +204,7 @@ class Turn(_Turn):
     def wait_durable(self, *, timeout_s: float = 60.0) -> StoredKv:
         """After the block: what the engine has stored of the session, once that is settled. Raises TimeoutError."""
         suspended = self._outcome()
-        if suspended.operation is None:
+        if suspended.operation is None or suspended.kv.state is not KvState.PENDING:
             return suspended.kv
         return _settled(suspended, self._client.wait_operation(suspended.operation, timeout_s=timeout_s))
 
@@ -216,7 +228,7 @@ class AsyncTurn(_Turn):
         self._keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._resumed = await self._client._send(self._resumption())
+        self._resumed = await self._client._send(self._resumption)
         self._keeper = asyncio.create_task(self._keep(), name=f"agentstate-lease-{self.session_id}")
         return self
 
@@ -239,7 +251,7 @@ class AsyncTurn(_Turn):
     async def wait_durable(self, *, timeout_s: float = 60.0) -> StoredKv:
         """After the block: what the engine has stored of the session, once that is settled. Raises TimeoutError."""
         suspended = self._outcome()
-        if suspended.operation is None:
+        if suspended.operation is None or suspended.kv.state is not KvState.PENDING:
             return suspended.kv
         return _settled(suspended, await self._client.wait_operation(suspended.operation, timeout_s=timeout_s))
 

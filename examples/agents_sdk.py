@@ -41,10 +41,9 @@ async def main() -> None:
             for question in options.question:
                 result = await Runner.run(agent, question, session=session, run_config=session.run_config())
                 usage = result.raw_responses[-1].usage
+                cached = usage.input_tokens_details.cached_tokens
                 print(f" > {question}\n < {result.final_output.strip()}")
-                print(
-                    f"   of {usage.input_tokens} tokens {usage.input_tokens_details.cached_tokens} were not computed again"
-                )
+                print(f"   of {usage.input_tokens} tokens {cached} were not computed again")
         stored = await session.turn.wait_durable()
         print(f"suspended: {stored.tokens} tokens are {stored.state}")
 

@@ -53,7 +53,7 @@ class Value:
 class Checkpoint:
     """A checkpoint without its channels' values; ``versions`` are those of all channels, also of empty ones."""
 
-    session_id: str
+    thread_id: str
     namespace: str
     id: str
     parent_id: str | None
@@ -97,8 +97,9 @@ class Checkpoints:
     def put(self, checkpoint: Checkpoint, channels: dict[str, Value]) -> None:
         """Store a checkpoint, in place of one of the same id, and the values of the channels that it changed."""
         with self._database.write() as connection:
-            self._ensure_session(connection, checkpoint.session_id)
-            row = vars(checkpoint)
+            session_id = self._ensure_session(connection, checkpoint.thread_id)
+            row = {**vars(checkpoint), "session_id": session_id}
+            del row["thread_id"]
             key = ("session_id", "namespace", "id")
             connection.execute(
                 insert(connection, checkpoints)
@@ -107,14 +108,14 @@ class Checkpoints:
                     index_elements=key, set_={name: value for name, value in row.items() if name not in key}
                 )
             )
-            _add_blobs(connection, checkpoint.session_id, channels.values())
+            _add_blobs(connection, session_id, channels.values())
             if channels:
                 connection.execute(
                     # A version of a channel is made once: the same version has the same value.
                     insert(connection, checkpoint_channels).on_conflict_do_nothing(),
                     [
                         {
-                            "session_id": checkpoint.session_id,
+                            "session_id": session_id,
                             "namespace": checkpoint.namespace,
                             "channel": channel,
                             "version": str(checkpoint.versions[channel]),
@@ -125,10 +126,10 @@ class Checkpoints:
                     ],
                 )
 
-    def put_writes(self, session_id: str, namespace: str, checkpoint_id: str, writes: Sequence[Write]) -> None:
+    def put_writes(self, thread_id: str, namespace: str, checkpoint_id: str, writes: Sequence[Write]) -> None:
         """Store what tasks wrote, once: a second time changes nothing, but for those at negative positions."""
         with self._database.write() as connection:
-            self._ensure_session(connection, session_id)
+            session_id = self._ensure_session(connection, thread_id)
             statement = insert(connection, checkpoint_writes)
             replaced = ("task_path", "channel", "encoding", "body")
             replace = statement.on_conflict_do_update(
@@ -155,11 +156,9 @@ class Checkpoints:
                 if rows:
                     connection.execute(upsert, rows)
 
-    def get(self, session_id: str, namespace: str, checkpoint_id: str | None = None) -> Loaded | None:
+    def get(self, thread_id: str, namespace: str, checkpoint_id: str | None = None) -> Loaded | None:
         """One checkpoint, by default the newest."""
-        query = sa.select(checkpoints).where(
-            checkpoints.c.session_id == session_id, checkpoints.c.namespace == namespace
-        )
+        query = _rows().where(_is(thread_id), checkpoints.c.namespace == namespace)
         if checkpoint_id is not None:
             query = query.where(checkpoints.c.id == checkpoint_id)
         with self._snapshot() as connection:
@@ -169,7 +168,7 @@ class Checkpoints:
     def page(
         self,
         *,
-        session_id: str | None = None,
+        thread_id: str | None = None,
         namespace: str | None = None,
         checkpoint_id: str | None = None,
         before: str | None = None,
@@ -183,8 +182,8 @@ class Checkpoints:
         empty although there are more.
         """
         table = checkpoints.c
-        query = sa.select(checkpoints)
-        for column, value in ((table.session_id, session_id), (table.namespace, namespace), (table.id, checkpoint_id)):
+        query = _rows() if thread_id is None else _rows().where(_is(thread_id))
+        for column, value in ((table.namespace, namespace), (table.id, checkpoint_id)):
             if value is not None:
                 query = query.where(column == value)
         if before is not None:
@@ -194,9 +193,9 @@ class Checkpoints:
             # number not its digits.
             if isinstance(value, str) and name.isidentifier():
                 query = query.where(table.metadata[name].as_string() == value)
-        order = (table.id, table.session_id, table.namespace)
+        order = (table.id, thread_name, table.namespace)
         if after is not None:
-            query = query.where(sa.tuple_(*order) < sa.tuple_(after.id, after.session_id, after.namespace))
+            query = query.where(sa.tuple_(*order) < sa.tuple_(after.id, after.thread_id, after.namespace))
         with self._snapshot() as connection:
             rows = connection.execute(query.order_by(*(column.desc() for column in order)).limit(limit)).all()
             fitting = [
@@ -218,23 +217,26 @@ class Checkpoints:
                 return
             checkpoint = found[-1].checkpoint
 
-    def delete_thread(self, session_id: str) -> None:
+    def delete_thread(self, thread_id: str) -> None:
         """Delete all that was put for a thread. Its session stays, with what else it has."""
         with self._database.write() as connection:
-            if _lock(connection, session_id):
-                _delete_all(connection, session_id)
+            session_id = _lock(connection, thread_id)
+            if session_id is None:
+                return
+            for table in _TABLES:
+                connection.execute(sa.delete(table).where(table.c.session_id == session_id))
 
     def delete_runs(self, run_ids: Sequence[str]) -> None:
         """Delete the checkpoints that some runs made, and the writes made from those."""
         for batch in _batches(run_ids):
             with self._database.read() as connection:
-                threads = connection.execute(
-                    sa.select(checkpoints.c.session_id).where(checkpoints.c.run_id.in_(batch)).distinct()
-                ).scalars()
-                session_ids = list(threads)
-            for session_id in session_ids:
+                of_runs = _rows().where(checkpoints.c.run_id.in_(batch)).with_only_columns(thread_name).distinct()
+                threads = connection.execute(of_runs).scalars().all()
+            for thread_id in threads:
                 with self._database.write() as connection:
-                    _lock(connection, session_id)
+                    session_id = _lock(connection, thread_id)
+                    if session_id is None:
+                        continue
                     gone = connection.execute(
                         sa.delete(checkpoints)
                         .where(checkpoints.c.session_id == session_id, checkpoints.c.run_id.in_(batch))
@@ -243,14 +245,15 @@ class Checkpoints:
                     _delete_rows(connection, session_id, checkpoint_writes, ("namespace", "checkpoint_id"), gone)
                     _sweep(connection, session_id)
 
-    def prune(self, session_id: str) -> None:
+    def prune(self, thread_id: str) -> None:
         """Delete all checkpoints of a thread but the newest of each namespace.
 
         Those stay too that the newest cannot be rebuilt without: the ancestors that hold the writes of a channel whose
         value is stored only now and then, back to the one that has its value.
         """
         with self._database.write() as connection:
-            if not _lock(connection, session_id):
+            session_id = _lock(connection, thread_id)
+            if session_id is None:
                 return
             newest = (
                 sa.select(checkpoints.c.namespace, sa.func.max(checkpoints.c.id))
@@ -261,11 +264,7 @@ class Checkpoints:
             kept = {tuple(key) for key in keys}
             for namespace, newest_id in keys:
                 row = connection.execute(
-                    sa.select(checkpoints).where(
-                        checkpoints.c.session_id == session_id,
-                        checkpoints.c.namespace == namespace,
-                        checkpoints.c.id == newest_id,
-                    )
+                    _rows().where(_is(thread_id), checkpoints.c.namespace == namespace, checkpoints.c.id == newest_id)
                 ).one()
                 kept |= {(namespace, id) for id in _needed(connection, row)}
             all_of = sa.select(checkpoints.c.namespace, checkpoints.c.id).where(checkpoints.c.session_id == session_id)
@@ -283,37 +282,29 @@ class Checkpoints:
         if source_id == target_id:
             return
         with self._database.write() as connection:
-            connection.execute(
-                sa.select(sessions.c.id).where(sessions.c.id == source_id).with_for_update(read=True, key_share=True)
-            )
-            shared = ("model", "cache_salt", "extra_key")
-            origin = sa.select(
-                sa.literal(target_id, sa.Text()),
-                *(sessions.c[name] for name in shared),
-                *(sa.literal(value, sessions.c[name].type) for name, value in _NEW_SESSION.items()),
-                now_us(),
-                now_us(),
-            ).where(sessions.c.id == source_id)
-            connection.execute(
-                insert(connection, sessions)
-                .from_select(["id", *shared, *_NEW_SESSION, "created_us", "updated_us"], origin)
-                .on_conflict_do_nothing()
+            source = connection.execute(
+                sa.select(sessions).where(_is(source_id)).with_for_update(read=True, key_share=True)
+            ).one_or_none()
+            if source is None:
+                return
+            session_id = _ensure(
+                connection,
+                target_id,
+                model=source.model,
+                cache_salt=source.cache_salt,
+                extra_key=source.extra_key,
             )
             for table in (checkpoint_blobs, checkpoint_channels, checkpoint_writes, checkpoints):
                 others = [column for column in table.c if column.name != "session_id"]
-                rows = sa.select(sa.literal(target_id, sa.Text()), *others).where(table.c.session_id == source_id)
+                rows = sa.select(sa.literal(session_id, sa.Text()), *others).where(table.c.session_id == source.id)
                 connection.execute(
                     insert(connection, table)
                     .from_select(["session_id", *(column.name for column in others)], rows)
                     .on_conflict_do_nothing()
                 )
 
-    def _ensure_session(self, connection: Connection, session_id: str) -> None:
-        connection.execute(
-            insert(connection, sessions)
-            .values(id=session_id, model=self._model, created_us=now_us(), updated_us=now_us(), **_NEW_SESSION)
-            .on_conflict_do_nothing()
-        )
+    def _ensure_session(self, connection: Connection, thread_id: str) -> str:
+        return _ensure(connection, thread_id, model=self._model)
 
     @contextmanager
     def _snapshot(self) -> Iterator[Connection]:
@@ -324,13 +315,41 @@ class Checkpoints:
             yield connection
 
 
-_NEW_SESSION: dict[str, Any] = {"metadata": {}, "status": SessionStatus.IDLE, "next_seq": 1, "revision": 1}
+# What a thread is called: the id that clients give its session.
+thread_name = sessions.c.id
 
 
-def _lock(connection: Connection, session_id: str) -> bool:
-    """Keep everyone from writing to a thread until the transaction ends; False when there is no such session."""
-    found = connection.execute(sa.select(sessions.c.id).where(sessions.c.id == session_id).with_for_update())
-    return found.one_or_none() is not None
+def _is(thread_id: str) -> sa.ColumnElement[bool]:
+    return thread_name == thread_id
+
+
+def _rows() -> sa.Select[Any]:
+    return sa.select(checkpoints, thread_name.label("thread_id")).join(sessions)
+
+
+def _ensure(connection: Connection, thread_id: str, **values: Any) -> str:
+    """The id of a thread's session, which is made with ``values`` if there is none."""
+    connection.execute(
+        insert(connection, sessions)
+        .values(
+            id=thread_id,
+            metadata={},
+            status=SessionStatus.IDLE,
+            next_seq=1,
+            revision=1,
+            created_us=now_us(),
+            updated_us=now_us(),
+            **values,
+        )
+        .on_conflict_do_nothing()
+    )
+    return thread_id
+
+
+def _lock(connection: Connection, thread_id: str) -> str | None:
+    """The id of a thread's session, and nobody writes to the thread until the transaction ends; None without one."""
+    found: str | None = connection.execute(sa.select(sessions.c.id).where(_is(thread_id)).with_for_update()).scalar()
+    return found
 
 
 def _add_blobs(connection: Connection, session_id: str, values: Iterable[Value]) -> None:
@@ -353,11 +372,10 @@ def _add_blobs(connection: Connection, session_id: str, values: Iterable[Value])
 
 def _load(connection: Connection, rows: Sequence[Any], only: Collection[str] | None = None) -> list[Loaded]:
     """The checkpoints of some rows, with their channels (``only`` those) and writes."""
-    found = [_checkpoint(row) for row in rows]
     names = {
-        (checkpoint.session_id, checkpoint.namespace, channel, str(version))
-        for checkpoint in found
-        for channel, version in checkpoint.versions.items()
+        (row.session_id, row.namespace, channel, str(version))
+        for row in rows
+        for channel, version in row.versions.items()
         if only is None or channel in only
     }
     stored = {
@@ -370,25 +388,25 @@ def _load(connection: Connection, rows: Sequence[Any], only: Collection[str] | N
         for row in _named(connection, checkpoint_blobs, ("session_id", "digest"), wanted)
     }
     writes: dict[tuple[str, str, str], list[Write]] = {}
-    keys = {(checkpoint.session_id, checkpoint.namespace, checkpoint.id) for checkpoint in found}
+    keys = {(row.session_id, row.namespace, row.id) for row in rows}
     for row in _named(connection, checkpoint_writes, ("session_id", "namespace", "checkpoint_id"), keys):
         writes.setdefault((row.session_id, row.namespace, row.checkpoint_id), []).append(
             Write(row.task_id, row.position, row.task_path, row.channel, Value(row.encoding, row.body))
         )
     loaded = []
-    for checkpoint in found:
-        thread = (checkpoint.session_id, checkpoint.namespace)
-        values = {name: stored.get((*thread, name, str(version))) for name, version in checkpoint.versions.items()}
+    for row in rows:
+        place = (row.session_id, row.namespace)
+        values = {name: stored.get((*place, name, str(version))) for name, version in row.versions.items()}
         loaded.append(
             Loaded(
-                checkpoint,
+                _checkpoint(row),
                 {
-                    name: Value(value.encoding, value.body, {d: blobs[checkpoint.session_id, d] for d in value.digests})
+                    name: Value(value.encoding, value.body, {d: blobs[row.session_id, d] for d in value.digests})
                     for name, value in values.items()
                     if value is not None
                 },
                 sorted(
-                    writes.get((*thread, checkpoint.id), []),
+                    writes.get((*place, row.id), []),
                     key=lambda write: (write.task_path, write.task_id, write.position),
                 ),
             )
@@ -401,17 +419,15 @@ def _lineage(connection: Connection, checkpoint: Checkpoint) -> Sequence[Any]:
     steps = sa.select(sa.literal(checkpoint.parent_id, sa.Text()).label("id"), sa.literal(0).label("depth")).cte(
         "steps", recursive=True
     )
-    here = (checkpoints.c.session_id == checkpoint.session_id, checkpoints.c.namespace == checkpoint.namespace)
+    session_id = sa.select(sessions.c.id).where(_is(checkpoint.thread_id)).scalar_subquery()
+    here = (checkpoints.c.session_id == session_id, checkpoints.c.namespace == checkpoint.namespace)
     steps = steps.union_all(
         sa.select(checkpoints.c.parent_id, steps.c.depth + 1)
         .select_from(steps.join(checkpoints, checkpoints.c.id == steps.c.id))
         .where(*here, steps.c.depth < PAGE - 1)
     )
     return connection.execute(
-        sa.select(checkpoints)
-        .select_from(steps.join(checkpoints, checkpoints.c.id == steps.c.id))
-        .where(*here)
-        .order_by(steps.c.depth)
+        _rows().join(steps, steps.c.id == checkpoints.c.id).where(*here).order_by(steps.c.depth)
     ).all()
 
 
@@ -460,11 +476,6 @@ def _sweep(connection: Connection, session_id: str) -> None:
     _delete_rows(connection, session_id, checkpoint_blobs, ("digest",), gone)
 
 
-def _delete_all(connection: Connection, session_id: str) -> None:
-    for table in _TABLES:
-        connection.execute(sa.delete(table).where(table.c.session_id == session_id))
-
-
 def _delete_rows(
     connection: Connection, session_id: str, table: sa.Table, names: Sequence[str], keys: Sequence[Sequence[Any]]
 ) -> None:
@@ -492,4 +503,4 @@ def _batches(items: Sequence[T]) -> Iterator[list[T]]:
 
 
 def _checkpoint(row: Any) -> Checkpoint:
-    return Checkpoint(**row._mapping)
+    return Checkpoint(**{name: row._mapping[name] for name in Checkpoint.__dataclass_fields__})

@@ -103,7 +103,7 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
         shown: dict[str, Any] = {**get_serializable_checkpoint_metadata(config, metadata)}
         self._store.put(
             Checkpoint(
-                session_id=thread_id,
+                thread_id=thread_id,
                 namespace=namespace,
                 id=checkpoint["id"],
                 parent_id=get_checkpoint_id(config),
@@ -264,7 +264,7 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
     ) -> tuple[Sequence[CheckpointTuple], Checkpoint | None]:
         place = config["configurable"] if config else {}
         found, start = self._store.page(
-            session_id=str(place["thread_id"]) if config else None,
+            thread_id=str(place["thread_id"]) if config else None,
             namespace=place.get("checkpoint_ns"),
             checkpoint_id=place.get("checkpoint_id"),
             before=get_checkpoint_id(before) if before else None,
@@ -280,9 +280,9 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
         values = {name: self._decode(value) for name, value in loaded.channels.items()}
         checkpoint: Any = {**rest, "channel_values": values, "channel_versions": stored.versions}
         metadata: Any = stored.metadata
-        parent = stored.parent_id and _config(stored.session_id, stored.namespace, stored.parent_id)
+        parent = stored.parent_id and _config(stored.thread_id, stored.namespace, stored.parent_id)
         return CheckpointTuple(
-            config=_config(stored.session_id, stored.namespace, stored.id),
+            config=_config(stored.thread_id, stored.namespace, stored.id),
             checkpoint=checkpoint,
             metadata=metadata,
             parent_config=parent or None,

@@ -18,6 +18,9 @@ from agentstate.settings import Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGE = 64
+
+pytestmark = pytest.mark.timeout(1200)  # twelve agents, each read to it by a CPU
+
 POOL_TOKENS = 8192  # less than the agents of many_agents.py have together
 
 

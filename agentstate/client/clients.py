@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
@@ -15,7 +15,7 @@ from agentstate.answers import Entry, Operation, Session
 from agentstate.client import routes
 from agentstate.client.events import Following
 from agentstate.client.routes import Call
-from agentstate.client.transport import exchange
+from agentstate.client.transport import Attempt, exchange
 from agentstate.client.turn import AsyncTurn, Turn, TurnOptions
 from agentstate.errors import SessionExists
 from agentstate.models import OperationState
@@ -44,7 +44,7 @@ class _Connection:
         self._retries = retries
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
-    def _exchange(self, call: Call[A]) -> Any:
+    def _exchange(self, call: Call[A]) -> Generator[Attempt, httpx.Response | httpx.TransportError, A]:
         return exchange(call, where=self._base_url, timeout_s=self._timeout_s, retries=self._retries)
 
 
@@ -77,7 +77,7 @@ class Client(_Connection):
     ``api_key`` is sent as a bearer token. Every method may raise ServiceUnreachable (no answer within ``timeout_s``,
     the request may have been carried out all the same), RequestRefused (the request itself is malformed),
     DatabaseError, and what it names. A request that failed on its way is repeated up to ``retries`` times where that
-    cannot carry it out twice: reads, and every write that has no precondition on a revision.
+    cannot carry it out twice: all but `update` and `delete`, which carry no Idempotency-Key.
     """
 
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0, retries: int = 2):

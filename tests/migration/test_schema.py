@@ -15,9 +15,9 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 
 import migrations
+from agentstate.adapters.tables import metadata
 from agentstate.database import Database
 from agentstate.errors import SchemaNewer, SchemaOutdated
-from agentstate.models import metadata
 from agentstate.settings import Settings
 from api.server import migrate, run
 

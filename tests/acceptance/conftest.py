@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -22,21 +22,30 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    settings = Settings()
-    checkpoint = settings.cache_dir / "smollm2-135m-instruct"
-    if not (checkpoint / "config.json").exists():
-        pytest.fail(f"no model in {checkpoint}: run `make test`, which prepares it")
-    # The engine's own environment. Chunks are small, so that restores also meet chunked prefills.
-    stack = LocalStack(
-        tmp_path_factory.mktemp("stack"),
-        checkpoint,
-        engine_python=Path(os.environ["AGENTSTATE_ENGINE_PYTHON"]),
-        service_port=free_port(),
-        engine_port=free_port(),
-    )
-    with closing(stack):
+def make_stack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LocalStack]:
+    """A stack below a directory of that name, on free ports, with nothing started yet."""
+
+    def make(name: str) -> LocalStack:
+        checkpoint = Settings().cache_dir / "smollm2-135m-instruct"
+        if not (checkpoint / "config.json").exists():
+            pytest.fail(f"no model in {checkpoint}: run `make test`, which prepares it")
+        return LocalStack(
+            tmp_path_factory.mktemp(name),
+            checkpoint,
+            # The engine's own environment.
+            engine_python=Path(os.environ["AGENTSTATE_ENGINE_PYTHON"]),
+            service_port=free_port(),
+            engine_port=free_port(),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stack(make_stack: Callable[[str], LocalStack]) -> Iterator[LocalStack]:
+    with closing(make_stack("stack")) as stack:
         stack.start_service()
+        # Chunks are small, so that restores also meet chunked prefills.
         stack.start_engine("--chunked-prefill-size", "512")
         yield stack
 

@@ -39,14 +39,18 @@ def make_stack(engine_python: Path) -> Callable[[Path, Path], LocalStack]:
 
 
 @pytest.fixture(scope="session")
-def stack(
-    tmp_path_factory: pytest.TempPathFactory, make_stack: Callable[[Path, Path], LocalStack]
-) -> Iterator[LocalStack]:
-    settings = Settings()
-    checkpoint = settings.cache_dir / "smollm2-135m-instruct"
+def smollm2() -> Path:
+    checkpoint = Settings().cache_dir / "smollm2-135m-instruct"
     if not (checkpoint / "config.json").exists():
         pytest.fail(f"no model in {checkpoint}: run `make test`, which prepares it")
-    with closing(make_stack(tmp_path_factory.mktemp("stack"), checkpoint)) as stack:
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def stack(
+    tmp_path_factory: pytest.TempPathFactory, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path
+) -> Iterator[LocalStack]:
+    with closing(make_stack(tmp_path_factory.mktemp("stack"), smollm2)) as stack:
         stack.start_service()
         # Chunks are small, so that restores also meet chunked prefills.
         stack.start_engine("--chunked-prefill-size", "512")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import free_port
 
 from agentstate.local import LocalStack
-from agentstate.settings import Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGE = 64
@@ -25,18 +22,10 @@ POOL_TOKENS = 8192  # less than the agents of many_agents.py have together
 
 
 @pytest.fixture(scope="module")
-def small_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    checkpoint = Settings().cache_dir / "smollm2-135m-instruct"
-    if not (checkpoint / "config.json").exists():
-        pytest.fail(f"no model in {checkpoint}: run `make test`, which prepares it")
-    stack = LocalStack(
-        tmp_path_factory.mktemp("examples"),
-        checkpoint,
-        engine_python=Path(os.environ["AGENTSTATE_ENGINE_PYTHON"]),
-        service_port=free_port(),
-        engine_port=free_port(),
-    )
-    with closing(stack):
+def small_stack(
+    tmp_path_factory: pytest.TempPathFactory, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path
+) -> Iterator[LocalStack]:
+    with closing(make_stack(tmp_path_factory.mktemp("examples"), smollm2)) as stack:
         stack.start_service()
         stack.start_engine("--max-total-tokens", str(POOL_TOKENS))
         yield stack

@@ -19,9 +19,11 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentstate import ids
 from agentstate.adapters.tables import checkpoint_blobs, checkpoint_channels, checkpoint_writes, checkpoints
 from agentstate.database import Database, insert, now_us
 from agentstate.models import SessionStatus, sessions
+from agentstate.sessions import DEFAULT_TENANT
 
 DIGEST_BYTES = 32
 PAGE = 64
@@ -316,11 +318,11 @@ class Checkpoints:
 
 
 # What a thread is called: the id that clients give its session.
-thread_name = sessions.c.id
+thread_name = sessions.c.name
 
 
 def _is(thread_id: str) -> sa.ColumnElement[bool]:
-    return thread_name == thread_id
+    return sa.and_(sessions.c.tenant == DEFAULT_TENANT, thread_name == thread_id)
 
 
 def _rows() -> sa.Select[Any]:
@@ -332,7 +334,9 @@ def _ensure(connection: Connection, thread_id: str, **values: Any) -> str:
     connection.execute(
         insert(connection, sessions)
         .values(
-            id=thread_id,
+            id=ids.new("ses"),
+            tenant=DEFAULT_TENANT,
+            name=thread_id,
             metadata={},
             status=SessionStatus.IDLE,
             next_seq=1,
@@ -341,9 +345,10 @@ def _ensure(connection: Connection, thread_id: str, **values: Any) -> str:
             updated_us=now_us(),
             **values,
         )
-        .on_conflict_do_nothing()
+        .on_conflict_do_nothing(index_elements=["tenant", "name"])
     )
-    return thread_id
+    session_id: str = connection.execute(sa.select(sessions.c.id).where(_is(thread_id))).scalar_one()
+    return session_id
 
 
 def _lock(connection: Connection, thread_id: str) -> str | None:

@@ -13,9 +13,6 @@ object is a ``Session`` like the SDK's others: every change is a turn of its own
 
 from __future__ import annotations
 
-import asyncio
-import random
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
@@ -26,7 +23,7 @@ from agents import ModelSettings, OpenAIProvider, RunConfig, SessionSettings, TR
 from agentstate.answers import Entry
 from agentstate.client import AsyncClient, AsyncTurn, message, note
 from agentstate.client.turn import TurnOptions
-from agentstate.errors import SessionBusy, SessionNotFound
+from agentstate.errors import SessionNotFound
 from agentstate.models import EntryKind
 
 PAGE = 1000
@@ -153,19 +150,13 @@ class AgentStateSession:
         if self._running is not None:
             yield self._running
             return
-        deadline = time.monotonic() + self._busy_timeout_s
-        options: TurnOptions = {"tail": 0, "durable_timeout_ms": 0}
+        options: TurnOptions = {"tail": 0, "durable_timeout_ms": 0, "busy_timeout_s": self._busy_timeout_s}
         async with AsyncExitStack() as stack:
-            turn: AsyncTurn | None = None
-            while turn is None:
-                try:
-                    turn = await stack.enter_async_context(self._client.turn(self.session_id, **options))
-                except SessionNotFound:
-                    await self._client.ensure_session(self.session_id, self._model)
-                except SessionBusy:
-                    if time.monotonic() >= deadline:
-                        raise
-                    await asyncio.sleep(random.uniform(0.01, 0.05))
+            try:
+                turn = await stack.enter_async_context(self._client.turn(self.session_id, **options))
+            except SessionNotFound:
+                await self._client.ensure_session(self.session_id, self._model)
+                turn = await stack.enter_async_context(self._client.turn(self.session_id, **options))
             yield turn
 
 

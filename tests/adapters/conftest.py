@@ -84,9 +84,3 @@ def chat(service: Service) -> Iterator[Callable[[Callable[[dict[str, Any]], dict
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-@pytest.fixture
-def needs_rewind(service: Service) -> None:
-    if "/v1/sessions/{session_id}/rewind" not in service.app.openapi()["paths"]:
-        pytest.skip("the service has no rewind yet")

@@ -59,7 +59,9 @@ def values(saver: AgentStateSaver, config: Any) -> dict[str, Any]:
 
 def count(database: Database, table: sa.Table, thread_id: str = "t") -> int:
     with database.read() as connection:
-        query = sa.select(sa.func.count()).select_from(table).where(table.c.session_id == thread_id)
+        query = (
+            sa.select(sa.func.count()).select_from(table.join(sessions_table)).where(sessions_table.c.name == thread_id)
+        )
         return connection.execute(query).scalar_one()
 
 

@@ -134,7 +134,7 @@ def test_popping_the_only_item(run: Any) -> None:
 
 
 @sqlite_only
-def test_popping_takes_back_the_newest_item(run: Any, needs_rewind: None) -> None:
+def test_popping_takes_back_the_newest_item(run: Any) -> None:
     async def work(client: AsyncClient) -> None:
         session = AgentStateSession("s", client, model=MODEL)
         await session.add_items([item("a"), item("b"), item("c")])
@@ -155,7 +155,7 @@ def test_two_writers_at_once(run: Any, service: Service) -> None:
 
     async def write(name: str) -> None:
         async with AsyncClient(service.base_url) as client:
-            session = AgentStateSession("s", client, model=MODEL, busy_timeout_s=120)
+            session = AgentStateSession("s", client, model=MODEL, busy_timeout_s=50)
             for number in range(10):
                 await session.add_items([item(f"{name}{number} {part}") for part in ("question", "answer")])
 
@@ -174,10 +174,10 @@ def test_two_writers_at_once(run: Any, service: Service) -> None:
         assert own == sorted(own, key=lambda text: (int(text[1:].partition(" ")[0]), "answer" in text))
 
 
-def test_two_poppers_never_get_the_same_item(run: Any, service: Service, needs_rewind: None) -> None:
+def test_two_poppers_never_get_the_same_item(run: Any, service: Service) -> None:
     async def pop() -> list[str]:
         async with AsyncClient(service.base_url) as client:
-            session = AgentStateSession("s", client, model=MODEL, busy_timeout_s=120)
+            session = AgentStateSession("s", client, model=MODEL, busy_timeout_s=50)
             found = []
             while popped := await session.pop_item():
                 found.append(popped["content"])

@@ -143,7 +143,8 @@ def test_what_is_stored_survives_the_way_up_and_down(empty: Database) -> None:
     with empty.write() as connection:
         for statement in (
             "INSERT INTO sessions "
-            "(id, model, metadata, status, head_entry, next_seq, revision, created_us, updated_us) VALUES ('s', 'm', '{}', 'suspended', 'e3', 4, 7, 1, 1)",
+            "(id, model, metadata, status, head_entry, next_seq, revision, created_us, updated_us) "
+            "VALUES ('s', 'm', '{}', 'suspended', 'e3', 4, 7, 1, 1)",
             "INSERT INTO entries (id, session_id, seq, kind, payload, call_id, created_us) VALUES "
             "('e1', 's', 1, 'tool_call', '{\"name\": \"t\"}', 'a', 1), "
             "('e2', 's', 2, 'tool_result', '{\"output\": 1}', 'a', 1), "

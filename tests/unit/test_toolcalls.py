@@ -7,7 +7,8 @@ from agentstate.collection import collect
 from agentstate.database import Database
 from agentstate.errors import InvalidEntry, ToolInFlight
 from agentstate.models import EntryKind, SessionStatus
-from agentstate.sessions import Sessions, SuspendReason
+from agentstate.outcomes import SuspendReason
+from agentstate.sessions import Sessions
 from agentstate.transcript import NewEntry
 
 

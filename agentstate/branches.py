@@ -6,7 +6,7 @@ reaches any more is only marked; `agentstate.collection` takes it away.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,9 @@ from sqlalchemy.engine import Connection
 
 from agentstate import transcript
 from agentstate.database import now_us
-from agentstate.errors import InvalidEntry, NotABranchPoint
+from agentstate.errors import NotABranchPoint
 from agentstate.history import MAX_SEGMENTS, History
 from agentstate.models import leases, segments, sessions
-from agentstate.transcript import NewEntry
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,6 @@ class Branch:
     head_id: str | None
     next_seq: int
     open_calls: int
-
-
-def check(new: Sequence[NewEntry]) -> None:
-    """Raises InvalidEntry unless ``new`` is something that can be appended to a transcript."""
-    if not new:
-        raise InvalidEntry("there is nothing to append: give one entry or more")
-    for entry in new:
-        transcript.check(entry)
 
 
 def branch_at(connection: Connection, row: Any, history: History, entry_id: str | None) -> Branch:

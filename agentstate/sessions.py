@@ -8,23 +8,15 @@ each other and ``seq`` has no gaps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Self
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
 
-from agentstate import branches, engines, ids, leases, manifests, toolcalls, transcript
-from agentstate.database import Database, insert, now_us
-from agentstate.engines import Engine
+from agentstate import branches, engines, ids, leases, manifests, rows, toolcalls, transcript
+from agentstate.database import Database, now_us
 from agentstate.errors import (
     EventsTrimmed,
     ModelMismatch,
-    RevisionStale,
-    SessionExists,
-    SessionExpired,
-    SessionNotFound,
     ToolCallClaimed,
     ToolCallFinal,
     ToolCallNotFound,
@@ -32,121 +24,27 @@ from agentstate.errors import (
     ToolInFlight,
 )
 from agentstate.history import History
-from agentstate.kv import KvOutlook, Server, Stored, choose, outlook
+from agentstate.kv import choose, outlook
 from agentstate.leases import Lease, LeaseKey
 from agentstate.models import EntryKind, SessionStatus, ToolCallState
-from agentstate.models import leases as leases_table
 from agentstate.models import sessions as table
-from agentstate.models import tenants as tenants_table
-from agentstate.transcript import Entry, EntryPage, NewEntry
+from agentstate.outcomes import (
+    Appended,
+    Claimed,
+    Keep,
+    Order,
+    PagesOfSession,
+    Resumed,
+    Session,
+    SessionPage,
+    Suspended,
+    SuspendReason,
+    ToolCall,
+)
+from agentstate.rows import Rows
+from agentstate.transcript import EntryPage, NewEntry
 
 DEFAULT_TENANT = "default"
-
-
-class SuspendReason(StrEnum):
-    TOOL_WAIT = "tool_wait"
-    USER_WAIT = "user_wait"
-    DONE = "done"  # nothing is expected any more: refused while a tool call is claimed
-
-
-class Order(StrEnum):
-    ASCENDING = "asc"
-    DESCENDING = "desc"
-
-
-class Keep(StrEnum):
-    """A value that is to stay as it is, where None means something else."""
-
-    KEEP = "keep"
-
-
-@dataclass(frozen=True)
-class Session:
-    """A session as of one moment. ``revision`` grows with every change; times are microseconds, UTC.
-
-    ``id`` is what clients call it; ``uid`` is what engines know it by, and what no other session ever has.
-    """
-
-    id: str
-    uid: str
-    model: str
-    metadata: dict[str, Any]
-    cache_salt: str | None
-    extra_key: str | None
-    status: SessionStatus
-    head_id: str | None
-    revision: int
-    created_us: int
-    updated_us: int
-    expires_us: int | None
-
-
-@dataclass(frozen=True)
-class SessionPage:
-    sessions: list[Session]
-    has_more: bool
-
-
-@dataclass(frozen=True)
-class Appended:
-    session: Session
-    entries: list[Entry]
-
-
-@dataclass(frozen=True)
-class Suspended:
-    """``ranks`` are the live ranks of the engine that has the session's KV: who to ask whether it is durable."""
-
-    session: Session
-    pending_tool_calls: list[str]
-    ranks: list[Engine]
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """All that the next turn needs; ``engine`` is None when no live engine serves the session's model."""
-
-    session: Session
-    lease: Lease
-    tail: EntryPage
-    pending_tool_calls: list[str]
-    engine: Server | None
-    kv: KvOutlook
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A tool call; ``result`` is the payload of its result, once it is done or has failed.
-
-    ``typical_s`` is the median of what the tool took before, in this tenant's sessions; None where nothing is known.
-    """
-
-    id: str
-    name: str
-    state: ToolCallState
-    expected_s: float | None
-    typical_s: float | None
-    claimed_us: int
-    finished_us: int | None
-    result: dict[str, Any] | None
-    revision: int
-
-
-@dataclass(frozen=True)
-class Claimed:
-    """``fresh`` when the caller shall execute the call now; else it has a result already."""
-
-    call: ToolCall
-    fresh: bool
-
-
-@dataclass(frozen=True)
-class PagesOfSession:
-    """Where the pages of a session can be brought back: the ranks, and of each the ordered keys that it stores."""
-
-    session: Session
-    ranks: Sequence[Engine]
-    keys: Sequence[bytes]  # packed, one string a rank
 
 
 class Sessions:
@@ -161,6 +59,7 @@ class Sessions:
         self._database = database
         self._engine_timeout_s = engine_timeout_s
         self._tenant = tenant
+        self._rows = Rows(tenant)
 
     def of(self, tenant: str) -> Self:
         """The sessions of another tenant."""
@@ -183,7 +82,7 @@ class Sessions:
         transcript.check_metadata(metadata or {})
         uid = ids.new("ses")
         with self._database.write() as connection:
-            return self._insert(
+            return self._rows.make(
                 connection,
                 id=uid,
                 name=session_id or uid,
@@ -192,13 +91,13 @@ class Sessions:
                 cache_salt=cache_salt,
                 extra_key=extra_key,
                 next_seq=1,
-                expires_us=self._expiry(expires_in_s),
+                expires_us=self._rows.expiry(expires_in_s),
             )
 
     def read(self, session_id: str) -> Session:
         """A session as it is now; one whose lease has lapsed is not ``running`` any more."""
         with self._database.read() as connection:
-            return _session(self._find(connection, session_id))
+            return rows.session_of(self._rows.find(connection, session_id))
 
     def list(self, *, after: str | None = None, limit: int = 100, order: Order = Order.ASCENDING) -> SessionPage:
         """At most ``limit`` sessions by their id, those that follow ``after``, which need not exist any more.
@@ -206,7 +105,7 @@ class Sessions:
         Ids that were not chosen by the caller sort by the time of their making. Expired sessions are left out.
         """
         name = table.c.name
-        query = _current().where(
+        query = rows.current().where(
             table.c.tenant == self._tenant,
             table.c.deleted_us.is_(None),
             sa.or_(table.c.expires_us.is_(None), table.c.expires_us > now_us()),
@@ -215,7 +114,7 @@ class Sessions:
             query = query.where(name > after if order is Order.ASCENDING else name < after)
         query = query.order_by(name if order is Order.ASCENDING else name.desc()).limit(limit + 1)
         with self._database.read() as connection:
-            found = [_session(row) for row in connection.execute(query)]
+            found = [rows.session_of(row) for row in connection.execute(query)]
         return SessionPage(found[:limit], has_more=len(found) > limit)
 
     def update(
@@ -231,15 +130,15 @@ class Sessions:
         Raises InvalidEntry.
         """
         with self._database.write() as connection:
-            before = self._lock(connection, session_id, revision)
+            before = self._rows.lock(connection, session_id, revision)
             changes: dict[str, Any] = {}
             if metadata is not None:
                 merged = {**before._mapping["metadata"], **metadata}
                 changes["metadata"] = {name: value for name, value in merged.items() if value is not None}
                 transcript.check_metadata(changes["metadata"])
             if not isinstance(expires_in_s, Keep):
-                changes["expires_us"] = _from_now(expires_in_s)
-            return _change(connection, before.id, **changes)
+                changes["expires_us"] = rows.from_now(expires_in_s)
+            return rows.change(connection, before.id, **changes)
 
     def delete(self, session_id: str, revision: int | None) -> None:
         """Delete a session; its id is free again at once. What forks share with it stays, the rest is collected later.
@@ -247,7 +146,7 @@ class Sessions:
         Raises SessionBusy while somebody runs it.
         """
         with self._database.write() as connection:
-            before = self._lock(connection, session_id, revision)
+            before = self._rows.lock(connection, session_id, revision)
             leases.require_free(connection, before.id, before.revision)
             branches.bury(connection, before)
 
@@ -272,7 +171,7 @@ class Sessions:
         engine.
         """
         with self._database.write() as connection:
-            before = self._lock(connection, session_id, revision)
+            before = self._rows.lock(connection, session_id, revision)
             if expect_model is not None and expect_model != before.model:
                 raise ModelMismatch(
                     f"session {session_id} runs {before.model!r}, not {expect_model!r} as expected",
@@ -281,9 +180,9 @@ class Sessions:
             lease = leases.take(connection, before.id, lease_ttl_s, before.revision, token=token)
             if before.status == SessionStatus.RUNNING:  # its lease was not released: it lapsed
                 toolcalls.abandon(connection, before.id)
-            session = _change(connection, before.id, status=SessionStatus.RUNNING)
+            session = rows.change(connection, before.id, status=SessionStatus.RUNNING)
             history = History.of(connection, before)
-            stored = _stored(connection, before, history)
+            stored = rows.stored(connection, before, history)
             live = engines.live(connection, self._engine_timeout_s)
             server = choose(session.model, stored, live)
             return Resumed(
@@ -311,7 +210,7 @@ class Sessions:
         of the KV is known to be durable by this alone.
         """
         with self._database.write() as connection:
-            before = self._lock(connection, session_id)
+            before = self._rows.lock(connection, session_id)
             leases.release(connection, before.id, key, before.revision)
             running = toolcalls.in_flight(connection, before.id) if reason is SuspendReason.DONE else []
             if running:
@@ -320,10 +219,10 @@ class Sessions:
                     "or suspend with reason tool_wait",
                     revision=before.revision,
                 )
-            expiry = {} if expires_in_s is None else {"expires_us": _from_now(expires_in_s)}
-            session = _change(connection, before.id, status=SessionStatus.SUSPENDED, **expiry)
+            expiry = {} if expires_in_s is None else {"expires_us": rows.from_now(expires_in_s)}
+            session = rows.change(connection, before.id, status=SessionStatus.SUSPENDED, **expiry)
             live = engines.live(connection, self._engine_timeout_s)
-            server = choose(session.model, _stored(connection, before, History.of(connection, before)), live)
+            server = choose(session.model, rows.stored(connection, before, History.of(connection, before)), live)
             if release_kv:
                 manifests.forget(connection, before.id)
             return Suspended(
@@ -335,7 +234,7 @@ class Sessions:
     def renew(self, session_id: str, key: LeaseKey, *, lease_ttl_s: float) -> Lease:
         """Keep a lease: it lapses ``lease_ttl_s`` from now. Raises LeaseLost."""
         with self._database.write() as connection:
-            before = self._lock(connection, session_id)
+            before = self._rows.lock(connection, session_id)
             return leases.renew(connection, before.id, key, lease_ttl_s, before.revision)
 
     def pages(self, session_id: str) -> PagesOfSession:
@@ -344,8 +243,8 @@ class Sessions:
         Without an engine, or pages, there are none. Reads as many bytes as the manifests have.
         """
         with self._database.read() as connection:
-            row = self._find(connection, session_id)
-            stored = _stored(connection, row, History.of(connection, row))
+            row = self._rows.find(connection, session_id)
+            stored = rows.stored(connection, row, History.of(connection, row))
             server = choose(row.model, stored, engines.live(connection, self._engine_timeout_s))
             ranks = server.ranks if server else ()
             keys = []
@@ -356,7 +255,7 @@ class Sessions:
                     if (found.fingerprint, found.node) == (rank.fingerprint, rank.node)
                 ]
                 keys.append(next((manifest.keys for manifest in of_rank if manifest), b""))
-            return PagesOfSession(_session(row), ranks, keys)
+            return PagesOfSession(rows.session_of(row), ranks, keys)
 
     # --- the transcript
 
@@ -368,7 +267,7 @@ class Sessions:
         Raises EntryNotFound when ``after`` is no entry of the session.
         """
         with self._database.read() as connection:
-            row = self._find(connection, session_id)
+            row = self._rows.find(connection, session_id)
             rest = History.of(connection, row)
             if after is not None:
                 at = transcript.find(connection, session_id, rest, after).seq
@@ -382,11 +281,11 @@ class Sessions:
     def since(self, session_id: str, seq: int, limit: int = 100) -> tuple[Session, EntryPage]:
         """The session, and the oldest entries of its history that come after ``seq``."""
         with self._database.read() as connection:
-            row = self._find(connection, session_id)
+            row = self._rows.find(connection, session_id)
             rest = History.of(connection, row).between(seq + 1, row.next_seq)
             wanted = rest.oldest(limit)
             found = transcript.read(connection, session_id, wanted)
-            return _session(row), EntryPage(found, has_more=rest.length > wanted.length)
+            return rows.session_of(row), EntryPage(found, has_more=rest.length > wanted.length)
 
     def seen(self, session_id: str, seq: int) -> Session:
         """The session, for who has seen its entries up to ``seq``, 0 for none of them.
@@ -394,21 +293,21 @@ class Sessions:
         Raises EventsTrimmed when that entry is not in its history, as after a rewind.
         """
         with self._database.read() as connection:
-            row = self._find(connection, session_id)
+            row = self._rows.find(connection, session_id)
             if seq and History.of(connection, row).owner_of(seq) is None:
                 raise EventsTrimmed(f"entry {seq} is not in session {session_id}: read it again", revision=row.revision)
-            return _session(row)
+            return rows.session_of(row)
 
     def append(self, session_id: str, key: LeaseKey, new: Sequence[NewEntry]) -> Appended:
         """Append entries, all or none, and record the tool calls and results among them.
 
         Raises LeaseLost; InvalidEntry when ``new`` is empty or one of them does not fit the transcript.
         """
-        branches.check(new)
+        transcript.check(new)
         with self._database.write() as connection:
-            before = self._lock(connection, session_id)
+            before = self._rows.lock(connection, session_id)
             time_us = leases.require(connection, before.id, key, before.revision)
-            return self._append(connection, before, new, time_us)
+            return self._rows.append(connection, before, new, time_us)
 
     # --- branches
 
@@ -430,10 +329,10 @@ class Sessions:
         transcript.check_metadata(metadata or {})
         uid = ids.new("ses")
         with self._database.write() as connection:
-            parent = self._lock(connection, session_id, revision)
+            parent = self._rows.lock(connection, session_id, revision)
             history = History.of(connection, parent)
             branch = branches.branch_at(connection, parent, history, at)
-            session = self._insert(
+            session = self._rows.make(
                 connection,
                 id=uid,
                 name=fork_id or uid,
@@ -446,7 +345,7 @@ class Sessions:
                 own_seq=branch.next_seq,
                 open_calls=branch.open_calls,
                 branched_us=now_us(),
-                expires_us=self._expiry(expires_in_s),
+                expires_us=self._rows.expiry(expires_in_s),
             )
             branch.history.close(connection, uid)
             if branch.open_calls:
@@ -460,12 +359,12 @@ class Sessions:
         ToolInFlight while a tool call is claimed.
         """
         with self._database.write() as connection:
-            before = self._lock(connection, session_id, revision)
-            self._require_turn(connection, before, key)
+            before = self._rows.lock(connection, session_id, revision)
+            self._rows.require_turn(connection, before, key)
             history = History.of(connection, before)
             branch = branches.branch_at(connection, before, history, at)
             if branch.head_id == before.head_entry:
-                return _session(before)
+                return rows.session_of(before)
             running = toolcalls.in_flight(connection, before.id)
             if running:
                 raise ToolInFlight(
@@ -475,7 +374,7 @@ class Sessions:
             toolcalls.take_back(connection, before.id)
             branches.mark_garbage(connection, history.owners())
             branch.history.close(connection, before.id)
-            return _change(
+            return rows.change(
                 connection,
                 before.id,
                 head_entry=branch.head_id,
@@ -505,9 +404,9 @@ class Sessions:
         if expected_s is not None:
             payload["expected_s"] = expected_s
         new = [NewEntry(EntryKind.TOOL_CALL, payload, call_id)]
-        branches.check(new)
+        transcript.check(new)
         with self._database.write() as connection:
-            before = self._lock(connection, session_id)
+            before = self._rows.lock(connection, session_id)
             history = History.of(connection, before)
             found = toolcalls.known(connection, before.id, history, [call_id]).get(call_id)
             if found is not None and found.state is ToolCallState.CLAIMED:
@@ -521,9 +420,9 @@ class Sessions:
                     revision=before.revision,
                 )
             if found is not None:
-                return Claimed(self._tool_call(connection, before, history, found), fresh=False)
-            time_us = self._require_turn(connection, before, key)
-            session = self._append(connection, before, new, time_us).session
+                return Claimed(self._rows.tool_call(connection, before, history, found), fresh=False)
+            time_us = self._rows.require_turn(connection, before, key)
+            session = self._rows.append(connection, before, new, time_us).session
             typical_s = toolcalls.typical_s(connection, self._tenant, name)
             call = ToolCall(
                 call_id, name, ToolCallState.CLAIMED, expected_s, typical_s, time_us, None, None, session.revision
@@ -537,10 +436,10 @@ class Sessions:
         suspended. Raises ToolCallNotFound, ToolCallFinal, SessionBusy, LeaseLost, InvalidEntry.
         """
         new = [NewEntry(EntryKind.TOOL_RESULT, result, call_id)]
-        branches.check(new)
+        transcript.check(new)
         with self._database.write() as connection:
-            before = self._lock(connection, session_id)
-            time_us = self._require_turn(connection, before, key)
+            before = self._rows.lock(connection, session_id)
+            time_us = self._rows.require_turn(connection, before, key)
             history = History.of(connection, before)
             found = toolcalls.known(connection, before.id, history, [call_id]).get(call_id)
             if found is None:
@@ -549,187 +448,9 @@ class Sessions:
                 )
             if found.state not in toolcalls.OPEN:
                 raise ToolCallFinal(f"tool call {call_id!r} has a result already", revision=before.revision)
-            self._append(connection, before, new, time_us)
-            after = self._lock(connection, session_id)
+            self._rows.append(connection, before, new, time_us)
+            after = self._rows.lock(connection, session_id)
             history = History.of(connection, after)
-            return self._tool_call(
+            return self._rows.tool_call(
                 connection, after, history, toolcalls.known(connection, after.id, history, [call_id])[call_id]
             )
-
-    # --- rows
-
-    def _find(self, connection: Connection, session_id: str) -> Any:
-        """A session's row, with the status that holds now."""
-        return self._existing(
-            connection.execute(
-                _current().where(table.c.tenant == self._tenant, table.c.name == session_id)
-            ).one_or_none(),
-            session_id,
-        )
-
-    def _lock(self, connection: Connection, session_id: str, revision: int | None = None) -> Any:
-        """A session's row as stored, which nobody else changes before this transaction ends."""
-        row = self._existing(
-            connection.execute(
-                sa.select(table, now_us().label("time_us"))
-                .where(table.c.tenant == self._tenant, table.c.name == session_id)
-                .with_for_update(key_share=True)
-            ).one_or_none(),
-            session_id,
-        )
-        if revision is not None and revision != row.revision:
-            raise RevisionStale(
-                f"session {session_id} is at revision {row.revision}, not {revision}: reload it", revision=row.revision
-            )
-        return row
-
-    def _existing(self, row: Any, session_id: str) -> Any:
-        if row is None or row.deleted_us is not None:
-            raise SessionNotFound(f"there is no session {session_id}")
-        if row.expires_us is not None and row.expires_us <= row.time_us:
-            raise SessionExpired(f"session {session_id} has expired", revision=row.revision)
-        return row
-
-    def _insert(self, connection: Connection, **values: Any) -> Session:
-        statement = (
-            insert(connection, table)
-            .values(
-                **values,
-                tenant=self._tenant,
-                status=SessionStatus.IDLE,
-                revision=1,
-                created_us=now_us(),
-                updated_us=now_us(),
-            )
-            .on_conflict_do_nothing(index_elements=["tenant", "name"])
-            .returning(*table.c)
-        )
-        row = connection.execute(statement).one_or_none()
-        if row is None:
-            # An id is free again once its session has expired, whether or not that was collected yet.
-            expired = connection.execute(
-                sa.select(table)
-                .where(table.c.tenant == self._tenant, table.c.name == values["name"], table.c.expires_us <= now_us())
-                .with_for_update(key_share=True)
-            ).one_or_none()
-            if expired is not None:
-                branches.bury(connection, expired)
-                row = connection.execute(statement).one_or_none()
-        if row is None:
-            raise SessionExists(f"the session id {values['name']} is taken: choose another, or resume that session")
-        return _session(row)
-
-    def _append(self, connection: Connection, before: Any, new: Sequence[NewEntry], time_us: int) -> Appended:
-        appended: list[Entry] = []
-        parent_id = before.head_entry
-        for seq, entry in enumerate(new, before.next_seq):
-            appended.append(
-                Entry(
-                    id=ids.new("ent"),
-                    session_id=before.name,
-                    parent_id=parent_id,
-                    seq=seq,
-                    kind=entry.kind,
-                    payload=entry.payload,
-                    call_id=entry.call_id,
-                    created_us=time_us,
-                )
-            )
-            parent_id = appended[-1].id
-        steps = [step for entry in appended if (step := transcript.step(entry))]
-        if steps:
-            history = History.of(connection, before)
-            toolcalls.record(connection, self._tenant, before.id, history, steps, time_us)
-        open_calls = transcript.write(connection, self._tenant, before.id, appended, before.open_calls)
-        session = _change(
-            connection, before.id, head_entry=parent_id, next_seq=appended[-1].seq + 1, open_calls=open_calls
-        )
-        return Appended(session, appended)
-
-    def _tool_call(self, connection: Connection, row: Any, history: History, call: toolcalls.KnownCall) -> ToolCall:
-        result = None
-        if call.result_seq is not None:
-            (entry,) = transcript.read(connection, row.name, history.between(call.result_seq, call.result_seq))
-            result = entry.payload
-        return ToolCall(
-            id=call.call_id,
-            name=call.name,
-            state=call.state,
-            expected_s=call.expected_s,
-            typical_s=toolcalls.typical_s(connection, self._tenant, call.name),
-            claimed_us=call.claimed_us,
-            finished_us=call.finished_us,
-            result=result,
-            revision=row.revision,
-        )
-
-    def _require_turn(self, connection: Connection, row: Any, key: LeaseKey | None) -> int:
-        """The database's time, if the caller may change the transcript: its lease is valid, or nobody has one."""
-        if key is not None:
-            return leases.require(connection, row.id, key, row.revision)
-        leases.require_free(connection, row.id, row.revision)
-        time_us: int = row.time_us
-        return time_us
-
-    def _expiry(self, expires_in_s: float | None) -> Any:
-        if expires_in_s is not None:
-            return _from_now(expires_in_s)
-        default_s = sa.select(tenants_table.c.expires_in_s).where(tenants_table.c.id == self._tenant).scalar_subquery()
-        return now_us() + sa.cast(default_s * 1_000_000, sa.BigInteger)
-
-
-def _current() -> sa.Select[Any]:
-    """Sessions as they are now: the status of one whose lease has lapsed is ``idle``."""
-    lapsed = sa.and_(
-        table.c.status == SessionStatus.RUNNING, sa.func.coalesce(leases_table.c.expires_us, 0) <= now_us()
-    )
-    status = sa.case((lapsed, SessionStatus.IDLE.value), else_=table.c.status)
-    others = [column for column in table.c if column.name != "status"]
-    return sa.select(*others, status.label("status"), now_us().label("time_us")).select_from(
-        table.outerjoin(leases_table)
-    )
-
-
-def _stored(connection: Connection, row: Any, history: History) -> Stored:
-    """What is stored of a session: its own pages, or until there are some those from before its last branch."""
-    owners = [row.id, *(owner for owner in history.owners() if owner != row.id)]
-    found = manifests.coverage(connection, owners)
-    own = [coverage for coverage in found if coverage.session_id == row.id and coverage.updated_us > row.branched_us]
-    if own:
-        return Stored(own)
-    for owner in owners:
-        of_owner = [coverage for coverage in found if coverage.session_id == owner]
-        if of_owner:
-            return Stored(of_owner, inherited=True)
-    return Stored()
-
-
-def _change(connection: Connection, uid: str, **values: Any) -> Session:
-    row = connection.execute(
-        sa.update(table)
-        .where(table.c.id == uid)
-        .values(**values, revision=table.c.revision + 1, updated_us=now_us())
-        .returning(*table.c)
-    ).one()
-    return _session(row)
-
-
-def _session(row: Any) -> Session:
-    return Session(
-        id=row.name,
-        uid=row.id,
-        model=row.model,
-        metadata=row._mapping["metadata"],
-        cache_salt=row.cache_salt,
-        extra_key=row.extra_key,
-        status=SessionStatus(row.status),
-        head_id=row.head_entry,
-        revision=row.revision,
-        created_us=row.created_us,
-        updated_us=row.updated_us,
-        expires_us=row.expires_us,
-    )
-
-
-def _from_now(seconds: float | None) -> Any:
-    return None if seconds is None else now_us() + round(seconds * 1_000_000)

@@ -72,8 +72,22 @@ class Place:
     open_calls: int
 
 
-def check(entry: NewEntry) -> None:
-    """Raises InvalidEntry when the entry could not be part of any transcript."""
+def check(new: Sequence[NewEntry]) -> None:
+    """Raises InvalidEntry unless ``new`` is one entry or more that could be part of some transcript."""
+    if not new:
+        raise InvalidEntry("there is nothing to append: give one entry or more")
+    for entry in new:
+        _check_entry(entry)
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Raises InvalidEntry when it is no JSON or has more than ``MAX_METADATA_BYTES``."""
+    size_bytes = len(check_json(metadata, "metadata"))
+    if size_bytes > MAX_METADATA_BYTES:
+        raise InvalidEntry(f"metadata has {size_bytes} bytes, {MAX_METADATA_BYTES} are allowed: append a note instead")
+
+
+def _check_entry(entry: NewEntry) -> None:
     check_json(entry.payload, f"the payload of a {entry.kind}")
     if entry.kind not in (EntryKind.TOOL_CALL, EntryKind.TOOL_RESULT):
         if entry.call_id is not None:
@@ -92,13 +106,6 @@ def check(entry: NewEntry) -> None:
         isinstance(expected_s, bool) or not isinstance(expected_s, int | float) or not 0 <= expected_s < math.inf
     ):
         raise InvalidEntry(f"tool call {entry.call_id!r}: expected_s is not a number of seconds: {expected_s!r}")
-
-
-def check_metadata(metadata: dict[str, Any]) -> None:
-    """Raises InvalidEntry when it is no JSON or has more than ``MAX_METADATA_BYTES``."""
-    size_bytes = len(check_json(metadata, "metadata"))
-    if size_bytes > MAX_METADATA_BYTES:
-        raise InvalidEntry(f"metadata has {size_bytes} bytes, {MAX_METADATA_BYTES} are allowed: append a note instead")
 
 
 def check_json(value: dict[str, Any], what: str) -> bytes:

@@ -32,7 +32,7 @@ from api.bodies import BodyLimit
 from api.changes import Changes
 from api.gate import Gate
 from api.metrics import Metrics
-from api.observation import Observation, tracer
+from api.observation import Observation, tracing
 from api.service import Service
 
 
@@ -43,6 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
     their node and port. Raises SettingsError.
     """
     database = Database(settings.sqlalchemy_url)
+    traces = tracing(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -67,6 +68,8 @@ def create_app(settings: Settings) -> FastAPI:
             if collector is not None:
                 collector.close()
             following.close()
+            if traces is not None:
+                traces.shutdown()
             database.close()
 
     app = FastAPI(
@@ -76,7 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.add_middleware(BodyLimit)
-    app.add_middleware(Observation, tracer=tracer(settings))
+    app.add_middleware(Observation, provider=traces)
     for resource in (
         sessions,
         entries,

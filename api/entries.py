@@ -9,7 +9,7 @@ from sqlalchemy.engine import Connection
 
 from agentstate import answers
 from agentstate.leases import LeaseKey
-from agentstate.sessions import Order
+from agentstate.outcomes import Order
 from agentstate.transcript import EntryPage, NewEntry
 from api.problems import COMMON, responses
 from api.schemas import MAX_ENTRIES, AppendEntries, LeaseProof, Name, SessionId

@@ -62,10 +62,11 @@ def configure_logging(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
 
 
-def tracer(settings: Settings) -> Any | None:
-    """An OpenTelemetry tracer that sends to ``otlp_endpoint``; None where that is not set.
+def tracing(settings: Settings) -> Any | None:
+    """An OpenTelemetry tracer provider that sends to ``otlp_endpoint``; None where that is not set.
 
-    Raises SettingsError when it is set and OpenTelemetry is not installed.
+    Whoever ends the service shuts it down, for what it has not sent yet. Raises SettingsError when the endpoint is
+    set and OpenTelemetry is not installed.
     """
     if not settings.otlp_endpoint:
         return None
@@ -81,15 +82,15 @@ def tracer(settings: Settings) -> Any | None:
     provider = TracerProvider(resource=Resource.create({"service.name": "agentstate"}))
     exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint.rstrip("/") + "/v1/traces")
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    return provider.get_tracer("agentstate")
+    return provider
 
 
 class Observation:
     """ASGI middleware around everything else."""
 
-    def __init__(self, app: ASGIApp, tracer: Any | None):
+    def __init__(self, app: ASGIApp, provider: Any | None):
         self._app = app
-        self._tracer = tracer
+        self._tracer = None if provider is None else provider.get_tracer("agentstate")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -12,7 +12,8 @@ from starlette.concurrency import run_in_threadpool
 from agentstate import answers, operations
 from agentstate.errors import AgentStateError, EngineError, EngineUnreachable
 from agentstate.operations import Kind, Outcome, PrefetchState, Question, Tier
-from agentstate.sessions import PagesOfSession, Sessions
+from agentstate.outcomes import PagesOfSession
+from agentstate.sessions import Sessions
 from api.operations import view
 from api.problems import COMMON
 from api.schemas import PrefetchPages, SessionId

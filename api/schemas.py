@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from agentstate.models import EntryKind
 from agentstate.operations import Tier
-from agentstate.sessions import SuspendReason
+from agentstate.outcomes import SuspendReason
 
 MAX_ENTRIES = 1000
 MAX_TAIL = 1000

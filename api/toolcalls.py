@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from agentstate import answers
 from agentstate.database import instant
-from agentstate.sessions import ToolCall
+from agentstate.outcomes import ToolCall
 from api.entries import proof
 from api.problems import COMMON, responses
 from api.schemas import ClaimToolCall, FinishToolCall, Name, SessionId

@@ -21,7 +21,7 @@ from agentstate.errors import DatabaseError, EngineError, SessionBusy, TooManyOp
 from agentstate.leases import Lease
 from agentstate.manifests import KvState
 from agentstate.operations import Kind, Outcome, Question, Tier
-from agentstate.sessions import Resumed, Suspended
+from agentstate.outcomes import Resumed, Suspended
 from api.entries import page, proof
 from api.prefetch import start_later
 from api.problems import COMMON, responses

@@ -22,6 +22,10 @@ WRITERS = 16
 WORKER = Path(__file__).with_name("worker.py")
 
 
+def lines(log: Path) -> int:
+    return log.read_text().count("\n")
+
+
 @pytest.mark.timeout(SECONDS + 240)
 def test_sixteen_writers_of_one_session(service: Service, tmp_path: Path) -> None:
     session = service.client.create_session(MODEL)
@@ -40,7 +44,8 @@ def test_sixteen_writers_of_one_session(service: Service, tmp_path: Path) -> Non
     while not all(log.exists() for log in logs):
         time.sleep(0.05)
     until_s = time.monotonic() + SECONDS
-    while time.monotonic() < until_s:
+    # On a machine that is busy with other things it goes on until there is something to look at.
+    while time.monotonic() < until_s or (sum(lines(log) for log in logs) < 40 and time.monotonic() < until_s + 120):
         time.sleep(SECONDS / 12)
         victim = dice.randrange(WRITERS)
         writers[victim].kill()

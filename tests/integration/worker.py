@@ -42,7 +42,7 @@ def main(port: int, session_id: str, log_path: str, end: Path) -> None:
             status, turn = session.send("POST", "/resume", lease_ttl_s=LEASE_TTL_S, tail=0)
             if status != 200:
                 assert status == 409, turn
-                time.sleep(0.05)
+                time.sleep(0.15)
                 continue
             lease = {"token": turn["lease"]["token"], "epoch": turn["lease"]["epoch"]}
             for step in range(5):

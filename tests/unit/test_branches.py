@@ -32,7 +32,8 @@ from agentstate.history import MAX_SEGMENTS, History, Segment
 from agentstate.leases import LeaseKey
 from agentstate.manifests import KvState, Manifest
 from agentstate.models import EntryKind
-from agentstate.sessions import Order, Sessions, SuspendReason
+from agentstate.outcomes import Order, SuspendReason
+from agentstate.sessions import Sessions
 from agentstate.transcript import BLOB_BYTES, NewEntry
 
 ENGINE = Engine("eng_1", "n1", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f1", "/pages")

@@ -145,7 +145,7 @@ class PageIndex:
             max_dbs=3,
             metasync=False,
             readonly=readonly,
-            create=not readonly,
+            create=False,
             lock=not readonly,
         )
 
@@ -201,6 +201,7 @@ class PageIndex:
     @contextmanager
     def change(self) -> Iterator[IndexChange]:
         """A write transaction, committed at the end and given up after an exception."""
+        self._revive()
         self._begin()
         try:
             with self._env.begin(write=True) as txn:

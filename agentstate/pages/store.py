@@ -484,6 +484,7 @@ class PageStore:
         unreadable = set()
         with self._index.change() as change:
             for extent in extents:
+                change.forget(extent.number)
                 try:
                     keys = files.read_header(self._path(extent.number)).keys
                 except (BadExtent, OSError):
@@ -493,7 +494,6 @@ class PageStore:
                     place = change.place(key)
                     if place is not None and place[0] == extent.number:
                         change.delete(key)
-                change.forget(extent.number)
             if unreadable:
                 change.delete_pages_of(unreadable)
 

@@ -553,6 +553,8 @@ class PageStore:
                     change.delete(key)
                     if extent.number in self._extents:
                         change.record(extent.number, extent.record())
+                    else:
+                        change.forget(extent.number)
                 gained = self._take_over(change, number, header.keys)
                 recent, self._used_since = self._used_since, set()
                 for other in (recent - gained.keys()) & self._extents.keys():
@@ -571,7 +573,8 @@ class PageStore:
         self.stats.pages += gained.total()
         self.stats.pages_written += len(header.keys)
         self.stats.bytes_written += file_bytes
-        self._delete([self._extents[other] for other in gained])
+        # Of what was entered too: a later extent may have been entered before, and have all of its pages.
+        self._delete([entered, *(self._extents[other] for other in gained if other != number)])
         self._count()
 
     def drop(self, key: bytes) -> None:

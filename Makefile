@@ -27,7 +27,7 @@ demo: setup
 test: lint test-service test-engine
 
 test-service: $(SERVICE_SET_UP)
-	$(SERVICE) $(PYTEST) tests/unit tests/integration tests/migration
+	$(SERVICE) $(PYTEST) tests/unit tests/integration tests/migration tests/faults
 
 test-engine: setup model
 	$(RUN) $(ENGINE) $(PYTEST) --disable-warnings tests/engine

@@ -55,9 +55,7 @@ def _paths(store: Path) -> list[Path]:
     return sorted((store / "extents").glob("*.ext"))
 
 
-def _reports(
-    paths: list[Path], examine: Callable[[BinaryIO, ExtentHeader], tuple[int, ...]]
-) -> Iterator[ExtentReport]:
+def _reports(paths: list[Path], examine: Callable[[BinaryIO, ExtentHeader], tuple[int, ...]]) -> Iterator[ExtentReport]:
     for path in paths:
         # A running engine may evict an extent at any time; then there is nothing to report.
         with suppress(FileNotFoundError), opened(path) as file:

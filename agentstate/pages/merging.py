@@ -27,8 +27,8 @@ def merge(
     An extent is small when a layer of it has less than ``range_bytes``. A run is rewritten once it makes an extent
     that is not small, or has 8 members, so a page is rewritten a few times at most. ``buffer`` bounds an extent's
     size. Every page is verified before it is written again; a run with a wrong page, which is dropped, or one that the
-    disk did not give back this time, which is not, stays as it is. Readers of the old extents are not disturbed. Raises KeyError when the chain is not stored (any more),
-    PageStoreFull and OSError.
+    disk did not give back this time, which is not, stays as it is. Readers of the old extents are not
+    disturbed. Raises KeyError when the chain is not stored (any more), PageStoreFull and OSError.
     """
     with store.hold(keys) as hold:
         runs = list(_runs(store, hold.segments, len(buffer), range_bytes))

@@ -14,6 +14,7 @@ later number wins, and an extent none of whose pages is found through the index 
 from __future__ import annotations
 
 import fcntl
+import functools
 import itertools
 import logging
 import mmap
@@ -23,7 +24,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -204,6 +205,7 @@ class PageStore:
         """Make the index agree with the files."""
         records = self._index.records()
         numbers, unknown, gone = [0], [], set(records)
+        size_of = functools.cache(self.draft_bytes)
         with os.scandir(self._extents_dir) as entries:
             for entry in entries:
                 if _NAME.fullmatch(entry.name) is None:
@@ -213,7 +215,7 @@ class PageStore:
                 number, status = int(entry.name[:16], 16), entry.stat()
                 numbers.append(number)
                 record = records.get(number)
-                if record and self._is_of(record, status):
+                if record and _is_of(record, status, size_of):
                     self._extents[number] = _Extent(number, *record)
                     gone.discard(number)
                 else:
@@ -233,15 +235,6 @@ class PageStore:
         self.stats.bytes = sum(extent.file_bytes for extent in self._extents.values())
         self.stats.pages = sum(extent.live for extent in self._extents.values())
         self._delete(list(self._extents.values()))
-
-    def _is_of(self, record: ExtentRecord, status: os.stat_result) -> bool:
-        """Whether a record tells of the file that is there, and is not garbage."""
-        return (
-            (record.file_bytes, record.mtime_ns) == (status.st_size, status.st_mtime_ns)
-            and record.live <= record.pages < record.file_bytes
-            and self.draft_bytes(record.pages) == record.file_bytes
-            and record.used < 1 << 62
-        )
 
     def _adopt(self, change: IndexChange, number: int) -> None:
         """Put an extent that is on the disk into the index."""
@@ -344,7 +337,9 @@ class PageStore:
             logger.error("page store: the index of %s cannot be read, nothing is restored: %s", self.directory, error)
             return []
         if self._dropped:
-            return [place for place, _ in zip(places, takewhile(lambda key: key not in self._dropped, keys))]
+            return [
+                place for place, _ in zip(places, takewhile(lambda key: key not in self._dropped, keys), strict=False)
+            ]
         return places
 
     def prefix_length(self, keys: Sequence[bytes]) -> int:
@@ -609,3 +604,13 @@ class PageStore:
             self._index.close()
             lock, self._lock_fd = self._lock_fd, None
             os.close(lock)
+
+
+def _is_of(record: ExtentRecord, status: os.stat_result, size_of: Callable[[int], int]) -> bool:
+    """Whether a record tells of the file that is there, and is not garbage."""
+    return (
+        (record.file_bytes, record.mtime_ns) == (status.st_size, status.st_mtime_ns)
+        and record.live <= record.pages < record.file_bytes
+        and size_of(record.pages) == record.file_bytes
+        and record.used < 1 << 62
+    )

@@ -1,7 +1,7 @@
 """Overwrites parts of an index and opens the store in one process after the other, until one gets along with it.
 
-    garbage.py DIRECTORY SEED TRIALS     prints one JSON object: how many trials needed how many processes, and what was
-                                         lost, wrong or without an end
+garbage.py DIRECTORY SEED TRIALS     prints one JSON object: how many trials needed how many processes, and what was
+                                     lost, wrong or without an end
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from agentstate.pages import Geometry, PageStore
@@ -51,7 +52,9 @@ def work(directory: Path) -> None:
 
 def spoil(index: Path, chance: random.Random) -> str:
     raw = bytearray(index.read_bytes())
-    how = chance.choice(["a block of garbage", "a block of zeros", "flipped bits", "garbage all over", "garbage from here"])
+    how = chance.choice(
+        ["a block of garbage", "a block of zeros", "flipped bits", "garbage all over", "garbage from here"]
+    )
     start = chance.randrange(len(raw) // BLOCK) * BLOCK
     if how == "a block of garbage":
         raw[start : start + BLOCK] = chance.randbytes(BLOCK)
@@ -94,7 +97,7 @@ if __name__ == "__main__":
         how = spoil(directory / "index" / "data.mdb", chance)
         ends = []
         for _ in range(4):
-            ends.append(status_of(lambda: work(directory)))
+            ends.append(status_of(partial(work, directory)))
             if not ends[-1] or not os.WIFSIGNALED(ends[-1]):
                 break
         processes[len(ends)] += 1

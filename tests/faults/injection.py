@@ -1,5 +1,5 @@
-"""Runs with ``faults.c`` preloaded: makes an operation of the page store fail, or end the process, at each of its system
-calls in turn, and looks at what is left.
+"""Runs with ``faults.c`` preloaded: makes an operation of the page store fail, or end the process, at each of its
+system calls in turn, and looks at what is left.
 
     injection.py DIRECTORY SCENARIO MODE KINDS ERRNO     prints one JSON object: see `Outcome`
 
@@ -161,8 +161,8 @@ class Run:
         if store is not None:
             self.scenario.before(store)
         # Python opens some files of its own when it does something for the first time.
-        with suppress(OSError):
-            open("/proc/self/fd/-1")
+        with suppress(OSError), open("/proc/self/fd/-1"):
+            pass
         descriptors = self.descriptors()
         raised: Exception | None = None
         arm()

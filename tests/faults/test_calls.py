@@ -45,7 +45,15 @@ ALL_ERRORS = [
     for mode in ("fail once", "fail from then on")
     for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES")
 ]
-READING = ["merge", "publish over a spare", "open without an index", "open with an older index", "open", "repair", "read"]
+READING = [
+    "merge",
+    "publish over a spare",
+    "open without an index",
+    "open with an older index",
+    "open",
+    "repair",
+    "read",
+]
 
 Inject = Callable[[str, str, str, int], dict[str, Any]]
 
@@ -110,11 +118,23 @@ def test_no_call_that_changes_anything_goes_unnoticed(
     if shutil.which("strace") is None:
         pytest.skip("no strace")
     trace = directory / "trace"
-    opening, writing = "open,openat,openat2,creat", "write,writev,pwrite64,pwritev,pwritev2,ftruncate,truncate,fallocate"
+    opening, writing = (
+        "open,openat,openat2,creat",
+        "write,writev,pwrite64,pwritev,pwritev2,ftruncate,truncate,fallocate",
+    )
     naming = "rename,renameat,renameat2,unlink,unlinkat,link,linkat,symlink,symlinkat,mkdir,mkdirat,rmdir,mknod,mknodat"
     others = "copy_file_range,sendfile,splice,msync,chmod,fchmod,utimensat,setxattr,io_uring_enter,io_submit"
     run = subprocess.run(
-        ["strace", "-f", "-o", trace, "-E", f"LD_PRELOAD={shim}", "-e", f"trace=access,{opening},{writing},{naming},{others}"]
+        [
+            "strace",
+            "-f",
+            "-o",
+            trace,
+            "-E",
+            f"LD_PRELOAD={shim}",
+            "-e",
+            f"trace=access,{opening},{writing},{naming},{others}",
+        ]
         + [sys.executable, "-c", TRACED, HERE, directory / "traced", operation],
         capture_output=True,
         text=True,

@@ -1,7 +1,7 @@
 """Random histories of a page store against a model in plain Python.
 
 `PageStoreMachine` writes, holds, reads, merges, evicts, pins, drops, crashes and opens again. `DamagedStoreMachine`
-adds what a disk and its administrator do: flipped bytes, lost extents, an index that is older or newer than the extents.
+adds what a disk and its administrator do: flipped bits, lost extents, an index older or newer than the extents.
 A store of another kind is tested by deriving from the first and overriding `open`.
 
 The model knows which pages must be found (``stored``), what must be read from them (``versions``), and of which nothing

@@ -31,7 +31,7 @@ demo: $(SERVICE_SET_UP) $(ENGINE_SET_UP)
 test: lint test-service test-adapters test-engine
 
 test-service: $(SERVICE_SET_UP)
-	$(SERVICE) $(PYTEST) tests/unit tests/integration tests/migration
+	$(SERVICE) $(PYTEST) tests/unit tests/integration tests/migration tests/faults
 
 test-adapters: $(ADAPTERS_SET_UP)
 	$(ADAPTERS) -m mypy

@@ -145,7 +145,7 @@ class PageIndex:
             max_dbs=3,
             metasync=False,
             readonly=readonly,
-            create=not readonly,
+            create=False,
             lock=not readonly,
         )
 
@@ -164,12 +164,12 @@ class PageIndex:
             with self._env.begin(db=self._meta) as txn:
                 if txn.get(b"identity") != self._identity:
                     return "it is of another version, model or layout"
-            with self._env.begin(db=self._pages) as txn:
+            with self._env.begin() as txn:
                 # Touches every leaf, so that the look-ups to come find them in memory.
-                for _ in txn.cursor().iternext(keys=True, values=False):
-                    pass
-            self.records()
-        except (*_DAMAGE, struct.error) as error:
+                for database in (self._pages, self._extents):
+                    for _ in txn.cursor(db=database).iternext(keys=True, values=False):
+                        pass
+        except _DAMAGE as error:
             return str(error)
         return None
 
@@ -196,11 +196,16 @@ class PageIndex:
     def records(self) -> dict[int, ExtentRecord]:
         """Every extent by its number."""
         with self._env.begin(db=self._extents) as txn:
-            return {_NUMBER.unpack(number)[0]: ExtentRecord(*_RECORD.unpack(raw)) for number, raw in txn.cursor()}
+            return {
+                _NUMBER.unpack(number)[0]: ExtentRecord(*_RECORD.unpack(raw))
+                for number, raw in txn.cursor()
+                if (len(number), len(raw)) == (_NUMBER.size, _RECORD.size)
+            }
 
     @contextmanager
     def change(self) -> Iterator[IndexChange]:
         """A write transaction, committed at the end and given up after an exception."""
+        self._revive()
         self._begin()
         try:
             with self._env.begin(write=True) as txn:

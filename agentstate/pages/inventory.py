@@ -69,13 +69,18 @@ def _reports(paths: list[Path], examine: Callable[[BinaryIO, ExtentHeader], tupl
 
 def repair(store: Path, reports: list[ExtentReport]) -> int:
     """Drop what `check` found broken, and nothing else: extents that cannot be read are deleted, and of the others the
-    good pages are written anew. How many pages were dropped from extents that could be read. What can be read now, and
-    could not be when it was checked, is left alone.
+    good pages are written anew. How many pages were dropped from extents that could be read. An extent
+    that could be read only once, by the check or now, is left alone.
 
     Raises PageStoreLocked while an engine writes to the store, PageStoreFull when the good pages do not fit beside
     the old extent; then the store is as it was but for what had been repaired before.
     """
-    reports = [again for report in reports if not report.good for again in _reports([report.path], _broken)]
+    reports = [
+        again
+        for report in reports
+        for again in _reports([report.path] * (not report.good), _broken)
+        if report.header is None or again.header is not None
+    ]
     headers = [report.header for report in reports if report.header is not None]
     if headers:
         writer = PageStore(store, headers[0].fingerprint, headers[0].geometry)

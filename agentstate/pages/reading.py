@@ -335,11 +335,14 @@ class Verifier:
         """The pages of ``chunk`` that must not be used: not read, or not as they were written."""
         wrong = [segment.first + i for segment, _ in chunk.unread for i in range(segment.pages)]
         for segment, header, arrays in chunk.parts:
-            sums = header.checksums[chunk.layer].tolist()
+            sums = header.checksums[chunk.layer, segment.slot : segment.slot + segment.pages].tolist()
             for i in range(segment.pages):
-                page, slot = segment.first + i, segment.slot + i
-                # The slot is the index's word, which may be wrong.
-                here = slot < len(sums) and header.keys[slot] == self._keys[page]
-                if not here or checksum(self._seeds[page], chunk.layer, [array[i] for array in arrays]) != sums[slot]:
+                page = segment.first + i
+                # The slot is the index's word, which may be wrong, and lead behind the last page.
+                if (
+                    i >= len(sums)
+                    or header.keys[segment.slot + i] != self._keys[page]
+                    or checksum(self._seeds[page], chunk.layer, [array[i] for array in arrays]) != sums[i]
+                ):
                     wrong.append(page)
         return wrong

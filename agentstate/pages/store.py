@@ -14,6 +14,7 @@ later number wins, and an extent none of whose pages is found through the index 
 from __future__ import annotations
 
 import fcntl
+import functools
 import itertools
 import logging
 import mmap
@@ -23,7 +24,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -204,6 +205,7 @@ class PageStore:
         """Make the index agree with the files."""
         records = self._index.records()
         numbers, unknown, gone = [0], [], set(records)
+        size_of = functools.cache(self.draft_bytes)
         with os.scandir(self._extents_dir) as entries:
             for entry in entries:
                 if _NAME.fullmatch(entry.name) is None:
@@ -213,7 +215,7 @@ class PageStore:
                 number, status = int(entry.name[:16], 16), entry.stat()
                 numbers.append(number)
                 record = records.get(number)
-                if record and self._is_of(record, status):
+                if record and _is_of(record, status, size_of):
                     self._extents[number] = _Extent(number, *record)
                     gone.discard(number)
                 else:
@@ -233,15 +235,6 @@ class PageStore:
         self.stats.bytes = sum(extent.file_bytes for extent in self._extents.values())
         self.stats.pages = sum(extent.live for extent in self._extents.values())
         self._delete(list(self._extents.values()))
-
-    def _is_of(self, record: ExtentRecord, status: os.stat_result) -> bool:
-        """Whether a record tells of the file that is there, and is not garbage."""
-        return (
-            (record.file_bytes, record.mtime_ns) == (status.st_size, status.st_mtime_ns)
-            and record.live <= record.pages < record.file_bytes
-            and self.draft_bytes(record.pages) == record.file_bytes
-            and record.used < 1 << 62
-        )
 
     def _adopt(self, change: IndexChange, number: int) -> None:
         """Put an extent that is on the disk into the index."""
@@ -486,6 +479,7 @@ class PageStore:
         unreadable = set()
         with self._index.change() as change:
             for extent in extents:
+                change.forget(extent.number)
                 try:
                     keys = files.read_header(self._path(extent.number)).keys
                 except (BadExtent, OSError):
@@ -495,7 +489,6 @@ class PageStore:
                     place = change.place(key)
                     if place is not None and place[0] == extent.number:
                         change.delete(key)
-                change.forget(extent.number)
             if unreadable:
                 change.delete_pages_of(unreadable)
 
@@ -555,6 +548,8 @@ class PageStore:
                     change.delete(key)
                     if extent.number in self._extents:
                         change.record(extent.number, extent.record())
+                    else:
+                        change.forget(extent.number)
                 gained = self._take_over(change, number, header.keys)
                 recent, self._used_since = self._used_since, set()
                 for other in (recent - gained.keys()) & self._extents.keys():
@@ -573,7 +568,8 @@ class PageStore:
         self.stats.pages += gained.total()
         self.stats.pages_written += len(header.keys)
         self.stats.bytes_written += file_bytes
-        self._delete([self._extents[other] for other in gained])
+        # Of what was entered too: a later extent may have been entered before, and have all of its pages.
+        self._delete([entered, *(self._extents[other] for other in gained if other != number)])
         self._count()
 
     def drop(self, key: bytes) -> None:
@@ -608,3 +604,13 @@ class PageStore:
             self._index.close()
             lock, self._lock_fd = self._lock_fd, None
             os.close(lock)
+
+
+def _is_of(record: ExtentRecord, status: os.stat_result, size_of: Callable[[int], int]) -> bool:
+    """Whether a record tells of the file that is there, and is not garbage."""
+    return (
+        (record.file_bytes, record.mtime_ns) == (status.st_size, status.st_mtime_ns)
+        and record.live <= record.pages < record.file_bytes
+        and size_of(record.pages) == record.file_bytes
+        and record.used < 1 << 62
+    )

@@ -28,7 +28,6 @@ app.add_typer(db, name="db")
 app.add_typer(pages, name="pages")
 
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-_errors = Console(stderr=True)
 
 
 @app.command()
@@ -75,7 +74,7 @@ def bench(context: typer.Context) -> None:
     except EngineError as error:
         if settings.engine_python is not None:
             raise
-        _errors.print(f"the alternatives are left out: {error}")
+        print(f"agentstate: the alternatives are left out: {error}", file=sys.stderr)
         python = sys.executable
     os.execve(python, [python, "-m", "benchmarks.pages", *context.args], dict(os.environ))
 

@@ -1,0 +1,1 @@
+"""What the tables of figures in the documentation come from."""

@@ -83,6 +83,7 @@ class Measurement:
         self.case = case
         self.geometry = GEOMETRIES[case.geometry]
         self.n_bytes = case.pages * self.geometry.page_bytes
+        self.others_cpu_share = 0.0
         self.growth_bytes: list[int] = []
         self.samples: defaultdict[str, list[Sample]] = defaultdict(list)
         self._staging_bytes = int(settings.staging_bytes)
@@ -121,12 +122,14 @@ class Measurement:
             self._store.limit(Quota(sum(self._sizes)))
             self._store.write(self._source, self.case.pages, version=rounds)
             self._device.write(self._sizes)
+        machine = Machine()
         with _busy() if self.case.name == "busy" else nullcontext():
             for number in range(rounds):
                 turns = [self._store_and_device, *(partial(self._alternative, other) for other in self.others)]
                 first = number % len(turns)
                 for turn in turns[first:] + turns[:first]:
                     turn(number)
+            self.others_cpu_share = machine.others_cpu_share()
 
     def _store_and_device(self, number: int) -> None:
         store, device = self._store, self._device
@@ -215,6 +218,7 @@ class Measurement:
                 }
                 for other in self.others
             },
+            "others_cpu_share": self.others_cpu_share,
             "staging_bytes": self._staging_bytes,
             "peak_rss_growth_bytes": int(median(self.growth_bytes)),
             "seconds": {name: [sample.seconds for sample in found] for name, found in self.samples.items()},
@@ -227,6 +231,25 @@ class Measurement:
         """How many times as fast, as the median of the rounds: what slows the disk for a while slows both."""
         pairs = zip(self.samples[name], self.samples[other], strict=True)
         return median(theirs.seconds / ours.seconds for ours, theirs in pairs)
+
+
+class Machine:
+    """What the processors do from now on."""
+
+    def __init__(self) -> None:
+        self._before = self._seconds()
+
+    def others_cpu_share(self) -> float:
+        """The share of the processors' time that other processes had, those of `_busy` among them, or that the host
+        kept for itself: where it is not small, figures are those of a busy machine."""
+        total, idle, own = (now - before for now, before in zip(self._seconds(), self._before, strict=True))
+        return max(0.0, 1 - (idle + own) / total)
+
+    def _seconds(self) -> tuple[float, float, float]:
+        # user, nice, system, idle, iowait, irq, softirq, steal; then guest times, which are in user already.
+        ticks = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]
+        hertz = os.sysconf("SC_CLK_TCK")
+        return sum(ticks) / hertz, (ticks[3] + ticks[4]) / hertz, _cpu_s()
 
 
 @contextmanager
@@ -320,7 +343,8 @@ def main(arguments: Sequence[str]) -> int:
         f"medians of {options.rounds} rounds on {os.cpu_count()} processors; {settings.read_threads} threads read, "
         f"{WRITERS} write (one-draft: 1), {int(settings.staging_bytes) >> 20} MiB of staging; memory taken during a "
         f"restore: {max(row['peak_rss_growth_bytes'] for row in rows) >> 10:,} KiB at most; "
-        f"page cache to memory: {median(row['page_cache_gb_s'] for row in rows):.1f} GB/s"
+        f"page cache to memory: {median(row['page_cache_gb_s'] for row in rows):.1f} GB/s; other processes had "
+        f"{median(row['others_cpu_share'] for row in rows):.0%} of the processors"
     )
     if left_out:
         console.print(f"left out, because they cannot be imported by {sys.executable}: {', '.join(sorted(left_out))}")

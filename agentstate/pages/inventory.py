@@ -72,12 +72,7 @@ def _reports(store: Path, examine: Callable[[BinaryIO, ExtentHeader], tuple[int,
 
 def total_bytes(stores: Iterable[Path]) -> int:
     """Bytes of all extents of some stores."""
-    total = 0
-    for store in stores:
-        for path in (store / "extents").glob("*.ext"):
-            with suppress(FileNotFoundError):
-                total += path.stat().st_size
-    return total
+    return sum(sum(_sizes(store)) for store in stores)
 
 
 def holding(root: Path, name: str) -> Iterator[tuple[ExtentReport, int | None]]:
@@ -101,12 +96,12 @@ class Usage:
     (``superseded``), of extents that cannot be read, of files being written or left by a crash (``partial``), of the
     index, and ``overhead``, the headers and padding of the extents that can be read."""
 
-    live: int = 0
-    superseded: int = 0
-    unreadable: int = 0
-    partial: int = 0
-    index: int = 0
-    overhead: int = 0
+    live: int
+    superseded: int
+    unreadable: int
+    partial: int
+    index: int
+    overhead: int
 
     @property
     def total(self) -> int:
@@ -134,7 +129,7 @@ class Collection:
 
     extents: int
     pages: int
-    n_bytes: int
+    freed_bytes: int
     left_bytes: int
 
 
@@ -152,18 +147,21 @@ def collectable(store: Path, needed: Iterable[Iterable[bytes]]) -> Collection:
     places = _places(reports)
     kept = {places[key].path for keys in needed for key in keys if key in places}
     gone = [report for report in reports if report.header is not None and report.path not in kept]
-    n_bytes = sum(report.n_bytes for report in gone)
+    freed = sum(report.n_bytes for report in gone)
     pages = sum(place.path not in kept for place in places.values())
-    return Collection(len(gone), pages, n_bytes, sum(report.n_bytes for report in reports) - n_bytes)
+    return Collection(len(gone), pages, freed, sum(report.n_bytes for report in reports) - freed)
 
 
 def collect(store: Path, needed: Callable[[], Iterable[Iterable[bytes]]]) -> Collection:
     """Delete the extents that hold no page of ``needed``, the chains of the live manifests, which is asked for once
     no engine can write to the store any more. Extents that cannot be read are left to `repair`.
 
-    Raises PageStoreLocked while an engine has the store open; then nothing was deleted.
+    Raises PageStoreLocked while an engine has the store open; then nothing was deleted. Raises BadExtent when no
+    extent of it can be read.
     """
-    header = next(report.header for report in extents(store) if report.header is not None)
+    header = next((report.header for report in extents(store) if report.header is not None), None)
+    if header is None:
+        raise BadExtent(f"no extent in {store} can be read: `agentstate pages check --repair` deletes what is damaged")
     before = _count(store)
     writer = PageStore(store, header.fingerprint, header.geometry)
     try:
@@ -179,8 +177,14 @@ def collect(store: Path, needed: Callable[[], Iterable[Iterable[bytes]]]) -> Col
 
 
 def _count(store: Path) -> tuple[int, int]:
-    sizes = [path.stat().st_size for path in (store / "extents").glob("*.ext")]
+    sizes = list(_sizes(store))
     return len(sizes), sum(sizes)
+
+
+def _sizes(store: Path) -> Iterator[int]:
+    for path in (store / "extents").glob("*.ext"):
+        with suppress(FileNotFoundError):
+            yield path.stat().st_size
 
 
 def _places(reports: Iterable[ExtentReport]) -> dict[bytes, ExtentReport]:

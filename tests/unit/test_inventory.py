@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentstate.errors import PageStoreLocked
+from agentstate.errors import BadExtent, PageStoreLocked
 from agentstate.pages import Geometry, PageStore, inventory
 from agentstate.pages.files import read_header
 
@@ -148,7 +148,7 @@ def test_what_a_chain_needs_is_kept_and_a_dry_run_says_the_same(store: Path, nee
         left = {bytes(page) for report in inventory.extents(copy) if report.header for page in report.header.keys}
         kept = [numbers for numbers in (set(range(5)), set(range(5, 8))) if numbers & needed]
         assert left == {key(number) for numbers in kept for number in numbers}
-        assert planned.n_bytes + planned.left_bytes == before
+        assert planned.freed_bytes + planned.left_bytes == before
         assert planned.left_bytes == sum(report.n_bytes for report in inventory.extents(copy))
 
 
@@ -166,3 +166,5 @@ def test_a_store_is_known_by_its_extents_and_its_directory(store: Path, tmp_path
     for extent in (store / "extents").iterdir():
         extent.write_bytes(b"")
     assert inventory.identity(store) is None
+    with pytest.raises(BadExtent, match="check --repair"):
+        inventory.collect(store, list)

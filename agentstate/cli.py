@@ -10,19 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Column, Table
+from rich.table import Table
 
 from agentstate import __version__, launcher
 from agentstate import tenants as tenancy
 from agentstate.collection import collect
+from agentstate.commands.pages import pages
 from agentstate.database import Database, instant
-from agentstate.errors import AgentStateError
-from agentstate.pages import inventory
+from agentstate.errors import AgentStateError, EngineError
 from agentstate.sessions import DEFAULT_TENANT
 from agentstate.settings import Settings
 
@@ -37,14 +36,13 @@ keys = typer.Typer(help="API keys. Once there is one, every call needs one.", no
 app.add_typer(keys, name="keys")
 tenants = typer.Typer(help="Tenants: whose sessions a key gives access to.", no_args_is_help=True)
 app.add_typer(tenants, name="tenants")
-pages = typer.Typer(help="The page directory.", no_args_is_help=True)
 app.add_typer(pages, name="pages")
 bench = typer.Typer(help="The figures that the documentation claims, on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
-PagesDir = Annotated[Path | None, typer.Option("--dir", help="Page directory. [AGENTSTATE_PAGES_DIR]")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the raw result to this file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.command()
@@ -148,70 +146,23 @@ def set_tenant(
         tenancy.put(connection, tenancy.Tenant(name, expires_in_s, requests_per_s))
 
 
-@pages.command("ls")
-def list_pages(directory: PagesDir = None, as_json: AsJson = False) -> None:
-    """List the stores of a page directory: one a fingerprint and rank."""
-    rows = []
-    for store in inventory.store_directories(directory or Settings().pages_path):
-        reports = list(inventory.extents(store))
-        headers = [report.header for report in reports if report.header is not None]
-        rows.append(
-            {
-                "fingerprint": store.parent.name,
-                "rank": store.name,
-                "extents": len(reports),
-                "unreadable": len(reports) - len(headers),
-                "pages": sum(len(header.keys) for header in headers),
-                "tokens": sum(len(header.keys) * header.geometry.page_size for header in headers),
-                "bytes": sum(report.n_bytes for report in reports),
-            }
-        )
-    if as_json:
-        print(json.dumps(rows))
-        return
-    if not rows:
-        print("no pages are stored there")
-        return
-    table = Table("fingerprint", *(Column(name, justify="right") for name in list(rows[0])[1:]))
-    for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
-    Console().print(table)
-
-
-@pages.command()
-def check(
-    directory: PagesDir = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Drop what is broken, and nothing else.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Read and verify every stored page. Ends with status 1 when something is broken and was not repaired."""
-    found: list[dict[str, Any]] = []
-    dropped = 0
-    stores = inventory.store_directories(directory or Settings().pages_path)
-    total = sum(len(list((store / "extents").glob("*.ext"))) for store in stores)
-    with Progress(*Progress.get_default_columns(), "{task.completed} of {task.total}", console=_errors) as progress:
-        task = progress.add_task("verifying extents", total=total)
-        for store in stores:
-            bad = []
-            for report in inventory.check(store):
-                progress.advance(task)
-                if not report.good:
-                    bad.append(report)
-                    keys = [report.header.keys[slot].hex() for slot in report.broken] if report.header else None
-                    found.append({"extent": str(report.path), "damage": report.damage, "broken_pages": keys})
-            if repair and bad:
-                dropped += inventory.repair(store, bad)
-    if as_json:
-        print(json.dumps({"extents": total, "broken": found, "repaired": repair, "pages_dropped": dropped}))
-    else:
-        for item in found:
-            print(f"{item['extent']}: {item['damage'] or 'broken pages: ' + ', '.join(item['broken_pages'])}")
-        print(f"{total} extents, {len(found)} broken" + (f", {dropped} pages dropped" if repair else ""))
-    raise typer.Exit(1 if found and not repair else 0)
+@pages.command("bench", context_settings={**_PASSED_ON, "help_option_names": []})
+def bench_pages(context: typer.Context) -> None:
+    """Measure this store against the disk and against other ways to keep pages."""
+    settings = Settings()
+    # What it is compared with lives where SGLang does. Without that, they are left out.
+    try:
+        python = launcher.engine_python(settings)
+    except EngineError as error:
+        if settings.engine_python is not None:
+            raise
+        print(f"agentstate: the alternatives are left out: {error}", file=sys.stderr)
+        python = sys.executable
+    os.execve(python, [python, "-m", "benchmarks.pages", *context.args], dict(os.environ))
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings=_PASSED_ON,
     epilog="Example: agentstate engine --model-path Qwen/Qwen2.5-7B-Instruct --port 30000",
 )
 def engine(context: typer.Context) -> None:

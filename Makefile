@@ -1,44 +1,52 @@
 # `make demo` and `make test` do everything on a machine that has Python 3.11 or newer and nothing else.
 #
 # The packages of an environment lie outside the checkout, in a directory named by its lock file, so that a second
-# checkout is set up in seconds. `.venv/service` and `.venv/engine` are thin environments on top of them that hold
-# this checkout. The service and its clients have no torch; the engine (SGLang) is 11 GB and takes 5 minutes, once.
+# checkout is set up in seconds. `.venv/service` and its like are thin environments on top of them that hold this
+# checkout. The service and its clients have no torch; the agent frameworks are apart because they need a newer openai
+# than SGLang does; the engine (SGLang) is 11 GB and takes 5 minutes, once.
 
 PYTHON ?= python3
 CACHE ?= $(or $(AGENTSTATE_CACHE_DIR),$(HOME)/.cache/agentstate)
 SERVICE := .venv/service/bin/python
 ENGINE := .venv/engine/bin/python
+ADAPTERS := .venv/adapters/bin/python
 SERVICE_SET_UP := .venv/service/complete
 ENGINE_SET_UP := .venv/engine/complete
+ADAPTERS_SET_UP := .venv/adapters/complete
 RUN := AGENTSTATE_ENGINE_PYTHON=$(CURDIR)/$(ENGINE) AGENTSTATE_CACHE_DIR=$(CACHE) OMP_WAIT_POLICY=passive
 PYTEST := -m pytest --durations=5
 
-.PHONY: help demo test test-service test-engine lint setup clean
+.PHONY: help demo test test-service test-adapters test-engine lint setup clean
 
 help:
 	@echo "make demo          an agent is suspended, its engine killed, and it goes on from disk (ARGS='--json FILE')"
 	@echo "make test          everything this machine can run"
 	@echo "make test-service  what needs no SGLang"
+	@echo "make test-adapters what needs the agent frameworks"
 	@echo "make lint          ruff and mypy"
 
-demo: setup
+demo: $(SERVICE_SET_UP) $(ENGINE_SET_UP)
 	@$(RUN) $(SERVICE) -m agentstate.cli demo $(ARGS)
 
-test: lint test-service test-engine
+test: lint test-service test-adapters test-engine
 
 test-service: $(SERVICE_SET_UP)
-	$(SERVICE) $(PYTEST) tests/unit tests/integration tests/migration
+	$(SERVICE) $(PYTEST) tests/unit tests/integration tests/migration tests/faults
+
+test-adapters: $(ADAPTERS_SET_UP)
+	$(ADAPTERS) -m mypy
+	$(ADAPTERS) $(PYTEST) tests/adapters
 
 test-engine: setup model
 	$(RUN) $(ENGINE) $(PYTEST) --disable-warnings tests/engine
-	$(RUN) $(SERVICE) $(PYTEST) tests/acceptance
+	$(RUN) $(ADAPTERS) $(PYTEST) tests/acceptance
 
 lint: $(SERVICE_SET_UP)
 	$(SERVICE) -m ruff check .
 	$(SERVICE) -m ruff format --check .
 	$(SERVICE) -m mypy
 
-setup: $(SERVICE_SET_UP) $(ENGINE_SET_UP)
+setup: $(SERVICE_SET_UP) $(ADAPTERS_SET_UP) $(ENGINE_SET_UP)
 
 .PHONY: model
 model: $(ENGINE_SET_UP)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from agentstate.manifests import KvState
-from agentstate.models import EntryKind, OperationState, SessionStatus
+from agentstate.models import EntryKind, OperationState, SessionStatus, ToolCallState
 
 _SESSION = {
     "id": "ses_01k8z3v9q4e7w2m5n8r1t6y0ab",
@@ -73,7 +73,7 @@ class Entry(BaseModel):
     id: str
     session_id: str
     parent_id: str | None
-    seq: int = Field(description="Numbers the entries of the session from 1, without gaps.")
+    seq: int = Field(description="Grows along the history from 1; a rewind leaves unused what it took back.")
     kind: EntryKind
     payload: dict[str, Any]
     call_id: str | None
@@ -88,6 +88,24 @@ class EntryList(BaseModel):
     first_id: str | None
     last_id: str | None
     has_more: bool = Field(description="Whether there are more in the direction read; for a tail, older ones.")
+
+
+class SessionList(BaseModel):
+    model_config = _example(
+        {
+            "object": "list",
+            "data": [_SESSION],
+            "first_id": _SESSION["id"],
+            "last_id": _SESSION["id"],
+            "has_more": False,
+        }
+    )
+
+    object: Literal["list"] = "list"
+    data: list[Session]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class AppendedEntries(EntryList):
@@ -129,7 +147,7 @@ class Suspended(BaseModel):
     revision: str
     head_id: str | None
     pending_tool_calls: list[str]
-    operation: str | None = Field(description="To follow while kv.state is pending.")
+    operation: str | None = Field(description="To follow while kv.state is pending, or the KV is given up.")
     kv: StoredKv
 
 
@@ -145,6 +163,10 @@ class Outlook(BaseModel):
     tokens: int
     valid: bool = Field(description="Whether the engine can use the stored pages; if not, it recomputes.")
     invalid_reason: str | None
+    upper_bound: bool = Field(
+        default=False, description="Whether tokens is what a fork or rewind shares at most, until its next turn."
+    )
+    prefetch: str | None = Field(default=None, description="The operation that brings the pages back, if asked for.")
 
 
 class Resumed(BaseModel):
@@ -158,7 +180,14 @@ class Resumed(BaseModel):
                 "base_url": "http://127.0.0.1:30000/v1",
                 "extra_body": {"session_id": _SESSION["id"]},
             },
-            "kv": {"state": "durable", "tokens": 18432, "valid": True, "invalid_reason": None},
+            "kv": {
+                "state": "durable",
+                "tokens": 18432,
+                "valid": True,
+                "invalid_reason": None,
+                "upper_bound": False,
+                "prefetch": None,
+            },
         }
     )
 
@@ -180,6 +209,7 @@ class Operation(BaseModel):
             "result": {"state": "durable", "tokens": 18432, "pages": 288, "bytes": 424673280},
             "created_at": "2026-01-05T09:31:13Z",
             "finished_at": "2026-01-05T09:31:15.250000Z",
+            "seconds": 2.25,
         }
     )
 
@@ -187,9 +217,40 @@ class Operation(BaseModel):
     kind: str
     session_id: str
     state: OperationState
-    result: dict[str, Any] | None
+    result: dict[str, Any] | None = Field(description="What came of it: state, tokens, pages, bytes; or error.")
     created_at: datetime
     finished_at: datetime | None
+    seconds: float | None = Field(default=None, description="From its start to its end.")
+
+
+class ToolCall(BaseModel):
+    model_config = _example(
+        {
+            "id": "call_1",
+            "session_id": _SESSION["id"],
+            "name": "read_file",
+            "state": "claimed",
+            "expected_s": 0.5,
+            "typical_s": 0.42,
+            "claimed_at": "2026-01-05T09:31:13Z",
+            "finished_at": None,
+            "result": None,
+            "revision": "13",
+        }
+    )
+
+    id: str
+    session_id: str
+    name: str
+    state: ToolCallState
+    expected_s: float | None = Field(description="The claimant's estimate.")
+    typical_s: float | None = Field(description="The median of what the tool took before.")
+    claimed_at: datetime
+    finished_at: datetime | None
+    result: dict[str, Any] | None = Field(
+        description="Its output or error, for who claims a call that has one; not repeated to who has just given it."
+    )
+    revision: str
 
 
 class Engine(BaseModel):

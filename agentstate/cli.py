@@ -1,4 +1,4 @@
-"""The command line: `agentstate serve | engine | demo | db | version`."""
+"""The command line: `agentstate serve | engine | demo | db | keys | tenants | pages | bench | version`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Column, Table
+from rich.table import Table
 
 from agentstate import __version__, launcher
-from agentstate.errors import AgentStateError
-from agentstate.pages import inventory
+from agentstate import tenants as tenancy
+from agentstate.collection import collect
+from agentstate.commands.pages import pages
+from agentstate.database import Database, instant
+from agentstate.errors import AgentStateError, EngineError
+from agentstate.sessions import DEFAULT_TENANT
 from agentstate.settings import Settings
 
 app = typer.Typer(
@@ -27,11 +32,17 @@ app = typer.Typer(
 )
 db = typer.Typer(help="The database.", no_args_is_help=True)
 app.add_typer(db, name="db")
-pages = typer.Typer(help="The page directory.", no_args_is_help=True)
+keys = typer.Typer(help="API keys. Once there is one, every call needs one.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+tenants = typer.Typer(help="Tenants: whose sessions a key gives access to.", no_args_is_help=True)
+app.add_typer(tenants, name="tenants")
 app.add_typer(pages, name="pages")
+bench = typer.Typer(help="The figures that the documentation claims, on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
-PagesDir = Annotated[Path | None, typer.Option("--dir", help="Page directory. [AGENTSTATE_PAGES_DIR]")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the raw result to this file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.command()
@@ -68,70 +79,90 @@ def upgrade() -> None:
     _room("api.server").migrate(Settings())
 
 
-@pages.command("ls")
-def list_pages(directory: PagesDir = None, as_json: AsJson = False) -> None:
-    """List the stores of a page directory: one a fingerprint and rank."""
-    rows = []
-    for store in inventory.store_directories(directory or Settings().pages_path):
-        reports = list(inventory.extents(store))
-        headers = [report.header for report in reports if report.header is not None]
-        rows.append(
-            {
-                "fingerprint": store.parent.name,
-                "rank": store.name,
-                "extents": len(reports),
-                "unreadable": len(reports) - len(headers),
-                "pages": sum(len(header.keys) for header in headers),
-                "tokens": sum(len(header.keys) * header.geometry.page_size for header in headers),
-                "bytes": sum(report.n_bytes for report in reports),
-            }
-        )
+@db.command("gc")
+def collect_garbage() -> None:
+    """Delete what no session reaches any more, as a running service does by itself from time to time."""
+    now = Settings()
+    with _database(now) as database:
+        collected = collect(database, expired_after_s=now.expired_retention_s)
+    print(", ".join(f"{count:,} {name}" for name, count in vars(collected).items()))
+
+
+@keys.command("create")
+def create_key(
+    tenant: Annotated[str, typer.Option(help="Whose sessions it gives access to.")] = DEFAULT_TENANT,
+    note: Annotated[str, typer.Option(help="What it is for.")] = "",
+) -> None:
+    """Make an API key. It is printed now and never again."""
+    with _database(Settings()) as database, database.write() as connection:
+        made = tenancy.create_key(connection, tenant, note)
+    _errors.print(f"key {made.key.id} of tenant {tenant}; send it as Authorization: Bearer", highlight=False)
+    print(made.secret)
+
+
+@keys.command("list")
+def list_keys(as_json: AsJson = False) -> None:
+    """List the keys, without their secrets."""
+    with _database(Settings()) as database, database.read() as connection:
+        found = tenancy.list_keys(connection)
+    rows = [
+        {
+            "id": key.id,
+            "tenant": key.tenant,
+            "note": key.note,
+            "created": instant(key.created_us).isoformat(timespec="seconds"),
+            "revoked": "" if key.revoked_us is None else instant(key.revoked_us).isoformat(timespec="seconds"),
+        }
+        for key in found
+    ]
     if as_json:
         print(json.dumps(rows))
         return
-    if not rows:
-        print("no pages are stored there")
-        return
-    table = Table("fingerprint", *(Column(name, justify="right") for name in list(rows[0])[1:]))
+    table = Table("id", "tenant", "note", "created", "revoked")
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+        table.add_row(*row.values())
     Console().print(table)
 
 
-@pages.command()
-def check(
-    directory: PagesDir = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Drop what is broken, and nothing else.")] = False,
-    as_json: AsJson = False,
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="As `agentstate keys list` shows it.")]) -> None:
+    """Let a key be valid no more. Running services notice within seconds."""
+    with _database(Settings()) as database, database.write() as connection:
+        tenancy.revoke_key(connection, key_id)
+
+
+@tenants.command("set")
+def set_tenant(
+    name: Annotated[str, typer.Argument(help="The tenant; it is made if it is not there.")],
+    expires_in_s: Annotated[
+        float | None, typer.Option(min=0.001, help="When its sessions expire that do not say. None: never.")
+    ] = None,
+    requests_per_s: Annotated[
+        float | None, typer.Option(min=0, help="How many it may send. None: AGENTSTATE_REQUESTS_PER_S.")
+    ] = None,
 ) -> None:
-    """Read and verify every stored page. Ends with status 1 when something is broken and was not repaired."""
-    found: list[dict[str, Any]] = []
-    dropped = 0
-    stores = inventory.store_directories(directory or Settings().pages_path)
-    total = sum(len(list((store / "extents").glob("*.ext"))) for store in stores)
-    with Progress(*Progress.get_default_columns(), "{task.completed} of {task.total}", console=_errors) as progress:
-        task = progress.add_task("verifying extents", total=total)
-        for store in stores:
-            bad = []
-            for report in inventory.check(store):
-                progress.advance(task)
-                if not report.good:
-                    bad.append(report)
-                    keys = [report.header.keys[slot].hex() for slot in report.broken] if report.header else None
-                    found.append({"extent": str(report.path), "damage": report.damage, "broken_pages": keys})
-            if repair and bad:
-                dropped += inventory.repair(store, bad)
-    if as_json:
-        print(json.dumps({"extents": total, "broken": found, "repaired": repair, "pages_dropped": dropped}))
-    else:
-        for item in found:
-            print(f"{item['extent']}: {item['damage'] or 'broken pages: ' + ', '.join(item['broken_pages'])}")
-        print(f"{total} extents, {len(found)} broken" + (f", {dropped} pages dropped" if repair else ""))
-    raise typer.Exit(1 if found and not repair else 0)
+    """Set the limits of a tenant, both of them."""
+    with _database(Settings()) as database, database.write() as connection:
+        tenancy.put(connection, tenancy.Tenant(name, expires_in_s, requests_per_s))
+
+
+@pages.command("bench", context_settings={**_PASSED_ON, "help_option_names": []})
+def bench_pages(context: typer.Context) -> None:
+    """Measure this store against the disk and against other ways to keep pages."""
+    settings = Settings()
+    # What it is compared with lives where SGLang does. Without that, they are left out.
+    try:
+        python = launcher.engine_python(settings)
+    except EngineError as error:
+        if settings.engine_python is not None:
+            raise
+        print(f"agentstate: the alternatives are left out: {error}", file=sys.stderr)
+        python = sys.executable
+    os.execve(python, [python, "-m", "benchmarks.pages", *context.args], dict(os.environ))
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings=_PASSED_ON,
     epilog="Example: agentstate engine --model-path Qwen/Qwen2.5-7B-Instruct --port 30000",
 )
 def engine(context: typer.Context) -> None:
@@ -151,7 +182,122 @@ def demo(
     raise typer.Exit(0 if run(Settings(), report) else 1)
 
 
+@bench.command()
+def replay(
+    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate a fleet under every policy.")] = False,
+    engine_url: Annotated[str | None, typer.Option("--engine", help="Replay against this running engine.")] = None,
+    source: Annotated[str, typer.Option(help="generated, mooncake or tracelab.")] = "generated",
+    sessions: Annotated[int, typer.Option(min=1, help="How many sessions.")] = 2000,
+    within_s: Annotated[float, typer.Option(help="Sessions start within so many seconds (generated).")] = 14_400,
+    max_gap_s: Annotated[float, typer.Option(help="Longer gaps are cut to this (generated).")] = 1800,
+    tokens: Annotated[float, typer.Option(help="Scale every context by this.")] = 1.0,
+    time: Annotated[float, typer.Option(help="Scale every gap and start by this.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the generator and of wrong guesses.")] = 0,
+    calibration: Annotated[str, typer.Option(help="What an engine takes: a shipped record or a file.")] = (
+        "qwen2.5-7b-projected"
+    ),
+    engines: Annotated[int, typer.Option(min=1, help="Engines of the fleet.")] = 8,
+    device_tokens: Annotated[int, typer.Option(help="KV pool of an engine, in tokens.")] = 900_000,
+    staging_gb: Annotated[float, typer.Option(help="Host memory for what is read before admission, an engine.")] = 4,
+    host_gb: Annotated[float, typer.Option(help="Host memory for prefetched pages, an engine.")] = 100,
+    quota_gb: Annotated[float, typer.Option(help="Drive space for pages, an engine.")] = 4000,
+    guess_sigma: Annotated[float, typer.Option(help="How wrong guesses of a tool's time are (log-normal).")] = 0.5,
+    report: JsonPath = None,
+) -> None:
+    """Replay an agent workload: simulated (--simulate), against a running engine (--engine), or both, which compares
+    them."""
+    room = _room("benchmarks.commands")
+    workload = room.workload(
+        source, sessions=sessions, within_s=within_s, max_gap_s=max_gap_s, tokens=tokens, time=time, seed=seed
+    )
+    fleet = {"engines": engines, "device_tokens": device_tokens, "staging_bytes": staging_gb * 1e9}
+    fleet |= {"host_bytes": host_gb * 1e9, "quota_bytes": quota_gb * 1e9, "guess_sigma": guess_sigma}
+    room.replay(workload, calibration, fleet, simulate=simulate, engine_url=engine_url, seed=seed, report=report)
+
+
+@bench.command()
+def calibrate(
+    engine_url: Annotated[str, typer.Option("--engine", help="An idle engine with the store on.")],
+    output: Annotated[Path, typer.Option(help="Where the record goes.")],
+    name: Annotated[str, typer.Option(help="What to call it.")],
+    layers: Annotated[int, typer.Option(help="Layers of its model.")],
+    token_bytes: Annotated[int, typer.Option(help="Bytes of KV a token, all layers.")],
+    longest: Annotated[int, typer.Option(help="The longest prompt, in tokens.")] = 6144,
+) -> None:
+    """Measure what a running engine takes, for `replay --simulate --calibration`."""
+    _room("benchmarks.commands").calibrate(engine_url, output, name, layers, token_bytes, longest)
+
+
+@bench.command()
+def ttft(
+    model: Annotated[str, typer.Option(help="smollm2-135m-instruct, or a KV geometry: qwen2.5-7b, llama-70b, …")] = (
+        "smollm2-135m-instruct"
+    ),
+    tokens: Annotated[str, typer.Option(help="Context lengths, whole pages of 64 at best.")] = "2048,4096,7488",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is measured.")] = 20,
+    recomputes: Annotated[int, typer.Option(min=0, help="How often a context is computed anew.")] = 3,
+    report: JsonPath = None,
+) -> None:
+    """Turn 2 on this machine: a memory hit, restored cold, after prefetches and over the API, and recomputed."""
+    lengths = [int(length) for length in tokens.split(",")]
+    _room("benchmarks.turn2").ttft(Settings(), model, lengths, rounds, recomputes, report)
+
+
+@bench.command()
+def soak(
+    turns: Annotated[int, typer.Option(min=2, help="How many turns are suspended and resumed.")] = 200,
+    restarts: Annotated[int, typer.Option(min=0, help="How many of them start the engine again.")] = 6,
+    seed: Annotated[int, typer.Option(help="What happens follows from it.")] = 0,
+    report: JsonPath = None,
+) -> None:
+    """Suspend and resume agents again and again, and compare every token with those of agents that never were."""
+    _room("benchmarks.turn2").soak(Settings(), turns, restarts, seed, report)
+
+
+@bench.command()
+def project(
+    prefill_tflops: Annotated[float, typer.Option(help="What a prefill reaches, TFLOP/s.")] = 550,
+    prefill_tokens_per_s: Annotated[
+        float | None, typer.Option(help="Instead: Qwen2.5-7B's prefill in tokens/s, measured at --prefill-tokens.")
+    ] = None,
+    prefill_tokens: Annotated[int, typer.Option(help="The length that it was measured at.")] = 32_768,
+    memory_gb_per_s: Annotated[float, typer.Option(help="Device memory, GB/s.")] = 3350,
+    pcie_gb_per_s: Annotated[float, typer.Option(help="PCIe into the device, GB/s.")] = 55,
+    drives_gb_per_s: Annotated[float, typer.Option(help="All drives of an engine together, GB/s.")] = 45,
+    cases: Annotated[Path | None, typer.Option(help="JSON list of models and contexts, instead of the table.")] = None,
+    report: JsonPath = None,
+) -> None:
+    """What the published table would be on given hardware, on paper, with every assumption."""
+    hardware = {"prefill_tflops": prefill_tflops, "memory_gb_per_s": memory_gb_per_s}
+    hardware |= {"pcie_gb_per_s": pcie_gb_per_s, "drives_gb_per_s": drives_gb_per_s}
+    measured = (prefill_tokens_per_s, prefill_tokens) if prefill_tokens_per_s is not None else None
+    _room("benchmarks.commands").project(hardware, measured, cases, report)
+
+
+@bench.command("report")
+def performance(
+    results: Annotated[Path, typer.Argument(help="Directory of raw results (*.json).")],
+    output: Annotated[Path, typer.Option(help="The page to write; plots go to performance/ beside it.")] = Path(
+        "docs/performance.md"
+    ),
+) -> None:
+    """Write docs/performance.md and its plots from raw results."""
+    _room("benchmarks.report").write(results, output)
+    print(f"{output} is written")
+
+
 _errors = Console(stderr=True)
+
+
+@contextmanager
+def _database(settings: Settings) -> Iterator[Database]:
+    """The database, its schema this version's: a SQLite that is not there yet is made."""
+    _room("api.server").prepare(settings)
+    database = Database(settings.sqlalchemy_url)
+    try:
+        yield database
+    finally:
+        database.close()
 
 
 def _room(name: str) -> ModuleType:

@@ -6,14 +6,19 @@ lives in ``engine_patch.control``.
 
 Verbs::
 
-    flush(session, timeout_ms)           -> state, tokens, pages, bytes    the barrier of a suspend
-    prefetch(session, tier, timeout_ms)  -> state, tier, tokens, bytes     bring its pages to host or device memory
-    demote(session)                      -> demoted                        its device pages are evicted first
-    stat()                               -> counters of the rank, its fingerprint and its page store
+    flush(session, timeout_ms)                -> state, tokens, pages, bytes    the barrier of a suspend
+    prefetch(session, keys, tier, timeout_ms) -> state, tokens, pages, bytes    bring pages back before they are asked
+                                                                                 for: the packed page keys, in order,
+                                                                                 to the tier "host" or "device"; without
+                                                                                 keys, what the engine knows
+    demote(session, timeout_ms)               -> state, tokens, pages, bytes    the session's device memory is given
+                                                                                 up first
+    stat()                                    -> counters of the rank, its fingerprint and its page store
 
-The state of a flush is a `KvState`. That of a prefetch is ``running`` when the time was up before it ended; ``done``;
-``missing`` when nothing of the session is stored; or ``full`` when there was no room on the device. ``tier`` says where
-the pages went: to host memory also when the device was asked for and cannot be reached.
+The first three wait up to ``timeout_ms`` and answer ``pending`` when that was not enough; asking again goes on
+waiting, and starts nothing twice. Their other states are those of ``KvState`` for a flush; ``warm``, ``partial`` and
+``cold`` for a prefetch, which also says in ``tier`` where the pages went: to host memory where the device cannot be
+reached; ``demoted`` for a demote. What an engine does not know or cannot do is answered with an error.
 
 An endpoint is bound to loopback unless an operator sets ``AGENTSTATE_CONTROL_ADDRESS`` otherwise. It carries no
 secrets and authenticates nobody: whoever reaches it can ask for durability and for statistics, not for pages.
@@ -21,10 +26,13 @@ secrets and authenticates nobody: whoever reaches it can ask for durability and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgpack
 import zmq
+import zmq.asyncio
 
 from agentstate.errors import EngineRefused, EngineUnreachable
 
@@ -60,22 +68,51 @@ class ControlClient:
         Raises EngineUnreachable when no answer came within ``timeout_s`` (the engine may still act on the
         request) and EngineRefused when the engine answered with an error.
         """
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REQ)
-        socket.setsockopt(zmq.LINGER, 0)
-        try:
-            socket.connect(self.address)
+        with _exchange(zmq.Context.instance(), self.address, verb) as socket:
             socket.send(pack({"verb": verb, **arguments}))
             if not socket.poll(int(timeout_s * 1000), zmq.POLLIN):
-                raise EngineUnreachable(f"the engine at {self.address} did not answer '{verb}' within {timeout_s:g} s")
-            answer = unpack(socket.recv())
-        except ValueError as error:
-            raise EngineRefused(f"{self.address} answered '{verb}' with something else: {error}") from error
-        except zmq.ZMQError as error:
-            raise EngineUnreachable(f"the engine at {self.address} cannot be reached: {error}") from error
-        finally:
-            socket.close()
-        if not answer.pop("ok", False):
-            raise EngineRefused(
-                f"the engine at {self.address} refused '{verb}': {answer.get('error', 'no reason given')}"
-            )
-        return answer
+                raise _silent(self.address, verb, timeout_s)
+            return _answer(self.address, verb, socket.recv())
+
+
+class AsyncControlClient:
+    """The same on an event loop, where waiting costs no thread. ``context`` is the loop's own."""
+
+    def __init__(self, address: str, context: zmq.asyncio.Context):
+        self.address = address
+        self._context = context
+
+    async def call(self, verb: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+        """Raises EngineUnreachable, EngineRefused."""
+        with _exchange(self._context, self.address, verb) as socket:
+            await socket.send(pack({"verb": verb, **arguments}))
+            if not await socket.poll(int(timeout_s * 1000), zmq.POLLIN):
+                raise _silent(self.address, verb, timeout_s)
+            return _answer(self.address, verb, await socket.recv())
+
+
+@contextmanager
+def _exchange(context: Any, address: str, verb: str) -> Iterator[Any]:
+    """A socket for one request and its answer."""
+    socket = context.socket(zmq.REQ)
+    socket.setsockopt(zmq.LINGER, 0)
+    try:
+        socket.connect(address)
+        yield socket
+    except ValueError as error:
+        raise EngineRefused(f"{address} answered '{verb}' with something else: {error}") from error
+    except zmq.ZMQError as error:
+        raise EngineUnreachable(f"the engine at {address} cannot be reached: {error}") from error
+    finally:
+        socket.close()
+
+
+def _silent(address: str, verb: str, timeout_s: float) -> EngineUnreachable:
+    return EngineUnreachable(f"the engine at {address} did not answer '{verb}' within {timeout_s:g} s")
+
+
+def _answer(address: str, verb: str, raw: bytes) -> dict[str, Any]:
+    answer = unpack(raw)
+    if not answer.pop("ok", False):
+        raise EngineRefused(f"the engine at {address} refused '{verb}': {answer.get('error', 'no reason given')}")
+    return answer

@@ -14,6 +14,7 @@ Transactions are short by design: never hold one while waiting for an engine or 
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,7 @@ class Database:
                 f"AGENTSTATE_DATABASE_URL names {self._url.drivername}: use sqlite:///FILE or postgresql://…"
             )
         self.is_sqlite = backend == "sqlite"
+        self._thread = threading.local()  # the transaction that the thread has begun
         self.url = self._url.render_as_string(hide_password=True)  # safe to log
         if self.is_sqlite:
             if self._url.database in (None, "", ":memory:"):
@@ -142,12 +144,21 @@ class Database:
         """One transaction for writing: committed when the block ends, rolled back when it raises.
 
         Waits up to ``BUSY_TIMEOUT_S`` for SQLite's other writers. Raises like :meth:`read`; then nothing was written.
+        A block within another of the same thread and database is part of that one's transaction.
         """
+        outer: Connection | None = getattr(self._thread, "connection", None)
+        if outer is not None:
+            yield outer
+            return
         with self._errors():
             if self.is_sqlite:
                 self._make_parent()
             with self._writer.begin() as connection:
-                yield connection
+                self._thread.connection = connection
+                try:
+                    yield connection
+                finally:
+                    self._thread.connection = None
 
     def upgrade(self) -> None:
         """Bring the schema to this version's. Safe to call from many processes at once; nothing is left half-done."""

@@ -17,8 +17,21 @@
     │   ├── ToolInFlight             a tool call is claimed and not finished
     │   ├── EntryNotFound
     │   ├── InvalidEntry             an entry that would make the transcript inconsistent
+    │   ├── NotABranchPoint          an entry at which a history cannot be forked or rewound to
+    │   ├── RevisionStale            the session has changed since the caller saw it
+    │   ├── ToolCallNotFound
+    │   ├── ToolCallClaimed          another one executes the tool call, or did
+    │   ├── ToolCallUnknown          the claimant of the tool call vanished: nobody knows whether it ran
+    │   ├── ToolCallFinal            the tool call has a result already
+    │   ├── EventsTrimmed            the events after the given one are not a continuation of it any more
     │   └── ModelMismatch            the session runs another model than the caller expects
     ├── OperationNotFound
+    ├── TooManyOperations            the service follows as many operations as it can
+    ├── IdempotencyKeyReused         the Idempotency-Key came with another request before
+    ├── IdempotencyKeyInUse          the first request with the Idempotency-Key is still being answered
+    ├── Unauthenticated              no API key, or none that is valid
+    ├── RateLimited                  the tenant sends too many requests; carries ``retry_after_s``
+    ├── KeyNotFound                  there is no such API key
     ├── RequestRefused               the service refused the request itself (seen by clients only)
     ├── ServiceUnreachable           the service did not answer (seen by clients only)
     ├── EngineError
@@ -134,12 +147,77 @@ class InvalidEntry(SessionError):
     """The entry would make the transcript inconsistent."""
 
 
+class NotABranchPoint(SessionError):
+    """A history cannot be forked or rewound to there."""
+
+
+class RevisionStale(SessionError):
+    """The session has changed since: reload it."""
+
+
+class ToolCallNotFound(SessionError):
+    """There is no such tool call in the session."""
+
+
+class ToolCallClaimed(SessionError):
+    """The tool call is claimed: another one executes it, or did."""
+
+
+class ToolCallUnknown(SessionError):
+    """The claimant of the tool call vanished: it may have run or not."""
+
+
+class ToolCallFinal(SessionError):
+    """The tool call has a result already."""
+
+
+class EventsTrimmed(SessionError):
+    """The session was rewound past that event: read it again."""
+
+
 class ModelMismatch(SessionError):
     """The session runs another model than the caller expects."""
 
 
 class OperationNotFound(AgentStateError):
     """There is no such operation."""
+
+
+class TooManyOperations(AgentStateError):
+    """The service follows as many operations as it can: try again later."""
+
+    retryable = True
+
+
+class IdempotencyKeyReused(AgentStateError):
+    """The Idempotency-Key came with another request before."""
+
+
+class IdempotencyKeyInUse(AgentStateError):
+    """The first request with this Idempotency-Key is still being answered."""
+
+    retryable = True
+
+
+class Unauthenticated(AgentStateError):
+    """A valid API key is needed."""
+
+
+class RateLimited(AgentStateError):
+    """The tenant sends more requests than it may.
+
+    ``retry_after_s`` is when the next one will be answered.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str | None = None, *, retry_after_s: float):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class KeyNotFound(AgentStateError):
+    """There is no such API key."""
 
 
 class RequestRefused(AgentStateError):

@@ -53,12 +53,14 @@ def engine_command(
     if not has_cuda():
         if _value(arguments, "--device") is None:
             command += ["--device", "cpu"]
-        # One core stays free for reading, spilling and serving. A forward whose threads spin while they wait would
-        # take it all the same.
-        threads = max(1, len(os.sched_getaffinity(0)) - 1)
+        # One core stays free for reading, spilling and serving, where the ranks leave one. A forward whose threads
+        # spin while they wait would take it all the same.
+        ranks, all_cores = _tensor_parallel_ranks(arguments), len(os.sched_getaffinity(0))
+        threads = max(1, (all_cores - 1) // ranks)
         complete.setdefault("OMP_WAIT_POLICY", "passive")
         complete.setdefault("OMP_NUM_THREADS", str(threads))
-        complete.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "0" if threads == 1 else f"0-{threads - 1}")
+        cores = (_core_range(rank * threads % all_cores, threads) for rank in range(ranks))
+        complete.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(cores))
     return command, complete
 
 
@@ -121,6 +123,16 @@ def has_cuda() -> bool:
         return False
     count = ctypes.c_int(0)
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def _tensor_parallel_ranks(arguments: list[str]) -> int:
+    """SGLang's own complaint about what is no number is as good as ours."""
+    given = next((v for f in ("--tp", "--tp-size", "--tensor-parallel-size") if (v := _value(arguments, f))), "1")
+    return max(1, int(given)) if given.isdecimal() else 1
+
+
+def _core_range(first: int, count: int) -> str:
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
 def _value(arguments: list[str], flag: str) -> str | None:

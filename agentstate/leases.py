@@ -39,13 +39,13 @@ class Lease:
     expires_us: int
 
 
-def take(connection: Connection, session_id: str, ttl_s: float, revision: int) -> Lease:
+def take(connection: Connection, session_id: str, ttl_s: float, revision: int, *, token: str | None = None) -> Lease:
     """Take a session's lease, or take it over when it has lapsed, with the next epoch.
 
-    One statement decides, so of several callers one gets it. Raises SessionBusy, with ``revision``, while another
-    lease is valid.
+    ``token`` is the secret of the new lease; without one it is made up. One statement decides, so of several callers
+    one gets it. Raises SessionBusy, with ``revision``, while another lease is valid.
     """
-    token = secrets.token_urlsafe(32)
+    token = token or secrets.token_urlsafe(32)
     expires_us = now_us() + _microseconds(ttl_s)
     row = connection.execute(
         insert(connection, leases)
@@ -62,16 +62,23 @@ def take(connection: Connection, session_id: str, ttl_s: float, revision: int) -
         .returning(leases.c.epoch, leases.c.expires_us)
     ).one_or_none()
     if row is None:
-        left_us = connection.execute(
-            sa.select(leases.c.expires_us - now_us()).where(leases.c.session_id == session_id)
-        ).scalar_one()
-        retry_after_s = max(0.0, left_us / 1_000_000)
-        raise SessionBusy(
-            f"session {session_id} is being run: its lease lapses in {retry_after_s:.1f} s unless it is renewed",
-            retry_after_s=retry_after_s,
-            revision=revision,
-        )
+        raise _busy(remaining_s(connection, session_id), revision)
     return Lease(LeaseKey(token, row.epoch), row.expires_us)
+
+
+def remaining_s(connection: Connection, session_id: str) -> float:
+    """How long the session's lease is still valid; 0 when nobody holds one."""
+    left_us = connection.execute(
+        sa.select(leases.c.expires_us - now_us()).where(leases.c.session_id == session_id)
+    ).scalar()
+    return max(0.0, (left_us or 0) / 1_000_000)
+
+
+def require_free(connection: Connection, session_id: str, revision: int) -> None:
+    """Raises SessionBusy, with ``revision``, while somebody holds a valid lease."""
+    left_s = remaining_s(connection, session_id)
+    if left_s > 0:
+        raise _busy(left_s, revision)
 
 
 def require(connection: Connection, session_id: str, key: LeaseKey, revision: int) -> int:
@@ -81,7 +88,7 @@ def require(connection: Connection, session_id: str, key: LeaseKey, revision: in
     """
     time_us = connection.execute(sa.select(now_us()).select_from(leases).where(_held(session_id, key))).scalar()
     if time_us is None:
-        raise _lost(session_id, key, revision)
+        raise _lost(key, revision)
     return time_us
 
 
@@ -94,7 +101,7 @@ def renew(connection: Connection, session_id: str, key: LeaseKey, ttl_s: float, 
         .returning(leases.c.expires_us)
     ).scalar_one_or_none()
     if expires_us is None:
-        raise _lost(session_id, key, revision)
+        raise _lost(key, revision)
     return Lease(key, expires_us)
 
 
@@ -102,7 +109,7 @@ def release(connection: Connection, session_id: str, key: LeaseKey, revision: in
     """End a valid lease; the session can be resumed at once. Raises LeaseLost."""
     result = connection.execute(sa.update(leases).where(_held(session_id, key)).values(token_hash=None, expires_us=0))
     if result.rowcount != 1:
-        raise _lost(session_id, key, revision)
+        raise _lost(key, revision)
 
 
 def _held(session_id: str, key: LeaseKey) -> sa.ColumnElement[bool]:
@@ -114,10 +121,17 @@ def _held(session_id: str, key: LeaseKey) -> sa.ColumnElement[bool]:
     )
 
 
-def _lost(session_id: str, key: LeaseKey, revision: int) -> LeaseLost:
+def _busy(left_s: float, revision: int) -> SessionBusy:
+    return SessionBusy(
+        f"the session is being run: its lease lapses in {left_s:.1f} s unless it is renewed",
+        retry_after_s=left_s,
+        revision=revision,
+    )
+
+
+def _lost(key: LeaseKey, revision: int) -> LeaseLost:
     return LeaseLost(
-        f"the lease of epoch {key.epoch} on session {session_id} lapsed, was released or was taken over: "
-        "resume the session",
+        f"the lease of epoch {key.epoch} lapsed, was released or was taken over: resume the session",
         revision=revision,
     )
 

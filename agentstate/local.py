@@ -17,6 +17,7 @@ import httpx
 from agentstate import engines, launcher
 from agentstate.control import ControlClient
 from agentstate.database import Database
+from agentstate.engines import Engine
 from agentstate.errors import EngineError
 from agentstate.settings import Settings
 
@@ -37,6 +38,7 @@ class LocalStack:
         self.home = home
         self.service_url = f"http://127.0.0.1:{service_port}"
         self.engine_url = f"http://127.0.0.1:{engine_port}"
+        self.engine_arguments: tuple[str, ...] = ()
         self._checkpoint = checkpoint
         self._engine_port = engine_port
         self._engine: subprocess.Popen[bytes] | None = None
@@ -61,6 +63,7 @@ class LocalStack:
         that memory is left for others; ``arguments`` are SGLang's and come last."""
         given = ["--model-path", str(self._checkpoint), "--served-model-name", self.model, "--host", "127.0.0.1"]
         given += ["--port", str(self._engine_port), "--max-total-tokens", "32768", *arguments]
+        self.engine_arguments = arguments
         command, environment = launcher.engine_command(self._settings, given, self.environment)
         self._engine = self._spawn(command, environment, "engine.log")
         self._await(self._engine, f"{self.engine_url}/health", "engine.log", 300)
@@ -77,6 +80,17 @@ class LocalStack:
                 os.killpg(self._engine.pid, signal.SIGKILL)
             self._engine.wait()
             self._engine = None
+
+    def stop_engine(self) -> None:
+        """SIGTERM: the engine ends its requests and stores what it has."""
+        if self._engine is not None:
+            self._engine.terminate()
+            try:
+                self._engine.wait(timeout=60)
+            except subprocess.TimeoutExpired as error:
+                raise EngineError("the engine did not end within a minute of being told to") from error
+            finally:
+                self.kill_engine()
 
     def flush_device(self) -> None:
         """Empty the device's cache, so that the next request has to restore. Retries while a request winds up."""
@@ -104,15 +118,18 @@ class LocalStack:
                 self._service.wait()
             self._service = None
 
-    def _stat(self) -> dict[str, Any] | None:
-        """What the registered engine says of itself; None while none answers, as one that was killed does not."""
+    def ranks(self) -> list[Engine]:
+        """The ranks of the engine that have told the service that they are there, the youngest heartbeat first."""
         database = Database(self._settings.sqlalchemy_url)
         try:
             with database.read() as connection:
-                found = engines.live(connection, self._settings.engine_timeout_s, self.model)
+                return engines.live(connection, self._settings.engine_timeout_s, self.model)
         finally:
             database.close()
-        for engine in found:
+
+    def _stat(self) -> dict[str, Any] | None:
+        """What the registered engine says of itself; None while none answers, as one that was killed does not."""
+        for engine in self.ranks():
             try:
                 return ControlClient(engine.control_address).call("stat", 1)
             except EngineError:

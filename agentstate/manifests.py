@@ -6,7 +6,7 @@ lists was durable when it was written. The service reads them to tell how much o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -41,10 +41,7 @@ class Coverage:
     page_size: int
     tokens: int
     nbytes: int
-
-    @property
-    def pages(self) -> int:
-        return self.tokens // self.page_size
+    updated_us: int
 
 
 @dataclass(frozen=True)
@@ -78,21 +75,21 @@ class Manifest:
 
     def page_keys(self) -> list[bytes]:
         """The 32-byte keys, first page first."""
-        return _split(self.keys)
+        return split_keys(self.keys)
 
 
-def _split(keys: bytes) -> list[bytes]:
+def split_keys(keys: bytes) -> list[bytes]:
+    """Packed page keys, one by one."""
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 
 def save(connection: Connection, manifest: Manifest) -> None:
-    """Store ``manifest``, replacing the one of the same session, fingerprint and rank.
+    """Store ``manifest``, replacing the one of the same session, fingerprint, rank and node.
 
     The last writer wins, also with a shorter manifest. The session need not exist in SQL.
     """
-    key = {"session_id": manifest.session_id, "fingerprint": manifest.fingerprint, "rank": manifest.rank}
+    key = {name: getattr(manifest, name) for name in ("session_id", "fingerprint", "rank", "node")}
     content = {
-        "node": manifest.node,
         "engine_id": manifest.engine_id,
         "page_size": manifest.page_size,
         "tokens": manifest.tokens,
@@ -107,13 +104,14 @@ def save(connection: Connection, manifest: Manifest) -> None:
     )
 
 
-def load(connection: Connection, session_id: str, fingerprint: str, rank: int) -> Manifest | None:
-    """The manifest of a session for one fingerprint and rank, or None. Does not look at whether its pages exist."""
+def load(connection: Connection, session_id: str, fingerprint: str, rank: int, node: str) -> Manifest | None:
+    """What a node has stored of a session for one fingerprint and rank, or None. Does not look at the pages."""
     row = connection.execute(
         sa.select(*(manifests.c[name] for name in Manifest.__dataclass_fields__)).where(
             manifests.c.session_id == session_id,
             manifests.c.fingerprint == fingerprint,
             manifests.c.rank == rank,
+            manifests.c.node == node,
         )
     ).one_or_none()
     return None if row is None else Manifest(**row._mapping)
@@ -126,15 +124,19 @@ def chains(connection: Connection, fingerprint: str, rank: int) -> Iterator[list
         execution_options={"yield_per": 100},
     )
     for (keys,) in rows:
-        yield _split(keys)
+        yield split_keys(keys)
 
 
-def latest(connection: Connection, session_id: str) -> Coverage | None:
-    """What the most recently saved manifest of a session covers, or None. Never reads the keys."""
-    row = connection.execute(
+def coverage(connection: Connection, session_ids: Collection[str]) -> list[Coverage]:
+    """What is stored of these sessions, wherever it is, the newest first. Never reads the keys."""
+    rows = connection.execute(
         sa.select(*(manifests.c[name] for name in Coverage.__dataclass_fields__))
-        .where(manifests.c.session_id == session_id)
+        .where(manifests.c.session_id.in_(session_ids))
         .order_by(manifests.c.updated_us.desc(), manifests.c.tokens.desc())
-        .limit(1)
-    ).one_or_none()
-    return None if row is None else Coverage(**row._mapping)
+    )
+    return [Coverage(**row._mapping) for row in rows]
+
+
+def forget(connection: Connection, session_id: str) -> None:
+    """Drop every manifest of a session. The pages stay until their store needs the room."""
+    connection.execute(sa.delete(manifests).where(manifests.c.session_id == session_id))

@@ -1,4 +1,4 @@
-"""The tables. Their first migration is ``migrations/versions/0001_first_tables.py``; a test proves that both agree.
+"""The tables, as the migrations in ``migrations/versions`` make them; a test proves that both agree.
 
 Times are microseconds since the Unix epoch, from the database's clock (``database.now_us``): integers, so that they
 compare alike in every database, and never an order: entries are ordered by ``seq``, changes by ``revision``.
@@ -7,10 +7,12 @@ compare alike in every database, and never an order: entries are ordered by ``se
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     Float,
     ForeignKey,
@@ -21,6 +23,8 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
+    text,
 )
 
 metadata = MetaData(
@@ -31,6 +35,10 @@ metadata = MetaData(
         "ix": "ix_%(table_name)s_%(column_0_name)s",
     }
 )
+
+
+def _only_where(condition: str) -> dict[str, Any]:
+    return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
 
 
 class SessionStatus(StrEnum):
@@ -60,11 +68,34 @@ class OperationState(StrEnum):
     FAILED = "failed"
 
 
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("expires_in_s", Float),  # of its sessions that are created without one; null: they do not expire
+    Column("requests_per_s", Float),  # null: what the service's settings say
+    Column("created_us", BigInteger, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, ForeignKey("tenants.id"), nullable=False),
+    Column("note", Text, nullable=False),
+    Column("secret_hash", LargeBinary, nullable=False, unique=True),  # SHA-256 of what the client sends
+    Column("created_us", BigInteger, nullable=False),
+    Column("revoked_us", BigInteger),
+)
+
 sessions = Table(
     "sessions",
     metadata,
+    # Never used twice, and what engines know the session by. Clients name a session by ``name``, which is the same
+    # unless they chose one, and which is free again once the session is deleted.
     Column("id", Text, primary_key=True),
     Column("tenant", Text, nullable=False, server_default="default"),
+    Column("name", Text, nullable=False, server_default=text("''")),
     Column("model", Text, nullable=False),
     Column("metadata", JSON, nullable=False),
     Column("cache_salt", Text),
@@ -72,41 +103,92 @@ sessions = Table(
     Column("status", Text, nullable=False),
     Column("head_entry", Text),  # id of the newest entry
     Column("next_seq", BigInteger, nullable=False),
+    # The first seq since the last fork or rewind: from here on the history is this session's own. What is before it
+    # is in ``segments``.
+    Column("own_seq", BigInteger, nullable=False, server_default="1"),
+    Column("open_calls", Integer, nullable=False, server_default="0"),  # tool calls without a result
+    Column("branched_us", BigInteger, nullable=False, server_default="0"),  # the last fork or rewind
     Column("revision", BigInteger, nullable=False),
     Column("created_us", BigInteger, nullable=False),
     Column("updated_us", BigInteger, nullable=False),
     Column("expires_us", BigInteger),
+    Column("deleted_us", BigInteger),  # the row stays while others share its entries
+    Column("garbage", Boolean, nullable=False, server_default=false()),  # it may own entries that nothing reaches
+    Index("ix_sessions_name", "tenant", "name", unique=True),
+    Index("ix_sessions_status", "status"),
+    Index("ix_sessions_expiry", "expires_us", **_only_where("expires_us IS NOT NULL AND deleted_us IS NULL")),
+    Index("ix_sessions_garbage", "id", **_only_where("garbage")),
+)
+
+# The part of a session's history that came before its last fork or rewind, as runs of entries by their owner's seq.
+segments = Table(
+    "segments",
+    metadata,
+    Column("session_id", Text, ForeignKey("sessions.id", ondelete="CASCADE"), primary_key=True),
+    Column("first_seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("owner_id", Text, ForeignKey("sessions.id"), nullable=False),  # itself, after a rewind
+    Index("ix_segments_owner", "owner_id"),
+)
+
+# Payloads that are too large for a row, stored once a tenant.
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("key", LargeBinary, primary_key=True),  # SHA-256 of the tenant and the content
+    Column("content", LargeBinary, nullable=False),  # JSON, UTF-8
+    Column("used_us", BigInteger, nullable=False),  # when an entry last referred to it
 )
 
 entries = Table(
     "entries",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("session_id", Text, ForeignKey("sessions.id", ondelete="CASCADE"), nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.id", ondelete="CASCADE"), nullable=False),  # its owner
     Column("parent_id", Text),
     Column("seq", BigInteger, nullable=False),
     Column("kind", Text, nullable=False),
-    Column("payload", JSON, nullable=False),
+    Column("payload", JSON, nullable=False),  # empty where there is a blob
+    Column("blob", LargeBinary, ForeignKey("blobs.key")),
     Column("call_id", Text),
+    Column("open_calls", Integer, nullable=False, server_default="0"),  # without a result after this entry
     Column("created_us", BigInteger, nullable=False),
     # Also the index that entries are paged through with.
     UniqueConstraint("session_id", "seq"),
+    Index("ix_entries_blob", "blob", **_only_where("blob IS NOT NULL")),
 )
 
+# The calls of a session. A fork has rows of its own for those that were open at its branch point; the others are its
+# parent's, as the entries are.
 tool_calls = Table(
     "tool_calls",
     metadata,
     Column("session_id", Text, ForeignKey("sessions.id", ondelete="CASCADE"), primary_key=True),
-    Column("call_id", Text, primary_key=True),
+    # A call id may come again after a rewind, a seq does not.
+    Column("call_seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("call_id", Text, nullable=False),
     Column("name", Text, nullable=False),
     Column("state", Text, nullable=False),
     Column("expected_s", Float),  # the claimant's own estimate
-    Column("call_seq", BigInteger, nullable=False),
     Column("result_seq", BigInteger),
     Column("claimed_us", BigInteger, nullable=False),
     Column("finished_us", BigInteger),
+    Index("ix_tool_calls_call_id", "session_id", "call_id"),
     Index("ix_tool_calls_pending", "session_id", "state"),
     Index("ix_tool_calls_results", "session_id", "result_seq"),
+)
+
+# How long tools took, from claim to result: what outlives the sessions that they were called in.
+tool_timings = Table(
+    "tool_timings",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("finished_us", BigInteger, nullable=False),
+    Index("ix_tool_timings_name", "tenant", "name", "finished_us"),
+    Index("ix_tool_timings_finished", "finished_us"),
 )
 
 leases = Table(
@@ -116,6 +198,7 @@ leases = Table(
     Column("token_hash", LargeBinary),  # SHA-256; null once released. The row stays, for its epoch
     Column("epoch", BigInteger, nullable=False),  # only grows
     Column("expires_us", BigInteger, nullable=False),
+    Index("ix_leases_expiry", "expires_us"),
 )
 
 # No foreign key: engines serve session ids that were never created here, and their pages can be restored too.
@@ -125,7 +208,7 @@ manifests = Table(
     Column("session_id", Text, primary_key=True),
     Column("fingerprint", Text, primary_key=True),
     Column("rank", Integer, primary_key=True, autoincrement=False),
-    Column("node", Text, nullable=False),
+    Column("node", Text, primary_key=True),  # each node keeps what it stored, whoever runs the session now
     Column("engine_id", Text, nullable=False),
     Column("page_size", Integer, nullable=False),
     Column("tokens", BigInteger, nullable=False),
@@ -153,6 +236,7 @@ operations = Table(
     "operations",
     metadata,
     Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False, server_default="default"),
     Column("kind", Text, nullable=False),
     Column("session_id", Text, nullable=False),
     Column("state", Text, nullable=False),
@@ -160,4 +244,17 @@ operations = Table(
     Column("result", JSON),
     Column("created_us", BigInteger, nullable=False),
     Column("finished_us", BigInteger),
+    Index("ix_operations_created", "created_us"),
+)
+
+# What was answered to a write that came with an Idempotency-Key, in the transaction of that write.
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("key", LargeBinary, primary_key=True),  # SHA-256 of the tenant and the client's key
+    Column("request_hash", LargeBinary, nullable=False),
+    Column("answer", JSON, nullable=False),
+    Column("final", Boolean, nullable=False),  # false while the answer waits for an engine
+    Column("created_us", BigInteger, nullable=False),
+    Index("ix_idempotency_created", "created_us"),
 )

@@ -1,55 +1,109 @@
-"""Operations: work that goes on after its request was answered, to be followed by its id.
+"""Operations: what the service asks of engines, and follows after the request was answered.
 
-The one kind now is ``flush``: a suspend whose KV was not durable in time. The service that answered keeps asking the
-engine and writes the outcome; when that service ends, the operation fails, and the pages are stored all the same.
+======== ============================================================================================
+kind     what is carried out
+======== ============================================================================================
+flush    a suspend whose KV was not durable in time: asked on until it is
+demote   a suspend that gives up the session's device memory, once its KV is durable
+prefetch the session's pages are brought back before the next request needs them
+======== ============================================================================================
+
+One thread with an event loop asks for all of them, so a suspend that waits costs no thread. When the service ends,
+what it followed fails; what the engine was asked for goes on all the same.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
+import zmq.asyncio
 from sqlalchemy.engine import Connection
 
 from agentstate import ids
-from agentstate.control import ControlClient
+from agentstate.control import AsyncControlClient
 from agentstate.database import Database, now_us
 from agentstate.engines import Engine
-from agentstate.errors import DatabaseError, EngineError, EngineRefused, EngineUnreachable, OperationNotFound
+from agentstate.errors import (
+    DatabaseError,
+    EngineError,
+    EngineRefused,
+    EngineUnreachable,
+    OperationNotFound,
+    TooManyOperations,
+)
 from agentstate.manifests import KvState
 from agentstate.models import OperationState, operations
 
 logger = logging.getLogger(__name__)
 
 FLUSH_LIMIT_S = 120.0
-# How long one question to an engine may wait: the longest that closing a service waits for a flush.
+# How long one question to an engine may wait: the longest that closing a service waits for an engine.
 SLICE_MS = 1000
 # What an engine may take to answer beyond the time that it was told to wait.
 GRACE_S = 1.0
 # A busy engine may miss a question; one that missed so many in a row is taken for gone.
 MISSED_ANSWERS = 5
-FOLLOWERS = 8
+MAX_FOLLOWED = 2000
+MAX_QUESTIONS = 200  # at once; each is a socket
 # Twice the limit of a flush: whoever owned an older one is gone.
 ABANDONED_S = 2 * FLUSH_LIMIT_S
 
-# The state of several ranks is that of the worst.
-_WORST_FIRST = (KvState.UNKNOWN, KvState.LOST, KvState.PARTIAL, KvState.PENDING, KvState.DURABLE)
+
+class Kind(StrEnum):
+    FLUSH = "flush"
+    DEMOTE = "demote"
+    PREFETCH = "prefetch"
+
+
+class Tier(StrEnum):
+    HOST = "host"
+    DEVICE = "device"
+
+
+class PrefetchState(StrEnum):
+    WARM = "warm"  # all pages are in the tier
+    PENDING = "pending"
+    PARTIAL = "partial"  # a prefix is, and no more will be
+    COLD = "cold"  # none is, and none will be
+
+
+class DemoteState(StrEnum):
+    DEMOTED = "demoted"
+    PENDING = "pending"
+
+
+# The state of several ranks is that of the worst, which comes first.
+_STATES: dict[Kind, tuple[StrEnum, ...]] = {
+    Kind.FLUSH: (KvState.UNKNOWN, KvState.LOST, KvState.PARTIAL, KvState.PENDING, KvState.DURABLE),
+    Kind.PREFETCH: (PrefetchState.COLD, PrefetchState.PARTIAL, PrefetchState.PENDING, PrefetchState.WARM),
+    Kind.DEMOTE: (DemoteState.PENDING, DemoteState.DEMOTED),
+}
 
 
 @dataclass(frozen=True)
-class FlushOutcome:
-    """What the engine has stored of a session: tokens from its head, pages and bytes over all ranks."""
+class Outcome:
+    """What came of a question: tokens from the session's head, pages and bytes over all ranks."""
 
-    state: KvState
+    state: StrEnum
     tokens: int = 0
     pages: int = 0
     nbytes: int = 0
+
+    @property
+    def settled(self) -> bool:
+        return self.state.value != "pending"
+
+    def as_result(self) -> dict[str, Any]:
+        return {"state": self.state.value, "tokens": self.tokens, "pages": self.pages, "bytes": self.nbytes}
 
 
 @dataclass(frozen=True)
@@ -65,11 +119,27 @@ class Operation:
     finished_us: int | None
 
 
-def load(connection: Connection, operation_id: str) -> Operation:
-    """Raises OperationNotFound."""
+@dataclass(frozen=True)
+class Question:
+    """What the ranks of one engine are asked about a session; ``keys`` are packed page keys, one string a rank."""
+
+    kind: Kind
+    session_id: str
+    ranks: Sequence[Engine]
+    tier: Tier | None = None
+    keys: Sequence[bytes] = ()
+
+    def arguments(self, number: int) -> dict[str, Any]:
+        if self.kind is not Kind.PREFETCH:
+            return {"session": self.session_id}
+        return {"session": self.session_id, "tier": str(self.tier), "keys": self.keys[number]}
+
+
+def load(connection: Connection, operation_id: str, tenant: str) -> Operation:
+    """Raises OperationNotFound, also for another tenant's."""
     row = connection.execute(
         sa.select(*(operations.c[name] for name in Operation.__dataclass_fields__)).where(
-            operations.c.id == operation_id
+            operations.c.id == operation_id, operations.c.tenant == tenant
         )
     ).one_or_none()
     if row is None:
@@ -77,50 +147,24 @@ def load(connection: Connection, operation_id: str) -> Operation:
     return Operation(**{**row._mapping, "state": OperationState(row.state)})
 
 
-def flush(ranks: Sequence[Engine], session_id: str, timeout_ms: int) -> FlushOutcome:
-    """Ask all ranks of an engine to make a session durable, and wait for it up to ``timeout_ms``.
-
-    ``pending`` when the time was not enough. Raises EngineUnreachable, EngineRefused.
-    """
-    deadline = time.monotonic() + timeout_ms / 1000
-    answers = []
-    for rank in ranks:
-        left_ms = max(0, round((deadline - time.monotonic()) * 1000))
-        answer = ControlClient(rank.control_address).call(
-            "flush", left_ms / 1000 + GRACE_S, session=session_id, timeout_ms=left_ms
-        )
-        try:
-            answers.append(
-                FlushOutcome(
-                    KvState(answer["state"]), int(answer["tokens"]), int(answer["pages"]), int(answer["bytes"])
-                )
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineRefused(
-                f"the engine at {rank.control_address} gave an answer that is none to a flush: {error!r}"
-            ) from error
-    return FlushOutcome(
-        state=min((answer.state for answer in answers), key=_WORST_FIRST.index, default=KvState.UNKNOWN),
-        tokens=min((answer.tokens for answer in answers), default=0),
-        pages=sum(answer.pages for answer in answers),
-        nbytes=sum(answer.nbytes for answer in answers),
-    )
-
-
-class Flushes:
-    """The barriers of one service, and the threads that follow those that are not through in time.
-
-    ``owner`` names this service, the same after a restart. Close it to end the threads.
-    """
+class Operations:
+    """The operations of one service. ``owner`` names it, the same after a restart. Close it to end its threads."""
 
     def __init__(self, database: Database, owner: str):
         self._database = database
         self.owner = owner
         self._closing = threading.Event()
-        self._followers = ThreadPoolExecutor(FOLLOWERS, thread_name_prefix="agentstate-flush")
+        self._writers = ThreadPoolExecutor(2, thread_name_prefix="agentstate-operations-sql")
+        self._loop = asyncio.new_event_loop()
+        self._stop: asyncio.Event | None = None
+        self._followed: set[asyncio.Task[None]] = set()
+        started = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="agentstate-operations", daemon=True)
+        self._thread.start()
+        started.wait()
 
     def fail_abandoned(self) -> None:
-        """Mark failed what an earlier process of this service, or one long gone, left unfinished."""
+        """Fail what this service left unfinished when it ended, and what is older than any that still runs."""
         with self._database.write() as connection:
             connection.execute(
                 sa.update(operations)
@@ -133,91 +177,154 @@ class Flushes:
                 )
                 .values(
                     state=OperationState.FAILED,
-                    result={"error": "the service ended before the operation did; suspend or resume the session again"},
+                    result={"error": "the service ended before the operation did"},
                     finished_us=now_us(),
                 )
             )
 
-    def barrier(self, ranks: Sequence[Engine], session_id: str, timeout_ms: int) -> tuple[FlushOutcome, str | None]:
-        """Wait up to ``timeout_ms`` for a session to be durable.
+    def announce(self, connection: Connection, tenant: str, kind: Kind, session_id: str) -> str:
+        """Write down an operation that is about to start, in the caller's transaction, and give back its id.
 
-        Returns the outcome, and while that is ``pending`` the id of the operation that follows it (None if the
-        database cannot record one). ``unknown`` when there is no engine to ask or it gives no usable answer: never
-        a hope.
+        Raises TooManyOperations.
         """
-        try:
-            outcome = flush(ranks, session_id, timeout_ms)
-        except EngineError as error:
-            logger.warning("the durability of session %s is unknown: %s", session_id, error)
-            return FlushOutcome(KvState.UNKNOWN), None
-        if outcome.state is not KvState.PENDING:
-            return outcome, None
+        if len(self._followed) >= MAX_FOLLOWED:
+            raise TooManyOperations(f"{MAX_FOLLOWED} operations are being followed: try again later")
         operation_id = ids.new("op")
-        try:
-            with self._database.write() as connection:
-                connection.execute(
-                    sa.insert(operations).values(
-                        id=operation_id,
-                        kind="flush",
-                        session_id=session_id,
-                        state=OperationState.PENDING,
-                        owner=self.owner,
-                        created_us=now_us(),
-                    )
-                )
-        except DatabaseError as error:
-            # The suspend itself is committed: it must not be answered with an error.
-            logger.error("the flush of session %s cannot be followed: %s", session_id, error)
-            return outcome, None
-        self._followers.submit(self._follow, operation_id, list(ranks), session_id)
-        return outcome, operation_id
+        connection.execute(
+            sa.insert(operations).values(
+                id=operation_id,
+                tenant=tenant,
+                kind=kind,
+                session_id=session_id,
+                state=OperationState.PENDING,
+                owner=self.owner,
+                created_us=now_us(),
+            )
+        )
+        return operation_id
+
+    def ask(self, question: Question, timeout_ms: int) -> Future[Outcome]:
+        """Ask all ranks once, for up to ``timeout_ms``. The future raises EngineUnreachable, EngineRefused."""
+        return asyncio.run_coroutine_threadsafe(self._ask(question, timeout_ms), self._loop)
+
+    def follow(self, operation_id: str, questions: Sequence[Question], limit_s: float | None = None) -> None:
+        """Carry out an operation that was announced and committed: ask one question after the other until each is
+        settled, and write down what came of the last one.
+
+        It fails when an engine refuses, vanishes or takes longer than ``limit_s`` (by default ``FLUSH_LIMIT_S``), and
+        when a flush that another question follows does not end ``durable``.
+        """
+        limit_s = FLUSH_LIMIT_S if limit_s is None else limit_s
+        steps = [lambda question=question: self._until_settled(question, limit_s) for question in questions]
+        self._loop.call_soon_threadsafe(self._start, operation_id, steps)
+
+    def finish(self, operation_id: str, outcome: Outcome) -> None:
+        """Write down what came of an operation that needs no following."""
+        self._update(operation_id, state=OperationState.DONE, result=outcome.as_result(), finished_us=now_us())
+
+    def fail(self, operation_id: str, reason: str) -> None:
+        self._update(operation_id, state=OperationState.FAILED, result={"error": reason}, finished_us=now_us())
 
     def close(self) -> None:
         """End the threads; what they followed fails. Waits for at most one question to an engine."""
+        if self._closing.is_set():
+            return
         self._closing.set()
-        self._followers.shutdown(wait=True)
+        assert self._stop is not None
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._writers.shutdown(wait=True)
 
-    def _follow(self, operation_id: str, ranks: list[Engine], session_id: str) -> None:
+    # --- on the loop's thread
+
+    def _run(self, started: threading.Event) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._serve(started))
+        self._loop.close()
+
+    async def _serve(self, started: threading.Event) -> None:
+        self._stop = asyncio.Event()
+        self._context = zmq.asyncio.Context()
+        self._questions = asyncio.Semaphore(MAX_QUESTIONS)
+        started.set()
+        await self._stop.wait()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*rest, return_exceptions=True)
+        self._context.term()
+
+    def _start(self, operation_id: str, steps: Sequence[Callable[[], Coroutine[Any, Any, Outcome]]]) -> None:
+        task = self._loop.create_task(self._follow(operation_id, steps))
+        self._followed.add(task)
+        task.add_done_callback(self._followed.discard)
+
+    async def _follow(self, operation_id: str, steps: Sequence[Callable[[], Coroutine[Any, Any, Outcome]]]) -> None:
         try:
-            self._update(operation_id, state=OperationState.RUNNING)
+            await self._write(operation_id, state=OperationState.RUNNING)
+            values: dict[str, Any]
             try:
-                outcome = self._until_settled(ranks, session_id)
-                values = {
-                    "state": OperationState.DONE,
-                    "result": {
-                        "state": outcome.state,
-                        "tokens": outcome.tokens,
-                        "pages": outcome.pages,
-                        "bytes": outcome.nbytes,
-                    },
-                }
+                for number, step in enumerate(steps, 1):
+                    outcome = await step()
+                    if number < len(steps) and outcome.state is not KvState.DURABLE:
+                        raise EngineRefused(f"the KV is {outcome.state}, not durable")
+                values = {"state": OperationState.DONE, "result": outcome.as_result()}
             except (EngineError, TimeoutError) as error:
                 values = {"state": OperationState.FAILED, "result": {"error": str(error)}}
-            self._update(operation_id, **values, finished_us=now_us())
+            await self._write(operation_id, **values, finished_us=now_us())
         except DatabaseError as error:
             logger.error("the outcome of operation %s could not be written: %s", operation_id, error)
         except Exception:
             logger.exception("operation %s stopped", operation_id)
 
-    def _until_settled(self, ranks: list[Engine], session_id: str) -> FlushOutcome:
-        deadline = time.monotonic() + FLUSH_LIMIT_S
+    async def _until_settled(self, question: Question, limit_s: float) -> Outcome:
+        deadline = time.monotonic() + limit_s
         missed = 0
         while time.monotonic() < deadline:
             if self._closing.is_set():
-                raise TimeoutError("the service was stopped before the session was durable")
+                raise TimeoutError(f"the service was stopped before the {question.kind} ended")
             try:
-                outcome = flush(ranks, session_id, SLICE_MS)
+                outcome = await self._ask(question, SLICE_MS)
                 missed = 0
             except EngineUnreachable:
                 missed += 1
                 if missed == MISSED_ANSWERS:
                     raise
                 continue
-            if outcome.state is not KvState.PENDING:
+            if outcome.settled:
                 return outcome
             # An engine that answers at once, although it was told to wait, is not asked in a tight loop.
-            self._closing.wait(0.05)
-        raise TimeoutError(f"the session was not durable after {FLUSH_LIMIT_S:g} s")
+            await asyncio.sleep(0.05)
+        raise TimeoutError(f"the {question.kind} did not end within {limit_s:g} s")
+
+    async def _ask(self, question: Question, timeout_ms: int) -> Outcome:
+        deadline = time.monotonic() + timeout_ms / 1000
+        async with self._questions:
+            answers = await asyncio.gather(
+                *(self._ask_rank(question, number, deadline) for number in range(len(question.ranks)))
+            )
+        worst_first = _STATES[question.kind]
+        return Outcome(
+            state=min((answer.state for answer in answers), key=worst_first.index, default=worst_first[0]),
+            tokens=min((answer.tokens for answer in answers), default=0),
+            pages=sum(answer.pages for answer in answers),
+            nbytes=sum(answer.nbytes for answer in answers),
+        )
+
+    async def _ask_rank(self, question: Question, number: int, deadline: float) -> Outcome:
+        rank = question.ranks[number]
+        left_ms = max(0, round((deadline - time.monotonic()) * 1000))
+        answer = await AsyncControlClient(rank.control_address, self._context).call(
+            question.kind, left_ms / 1000 + GRACE_S, timeout_ms=left_ms, **question.arguments(number)
+        )
+        try:
+            states = {state.value: state for state in _STATES[question.kind]}
+            return Outcome(states[answer["state"]], int(answer["tokens"]), int(answer["pages"]), int(answer["bytes"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineRefused(
+                f"the engine at {rank.control_address} gave an answer that is none to a {question.kind}: {error!r}"
+            ) from error
+
+    async def _write(self, operation_id: str, **values: Any) -> None:
+        await self._loop.run_in_executor(self._writers, lambda: self._update(operation_id, **values))
 
     def _update(self, operation_id: str, **values: Any) -> None:
         with self._database.write() as connection:

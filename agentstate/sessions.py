@@ -7,138 +7,65 @@ each other and ``seq`` has no gaps.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
 
-from agentstate import engines, ids, leases, manifests, toolcalls
-from agentstate.database import Database, insert, now_us
-from agentstate.engines import Engine
+from agentstate import branches, engines, ids, leases, manifests, rows, toolcalls, transcript
+from agentstate.database import Database, now_us
 from agentstate.errors import (
-    EntryNotFound,
-    InvalidEntry,
+    EventsTrimmed,
     ModelMismatch,
-    SessionExists,
-    SessionExpired,
-    SessionNotFound,
+    ToolCallClaimed,
+    ToolCallFinal,
+    ToolCallNotFound,
+    ToolCallUnknown,
     ToolInFlight,
 )
-from agentstate.kv import KvOutlook, choose_engine, outlook
+from agentstate.history import History
+from agentstate.kv import choose, outlook
 from agentstate.leases import Lease, LeaseKey
-from agentstate.models import EntryKind, SessionStatus
-from agentstate.models import entries as entries_table
-from agentstate.models import leases as leases_table
-from agentstate.models import sessions as sessions_table
+from agentstate.models import EntryKind, SessionStatus, ToolCallState
+from agentstate.models import sessions as table
+from agentstate.outcomes import (
+    Appended,
+    Claimed,
+    Keep,
+    Order,
+    PagesOfSession,
+    Resumed,
+    Session,
+    SessionPage,
+    Suspended,
+    SuspendReason,
+    ToolCall,
+)
+from agentstate.rows import Rows
+from agentstate.transcript import EntryPage, NewEntry
 
-MAX_JSON_DEPTH = 64  # well within what every JSON reader and writer takes
-
-
-class SuspendReason(StrEnum):
-    TOOL_WAIT = "tool_wait"
-    USER_WAIT = "user_wait"
-    DONE = "done"  # nothing is expected any more: refused while a tool call is claimed
-
-
-class Order(StrEnum):
-    ASCENDING = "asc"
-    DESCENDING = "desc"
-
-
-@dataclass(frozen=True)
-class Session:
-    """A session as of one moment. ``revision`` grows with every change; times are microseconds, UTC."""
-
-    id: str
-    model: str
-    metadata: dict[str, Any]
-    cache_salt: str | None
-    extra_key: str | None
-    status: SessionStatus
-    head_id: str | None
-    revision: int
-    created_us: int
-    updated_us: int
-    expires_us: int | None
-
-
-@dataclass(frozen=True)
-class NewEntry:
-    """An entry to append.
-
-    The payload is a JSON object. That of a tool call holds ``name`` and may hold ``arguments`` and ``expected_s``;
-    that of a tool result holds either ``output`` or ``error``; both have a ``call_id``. Others are the caller's own.
-    """
-
-    kind: EntryKind
-    payload: dict[str, Any]
-    call_id: str | None = None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An appended entry. ``seq`` numbers the entries of its session from 1 without gaps."""
-
-    id: str
-    session_id: str
-    parent_id: str | None
-    seq: int
-    kind: EntryKind
-    payload: dict[str, Any]
-    call_id: str | None
-    created_us: int
-
-
-@dataclass(frozen=True)
-class EntryPage:
-    """A run of entries; ``has_more`` says whether the history goes on beyond its end, for a tail before its start."""
-
-    entries: list[Entry]
-    has_more: bool
-
-
-@dataclass(frozen=True)
-class Appended:
-    session: Session
-    entries: list[Entry]
-
-
-@dataclass(frozen=True)
-class Suspended:
-    """``ranks`` are the live ranks of the engine that has the session's KV: who to ask whether it is durable."""
-
-    session: Session
-    pending_tool_calls: list[str]
-    ranks: list[Engine]
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """All that the next turn needs; ``engine`` is None when no live engine serves the session's model."""
-
-    session: Session
-    lease: Lease
-    tail: EntryPage
-    pending_tool_calls: list[str]
-    engine: Engine | None
-    kv: KvOutlook
+DEFAULT_TENANT = "default"
 
 
 class Sessions:
-    """The verbs of sessions on one database.
+    """The verbs of one tenant's sessions on one database.
 
     An engine is live while its heartbeat is at most ``engine_timeout_s`` old. Every method raises DatabaseError, and
-    those that name a session raise SessionNotFound and SessionExpired.
+    those that name a session raise SessionNotFound, also for another tenant's, and SessionExpired. Where a method
+    takes the ``revision`` that the caller has seen, it raises RevisionStale when there is a newer one.
     """
 
-    def __init__(self, database: Database, engine_timeout_s: float):
+    def __init__(self, database: Database, engine_timeout_s: float, tenant: str = DEFAULT_TENANT):
         self._database = database
         self._engine_timeout_s = engine_timeout_s
+        self._tenant = tenant
+        self._rows = Rows(tenant)
+
+    def of(self, tenant: str) -> Self:
+        """The sessions of another tenant."""
+        return type(self)(self._database, self._engine_timeout_s, tenant)
+
+    # --- sessions as a whole
 
     def create(
         self,
@@ -150,36 +77,187 @@ class Sessions:
         extra_key: str | None = None,
         expires_in_s: float | None = None,
     ) -> Session:
-        """A new session, under an id of the caller's if it brings one. Raises SessionExists, InvalidEntry."""
-        _check_json(metadata or {}, "metadata")
-        session_id = session_id or ids.new("ses")
+        """A new session, under an id of the caller's if it brings one. Without ``expires_in_s`` it expires as the
+        tenant's sessions do. Raises SessionExists, InvalidEntry."""
+        transcript.check_metadata(metadata or {})
+        uid = ids.new("ses")
         with self._database.write() as connection:
-            row = connection.execute(
-                insert(connection, sessions_table)
-                .values(
-                    id=session_id,
-                    model=model,
-                    metadata=metadata or {},
-                    cache_salt=cache_salt,
-                    extra_key=extra_key,
-                    status=SessionStatus.IDLE,
-                    next_seq=1,
-                    revision=1,
-                    created_us=now_us(),
-                    updated_us=now_us(),
-                    expires_us=_from_now(expires_in_s),
-                )
-                .on_conflict_do_nothing(index_elements=["id"])
-                .returning(*sessions_table.c)
-            ).one_or_none()
-        if row is None:
-            raise SessionExists(f"the session id {session_id} is taken: choose another, or resume that session")
-        return _session(row)
+            return self._rows.make(
+                connection,
+                id=uid,
+                name=session_id or uid,
+                model=model,
+                metadata=metadata or {},
+                cache_salt=cache_salt,
+                extra_key=extra_key,
+                next_seq=1,
+                expires_us=self._rows.expiry(expires_in_s),
+            )
 
     def read(self, session_id: str) -> Session:
         """A session as it is now; one whose lease has lapsed is not ``running`` any more."""
         with self._database.read() as connection:
-            return _session(_find(connection, session_id))
+            return rows.session_of(self._rows.find(connection, session_id))
+
+    def list(self, *, after: str | None = None, limit: int = 100, order: Order = Order.ASCENDING) -> SessionPage:
+        """At most ``limit`` sessions by their id, those that follow ``after``, which need not exist any more.
+
+        Ids that were not chosen by the caller sort by the time of their making. Expired sessions are left out.
+        """
+        name = table.c.name
+        query = rows.current().where(
+            table.c.tenant == self._tenant,
+            table.c.deleted_us.is_(None),
+            sa.or_(table.c.expires_us.is_(None), table.c.expires_us > now_us()),
+        )
+        if after is not None:
+            query = query.where(name > after if order is Order.ASCENDING else name < after)
+        query = query.order_by(name if order is Order.ASCENDING else name.desc()).limit(limit + 1)
+        with self._database.read() as connection:
+            found = [rows.session_of(row) for row in connection.execute(query)]
+        return SessionPage(found[:limit], has_more=len(found) > limit)
+
+    def update(
+        self,
+        session_id: str,
+        revision: int | None,
+        *,
+        metadata: dict[str, Any] | None = None,
+        expires_in_s: float | Keep | None = Keep.KEEP,
+    ) -> Session:
+        """Change the keys of ``metadata`` that are given, those with None go; and the expiry, None for never.
+
+        Raises InvalidEntry.
+        """
+        with self._database.write() as connection:
+            before = self._rows.lock(connection, session_id, revision)
+            changes: dict[str, Any] = {}
+            if metadata is not None:
+                merged = {**before._mapping["metadata"], **metadata}
+                changes["metadata"] = {name: value for name, value in merged.items() if value is not None}
+                transcript.check_metadata(changes["metadata"])
+            if not isinstance(expires_in_s, Keep):
+                changes["expires_us"] = rows.from_now(expires_in_s)
+            return rows.change(connection, before.id, **changes)
+
+    def delete(self, session_id: str, revision: int | None) -> None:
+        """Delete a session; its id is free again at once. What forks share with it stays, the rest is collected later.
+
+        Raises SessionBusy while somebody runs it.
+        """
+        with self._database.write() as connection:
+            before = self._rows.lock(connection, session_id, revision)
+            leases.require_free(connection, before.id, before.revision)
+            branches.bury(connection, before)
+
+    # --- turns
+
+    def resume(
+        self,
+        session_id: str,
+        *,
+        lease_ttl_s: float,
+        tail: int,
+        expect_model: str | None = None,
+        revision: int | None = None,
+        token: str | None = None,
+    ) -> Resumed:
+        """Take the session's lease and give back all that its next turn needs, in one transaction.
+
+        The tail is the newest ``tail`` entries, and more where it would separate a tool result from its call; with
+        ``tail`` 0 it is empty. When the lease is taken over from a runner that vanished, the tool calls that it had
+        claimed become ``unknown``. ``token`` becomes the lease's secret. Raises SessionBusy while another lease is
+        valid, and ModelMismatch when the session is not of ``expect_model``; then nothing has changed. Asks no
+        engine.
+        """
+        with self._database.write() as connection:
+            before = self._rows.lock(connection, session_id, revision)
+            if expect_model is not None and expect_model != before.model:
+                raise ModelMismatch(
+                    f"session {session_id} runs {before.model!r}, not {expect_model!r} as expected",
+                    revision=before.revision,
+                )
+            lease = leases.take(connection, before.id, lease_ttl_s, before.revision, token=token)
+            if before.status == SessionStatus.RUNNING:  # its lease was not released: it lapsed
+                toolcalls.abandon(connection, before.id)
+            session = rows.change(connection, before.id, status=SessionStatus.RUNNING)
+            history = History.of(connection, before)
+            stored = rows.stored(connection, before, history)
+            live = engines.live(connection, self._engine_timeout_s)
+            server = choose(session.model, stored, live)
+            return Resumed(
+                session=session,
+                lease=lease,
+                tail=transcript.tail(connection, before.name, history, tail),
+                pending_tool_calls=toolcalls.pending(connection, before.id),
+                engine=server,
+                kv=outlook(session.model, stored, server, live),
+            )
+
+    def suspend(
+        self,
+        session_id: str,
+        key: LeaseKey,
+        reason: SuspendReason,
+        *,
+        expires_in_s: float | None = None,
+        release_kv: bool = False,
+    ) -> Suspended:
+        """End a turn: release the lease and tell whom to ask for the durability of the KV.
+
+        ``expires_in_s``, counted from now, replaces the session's expiry; ``release_kv`` forgets what is stored of
+        its KV. Raises LeaseLost, and ToolInFlight when the reason is ``done`` while a tool call is claimed. Nothing
+        of the KV is known to be durable by this alone.
+        """
+        with self._database.write() as connection:
+            before = self._rows.lock(connection, session_id)
+            leases.release(connection, before.id, key, before.revision)
+            running = toolcalls.in_flight(connection, before.id) if reason is SuspendReason.DONE else []
+            if running:
+                raise ToolInFlight(
+                    f"session {session_id} waits for tool calls {', '.join(running)}: append their results first, "
+                    "or suspend with reason tool_wait",
+                    revision=before.revision,
+                )
+            expiry = {} if expires_in_s is None else {"expires_us": rows.from_now(expires_in_s)}
+            session = rows.change(connection, before.id, status=SessionStatus.SUSPENDED, **expiry)
+            live = engines.live(connection, self._engine_timeout_s)
+            server = choose(session.model, rows.stored(connection, before, History.of(connection, before)), live)
+            if release_kv:
+                manifests.forget(connection, before.id)
+            return Suspended(
+                session=session,
+                pending_tool_calls=toolcalls.pending(connection, before.id),
+                ranks=list(server.ranks) if server else [],
+            )
+
+    def renew(self, session_id: str, key: LeaseKey, *, lease_ttl_s: float) -> Lease:
+        """Keep a lease: it lapses ``lease_ttl_s`` from now. Raises LeaseLost."""
+        with self._database.write() as connection:
+            before = self._rows.lock(connection, session_id)
+            return leases.renew(connection, before.id, key, lease_ttl_s, before.revision)
+
+    def pages(self, session_id: str) -> PagesOfSession:
+        """The engine that the session would be resumed on, and which pages each of its ranks stores of it.
+
+        Without an engine, or pages, there are none. Reads as many bytes as the manifests have.
+        """
+        with self._database.read() as connection:
+            row = self._rows.find(connection, session_id)
+            stored = rows.stored(connection, row, History.of(connection, row))
+            server = choose(row.model, stored, engines.live(connection, self._engine_timeout_s))
+            ranks = server.ranks if server else ()
+            keys = []
+            for rank in ranks:
+                of_rank = [
+                    manifests.load(connection, found.session_id, found.fingerprint, found.rank, found.node)
+                    for found in stored.coverage
+                    if (found.fingerprint, found.node) == (rank.fingerprint, rank.node)
+                ]
+                keys.append(next((manifest.keys for manifest in of_rank if manifest), b""))
+            return PagesOfSession(rows.session_of(row), ranks, keys)
+
+    # --- the transcript
 
     def entries(
         self, session_id: str, *, after: str | None = None, limit: int = 100, order: Order = Order.ASCENDING
@@ -188,245 +266,191 @@ class Sessions:
 
         Raises EntryNotFound when ``after`` is no entry of the session.
         """
-        seq = entries_table.c.seq
-        query = sa.select(entries_table).where(entries_table.c.session_id == session_id)
         with self._database.read() as connection:
-            _find(connection, session_id)
+            row = self._rows.find(connection, session_id)
+            rest = History.of(connection, row)
             if after is not None:
-                at = connection.execute(
-                    sa.select(seq).where(entries_table.c.id == after, entries_table.c.session_id == session_id)
-                ).scalar()
-                if at is None:
-                    raise EntryNotFound(f"session {session_id} has no entry {after}")
-                query = query.where(seq > at if order is Order.ASCENDING else seq < at)
-            query = query.order_by(seq if order is Order.ASCENDING else seq.desc()).limit(limit + 1)
-            found = [_entry(row) for row in connection.execute(query)]
-        return EntryPage(found[:limit], has_more=len(found) > limit)
+                at = transcript.find(connection, session_id, rest, after).seq
+                rest = rest.between(at + 1, row.next_seq) if order is Order.ASCENDING else rest.between(1, at - 1)
+            wanted = rest.oldest(limit) if order is Order.ASCENDING else rest.newest(limit)
+            found = transcript.read(connection, session_id, wanted)
+        if order is Order.DESCENDING:
+            found.reverse()
+        return EntryPage(found, has_more=rest.length > wanted.length)
+
+    def since(self, session_id: str, seq: int, limit: int = 100) -> tuple[Session, EntryPage]:
+        """The session, and the oldest entries of its history that come after ``seq``."""
+        with self._database.read() as connection:
+            row = self._rows.find(connection, session_id)
+            rest = History.of(connection, row).between(seq + 1, row.next_seq)
+            wanted = rest.oldest(limit)
+            found = transcript.read(connection, session_id, wanted)
+            return rows.session_of(row), EntryPage(found, has_more=rest.length > wanted.length)
+
+    def seen(self, session_id: str, seq: int) -> Session:
+        """The session, for who has seen its entries up to ``seq``, 0 for none of them.
+
+        Raises EventsTrimmed when that entry is not in its history, as after a rewind.
+        """
+        with self._database.read() as connection:
+            row = self._rows.find(connection, session_id)
+            if seq and History.of(connection, row).owner_of(seq) is None:
+                raise EventsTrimmed(f"entry {seq} is not in session {session_id}: read it again", revision=row.revision)
+            return rows.session_of(row)
 
     def append(self, session_id: str, key: LeaseKey, new: Sequence[NewEntry]) -> Appended:
         """Append entries, all or none, and record the tool calls and results among them.
 
         Raises LeaseLost; InvalidEntry when ``new`` is empty or one of them does not fit the transcript.
         """
-        if not new:
-            raise InvalidEntry("there is nothing to append: give one entry or more")
-        for entry in new:
-            _check_entry(entry)
+        transcript.check(new)
         with self._database.write() as connection:
-            before = _lock(connection, session_id)
-            time_us = leases.require(connection, session_id, key, before.revision)
-            appended: list[Entry] = []
-            parent_id = before.head_entry
-            for seq, entry in enumerate(new, before.next_seq):
-                appended.append(
-                    Entry(
-                        id=ids.new("ent"),
-                        session_id=session_id,
-                        parent_id=parent_id,
-                        seq=seq,
-                        kind=entry.kind,
-                        payload=entry.payload,
-                        call_id=entry.call_id,
-                        created_us=time_us,
-                    )
-                )
-                parent_id = appended[-1].id
-            toolcalls.record(connection, session_id, [step for entry in appended if (step := _step(entry))])
-            connection.execute(sa.insert(entries_table), [vars(entry) for entry in appended])
-            session = _change(connection, session_id, head_entry=parent_id, next_seq=appended[-1].seq + 1)
-        return Appended(session, appended)
+            before = self._rows.lock(connection, session_id)
+            time_us = leases.require(connection, before.id, key, before.revision)
+            return self._rows.append(connection, before, new, time_us)
 
-    def resume(self, session_id: str, *, lease_ttl_s: float, tail: int, expect_model: str | None = None) -> Resumed:
-        """Take the session's lease and give back all that its next turn needs, in one transaction.
+    # --- branches
 
-        The tail is the newest ``tail`` entries, and more where it would separate a tool result from its call; with
-        ``tail`` 0 it is empty. When the lease is taken over from a runner that vanished, the tool calls that it had
-        claimed become ``unknown``. Raises SessionBusy while another lease is valid, and ModelMismatch when the
-        session is not of ``expect_model``; then nothing has changed. Asks no engine.
+    def fork(
+        self,
+        session_id: str,
+        revision: int | None,
+        *,
+        at: str | None = None,
+        fork_id: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        expires_in_s: float | None = None,
+    ) -> Session:
+        """A new session that has this one's history up to the entry ``at``, or all of it. Nothing is copied.
+
+        It has the parent's model and namespace, and unless given its metadata. Raises EntryNotFound, SessionExists;
+        NotABranchPoint where a tool call would be cut off from its result.
         """
+        transcript.check_metadata(metadata or {})
+        uid = ids.new("ses")
         with self._database.write() as connection:
-            before = _lock(connection, session_id)
-            if expect_model is not None and expect_model != before.model:
-                raise ModelMismatch(
-                    f"session {session_id} runs {before.model!r}, not {expect_model!r} as expected",
-                    revision=before.revision,
-                )
-            lease = leases.take(connection, session_id, lease_ttl_s, before.revision)
-            if before.status == SessionStatus.RUNNING:  # its lease was not released: it lapsed
-                toolcalls.abandon(connection, session_id)
-            session = _change(connection, session_id, status=SessionStatus.RUNNING)
-            coverage = manifests.latest(connection, session_id)
-            live = engines.live(connection, self._engine_timeout_s)
-            engine = choose_engine(session.model, coverage, live)
-            return Resumed(
-                session=session,
-                lease=lease,
-                tail=_tail(connection, session_id, before.next_seq, tail),
-                pending_tool_calls=toolcalls.pending(connection, session_id),
-                engine=engine,
-                kv=outlook(session.model, coverage, engine, live),
+            parent = self._rows.lock(connection, session_id, revision)
+            history = History.of(connection, parent)
+            branch = branches.branch_at(connection, parent, history, at)
+            session = self._rows.make(
+                connection,
+                id=uid,
+                name=fork_id or uid,
+                model=parent.model,
+                metadata=parent._mapping["metadata"] if metadata is None else metadata,
+                cache_salt=parent.cache_salt,
+                extra_key=parent.extra_key,
+                head_entry=branch.head_id,
+                next_seq=branch.next_seq,
+                own_seq=branch.next_seq,
+                open_calls=branch.open_calls,
+                branched_us=now_us(),
+                expires_us=self._rows.expiry(expires_in_s),
             )
+            branch.history.close(connection, uid)
+            if branch.open_calls:
+                toolcalls.copy_open(connection, parent.id, uid)
+            return session
 
-    def suspend(
-        self, session_id: str, key: LeaseKey, reason: SuspendReason, *, expires_in_s: float | None = None
-    ) -> Suspended:
-        """End a turn: release the lease and tell whom to ask for the durability of the KV.
+    def rewind(self, session_id: str, revision: int | None, *, at: str, key: LeaseKey | None = None) -> Session:
+        """Make the entry ``at`` the head again. The entries after it are taken back; their ``seq`` stay unused.
 
-        ``expires_in_s``, counted from now, replaces the session's expiry. Raises LeaseLost, and ToolInFlight when the
-        reason is ``done`` while a tool call is claimed. Nothing of the KV is known to be durable by this alone.
+        Needs the lease while the session is being run. Raises SessionBusy, LeaseLost, EntryNotFound, NotABranchPoint;
+        ToolInFlight while a tool call is claimed.
         """
         with self._database.write() as connection:
-            before = _lock(connection, session_id)
-            leases.release(connection, session_id, key, before.revision)
-            running = toolcalls.in_flight(connection, session_id) if reason is SuspendReason.DONE else []
+            before = self._rows.lock(connection, session_id, revision)
+            self._rows.require_turn(connection, before, key)
+            history = History.of(connection, before)
+            branch = branches.branch_at(connection, before, history, at)
+            if branch.head_id == before.head_entry:
+                return rows.session_of(before)
+            running = toolcalls.in_flight(connection, before.id)
             if running:
                 raise ToolInFlight(
-                    f"session {session_id} waits for tool calls {', '.join(running)}: append their results first, "
-                    "or suspend with reason tool_wait",
+                    f"tool calls {', '.join(running)} are being executed: append their results first",
                     revision=before.revision,
                 )
-            expiry = {} if expires_in_s is None else {"expires_us": _from_now(expires_in_s)}
-            session = _change(connection, session_id, status=SessionStatus.SUSPENDED, **expiry)
-            live = engines.live(connection, self._engine_timeout_s)
-            engine = choose_engine(session.model, manifests.latest(connection, session_id), live)
-            return Suspended(
-                session=session,
-                pending_tool_calls=toolcalls.pending(connection, session_id),
-                ranks=[rank for rank in live if engine is not None and rank.base_url == engine.base_url],
+            toolcalls.take_back(connection, before.id)
+            branches.mark_garbage(connection, history.owners())
+            branch.history.close(connection, before.id)
+            return rows.change(
+                connection,
+                before.id,
+                head_entry=branch.head_id,
+                own_seq=before.next_seq,
+                open_calls=0,
+                branched_us=now_us(),
             )
 
-    def renew(self, session_id: str, key: LeaseKey, *, lease_ttl_s: float) -> Lease:
-        """Keep a lease: it lapses ``lease_ttl_s`` from now. Raises LeaseLost."""
+    # --- tool calls
+
+    def claim(
+        self,
+        session_id: str,
+        call_id: str,
+        name: str,
+        arguments: Any = None,
+        *,
+        expected_s: float | None = None,
+        key: LeaseKey | None = None,
+    ) -> Claimed:
+        """Append a tool call before it is executed; of several claimants one is told to execute it.
+
+        Needs the lease while the session is being run. Raises ToolCallClaimed, ToolCallUnknown, SessionBusy,
+        LeaseLost, InvalidEntry.
+        """
+        payload = {"name": name, "arguments": arguments}
+        if expected_s is not None:
+            payload["expected_s"] = expected_s
+        new = [NewEntry(EntryKind.TOOL_CALL, payload, call_id)]
+        transcript.check(new)
         with self._database.write() as connection:
-            before = _lock(connection, session_id)
-            return leases.renew(connection, session_id, key, lease_ttl_s, before.revision)
+            before = self._rows.lock(connection, session_id)
+            history = History.of(connection, before)
+            found = toolcalls.known(connection, before.id, history, [call_id]).get(call_id)
+            if found is not None and found.state is ToolCallState.CLAIMED:
+                raise ToolCallClaimed(
+                    f"tool call {call_id!r} is claimed: wait for its result", revision=before.revision
+                )
+            if found is not None and found.state is ToolCallState.UNKNOWN:
+                raise ToolCallUnknown(
+                    f"the claimant of tool call {call_id!r} vanished, it may have run or not: find out, and give it "
+                    "a result",
+                    revision=before.revision,
+                )
+            if found is not None:
+                return Claimed(self._rows.tool_call(connection, before, history, found), fresh=False)
+            time_us = self._rows.require_turn(connection, before, key)
+            session = self._rows.append(connection, before, new, time_us).session
+            typical_s = toolcalls.typical_s(connection, self._tenant, name)
+            call = ToolCall(
+                call_id, name, ToolCallState.CLAIMED, expected_s, typical_s, time_us, None, None, session.revision
+            )
+            return Claimed(call, fresh=True)
 
+    def finish(self, session_id: str, call_id: str, result: dict[str, Any], *, key: LeaseKey | None = None) -> ToolCall:
+        """Append the result of a tool call: ``{"output": …}`` or ``{"error": …}``.
 
-def _find(connection: Connection, session_id: str) -> Any:
-    """A session's row, with the status that holds now."""
-    lapsed = sa.and_(
-        sessions_table.c.status == SessionStatus.RUNNING,
-        sa.func.coalesce(leases_table.c.expires_us, 0) <= now_us(),
-    )
-    status = sa.case((lapsed, SessionStatus.IDLE.value), else_=sessions_table.c.status)
-    others = [column for column in sessions_table.c if column.name != "status"]
-    row = connection.execute(
-        sa.select(*others, status.label("status"), now_us().label("time_us"))
-        .select_from(sessions_table.outerjoin(leases_table))
-        .where(sessions_table.c.id == session_id)
-    ).one_or_none()
-    return _existing(row, session_id)
-
-
-def _lock(connection: Connection, session_id: str) -> Any:
-    """A session's row as stored, which nobody else changes before this transaction ends."""
-    row = connection.execute(
-        sa.select(sessions_table, now_us().label("time_us")).where(sessions_table.c.id == session_id).with_for_update()
-    ).one_or_none()
-    return _existing(row, session_id)
-
-
-def _existing(row: Any, session_id: str) -> Any:
-    if row is None:
-        raise SessionNotFound(f"there is no session {session_id}")
-    if row.expires_us is not None and row.expires_us <= row.time_us:
-        raise SessionExpired(f"session {session_id} has expired", revision=row.revision)
-    return row
-
-
-def _change(connection: Connection, session_id: str, **values: Any) -> Session:
-    row = connection.execute(
-        sa.update(sessions_table)
-        .where(sessions_table.c.id == session_id)
-        .values(**values, revision=sessions_table.c.revision + 1, updated_us=now_us())
-        .returning(*sessions_table.c)
-    ).one()
-    return _session(row)
-
-
-def _tail(connection: Connection, session_id: str, next_seq: int, length: int) -> EntryPage:
-    if length == 0:
-        return EntryPage([], has_more=next_seq > 1)
-    rows = connection.execute(
-        sa.select(entries_table)
-        .where(
-            entries_table.c.session_id == session_id,
-            entries_table.c.seq >= toolcalls.whole_from(session_id, max(1, next_seq - length)),
-        )
-        .order_by(entries_table.c.seq)
-    )
-    found = [_entry(row) for row in rows]
-    return EntryPage(found, has_more=bool(found) and found[0].seq > 1)
-
-
-def _session(row: Any) -> Session:
-    return Session(
-        id=row.id,
-        model=row.model,
-        metadata=row._mapping["metadata"],
-        cache_salt=row.cache_salt,
-        extra_key=row.extra_key,
-        status=SessionStatus(row.status),
-        head_id=row.head_entry,
-        revision=row.revision,
-        created_us=row.created_us,
-        updated_us=row.updated_us,
-        expires_us=row.expires_us,
-    )
-
-
-def _entry(row: Any) -> Entry:
-    return Entry(**{**row._mapping, "kind": EntryKind(row.kind)})
-
-
-def _step(entry: Entry) -> toolcalls.Claim | toolcalls.Finish | None:
-    if entry.call_id is None:
-        return None
-    if entry.kind is EntryKind.TOOL_CALL:
-        name, expected_s = entry.payload["name"], entry.payload.get("expected_s")
-        return toolcalls.Claim(entry.call_id, name, expected_s, entry.seq)
-    return toolcalls.Finish(entry.call_id, "error" in entry.payload, entry.seq)
-
-
-def _check_entry(entry: NewEntry) -> None:
-    _check_json(entry.payload, f"the payload of a {entry.kind}")
-    if entry.kind not in (EntryKind.TOOL_CALL, EntryKind.TOOL_RESULT):
-        if entry.call_id is not None:
-            raise InvalidEntry(f"a {entry.kind} has no call_id, {entry.call_id!r} was given")
-        return
-    if not entry.call_id:
-        raise InvalidEntry(f"a {entry.kind} needs a call_id")
-    if entry.kind is EntryKind.TOOL_RESULT:
-        if ("output" in entry.payload) == ("error" in entry.payload):
-            raise InvalidEntry(f"the result of tool call {entry.call_id!r} needs either output or error in its payload")
-        return
-    name, expected_s = entry.payload.get("name"), entry.payload.get("expected_s")
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise InvalidEntry(f"tool call {entry.call_id!r} needs the tool's name in its payload")
-    if expected_s is not None and (
-        isinstance(expected_s, bool) or not isinstance(expected_s, int | float) or not 0 <= expected_s < math.inf
-    ):
-        raise InvalidEntry(f"tool call {entry.call_id!r}: expected_s is not a number of seconds: {expected_s!r}")
-
-
-def _check_json(value: dict[str, Any], what: str) -> None:
-    # Python's JSON takes two things in that no database and no client gives back: NaN and lone surrogates.
-    try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidEntry(f"{what} is not JSON: {error}") from None
-    level: list[Any] = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return
-    raise InvalidEntry(f"{what} is nested deeper than {MAX_JSON_DEPTH} levels")
-
-
-def _from_now(seconds: float | None) -> Any:
-    return None if seconds is None else now_us() + round(seconds * 1_000_000)
+        Needs the lease while the session is being run, and none otherwise: a tool may end while its session is
+        suspended. Raises ToolCallNotFound, ToolCallFinal, SessionBusy, LeaseLost, InvalidEntry.
+        """
+        new = [NewEntry(EntryKind.TOOL_RESULT, result, call_id)]
+        transcript.check(new)
+        with self._database.write() as connection:
+            before = self._rows.lock(connection, session_id)
+            time_us = self._rows.require_turn(connection, before, key)
+            history = History.of(connection, before)
+            found = toolcalls.known(connection, before.id, history, [call_id]).get(call_id)
+            if found is None:
+                raise ToolCallNotFound(
+                    f"session {session_id} has no tool call {call_id!r}: claim it first", revision=before.revision
+                )
+            if found.state not in toolcalls.OPEN:
+                raise ToolCallFinal(f"tool call {call_id!r} has a result already", revision=before.revision)
+            self._rows.append(connection, before, new, time_us)
+            after = self._rows.lock(connection, session_id)
+            history = History.of(connection, after)
+            return self._rows.tool_call(
+                connection, after, history, toolcalls.known(connection, after.id, history, [call_id])[call_id]
+            )

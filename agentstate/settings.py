@@ -42,6 +42,20 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address that the HTTP service listens on.")
     port: int = Field(8700, ge=0, le=65535, description="Port of the HTTP service; 0 takes a free one.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
+    log_format: str = Field("text", pattern="^(text|json)$", description="text, or json: one object a line.")
+    otlp_endpoint: str = Field(
+        "",
+        description="OpenTelemetry collector (OTLP over HTTP) for traces, e.g. http://127.0.0.1:4318. Empty: none.",
+    )
+    requests_per_s: float = Field(
+        0, ge=0, description="How many requests a tenant may send to one service, with a burst of twice that. 0: any."
+    )
+    collect_interval_s: float = Field(
+        300, ge=0, description="How often the service deletes what no session reaches any more. 0: never."
+    )
+    expired_retention_s: float = Field(
+        24 * 3600, ge=0, description="How long an expired session is still told from one that never was (410, not 404)."
+    )
     lease_ttl_s: float = Field(
         60, gt=0, description="How long a lease is valid when a resume does not say; it can be renewed."
     )

@@ -9,12 +9,30 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import agentstate
+from agentstate.collection import Collector
 from agentstate.database import Database
-from agentstate.operations import Flushes
+from agentstate.operations import Operations
 from agentstate.sessions import Sessions
 from agentstate.settings import Settings
-from api import engines, health, operations, problems, sessions
+from api import (
+    branches,
+    engines,
+    entries,
+    events,
+    health,
+    metrics,
+    operations,
+    prefetch,
+    problems,
+    sessions,
+    toolcalls,
+    turns,
+)
 from api.bodies import BodyLimit
+from api.changes import Changes
+from api.gate import Gate
+from api.metrics import Metrics
+from api.observation import Observation, tracing
 from api.service import Service
 
 
@@ -22,24 +40,36 @@ def create_app(settings: Settings) -> FastAPI:
     """The service as an ASGI application. It expects the schema to be there: see `api.server.migrate`.
 
     Opens nothing before it starts. Several services may share one PostgreSQL; what tells their operations apart is
-    their node and port.
+    their node and port. Raises SettingsError.
     """
     database = Database(settings.sqlalchemy_url)
+    traces = tracing(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        flushes = Flushes(database, owner=f"{socket.gethostname()}:{settings.port}")
-        flushes.fail_abandoned()
+        following = Operations(database, owner=f"{socket.gethostname()}:{settings.port}")
+        following.fail_abandoned()
+        collector = None
+        if settings.collect_interval_s > 0:
+            collector = Collector(database, settings.collect_interval_s, settings.expired_retention_s)
         app.state.service = Service(
             settings=settings,
             database=database,
             sessions=Sessions(database, settings.engine_timeout_s),
-            flushes=flushes,
+            operations=following,
+            changes=Changes(database),
+            gate=Gate(database, settings.requests_per_s),
+            metrics=Metrics(database),
         )
         try:
             yield
         finally:
-            flushes.close()
+            app.state.service.changes.close()
+            if collector is not None:
+                collector.close()
+            following.close()
+            if traces is not None:
+                traces.shutdown()
             database.close()
 
     app = FastAPI(
@@ -49,7 +79,20 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.add_middleware(BodyLimit)
-    problems.install(app)
-    for resource in (sessions, operations, engines, health):
+    app.add_middleware(Observation, provider=traces)
+    for resource in (
+        sessions,
+        entries,
+        turns,
+        branches,
+        toolcalls,
+        prefetch,
+        events,
+        operations,
+        engines,
+        health,
+        metrics,
+    ):
         app.include_router(resource.router)
+    problems.install(app)
     return app

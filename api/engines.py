@@ -6,13 +6,14 @@ from fastapi import APIRouter
 
 from agentstate import answers, engines
 from agentstate.database import instant
-from api.service import ServiceDep
+from api.problems import COMMON
+from api.service import CallerDep, ServiceDep
 
-router = APIRouter(prefix="/v1/engines", tags=["engines"])
+router = APIRouter(prefix="/v1/engines", tags=["engines"], responses=COMMON)
 
 
-@router.get("")
-def read(service: ServiceDep) -> answers.EngineList:
+@router.get("", operation_id="list_engines")
+def read(service: ServiceDep, caller: CallerDep) -> answers.EngineList:
     """List all of them, the oldest first; ``live`` says which still send heartbeats."""
     with service.database.read() as connection:
         registered = engines.registered(connection)

@@ -6,18 +6,23 @@ from fastapi import APIRouter
 
 from agentstate import answers, operations
 from agentstate.database import instant
-from api.problems import Problem
+from agentstate.operations import Operation
+from api.problems import COMMON, responses
 from api.schemas import Name
-from api.service import ServiceDep
+from api.service import CallerDep, ServiceDep
 
-router = APIRouter(prefix="/v1/operations", tags=["operations"])
+router = APIRouter(prefix="/v1/operations", tags=["operations"], responses=COMMON)
 
 
-@router.get("/{operation_id}", responses={404: {"model": Problem, "description": "No such operation"}})
-def read(operation_id: Name, service: ServiceDep) -> answers.Operation:
+@router.get("/{operation_id}", operation_id="read_operation", responses=responses(_404="No such operation"))
+def read(operation_id: Name, service: ServiceDep, caller: CallerDep) -> answers.Operation:
     """See how an operation stands and, once it is done or has failed, its result."""
     with service.database.read() as connection:
-        operation = operations.load(connection, operation_id)
+        return view(operations.load(connection, operation_id, caller.id))
+
+
+def view(operation: Operation) -> answers.Operation:
+    finished_us = operation.finished_us
     return answers.Operation(
         id=operation.id,
         kind=operation.kind,
@@ -25,5 +30,6 @@ def read(operation_id: Name, service: ServiceDep) -> answers.Operation:
         state=operation.state,
         result=operation.result,
         created_at=instant(operation.created_us),
-        finished_at=None if operation.finished_us is None else instant(operation.finished_us),
+        finished_at=None if finished_us is None else instant(finished_us),
+        seconds=None if finished_us is None else (finished_us - operation.created_us) / 1_000_000,
     )

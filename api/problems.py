@@ -1,8 +1,8 @@
 """Errors over HTTP: every one is ``application/problem+json`` (RFC 9457), also those that the framework raises.
 
-The ``type`` of a problem is ``/problems/`` and the slug of its error (see `agentstate.errors`), or one of the five
-that are about requests: ``invalid-request``, ``not-found``, ``method-not-allowed``, ``body-too-large`` and
-``internal-error``.
+The ``type`` of a problem is ``/problems/`` and the slug of its error (see `agentstate.errors`), or one of the six
+that are about requests: ``invalid-request``, ``not-found``, ``method-not-allowed``, ``body-too-large``,
+``precondition-required`` and ``internal-error``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,25 @@ STATUS: dict[type[errors.AgentStateError], HTTPStatus] = {
     errors.SessionNotFound: HTTPStatus.NOT_FOUND,
     errors.EntryNotFound: HTTPStatus.NOT_FOUND,
     errors.OperationNotFound: HTTPStatus.NOT_FOUND,
+    errors.ToolCallNotFound: HTTPStatus.NOT_FOUND,
     errors.SessionExists: HTTPStatus.CONFLICT,
     errors.SessionBusy: HTTPStatus.CONFLICT,
     errors.LeaseLost: HTTPStatus.CONFLICT,
     errors.ToolInFlight: HTTPStatus.CONFLICT,
+    errors.ToolCallClaimed: HTTPStatus.CONFLICT,
+    errors.ToolCallUnknown: HTTPStatus.CONFLICT,
+    errors.ToolCallFinal: HTTPStatus.CONFLICT,
+    errors.IdempotencyKeyInUse: HTTPStatus.CONFLICT,
     errors.SessionExpired: HTTPStatus.GONE,
+    errors.EventsTrimmed: HTTPStatus.GONE,
+    errors.RevisionStale: HTTPStatus.PRECONDITION_FAILED,
     errors.ModelMismatch: HTTPStatus.PRECONDITION_FAILED,
     errors.InvalidEntry: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.NotABranchPoint: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.IdempotencyKeyReused: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
+    errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.TooManyOperations: HTTPStatus.TOO_MANY_REQUESTS,
     errors.DatabaseError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.AgentStateError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
@@ -62,6 +74,26 @@ class Problem(BaseModel):
     retryable: bool
 
 
+class PreconditionRequired(Exception):
+    """A write that would overwrite what the caller may not have seen came without If-Match."""
+
+
+def responses(**texts: str) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of the problems of a route: ``responses(_404="No such session")``."""
+    return {int(status.removeprefix("_")): {"model": Problem, "description": text} for status, text in texts.items()}
+
+
+# What any route may answer.
+COMMON = responses(
+    _400="Not HTTP or JSON that can be read",
+    _401="A valid API key is needed",
+    _413="The body is too large",
+    _422="Malformed, or not fitting the session",
+    _429="Too many requests or operations: see Retry-After",
+    _503="The database does not answer",
+)
+
+
 def problem(
     status: int,
     slug: str,
@@ -78,11 +110,29 @@ def problem(
 
 
 def install(app: FastAPI) -> None:
-    """Let ``app`` answer every error with a problem."""
+    """Let ``app`` answer every error with a problem, and say so in its OpenAPI document."""
+    app.add_exception_handler(PreconditionRequired, _unconditional)
     app.add_exception_handler(errors.AgentStateError, _own)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _framework)
     app.add_exception_handler(Exception, _unexpected)
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make()
+        for path in document["paths"].values():
+            for operation in path.values():
+                if "428" in operation["responses"]:
+                    for parameter in operation.get("parameters", []):
+                        parameter["required"] = parameter["required"] or parameter["name"] == "if-match"
+                for status, response in operation["responses"].items():
+                    if int(status) >= 400 and "application/json" in response.get("content", {}):
+                        schema = response["content"]["application/json"]
+                        if schema.get("schema", {}).get("$ref") == "#/components/schemas/Problem":
+                            response["content"] = {"application/problem+json": schema}
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _own(request: Request, error: Exception) -> JSONResponse:
@@ -92,11 +142,24 @@ def _own(request: Request, error: Exception) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, errors.SessionError) and error.revision is not None:
         more["revision"] = str(error.revision)
-    if isinstance(error, errors.SessionBusy):
+    if isinstance(error, errors.SessionBusy | errors.RateLimited):
         more["retry_after_s"] = error.retry_after_s
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif isinstance(error, errors.TooManyOperations | errors.IdempotencyKeyInUse):
+        headers["Retry-After"] = "1"
+    elif isinstance(error, errors.Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     title = (type(error).__doc__ or "").partition("\n")[0]
     return problem(status, error.slug(), title, str(error), retryable=error.retryable, headers=headers, **more)
+
+
+def _unconditional(request: Request, error: Exception) -> JSONResponse:
+    return problem(
+        HTTPStatus.PRECONDITION_REQUIRED,
+        "precondition-required",
+        "This write needs an If-Match header.",
+        f"{request.method} {request.url.path} needs If-Match with the session's ETag, or * to write in any case",
+    )
 
 
 def _invalid(request: Request, error: Exception) -> JSONResponse:

@@ -7,13 +7,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from agentstate.models import EntryKind
-from agentstate.sessions import SuspendReason
+from agentstate.operations import Tier
+from agentstate.outcomes import SuspendReason
 
 MAX_ENTRIES = 1000
 MAX_TAIL = 1000
+MAX_LIST = 1000
 MAX_TTL_S = 24 * 3600
 MAX_EXPIRY_S = 10 * 365 * 24 * 3600
 MAX_DURABLE_TIMEOUT_MS = 60_000
+MAX_BUSY_TIMEOUT_MS = 30_000
+MAX_PREFETCH_MS = 120_000
 
 # PostgreSQL stores no NUL character in a text.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00]+$")]
@@ -40,6 +44,13 @@ class CreateSession(Body):
     expires_in_s: ExpiryS | None = None
     cache_salt: Name | None = Field(default=None, description="Sessions with different salts share no pages.")
     extra_key: Name | None = Field(default=None, description="As cache_salt: a second name that separates pages.")
+
+
+class UpdateSession(Body):
+    model_config = _example(metadata={"user": "u_17", "draft": None}, expires_in_s=86400)
+
+    metadata: dict[str, Any] | None = Field(default=None, description="The keys to change; null takes one away.")
+    expires_in_s: ExpiryS | None = Field(default=None, description="Counted from now; null: it does not expire.")
 
 
 class LeaseProof(Body):
@@ -83,7 +94,13 @@ class SuspendSession(Body):
 
     lease: LeaseProof
     reason: SuspendReason
-    kv: Literal["retain"] = "retain"
+    kv: Literal["retain", "demote", "release"] = Field(
+        default="retain",
+        description=(
+            "retain: it stays on the device as long as there is room; demote: device memory is given up once the KV "
+            "is durable; release: the KV is not needed any more, nothing is waited for."
+        ),
+    )
     durable_timeout_ms: int = Field(
         default=500, ge=0, le=MAX_DURABLE_TIMEOUT_MS, description="How long to wait for the KV to be durable."
     )
@@ -95,11 +112,17 @@ class Expectation(Body):
 
 
 class ResumeSession(Body):
-    model_config = _example(lease_ttl_s=60, on_busy="reject", tail=50, expect={"model": "smollm2"})
+    model_config = _example(lease_ttl_s=60, on_busy="reject", tail=50, prefetch="none", expect={"model": "smollm2"})
 
     lease_ttl_s: TtlS | None = None
-    on_busy: Literal["reject"] = "reject"
+    on_busy: Literal["reject", "wait"] = "reject"
+    busy_timeout_ms: int = Field(
+        default=10_000, ge=0, le=MAX_BUSY_TIMEOUT_MS, description="With on_busy wait: how long to wait for the lease."
+    )
     tail: int = Field(default=50, ge=0, le=MAX_TAIL, description="How many of the newest entries to give back.")
+    prefetch: Literal["none", "host", "device"] = Field(
+        default="none", description="Where to bring the pages back to; the answer does not wait for it."
+    )
     expect: Expectation | None = Field(default=None, description="Refuse (412) when the session is not so.")
 
 
@@ -108,3 +131,49 @@ class RenewLease(Body):
 
     lease: LeaseProof
     lease_ttl_s: TtlS | None = None
+
+
+class ForkSession(Body):
+    model_config = _example(at="ent_01k8z3vb1r9d0c3f6h8j2k4m5n", metadata={"branch": "b"})
+
+    at: Name | None = Field(default=None, description="The last entry to share; the head if not given.")
+    id: SessionId | None = Field(default=None, description="An id of the caller's own.")
+    metadata: dict[str, Any] | None = Field(default=None, description="The parent's if not given.")
+    expires_in_s: ExpiryS | None = None
+
+
+class RewindSession(Body):
+    model_config = _example(at="ent_01k8z3vb1r9d0c3f6h8j2k4m5n")
+
+    at: Name = Field(description="The entry that becomes the head.")
+    lease: LeaseProof | None = Field(default=None, description="Needed while the session is being run.")
+
+
+class PrefetchPages(Body):
+    model_config = _example(tier="host", deadline_ms=2000)
+
+    tier: Tier = Tier.HOST
+    deadline_ms: int | None = Field(
+        default=None, ge=1, le=MAX_PREFETCH_MS, description="After that long it is of no use any more, and fails."
+    )
+
+
+class ClaimToolCall(Body):
+    model_config = _example(
+        lease={"token": "q0vT3…", "epoch": 8}, name="read_file", arguments={"path": "report.md"}, expected_s=0.5
+    )
+
+    name: Name
+    arguments: Any = None
+    expected_s: float | None = Field(default=None, ge=0, description="How long it is expected to take.")
+    lease: LeaseProof | None = Field(default=None, description="Needed while the session is being run.")
+
+
+class FinishToolCall(Body):
+    """Has either output or error."""
+
+    model_config = _example(lease={"token": "q0vT3…", "epoch": 8}, output="Sales grew.")
+
+    output: Any = None
+    error: Any = None
+    lease: LeaseProof | None = Field(default=None, description="Needed while the session is being run.")

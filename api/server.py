@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import socket
 
 import uvicorn
+from fastapi import FastAPI
 
+from agentstate import tenants
 from agentstate.database import Database
 from agentstate.errors import SchemaOutdated, SettingsError
 from agentstate.settings import Settings
 from api.app import create_app
+from api.observation import configure_logging
+
+# What is still being answered when the service is told to end gets so long.
+SHUTDOWN_S = 30
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +35,27 @@ def migrate(settings: Settings) -> None:
         database.close()
 
 
+def prepare(settings: Settings) -> None:
+    """See that the schema is this version's: an embedded SQLite is migrated, a PostgreSQL is only looked at, because
+    others may use it. Raises SchemaOutdated, SchemaNewer, DatabaseUnreachable, DatabaseError."""
+    database = Database(settings.sqlalchemy_url)
+    try:
+        if database.is_sqlite:
+            _migrate(database)
+        else:
+            database.check_schema()
+    finally:
+        database.close()
+
+
 def run(settings: Settings) -> None:
     """Serve until the process is told to stop (SIGINT, SIGTERM).
 
-    An embedded SQLite database is migrated first; a PostgreSQL that needs it is refused, because others may use it.
-    Raises SettingsError when the address cannot be listened on, SchemaOutdated, SchemaNewer, DatabaseUnreachable;
-    each says in one line what to do.
+    The database is prepared first. Without any API key the service answers whoever reaches it, and so listens on
+    loopback only. Raises SettingsError when it cannot listen on the address, SchemaOutdated, SchemaNewer,
+    DatabaseUnreachable; each says in one line what to do.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(settings)
     # What the libraries tell at "info" is of no use to an operator: one line says that the service is there.
     library_level = {"info": "warning"}.get(settings.log_level, settings.log_level)
     logging.getLogger("alembic").setLevel(library_level.upper())
@@ -43,22 +63,45 @@ def run(settings: Settings) -> None:
     listener = listen(settings.host, settings.port)
     with listener:
         host, port = listener.getsockname()[:2]
+        prepare(settings)
         database = Database(settings.sqlalchemy_url)
         try:
-            if database.is_sqlite:
-                _migrate(database)
-            else:
-                database.check_schema()
+            with database.read() as connection:
+                guarded = tenants.any_key(connection)
             url = database.url
         finally:
             database.close()
+        if not guarded and not ipaddress.ip_address(host).is_loopback:
+            raise SettingsError(
+                f"AGENTSTATE_HOST {settings.host} can be reached from elsewhere, and there is no API key: make one "
+                "with `agentstate keys create`, or listen on 127.0.0.1"
+            )
         app = create_app(settings.model_copy(update={"port": port}))
         shown = f"[{host}]" if ":" in host else host
         logger.info(
-            "AgentState listens on http://%s:%d, database %s, pages in %s", shown, port, url, settings.pages_path
+            "AgentState listens on http://%s:%d, database %s, pages in %s, %s",
+            shown,
+            port,
+            url,
+            settings.pages_path,
+            "API keys are required" if guarded else "loopback only, because there is no API key",
         )
-        config = uvicorn.Config(app, log_config=None, log_level=library_level, access_log=False)
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(app, log_level=library_level).run(sockets=[listener])
+
+
+class Server(uvicorn.Server):
+    """Serves ``app``, and when it is told to end ends the streams first, so that the rest can be answered."""
+
+    def __init__(self, app: FastAPI, log_level: str = "warning"):
+        config = uvicorn.Config(
+            app, log_config=None, log_level=log_level, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S
+        )
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.service.changes.close()
+        await super().shutdown(sockets)
 
 
 def listen(host: str, port: int) -> socket.socket:

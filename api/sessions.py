@@ -1,155 +1,137 @@
-"""``/v1/sessions``: create, read, append, suspend, resume, and the lease."""
+"""``/v1/sessions``: create, list, read, change, delete."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response, status
+from fastapi import APIRouter, Header, Query, Response, status
 
 from agentstate import answers
 from agentstate.database import instant
-from agentstate.leases import Lease, LeaseKey
-from agentstate.sessions import Entry, EntryPage, NewEntry, Order, Session
-from api.problems import Problem
-from api.schemas import (
-    MAX_ENTRIES,
-    AppendEntries,
-    CreateSession,
-    LeaseProof,
-    Name,
-    RenewLease,
-    ResumeSession,
-    SessionId,
-    SuspendSession,
-)
-from api.service import ServiceDep
+from agentstate.outcomes import Keep, Order, Session
+from api.problems import COMMON, responses
+from api.schemas import MAX_LIST, CreateSession, Name, SessionId, UpdateSession
+from api.service import SeenDep, SessionsDep, etag
+from api.writes import Answer, WriteDep
 
-router = APIRouter(
-    prefix="/v1/sessions",
-    tags=["sessions"],
-    responses={
-        code: {"model": Problem, "content": {"application/problem+json": {}}, "description": text}
-        for code, text in {
-            404: "No such session",
-            409: "Someone else holds it, or it is done: wait or stop",
-            410: "Expired",
-            422: "Malformed, or not fitting the transcript",
-        }.items()
-    },
-)
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=COMMON)
 
+GONE = responses(_404="No such session", _410="Expired")
+CONDITIONAL = responses(_412="The session has changed since: reload it", _428="If-Match is needed")
+_ETAG = {"headers": {"ETag": {"schema": {"type": "string"}}}}
 
-@router.post("", status_code=status.HTTP_201_CREATED)
-def create(body: CreateSession, response: Response, service: ServiceDep) -> answers.Session:
-    """Create a session; it is idle until it is resumed."""
-    session = service.sessions.create(
-        body.model,
-        session_id=body.id,
-        metadata=body.metadata,
-        cache_salt=body.cache_salt,
-        extra_key=body.extra_key,
-        expires_in_s=body.expires_in_s,
-    )
-    response.headers["Location"] = f"/v1/sessions/{session.id}"
-    return _session(session)
-
-
-@router.get("/{session_id}")
-def read(session_id: SessionId, service: ServiceDep) -> answers.Session:
-    """Read a session, without its entries."""
-    return _session(service.sessions.read(session_id))
-
-
-@router.get("/{session_id}/entries")
-def entries(
-    session_id: SessionId,
-    service: ServiceDep,
-    after: Annotated[Name | None, Query(description="Go on after this entry.")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_ENTRIES)] = 100,
-    order: Annotated[Order, Query(description="By seq.")] = Order.ASCENDING,
-) -> answers.EntryList:
-    """Page through the transcript."""
-    return _list(service.sessions.entries(session_id, after=after, limit=limit, order=order))
-
-
-@router.post("/{session_id}/entries", status_code=status.HTTP_201_CREATED)
-def append(session_id: SessionId, body: AppendEntries, service: ServiceDep) -> answers.AppendedEntries:
-    """Append one or many entries, all or none, under the lease."""
-    appended = service.sessions.append(
-        session_id,
-        _key(body.lease),
-        [NewEntry(entry.kind, entry.payload, entry.call_id) for entry in body.entries],
-    )
-    page = _list(EntryPage(appended.entries, has_more=False))
-    return answers.AppendedEntries(**vars(page), revision=str(appended.session.revision))
-
-
-@router.post("/{session_id}/suspend")
-def suspend(session_id: SessionId, body: SuspendSession, service: ServiceDep) -> answers.Suspended:
-    """End the turn and make the KV durable.
-
-    The session is suspended once its transaction has committed; the engine is asked after that, and what it answers
-    within ``durable_timeout_ms`` is ``kv``.
-    """
-    suspended = service.sessions.suspend(session_id, _key(body.lease), body.reason, expires_in_s=body.expires_in_s)
-    stored, operation_id = service.flushes.barrier(suspended.ranks, session_id, body.durable_timeout_ms)
-    return answers.Suspended(
-        id=session_id,
-        status=suspended.session.status,
-        revision=str(suspended.session.revision),
-        head_id=suspended.session.head_id,
-        pending_tool_calls=suspended.pending_tool_calls,
-        operation=operation_id,
-        kv=answers.StoredKv(state=stored.state, tokens=stored.tokens, pages=stored.pages, bytes=stored.nbytes),
-    )
+# What can follow once a session is there: for who reads the document, and for tests that walk along it.
+LINKS: dict[str, Any] = {
+    name: {"operationId": name, "parameters": {"session_id": "$response.body#/id"}}
+    for name in ("read_session", "resume_session", "list_entries", "prefetch_pages")
+} | {
+    name: {
+        "operationId": name,
+        "parameters": {"path.session_id": "$response.body#/id", "header.if-match": "$response.body#/revision"},
+    }
+    for name in ("fork_session", "update_session", "delete_session")
+}
 
 
 @router.post(
-    "/{session_id}/resume",
-    responses={409: {"headers": {"Retry-After": {"schema": {"type": "integer"}}}}, 412: {"model": Problem}},
+    "",
+    status_code=status.HTTP_201_CREATED,
+    response_model=answers.Session,
+    operation_id="create_session",
+    responses={
+        201: {"headers": {**_ETAG["headers"], "Location": {"schema": {"type": "string"}}}, "links": LINKS},
+        **responses(_409="The id is taken, or the Idempotency-Key in use"),
+    },
 )
-def resume(session_id: SessionId, service: ServiceDep, body: ResumeSession | None = None) -> answers.Resumed:
-    """Take the lease and get back all that the next turn needs. No engine is asked."""
-    body = body or ResumeSession()
-    resumed = service.sessions.resume(
-        session_id,
-        lease_ttl_s=body.lease_ttl_s or service.settings.lease_ttl_s,
-        tail=body.tail,
-        expect_model=body.expect.model if body.expect else None,
-    )
-    session = resumed.session
-    namespace = {"cache_salt": session.cache_salt, "extra_key": session.extra_key}
-    link = None
-    if resumed.engine is not None:
-        link = answers.EngineLink(
-            base_url=resumed.engine.base_url,
-            extra_body={
-                "session_id": session.id,
-                **{name: value for name, value in namespace.items() if value is not None},
-            },
+def create(body: CreateSession, write: WriteDep, sessions: SessionsDep) -> Response:
+    """Create a session; it is idle until it is resumed."""
+    return write.run(
+        lambda _: created(
+            sessions.create(
+                body.model,
+                session_id=body.id,
+                metadata=body.metadata,
+                cache_salt=body.cache_salt,
+                extra_key=body.extra_key,
+                expires_in_s=body.expires_in_s,
+            )
         )
-    return answers.Resumed(
-        session=_session(session),
-        lease=_lease(resumed.lease),
-        entries=_list(resumed.tail),
-        pending_tool_calls=resumed.pending_tool_calls,
-        engine=link,
-        kv=answers.Outlook(**vars(resumed.kv)),
+    ).response()
+
+
+@router.get("", operation_id="list_sessions")
+def list_sessions(
+    sessions: SessionsDep,
+    after: Annotated[Name | None, Query(description="Go on after this id, whether or not it still exists.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = 100,
+    order: Annotated[Order, Query(description="By id; ids that the service makes sort by time.")] = Order.ASCENDING,
+) -> answers.SessionList:
+    """List the sessions that have not expired."""
+    page = sessions.list(after=after, limit=limit, order=order)
+    data = [view(session) for session in page.sessions]
+    return answers.SessionList(
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=page.has_more,
     )
 
 
-@router.post("/{session_id}/lease/renew")
-def renew(session_id: SessionId, body: RenewLease, service: ServiceDep) -> answers.Lease:
-    """Keep the lease."""
-    ttl_s = body.lease_ttl_s or service.settings.lease_ttl_s
-    return _lease(service.sessions.renew(session_id, _key(body.lease), lease_ttl_s=ttl_s))
+@router.get(
+    "/{session_id}",
+    response_model=answers.Session,
+    operation_id="read_session",
+    responses={200: _ETAG, 304: {"description": "Still the one of If-None-Match"}, **GONE},
+)
+def read(
+    session_id: SessionId,
+    sessions: SessionsDep,
+    if_none_match: Annotated[str | None, Header(description="Answer 304 while this is the session's ETag.")] = None,
+) -> Response:
+    """Read a session, without its entries."""
+    session = sessions.read(session_id)
+    answer = changed(session)
+    tags = [tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")]
+    if answer.headers["ETag"] in tags or "*" in tags:
+        return Answer(None, 304, answer.headers).response()
+    return answer.response()
 
 
-def _key(proof: LeaseProof) -> LeaseKey:
-    return LeaseKey(proof.token, proof.epoch)
+@router.patch(
+    "/{session_id}",
+    response_model=answers.Session,
+    operation_id="update_session",
+    responses={200: _ETAG, **GONE, **CONDITIONAL},
+)
+def update(session_id: SessionId, body: UpdateSession, revision: SeenDep, sessions: SessionsDep) -> Response:
+    """Change metadata key by key, null takes one away; and the expiry, null for never."""
+    expires_in_s = body.expires_in_s if "expires_in_s" in body.model_fields_set else Keep.KEEP
+    return changed(sessions.update(session_id, revision, metadata=body.metadata, expires_in_s=expires_in_s)).response()
 
 
-def _session(session: Session) -> answers.Session:
+@router.delete(
+    "/{session_id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    operation_id="delete_session",
+    responses={**GONE, **CONDITIONAL, **responses(_409="The session is being run")},
+)
+def delete(session_id: SessionId, revision: SeenDep, sessions: SessionsDep) -> Response:
+    """Delete a session. Its forks keep what they share with it."""
+    sessions.delete(session_id, revision)
+    return Response(status_code=status.HTTP_204_NO_CONTENT)
+
+
+def created(session: Session) -> Answer:
+    """201, and where it is."""
+    headers = {"Location": f"/v1/sessions/{session.id}", "ETag": etag(session.revision, session.status)}
+    return Answer(view(session), status.HTTP_201_CREATED, headers)
+
+
+def changed(session: Session) -> Answer:
+    return Answer(view(session), headers={"ETag": etag(session.revision, session.status)})
+
+
+def view(session: Session) -> answers.Session:
     return answers.Session(
         id=session.id,
         model=session.model,
@@ -163,30 +145,3 @@ def _session(session: Session) -> answers.Session:
         updated_at=instant(session.updated_us),
         expires_at=None if session.expires_us is None else instant(session.expires_us),
     )
-
-
-def _entry(entry: Entry) -> answers.Entry:
-    return answers.Entry(
-        id=entry.id,
-        session_id=entry.session_id,
-        parent_id=entry.parent_id,
-        seq=entry.seq,
-        kind=entry.kind,
-        payload=entry.payload,
-        call_id=entry.call_id,
-        created_at=instant(entry.created_us),
-    )
-
-
-def _list(page: EntryPage) -> answers.EntryList:
-    data = [_entry(entry) for entry in page.entries]
-    return answers.EntryList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=page.has_more,
-    )
-
-
-def _lease(lease: Lease) -> answers.Lease:
-    return answers.Lease(token=lease.key.token, epoch=lease.key.epoch, expires_at=instant(lease.expires_us))

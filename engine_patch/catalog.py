@@ -58,7 +58,9 @@ class Catalog:
     def load(self, session_id: str) -> Manifest | None:
         """The manifest that SQL holds of a session for this engine's pages. Raises DatabaseError."""
         with self._database.read() as connection:
-            return manifests.load(connection, session_id, self._engine.fingerprint, self._engine.rank)
+            return manifests.load(
+                connection, session_id, self._engine.fingerprint, self._engine.rank, self._engine.node
+            )
 
     def close(self) -> None:
         """Write what waits, if the database answers, and take the engine off the list."""

@@ -29,10 +29,10 @@ class _Waiting(NamedTuple):
 class ControlEndpoint:
     """Binds ``address`` (``*`` takes a free port; `address` then says which) and serves until `close`.
 
-    ``standing(session)`` answers a flush as of now, and ``prefetch(session, tier)`` begins one and gives what answers
-    it as of now; while the state is ``pending`` or ``running`` the peer waits, up to its own timeout.
-    ``demote(session)`` and ``stat()`` answer the other verbs. ``tick()`` is called about once a second. Raises
-    EngineError when the address cannot be bound.
+    ``standing(session)`` answers a flush as of now, and ``prefetch(session, tier, keys)`` begins one and gives what
+    answers it as of now; while the state is ``pending`` the peer waits, up to its own timeout. ``demote(session)`` and
+    ``stat()`` answer the other verbs. ``tick()`` is called about once a second. Raises EngineError when the address
+    cannot be bound.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ControlEndpoint:
         *,
         standing: Callable[[str], dict[str, Any]],
         stat: Callable[[], dict[str, Any]],
-        prefetch: Callable[[str, str], Callable[[], dict[str, Any]]],
+        prefetch: Callable[[str, str, bytes | None], Callable[[], dict[str, Any]]],
         demote: Callable[[str], dict[str, Any]],
         tick: Callable[[], None],
     ):
@@ -94,7 +94,7 @@ class ControlEndpoint:
                     session = str(request["session"])
                     self._waiting.append(_Waiting(peer, lambda: self._standing(session), deadline_s))
                 case "prefetch":
-                    begun = self._prefetch(str(request["session"]), str(request["tier"]))
+                    begun = self._prefetch(str(request["session"]), str(request["tier"]), request.get("keys"))
                     self._waiting.append(_Waiting(peer, begun, deadline_s))
                 case "demote":
                     self._send(peer, {"ok": True, **self._demote(str(request["session"]))})
@@ -104,6 +104,8 @@ class ControlEndpoint:
                     self._send(peer, {"ok": False, "error": f"unknown verb {verb!r}"})
         except (KeyError, TypeError, ValueError) as error:
             self._send(peer, {"ok": False, "error": f"malformed request: {error!r}"})
+        except EngineError as error:
+            self._send(peer, {"ok": False, "error": str(error)})
         except Exception as error:
             logger.exception("agentstate: a control request failed")
             self._send(peer, {"ok": False, "error": str(error)})
@@ -112,7 +114,7 @@ class ControlEndpoint:
         """Answer what is final or whose time is up."""
         try:
             answer = waiting.answer()
-            if answer["state"] in ("pending", "running") and time.monotonic() < waiting.deadline_s:
+            if answer["state"] == "pending" and time.monotonic() < waiting.deadline_s:
                 return False
             self._send(waiting.peer, {"ok": True, **answer})
         except Exception as error:

@@ -8,6 +8,7 @@ import queue
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,14 +29,21 @@ logger = logging.getLogger(__name__)
 
 # Token ids that are remembered, of the sessions that were used last: 8 bytes each.
 _REMEMBERED_TOKENS = 16_000_000
+_REMEMBERED_PREFETCHES = 1000
+
+
+class Progress(Enum):
+    """How far a prefetch is. It fails when a page cannot be used, or when there is not enough device memory."""
+
+    RUNNING = auto()
+    DONE = auto()
+    FAILED = auto()
 
 
 @dataclass
-class Progress:
-    """How far a prefetch is: ``running``; then ``done``, ``missing`` when a page could not be used, or ``full`` when
-    there was not enough device memory."""
-
-    state: str = "running"
+class _Prefetch:
+    keys: list[bytes]
+    progress: Progress = Progress.RUNNING
 
 
 @dataclass
@@ -43,7 +51,7 @@ class _Arrival:
     """A session's pages on their way to the device: ``slots`` are theirs until the tree has them; ``node`` is where
     they will be attached, locked until then."""
 
-    progress: Progress
+    prefetch: _Prefetch
     key: RadixKey
     batch: int
     prefix: torch.Tensor
@@ -66,8 +74,9 @@ class DeviceTier:
         self._sessions: OrderedDict[str, RadixKey] = OrderedDict()
         self._tokens = 0
         self._arrivals: list[_Arrival] = []
+        self._prefetches: OrderedDict[str, _Prefetch] = OrderedDict()
         self._nodes = isinstance(cache.tree_core, UnifiedTreeCore)
-        self._able = self._nodes and get_parallel().tp_size == 1 and len(cache._components_tuple) == 1
+        self.able = self._nodes and get_parallel().tp_size == 1 and len(cache._components_tuple) == 1
 
     def run(self) -> None:
         """Do what was asked for. Called before the scheduler makes its next batch."""
@@ -89,7 +98,7 @@ class DeviceTier:
     def knows(self, session_id: str) -> bool:
         """Whether `prefetch` and `demote` can do anything for a session: the tree is keyed by token ids, which only
         a process that has served the session has."""
-        return self._able and session_id in self._sessions
+        return self.able and session_id in self._sessions
 
     def demote(self, session_id: str) -> None:
         """Make the session's pages the first to be evicted, but for those that another one shares. From any thread."""
@@ -101,23 +110,29 @@ class DeviceTier:
                 break
             node.last_access_time = 0
 
-    def prefetch(self, session_id: str, keys: list[bytes]) -> Progress:
+    def prefetch(self, session_id: str, keys: list[bytes]) -> Callable[[], Progress]:
         """Bring the pages ``keys``, the session's stored chain, into the tree: into memory that is free or that the
-        tree may evict, and not at all when that is too little. From any thread."""
-        progress = Progress()
-        self._asked.put(lambda: self._begin(progress, self._sessions.get(session_id), keys))
-        return progress
+        tree may evict, and not at all when that is too little. Tells how far that is. From any thread; one that is
+        under way already is gone on with."""
+        prefetch = self._prefetches.get(session_id)
+        if prefetch is None or prefetch.progress is not Progress.RUNNING or prefetch.keys != keys:
+            prefetch = self._prefetches[session_id] = _Prefetch(keys)
+            self._asked.put(lambda: self._begin(prefetch, self._sessions.get(session_id)))
+            while len(self._prefetches) > _REMEMBERED_PREFETCHES:
+                self._prefetches.popitem(last=False)
+        return lambda: prefetch.progress
 
-    def _begin(self, progress: Progress, key: RadixKey | None, keys: list[bytes]) -> None:
+    def _begin(self, prefetch: _Prefetch, key: RadixKey | None) -> None:
+        keys = prefetch.keys
         cache, page_size = self._cache, self._cache.page_size
         if key is None:
-            progress.state = "missing"
+            prefetch.progress = Progress.FAILED
             return
         whole = key[: len(keys) * page_size]
         found = cache.match_prefix(MatchPrefixParams(key=whole))
         missing = keys[found.device_prefix_len // page_size :]
         if not missing:
-            progress.state = "done"
+            prefetch.progress = Progress.DONE
             return
         need = len(missing) * page_size
         lock = cache.inc_lock_ref(found.last_device_node).to_dec_params()
@@ -127,12 +142,12 @@ class DeviceTier:
         slots = allocator.alloc(need) if allocator.available_size() >= need else None
         if slots is None:
             cache.dec_lock_ref(found.last_device_node, lock)
-            progress.state = "full"
+            prefetch.progress = Progress.FAILED
             return
         batch = self._linker.load_ahead("a prefetch", missing, slots)
         root = cache.root_node_handle(whole.extra_key)
         prefix = cache.tree_core.collect_full_device_indices(found.last_device_node, root)[: found.device_prefix_len]
-        self._arrivals.append(_Arrival(progress, whole, batch, prefix, slots, found.last_device_node, lock))
+        self._arrivals.append(_Arrival(prefetch, whole, batch, prefix, slots, found.last_device_node, lock))
 
     def offer_again(self, key: RadixKey) -> None:
         """Offer those nodes along ``key`` to the store whose pages it had and has lost: evicted or found damaged."""
@@ -156,7 +171,7 @@ class DeviceTier:
         """Before the device memory is cleared."""
         for arrival in self._arrivals:
             self._linker.failed_loads(arrival.batch)
-            arrival.progress.state = "missing"
+            arrival.prefetch.progress = Progress.FAILED
         self._arrivals.clear()
 
     def _land(self) -> None:
@@ -164,7 +179,7 @@ class DeviceTier:
             self._arrivals.remove(arrival)
             if self._linker.failed_loads(arrival.batch):
                 self._cache.token_to_kv_pool_allocator.free(arrival.slots)
-                arrival.progress.state = "missing"
+                arrival.prefetch.progress = Progress.FAILED
             else:
                 # The tree frees the slots of what it got from elsewhere in the meantime.
                 self._cache.insert(
@@ -174,5 +189,5 @@ class DeviceTier:
                         prev_prefix_len=len(arrival.prefix),
                     )
                 )
-                arrival.progress.state = "done"
+                arrival.prefetch.progress = Progress.DONE
             self._cache.dec_lock_ref(arrival.node, arrival.lock)

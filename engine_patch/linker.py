@@ -15,12 +15,12 @@ from agentstate import ids
 from agentstate.database import Database
 from agentstate.engines import Engine
 from agentstate.errors import EngineError
-from agentstate.manifests import Manifest
+from agentstate.manifests import Manifest, split_keys
 from agentstate.pages import PageStore, Quota, fingerprint, weights_digest
 from agentstate.settings import Settings
 from engine_patch.catalog import Catalog
 from engine_patch.control import ControlEndpoint
-from engine_patch.device_tier import DeviceTier
+from engine_patch.device_tier import DeviceTier, Progress
 from engine_patch.ledger import Ledger
 from engine_patch.metrics import Metrics
 from engine_patch.pools import DevicePool, device_pools
@@ -236,33 +236,38 @@ class AgentStateLinker(UnifiedCacheLinker):
         manifest = self._catalog.load(session_id)
         return [] if manifest is None else manifest.page_keys()
 
-    def _prefetch(self, session_id: str, tier: str) -> Callable[[], dict[str, Any]]:
-        """Begin to bring a session's pages nearer: what tells how far that is, as of now.
+    def _prefetch(self, session_id: str, tier: str, packed: bytes | None) -> Callable[[], dict[str, Any]]:
+        """Begin to bring a session's pages nearer, those of ``packed`` or all that are known: what tells how far that
+        is, as of now. Goes on with what has begun already.
 
         ``tier`` is ``device`` or ``host``; where the device cannot be reached (`DeviceTier`), host memory is.
         """
         if tier not in ("host", "device"):
             raise ValueError(f"tier {tier!r} is neither host nor device")
-        chain = self._chain(session_id)
-        keys = chain[: self._pools.durable(chain)]
-        answer = {"tier": tier, "tokens": len(keys) * self.page_size, "bytes": self._pools.n_bytes(len(keys))}
-        if not keys or self._off is not None:
-            return lambda: {**answer, "state": "missing"}
+        chain = self._chain(session_id) if packed is None else split_keys(packed)
+        keys = chain[: self._pools.durable(chain)] if self._off is None else []
+        whole = "warm" if len(keys) == len(chain) else "partial"
+        if not keys:
+            return lambda: self._answer("cold", 0, tier)
         if tier == "device" and self.device_tier is not None and self.device_tier.knows(session_id):
             progress = self.device_tier.prefetch(session_id, keys)
-            return lambda: {**answer, "state": progress.state}
-        begun = self._pools.prefetch(session_id, keys, self._prefetch_ttl_s)
-        answer["tier"] = "host"
-        return lambda: {
-            **answer,
-            "state": "missing" if not begun else "done" if self._pools.staged(session_id) else "running",
-        }
+            states = {Progress.RUNNING: "pending", Progress.DONE: whole, Progress.FAILED: "cold"}
+            return lambda: self._answer(states[progress()], len(keys), tier)
+        if not self._pools.prefetch(session_id, keys, self._prefetch_ttl_s):
+            return lambda: self._answer("cold", 0, "host")
+        return lambda: self._answer(whole if self._pools.staged(session_id) else "pending", len(keys), "host")
 
     def _demote(self, session_id: str) -> dict[str, Any]:
-        if self.device_tier is None or not self.device_tier.knows(session_id):
-            return {"demoted": False}
+        if self.device_tier is None or not self.device_tier.able:
+            raise EngineError("sessions cannot be demoted with tensor parallelism, or with this model's attention")
         self.device_tier.demote(session_id)
-        return {"demoted": True}
+        return self._answer("demoted", len(self._ledger.chain(session_id) or ()), "device")
+
+    def _answer(self, state: str, pages: int, tier: str) -> dict[str, Any]:
+        """``pages`` are those that the state is about; nothing of a session that is ``cold`` is anywhere."""
+        pages = 0 if state == "cold" else pages
+        tokens = pages * self.page_size
+        return {"state": state, "tokens": tokens, "pages": pages, "bytes": self._pools.n_bytes(pages), "tier": tier}
 
     def _need_only(self, chains: Iterable[list[bytes]]) -> None:
         self._pools.need(chains, only=True)

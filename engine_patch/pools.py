@@ -66,10 +66,7 @@ def device_pools(params: Any, components: Iterable[ComponentType]) -> list[Devic
         if not params.swa_gates_prefix_match or not params.swa_retain_window:
             raise EngineError("its sliding-window state belongs to requests and not to pages")
         window_pages = -(-params.swa_retain_window // params.page_size)
-        full, sliding = (
-            tuple(sorted(layer for layer, (_, slides) in kvcache.layers_mapping.items() if slides is which))
-            for which in (False, True)
-        )
+        full, sliding = (_layers_of(kvcache, is_sliding) for is_sliding in (False, True))
         return [
             _attention(PoolName.KV, kvcache.full_kv_pool, params.page_size, full),
             _attention(PoolName.SWA, kvcache.swa_kv_pool, params.page_size, sliding, window_pages),
@@ -84,6 +81,12 @@ def device_pools(params: Any, components: Iterable[ComponentType]) -> list[Devic
         return [_attention(PoolName.KV, kvcache, params.page_size, None)]
     names = " and ".join(sorted(kind.name for kind in kinds))
     raise EngineError(f"a {type(kvcache).__name__} with {names} state is not known")
+
+
+def _layers_of(kvcache: Any, is_sliding: bool) -> tuple[int, ...]:
+    """The model's layers in one of the two pools of a `SWAKVPool`, in that pool's order."""
+    places = sorted((place, layer) for layer, (place, slides) in kvcache.layers_mapping.items() if slides is is_sliding)
+    return tuple(layer for _, layer in places)
 
 
 def _attention(

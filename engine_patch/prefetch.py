@@ -54,8 +54,12 @@ class Prefetches:
                 self._begin(self._requests, rid, keys, None)
 
     def for_session(self, session_id: str, keys: Sequence[bytes], expires_in_s: float) -> bool:
-        """Begin to read ``keys``, a session's chain; False when they are not stored (any more)."""
+        """Begin to read ``keys``, a session's chain, or go on with that; False when they are not stored (any more)."""
         with self._mutex:
+            ahead = self._sessions.get(session_id)
+            if ahead is not None and list(ahead.position) == list(keys):
+                ahead.expires_s = self._clock() + expires_in_s
+                return True
             self._give_up(self._sessions, session_id)
             return self._begin(self._sessions, session_id, keys, self._clock() + expires_in_s)
 

@@ -41,7 +41,6 @@ from sglang.srt.mem_cache.memory_pool import (  # noqa: E402
 )
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 from sglang.srt.mem_cache.registry import (  # noqa: E402
-    TreeCacheBuildContext,
     create_unified_radix_cache,
     register_radix_cache_backend,
 )
@@ -75,7 +74,6 @@ __all__ = [
     "PoolTransfer",
     "RadixKey",
     "SWAKVPool",
-    "TreeCacheBuildContext",
     "UnifiedCacheLinker",
     "UnifiedCacheLinkerWrapper",
     "UnifiedRadixCache",

@@ -6,7 +6,7 @@ leaves the schema as it was.
 
 from alembic import context
 
-from agentstate.models import metadata
+from agentstate.adapters.tables import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

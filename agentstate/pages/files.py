@@ -10,10 +10,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import lmdb
+
 from agentstate.errors import BadExtent
 from agentstate.pages.extent import PREFIX, ExtentHeader
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: OSError | lmdb.Error) -> bool:
+    """Whether it says that there is no room, which is no fault of the disk."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return isinstance(error, lmdb.MapFullError) or error.code in _FULL
 
 
 def open_direct(path: Path, flags: int) -> int:
@@ -100,8 +109,12 @@ def sync_directory(directory: Path) -> None:
 
 
 def _over(spare: Path, partial: Path) -> int | None:
-    """The spare file under its new name, open for writing; None when a reader of another process still has it."""
-    fd = open_direct(spare, os.O_WRONLY)
+    """The spare file under its new name, open for writing; None when it is gone, or a reader of another process
+    still has it."""
+    try:
+        fd = open_direct(spare, os.O_WRONLY)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(spare, partial)

@@ -4,17 +4,19 @@ The index is memory-mapped, so a look-up costs about a microsecond and its memor
 the extents say and a little that they cannot (which pages were dropped, and when an extent was last used), and it may
 be lost at any time: `PageStore` compares it with the files at open and reads the headers of those it does not know.
 
-LMDB trusts its file. An index that is shorter than it says, was made by another version or for other pages, or made
-the last process that opened it end in the middle of that, is deleted and made anew.
+LMDB trusts its file. An index that is shorter than it says, cannot be walked from end to end, was made by another
+version or for other pages, or outlived the last process that opened it or the last two that changed it, is deleted and
+made anew.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,19 @@ _MAP_BYTES = 1 << 34
 _PLACE = struct.Struct("<QI")
 _NUMBER = struct.Struct(">Q")
 _RECORD = struct.Struct("<IIQQQ")
+# What LMDB raises when its file is not as it left it, unlike what the file system refuses.
+_DAMAGE = (
+    lmdb.BadTxnError,
+    lmdb.BadDbiError,
+    lmdb.BadValsizeError,
+    lmdb.CorruptedError,
+    lmdb.IncompatibleError,
+    lmdb.InvalidError,
+    lmdb.NotFoundError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+    lmdb.VersionMismatchError,
+)
 
 
 class ExtentRecord(NamedTuple):
@@ -80,64 +95,90 @@ class PageIndex:
     """
 
     def __init__(self, directory: Path, fingerprint: bytes, geometry: Geometry):
-        identity = repr((_VERSION, FORMAT_VERSION, fingerprint.hex(), geometry)).encode()
-        data, opening = directory / "data.mdb", directory / "opening"
-        damage = None
-        # It lies there while an open is under way: a crash of LMDB over a damaged index must not repeat for ever.
-        if opening.exists():
-            damage = "the last process that opened it ended in the middle of that"
-        elif data.exists():
-            opening.touch()
-            damage = self._damage(data, identity)
+        self._identity = repr((_VERSION, FORMAT_VERSION, fingerprint.hex(), geometry)).encode()
+        self._data, self._unfinished = directory / "data.mdb", directory / "unfinished"
+        self._env: Any = None
+        try:
+            self._open(directory)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, directory: Path) -> None:
+        ended = self._unfinished.stat().st_size if self._unfinished.exists() else 0
+        damage = "the last processes that worked on it ended in the middle of that" if ended > 1 else None
+        if damage is None and self._data.exists():
+            self._begin(b"..")
+            damage = self._damage()
         if damage is not None:
             logger.warning("page store: the index %s is made anew: %s", directory, damage)
+            self.close()
             shutil.rmtree(directory)
         directory.mkdir(exist_ok=True)
-        if not data.exists():
-            opening.touch()
-            self._map(data)
+        if damage is not None or not self._data.exists():
+            self._begin(b"..")
+            self._map()
+            self._name()
             with self._env.begin(write=True) as txn:
-                txn.put(b"identity", identity, db=self._meta)
-        with self._env.begin(db=self._pages) as txn:
-            # Touches every leaf, so that the look-ups to come find them in memory.
-            for _ in txn.cursor().iternext(keys=True, values=False):
-                pass
-        opening.unlink()
+                txn.put(b"identity", self._identity, db=self._meta)
+            ended = 0
+        self._finish(ended)
 
-    def _map(self, data: Path) -> None:
+    def _begin(self, weight: bytes = b".") -> None:
+        """A damaged index may end the process that works on it, and must not do so for ever: the marks of what was not
+        finished are counted. A change is often under way when a process is killed, so one of those is not enough."""
+        with suppress(OSError), self._unfinished.open("ab") as file:
+            file.write(weight)
+
+    def _finish(self, ended: int = 0) -> None:
+        with suppress(OSError):
+            if ended:
+                os.truncate(self._unfinished, ended)
+            else:
+                self._unfinished.unlink()
+
+    def _map(self, *, readonly: bool = False) -> None:
         # The last transactions before a power failure may be lost, which is no harm; a torn index would be one.
-        self._env = lmdb.open(str(data.parent), map_size=_MAP_BYTES, max_dbs=3, metasync=False)
+        self._env = lmdb.open(
+            str(self._data.parent),
+            map_size=_MAP_BYTES,
+            max_dbs=3,
+            metasync=False,
+            readonly=readonly,
+            create=False,
+            lock=not readonly,
+        )
+
+    def _name(self) -> None:
         self._meta, self._pages, self._extents = (self._env.open_db(name) for name in (b"meta", b"pages", b"extents"))
 
-    def _damage(self, data: Path, identity: bytes) -> str | None:
+    def _damage(self) -> str | None:
         """Map the index that is there, and tell why it cannot be used, if it cannot."""
         try:
-            self._map(data)
-        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PageNotFoundError) as error:
+            self._map()
+            # Before anything else is touched: what lies behind a file's end cannot be, in memory that maps it.
+            end = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+            if (size := self._data.stat().st_size) < end:
+                return f"it is {size} bytes long and should be {end}"
+            self._name()
+            with self._env.begin(db=self._meta) as txn:
+                if txn.get(b"identity") != self._identity:
+                    return "it is of another version, model or layout"
+            with self._env.begin() as txn:
+                # Touches every leaf, so that the look-ups to come find them in memory.
+                for database in (self._pages, self._extents):
+                    for _ in txn.cursor(db=database).iternext(keys=True, values=False):
+                        pass
+        except _DAMAGE as error:
             return str(error)
-        end = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-        with self._env.begin(db=self._meta) as txn:
-            found = txn.get(b"identity")
-        damage = None
-        if (size := data.stat().st_size) < end:
-            damage = f"it is {size} bytes long and should be {end}"
-        elif found != identity:
-            damage = "it is of another version, model or layout"
-        if damage is not None:
-            self._env.close()
-        return damage
-
-    def __len__(self) -> int:
-        """How many pages it holds."""
-        with self._env.begin(db=self._pages) as txn:
-            entries: int = txn.stat(self._pages)["entries"]
-        return entries
+        return None
 
     def prefix(self, keys: Iterable[bytes]) -> list[tuple[int, int]]:
         """The extent number and the slot of each of ``keys``, up to the first that is not stored. As of one moment."""
         found: list[Any] = []
         unpack = _PLACE.unpack
-        with self._env.begin(db=self._pages, buffers=True) as txn:
+        # No buffers: they would outlive a `close` by another thread, which unmaps what they show.
+        with self._env.begin(db=self._pages) as txn:
             get = txn.get
             for key in keys:
                 raw = get(key)
@@ -148,20 +189,54 @@ class PageIndex:
 
     def numbers(self, keys: Iterable[bytes]) -> set[int]:
         """The extents that hold those of ``keys`` that are stored."""
-        with self._env.begin(db=self._pages, buffers=True) as txn:
+        with self._env.begin(db=self._pages) as txn:
             found = (txn.get(key) for key in keys)
             return {_PLACE.unpack(raw)[0] for raw in found if raw is not None}
 
     def records(self) -> dict[int, ExtentRecord]:
         """Every extent by its number."""
         with self._env.begin(db=self._extents) as txn:
-            return {_NUMBER.unpack(number)[0]: ExtentRecord(*_RECORD.unpack(raw)) for number, raw in txn.cursor()}
+            return {
+                _NUMBER.unpack(number)[0]: ExtentRecord(*_RECORD.unpack(raw))
+                for number, raw in txn.cursor()
+                if (len(number), len(raw)) == (_NUMBER.size, _RECORD.size)
+            }
 
     @contextmanager
     def change(self) -> Iterator[IndexChange]:
         """A write transaction, committed at the end and given up after an exception."""
-        with self._env.begin(write=True) as txn:
-            yield IndexChange(txn, self._pages, self._extents)
+        self._revive()
+        self._begin()
+        try:
+            with self._env.begin(write=True) as txn:
+                yield IndexChange(txn, self._pages, self._extents)
+        except lmdb.Error as error:
+            if not isinstance(error, _DAMAGE):
+                self._finish()
+            self._revive()
+            raise
+        except BaseException:
+            self._finish()
+            raise
+        self._finish()
+
+    def _revive(self) -> None:
+        """An environment that could not write its last page refuses everything from then on: map it anew, and only for
+        look-ups while the disk allows no more. Look-ups that are under way fail."""
+        try:
+            with self._env.begin():
+                pass
+            if not self._env.flags()["readonly"]:
+                return
+        except lmdb.Error:
+            pass
+        self._env.close()
+        try:
+            self._map()
+        except lmdb.Error:
+            self._map(readonly=True)
+        self._name()
 
     def close(self) -> None:
-        self._env.close()
+        if self._env is not None:
+            self._env.close()

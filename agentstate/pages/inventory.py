@@ -1,12 +1,16 @@
 """What lies in a page directory, and whether it is still what was written: for `agentstate pages`.
 
-Works on the files alone and beside a running engine: nothing here opens a store for writing but `repair`.
+Works on the files alone and beside a running engine: nothing here opens a store for writing but `repair` and
+`collect`. The index belongs to the engine, so which extent serves a page is told as a store tells it that opens
+without one: the one with the highest number. A page that an engine has dropped counts as live until then.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +22,9 @@ from agentstate.errors import BadExtent
 from agentstate.pages.extent import ExtentHeader, checksum, page_seed
 from agentstate.pages.files import header_of, opened
 from agentstate.pages.store import PageStore
+
+# The least digits of a page's key that `holding` takes for one.
+KEY_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -43,16 +50,20 @@ def store_directories(root: Path) -> list[Path]:
 
 def extents(store: Path) -> Iterator[ExtentReport]:
     """Every extent of a store by its header alone, in the order of their numbers."""
-    yield from _reports(store, lambda file, header: ())
+    yield from _reports(_paths(store), lambda file, header: ())
 
 
 def check(store: Path) -> Iterator[ExtentReport]:
     """Every extent of a store, every byte of it read and verified."""
-    yield from _reports(store, _broken)
+    yield from _reports(_paths(store), _broken)
 
 
-def _reports(store: Path, examine: Callable[[BinaryIO, ExtentHeader], tuple[int, ...]]) -> Iterator[ExtentReport]:
-    for path in sorted((store / "extents").glob("*.ext")):
+def _paths(store: Path) -> list[Path]:
+    return sorted((store / "extents").glob("*.ext"))
+
+
+def _reports(paths: list[Path], examine: Callable[[BinaryIO, ExtentHeader], tuple[int, ...]]) -> Iterator[ExtentReport]:
+    for path in paths:
         # A running engine may evict an extent at any time; then there is nothing to report.
         with suppress(FileNotFoundError), opened(path) as file:
             n_bytes = path.stat().st_size
@@ -63,13 +74,150 @@ def _reports(store: Path, examine: Callable[[BinaryIO, ExtentHeader], tuple[int,
                 yield ExtentReport(path, n_bytes, None, str(error))
 
 
+def total_bytes(stores: Iterable[Path]) -> int:
+    """Bytes of all extents of some stores."""
+    return sum(sum(_sizes(store)) for store in stores)
+
+
+def holding(root: Path, name: str) -> Iterator[tuple[ExtentReport, int | None]]:
+    """The extents below ``root`` that ``name`` means, each with the slot of the page if it names one.
+
+    ``name`` is the path of an extent, its number in hexadecimal, or the first 8 digits or more of a page's key.
+    """
+    path = Path(name).resolve()
+    number = name.removesuffix(".ext").rjust(16, "0")
+    for store in store_directories(root):
+        for report in extents(store):
+            if report.path.stem == number or report.path.resolve() == path:
+                yield report, None
+            elif report.header is not None and len(name) >= KEY_DIGITS:
+                yield from ((report, slot) for slot, key in enumerate(report.header.keys) if key.hex().startswith(name))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The bytes of one store: those of pages that are found (``live``), of pages that a later extent has too
+    (``superseded``), of extents that cannot be read, of files being written or left by a crash (``partial``), of the
+    index, and ``overhead``, the headers and padding of the extents that can be read."""
+
+    live: int
+    superseded: int
+    unreadable: int
+    partial: int
+    index: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return self.live + self.superseded + self.unreadable + self.partial + self.index + self.overhead
+
+
+def usage(store: Path) -> Usage:
+    reports = list(extents(store))
+    live_slots = Counter(place.path for place in _places(reports).values())
+    live = superseded = unreadable = overhead = 0
+    for report in reports:
+        if report.header is None:
+            unreadable += report.n_bytes
+            continue
+        page_bytes, pages = report.header.geometry.page_bytes, len(report.header.keys)
+        live += live_slots[report.path] * page_bytes
+        superseded += (pages - live_slots[report.path]) * page_bytes
+        overhead += report.n_bytes - pages * page_bytes
+    return Usage(live, superseded, unreadable, _file_bytes(store / "partial"), _file_bytes(store / "index"), overhead)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What `collect` freed, or would free: extents, their pages and their bytes; and the bytes that are left."""
+
+    extents: int
+    pages: int
+    freed_bytes: int
+    left_bytes: int
+
+
+def identity(store: Path) -> tuple[str, int] | None:
+    """The fingerprint, in hexadecimal, and the rank of a store, as SQL knows them; None where no extent can be read
+    or the directory is not named after a rank."""
+    header = next((report.header for report in extents(store) if report.header is not None), None)
+    rank = store.name.removeprefix("rank")
+    return (header.fingerprint.hex(), int(rank)) if header is not None and rank.isdecimal() else None
+
+
+def collectable(store: Path, needed: Iterable[Iterable[bytes]]) -> Collection:
+    """What `collect` would free of a store that no engine has open. Changes nothing."""
+    reports = list(extents(store))
+    places = _places(reports)
+    kept = {places[key].path for keys in needed for key in keys if key in places}
+    gone = [report for report in reports if report.header is not None and report.path not in kept]
+    freed = sum(report.n_bytes for report in gone)
+    pages = sum(place.path not in kept for place in places.values())
+    return Collection(len(gone), pages, freed, sum(report.n_bytes for report in reports) - freed)
+
+
+def collect(store: Path, needed: Callable[[], Iterable[Iterable[bytes]]]) -> Collection:
+    """Delete the extents that hold no page of ``needed``, the chains of the live manifests, which is asked for once
+    no engine can write to the store any more. Extents that cannot be read are left to `repair`.
+
+    Raises PageStoreLocked while an engine has the store open; then nothing was deleted. Raises BadExtent when no
+    extent of it can be read.
+    """
+    header = next((report.header for report in extents(store) if report.header is not None), None)
+    if header is None:
+        raise BadExtent(f"no extent in {store} can be read: `agentstate pages check --repair` deletes what is damaged")
+    before = _count(store)
+    writer = PageStore(store, header.fingerprint, header.geometry)
+    try:
+        for keys in needed():
+            writer.need(keys)
+        pages = writer.stats.pages
+        writer.collect()
+        pages -= writer.stats.pages
+    finally:
+        writer.close()
+    after = _count(store)
+    return Collection(before[0] - after[0], pages, before[1] - after[1], after[1])
+
+
+def _count(store: Path) -> tuple[int, int]:
+    sizes = list(_sizes(store))
+    return len(sizes), sum(sizes)
+
+
+def _sizes(store: Path) -> Iterator[int]:
+    for path in (store / "extents").glob("*.ext"):
+        with suppress(FileNotFoundError):
+            yield path.stat().st_size
+
+
+def _places(reports: Iterable[ExtentReport]) -> dict[bytes, ExtentReport]:
+    """The extent that serves each page: of several, in the order of their numbers, the last."""
+    return {key: report for report in reports if report.header is not None for key in report.header.keys}
+
+
+def _file_bytes(directory: Path) -> int:
+    total = 0
+    for path in directory.glob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_blocks * 512
+    return total
+
+
 def repair(store: Path, reports: list[ExtentReport]) -> int:
     """Drop what `check` found broken, and nothing else: extents that cannot be read are deleted, and of the others the
-    good pages are written anew. How many pages were dropped from extents that could be read.
+    good pages are written anew. How many pages were dropped from extents that could be read. An extent
+    that could be read only once, by the check or now, is left alone.
 
     Raises PageStoreLocked while an engine writes to the store, PageStoreFull when the good pages do not fit beside
     the old extent; then the store is as it was but for what had been repaired before.
     """
+    reports = [
+        again
+        for report in reports
+        for again in _reports([report.path] * (not report.good), _broken)
+        if report.header is None or again.header is not None
+    ]
     headers = [report.header for report in reports if report.header is not None]
     if headers:
         writer = PageStore(store, headers[0].fingerprint, headers[0].geometry)
@@ -88,32 +236,64 @@ def repair(store: Path, reports: list[ExtentReport]) -> int:
 
 
 def _broken(file: BinaryIO, header: ExtentHeader) -> tuple[int, ...]:
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        content.madvise(mmap.MADV_SEQUENTIAL)
-        seeds = [page_seed(header.fingerprint, key) for key in header.keys]
-        return tuple(
-            slot
-            for slot, seed in enumerate(seeds)
-            if any(
-                checksum(seed, layer, _components(content, header, layer, slot)) != int(header.checksums[layer, slot])
-                for layer in range(header.geometry.layers)
-            )
-        )
+    layout, sizes = header.layout, header.geometry.component_bytes
+    seeds = [page_seed(header.fingerprint, key) for key in header.keys]
+    broken = set[int]()
+    slab = memoryview(bytearray(layout.slab_bytes))
+    for layer in range(header.geometry.layers):
+        spans = [layout.component_range(layer, component, 0, len(seeds)) for component in range(len(sizes))]
+        try:
+            _read(file, slab[: sum(length for _, length in spans)], spans[0][0])
+        except OSError:
+            # Of a slab with a bad block only the pages on that block are lost.
+            broken.update(_unreadable(file, header, layer))
+            continue
+        rows = [slab[offset - spans[0][0] :][:length] for offset, length in spans]
+        for slot, seed in enumerate(seeds):
+            parts = [row[slot * size : (slot + 1) * size] for row, size in zip(rows, sizes, strict=True)]
+            if checksum(seed, layer, parts) != int(header.checksums[layer, slot]):
+                broken.add(slot)
+    return tuple(sorted(broken))
 
 
-def _components(content: mmap.mmap, header: ExtentHeader, layer: int, slot: int) -> list[bytes]:
-    spans = (header.layout.component_range(layer, c, slot, 1) for c in range(len(header.geometry.component_bytes)))
-    return [content[offset : offset + length] for offset, length in spans]
+def _unreadable(file: BinaryIO, header: ExtentHeader, layer: int) -> Iterator[int]:
+    """The slots of a layer that cannot be read, or are not what was written."""
+    for slot, key in enumerate(header.keys):
+        try:
+            parts = _components(file, header, layer, slot)
+        except OSError:
+            yield slot
+            continue
+        if checksum(page_seed(header.fingerprint, key), layer, parts) != int(header.checksums[layer, slot]):
+            yield slot
+
+
+def _components(file: BinaryIO, header: ExtentHeader, layer: int, slot: int) -> list[bytearray]:
+    parts = []
+    for component, size in enumerate(header.geometry.component_bytes):
+        part = bytearray(size)
+        _read(file, memoryview(part), header.layout.component_range(layer, component, slot, 1)[0])
+        parts.append(part)
+    return parts
+
+
+def _read(file: BinaryIO, into: memoryview, offset: int) -> None:
+    # Not through a mapping: there a block that cannot be read would be a signal and not an error.
+    done = 0
+    while done < len(into):
+        got = os.preadv(file.fileno(), [into[done:]], offset + done)
+        if got == 0:
+            raise OSError(f"{file.name} ends in the middle of a page")
+        done += got
 
 
 def _rewrite(writer: PageStore, file: BinaryIO, header: ExtentHeader, broken: tuple[int, ...]) -> None:
     keep = [slot for slot in range(len(header.keys)) if slot not in broken]
     if not keep:
         return
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        draft = writer.draft([header.keys[slot] for slot in keep], mmap.mmap(-1, writer.draft_bytes(len(keep))))
-        for layer in range(header.geometry.layers):
-            for row, slot in enumerate(keep):
-                for component, data in enumerate(_components(content, header, layer, slot)):
-                    draft.component(layer, component)[row] = np.frombuffer(data, dtype=np.uint8)
-        writer.publish(draft)
+    draft = writer.draft([header.keys[slot] for slot in keep], mmap.mmap(-1, writer.draft_bytes(len(keep))))
+    for layer in range(header.geometry.layers):
+        for row, slot in enumerate(keep):
+            for component, data in enumerate(_components(file, header, layer, slot)):
+                draft.component(layer, component)[row] = np.frombuffer(data, dtype=np.uint8)
+    writer.publish(draft)

@@ -29,9 +29,9 @@ def merge(
 
     An extent is small when a layer of it has less than ``range_bytes``. A run is rewritten once it makes an extent
     that is not small, or has 8 members, so a page is rewritten a few times at most. ``buffer`` bounds an extent's
-    size. Every page is verified before it is written again; a run with a wrong page, which is dropped, stays as it is.
-    Readers of the old extents are not disturbed. Raises KeyError when the chain is not stored (any more),
-    PageStoreFull and OSError.
+    size. Every page is verified before it is written again; a run with a wrong page, which is dropped, or one that the
+    disk did not give back this time, which is not, stays as it is. Readers of the old extents are not disturbed.
+    Raises KeyError when the chain is not stored (any more), PageStoreFull and OSError.
     """
     with store.hold(keys) as hold:
         runs = list(islice(_runs(store, hold.segments, len(buffer), range_bytes), most_runs))
@@ -64,16 +64,19 @@ def _rewrite(
     store: PageStore, reader: LayerwiseReader, keys: Sequence[bytes], run: list[Segment], buffer: mmap.mmap
 ) -> bool:
     chain = list(keys[run[0].first : run[-1].first + run[-1].pages])
-    draft, wrong = store.draft(chain, buffer), set[int]()
+    draft, wrong, unread = store.draft(chain, buffer), set[int](), set[int]()
     with reader.open(store.hold(chain)) as stream:
         verifier = Verifier(stream.hold)
         for chunk in stream:
             wrong.update(verifier.wrong_pages(chunk))
+            for segment, error in chunk.unread:
+                if isinstance(error, OSError):
+                    unread.update(range(segment.first, segment.first + segment.pages))
             for segment, _, arrays in chunk.parts:
                 for component, rows in enumerate(arrays):
                     draft.component(chunk.layer, component)[segment.first : segment.first + segment.pages] = rows
         if not wrong:
             store.publish(draft)
-    for page in wrong:
+    for page in wrong - unread:
         store.drop(chain[page])
     return not wrong

@@ -365,9 +365,13 @@ class Verifier:
         wrong = [segment.first + i for segment, _ in chunk.unread for i in range(segment.pages)]
         for segment, header, arrays in chunk.parts:
             sums = header.checksums[chunk.layer, segment.slot : segment.slot + segment.pages].tolist()
-            for i, right in enumerate(sums):
+            for i in range(segment.pages):
                 page = segment.first + i
-                found = checksum(self._seeds[page], chunk.layer, [array[i] for array in arrays])
-                if found != right or header.keys[segment.slot + i] != self._keys[page]:
+                # The slot is the index's word, which may be wrong, and lead behind the last page.
+                if (
+                    i >= len(sums)
+                    or header.keys[segment.slot + i] != self._keys[page]
+                    or checksum(self._seeds[page], chunk.layer, [array[i] for array in arrays]) != sums[i]
+                ):
                     wrong.append(page)
         return wrong

@@ -14,17 +14,20 @@ later number wins, and an extent none of whose pages is found through the index 
 from __future__ import annotations
 
 import fcntl
+import functools
 import itertools
 import logging
 import mmap
 import os
 import re
+import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -148,35 +151,41 @@ class PageStore:
         self._mutex = threading.Lock()
         self._extents: dict[int, _Extent] = {}
         self._used_since: set[int] = set()
-        self._spares: list[Path] = []
+        # Pages that the index finds still, because it could not be written when they were dropped.
+        self._dropped: dict[bytes, _Extent] = {}
         self._being_written = 0
-        self._lock_fd: int | None = self._acquire()
+        self._lock_fd: int | None = None
         try:
-            self._index = PageIndex(directory / "index", fingerprint, geometry)
+            self._open()
+        except (OSError, lmdb.Error) as error:
+            if files.is_full(error):
+                raise PageStoreFull(
+                    f"the disk of the page directory {self.directory} is full: make room, or point "
+                    "AGENTSTATE_PAGES_DIR at another disk"
+                ) from error
+            raise PageStoreUnwritable(
+                f"the page directory {self.directory} cannot be written ({getattr(error, 'strerror', error)}): "
+                "make it writable, or point AGENTSTATE_PAGES_DIR at another directory"
+            ) from error
+
+    def _open(self) -> None:
+        lock = self._acquire()
+        try:
+            self._index = PageIndex(self.directory / "index", self.fingerprint, self.geometry)
             try:
                 self._load()
             except BaseException:
                 self._index.close()
                 raise
         except BaseException:
-            os.close(self._lock_fd)
+            os.close(lock)
             raise
+        self._lock_fd = lock
 
     def _acquire(self) -> int:
-        try:
-            for directory in (self._extents_dir, self._partial_dir):
-                directory.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            if error.errno in files.FULL:
-                raise PageStoreFull(
-                    f"the disk of the page directory {self.directory} is full: make room, or point "
-                    "AGENTSTATE_PAGES_DIR at another disk"
-                ) from error
-            raise PageStoreUnwritable(
-                f"the page directory {self.directory} cannot be written ({error.strerror}): "
-                "make it writable, or point AGENTSTATE_PAGES_DIR at another directory"
-            ) from error
+        for directory in (self._extents_dir, self._partial_dir):
+            directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for leftover in self._partial_dir.iterdir():
@@ -196,6 +205,7 @@ class PageStore:
         """Make the index agree with the files."""
         records = self._index.records()
         numbers, unknown, gone = [0], [], set(records)
+        size_of = functools.cache(self.draft_bytes)
         with os.scandir(self._extents_dir) as entries:
             for entry in entries:
                 if _NAME.fullmatch(entry.name) is None:
@@ -205,13 +215,13 @@ class PageStore:
                 number, status = int(entry.name[:16], 16), entry.stat()
                 numbers.append(number)
                 record = records.get(number)
-                if record and (record.file_bytes, record.mtime_ns) == (status.st_size, status.st_mtime_ns):
+                if record and _is_of(record, status, size_of):
                     self._extents[number] = _Extent(number, *record)
                     gone.discard(number)
                 else:
                     unknown.append(number)
         self._next = max(numbers) + 1
-        self._clock = itertools.count(1 + max((record.used for record in records.values()), default=0) // _WITHIN)
+        self._clock = itertools.count(1 + max((known.used for known in self._extents.values()), default=0) // _WITHIN)
         if gone:
             with self._index.change() as change:
                 change.delete_pages_of(gone)
@@ -223,7 +233,8 @@ class PageStore:
                 for number in sorted(unknown):
                     self._adopt(change, number)
         self.stats.bytes = sum(extent.file_bytes for extent in self._extents.values())
-        self._delete([extent for extent in self._extents.values() if not extent.live])
+        self.stats.pages = sum(extent.live for extent in self._extents.values())
+        self._delete(list(self._extents.values()))
 
     def _adopt(self, change: IndexChange, number: int) -> None:
         """Put an extent that is on the disk into the index."""
@@ -237,11 +248,12 @@ class PageStore:
         if header.fingerprint != self.fingerprint or header.geometry != self.geometry:
             raise FingerprintMismatch(f"{path} was written for another model or layout than this store's")
         self._extents[number] = _Extent(number, len(header.keys), 0, status.st_size, status.st_mtime_ns)
-        self._take_over(change, number, header.keys)
+        for other, pages in self._take_over(change, number, header.keys).items():
+            self._extents[other].live += pages
 
     def _take_over(self, change: IndexChange, number: int, keys: Sequence[bytes]) -> Counter[int]:
         """Let the index find ``keys``, in slot order, in extent ``number``, but for those that a later one has: by how
-        much this changes the number of live pages of which extent."""
+        much this changes the number of live pages of which extent, once the change is made."""
         gained: Counter[int] = Counter()
         for slot, key in enumerate(keys):
             place = change.place(key)
@@ -252,22 +264,15 @@ class PageStore:
                 gained[number] += 1
                 if place is not None and place[0] in self._extents:
                     gained[place[0]] -= 1
-        self._shift(gained)
-        for other in gained:
-            change.record(other, self._extents[other].record())
+        for other, pages in gained.items():
+            record = self._extents[other].record()
+            change.record(other, record._replace(live=record.live + pages))
         return gained
 
-    def _shift(self, gained: Counter[int], sign: int = 1) -> None:
-        for number, pages in gained.items():
-            self._extents[number].live += sign * pages
-
     def _delete(self, extents: Iterable[_Extent]) -> None:
-        """Delete extents that have no live page, but for those that are held: `_release` deletes them. The caller
-        holds ``_writing``."""
-        with self._mutex:
-            free = [extent for extent in extents if not extent.holders]
-            for extent in free:
-                self._extents.pop(extent.number, None)
+        """Delete those of ``extents`` that have no live page, but for those that are held: `_release` deletes them.
+        The caller holds ``_writing``."""
+        free = self._take([extent for extent in extents if not extent.live])
         if free:
             # What the index still knows of a file that is gone is put right at the next open.
             with suppress(lmdb.Error), self._index.change() as change:
@@ -276,38 +281,71 @@ class PageStore:
             self._unlink(free)
         self._count()
 
-    def _unlink(self, extents: list[_Extent], *, keep: _Extent | None = None) -> None:
-        """Delete the files of extents that the store has forgotten; that of ``keep`` is kept for its space."""
+    def _take(self, extents: Iterable[_Extent]) -> list[_Extent]:
+        """Make the store forget those of ``extents`` that nothing holds; the caller deletes them."""
+        with self._mutex:
+            taken = [extent for extent in extents if not extent.holders and extent.number in self._extents]
+            for extent in taken:
+                del self._extents[extent.number]
+        return taken
+
+    def _unlink(self, extents: list[_Extent], *, recycle: bool = False) -> Path | None:
+        """Delete the files of extents that the store has forgotten, but for the largest if it is to be recycled: where
+        it is now."""
+        # Overwriting blocks that the file system has given out already is faster than asking for new ones.
+        largest = max(extents, key=lambda extent: extent.file_bytes) if recycle else None
+        spare = None
         for extent in extents:
-            self.stats.bytes -= extent.file_bytes
-            with suppress(FileNotFoundError):
-                if extent is keep:
-                    spare = self._partial_dir / f"{extent.number:016x}.spare"
-                    self._path(extent.number).rename(spare)
-                    # Or a power failure might bring the old name back over new content.
-                    files.sync_directory(self._extents_dir)
-                    self._spares.append(spare)
+            try:
+                if extent is largest:
+                    spare = self._recycle(extent)
                 else:
                     self._path(extent.number).unlink()
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                logger.warning("page store: %s could not be deleted: %s", self._path(extent.number), error)
+                continue
+            self.stats.bytes -= extent.file_bytes
+        return spare
+
+    def _recycle(self, extent: _Extent) -> Path | None:
+        spare = self._partial_dir / f"{extent.number:016x}.spare"
+        self._path(extent.number).rename(spare)
+        try:
+            # Or a power failure might bring the old name back over new content.
+            files.sync_directory(self._extents_dir)
+        except OSError:
+            spare.unlink()
+            return None
+        return spare
 
     def _path(self, number: int) -> Path:
         return self._extents_dir / f"{number:016x}.ext"
 
     def _count(self) -> None:
         self.stats.extents = len(self._extents)
-        self.stats.pages = len(self._index)
 
     def __contains__(self, key: bytes) -> bool:
-        return bool(self._index.prefix([key]))
+        return any(number in self._extents for number, _ in self._places([key]))
+
+    def _places(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Where the index says that ``keys`` lie, up to the first that is not stored."""
+        try:
+            places = self._index.prefix(keys)
+        except (lmdb.Error, struct.error) as error:
+            logger.error("page store: the index of %s cannot be read, nothing is restored: %s", self.directory, error)
+            return []
+        if self._dropped:
+            return [
+                place for place, _ in zip(places, takewhile(lambda key: key not in self._dropped, keys), strict=False)
+            ]
+        return places
 
     def prefix_length(self, keys: Sequence[bytes]) -> int:
         """How many of ``keys``, from the first on, are stored; they count as used. From memory, about a microsecond
         a key; never waits for the disk or for a writer."""
-        try:
-            places = self._index.prefix(keys)
-        except lmdb.Error as error:
-            logger.error("page store: the index of %s cannot be read, nothing is restored: %s", self.directory, error)
-            return 0
+        places = self._places(keys)
         now = next(self._clock) * _WITHIN
         # The head of a chain is worth more than its end: without it the rest is useless.
         for depth, number in enumerate(dict.fromkeys(number for number, _ in places)):
@@ -321,17 +359,17 @@ class PageStore:
     def hold(self, keys: Sequence[bytes]) -> Hold:
         """Find ``keys`` and keep them where they are. Raises KeyError, with the key, where one is not stored (any
         more)."""
-        places = self._index.prefix(keys)
+        places = self._places(keys)
         while len(places) == len(keys):
             numbers = {number for number, _ in places}
             with self._mutex:
-                missing = numbers - self._extents.keys()
+                missing = {number for number in numbers if number not in self._extents}
                 if not missing:
                     for number in numbers:
                         self._extents[number].holders += 1
                     return Hold(self, keys, self._segments(places), numbers)
             # Something was merged or evicted since the look-up.
-            before, places = places, self._index.prefix(keys)
+            before, places = places, self._places(keys)
             if places == before:
                 del places[next(page for page, place in enumerate(places) if place[0] in missing) :]
         raise KeyError(keys[len(places)])
@@ -363,15 +401,15 @@ class PageStore:
         """Do not evict those of ``keys`` that are stored for that long, unless the process ends before: a pin is not
         persisted, and follows no clock that can be set. ``seconds`` of zero end a pin."""
         until = time.monotonic() + seconds
-        for number in self._index.numbers(keys):
-            if (extent := self._extents.get(number)) is not None:
-                extent.pinned_until_s = until
+        with self._writing:
+            for number in self._index.numbers(keys) & self._extents.keys():
+                self._extents[number].pinned_until_s = until
 
     def need(self, keys: Iterable[bytes], *, only: bool = False) -> None:
         """Declare that a live manifest needs ``keys``: what nothing needs is evicted first. ``only``: nothing else
         is needed any more. Not persisted."""
-        numbers = self._index.numbers(keys)
-        with self._mutex:
+        with self._writing:
+            numbers = self._index.numbers(keys)
             for number in list(self._extents) if only else numbers & self._extents.keys():
                 self._extents[number].needed = number in numbers
 
@@ -379,34 +417,39 @@ class PageStore:
         """Evict everything that no live manifest needs and that is neither pinned nor held: how many bytes it was."""
         with self._writing:
             before = self.stats.bytes
-            self._evict([extent for extent in self._evictable() if not extent.needed])
+            self._evict(self._take([extent for extent in self._evictable() if not extent.needed]))
             return before - self.stats.bytes
 
     def make_room(self, n_bytes: int) -> None:
         """Evict until ``n_bytes`` more fit the quota: what no live manifest needs before what one does, then the least
-        recently used. Raises PageStoreFull when there is nothing left to evict."""
+        recently used. Raises PageStoreFull, and evicts nothing, when all that may be evicted would not be enough."""
         with self._writing:
-            status = os.statvfs(self.directory)
-            free = status.f_bavail * status.f_frsize - self.quota.free_share * status.f_blocks * status.f_frsize
-            excess = n_bytes + self._being_written - free
-            if self.quota.max_bytes is not None:
-                excess = max(excess, self.stats.bytes + n_bytes + self._being_written - self.quota.max_bytes)
-            if excess <= 0:
-                return
-            victims: list[_Extent] = []
+            self._make_room(n_bytes)
+
+    def _make_room(self, n_bytes: int, *, recycle: bool = False) -> Path | None:
+        status = os.statvfs(self.directory)
+        free = status.f_bavail * status.f_frsize - self.quota.free_share * status.f_blocks * status.f_frsize
+        excess = n_bytes + self._being_written - free
+        if self.quota.max_bytes is not None:
+            excess = max(excess, self.stats.bytes + n_bytes + self._being_written - self.quota.max_bytes)
+        victims: list[_Extent] = []
+        # More than once only where something was held in the meantime.
+        while (lacking := excess - sum(victim.file_bytes for victim in victims)) > 0:
+            chosen: list[_Extent] = []
             for extent in self._evictable():
-                if excess <= 0:
+                if lacking <= 0:
                     break
-                victims.append(extent)
-                excess -= extent.file_bytes
-            if excess > 0:
+                chosen.append(extent)
+                lacking -= extent.file_bytes
+            if lacking > 0:
+                with self._mutex:
+                    self._extents.update({victim.number: victim for victim in victims})
                 raise PageStoreFull(
                     f"no room for {n_bytes:,} bytes of KV pages in {self.directory}: {self.stats.bytes:,} are stored, "
                     "and what is left of them cannot be evicted"
                 )
-            # Overwriting blocks that the file system has given out already is faster than asking for new ones.
-            largest = max(victims, key=lambda extent: extent.file_bytes)
-            self._evict(victims, keep=None if self._spares else largest)
+            victims += self._take(chosen)
+        return self._evict(victims, recycle=recycle)
 
     def _evictable(self) -> list[_Extent]:
         """The extents that may be evicted, in the order in which they are."""
@@ -415,28 +458,28 @@ class PageStore:
             free = [extent for extent in self._extents.values() if not extent.holders and extent.pinned_until_s <= now]
         return sorted(free, key=lambda extent: (extent.needed, extent.used))
 
-    def _evict(self, victims: list[_Extent], keep: _Extent | None = None) -> None:
-        with self._mutex:
-            victims = [extent for extent in victims if not extent.holders]
-            for extent in victims:
-                del self._extents[extent.number]
+    def _evict(self, victims: list[_Extent], *, recycle: bool = False) -> Path | None:
+        """Delete extents that `_take` took, but for one if it is to be recycled: where it is now."""
         if not victims:
-            return
+            return None
         try:
             self._forget_pages_of(victims)
         except lmdb.Error as error:
             # No room for the index to say so. Look-ups pass over what is not in `_extents`.
             logger.warning("page store: the index of %s could not be written: %s", self.directory, error)
         for extent in victims:
+            self.stats.pages -= extent.live
             self.stats.pages_evicted += extent.live
             self.stats.pages_evicted_needed += extent.live if extent.needed else 0
-        self._unlink(victims, keep=keep)
+        spare = self._unlink(victims, recycle=recycle)
         self._count()
+        return spare
 
     def _forget_pages_of(self, extents: Iterable[_Extent]) -> None:
         unreadable = set()
         with self._index.change() as change:
             for extent in extents:
+                change.forget(extent.number)
                 try:
                     keys = files.read_header(self._path(extent.number)).keys
                 except (BadExtent, OSError):
@@ -446,7 +489,6 @@ class PageStore:
                     place = change.place(key)
                     if place is not None and place[0] == extent.number:
                         change.delete(key)
-                change.forget(extent.number)
             if unreadable:
                 change.delete_pages_of(unreadable)
 
@@ -473,65 +515,82 @@ class PageStore:
         is no room and OSError when the disk fails; then nothing of the draft is stored.
         """
         header, data = draft.seal()
-        self.make_room(len(data))
-        with self._mutex:
+        with self._writing:
+            spare = self._make_room(len(data), recycle=True)
             number, self._next = self._next, self._next + 1
-            spare = self._spares.pop() if self._spares else None
             self._being_written += len(data)
         final = self._path(number)
         try:
-            mtime_ns = files.publish(self._partial_dir / final.name, final, data, spare)
-            with self._writing:
-                self._enter(number, header, len(data), mtime_ns)
+            try:
+                mtime_ns = files.publish(self._partial_dir / final.name, final, data, spare)
+            finally:
+                self._writing.acquire()
+                self._being_written -= len(data)
+            self._enter(number, header, len(data), mtime_ns)
         except (OSError, lmdb.Error) as error:
             with suppress(OSError):
                 final.unlink(missing_ok=True)
-            if isinstance(error, lmdb.MapFullError) or (isinstance(error, OSError) and error.errno in files.FULL):
+            if files.is_full(error):
                 raise PageStoreFull(f"no room for {len(data):,} bytes of KV pages in {self.directory}") from error
             if isinstance(error, lmdb.Error):
                 raise OSError(f"the index of {self.directory} could not be written: {error}") from error
             raise
         finally:
-            with self._mutex:
-                self._being_written -= len(data)
-        self.stats.pages_written += len(draft.keys)
-        self.stats.bytes_written += len(data)
+            self._writing.release()
 
     def _enter(self, number: int, header: ExtentHeader, file_bytes: int, mtime_ns: int) -> None:
+        entered = _Extent(number, len(header.keys), 0, file_bytes, mtime_ns, used=next(self._clock) * _WITHIN)
         # First, or a look-up might find a page whose extent is not known yet.
-        used = next(self._clock) * _WITHIN
-        self._extents[number] = _Extent(number, len(header.keys), 0, file_bytes, mtime_ns, used)
-        gained: Counter[int] = Counter()
+        self._extents[number] = entered
         try:
             with self._index.change() as change:
+                for key, extent in self._dropped.items():
+                    change.delete(key)
+                    if extent.number in self._extents:
+                        change.record(extent.number, extent.record())
+                    else:
+                        change.forget(extent.number)
                 gained = self._take_over(change, number, header.keys)
                 recent, self._used_since = self._used_since, set()
-                for other in recent & self._extents.keys():
+                for other in (recent - gained.keys()) & self._extents.keys():
                     change.record(other, self._extents[other].record())
         except BaseException:
-            self._shift(gained, -1)
             del self._extents[number]
             raise
+        self._dropped.clear()
+        for other, pages in gained.items():
+            extent = self._extents[other]
+            extent.live += pages
+            # Whoever needs or pinned a page does so wherever it lies.
+            entered.needed |= extent.needed
+            entered.pinned_until_s = max(entered.pinned_until_s, extent.pinned_until_s)
         self.stats.bytes += file_bytes
-        self._delete([self._extents[other] for other in gained if not self._extents[other].live])
+        self.stats.pages += gained.total()
+        self.stats.pages_written += len(header.keys)
+        self.stats.bytes_written += file_bytes
+        # Of what was entered too: a later extent may have been entered before, and have all of its pages.
+        self._delete([entered, *(self._extents[other] for other in gained if other != number)])
+        self._count()
 
     def drop(self, key: bytes) -> None:
         """Stop serving a page, because its bytes turned out wrong. When it has been computed again it is written
         anew."""
         with self._writing:
-            with self._index.change() as change:
-                place = change.place(key)
-                if place is None:
-                    return
-                change.delete(key)
-                extent = self._extents.get(place[0])
-                if extent is not None:
+            places = self._places([key])
+            extent = self._extents.get(places[0][0]) if places else None
+            if extent is None:
+                return
+            try:
+                with self._index.change() as change:
+                    change.delete(key)
                     change.record(extent.number, extent.record()._replace(live=extent.live - 1))
+            except lmdb.Error as error:
+                logger.warning("page store: the index of %s could not be written: %s", self.directory, error)
+                self._dropped[key] = extent
+            extent.live -= 1
+            self.stats.pages -= 1
             self.stats.pages_dropped += 1
-            if extent is not None:
-                extent.live -= 1
-                if not extent.live:
-                    self._delete([extent])
+            self._delete([extent])
             self._count()
 
     def close(self) -> None:
@@ -543,5 +602,15 @@ class PageStore:
                 for number in self._used_since & self._extents.keys():
                     change.record(number, self._extents[number].record())
             self._index.close()
-            os.close(self._lock_fd)
-            self._lock_fd = None
+            lock, self._lock_fd = self._lock_fd, None
+            os.close(lock)
+
+
+def _is_of(record: ExtentRecord, status: os.stat_result, size_of: Callable[[int], int]) -> bool:
+    """Whether a record tells of the file that is there, and is not garbage."""
+    return (
+        (record.file_bytes, record.mtime_ns) == (status.st_size, status.st_mtime_ns)
+        and record.live <= record.pages < record.file_bytes
+        and size_of(record.pages) == record.file_bytes
+        and record.used < 1 << 62
+    )

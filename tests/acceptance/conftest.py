@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -28,21 +28,31 @@ def engine_python() -> Path:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory, engine_python: Path) -> Iterator[LocalStack]:
-    settings = Settings()
-    checkpoint = settings.cache_dir / "smollm2-135m-instruct"
+def make_stack(engine_python: Path) -> Callable[[Path, Path], LocalStack]:
+    """A stack, not started yet, that keeps everything below the first path and serves the checkpoint at the second."""
+
+    def make(home: Path, checkpoint: Path) -> LocalStack:
+        ports = {"service_port": free_port(), "engine_port": free_port()}
+        return LocalStack(home, checkpoint, engine_python=engine_python, **ports)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    checkpoint = Settings().cache_dir / "smollm2-135m-instruct"
     if not (checkpoint / "config.json").exists():
         pytest.fail(f"no model in {checkpoint}: run `make test`, which prepares it")
-    # Chunks are small, so that restores also meet chunked prefills.
-    stack = LocalStack(
-        tmp_path_factory.mktemp("stack"),
-        checkpoint,
-        engine_python=engine_python,
-        service_port=free_port(),
-        engine_port=free_port(),
-    )
-    with closing(stack):
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def stack(
+    tmp_path_factory: pytest.TempPathFactory, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path
+) -> Iterator[LocalStack]:
+    with closing(make_stack(tmp_path_factory.mktemp("stack"), smollm2)) as stack:
         stack.start_service()
+        # Chunks are small, so that restores also meet chunked prefills.
         stack.start_engine("--chunked-prefill-size", "512")
         yield stack
 

@@ -39,12 +39,8 @@ def test_a_request_joins_what_was_prefetched_to_host_memory(
     tokens = durable(rank, "ses_host")
     stack.flush_device()
     before = stack.stat()["prefetch"]
-    assert prefetch(rank, "ses_host", "host") == {
-        "state": "done",
-        "tier": "host",
-        "tokens": tokens,
-        "bytes": tokens // PAGE * 64 * 46_080 if tokens else 0,
-    }
+    answer = prefetch(rank, "ses_host", "host")
+    assert (answer["state"], answer["tier"], answer["tokens"]) == ("warm", "host", tokens)
     assert stack.stat()["staged_bytes"] > 0
     restored = generate(text, session_id="ses_host")
     assert restored.restored == 15 * PAGE
@@ -62,21 +58,20 @@ def test_pages_that_were_prefetched_to_the_device_are_a_hit(
     durable(rank, "ses_device")
     stack.flush_device()
     answer = prefetch(rank, "ses_device", "device")
-    assert (answer["state"], answer["tier"]) == ("done", "device")
+    assert (answer["state"], answer["tier"]) == ("warm", "device")
     before = stack.stat()["restore"]["restores"]
     hit = generate(text, session_id="ses_device")
     assert (hit.cached, hit.restored) == (11 * PAGE, 0)
     assert hit.tokens == right.tokens
     assert stack.stat()["restore"]["restores"] == before
     # What is there already needs nothing.
-    assert prefetch(rank, "ses_device", "device")["state"] == "done"
+    assert prefetch(rank, "ses_device", "device")["state"] == "warm"
     assert stack.stat()["restore"]["restores"] == before
 
 
 def test_a_session_that_nobody_knows_is_missing(rank: ControlClient) -> None:
     for tier in ("host", "device"):
-        assert prefetch(rank, "ses_unheard_of", tier)["state"] == "missing"
-    assert rank.call("demote", 60, session="ses_unheard_of") == {"demoted": False}
+        assert prefetch(rank, "ses_unheard_of", tier)["state"] == "cold"
 
 
 def test_a_demoted_session_is_evicted_before_an_older_one(
@@ -87,7 +82,7 @@ def test_a_demoted_session_is_evicted_before_an_older_one(
     generate(older, max_new_tokens=1, session_id="ses_older")
     generate(newer, max_new_tokens=1, session_id="ses_newer")
     durable(rank, "ses_newer")
-    assert rank.call("demote", 60, session="ses_newer") == {"demoted": True}
+    assert rank.call("demote", 60, session="ses_newer")["state"] == "demoted"
     # The device has 32,768 tokens: fill it until something has to go, but not everything.
     for filler in range(4):
         generate(prompt(50 + filler, 7_900), max_new_tokens=1, session_id=f"ses_filler_{filler}")

@@ -127,7 +127,7 @@ def test_a_manifest_is_in_sql_when_it_is_reported_as_saved(database: Switched, u
     def look(manifest: Manifest) -> None:
         other = Database(url)
         with other.read() as connection:
-            seen.append(manifests.load(connection, manifest.session_id, "f", 0))
+            seen.append(manifests.load(connection, manifest.session_id, "f", 0, "n"))
         other.close()
         done.set()
 

@@ -31,13 +31,15 @@ class Rank:
             raise RuntimeError("the database is down")
         return {"state": state, "tokens": 64, "pages": 1, "bytes": 10}
 
-    def prefetch(self, session: str, tier: str) -> Callable[[], dict[str, Any]]:
+    def prefetch(self, session: str, tier: str, keys: bytes | None) -> Callable[[], dict[str, Any]]:
         if tier == "moon":
             raise ValueError("tier 'moon' is neither host nor device")
-        return lambda: {"state": self.states[session], "tier": tier}
+        return lambda: {"state": self.states[session], "tier": tier, "keys": keys}
 
     def demote(self, session: str) -> dict[str, Any]:
-        return {"demoted": session in self.states}
+        if session not in self.states:
+            raise EngineError("sessions cannot be demoted here")
+        return {"state": "demoted"}
 
     def tick(self) -> None:
         self.ticks.release()
@@ -232,19 +234,21 @@ def test_closing_frees_the_address_also_while_somebody_waits(rank: Rank) -> None
 
 
 def test_a_prefetch_is_waited_for_while_it_runs(rank: Rank, client: ControlClient) -> None:
-    rank.states["s"] = "running"
-    assert client.call("prefetch", WAIT_S, session="s", tier="host") == {"state": "running", "tier": "host"}
-    threading.Timer(0.05, rank.states.__setitem__, ("s", "done")).start()
+    rank.states["s"] = "pending"
+    answer = client.call("prefetch", WAIT_S, session="s", tier="host", keys=b"k" * 64)
+    assert answer == {"state": "pending", "tier": "host", "keys": b"k" * 64}
+    threading.Timer(0.05, rank.states.__setitem__, ("s", "warm")).start()
     answer = client.call("prefetch", WAIT_S, session="s", tier="device", timeout_ms=60_000)
-    assert answer == {"state": "done", "tier": "device"}
+    assert answer == {"state": "warm", "tier": "device", "keys": None}
     with pytest.raises(EngineRefused, match="moon"):
         client.call("prefetch", WAIT_S, session="s", tier="moon")
 
 
 def test_a_session_is_demoted(rank: Rank, client: ControlClient) -> None:
     rank.states["s"] = "durable"
-    assert client.call("demote", WAIT_S, session="s") == {"demoted": True}
-    assert client.call("demote", WAIT_S, session="t") == {"demoted": False}
+    assert client.call("demote", WAIT_S, session="s") == {"state": "demoted"}
+    with pytest.raises(EngineRefused, match="cannot be demoted here"):
+        client.call("demote", WAIT_S, session="t")
 
 
 def test_a_tick_that_fails_is_not_the_last(rank: Rank, client: ControlClient) -> None:

@@ -100,7 +100,9 @@ def test_a_prefetch_of_a_session_expires(ahead: Prefetches, reader: LayerwiseRea
     clock = Clock()
     ahead._clock = clock
     assert ahead.for_session("ses", keys(0, 1), 10)
-    assert ahead.for_session("ses", keys(0, 1, 2), 10), "a newer one takes the place of the older"
+    assert ahead.for_session("ses", keys(0, 1), 10), "the same again goes on"
+    assert ahead.stats.issued == 1
+    assert ahead.for_session("ses", keys(0, 1, 2), 10), "another one takes the place of the older"
     settled(lambda: ahead.staged("ses"))
     clock.now = 9
     ahead.tidy(())

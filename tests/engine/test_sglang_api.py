@@ -12,19 +12,24 @@ from typing import Any
 
 import pytest
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
+from sglang.srt.layers.attention.mamba import causal_conv1d
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.mem_cache import memory_pool
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 from sglang.srt.platforms.interface import SRTPlatform
 from sglang.srt.server_args import ServerArgs
 
 from agentstate.errors import EngineError
 from engine_patch import sglang_api as sgl
+from engine_patch.cpu import convolution
 from engine_patch.cpu.attention import CpuAttention
 from engine_patch.cpu.platform import CpuPlatform
 from engine_patch.linker import AgentStateLinker
@@ -36,6 +41,7 @@ ROOT = Path(__file__).parents[2]
 CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.FINISH_ABORT, "message status_code"),
     (sgl.HookRegistry.register, "target hook hook_type"),
+    (sgl.HybridReqToTokenPool.register_layer_transfer_counter, "self layer_transfer_counter"),
     (sgl.PoolTransfer, "* name device_indices keys"),
     (sgl.RadixKey, "token_ids extra_key * cache_salt"),
     (sgl.UnifiedCacheLinkerWrapper, "cache cache_linker"),
@@ -54,6 +60,8 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.register_resolution_hook, "name"),
     (sgl.release_kv_cache, "req tree_cache * checkpoint"),
     (sgl.resolving_view, "server_args"),
+    (sgl.SWAKVPool.translate_loc_from_full_to_swa, "self kv_indices"),
+    (AttentionBackendRegistry.register, "backend_name handler_func"),
     (register_attention_backend, "name"),
     (KVWriteLoc, "loc swa_loc"),
     (MHATokenToKVPool.get_key_buffer, "self layer_id"),
@@ -110,12 +118,17 @@ ATTRIBUTES: dict[type, str] = {
     sgl.UnifiedCacheLinkerWrapper: "cache cache_linker inflight_load_rids inflight_load_index private_load_indices",
     SchedulerWeightUpdaterManager: "scheduler",
     sgl.UnifiedCacheLinker: "layer_done_counter pools forward_stream",
-    TorchNativeAttnBackend: "req_to_token_pool token_to_kv_pool use_sliding_window_kv_pool",
+    TorchNativeAttnBackend: "req_to_token_pool token_to_kv_pool use_sliding_window_kv_pool swa_out_cache_loc",
     RadixAttention: "layer_id tp_q_head_num qk_head_dim v_head_dim scaling sliding_window_size is_cross_attention "
     "attn_type",
     ForwardBatch: "seq_lens extend_prefix_lens req_pool_indices out_cache_loc forward_mode",
-    MHATokenToKVPool: "k_buffer v_buffer k_scale_buffer",
-    memory_pool.MLATokenToKVPool: "kv_buffer",
+    CacheInitParams: "page_size token_to_kv_pool_allocator req_to_token_pool swa_gates_prefix_match swa_retain_window",
+    MHATokenToKVPool: "k_buffer v_buffer k_scale_buffer native_k_scale_buffer kv_cache_layout dtype size page_size",
+    sgl.MLATokenToKVPool: "kv_buffer dtype size page_size",
+    sgl.SWAKVPool: "layers_mapping full_kv_pool swa_kv_pool",
+    sgl.HybridLinearKVPool: "full_attention_layer_id_mapping full_kv_pool",
+    sgl.HybridReqToTokenPool: "mamba_pool mamba_ckpt_pool short_conv_pool ngram_pool",
+    sgl.MambaPool: "mamba_layer_ids mamba_cache size _slot_siblings",
     memory_pool.DSATokenToKVPool: "index_k_with_scale_buffer",
     ServerArgs: "host port attention_backend page_size dtype disable_cuda_graph radix_cache_backend "
     "disable_radix_cache enable_hierarchical_cache enable_lmcache enable_unified_cache_external_linker "
@@ -188,9 +201,42 @@ def test_the_linker_takes_what_sglang_constructs_linkers_with() -> None:
 
 
 def test_the_members_of_enumerations_exist() -> None:
-    assert sgl.PoolName.KV.value
+    assert (sgl.PoolName.KV.value, sgl.PoolName.SWA.value, sgl.PoolName.MAMBA.value) == ("kv", "swa", "mamba")
+    assert {sgl.ComponentType.FULL, sgl.ComponentType.SWA, sgl.ComponentType.MAMBA} <= set(sgl.ComponentType)
+    assert AttnForwardMethod.MLA
     assert sgl.HookType.AROUND.value
     assert AttentionType.ENCODER_ONLY.value
+
+
+@pytest.mark.parametrize(
+    ("called", "kernel", "ours"),
+    [
+        (causal_conv1d.causal_conv1d_fn, "_causal_conv1d_fn_triton", convolution.convolve),
+        (causal_conv1d.causal_conv1d_update, "_causal_conv1d_update_triton", convolution.convolve_next),
+    ],
+    ids=["causal_conv1d_fn", "causal_conv1d_update"],
+)
+def test_the_kernels_that_are_replaced_are_called_with_what_ours_take(
+    called: Callable[..., Any], kernel: str, ours: Callable[..., Any]
+) -> None:
+    assert hasattr(causal_conv1d, kernel), f"{causal_conv1d.__name__} has no {kernel} any more"
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(called)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == kernel
+    )
+    given = [object()] * len(call.args)
+    inspect.signature(ours).bind(*given, **{keyword.arg: None for keyword in call.keywords if keyword.arg})
+
+
+def test_a_choice_of_attention_backends_can_be_added() -> None:
+    choices = importlib.import_module("sglang.srt.arg_groups.choices").ATTENTION_BACKEND_CHOICES
+    before = list(choices)
+    sgl.add_attention_backend_choices(["of this test"])
+    try:
+        assert choices == [*before, "of this test"]
+    finally:
+        choices.remove("of this test")
 
 
 def hooked() -> Iterator[str]:
@@ -223,6 +269,14 @@ def test_every_symbol_of_the_api_module_is_there_and_listed() -> None:
     }
     assert imported | {"SUPPORTED", "check_version"} == set(sgl.__all__)
     assert all(hasattr(sgl, name) for name in sgl.__all__)
+
+
+def test_every_symbol_of_the_api_module_is_known_by_how_it_is_used() -> None:
+    known = {symbol.__qualname__.split(".")[0] for symbol, _ in CALLED}
+    known |= {stock.__name__ for _, stock, _, _ in OVERRIDDEN} | {owner.__name__ for owner in ATTRIBUTES}
+    tested_apart = {"SUPPORTED", "ComponentType", "HookType", "PoolName", "add_attention_backend_choices"}
+    unknown = set(sgl.__all__) - known - tested_apart
+    assert not unknown, f"nothing here fails when these change: {sorted(unknown)}"
 
 
 def test_another_version_of_sglang_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -75,9 +76,9 @@ def transfer(name: PoolName, pages: Sequence[object], indices: torch.Tensor) -> 
 def offered(pools: StoredPools, *transfers: PoolTransfer) -> bool:
     """Offer a node, wait for it: its result."""
     assert pools.offer(transfers, ())
-    pools.reset_after(lambda: None) if False else None
-    while pools.results == 0:
-        pass
+    done = threading.Event()
+    pools.then(done.set)
+    assert done.wait(60)
     return pools.pop_result()
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import msgpack
-import uvicorn
 import zmq
 
 from agentstate import engines, ids
@@ -19,7 +18,7 @@ from agentstate.database import Database
 from agentstate.engines import Engine
 from agentstate.settings import Settings
 from api.app import create_app
-from api.server import listen
+from api.server import Server, listen
 
 MODEL = "m"
 
@@ -38,7 +37,7 @@ def serving(settings: Settings) -> Iterator[Service]:
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     app = create_app(settings.model_copy(update={"port": port}))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    server = Server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     base_url = f"http://127.0.0.1:{port}"

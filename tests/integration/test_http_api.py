@@ -14,6 +14,7 @@ from stage import MODEL, Service, register, serving
 
 from agentstate import manifests
 from agentstate.manifests import Manifest
+from agentstate.sessions import Sessions
 from agentstate.settings import Settings
 
 
@@ -77,6 +78,8 @@ def test_a_turn(service: Service) -> None:
         "tokens": 0,
         "valid": False,
         "invalid_reason": "no live engine serves 'm'",
+        "upper_bound": False,
+        "prefetch": None,
     }
 
     appended = service.http.post(
@@ -122,25 +125,39 @@ def test_a_turn(service: Service) -> None:
 
 def test_resume_gives_an_openai_client_what_it_needs(service: Service) -> None:
     register(service.database, "tcp://127.0.0.1:1")
+    session_id = created(service, cache_salt="salt", extra_key="key")["id"]
     with service.database.write() as connection:
-        manifests.save(connection, Manifest("my-agent", "f1", 0, "n1", "eng_1", 64, 128, b"k" * 64, 1000))
-    created(service, id="my-agent", cache_salt="salt", extra_key="key")
-    turn = resumed(service, "my-agent")
+        manifests.save(connection, Manifest(session_id, "f1", 0, "n1", "eng_1", 64, 128, b"k" * 64, 1000))
+    turn = resumed(service, session_id)
     assert turn["engine"] == {
         "base_url": "http://127.0.0.1:30000/v1",
-        "extra_body": {"session_id": "my-agent", "cache_salt": "salt", "extra_key": "key"},
+        "extra_body": {"session_id": session_id, "cache_salt": "salt", "extra_key": "key"},
     }
-    assert turn["kv"] == {"state": "durable", "tokens": 128, "valid": True, "invalid_reason": None}
-    created(service, id="plain")
-    assert resumed(service, "plain")["engine"]["extra_body"] == {"session_id": "plain"}
+    assert (turn["kv"]["state"], turn["kv"]["tokens"], turn["kv"]["valid"]) == ("durable", 128, True)
+    assert (turn["kv"]["invalid_reason"], turn["kv"]["upper_bound"]) == (None, False)
+
+
+def test_engines_know_a_session_by_a_name_that_no_other_ever_had(service: Service) -> None:
+    """An id of the caller's own is free again once its session is deleted; what engines have stored of it is not."""
+    register(service.database, "tcp://127.0.0.1:1")
+    known = []
+    for _ in range(2):
+        created(service, id="my-agent")
+        turn = resumed(service, "my-agent")
+        assert set(turn["engine"]["extra_body"]) == {"session_id"}
+        known.append(turn["engine"]["extra_body"]["session_id"])
+        service.http.post("/v1/sessions/my-agent/suspend", json={"lease": proof(turn), "reason": "done"})
+        assert service.http.delete("/v1/sessions/my-agent", headers={"If-Match": "*"}).status_code == 204
+    assert known[0] != known[1]
+    assert "my-agent" not in known
 
 
 def test_pages_that_do_not_fit_the_engine_are_told_and_the_session_resumes(service: Service) -> None:
     register(service.database, "tcp://127.0.0.1:1", fingerprint="f2")
+    session_id = created(service)["id"]
     with service.database.write() as connection:
-        manifests.save(connection, Manifest("my-agent", "f1", 0, "n1", "eng_1", 64, 128, b"k" * 64, 1000))
-    created(service, id="my-agent")
-    turn = resumed(service, "my-agent")
+        manifests.save(connection, Manifest(session_id, "f1", 0, "n1", "eng_1", 64, 128, b"k" * 64, 1000))
+    turn = resumed(service, session_id)
     assert turn["engine"] is not None
     assert (turn["kv"]["tokens"], turn["kv"]["valid"]) == (128, False)
     assert "fingerprint" in turn["kv"]["invalid_reason"]
@@ -240,7 +257,6 @@ def test_what_the_framework_refuses_is_a_problem_too(service: Service) -> None:
     assert_problem(service.http.get("/v1/nothing"), 404, "not-found")
     response = service.http.put("/v1/sessions")
     assert_problem(response, 405, "method-not-allowed")
-    assert response.headers["allow"] == "POST"
     response = service.http.post("/v1/sessions", content=b"{", headers={"content-type": "application/json"})
     assert_problem(response, 422, "invalid-request")
     response = service.http.post(
@@ -257,13 +273,13 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/sessions", {"model": "m", "id": "a/b"}, "body.id"),
     ("/v1/sessions", {"model": "m", "id": ""}, "body.id"),
     ("/v1/sessions", {"model": "m", "expires_in_s": 0}, "body.expires_in_s"),
-    ("/v1/sessions/s/resume", {"prefetch": "host"}, "body.prefetch"),
-    ("/v1/sessions/s/resume", {"on_busy": "wait"}, "body.on_busy"),
+    ("/v1/sessions/s/resume", {"prefetch": "moon"}, "body.prefetch"),
+    ("/v1/sessions/s/resume", {"on_busy": "wait for ever"}, "body.on_busy"),
     ("/v1/sessions/s/resume", {"tail": 1001}, "body.tail"),
     ("/v1/sessions/s/resume", {"lease_ttl_s": 0}, "body.lease_ttl_s"),
     ("/v1/sessions/s/suspend", {"reason": "done"}, "body.lease"),
     ("/v1/sessions/s/suspend", {"lease": {"token": "t", "epoch": 1}, "reason": "bored"}, "body.reason"),
-    ("/v1/sessions/s/suspend", {"lease": {"token": "t", "epoch": 1}, "reason": "done", "kv": "demote"}, "body.kv"),
+    ("/v1/sessions/s/suspend", {"lease": {"token": "t", "epoch": 1}, "reason": "done", "kv": "shred"}, "body.kv"),
     ("/v1/sessions/s/entries", {"lease": {"token": "t", "epoch": 1}, "entries": []}, "body.entries"),
     ("/v1/sessions/s/entries", {"lease": {"token": "t", "epoch": 2**63}, "entries": [note()]}, "body.lease.epoch"),
     ("/v1/sessions/s%00/resume", {}, "path.session_id"),
@@ -283,15 +299,19 @@ def test_a_body_that_is_too_large(service: Service, announced: bool) -> None:
     content: Any = body if announced else iter([body[:100], body[100:]])
     response = service.http.post("/v1/sessions", content=content, headers={"content-type": "application/json"})
     assert_problem(response, 413, "body-too-large")
-    large = {"model": MODEL, "metadata": {"x": "y" * 7 * 2**20}}
-    assert service.http.post("/v1/sessions", json=large).status_code == 201
+    session_id = created(service)["id"]
+    large = {"kind": "note", "payload": {"x": "y" * 7 * 2**20}}
+    entries = {"lease": proof(resumed(service, session_id)), "entries": [large]}
+    assert service.http.post(f"/v1/sessions/{session_id}/entries", json=entries).status_code == 201
+    tail = service.http.get(f"/v1/sessions/{session_id}/entries").json()
+    assert tail["data"][0]["payload"] == large["payload"]
 
 
 def test_what_goes_wrong_inside_is_not_shown(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(session_id: str) -> None:
+    def fail(sessions: Sessions, session_id: str) -> None:
         raise RuntimeError("hunter2")
 
-    monkeypatch.setattr(service.app.state.service.sessions, "read", fail)
+    monkeypatch.setattr(Sessions, "read", fail)
     response = service.http.get("/v1/sessions/s")
     assert_problem(response, 500, "internal-error")
     assert "hunter2" not in response.text
@@ -359,12 +379,25 @@ def test_the_documentation_has_every_route_and_an_example_of_every_body(service:
         "/v1/sessions/{session_id}/suspend",
         "/v1/sessions/{session_id}/resume",
         "/v1/sessions/{session_id}/lease/renew",
+        "/v1/sessions/{session_id}/forks",
+        "/v1/sessions/{session_id}/rewind",
+        "/v1/sessions/{session_id}/prefetch",
+        "/v1/sessions/{session_id}/tool-calls/{call_id}",
+        "/v1/sessions/{session_id}/tool-calls/{call_id}/result",
+        "/v1/sessions/{session_id}/events",
         "/v1/operations/{operation_id}",
         "/v1/engines",
         "/healthz",
         "/readyz",
+        "/metrics",
     }
     schemas = document["components"]["schemas"]
-    for name in ("CreateSession", "AppendEntries", "SuspendSession", "ResumeSession", "RenewLease"):
+    for path in document["paths"].values():
+        for operation in path.values():
+            for status, response in operation["responses"].items():
+                assert int(status) < 400 or "application/json" not in response.get("content", {}) or status == "503"
+    bodies = [name for name, schema in schemas.items() if schema.get("additionalProperties") is False]
+    assert len(bodies) >= 10
+    for name in set(bodies) - {"LeaseProof", "NewEntry", "Expectation"}:
         for example in schemas[name]["examples"]:
             assert set(example) <= set(schemas[name]["properties"])

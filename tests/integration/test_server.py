@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,7 @@ def test_a_service_starts_from_nothing_says_where_it_is_and_stops_when_told(tmp_
         f"AgentState listens on http://127.0.0.1:{port}",
         f"sqlite:///{home}/agentstate.db",
         f"pages in {home}/pages",
+        "loopback only, because there is no API key",
     ):
         assert part in line
 
@@ -131,3 +135,59 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_database_server_that_is_down_is_named(tmp_path: Path) -> None:
     with pytest.raises(DatabaseUnreachable, match="127.0.0.1:1/agents"):
         run(Settings(home=tmp_path, database_url="postgresql://ada:hunter2@127.0.0.1:1/agents", port=0))
+
+
+def test_streams_are_closed_and_requests_are_finished_when_a_service_is_told_to_stop(
+    tmp_path: Path, start_peer: Any
+) -> None:
+    port, log = free_port(), tmp_path / "log"
+    variables = {"AGENTSTATE_HOME": str(tmp_path), "AGENTSTATE_PORT": str(port), "AGENTSTATE_LOG_FORMAT": "json"}
+    base_url = f"http://127.0.0.1:{port}"
+    with process(log, **variables) as service, Client(base_url) as client:
+        client.create_session(MODEL, id="mine")
+        got: list[str] = []
+        with httpx.stream("GET", f"{base_url}/v1/sessions/mine/events", timeout=START_S) as stream:
+            for line in stream.iter_lines():
+                got.append(line)
+                if line.startswith("event: session"):
+                    service.terminate()
+        assert "event: session" in got
+        assert service.wait(START_S) in (0, -15)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    watched = next(line for line in lines if line.get("route") == "/v1/sessions/{session_id}/events")
+    assert (watched["status"], watched["session_id"], watched["level"]) == (200, "mine", "info")
+    assert watched["request_id"].startswith("req_")
+
+
+def test_traces_go_to_the_collector_that_is_configured(tmp_path: Path) -> None:
+    received: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/v1/traces"
+            received.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Collector)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    port = free_port()
+    variables = {
+        "AGENTSTATE_HOME": str(tmp_path),
+        "AGENTSTATE_PORT": str(port),
+        "AGENTSTATE_OTLP_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+    }
+    try:
+        with process(tmp_path / "log", **variables) as service, Client(f"http://127.0.0.1:{port}") as client:
+            client.create_session(MODEL, id="mine")
+            client.read("mine")
+            service.terminate()
+            service.wait(START_S)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert b"GET /v1/sessions/{session_id}" in b"".join(received)

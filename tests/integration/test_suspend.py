@@ -153,7 +153,7 @@ def test_what_is_never_durable_fails_in_the_end(
     assert suspended.operation is not None
     operation = service.client.wait_operation(suspended.operation, timeout_s=WAIT_S)
     assert operation.state is OperationState.FAILED
-    assert operation.result == {"error": "the session was not durable after 0.3 s"}
+    assert operation.result == {"error": "the flush did not end within 0.3 s"}
 
 
 def test_stopping_the_service_fails_what_it_followed(
@@ -162,21 +162,21 @@ def test_stopping_the_service_fails_what_it_followed(
     register(service.database, start_peer(lambda request: stored("pending")).address)
     suspended = service.client.suspend(*running, durable_timeout_ms=0)
     assert suspended.operation is not None
-    service.app.state.service.flushes.close()
+    service.app.state.service.operations.close()
     operation = service.client.operation(suspended.operation)
     assert operation.state is OperationState.FAILED
-    assert operation.result == {"error": "the service was stopped before the session was durable"}
+    assert operation.result == {"error": "the service was stopped before the flush ended"}
 
 
 def test_a_service_that_starts_fails_what_its_former_self_left(service: Service) -> None:
-    flushes = service.app.state.service.flushes
+    following = service.app.state.service.operations
     with service.database.write() as connection:
         for name, owner, age_s, state in (
-            ("op_mine", flushes.owner, 1, "running"),
-            ("op_queued", flushes.owner, 1, "pending"),
+            ("op_mine", following.owner, 1, "running"),
+            ("op_queued", following.owner, 1, "pending"),
             ("op_other", "elsewhere:8700", 1, "running"),
             ("op_ancient", "elsewhere:8700", 1000, "running"),
-            ("op_done", flushes.owner, 1, "done"),
+            ("op_done", following.owner, 1, "done"),
         ):
             connection.execute(
                 sa.insert(operations.operations).values(
@@ -188,7 +188,7 @@ def test_a_service_that_starts_fails_what_its_former_self_left(service: Service)
                     created_us=operations.now_us() - age_s * 1_000_000,
                 )
             )
-    operations.Flushes(service.database, flushes.owner).fail_abandoned()
+    following.fail_abandoned()
     states = {
         name: service.client.operation(f"op_{name}").state for name in ("mine", "queued", "other", "ancient", "done")
     }

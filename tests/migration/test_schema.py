@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,10 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 
 import migrations
+from agentstate.adapters.tables import metadata
 from agentstate.database import Database
-from agentstate.errors import SchemaNewer, SchemaOutdated
-from agentstate.models import metadata
+from agentstate.errors import NotABranchPoint, SchemaNewer, SchemaOutdated
+from agentstate.sessions import Sessions
 from agentstate.settings import Settings
 from api.server import migrate, run
 
@@ -134,3 +136,66 @@ def test_a_service_does_not_migrate_a_postgresql_by_itself(postgresql: object) -
     database = Database(url)
     assert tables(database) == set()
     database.close()
+
+
+def test_what_is_stored_survives_the_way_up_and_down(empty: Database) -> None:
+    upgrade_to(empty, "0001")
+    with empty.write() as connection:
+        for statement in (
+            "INSERT INTO sessions "
+            "(id, model, metadata, status, head_entry, next_seq, revision, created_us, updated_us) "
+            "VALUES ('s', 'm', '{}', 'suspended', 'e3', 4, 7, 1, 1)",
+            "INSERT INTO entries (id, session_id, seq, kind, payload, call_id, created_us) VALUES "
+            "('e1', 's', 1, 'tool_call', '{\"name\": \"t\"}', 'a', 1), "
+            "('e2', 's', 2, 'tool_result', '{\"output\": 1}', 'a', 1), "
+            "('e3', 's', 3, 'tool_call', '{\"name\": \"t\"}', 'b', 1)",
+            "INSERT INTO tool_calls (session_id, call_id, name, state, call_seq, result_seq, claimed_us) VALUES "
+            "('s', 'a', 't', 'done', 1, 2, 1), ('s', 'b', 't', 'claimed', 3, NULL, 1)",
+            "INSERT INTO leases (session_id, epoch, expires_us) VALUES ('s', 3, 0)",
+        ):
+            connection.execute(sa.text(statement))
+    empty.upgrade()
+    sessions = Sessions(empty, 10)
+    assert [entry.seq for entry in sessions.entries("s").entries] == [1, 2, 3]
+    with pytest.raises(NotABranchPoint):
+        sessions.fork("s", None, at="e1")
+    fork = sessions.fork("s", None, at="e2")
+    resumed = sessions.resume("s", lease_ttl_s=1, tail=1)
+    assert (resumed.lease.key.epoch, resumed.pending_tool_calls) == (4, ["b"])
+    downgrade(empty, "0001")
+    with empty.read() as connection:
+        assert connection.execute(sa.text("SELECT id, next_seq FROM sessions")).all() == [("s", 4)]
+        assert connection.execute(sa.text("SELECT count(*) FROM entries")).scalar() == 3
+        assert connection.execute(sa.text("SELECT count(*) FROM tool_calls")).scalar() == 2
+    assert fork.id != "s"
+
+
+def test_later_migrations_lock_no_big_table(postgresql: object) -> None:
+    """After 0002, a table that was there before is only given what PostgreSQL does at once: a column that is null or
+    has a constant default. Whatever else would read or write all of it while nobody else may write."""
+    database = Database(postgresql.create_database())  # type: ignore[attr-defined]
+    upgrade_to(database, "0002")
+    before = tables(database)
+    statements: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        statements.append(" ".join(statement.split()))
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        database.upgrade()
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+        database.close()
+    at_once = re.compile(r"ALTER TABLE \w+ (ADD COLUMN (?!.*REFERENCES)|DROP COLUMN|ALTER COLUMN \w+ DROP)")
+    slow = re.compile(rf"(ALTER TABLE|UPDATE|DELETE FROM|CREATE( UNIQUE)? INDEX .* ON) ({'|'.join(before)})\b")
+    known = "alembic_version"
+    assert [one for one in statements if slow.match(one) and known not in one and not at_once.match(one)] == []
+
+
+def upgrade_to(database: Database, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    with database.write() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)

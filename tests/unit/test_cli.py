@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -107,3 +108,27 @@ def test_a_page_directory_that_cannot_be_made(home: Path, fake_sglang: Path, tmp
 
 def test_a_setting_that_does_not_fit() -> None:
     assert "AGENTSTATE_PORT" in only_line(run("serve", AGENTSTATE_PORT="99999"))
+
+
+def test_keys_are_made_listed_and_revoked(home: Path) -> None:
+    environment = {"AGENTSTATE_HOME": str(home), "COLUMNS": "200"}
+    made = run("keys", "create", "--tenant", "acme", "--note", "ci", **environment)
+    secret = made.stdout.strip()
+    assert secret.startswith("ags_")
+    (key,) = json.loads(run("keys", "list", "--json", **environment).stdout)
+    assert (key["tenant"], key["note"], key["revoked"]) == ("acme", "ci", "")
+    assert key["id"] in made.stderr
+    shown = run("keys", "list", **environment).stdout
+    assert key["id"] in shown
+    assert secret not in shown
+    assert run("keys", "revoke", key["id"], **environment).returncode == 0
+    (key,) = json.loads(run("keys", "list", "--json", **environment).stdout)
+    assert key["revoked"]
+    assert "key_none" in only_line(run("keys", "revoke", "key_none", **environment))
+
+
+def test_limits_of_a_tenant_and_a_collection(home: Path) -> None:
+    environment = {"AGENTSTATE_HOME": str(home)}
+    assert run("tenants", "set", "acme", "--expires-in-s", "60", **environment).returncode == 0
+    assert "no name of a tenant" in only_line(run("tenants", "set", "a b", **environment))
+    assert run("db", "gc", **environment).stdout.strip() == "0 sessions, 0 entries, 0 blobs, 0 records"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -177,3 +178,30 @@ def test_a_server_that_does_not_answer_is_named_without_its_password() -> None:
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(SettingsError, match="AGENTSTATE_DATABASE_URL"):
         Database(url)
+
+
+def test_a_block_within_another_is_part_of_its_transaction(database: Database) -> None:
+    with pytest.raises(RuntimeError, match="broken"), database.write() as outer:
+        with database.write() as inner:
+            assert inner is outer
+            insert_operation(inner)
+        raise RuntimeError("broken")
+    assert count(database) == 0
+    with database.write() as connection:
+        insert_operation(connection)
+    assert count(database) == 1
+
+
+def test_a_statement_of_postgresql_that_waits_for_a_lock_gives_up(postgresql: Any) -> None:
+    database = Database(postgresql.create_database(postgresql.template))
+    with database.read() as connection:
+        found = {
+            name: connection.exec_driver_sql(f"SHOW {name}").scalar()
+            for name in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+        }
+    assert found == {
+        "statement_timeout": "15s",
+        "lock_timeout": "10s",
+        "idle_in_transaction_session_timeout": "1min",
+    }
+    database.close()

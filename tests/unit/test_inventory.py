@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-import json
+import errno
 import mmap
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from agentstate.cli import app
-from agentstate.errors import PageStoreLocked
+from agentstate.errors import BadExtent, PageStoreLocked
 from agentstate.pages import Geometry, PageStore, inventory
 from agentstate.pages.files import read_header
 
@@ -24,7 +27,7 @@ def key(number: int) -> bytes:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """Two extents, of the pages 0 to 4 and 5 to 7, below ``tmp_path``."""
-    directory = tmp_path / "fingerprint" / "rank0"
+    directory = tmp_path / MARK.hex()[:32] / "rank0"
     with_pages = PageStore(directory, MARK, GEOMETRY)
     for numbers in (range(5), range(5, 8)):
         keys = [key(number) for number in numbers]
@@ -84,17 +87,84 @@ def test_repair_waits_for_no_running_engine(store: Path) -> None:
     engine.close()
 
 
-def test_the_commands(store: Path, tmp_path: Path) -> None:
-    runner = CliRunner()
-    listed = json.loads(runner.invoke(app, ["pages", "ls", "--json", "--dir", str(tmp_path)]).stdout)
-    assert [(row["extents"], row["pages"], row["tokens"]) for row in listed] == [(2, 8, 32)]
+def test_a_block_that_cannot_be_read_costs_its_own_page_only(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = sorted((store / "extents").iterdir())
-    flip(first, 0, 4)
-    broken = runner.invoke(app, ["pages", "check", "--json", "--dir", str(tmp_path)])
-    assert broken.exit_code == 1
-    assert json.loads(broken.stdout)["broken"] == [
-        {"extent": str(first), "damage": None, "broken_pages": [key(4).hex()]}
+    bad, _ = read_header(first).layout.component_range(1, 0, 2, 1)
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if offset <= bad < offset + sum(len(buffer) for buffer in buffers):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    reports = list(inventory.check(store))
+    # The second extent has something else at that offset, and the disk is bad there too.
+    assert reports[0].broken == (2,)
+    assert inventory.repair(store, reports[:1]) == 1
+    monkeypatch.undo()
+    assert [len(report.header.keys) for report in inventory.extents(store) if report.header] == [3, 4]
+
+
+def test_an_extent_is_found_by_its_number_its_path_and_a_key(store: Path, tmp_path: Path) -> None:
+    first, second = sorted((store / "extents").iterdir())
+    for name in ("2", "0000000000000002", "0000000000000002.ext", str(second)):
+        assert [(report.path, slot) for report, slot in inventory.holding(tmp_path, name)] == [(second, None)]
+    found = inventory.holding(tmp_path, key(6).hex())
+    assert [(report.path, slot) for report, slot in found] == [(second, 1)]
+    prefixed = list(inventory.holding(tmp_path, key(0).hex()[:20]))
+    assert [(report.path, slot) for report, slot in prefixed] == [
+        *((first, slot) for slot in range(5)),
+        *((second, slot) for slot in range(3)),
     ]
-    repaired = runner.invoke(app, ["pages", "check", "--repair", "--json", "--dir", str(tmp_path)])
-    assert (repaired.exit_code, json.loads(repaired.stdout)["pages_dropped"]) == (0, 1)
-    assert runner.invoke(app, ["pages", "check", "--dir", str(tmp_path)]).exit_code == 0
+    assert list(inventory.holding(tmp_path, "ffffffffff")) == []
+
+
+def test_usage_accounts_for_every_byte_of_an_extent(store: Path) -> None:
+    first, second = sorted((store / "extents").iterdir())
+    usage = inventory.usage(store)
+    assert (usage.live, usage.superseded, usage.unreadable, usage.partial) == (8 * GEOMETRY.page_bytes, 0, 0, 0)
+    assert usage.live + usage.overhead == first.stat().st_size + second.stat().st_size
+    # The pages of the second extent once more, in a third one.
+    second.with_name(f"{9:016x}.ext").write_bytes(second.read_bytes())
+    (store / "partial" / "left.ext").write_bytes(bytes(5000))
+    first.write_bytes(first.read_bytes()[:-1])
+    usage = inventory.usage(store)
+    assert (usage.live, usage.superseded) == (3 * GEOMETRY.page_bytes, 3 * GEOMETRY.page_bytes)
+    assert usage.unreadable == first.stat().st_size
+    assert usage.partial >= 5000
+
+
+@given(st.sets(st.integers(0, 7)))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_a_chain_needs_is_kept_and_a_dry_run_says_the_same(store: Path, needed: set[int]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "rank0"
+        shutil.copytree(store, copy)
+        chains = [[key(number)] for number in needed]
+        planned = inventory.collectable(copy, chains)
+        before = sum(report.n_bytes for report in inventory.extents(copy))
+        assert inventory.collect(copy, lambda: chains) == planned
+        left = {bytes(page) for report in inventory.extents(copy) if report.header for page in report.header.keys}
+        kept = [numbers for numbers in (set(range(5)), set(range(5, 8))) if numbers & needed]
+        assert left == {key(number) for numbers in kept for number in numbers}
+        assert planned.freed_bytes + planned.left_bytes == before
+        assert planned.left_bytes == sum(report.n_bytes for report in inventory.extents(copy))
+
+
+def test_collecting_asks_for_the_chains_once_no_engine_can_write(store: Path) -> None:
+    def needed() -> list[list[bytes]]:
+        with pytest.raises(PageStoreLocked):
+            PageStore(store, MARK, GEOMETRY)
+        return []
+
+    assert inventory.collect(store, needed).left_bytes == 0
+
+
+def test_a_store_is_known_by_its_extents_and_its_directory(store: Path, tmp_path: Path) -> None:
+    assert inventory.identity(store) == (MARK.hex(), 0)
+    for extent in (store / "extents").iterdir():
+        extent.write_bytes(b"")
+    assert inventory.identity(store) is None
+    with pytest.raises(BadExtent, match="check --repair"):
+        inventory.collect(store, list)

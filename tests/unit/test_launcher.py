@@ -101,6 +101,30 @@ def test_a_core_is_left_free_where_there_is_more_than_one(
     assert found == {1: ("1", "0"), 2: ("1", "0"), 8: ("7", "0-6")}[cores]
 
 
+@pytest.mark.parametrize(
+    ("cores", "flag", "found"),
+    [
+        (1, "--tp=2", ("1", "0|0")),
+        (2, "--tp=2", ("1", "0|1")),
+        (9, "--tp-size=2", ("4", "0-3|4-7")),
+        (8, "--tensor-parallel-size=2", ("3", "0-2|3-5")),
+        (4, "--tp=two", ("3", "0-2")),
+    ],
+)
+def test_every_rank_has_cores_of_its_own(
+    settings: Settings,
+    model: str,
+    free_port: str,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    flag: str,
+    found: tuple[str, str],
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    _, environment = engine_command(settings, ["--model-path", model, "--port", free_port, flag], os.environ)
+    assert (environment["OMP_NUM_THREADS"], environment["SGLANG_CPU_OMP_THREADS_BIND"]) == found
+
+
 def test_with_a_gpu_the_device_and_its_threads_are_left_to_sglang(
     settings: Settings, model: str, free_port: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,9 @@ from agentstate.database import Database
 from agentstate.errors import LeaseLost, SessionBusy
 from agentstate.leases import LeaseKey
 from agentstate.models import EntryKind, SessionStatus
-from agentstate.sessions import NewEntry, Resumed, Sessions, SuspendReason
+from agentstate.outcomes import Resumed, SuspendReason
+from agentstate.sessions import Sessions
+from agentstate.transcript import NewEntry
 
 NOTE = NewEntry(EntryKind.NOTE, {"text": "hello"})
 

@@ -31,47 +31,61 @@ def test_a_manifest_comes_back_as_it_was_saved(database: Database) -> None:
     with database.write() as connection:
         manifests.save(connection, saved)
     with database.read() as connection:
-        assert manifests.load(connection, "ses_1", "f1", 0) == saved
-        assert manifests.load(connection, "ses_1", "f1", 1) is None
-        assert manifests.load(connection, "ses_2", "f1", 0) is None
+        assert manifests.load(connection, "ses_1", "f1", 0, "n1") == saved
+        assert manifests.load(connection, "ses_1", "f1", 1, "n1") is None
+        assert manifests.load(connection, "ses_1", "f1", 0, "n2") is None
+        assert manifests.load(connection, "ses_2", "f1", 0, "n1") is None
     assert saved.page_keys() == [hashlib.sha256(bytes([page])).digest() for page in range(3)]
 
 
-def test_a_newer_manifest_takes_the_place_of_the_older(database: Database) -> None:
+def test_a_newer_manifest_of_a_node_takes_the_place_of_the_older(database: Database) -> None:
     with database.write() as connection:
         manifests.save(connection, manifest(pages=5))
-        manifests.save(connection, replace(manifest(pages=2), node="n2", engine_id="eng_2"))
+        manifests.save(connection, replace(manifest(pages=2), engine_id="eng_2"))
     with database.read() as connection:
-        found = manifests.load(connection, "ses_1", "f1", 0)
+        found = manifests.load(connection, "ses_1", "f1", 0, "n1")
         rows = connection.execute(sa.text("SELECT count(*) FROM manifests")).scalar()
-    assert found == replace(manifest(pages=2), node="n2", engine_id="eng_2")
+    assert found == replace(manifest(pages=2), engine_id="eng_2")
     assert rows == 1
 
 
-def test_ranks_and_fingerprints_have_manifests_of_their_own(database: Database) -> None:
+def test_ranks_fingerprints_and_nodes_have_manifests_of_their_own(database: Database) -> None:
     with database.write() as connection:
         for rank in (0, 1):
             for fingerprint in ("f1", "f2"):
-                manifests.save(connection, manifest(fingerprint=fingerprint, rank=rank, pages=rank + 1))
+                for node in ("n1", "n2"):
+                    manifests.save(connection, replace(manifest("ses_1", fingerprint, rank, rank + 1), node=node))
     with database.read() as connection:
-        found = manifests.load(connection, "ses_1", "f2", 1)
-    assert found == manifest(fingerprint="f2", rank=1, pages=2)
+        found = manifests.load(connection, "ses_1", "f2", 1, "n2")
+    assert found == replace(manifest(fingerprint="f2", rank=1, pages=2), node="n2")
 
 
-def test_the_latest_is_what_was_saved_last_without_its_keys(database: Database) -> None:
+def test_coverage_is_the_newest_first_and_without_the_keys(database: Database) -> None:
     with database.write() as connection:
-        assert manifests.latest(connection, "ses_1") is None
+        assert manifests.coverage(connection, ["ses_1"]) == []
         manifests.save(connection, manifest(fingerprint="f1", pages=9))
         connection.execute(sa.text("UPDATE manifests SET updated_us = updated_us - 1000000"))
         manifests.save(connection, manifest(fingerprint="f2", pages=4))
-        found = manifests.latest(connection, "ses_1")
-    assert found == Coverage("ses_1", "f2", 0, "n1", "eng_1", page_size=64, tokens=256, nbytes=4000)
+        manifests.save(connection, manifest("ses_2"))
+        found = manifests.coverage(connection, ["ses_1"])
+    assert [replace(one, updated_us=0) for one in found] == [
+        Coverage("ses_1", "f2", 0, "n1", "eng_1", page_size=64, tokens=256, nbytes=4000, updated_us=0),
+        Coverage("ses_1", "f1", 0, "n1", "eng_1", page_size=64, tokens=576, nbytes=9000, updated_us=0),
+    ]
+
+
+def test_forgetting_a_session_leaves_the_others(database: Database) -> None:
+    with database.write() as connection:
+        manifests.save(connection, manifest("ses_1"))
+        manifests.save(connection, manifest("ses_2"))
+        manifests.forget(connection, "ses_1")
+        assert [one.session_id for one in manifests.coverage(connection, ["ses_1", "ses_2"])] == ["ses_2"]
 
 
 def test_an_empty_manifest_says_that_nothing_is_stored(database: Database) -> None:
     with database.write() as connection:
         manifests.save(connection, manifest(pages=0))
-        assert manifests.load(connection, "ses_1", "f1", 0) == manifest(pages=0)
+        assert manifests.load(connection, "ses_1", "f1", 0, "n1") == manifest(pages=0)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
+from agentstate.collection import collect
 from agentstate.database import Database
 from agentstate.errors import InvalidEntry, ToolInFlight
 from agentstate.models import EntryKind, SessionStatus
-from agentstate.sessions import NewEntry, Sessions, SuspendReason
+from agentstate.outcomes import SuspendReason
+from agentstate.sessions import Sessions
+from agentstate.transcript import NewEntry
 
 
 def call(call_id: str, expected_s: float | None = None) -> NewEntry:
@@ -84,3 +87,30 @@ def test_sessions_have_call_ids_of_their_own(sessions: Sessions) -> None:
         session = sessions.create("m")
         key = sessions.resume(session.id, lease_ttl_s=60, tail=1).lease.key
         sessions.append(session.id, key, [call("a"), output("a")])
+
+
+def test_how_long_a_tool_takes_outlives_its_sessions(sessions: Sessions, database: Database) -> None:
+    def timings() -> list[tuple[str, str, float]]:
+        with database.read() as connection:
+            found = connection.execute(sa.text("SELECT tenant, name, seconds FROM tool_timings ORDER BY id"))
+            return [tuple(row) for row in found]
+
+    session = sessions.create("m")
+    key = sessions.resume(session.id, lease_ttl_s=60, tail=1).lease.key
+    sessions.append(session.id, key, [call("a"), output("a")])
+    assert timings() == [], "appended together, they say nothing"
+    sessions.append(session.id, key, [call("b"), call("c"), call("d")])
+    with database.write() as connection:
+        connection.execute(sa.text("UPDATE tool_calls SET claimed_us = claimed_us - 2000000 WHERE call_id <> 'c'"))
+        connection.execute(sa.text("UPDATE tool_calls SET claimed_us = claimed_us - 4000000 WHERE call_id = 'c'"))
+        connection.execute(sa.text("UPDATE tool_calls SET state = 'unknown' WHERE call_id = 'd'"))
+    sessions.append(session.id, key, [output("b"), failure("c"), output("d")])
+    assert [(tenant, name) for tenant, name, _ in timings()] == [("default", "search")] * 2
+    assert [seconds for _, _, seconds in timings()] == [pytest.approx(2, abs=1), pytest.approx(4, abs=1)]
+    sessions.suspend(session.id, key, SuspendReason.DONE)
+    sessions.delete(session.id, None)
+    collect(database, expired_after_s=0)
+    claimed = sessions.claim(sessions.create("m").id, "a", "search")
+    assert claimed.fresh
+    assert claimed.call.typical_s == pytest.approx(3, abs=1)
+    assert sessions.of("other").claim(sessions.of("other").create("m").id, "a", "search").call.typical_s is None

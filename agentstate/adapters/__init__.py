@@ -1,0 +1,7 @@
+"""Agent frameworks on AgentState: one module a framework, each imported only where that framework is installed.
+
+``openai_agents``
+    the OpenAI Agents SDK's ``Session`` (``pip install 'agentstate[agents]'``)
+``langgraph``
+    LangGraph's checkpoint saver (``pip install 'agentstate[langgraph]'``); its tables are in ``tables``
+"""

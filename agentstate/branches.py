@@ -1,0 +1,79 @@
+"""Where histories branch: what a fork or a rewind keeps, and what a deleted session leaves behind.
+
+Nothing is copied and nothing is deleted here, so the cost does not depend on the length of a history. What no history
+reaches any more is only marked; `agentstate.collection` takes it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentstate import transcript
+from agentstate.database import now_us
+from agentstate.errors import NotABranchPoint
+from agentstate.history import MAX_SEGMENTS, History
+from agentstate.models import leases, segments, sessions
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The history that goes on from ``head_id``, whose next entry is ``next_seq``."""
+
+    history: History
+    head_id: str | None
+    next_seq: int
+    open_calls: int
+
+
+def branch_at(connection: Connection, row: Any, history: History, entry_id: str | None) -> Branch:
+    """The part of a session's history up to an entry, the head if it is None.
+
+    Tool calls may be open at the head only. Raises EntryNotFound, NotABranchPoint.
+    """
+    if entry_id is None or entry_id == row.head_entry:
+        return _bounded(Branch(history, row.head_entry, row.next_seq, row.open_calls), row)
+    place = transcript.find(connection, row.name, history, entry_id)
+    if place.open_calls:
+        raise NotABranchPoint(
+            f"entry {entry_id} of session {row.name} stands between a tool call and its result: choose one before "
+            "the call or after the result",
+            revision=row.revision,
+        )
+    return _bounded(Branch(history.between(1, place.seq), entry_id, place.seq + 1, 0), row)
+
+
+def bury(connection: Connection, row: Any) -> None:
+    """Delete a session whose row is locked: its id is free, its row stays until nothing shares its entries."""
+    mark_garbage(connection, [row.id, *History.of(connection, row).owners()])
+    connection.execute(sa.delete(segments).where(segments.c.session_id == row.id))
+    connection.execute(sa.delete(leases).where(leases.c.session_id == row.id))
+    connection.execute(
+        sa.update(sessions)
+        .where(sessions.c.id == row.id)
+        # No id of a session that can be read has this sign.
+        .values(name="~" + row.id, deleted_us=now_us(), revision=sessions.c.revision + 1)
+    )
+
+
+def mark_garbage(connection: Connection, owner_ids: Collection[str]) -> None:
+    """These sessions may own entries that no history reaches any more."""
+    # Locked in order, so that two sessions with the same ancestors do not wait for each other in a circle.
+    clean = sa.select(sessions.c.id).where(sessions.c.id.in_(owner_ids), sa.not_(sessions.c.garbage))
+    found = connection.execute(clean.order_by(sessions.c.id).with_for_update(key_share=True)).scalars().all()
+    connection.execute(sa.update(sessions).where(sessions.c.id.in_(found)).values(garbage=True))
+
+
+def _bounded(branch: Branch, row: Any) -> Branch:
+    # One more than now, for what the branch appends itself.
+    if len(branch.history.segments) >= MAX_SEGMENTS:
+        raise NotABranchPoint(
+            f"the history of session {row.name} was branched {MAX_SEGMENTS} times up to there: start a new session "
+            "from what is worth keeping of it",
+            revision=row.revision,
+        )
+    return branch

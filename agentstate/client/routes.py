@@ -1,0 +1,300 @@
+"""The routes of the HTTP API, described once for both clients.
+
+A function here is what a method of `Client` and `AsyncClient` is made of: its parameters and its docstring are the
+method's, and what it returns says what to send, what comes back and when sending it again is harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Generic, Literal, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel
+
+from agentstate.answers import (
+    AppendedEntries,
+    EngineList,
+    EntryList,
+    Lease,
+    Operation,
+    Resumed,
+    Session,
+    SessionList,
+    Suspended,
+    ToolCall,
+)
+
+A = TypeVar("A")
+M = TypeVar("M", bound=BaseModel)
+
+
+class Repeat(Enum):
+    """Whether a request whose answer was lost may be sent again."""
+
+    READ = "it changes nothing"
+    KEYED = "it carries an Idempotency-Key: the service carries it out once"
+    NEVER = "it could be carried out twice, or fail because it was carried out"
+
+
+@dataclass(frozen=True)
+class Call(Generic[A]):
+    """One request and how to read its answer. The service may take ``wait_s`` longer than usual."""
+
+    parse: Callable[[httpx.Response], A]
+    method: str
+    path: str
+    repeat: Repeat
+    params: dict[str, str] = field(default_factory=dict)
+    body: dict[str, Any] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    wait_s: float = 0.0
+
+
+def create_session(
+    model: str,
+    *,
+    id: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    cache_salt: str | None = None,
+    extra_key: str | None = None,
+    expires_in_s: float | None = None,
+) -> Call[Session]:
+    """Create a session. Raises SessionExists when the caller's own ``id`` is taken."""
+    body = {
+        "model": model,
+        "id": id,
+        "metadata": metadata or {},
+        "cache_salt": cache_salt,
+        "extra_key": extra_key,
+        "expires_in_s": expires_in_s,
+    }
+    return _post(Session, "/v1/sessions", body)
+
+
+def list_sessions(*, after: str | None = None, limit: int = 100, order: str = "asc") -> Call[SessionList]:
+    """One page of the sessions that have not expired, by id; go on with ``after=page.last_id``."""
+    return _get(SessionList, "/v1/sessions", _page(after, limit, order))
+
+
+def read(session_id: str) -> Call[Session]:
+    """A session without its entries. Raises SessionNotFound, SessionExpired."""
+    return _get(Session, _session(session_id))
+
+
+def update(
+    session_id: str,
+    *,
+    revision: str,
+    metadata: dict[str, Any] | None = None,
+    expires_in_s: float | Literal["keep", "never"] = "keep",
+) -> Call[Session]:
+    """Change keys of the metadata (None takes one away), and the expiry, counted from now.
+
+    ``revision`` is the one that the caller has seen, or ``*`` for any. Raises RevisionStale.
+    """
+    body: dict[str, Any] = {} if metadata is None else {"metadata": metadata}
+    if expires_in_s != "keep":
+        body["expires_in_s"] = None if expires_in_s == "never" else expires_in_s
+    return Call(_model(Session), "PATCH", _session(session_id), Repeat.NEVER, body=body, headers=_seen(revision))
+
+
+def delete(session_id: str, *, revision: str) -> Call[None]:
+    """Delete a session; its forks keep what they share with it. Raises RevisionStale, SessionBusy."""
+    return Call(lambda response: None, "DELETE", _session(session_id), Repeat.NEVER, headers=_seen(revision))
+
+
+def entries(session_id: str, *, after: str | None = None, limit: int = 100, order: str = "asc") -> Call[EntryList]:
+    """One page; go on with ``after=page.last_id`` while it ``has_more``. Raises EntryNotFound."""
+    return _get(EntryList, _session(session_id, "entries"), _page(after, limit, order))
+
+
+def append(session_id: str, lease: Lease, entries: Sequence[dict[str, Any]]) -> Call[AppendedEntries]:
+    """Append all of them or none: made by `message`, `tool_call`, `tool_output`, `tool_error`, `note`, or by hand.
+
+    Raises LeaseLost, InvalidEntry.
+    """
+    return _post(AppendedEntries, _session(session_id, "entries"), {"lease": _proof(lease), "entries": list(entries)})
+
+
+def resume(
+    session_id: str,
+    *,
+    lease_ttl_s: float | None = None,
+    tail: int = 50,
+    expect_model: str | None = None,
+    revision: str | None = None,
+    busy_timeout_s: float = 0.0,
+    prefetch: str = "none",
+) -> Call[Resumed]:
+    """Take the session's lease, and get back what its next turn needs.
+
+    The service waits up to ``busy_timeout_s`` while another process runs the session. ``prefetch`` brings the KV back
+    to the engine's ``host`` memory or to the ``device``; the answer does not wait for it. Raises SessionBusy,
+    ModelMismatch, and RevisionStale when a ``revision`` is given that is not the newest.
+    """
+    body: dict[str, Any] = {"tail": tail, "lease_ttl_s": lease_ttl_s}
+    if expect_model is not None:
+        body["expect"] = {"model": expect_model}
+    if busy_timeout_s:
+        body |= {"on_busy": "wait", "busy_timeout_ms": round(busy_timeout_s * 1000)}
+    if prefetch != "none":
+        body["prefetch"] = prefetch
+    headers = {} if revision is None else _seen(revision)
+    return _post(Resumed, _session(session_id, "resume"), body, headers=headers, wait_s=busy_timeout_s)
+
+
+def renew(session_id: str, lease: Lease, *, lease_ttl_s: float | None = None) -> Call[Lease]:
+    """Let the lease lapse ``lease_ttl_s`` from now instead of when it would have. Raises LeaseLost."""
+    body = {"lease": _proof(lease), "lease_ttl_s": lease_ttl_s}
+    return _post(Lease, _session(session_id, "lease", "renew"), body)
+
+
+def suspend(
+    session_id: str,
+    lease: Lease,
+    *,
+    reason: str = "user_wait",
+    kv: str = "retain",
+    durable_timeout_ms: int = 500,
+    expires_in_s: float | None = None,
+) -> Call[Suspended]:
+    """End the turn. Waits up to ``durable_timeout_ms`` for the KV to be durable.
+
+    ``kv`` says what becomes of the device's copy: ``retain`` it while there is room, ``demote`` it once the KV is
+    durable, or ``release`` it and what is stored. Raises LeaseLost, ToolInFlight.
+    """
+    body = {
+        "lease": _proof(lease),
+        "reason": reason,
+        "kv": kv,
+        "durable_timeout_ms": durable_timeout_ms,
+        "expires_in_s": expires_in_s,
+    }
+    return _post(Suspended, _session(session_id, "suspend"), body, wait_s=durable_timeout_ms / 1000)
+
+
+def fork(
+    session_id: str,
+    *,
+    revision: str,
+    at: str | None = None,
+    id: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    expires_in_s: float | None = None,
+) -> Call[Session]:
+    """A new session that shares this one's history, and KV, up to the entry ``at``, or all of it.
+
+    It has the parent's metadata unless some is given. Raises RevisionStale, EntryNotFound, NotABranchPoint,
+    SessionExists.
+    """
+    body = {"at": at, "id": id, "metadata": metadata, "expires_in_s": expires_in_s}
+    return _post(Session, _session(session_id, "forks"), body, headers=_seen(revision))
+
+
+def rewind(session_id: str, at: str, *, revision: str, lease: Lease | None = None) -> Call[Session]:
+    """Make the entry ``at`` the head again: what came after it is taken back.
+
+    The ``lease`` is needed while the session is being run. Raises RevisionStale, EntryNotFound, NotABranchPoint,
+    SessionBusy, ToolInFlight.
+    """
+    body: dict[str, Any] = {"at": at, **_held(lease)}
+    return _post(Session, _session(session_id, "rewind"), body, headers=_seen(revision))
+
+
+def prefetch(session_id: str, *, tier: str = "host", deadline_s: float | None = None) -> Call[Operation]:
+    """Bring the session's KV back to the engine's ``host`` memory or to the ``device``, before a request needs it.
+
+    After ``deadline_s`` it is of no use any more, and fails. The operation is done already if the KV is there.
+    """
+    body = {"tier": tier, "deadline_ms": None if deadline_s is None else round(deadline_s * 1000)}
+    return _post(Operation, _session(session_id, "prefetch"), body)
+
+
+def claim_tool_call(
+    session_id: str,
+    call_id: str,
+    name: str,
+    arguments: Any = None,
+    *,
+    expected_s: float | None = None,
+    lease: Lease | None = None,
+) -> Call[ToolCall]:
+    """Claim a tool call, before executing it. It is to be executed by the caller only when its ``state`` is claimed.
+
+    A call that has its result already is answered with it. The ``lease`` is needed while the session is being run.
+    Raises ToolCallClaimed, ToolCallUnknown (its claimant vanished: it may have run or not), SessionBusy, LeaseLost.
+    """
+    body = {"name": name, "arguments": arguments, "expected_s": expected_s, **_held(lease)}
+    path = _session(session_id, "tool-calls", _part(call_id))
+    return Call(_model(ToolCall), "PUT", path, Repeat.KEYED, body=body)
+
+
+def finish_tool_call(
+    session_id: str, call_id: str, *, output: Any = None, error: Any = None, lease: Lease | None = None
+) -> Call[ToolCall]:
+    """Give a tool call its result: its ``error`` if there is one, else its ``output``.
+
+    The ``lease`` is needed while the session is being run, and none otherwise: a tool may end while its session is
+    suspended. Raises ToolCallNotFound, ToolCallFinal, SessionBusy, LeaseLost.
+    """
+    result = {"output": output} if error is None else {"error": error}
+    path = _session(session_id, "tool-calls", _part(call_id), "result")
+    return Call(_model(ToolCall), "PUT", path, Repeat.KEYED, body={**result, **_held(lease)})
+
+
+def operation(operation_id: str) -> Call[Operation]:
+    """How an operation stands. Raises OperationNotFound."""
+    return _get(Operation, f"/v1/operations/{_part(operation_id)}")
+
+
+def engines() -> Call[EngineList]:
+    """The engine ranks that have registered, and which of them are live."""
+    return _get(EngineList, "/v1/engines")
+
+
+def events(session_id: str, seq: int) -> Call[httpx.Response]:
+    # Not a method by itself: what comes is a stream. The service says every 15 s that it is still there.
+    params = {"after": str(seq)}
+    return Call(lambda response: response, "GET", _session(session_id, "events"), Repeat.READ, params=params, wait_s=30)
+
+
+def _get(answer: type[M], path: str, params: dict[str, str] | None = None) -> Call[M]:
+    return Call(_model(answer), "GET", path, Repeat.READ, params=params or {})
+
+
+def _post(
+    answer: type[M], path: str, body: dict[str, Any], *, headers: dict[str, str] | None = None, wait_s: float = 0.0
+) -> Call[M]:
+    return Call(_model(answer), "POST", path, Repeat.KEYED, body=body, headers=headers or {}, wait_s=wait_s)
+
+
+def _model(answer: type[M]) -> Callable[[httpx.Response], M]:
+    return lambda response: answer.model_validate_json(response.content)
+
+
+def _session(session_id: str, *parts: str) -> str:
+    return "/".join(("/v1/sessions", _part(session_id), *parts))
+
+
+def _part(name: str) -> str:
+    return quote(name, safe="")
+
+
+def _page(after: str | None, limit: int, order: str) -> dict[str, str]:
+    return {"limit": str(limit), "order": order, **({} if after is None else {"after": after})}
+
+
+def _proof(lease: Lease) -> dict[str, Any]:
+    return {"token": lease.token, "epoch": lease.epoch}
+
+
+def _held(lease: Lease | None) -> dict[str, Any]:
+    return {} if lease is None else {"lease": _proof(lease)}
+
+
+def _seen(revision: str) -> dict[str, str]:
+    return {"If-Match": revision if revision == "*" else f'"{revision}"'}

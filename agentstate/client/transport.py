@@ -1,0 +1,121 @@
+"""How a request is carried out: what is sent again, when, and which error an answer stands for.
+
+`exchange` decides all of it and does no I/O, so that the two clients differ in nothing but how they send and sleep.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import uuid
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import httpx
+
+from agentstate.client.routes import Call, Repeat
+from agentstate.errors import AgentStateError, RequestRefused, ServiceUnreachable, SessionBusy
+
+A = TypeVar("A")
+
+CONNECT_TIMEOUT_S = 5.0
+FIRST_WAIT_S = 0.1
+# A service that wants a client to wait for longer is asked again by the caller, if at all.
+LONGEST_WAIT_S = 5.0
+# Such a request has not reached the service.
+_UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_GATEWAY = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Send the request, after ``wait_s``."""
+
+    request: dict[str, Any] = field(repr=False)
+    wait_s: float
+
+
+def exchange(
+    call: Call[A], *, where: str, timeout_s: float, retries: int
+) -> Generator[Attempt, httpx.Response | httpx.TransportError, A]:
+    """Yields attempts, is sent what each of them brought, and returns the answer or raises its error.
+
+    A request is repeated, at most ``retries`` times, where the service did not get it, where it says that the same may
+    succeed later, and where its answer was lost and ``call.repeat`` says that this does no harm. That a session is busy
+    is for the caller to wait for.
+    """
+    headers = dict(call.headers)
+    if call.repeat is Repeat.KEYED:
+        headers["Idempotency-Key"] = uuid.uuid4().hex
+    request = {
+        "method": call.method,
+        "url": call.path,
+        "params": call.params,
+        "json": call.body,
+        "headers": headers,
+        "timeout": httpx.Timeout(timeout_s + call.wait_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
+    }
+    wait_s = 0.0
+    for left in range(retries, -1, -1):
+        outcome = yield Attempt(request, wait_s)
+        wait_s = FIRST_WAIT_S * 2 ** (retries - left) * random.uniform(0.5, 1)
+        cause: Exception | None = None
+        if isinstance(outcome, httpx.TransportError):
+            reason = str(outcome) or type(outcome).__name__
+            error: AgentStateError = ServiceUnreachable(
+                f"the AgentState service at {where} did not answer {call.method} {call.path}: {reason}"
+            )
+            cause = outcome
+            again = isinstance(outcome, _UNSENT) or call.repeat is not Repeat.NEVER
+        elif outcome.is_success:
+            return call.parse(outcome)
+        else:
+            error = problem(outcome)
+            wait_s = max(wait_s, _retry_after_s(outcome))
+            again = _may_succeed_later(error, outcome.status_code, call.repeat) and wait_s <= LONGEST_WAIT_S
+        if not again or left == 0:
+            raise error from cause
+    raise AssertionError("the last attempt returns or raises")
+
+
+def problem(response: httpx.Response) -> AgentStateError:
+    """The error that a problem+json answer stands for, by its type; RequestRefused for any other answer."""
+    try:
+        told = response.json()
+        slug = told["type"].rpartition("/")[2]
+        detail = told["detail"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return RequestRefused(f"HTTP {response.status_code}: {response.text[:200]}", status=response.status_code)
+    kind = next((kind for kind in _tree(AgentStateError) if kind.slug() == slug), RequestRefused)
+    if kind is RequestRefused:
+        return RequestRefused(f"{slug}: {detail}", status=response.status_code)
+    known: dict[str, Any] = {}
+    parameters = inspect.signature(kind).parameters
+    if "revision" in parameters and told.get("revision") is not None:
+        known["revision"] = int(told["revision"])
+    if "retry_after_s" in parameters:
+        known["retry_after_s"] = float(told.get("retry_after_s", 1))
+    return kind(detail, **known)
+
+
+def _may_succeed_later(error: AgentStateError, status: int, repeat: Repeat) -> bool:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return True  # refused before anything was done
+    if repeat is Repeat.NEVER or isinstance(error, SessionBusy):
+        return False
+    return error.retryable or status in _GATEWAY
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    try:
+        return float(response.headers.get("Retry-After", 0))
+    except ValueError:  # a date
+        return 0.0
+
+
+def _tree(root: type[AgentStateError]) -> Iterator[type[AgentStateError]]:
+    yield root
+    for kind in root.__subclasses__():
+        yield from _tree(kind)

@@ -1,0 +1,230 @@
+"""`agentstate pages`: what lies in a page directory, whether it is whole, and making room in it.
+
+Everything but `gc` and `check --repair` works beside a running engine. Figures go to standard output, as tables or as
+JSON; progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Column, Table
+
+from agentstate import manifests
+from agentstate.database import Database
+from agentstate.errors import PageStoreLocked, SettingsError
+from agentstate.pages import inventory
+from agentstate.settings import Settings
+
+pages = typer.Typer(help="The page directory.", no_args_is_help=True)
+
+PagesDir = Annotated[Path | None, typer.Option("--dir", help="Page directory. [AGENTSTATE_PAGES_DIR]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@pages.command("ls")
+def list_stores(directory: PagesDir = None, as_json: AsJson = False) -> None:
+    """List the stores of a page directory: one a fingerprint and rank."""
+    rows = []
+    with _progress("reading headers", _stores(directory)) as advance:
+        for store in _stores(directory):
+            reports = []
+            for report in inventory.extents(store):
+                reports.append(report)
+                advance(report.n_bytes)
+            headers = [report.header for report in reports if report.header is not None]
+            rows.append(
+                {
+                    "fingerprint": store.parent.name,
+                    "rank": store.name,
+                    "extents": len(reports),
+                    "unreadable": len(reports) - len(headers),
+                    "pages": sum(len(header.keys) for header in headers),
+                    "tokens": sum(len(header.keys) * header.geometry.page_size for header in headers),
+                    "bytes": sum(report.n_bytes for report in reports),
+                }
+            )
+    _show_rows(rows, as_json)
+
+
+@pages.command()
+def show(
+    name: Annotated[str, typer.Argument(help="An extent's path or number, or the first 8 digits of a page's key.")],
+    directory: PagesDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what an extent says of itself, or where a page lies. The last extent with a page is the one that serves
+    it. Ends with status 1 when nothing is found."""
+    root = directory or Settings().pages_path
+    found = [_description(report, slot) for report, slot in inventory.holding(root, name.lower())]
+    if as_json:
+        print(json.dumps(found))
+    elif not found:
+        print(f"no extent and no page in {root} is named {name}; a key needs {inventory.KEY_DIGITS} digits or more")
+    for description in [] if as_json else found:
+        table = Table(show_header=False)
+        for field, value in description.items():
+            table.add_row(field, _shown(value))
+        Console().print(table)
+    raise typer.Exit(0 if found else 1)
+
+
+def _description(report: inventory.ExtentReport, slot: int | None) -> dict[str, Any]:
+    header = report.header
+    about: dict[str, Any] = {"extent": str(report.path), "bytes": report.n_bytes}
+    if header is None:
+        return {**about, "damage": report.damage}
+    geometry = header.geometry
+    about |= {
+        "fingerprint": header.fingerprint.hex(),
+        "pages": len(header.keys),
+        "page_size": geometry.page_size,
+        "layers": geometry.layers,
+        "component_bytes": list(geometry.component_bytes),
+        "page_bytes": geometry.page_bytes,
+        "slab_bytes": header.layout.slab_bytes,
+        "data_offset": header.layout.data_offset,
+    }
+    if slot is None:
+        return {**about, "keys": [key.hex() for key in header.keys]}
+    offset, _ = header.layout.component_range(0, 0, slot, 1)
+    return {**about, "key": header.keys[slot].hex(), "slot": slot, "offset_in_layer_0": offset}
+
+
+@pages.command()
+def du(directory: PagesDir = None, as_json: AsJson = False) -> None:
+    """What the bytes of every store are: pages that are found (live), pages that a later extent has too, extents that
+    cannot be read, and files of a write that was broken off."""
+    root = directory or Settings().pages_path
+    rows = []
+    for store in inventory.store_directories(root):
+        usage = inventory.usage(store)
+        rows.append({"fingerprint": store.parent.name, "rank": store.name, **vars(usage), "total": usage.total})
+    free_share = None
+    if root.exists():
+        disk = os.statvfs(root)
+        free_share = round(disk.f_bavail / disk.f_blocks, 4)
+    if as_json:
+        print(json.dumps({"stores": rows, "disk_free_share": free_share}))
+        return
+    _show_rows(rows, as_json=False)
+    if free_share is not None:
+        print(f"{free_share:.1%} of the disk is free")
+
+
+@pages.command()
+def check(
+    directory: PagesDir = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop what is broken, and nothing else.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read and verify every stored page. Ends with status 1 when something is broken and was not repaired."""
+    found: list[dict[str, Any]] = []
+    extents = dropped = 0
+    stores = _stores(directory)
+    with _progress("verifying", stores) as advance:
+        for store in stores:
+            bad = []
+            for report in inventory.check(store):
+                extents += 1
+                advance(report.n_bytes)
+                if not report.good:
+                    bad.append(report)
+                    keys = [report.header.keys[slot].hex() for slot in report.broken] if report.header else None
+                    found.append({"extent": str(report.path), "damage": report.damage, "broken_pages": keys})
+            if repair and bad:
+                dropped += inventory.repair(store, bad)
+    if as_json:
+        print(json.dumps({"extents": extents, "broken": found, "repaired": repair, "pages_dropped": dropped}))
+    else:
+        for item in found:
+            print(f"{item['extent']}: {item['damage'] or 'broken pages: ' + ', '.join(item['broken_pages'])}")
+        print(f"{extents} extents, {len(found)} broken" + (f", {dropped} pages dropped" if repair else ""))
+    raise typer.Exit(1 if found and not repair else 0)
+
+
+@pages.command()
+def gc(
+    directory: PagesDir = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete the extents that no manifest in the database needs. Ends with status 1 when an engine has a store open:
+    that one is left as it is, and the others are collected."""
+    settings = Settings()
+    database = Database(settings.sqlalchemy_url)
+    rows, refused = [], []
+    try:
+        database.check_schema()
+        stores = {store: inventory.identity(store) for store in inventory.store_directories(_root(directory))}
+        known = {store: of for store, of in stores.items() if of is not None}
+        if known and not any(next(_chains(database, *of), None) for of in known.values()):
+            raise SettingsError(
+                f"{database.url} has no manifest for any store in {_root(directory)}, so all pages would be deleted: "
+                "is AGENTSTATE_DATABASE_URL the engines' database? To delete all pages, delete the directory"
+            )
+        for store, (fingerprint, rank) in known.items():
+            try:
+                needed = partial(_chains, database, fingerprint, rank)
+                done = inventory.collectable(store, needed()) if dry_run else inventory.collect(store, needed)
+            except PageStoreLocked:
+                refused.append(str(store))
+                continue
+            rows.append({"fingerprint": store.parent.name, "rank": store.name, **vars(done)})
+    finally:
+        database.close()
+    if as_json:
+        print(json.dumps({"dry_run": dry_run, "stores": rows, "in_use": refused}))
+    else:
+        _show_rows(rows, as_json=False)
+    if refused:
+        raise PageStoreLocked(f"an engine has {', '.join(refused)} open: stop it to collect there")
+
+
+def _root(directory: Path | None) -> Path:
+    return directory or Settings().pages_path
+
+
+def _chains(database: Database, fingerprint: str, rank: int) -> Iterator[list[bytes]]:
+    with database.read() as connection:
+        yield from manifests.chains(connection, fingerprint, rank)
+
+
+def _stores(directory: Path | None) -> list[Path]:
+    return inventory.store_directories(_root(directory))
+
+
+@contextmanager
+def _progress(what: str, stores: Sequence[Path]) -> Iterator[Any]:
+    """A progress bar over the bytes of ``stores``: a function that advances it."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=inventory.total_bytes(stores))
+        yield lambda n_bytes: progress.advance(task, n_bytes)
+
+
+def _show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows))
+    elif not rows:
+        print("no pages are stored there")
+    else:
+        table = Table("fingerprint", *(Column(name, justify="right") for name in list(rows[0])[1:]))
+        for row in rows:
+            table.add_row(*(_shown(value) for value in row.values()))
+        Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(_shown(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)

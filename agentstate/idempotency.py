@@ -1,0 +1,80 @@
+"""Idempotency: a write that is repeated with the same key is answered as it was the first time.
+
+The answer is stored in the transaction of the write, so there is never one without the other. What failed wrote
+nothing and is not stored: repeating it tries again.
+
+Of the client's key SQL has a hash only, so that secrets in an answer can be derived from it (`derived_secret`) and
+need not be stored.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentstate.database import insert, now_us
+from agentstate.errors import IdempotencyKeyInUse, IdempotencyKeyReused
+from agentstate.models import idempotency
+
+# An answer that waits for an engine for longer than any request does: its service is gone.
+UNFINISHED_S = 300
+
+
+@dataclass(frozen=True)
+class Once:
+    """One request: the tenant's key, and a hash of all that makes the request what it is."""
+
+    tenant: str
+    key: str
+    request_hash: bytes
+
+    @property
+    def row_key(self) -> bytes:
+        return hashlib.sha256(self.tenant.encode() + b"\0" + self.key.encode()).digest()
+
+    def derived_secret(self, purpose: str) -> str:
+        """A secret that whoever knows the key can derive again, and nobody else."""
+        digest = hmac.digest(self.key.encode(), b"agentstate\0" + purpose.encode() + self.request_hash, "sha256")
+        return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def begin(connection: Connection, once: Once) -> dict[str, Any] | None:
+    """The answer that was given before; None when this request is the first, and its write may follow.
+
+    Of several requests at once one is the first. The others wait for it on SQLite and raise IdempotencyKeyInUse on
+    PostgreSQL. Raises IdempotencyKeyReused when the key came with another request.
+    """
+    if connection.dialect.name == "postgresql":
+        # Only a lock that is tried, not waited for: a client that is impatient must not hold a connection.
+        number = int.from_bytes(once.row_key[:8], "big", signed=True)
+        if not connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(number))).scalar_one():
+            raise IdempotencyKeyInUse(f"the first request with Idempotency-Key {once.key!r} is still being answered")
+    row = connection.execute(
+        sa.select(idempotency, now_us().label("time_us")).where(idempotency.c.key == once.row_key)
+    ).one_or_none()
+    if row is None:
+        return None
+    if bytes(row.request_hash) != once.request_hash:
+        raise IdempotencyKeyReused(
+            f"Idempotency-Key {once.key!r} came with another request before: use a new key for a new request"
+        )
+    if not row.final and row.created_us > row.time_us - UNFINISHED_S * 1_000_000:
+        raise IdempotencyKeyInUse(f"the first request with Idempotency-Key {once.key!r} is still being answered")
+    answer: dict[str, Any] = row.answer
+    return answer
+
+
+def store(connection: Connection, once: Once, answer: dict[str, Any], *, final: bool = True) -> None:
+    """Store the answer in the transaction of its write, or later in place of one that was not ``final``."""
+    content = {"answer": answer, "final": final}
+    connection.execute(
+        insert(connection, idempotency)
+        .values(key=once.row_key, request_hash=once.request_hash, created_us=now_us(), **content)
+        .on_conflict_do_update(index_elements=["key"], set_=content)
+    )

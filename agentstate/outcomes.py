@@ -1,0 +1,120 @@
+"""What the verbs of sessions give back, and the values that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from agentstate.engines import Engine
+from agentstate.kv import KvOutlook, Server
+from agentstate.leases import Lease
+from agentstate.models import SessionStatus, ToolCallState
+from agentstate.transcript import Entry, EntryPage
+
+
+class SuspendReason(StrEnum):
+    TOOL_WAIT = "tool_wait"
+    USER_WAIT = "user_wait"
+    DONE = "done"  # nothing is expected any more: refused while a tool call is claimed
+
+
+class Order(StrEnum):
+    ASCENDING = "asc"
+    DESCENDING = "desc"
+
+
+class Keep(StrEnum):
+    """A value that is to stay as it is, where None means something else."""
+
+    KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A session as of one moment. ``revision`` grows with every change; times are microseconds, UTC.
+
+    ``id`` is what clients call it; ``uid`` is what engines know it by, and what no other session ever has.
+    """
+
+    id: str
+    uid: str
+    model: str
+    metadata: dict[str, Any]
+    cache_salt: str | None
+    extra_key: str | None
+    status: SessionStatus
+    head_id: str | None
+    revision: int
+    created_us: int
+    updated_us: int
+    expires_us: int | None
+
+
+@dataclass(frozen=True)
+class SessionPage:
+    sessions: list[Session]
+    has_more: bool
+
+
+@dataclass(frozen=True)
+class Appended:
+    session: Session
+    entries: list[Entry]
+
+
+@dataclass(frozen=True)
+class Suspended:
+    """``ranks`` are the live ranks of the engine that has the session's KV: who to ask whether it is durable."""
+
+    session: Session
+    pending_tool_calls: list[str]
+    ranks: list[Engine]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """All that the next turn needs; ``engine`` is None when no live engine serves the session's model."""
+
+    session: Session
+    lease: Lease
+    tail: EntryPage
+    pending_tool_calls: list[str]
+    engine: Server | None
+    kv: KvOutlook
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool call; ``result`` is the payload of its result, once it is done or has failed.
+
+    ``typical_s`` is the median of what the tool took before, in this tenant's sessions; None where nothing is known.
+    """
+
+    id: str
+    name: str
+    state: ToolCallState
+    expected_s: float | None
+    typical_s: float | None
+    claimed_us: int
+    finished_us: int | None
+    result: dict[str, Any] | None
+    revision: int
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """``fresh`` when the caller shall execute the call now; else it has a result already."""
+
+    call: ToolCall
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class PagesOfSession:
+    """Where the pages of a session can be brought back: the ranks, and of each the ordered keys that it stores."""
+
+    session: Session
+    ranks: Sequence[Engine]
+    keys: Sequence[bytes]  # packed, one string a rank

@@ -1,0 +1,159 @@
+"""Tests that any page store with `PageStore`'s surface passes.
+
+Derive from `PageStoreTests` in a module that pytest collects, and say how a store is opened::
+
+    class TestMyStore(PageStoreTests):
+        def open(self, directory, geometry, quota=UNLIMITED): ...
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+
+from agentstate.errors import PageStoreFull, PageStoreLocked
+from agentstate.pages import Geometry, PageStore, Quota, merge
+from agentstate.pages.store import UNLIMITED
+from agentstate.pages.testing.pages import MARK, MHA, MLA, WIDE, expected, key, keys, read, reader_for, write
+
+HOUR_S = 3600.0
+
+
+class PageStoreTests:
+    """A store is opened on a directory that is new, or that a store of the same kind was closed on."""
+
+    def open(self, directory: Path, geometry: Geometry, quota: Quota = UNLIMITED) -> PageStore:
+        return PageStore(directory, MARK, geometry, quota)
+
+    def assert_right(self, store: PageStore, pages: list[bytes], version: int = 0) -> None:
+        reader = reader_for(store.geometry)
+        try:
+            with store.hold(pages) as hold:
+                assert read(reader, [hold]) == expected(store.geometry, [hold], version)
+        finally:
+            reader.close()
+
+    @pytest.mark.parametrize("geometry", [MHA, MLA, WIDE], ids=["MHA", "MLA", "WIDE"])
+    def test_pages_come_back_in_any_order_and_from_a_store_opened_later(
+        self, tmp_path: Path, geometry: Geometry
+    ) -> None:
+        store = self.open(tmp_path, geometry)
+        write(store, keys(1, 2, 3))
+        write(store, keys(4))
+        self.assert_right(store, keys(4, 2, 3, 1, 1))
+        store.close()
+        store = self.open(tmp_path, geometry)
+        self.assert_right(store, keys(1, 2, 3, 4))
+        assert (store.stats.pages, store.stats.pages_written) == (4, 0)
+        store.close()
+
+    def test_a_prefix_ends_before_the_first_page_that_is_missing(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        assert (store.prefix_length([]), store.prefix_length(keys(1))) == (0, 0)
+        write(store, keys(1, 2, 4))
+        assert store.prefix_length(keys(1, 2, 3, 4)) == 2
+        assert key(4) in store and key(3) not in store
+        with pytest.raises(KeyError) as error:
+            store.hold(keys(1, 3, 9))
+        assert error.value.args == (key(3),)
+        store.close()
+
+    def test_what_is_written_later_is_what_is_found(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        write(store, keys(1, 2))
+        write(store, keys(2, 3), version=1)
+        self.assert_right(store, keys(1))
+        self.assert_right(store, keys(2, 3), version=1)
+        store.close()
+        store = self.open(tmp_path, MLA)
+        self.assert_right(store, keys(2, 3), version=1)
+        assert store.stats.pages == 3
+        store.close()
+
+    def test_a_dropped_page_is_gone_until_it_is_written_again(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        write(store, keys(1, 2, 3))
+        for page in keys(2, 2, 9):
+            store.drop(page)
+        assert (store.prefix_length(keys(1, 2, 3)), store.stats.pages_dropped) == (1, 1)
+        store.close()
+        store = self.open(tmp_path, MLA)
+        assert key(2) not in store
+        self.assert_right(store, keys(1, 3))
+        write(store, keys(2), version=1)
+        self.assert_right(store, keys(2), version=1)
+        store.close()
+
+    def test_what_is_held_stays_readable_whatever_becomes_of_it(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        write(store, keys(1, 2))
+        reader = reader_for(MLA)
+        with store.hold(keys(1, 2)) as hold:
+            write(store, keys(1, 2), version=1)
+            store.drop(key(1))
+            store.collect()
+            assert read(reader, [hold]) == expected(MLA, [hold])
+        hold.close()
+        reader.close()
+        assert store.stats.pages == store.prefix_length(keys(2)) == 0
+        store.close()
+
+    def test_the_quota_is_kept_by_evicting_what_was_used_longest_ago(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        for number in range(4):
+            write(store, keys(number))
+        each = store.stats.bytes // 4
+        store.prefix_length(keys(0))
+        store.quota = Quota(max_bytes=3 * each)
+        write(store, keys(4))
+        assert [number for number in range(5) if key(number) in store] == [0, 3, 4]
+        assert store.stats.bytes <= 3 * each and store.stats.pages_evicted == 2
+        self.assert_right(store, keys(0, 3, 4))
+        store.close()
+
+    def test_what_is_needed_goes_last_and_what_is_pinned_or_held_does_not_go(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        for number in range(4):
+            write(store, keys(number))
+        store.need(keys(0), only=True)
+        store.pin(keys(1), HOUR_S)
+        hold = store.hold(keys(2))
+        store.quota = Quota(max_bytes=store.stats.bytes)
+        store.make_room(1)
+        assert key(3) not in store
+        assert store.collect() == 0
+        store.make_room(store.quota.max_bytes // 2)  # type: ignore[operator]
+        assert [number for number in range(4) if key(number) in store] == [1, 2]
+        assert store.stats.pages_evicted_needed == 1
+        with pytest.raises(PageStoreFull):
+            store.make_room(store.quota.max_bytes)  # type: ignore[arg-type]
+        assert store.prefix_length(keys(1, 2)) == 2
+        hold.close()
+        store.pin(keys(1), 0)
+        store.make_room(store.quota.max_bytes)  # type: ignore[arg-type]
+        assert store.stats.pages == store.stats.bytes == 0
+        store.close()
+
+    def test_merging_changes_where_pages_lie_and_nothing_else(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        for number in range(6):
+            write(store, keys(number))
+        reader = reader_for(MLA)
+        chain = keys(*range(6))
+        assert merge(store, reader, chain, mmap.mmap(-1, store.draft_bytes(6)), 6 * MLA.layer_bytes) == 6
+        reader.close()
+        assert (store.stats.pages, store.stats.extents) == (6, 1)
+        with store.hold(chain) as hold:
+            assert len(hold.segments) == 1
+        self.assert_right(store, chain)
+        store.close()
+
+    def test_there_is_one_writer(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        with pytest.raises(PageStoreLocked):
+            self.open(tmp_path, MLA)
+        store.close()
+        store.close()
+        self.open(tmp_path, MLA).close()

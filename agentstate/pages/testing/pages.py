@@ -1,0 +1,83 @@
+"""Pages with contents that are known from their names, for the tests of everything that stores them."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+
+from agentstate.pages import Geometry, Hold, LayerwiseReader, PageStore, Verifier, fingerprint
+
+MHA = Geometry(layers=3, page_size=4, component_bytes=(1000, 1000))
+MLA = Geometry(layers=2, page_size=4, component_bytes=(1156,))
+WIDE = Geometry(layers=2, page_size=64, component_bytes=(8192, 8192))
+MARK = fingerprint(model="of the tests")
+
+
+def key(name: object) -> bytes:
+    return hashlib.sha256(str(name).encode()).digest()
+
+
+def keys(*names: object) -> list[bytes]:
+    return [key(name) for name in names]
+
+
+def content(geometry: Geometry, page: bytes, layer: int, component: int, version: int = 0) -> bytes:
+    """What a page holds in one component of one layer."""
+    seed = int.from_bytes(page[:8], "little")
+    return np.random.default_rng([seed, layer, component, version]).bytes(geometry.component_bytes[component])
+
+
+def write(store: PageStore, pages: Sequence[bytes], version: int = 0) -> None:
+    """Publish one extent of ``pages``."""
+    geometry = store.geometry
+    buffer = mmap.mmap(-1, store.draft_bytes(len(pages)))
+    # Whatever the memory held before must not come out again.
+    buffer.write(b"\xa5" * len(buffer))
+    draft = store.draft(list(pages), buffer)
+    for layer in range(geometry.layers):
+        for component in range(len(geometry.component_bytes)):
+            rows = draft.component(layer, component)
+            for slot, page in enumerate(pages):
+                rows[slot] = np.frombuffer(content(geometry, page, layer, component, version), dtype=np.uint8)
+    store.publish(draft)
+
+
+def reader_for(geometry: Geometry, chunk_bytes: int = 1 << 20) -> LayerwiseReader:
+    return LayerwiseReader(geometry, staging_bytes=4 * chunk_bytes, threads=2, chunk_bytes=chunk_bytes)
+
+
+def read(reader: LayerwiseReader, holds: Sequence[Hold]) -> dict[tuple[int, int, int], list[bytes] | None]:
+    """The components of every (request, layer, page) that may be used; None for a page that may not."""
+    streams, verifiers = [reader.open(hold) for hold in holds], [Verifier(hold) for hold in holds]
+    found: dict[tuple[int, int, int], list[bytes] | None] = {}
+    for stream in streams:
+        stream.hurry()
+    for layer in range(reader.geometry.layers):
+        for number, (stream, verifier) in enumerate(zip(streams, verifiers, strict=True)):
+            for chunk in stream.layer(layer):
+                wrong = verifier.wrong_pages(chunk)
+                for page in range(chunk.first, chunk.first + chunk.count):
+                    found[number, layer, page] = None
+                for segment, _, arrays in chunk.parts:
+                    for i, page in enumerate(range(segment.first, segment.first + segment.pages)):
+                        if page not in wrong:
+                            found[number, layer, page] = [array[i].tobytes() for array in arrays]
+    for stream in streams:
+        stream.close()
+    return found
+
+
+def expected(
+    geometry: Geometry, requests: Sequence[Hold], version: int = 0
+) -> dict[tuple[int, int, int], list[bytes] | None]:
+    """What `read` gives for undamaged pages."""
+    components = range(len(geometry.component_bytes))
+    return {
+        (number, layer, page): [content(geometry, name, layer, component, version) for component in components]
+        for number, request in enumerate(requests)
+        for layer in range(geometry.layers)
+        for page, name in enumerate(request.keys)
+    }

@@ -1,0 +1,208 @@
+"""The rows of one tenant's sessions: how they are found, locked, made and changed.
+
+What `agentstate.sessions` builds its verbs from; each of these is a part of a verb's transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentstate import branches, ids, leases, manifests, toolcalls, transcript
+from agentstate.database import insert, now_us
+from agentstate.errors import RevisionStale, SessionExists, SessionExpired, SessionNotFound
+from agentstate.history import History
+from agentstate.kv import Stored
+from agentstate.leases import LeaseKey
+from agentstate.models import SessionStatus
+from agentstate.models import leases as leases_table
+from agentstate.models import sessions as table
+from agentstate.models import tenants as tenants_table
+from agentstate.outcomes import Appended, Session, ToolCall
+from agentstate.transcript import Entry, NewEntry
+
+
+class Rows:
+    """The rows of ``tenant``'s sessions."""
+
+    def __init__(self, tenant: str):
+        self.tenant = tenant
+
+    def find(self, connection: Connection, session_id: str) -> Any:
+        """A session's row, with the status that holds now."""
+        return self._existing(
+            connection.execute(
+                current().where(table.c.tenant == self.tenant, table.c.name == session_id)
+            ).one_or_none(),
+            session_id,
+        )
+
+    def lock(self, connection: Connection, session_id: str, revision: int | None = None) -> Any:
+        """A session's row as stored, which nobody else changes before this transaction ends."""
+        row = self._existing(
+            connection.execute(
+                sa.select(table, now_us().label("time_us"))
+                .where(table.c.tenant == self.tenant, table.c.name == session_id)
+                .with_for_update(key_share=True)
+            ).one_or_none(),
+            session_id,
+        )
+        if revision is not None and revision != row.revision:
+            raise RevisionStale(
+                f"session {session_id} is at revision {row.revision}, not {revision}: reload it", revision=row.revision
+            )
+        return row
+
+    def _existing(self, row: Any, session_id: str) -> Any:
+        if row is None or row.deleted_us is not None:
+            raise SessionNotFound(f"there is no session {session_id}")
+        if row.expires_us is not None and row.expires_us <= row.time_us:
+            raise SessionExpired(f"session {session_id} has expired", revision=row.revision)
+        return row
+
+    def make(self, connection: Connection, **values: Any) -> Session:
+        statement = (
+            insert(connection, table)
+            .values(
+                **values,
+                tenant=self.tenant,
+                status=SessionStatus.IDLE,
+                revision=1,
+                created_us=now_us(),
+                updated_us=now_us(),
+            )
+            .on_conflict_do_nothing(index_elements=["tenant", "name"])
+            .returning(*table.c)
+        )
+        row = connection.execute(statement).one_or_none()
+        if row is None:
+            # An id is free again once its session has expired, whether or not that was collected yet.
+            expired = connection.execute(
+                sa.select(table)
+                .where(table.c.tenant == self.tenant, table.c.name == values["name"], table.c.expires_us <= now_us())
+                .with_for_update(key_share=True)
+            ).one_or_none()
+            if expired is not None:
+                branches.bury(connection, expired)
+                row = connection.execute(statement).one_or_none()
+        if row is None:
+            raise SessionExists(f"the session id {values['name']} is taken: choose another, or resume that session")
+        return session_of(row)
+
+    def append(self, connection: Connection, before: Any, new: Sequence[NewEntry], time_us: int) -> Appended:
+        appended: list[Entry] = []
+        parent_id = before.head_entry
+        for seq, entry in enumerate(new, before.next_seq):
+            appended.append(
+                Entry(
+                    id=ids.new("ent"),
+                    session_id=before.name,
+                    parent_id=parent_id,
+                    seq=seq,
+                    kind=entry.kind,
+                    payload=entry.payload,
+                    call_id=entry.call_id,
+                    created_us=time_us,
+                )
+            )
+            parent_id = appended[-1].id
+        steps = [step for entry in appended if (step := transcript.step(entry))]
+        if steps:
+            history = History.of(connection, before)
+            toolcalls.record(connection, self.tenant, before.id, history, steps, time_us)
+        open_calls = transcript.write(connection, self.tenant, before.id, appended, before.open_calls)
+        session = change(
+            connection, before.id, head_entry=parent_id, next_seq=appended[-1].seq + 1, open_calls=open_calls
+        )
+        return Appended(session, appended)
+
+    def tool_call(self, connection: Connection, row: Any, history: History, call: toolcalls.KnownCall) -> ToolCall:
+        result = None
+        if call.result_seq is not None:
+            (entry,) = transcript.read(connection, row.name, history.between(call.result_seq, call.result_seq))
+            result = entry.payload
+        return ToolCall(
+            id=call.call_id,
+            name=call.name,
+            state=call.state,
+            expected_s=call.expected_s,
+            typical_s=toolcalls.typical_s(connection, self.tenant, call.name),
+            claimed_us=call.claimed_us,
+            finished_us=call.finished_us,
+            result=result,
+            revision=row.revision,
+        )
+
+    def require_turn(self, connection: Connection, row: Any, key: LeaseKey | None) -> int:
+        """The database's time, if the caller may change the transcript: its lease is valid, or nobody has one."""
+        if key is not None:
+            return leases.require(connection, row.id, key, row.revision)
+        leases.require_free(connection, row.id, row.revision)
+        time_us: int = row.time_us
+        return time_us
+
+    def expiry(self, expires_in_s: float | None) -> Any:
+        if expires_in_s is not None:
+            return from_now(expires_in_s)
+        default_s = sa.select(tenants_table.c.expires_in_s).where(tenants_table.c.id == self.tenant).scalar_subquery()
+        return now_us() + sa.cast(default_s * 1_000_000, sa.BigInteger)
+
+
+def current() -> sa.Select[Any]:
+    """Sessions as they are now: the status of one whose lease has lapsed is ``idle``."""
+    lapsed = sa.and_(
+        table.c.status == SessionStatus.RUNNING, sa.func.coalesce(leases_table.c.expires_us, 0) <= now_us()
+    )
+    status = sa.case((lapsed, SessionStatus.IDLE.value), else_=table.c.status)
+    others = [column for column in table.c if column.name != "status"]
+    return sa.select(*others, status.label("status"), now_us().label("time_us")).select_from(
+        table.outerjoin(leases_table)
+    )
+
+
+def stored(connection: Connection, row: Any, history: History) -> Stored:
+    """What is stored of a session: its own pages, or until there are some those from before its last branch."""
+    owners = [row.id, *(owner for owner in history.owners() if owner != row.id)]
+    found = manifests.coverage(connection, owners)
+    own = [coverage for coverage in found if coverage.session_id == row.id and coverage.updated_us > row.branched_us]
+    if own:
+        return Stored(own)
+    for owner in owners:
+        of_owner = [coverage for coverage in found if coverage.session_id == owner]
+        if of_owner:
+            return Stored(of_owner, inherited=True)
+    return Stored()
+
+
+def change(connection: Connection, uid: str, **values: Any) -> Session:
+    row = connection.execute(
+        sa.update(table)
+        .where(table.c.id == uid)
+        .values(**values, revision=table.c.revision + 1, updated_us=now_us())
+        .returning(*table.c)
+    ).one()
+    return session_of(row)
+
+
+def session_of(row: Any) -> Session:
+    return Session(
+        id=row.name,
+        uid=row.id,
+        model=row.model,
+        metadata=row._mapping["metadata"],
+        cache_salt=row.cache_salt,
+        extra_key=row.extra_key,
+        status=SessionStatus(row.status),
+        head_id=row.head_entry,
+        revision=row.revision,
+        created_us=row.created_us,
+        updated_us=row.updated_us,
+        expires_us=row.expires_us,
+    )
+
+
+def from_now(seconds: float | None) -> Any:
+    return None if seconds is None else now_us() + round(seconds * 1_000_000)

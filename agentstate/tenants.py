@@ -1,0 +1,121 @@
+"""Tenants and their API keys: whose sessions a caller sees.
+
+A key is a secret that is shown once, when it is made; SQL has its SHA-256. Until the first key is made the service
+knows one tenant, ``default``, and asks nobody who they are. From then on every call needs a key, also when all keys
+have been revoked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentstate import ids
+from agentstate.database import insert, now_us
+from agentstate.errors import KeyNotFound, SettingsError
+from agentstate.models import api_keys, tenants
+
+PREFIX = "ags_"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """``expires_in_s`` is when its sessions expire that are created without an expiry, ``requests_per_s`` how many
+    it may send to one service; None where the service's own settings hold."""
+
+    id: str
+    expires_in_s: float | None
+    requests_per_s: float | None
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    id: str
+    tenant: str
+    note: str
+    created_us: int
+    revoked_us: int | None
+
+
+@dataclass(frozen=True)
+class NewKey:
+    """A key that was just made, and the only time that its secret is known."""
+
+    key: ApiKey
+    secret: str = field(repr=False)
+
+
+def put(connection: Connection, tenant: Tenant) -> None:
+    """Make a tenant, or change its limits. Raises SettingsError when its name cannot be one."""
+    if not NAME.fullmatch(tenant.id):
+        raise SettingsError(f"{tenant.id!r} is no name of a tenant: letters, digits, '.', '_' and '-', at most 64")
+    limits = {"expires_in_s": tenant.expires_in_s, "requests_per_s": tenant.requests_per_s}
+    connection.execute(
+        insert(connection, tenants)
+        .values(id=tenant.id, created_us=now_us(), **limits)
+        .on_conflict_do_update(index_elements=["id"], set_=limits)
+    )
+
+
+def find(connection: Connection, tenant_id: str) -> Tenant:
+    """A tenant's limits; the defaults where it was never put."""
+    row = connection.execute(sa.select(tenants).where(tenants.c.id == tenant_id)).one_or_none()
+    return Tenant(tenant_id, row.expires_in_s if row else None, row.requests_per_s if row else None)
+
+
+def create_key(connection: Connection, tenant_id: str, note: str = "") -> NewKey:
+    """A key for a tenant, which is made if it is not there. Raises SettingsError."""
+    put(connection, find(connection, tenant_id))
+    secret = PREFIX + secrets.token_urlsafe(32)
+    row = connection.execute(
+        sa.insert(api_keys)
+        .values(id=ids.new("key"), tenant=tenant_id, note=note, secret_hash=_hash(secret), created_us=now_us())
+        .returning(api_keys)
+    ).one()
+    return NewKey(_key(row), secret)
+
+
+def list_keys(connection: Connection) -> list[ApiKey]:
+    """All of them, the oldest first; also those that were revoked."""
+    return [_key(row) for row in connection.execute(sa.select(api_keys).order_by(api_keys.c.created_us, api_keys.c.id))]
+
+
+def revoke_key(connection: Connection, key_id: str) -> None:
+    """From now on the key is not valid. Raises KeyNotFound; revoking twice changes nothing."""
+    result = connection.execute(
+        sa.update(api_keys)
+        .where(api_keys.c.id == key_id)
+        .values(revoked_us=sa.func.coalesce(api_keys.c.revoked_us, now_us()))
+    )
+    if result.rowcount == 0:
+        raise KeyNotFound(f"there is no API key {key_id}: `agentstate keys list` shows them")
+
+
+def any_key(connection: Connection) -> bool:
+    """Whether a key was ever made."""
+    return connection.execute(sa.select(api_keys.c.id).limit(1)).scalar() is not None
+
+
+def authenticate(connection: Connection, secret: str) -> Tenant | None:
+    """The tenant that a secret belongs to; None when it is no valid key's."""
+    row = connection.execute(
+        sa.select(tenants)
+        .join(api_keys)
+        .where(api_keys.c.secret_hash == _hash(secret), api_keys.c.revoked_us.is_(None))
+    ).one_or_none()
+    return None if row is None else Tenant(row.id, row.expires_in_s, row.requests_per_s)
+
+
+def _hash(secret: str) -> bytes:
+    # The secret has 256 random bits: there is nothing to guess that a slow hash would protect.
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def _key(row: sa.Row[tuple[object, ...]]) -> ApiKey:
+    return ApiKey(**{name: row._mapping[name] for name in ApiKey.__dataclass_fields__})

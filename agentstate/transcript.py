@@ -1,0 +1,217 @@
+"""Entries: what a transcript consists of, what they may be, and how they are kept.
+
+A payload of ``BLOB_BYTES`` or more lies in ``blobs``, once a tenant whatever the number of entries with that content,
+and the entry refers to it. Whoever reads entries does not see the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentstate import toolcalls
+from agentstate.database import insert, now_us
+from agentstate.errors import EntryNotFound, InvalidEntry
+from agentstate.history import History
+from agentstate.models import EntryKind, blobs
+from agentstate.models import entries as table
+
+BLOB_BYTES = 256 * 1024
+MAX_METADATA_BYTES = 64 * 1024  # it is read whenever its session is
+MAX_JSON_DEPTH = 64  # well within what every JSON reader and writer takes
+
+
+@dataclass(frozen=True)
+class NewEntry:
+    """An entry to append.
+
+    The payload is a JSON object. That of a tool call holds ``name`` and may hold ``arguments`` and ``expected_s``;
+    that of a tool result holds either ``output`` or ``error``; both have a ``call_id``. Others are the caller's own.
+    """
+
+    kind: EntryKind
+    payload: dict[str, Any]
+    call_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An appended entry. ``seq`` numbers the entries of a history, without gaps where nothing was taken back;
+    ``session_id`` is the session whose history it was read from."""
+
+    id: str
+    session_id: str
+    parent_id: str | None
+    seq: int
+    kind: EntryKind
+    payload: dict[str, Any]
+    call_id: str | None
+    created_us: int
+
+
+@dataclass(frozen=True)
+class EntryPage:
+    """A run of entries; ``has_more`` says whether the history goes on beyond its end, for a tail before its start."""
+
+    entries: list[Entry]
+    has_more: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an entry stands in a history; ``open_calls`` tool calls have no result after it."""
+
+    seq: int
+    open_calls: int
+
+
+def check(new: Sequence[NewEntry]) -> None:
+    """Raises InvalidEntry unless ``new`` is one entry or more that could be part of some transcript."""
+    if not new:
+        raise InvalidEntry("there is nothing to append: give one entry or more")
+    for entry in new:
+        _check_entry(entry)
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Raises InvalidEntry when it is no JSON or has more than ``MAX_METADATA_BYTES``."""
+    size_bytes = len(check_json(metadata, "metadata"))
+    if size_bytes > MAX_METADATA_BYTES:
+        raise InvalidEntry(f"metadata has {size_bytes} bytes, {MAX_METADATA_BYTES} are allowed: append a note instead")
+
+
+def _check_entry(entry: NewEntry) -> None:
+    check_json(entry.payload, f"the payload of a {entry.kind}")
+    if entry.kind not in (EntryKind.TOOL_CALL, EntryKind.TOOL_RESULT):
+        if entry.call_id is not None:
+            raise InvalidEntry(f"a {entry.kind} has no call_id, {entry.call_id!r} was given")
+        return
+    if not entry.call_id:
+        raise InvalidEntry(f"a {entry.kind} needs a call_id")
+    if entry.kind is EntryKind.TOOL_RESULT:
+        if ("output" in entry.payload) == ("error" in entry.payload):
+            raise InvalidEntry(f"the result of tool call {entry.call_id!r} needs either output or error in its payload")
+        return
+    name, expected_s = entry.payload.get("name"), entry.payload.get("expected_s")
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise InvalidEntry(f"tool call {entry.call_id!r} needs the tool's name in its payload")
+    if expected_s is not None and (
+        isinstance(expected_s, bool) or not isinstance(expected_s, int | float) or not 0 <= expected_s < math.inf
+    ):
+        raise InvalidEntry(f"tool call {entry.call_id!r}: expected_s is not a number of seconds: {expected_s!r}")
+
+
+def check_json(value: dict[str, Any], what: str) -> bytes:
+    """``value`` as JSON. Raises InvalidEntry when it cannot be."""
+    # Python's JSON takes two things in that no database and no client gives back: NaN and lone surrogates.
+    try:
+        content = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidEntry(f"{what} is not JSON: {error}") from None
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return content
+    raise InvalidEntry(f"{what} is nested deeper than {MAX_JSON_DEPTH} levels")
+
+
+def step(entry: Entry) -> toolcalls.Claim | toolcalls.Finish | None:
+    """What an entry means for the tool calls of its session."""
+    if entry.call_id is None:
+        return None
+    if entry.kind is EntryKind.TOOL_CALL:
+        return toolcalls.Claim(entry.call_id, entry.payload["name"], entry.payload.get("expected_s"), entry.seq)
+    return toolcalls.Finish(entry.call_id, "error" in entry.payload, entry.seq)
+
+
+def write(connection: Connection, tenant: str, owner_id: str, new: Sequence[Entry], open_calls: int) -> int:
+    """Store entries, which follow the owner's newest one, and give back how many tool calls are open after them.
+
+    ``open_calls`` is how many were before them.
+    """
+    rows, large = [], {}
+    for entry in new:
+        open_calls += {EntryKind.TOOL_CALL: 1, EntryKind.TOOL_RESULT: -1}.get(entry.kind, 0)
+        row = {**vars(entry), "session_id": owner_id, "open_calls": open_calls, "blob": None}
+        content = check_json(entry.payload, "a payload")
+        if len(content) >= BLOB_BYTES:
+            row["blob"] = hashlib.sha256(tenant.encode() + b"\0" + content).digest()
+            row["payload"] = {}
+            large[row["blob"]] = content
+        rows.append(row)
+    # In the order of their keys: two transactions with the same blobs must not wait for each other in a circle.
+    for key, content in sorted(large.items()):
+        connection.execute(
+            insert(connection, blobs)
+            .values(key=key, content=content, used_us=now_us())
+            .on_conflict_do_update(index_elements=["key"], set_={"used_us": now_us()})
+        )
+    connection.execute(sa.insert(table), rows)
+    return open_calls
+
+
+def read(connection: Connection, name: str, history: History) -> list[Entry]:
+    """All entries of ``history``, a part of that of the session called ``name``."""
+    if not history.segments:
+        return []
+    return _complete(connection, name, sa.select(table).where(history.entries()).order_by(table.c.seq))
+
+
+def by_id(connection: Connection, name: str, ids: Sequence[str]) -> dict[str, Entry]:
+    """Entries by their ids, for whoever knows that they are the session's."""
+    return {entry.id: entry for entry in _complete(connection, name, sa.select(table).where(table.c.id.in_(ids)))}
+
+
+def find(connection: Connection, name: str, history: History, entry_id: str) -> Place:
+    """Where an entry stands. Raises EntryNotFound when it is none of ``history``."""
+    row = connection.execute(
+        sa.select(table.c.session_id, table.c.seq, table.c.open_calls).where(table.c.id == entry_id)
+    ).one_or_none()
+    if row is None or history.owner_of(row.seq) != row.session_id:
+        raise EntryNotFound(f"session {name} has no entry {entry_id}")
+    return Place(row.seq, row.open_calls)
+
+
+def tail(connection: Connection, name: str, history: History, length: int) -> EntryPage:
+    """The newest ``length`` entries, and more where that would separate a tool result from its call."""
+    if length == 0 or not history.segments:
+        return EntryPage([], has_more=bool(history.segments))
+    cut = toolcalls.whole_from(connection, history, history.newest(length).first)
+    return EntryPage(
+        read(connection, name, history.between(cut, history.segments[-1].last)), has_more=cut > history.first
+    )
+
+
+def _complete(connection: Connection, name: str, query: sa.Select[Any]) -> list[Entry]:
+    rows = connection.execute(query).all()
+    wanted = {row.blob for row in rows if row.blob is not None}
+    contents = {}
+    if wanted:
+        found = connection.execute(sa.select(blobs.c.key, blobs.c.content).where(blobs.c.key.in_(wanted)))
+        contents = {bytes(blob.key): json.loads(blob.content) for blob in found}
+    return [
+        Entry(
+            id=row.id,
+            session_id=name,
+            parent_id=row.parent_id,
+            seq=row.seq,
+            kind=EntryKind(row.kind),
+            payload=row.payload if row.blob is None else contents[bytes(row.blob)],
+            call_id=row.call_id,
+            created_us=row.created_us,
+        )
+        for row in rows
+    ]

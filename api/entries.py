@@ -1,0 +1,66 @@
+"""``/v1/sessions/{id}/entries``: page through the transcript, and append to it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response, status
+from sqlalchemy.engine import Connection
+
+from agentstate import answers
+from agentstate.leases import LeaseKey
+from agentstate.outcomes import Order
+from agentstate.transcript import EntryPage, NewEntry
+from api.problems import COMMON, responses
+from api.schemas import MAX_ENTRIES, AppendEntries, LeaseProof, Name, SessionId
+from api.service import SessionsDep
+from api.sessions import GONE
+from api.writes import Answer, WriteDep, entry
+
+router = APIRouter(prefix="/v1/sessions/{session_id}/entries", tags=["entries"], responses={**COMMON, **GONE})
+
+
+@router.get("", operation_id="list_entries")
+def read(
+    session_id: SessionId,
+    sessions: SessionsDep,
+    after: Annotated[Name | None, Query(description="Go on after this entry.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_ENTRIES)] = 100,
+    order: Annotated[Order, Query(description="By seq.")] = Order.ASCENDING,
+) -> answers.EntryList:
+    """Page through the transcript."""
+    return page(sessions.entries(session_id, after=after, limit=limit, order=order))
+
+
+@router.post(
+    "",
+    status_code=status.HTTP_201_CREATED,
+    response_model=answers.AppendedEntries,
+    operation_id="append_entries",
+    responses=responses(_409="The lease is lost, or the Idempotency-Key in use"),
+)
+def append(session_id: SessionId, body: AppendEntries, write: WriteDep, sessions: SessionsDep) -> Response:
+    """Append one or many entries, all or none, under the lease."""
+
+    def act(_: Connection) -> Answer:
+        new = [NewEntry(item.kind, item.payload, item.call_id) for item in body.entries]
+        appended = sessions.append(session_id, proof(body.lease), new)
+        shown = page(EntryPage(appended.entries, has_more=False))
+        answer = answers.AppendedEntries(**vars(shown), revision=str(appended.session.revision))
+        return Answer(answer, status.HTTP_201_CREATED)
+
+    return write.run(act).response()
+
+
+def page(page: EntryPage) -> answers.EntryList:
+    data = [entry(item) for item in page.entries]
+    return answers.EntryList(
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=page.has_more,
+    )
+
+
+def proof(lease: LeaseProof) -> LeaseKey:
+    return LeaseKey(lease.token, lease.epoch)

@@ -1,0 +1,86 @@
+"""``/v1/sessions/{id}/events``: what happens to a session, as server-sent events.
+
+``entry`` events come once each, in order, with their ``seq`` as id: a client that was cut off goes on with
+``Last-Event-ID``. ``session`` events, without an id, tell how the session stands after a change; changes that follow
+each other closely are told once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+
+from agentstate.errors import AgentStateError
+from agentstate.sessions import Sessions
+from api.problems import COMMON, responses
+from api.schemas import SessionId
+from api.service import Service, ServiceDep, SessionsDep
+from api.sessions import view
+from api.writes import entry
+
+KEEP_ALIVE_S = 15.0
+PAGE = 100
+
+router = APIRouter(
+    prefix="/v1/sessions/{session_id}",
+    tags=["events"],
+    responses={**COMMON, **responses(_404="No such session", _410="Expired, or rewound past Last-Event-ID: reload it")},
+)
+
+Seq = Annotated[int, Header(ge=0, lt=2**63, description="The last entry that the client has seen.")]
+
+
+@router.get(
+    "/events",
+    operation_id="watch_session",
+    response_class=StreamingResponse,
+    responses={200: {"description": "Events, until either side ends it", "content": {"text/event-stream": {}}}},
+)
+async def events(
+    session_id: SessionId,
+    service: ServiceDep,
+    sessions: SessionsDep,
+    last_event_id: Seq = 0,
+    after: Annotated[int, Query(ge=0, lt=2**63, description="As Last-Event-ID, for a client's first request.")] = 0,
+) -> StreamingResponse:
+    """Follow a session from its beginning, or from after an entry."""
+    seq = last_event_id or after
+    session = await run_in_threadpool(sessions.seen, session_id, seq)
+    return StreamingResponse(
+        _stream(service, sessions, session_id, session.uid, seq),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store"},
+    )
+
+
+async def _stream(service: Service, sessions: Sessions, session_id: str, uid: str, seq: int) -> AsyncIterator[str]:
+    revision = None
+    with service.changes.watch(uid) as watch:
+        while not watch.closing:
+            try:
+                session, page = await run_in_threadpool(sessions.since, session_id, seq, PAGE)
+            except AgentStateError as error:
+                yield _event("end", f'{{"reason": "{error.slug()}"}}')
+                return
+            if session.uid != uid:
+                yield _event("end", '{"reason": "session-not-found"}')
+                return
+            for item in page.entries:
+                seq = item.seq
+                yield _event("entry", entry(item).model_dump_json(), item.seq)
+            if page.has_more:
+                continue
+            if session.revision != revision:
+                revision = session.revision
+                yield _event("session", view(session).model_dump_json())
+            if not await watch.wait(KEEP_ALIVE_S):
+                yield ": still here\n\n"
+
+
+def _event(kind: str, data: str, event_id: int | None = None) -> str:
+    number = "" if event_id is None else f"id: {event_id}\n"
+    return f"event: {kind}\n{number}data: {data}\n\n"

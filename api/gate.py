@@ -1,0 +1,78 @@
+"""Who calls, and how often they may.
+
+Without any API key ever made, everybody is the tenant ``default``; such a service listens on loopback only (see
+`api.server`). What is known of a key is kept for ``TRUST_S``, so a key that was revoked works that much longer.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from starlette.concurrency import run_in_threadpool
+
+from agentstate import tenants
+from agentstate.database import Database
+from agentstate.errors import RateLimited, Unauthenticated
+from agentstate.sessions import DEFAULT_TENANT
+from agentstate.tenants import Tenant
+
+TRUST_S = 5.0
+MAX_REMEMBERED = 10_000
+BURST_S = 2.0  # a tenant that was quiet may send so many seconds' worth at once
+
+
+@dataclass
+class _Bucket:
+    tokens: float
+    filled_s: float
+
+
+class Gate:
+    """Lets requests in. Used on one event loop."""
+
+    def __init__(self, database: Database, requests_per_s: float):
+        self._database = database
+        self._requests_per_s = requests_per_s
+        self._known: dict[str | None, tuple[float, Tenant | None]] = {}
+        self._buckets: dict[str, _Bucket] = {}
+
+    async def admit(self, authorization: str | None) -> Tenant:
+        """The tenant of a request with this ``Authorization``. Raises Unauthenticated, RateLimited, DatabaseError."""
+        scheme, _, secret = (authorization or "").partition(" ")
+        secret = secret.strip()
+        key = secret if scheme.lower() == "bearer" and secret else None
+        until_s, tenant = self._known.get(key, (0.0, None))
+        if until_s < time.monotonic():
+            tenant = await run_in_threadpool(self._look_up, key)
+            if len(self._known) >= MAX_REMEMBERED:
+                self._known.clear()
+            self._known[key] = (time.monotonic() + TRUST_S, tenant)
+        if tenant is None:
+            raise Unauthenticated(
+                "this API key is not valid"
+                if key
+                else "send an API key as Authorization: Bearer, see `agentstate keys create`"
+            )
+        self._take(tenant)
+        return tenant
+
+    def _look_up(self, key: str | None) -> Tenant | None:
+        with self._database.read() as connection:
+            if key is not None and (tenant := tenants.authenticate(connection, key)) is not None:
+                return tenant
+            return None if tenants.any_key(connection) else tenants.find(connection, DEFAULT_TENANT)
+
+    def _take(self, tenant: Tenant) -> None:
+        rate = self._requests_per_s if tenant.requests_per_s is None else tenant.requests_per_s
+        if rate <= 0:
+            return
+        now_s, burst = time.monotonic(), max(1.0, rate * BURST_S)
+        bucket = self._buckets.setdefault(tenant.id, _Bucket(burst, now_s))
+        bucket.tokens = min(burst, bucket.tokens + (now_s - bucket.filled_s) * rate)
+        bucket.filled_s = now_s
+        if bucket.tokens < 1:
+            raise RateLimited(
+                f"tenant {tenant.id} may send {rate:g} requests a second", retry_after_s=(1 - bucket.tokens) / rate
+            )
+        bucket.tokens -= 1

@@ -1,0 +1,76 @@
+"""``/metrics``: what Prometheus reads.
+
+Counts over the database are taken at most every ``COUNT_S``, so that scraping often costs nothing.
+"""
+
+from __future__ import annotations
+
+import time
+
+import sqlalchemy as sa
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from agentstate.database import Database, now_us
+from agentstate.models import SessionStatus, leases, sessions
+
+COUNT_S = 10.0
+BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+router = APIRouter(tags=["health"])
+
+
+class Metrics:
+    """The metrics of one application."""
+
+    def __init__(self, database: Database):
+        self._database = database
+        self._counted_s = float("-inf")
+        self.registry = CollectorRegistry()
+        self.request_seconds = Histogram(
+            "agentstate_request_seconds",
+            "Time to answer, by route; of a stream, how long it lasted.",
+            ["method", "route", "status"],
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self.suspends = Counter(
+            "agentstate_suspends", "Suspends, by what was known of the KV.", ["kv_state"], registry=self.registry
+        )
+        self.resumes = Counter(
+            "agentstate_resumes",
+            "Resumes, by what was known of the KV and whether the engine can use it.",
+            ["kv_state", "valid"],
+            registry=self.registry,
+        )
+        self._sessions = Gauge("agentstate_sessions", "Sessions, by status.", ["status"], registry=self.registry)
+        self._leases = Gauge("agentstate_leases", "Leases that are valid now.", registry=self.registry)
+
+    def exposition(self) -> bytes:
+        """The metrics as Prometheus reads them. Raises DatabaseError."""
+        if time.monotonic() - self._counted_s > COUNT_S:
+            self._count()
+        return generate_latest(self.registry)
+
+    def _count(self) -> None:
+        with self._database.read() as connection:
+            counted = connection.execute(
+                sa.select(sessions.c.status, sa.func.count().label("number"))
+                .where(sessions.c.deleted_us.is_(None))
+                .group_by(sessions.c.status)
+            )
+            by_status = {row.status: row.number for row in counted}
+            valid = connection.execute(
+                sa.select(sa.func.count()).select_from(leases).where(leases.c.expires_us > now_us())
+            ).scalar_one()
+        for status in SessionStatus:
+            self._sessions.labels(status).set(by_status.get(status, 0))
+        self._leases.set(valid)
+        self._counted_s = time.monotonic()
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+def read(request: Request) -> Response:
+    """Metrics in Prometheus' text format."""
+    metrics: Metrics = request.app.state.service.metrics
+    return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,162 @@
+"""What is seen of every request: its id, one line of log, its time in the metrics, and a trace where one is wanted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from agentstate import ids
+from agentstate.errors import SettingsError
+from agentstate.settings import Settings
+
+logger = logging.getLogger("agentstate.requests")
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+SESSION_PATH = re.compile(r"/v1/sessions/([^/]+)")
+# Asked all the time, by machines.
+QUIET = ("/healthz", "/readyz", "/metrics")
+TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(context)s"
+
+_context: ContextVar[dict[str, str] | None] = ContextVar("agentstate_request", default=None)
+
+
+class RequestContext(logging.Filter):
+    """Adds to every record what request and session it is about."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        context = _context.get() or {}
+        shown = " ".join(f"{name}={value}" for name, value in context.items())
+        vars(record).update(request=dict(context), context=f" [{shown}]" if shown else "")
+        return True
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "request", {}),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure_logging(settings: Settings) -> None:
+    """Let the process log in the format that the settings name."""
+    handler = logging.StreamHandler()
+    handler.addFilter(RequestContext())
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else logging.Formatter(TEXT_FORMAT))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+
+
+def tracing(settings: Settings) -> Any | None:
+    """An OpenTelemetry tracer provider that sends to ``otlp_endpoint``; None where that is not set.
+
+    Whoever ends the service shuts it down, for what it has not sent yet. Raises SettingsError when the endpoint is
+    set and OpenTelemetry is not installed.
+    """
+    if not settings.otlp_endpoint:
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise SettingsError(
+            "AGENTSTATE_OTLP_ENDPOINT is set and OpenTelemetry is not installed: pip install 'agentstate[otel]'"
+        ) from error
+    provider = TracerProvider(resource=Resource.create({"service.name": "agentstate"}))
+    exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint.rstrip("/") + "/v1/traces")
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
+
+
+class Observation:
+    """ASGI middleware around everything else."""
+
+    def __init__(self, app: ASGIApp, provider: Any | None):
+        self._app = app
+        self._tracer = None if provider is None else provider.get_tracer("agentstate")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+        request_id = given if REQUEST_ID.fullmatch(given) else ids.new("req")
+        context = {"request_id": request_id}
+        if session := SESSION_PATH.match(scope["path"]):
+            context["session_id"] = session[1]
+        token = _context.set(context)
+        status = 500
+        started_s = time.perf_counter()
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            with self._span(scope, context) as span:
+                try:
+                    await self._app(scope, receive, observed)
+                finally:
+                    if span is not None:
+                        span.update_name(f"{scope['method']} {_route(scope)}")
+                        span.set_attribute("http.response.status_code", status)
+        finally:
+            seconds = time.perf_counter() - started_s
+            scope["app"].state.service.metrics.request_seconds.labels(
+                _method(scope), _route(scope), str(status)
+            ).observe(seconds)
+            level = logging.DEBUG if scope["path"] in QUIET else logging.INFO
+            told = {"method": scope["method"], "route": _route(scope), "status": status, "ms": round(seconds * 1000, 2)}
+            logger.log(level, "%(method)s %(route)s %(status)d in %(ms).1f ms", told, extra={"fields": told})
+            _context.reset(token)
+
+    def _span(self, scope: Scope, context: dict[str, str]) -> AbstractContextManager[Any]:
+        if self._tracer is None:
+            return nullcontext()
+        from opentelemetry.propagate import extract
+        from opentelemetry.trace import SpanKind
+
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        span: AbstractContextManager[Any] = self._tracer.start_as_current_span(
+            scope["method"],
+            context=extract(headers),
+            kind=SpanKind.SERVER,
+            attributes={
+                "http.request.method": scope["method"],
+                "url.path": scope["path"],
+                **{f"agentstate.{name}": value for name, value in context.items()},
+            },
+        )
+        return span
+
+
+def _route(scope: Scope) -> str:
+    """The route's template, not the path: there are as many paths as sessions."""
+    return getattr(scope.get("route"), "path", "none")
+
+
+def _method(scope: Scope) -> str:
+    # A client may send anything as a method; a label must not take anything.
+    return (
+        scope["method"] if scope["method"] in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS") else "other"
+    )

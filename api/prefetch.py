@@ -1,0 +1,107 @@
+"""``/v1/sessions/{id}/prefetch``: bring a session's pages back before its next request needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from fastapi import APIRouter, Response, status
+from sqlalchemy.engine import Connection
+from starlette.concurrency import run_in_threadpool
+
+from agentstate import answers, operations
+from agentstate.errors import AgentStateError, EngineError, EngineUnreachable
+from agentstate.operations import Kind, Outcome, PrefetchState, Question, Tier
+from agentstate.outcomes import PagesOfSession
+from agentstate.sessions import Sessions
+from api.operations import view
+from api.problems import COMMON
+from api.schemas import PrefetchPages, SessionId
+from api.service import CallerDep, Service, ServiceDep, SessionsDep
+from api.sessions import GONE
+from api.writes import Answer, WriteDep
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["turns"], responses={**COMMON, **GONE})
+
+
+@router.post(
+    "/prefetch",
+    status_code=status.HTTP_202_ACCEPTED,
+    response_model=answers.Operation,
+    operation_id="prefetch_pages",
+    responses={
+        200: {"model": answers.Operation, "description": "They are there already"},
+        202: {
+            "links": {
+                "read_operation": {
+                    "operationId": "read_operation",
+                    "parameters": {"operation_id": "$response.body#/id"},
+                }
+            }
+        },
+    },
+)
+async def prefetch(
+    session_id: SessionId,
+    body: PrefetchPages,
+    service: ServiceDep,
+    caller: CallerDep,
+    sessions: SessionsDep,
+    write: WriteDep,
+) -> Response:
+    """Have the engine bring the pages back. The operation says what came of it."""
+    pages = await run_in_threadpool(sessions.pages, session_id)
+    ids: list[str] = []
+
+    def act(connection: Connection) -> Answer:
+        ids.append(service.operations.announce(connection, caller.id, Kind.PREFETCH, session_id))
+        return Answer(view(operations.load(connection, ids[0], caller.id)), status.HTTP_202_ACCEPTED)
+
+    answer = await run_in_threadpool(write.run, act)
+    if answer.replayed:
+        return answer.response()
+    limit_s = None if body.deadline_ms is None else body.deadline_ms / 1000
+    warm = await start(service, pages, ids[0], body.tier, limit_s)
+
+    def load() -> answers.Operation:
+        with service.database.read() as connection:
+            return view(operations.load(connection, ids[0], caller.id))
+
+    answer = Answer(await run_in_threadpool(load), status.HTTP_200_OK if warm is not None else status.HTTP_202_ACCEPTED)
+    await run_in_threadpool(write.finish, answer)
+    return answer.response()
+
+
+async def start_later(service: Service, sessions: Sessions, session_id: str, operation_id: str, tier: Tier) -> None:
+    """Start the prefetch of a session that was resumed, once that is answered."""
+    try:
+        pages = await run_in_threadpool(sessions.pages, session_id)
+        await start(service, pages, operation_id, tier)
+    except AgentStateError as error:
+        logger.error("the prefetch of session %s did not start: %s", session_id, error)
+
+
+async def start(
+    service: Service, pages: PagesOfSession, operation_id: str, tier: Tier, limit_s: float | None = None
+) -> Outcome | None:
+    """Start a prefetch that was announced. The outcome if the pages are in the tier already, else None."""
+    question = Question(Kind.PREFETCH, pages.session.uid, pages.ranks, tier, pages.keys)
+    try:
+        if not pages.ranks:
+            raise EngineError("no live engine serves the session")
+        if not all(pages.keys):
+            raise EngineError("the engine has stored no pages of the session")
+        outcome = await asyncio.wrap_future(service.operations.ask(question, 0))
+    except EngineUnreachable:
+        # A busy engine may miss a question: it is asked again.
+        outcome = Outcome(PrefetchState.PENDING)
+    except EngineError as error:
+        await run_in_threadpool(service.operations.fail, operation_id, str(error))
+        return None
+    if not outcome.settled:
+        service.operations.follow(operation_id, [question], limit_s)
+        return None
+    await run_in_threadpool(service.operations.finish, operation_id, outcome)
+    return outcome if outcome.state is PrefetchState.WARM else None

@@ -1,0 +1,249 @@
+"""A turn: ``resume`` takes the lease, ``lease/renew`` keeps it, ``suspend`` ends it.
+
+No engine is asked within a transaction, and who waits, for a lease or for the engine's barrier, waits on the event
+loop and holds no thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from fastapi import APIRouter, Response
+from sqlalchemy.engine import Connection
+from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
+
+from agentstate import answers
+from agentstate.database import instant
+from agentstate.errors import DatabaseError, EngineError, SessionBusy, TooManyOperations
+from agentstate.leases import Lease
+from agentstate.manifests import KvState
+from agentstate.operations import Kind, Outcome, Question, Tier
+from agentstate.outcomes import Resumed, Suspended
+from api.entries import page, proof
+from api.prefetch import start_later
+from api.problems import COMMON, responses
+from api.schemas import RenewLease, ResumeSession, SessionId, SuspendSession
+from api.service import CallerDep, MaybeSeenDep, ServiceDep, SessionsDep
+from api.sessions import GONE, view
+from api.writes import Answer, WriteDep
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["turns"], responses={**COMMON, **GONE})
+
+_LEASE = {"token": "$response.body#/lease/token", "epoch": "$response.body#/lease/epoch"}
+_LEASED = {"session_id": "$response.body#/session/id"}
+LINKS = {
+    "append_entries": {
+        "operationId": "append_entries",
+        "parameters": _LEASED,
+        "requestBody": {"lease": _LEASE, "entries": [{"kind": "note", "payload": {"text": "linked"}}]},
+    },
+    "suspend_session": {
+        "operationId": "suspend_session",
+        "parameters": _LEASED,
+        "requestBody": {"lease": _LEASE, "reason": "user_wait", "durable_timeout_ms": 0},
+    },
+    "renew_lease": {"operationId": "renew_lease", "parameters": _LEASED, "requestBody": {"lease": _LEASE}},
+    "claim_tool_call": {
+        "operationId": "claim_tool_call",
+        "parameters": {**_LEASED, "call_id": "call_1"},
+        "requestBody": {"lease": _LEASE, "name": "search", "arguments": {}},
+    },
+}
+
+
+@router.post(
+    "/resume",
+    response_model=answers.Resumed,
+    operation_id="resume_session",
+    responses={
+        200: {"links": LINKS},
+        409: {
+            **responses(_409="Someone else runs it")[409],
+            "headers": {"Retry-After": {"schema": {"type": "integer"}}},
+        },
+        **responses(_412="The session has changed, or is of another model than expected"),
+    },
+)
+async def resume(
+    session_id: SessionId,
+    service: ServiceDep,
+    caller: CallerDep,
+    sessions: SessionsDep,
+    write: WriteDep,
+    revision: MaybeSeenDep,
+    body: ResumeSession | None = None,
+) -> Response:
+    """Take the lease and get back all that the next turn needs. No engine is asked."""
+    wanted = body or ResumeSession()
+
+    def act(connection: Connection) -> Answer:
+        resumed = sessions.resume(
+            session_id,
+            lease_ttl_s=wanted.lease_ttl_s or service.settings.lease_ttl_s,
+            tail=wanted.tail,
+            expect_model=wanted.expect.model if wanted.expect else None,
+            revision=revision,
+            token=write.lease_secret(),
+        )
+        operation_id = None
+        if wanted.prefetch != "none" and resumed.engine is not None and resumed.kv.valid:
+            try:
+                operation_id = service.operations.announce(connection, caller.id, Kind.PREFETCH, session_id)
+            except TooManyOperations as error:
+                logger.warning("session %s is resumed without a prefetch: %s", session_id, error)
+        service.metrics.resumes.labels(resumed.kv.state, str(resumed.kv.valid).lower()).inc()
+        then = None
+        if operation_id is not None:
+            then = BackgroundTask(start_later, service, sessions, session_id, operation_id, Tier(wanted.prefetch))
+        return Answer(_resumed(resumed, operation_id), then=then)
+
+    if wanted.on_busy == "reject":
+        return (await run_in_threadpool(write.run, act)).response()
+    deadline = time.monotonic() + wanted.busy_timeout_ms / 1000
+    uid = (await run_in_threadpool(sessions.read, session_id)).uid
+    with service.changes.watch(uid) as watch:
+        while True:
+            try:
+                return (await run_in_threadpool(write.run, act)).response()
+            except SessionBusy as busy:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or watch.closing:
+                    raise
+                await watch.wait(min(left_s, busy.retry_after_s + 0.01))
+
+
+@router.post(
+    "/suspend",
+    response_model=answers.Suspended,
+    operation_id="suspend_session",
+    responses=responses(_409="The lease is lost, or a tool call has no result"),
+)
+async def suspend(
+    session_id: SessionId,
+    body: SuspendSession,
+    service: ServiceDep,
+    caller: CallerDep,
+    sessions: SessionsDep,
+    write: WriteDep,
+) -> Response:
+    """End the turn and make the KV durable.
+
+    The session is suspended once its transaction has committed; the engine is asked after that, and what it answers
+    within ``durable_timeout_ms`` is ``kv``.
+    """
+    done: list[tuple[Suspended, str | None]] = []
+
+    def announce(connection: Connection, kind: Kind) -> str | None:
+        try:
+            return service.operations.announce(connection, caller.id, kind, session_id)
+        except TooManyOperations as error:
+            logger.warning("the %s of session %s is not followed: %s", kind, session_id, error)
+            return None
+
+    def act(connection: Connection) -> Answer:
+        suspended = sessions.suspend(
+            session_id,
+            proof(body.lease),
+            body.reason,
+            expires_in_s=body.expires_in_s,
+            release_kv=body.kv == "release",
+        )
+        demoting = body.kv != "retain" and suspended.ranks
+        done.append((suspended, announce(connection, Kind.DEMOTE) if demoting else None))
+        return Answer(_suspended(*done[-1], Outcome(KvState.UNKNOWN)))
+
+    answer = await run_in_threadpool(write.run, act, final=False)
+    if answer.replayed:
+        return answer.response()
+    suspended, operation_id = done[-1]
+    uid, ranks = suspended.session.uid, suspended.ranks
+    flush, demote = Question(Kind.FLUSH, uid, ranks), Question(Kind.DEMOTE, uid, ranks)
+    outcome = Outcome(KvState.UNKNOWN)
+    if body.kv == "release":
+        outcome = Outcome(KvState.LOST)
+        if operation_id is not None:
+            service.operations.follow(operation_id, [demote])
+    elif ranks:
+        try:
+            outcome = await asyncio.wrap_future(service.operations.ask(flush, body.durable_timeout_ms))
+        except EngineError as error:
+            logger.warning("the KV of session %s: %s", session_id, error)
+        if operation_id is not None:
+            service.operations.follow(operation_id, [flush, demote])
+        elif not outcome.settled:
+
+            def write_down() -> str | None:
+                with service.database.write() as connection:
+                    return announce(connection, Kind.FLUSH)
+
+            try:
+                operation_id = await run_in_threadpool(write_down)
+            except DatabaseError as error:
+                # The suspend itself is committed: it must not be answered with an error.
+                logger.error("the flush of session %s cannot be followed: %s", session_id, error)
+            if operation_id is not None:
+                service.operations.follow(operation_id, [flush])
+    service.metrics.suspends.labels(outcome.state).inc()
+    answer = Answer(_suspended(suspended, operation_id, outcome))
+    try:
+        await run_in_threadpool(write.finish, answer)
+    except DatabaseError as error:
+        logger.error("the answer to the suspend of session %s is not stored whole: %s", session_id, error)
+    return answer.response()
+
+
+@router.post(
+    "/lease/renew",
+    response_model=answers.Lease,
+    operation_id="renew_lease",
+    responses=responses(_409="The lease is lost"),
+)
+def renew(session_id: SessionId, body: RenewLease, service: ServiceDep, sessions: SessionsDep) -> answers.Lease:
+    """Keep the lease. Needs no Idempotency-Key: renewing again renews again."""
+    ttl_s = body.lease_ttl_s or service.settings.lease_ttl_s
+    return _lease(sessions.renew(session_id, proof(body.lease), lease_ttl_s=ttl_s))
+
+
+def _resumed(resumed: Resumed, operation_id: str | None) -> answers.Resumed:
+    session = resumed.session
+    namespace = {"cache_salt": session.cache_salt, "extra_key": session.extra_key}
+    link = None
+    if resumed.engine is not None:
+        link = answers.EngineLink(
+            base_url=resumed.engine.base_url,
+            extra_body={
+                "session_id": session.uid,
+                **{name: value for name, value in namespace.items() if value is not None},
+            },
+        )
+    return answers.Resumed(
+        session=view(session),
+        lease=_lease(resumed.lease),
+        entries=page(resumed.tail),
+        pending_tool_calls=resumed.pending_tool_calls,
+        engine=link,
+        kv=answers.Outlook(**vars(resumed.kv), prefetch=operation_id),
+    )
+
+
+def _suspended(suspended: Suspended, operation_id: str | None, outcome: Outcome) -> answers.Suspended:
+    return answers.Suspended(
+        id=suspended.session.id,
+        status=suspended.session.status,
+        revision=str(suspended.session.revision),
+        head_id=suspended.session.head_id,
+        pending_tool_calls=suspended.pending_tool_calls,
+        operation=operation_id,
+        kv=answers.StoredKv(
+            state=KvState(outcome.state), tokens=outcome.tokens, pages=outcome.pages, bytes=outcome.nbytes
+        ),
+    )
+
+
+def _lease(lease: Lease) -> answers.Lease:
+    return answers.Lease(token=lease.key.token, epoch=lease.key.epoch, expires_at=instant(lease.expires_us))

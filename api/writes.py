@@ -1,0 +1,150 @@
+"""Writes: how they are answered, and answered again when they come again with the same ``Idempotency-Key``.
+
+Of an answer everything is stored but what is stored elsewhere (entries, by their ids) or must not be (the secret of
+a lease, which is derived from the client's key).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Request, Response
+from pydantic import BaseModel
+from sqlalchemy.engine import Connection
+from starlette.background import BackgroundTask
+
+from agentstate import answers, idempotency, transcript
+from agentstate.database import Database, instant
+from agentstate.idempotency import Once
+from agentstate.transcript import Entry
+from api.service import CallerDep, ServiceDep
+
+
+@dataclass
+class Answer:
+    """What a write is answered with, before it is bytes."""
+
+    body: BaseModel | None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    replayed: bool = False
+    then: BackgroundTask | None = None
+
+    def response(self) -> Response:
+        headers = {**self.headers, **({"Idempotency-Replayed": "true"} if self.replayed else {})}
+        if self.body is None:
+            return Response(status_code=self.status, headers=headers, background=self.then)
+        return Response(
+            self.body.model_dump_json(),
+            status_code=self.status,
+            headers=headers,
+            media_type="application/json",
+            background=self.then,
+        )
+
+
+class Stored(BaseModel):
+    """A body that was stored, once it is whole again."""
+
+    model_config = {"extra": "allow"}
+
+
+@dataclass(frozen=True)
+class Write:
+    """One request that writes. ``once`` is None when it came without a key."""
+
+    database: Database
+    tenant: str
+    once: Once | None
+
+    def run(self, act: Callable[[Connection], Answer], *, final: bool = True) -> Answer:
+        """Carry out a write and store its answer with it, in one transaction; or give the answer of the first time.
+
+        One that is not ``final`` yet is finished by `finish`; until then the same key is refused. Raises
+        IdempotencyKeyReused, IdempotencyKeyInUse, and what ``act`` raises; then nothing is written.
+        """
+        with self.database.write() as connection:
+            if self.once is None:
+                return act(connection)
+            stored = idempotency.begin(connection, self.once)
+            if stored is not None:
+                return self._replay(connection, stored)
+            answer = act(connection)
+            idempotency.store(connection, self.once, _without_entries(answer), final=final)
+            return answer
+
+    def finish(self, answer: Answer) -> None:
+        """Store the answer of a write that was not final."""
+        if self.once is not None:
+            with self.database.write() as connection:
+                idempotency.store(connection, self.once, _without_entries(answer))
+
+    def lease_secret(self) -> str | None:
+        """The secret of a lease that this request takes; None for any."""
+        return None if self.once is None else self.once.derived_secret("lease")
+
+    def _replay(self, connection: Connection, stored: dict[str, Any]) -> Answer:
+        body = stored["body"]
+        if body is not None:
+            for part in (body, body.get("entries")):
+                if isinstance(part, dict) and "entry_ids" in part:
+                    wanted, name = part.pop("entry_ids"), part.pop("of")
+                    found = transcript.by_id(connection, name, wanted) if wanted else {}
+                    part["data"] = [entry(found[item]).model_dump(mode="json") for item in wanted if item in found]
+            if "lease" in body:
+                body["lease"]["token"] = self.lease_secret()
+        return Answer(None if body is None else Stored(**body), stored["status"], stored["headers"], replayed=True)
+
+
+def _without_entries(answer: Answer) -> dict[str, Any]:
+    if answer.body is None:
+        body = None
+    else:
+        body = answer.body.model_dump(mode="json", exclude={"lease": {"token"}, "data": True, "entries": {"data"}})
+        for part, source in ((body, answer.body), (body.get("entries"), getattr(answer.body, "entries", None))):
+            if isinstance(source, answers.EntryList) and part is not None:
+                part["data"] = []
+                part["entry_ids"] = [item.id for item in source.data]
+                part["of"] = source.data[0].session_id if source.data else None
+    return {"body": body, "status": answer.status, "headers": answer.headers}
+
+
+def entry(entry: Entry) -> answers.Entry:
+    """An entry as the API shows it."""
+    return answers.Entry(
+        id=entry.id,
+        session_id=entry.session_id,
+        parent_id=entry.parent_id,
+        seq=entry.seq,
+        kind=entry.kind,
+        payload=entry.payload,
+        call_id=entry.call_id,
+        created_at=instant(entry.created_us),
+    )
+
+
+async def _write(
+    request: Request,
+    service: ServiceDep,
+    caller: CallerDep,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=255,
+            pattern=r"^[\x21-\x7e]+$",
+            description="Send the same again to be answered the same again, for a day. Best a random UUID.",
+        ),
+    ] = None,
+) -> Write:
+    if idempotency_key is None:
+        return Write(service.database, caller.id, None)
+    digest = hashlib.sha256(f"{request.method} {request.url.path}?{request.url.query}\0".encode())
+    digest.update(await request.body())
+    return Write(service.database, caller.id, Once(caller.id, idempotency_key, digest.digest()))
+
+
+WriteDep = Annotated[Write, Depends(_write)]

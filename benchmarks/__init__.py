@@ -1,0 +1,1 @@
+"""Where the figures in docs/ come from: workloads, a simulator, measurements, plots and the report."""

@@ -1,0 +1,218 @@
+"""`docs/performance.md` and its plots, from raw results and nothing else."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots, results
+
+Result = dict[str, Any]
+_CONTENTS = {
+    "ttft": "Turn 2: time to first token",
+    "replay": "Agent workloads",
+    "projection": "Other hardware, on paper",
+}
+
+
+def write(directory: Path, output: Path) -> None:
+    """Write ``output`` from the results in ``directory``, with its plots in ``performance/`` beside it.
+
+    Of results of one kind that measured the same thing, the newest counts. Raises SettingsError when there is no
+    result or one that cannot be read.
+    """
+    found = results.load(directory)
+    pictures = output.parent / "performance"
+    lines = [
+        "# Performance",
+        "",
+        f"Written by `agentstate bench report {_quoted(directory)}` from raw results: what was measured, where, and on",
+        "which commit stands with each. Nothing here is typed by hand.",
+    ]
+    for kind, section in _SECTIONS.items():
+        chosen = [result for result in found if result["kind"] == kind]
+        if chosen:
+            lines += ["", f"## {_CONTENTS[kind]}", ""]
+            lines += section(chosen, pictures)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join(lines) + "\n")
+
+
+def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
+    newest: dict[tuple[str, int, str], tuple[dict[str, Any], Result]] = {}
+    for result in found:
+        for row in result["rows"]:
+            newest[row["model"], row["tokens"], row["variant"]] = row, result
+    lines = [
+        "Recomputed, as a memory hit (the floor: nothing is brought back), and restored, in turn in one run.",
+        "*Share* is of the device's direct-read limit, measured in the same run; *same* says whether the next tokens",
+        "are those of the recomputation.",
+    ]
+    for model in dict.fromkeys(model for model, _, _ in newest):
+        chosen = [(row, result) for (name, _, _), (row, result) in newest.items() if name == model]
+        rows = sorted((row for row, _ in chosen), key=lambda row: row["tokens"])
+        seconds = {(row["tokens"], row["variant"]): row["ttft_s"] for row in rows if row.get("ttft_s") is not None}
+        lines += ["", f"### {model}", ""]
+        sources = {str(result["measured_at"]): result for _, result in chosen}
+        lines += [_provenance(result) for result in sources.values()]
+        table = []
+        for row in rows:
+            tokens, own_s = row["tokens"], row.get("ttft_s")
+            if own_s is None:  # a peer that could not run here
+                table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 6])
+                continue
+            floor_s, recomputed_s = seconds.get((tokens, "memory_hit")), seconds.get((tokens, "recompute"))
+            table.append(
+                [
+                    f"{tokens:,}",
+                    plots.label(row["variant"]),
+                    f"{own_s:.3f}",
+                    _maybe(recomputed_s and recomputed_s / own_s, "{:.1f}×"),
+                    _maybe(floor_s and own_s / floor_s, "{:.2f}"),
+                    _maybe(row.get("tokens_per_s"), "{:.1f}"),
+                    _maybe(row.get("bytes_read"), "{:,}"),
+                    _maybe(row.get("device_share"), "{:.0%}"),
+                    {True: "yes", False: "**no**", None: ""}[row.get("identical")],
+                ]
+            )
+        header = ["context", "variant", "TTFT, s", "sooner than recomputed", "÷ memory hit", "tokens/s", "bytes read"]
+        lines += ["", *_table([*header, "share", "same"], table, left=2)]
+        measured = [row for row in rows if row.get("ttft_s") is not None]
+        for draw, shown in ((plots.ttft, "ttft"), (plots.ratio, "ratio"), (plots.bandwidth, "bandwidth")):
+            if shown == "bandwidth" and not any(row.get("device_share") is not None for row in measured):
+                continue
+            if shown == "ratio" and not any(variant == "recompute" for _, variant in seconds):
+                continue
+            name = f"{shown}-{_slug(model)}"
+            draw(measured, model, pictures, name)
+            lines += ["", *_picture(pictures, name, f"{model}: {shown}")]
+    return lines
+
+
+def _replay(found: Sequence[Result], pictures: Path) -> list[str]:
+    newest = {(result["settings"]["workload"], _kind(result)): result for result in found}
+    lines = [
+        "Hit rates are shares of all prompt tokens. *Saved* is the engines' time that prefills would have taken more.",
+        "*Drive writes a day* are of the whole page quota. *Restorable* are the sessions, of those alive, whose whole",
+        "context could be had without computing it, at the best sample.",
+    ]
+    for number, ((workload, kind), result) in enumerate(newest.items(), start=1):
+        rows, settings = result["rows"], result["settings"]
+        lines += ["", f"### {kind}: {workload}", "", _provenance(result)]
+        if "fleet" in settings:
+            fleet, cost = settings["fleet"], settings["calibration"]
+            lines += [
+                "",
+                f"{fleet['engines']} engines, each with a KV pool of {fleet['device_tokens']:,} tokens, "
+                f"{fleet['staging_bytes'] / 1e9:g} GB of staging, {fleet['host_bytes'] / 1e9:g} GB for prefetched "
+                f"pages and {fleet['quota_bytes'] / 1e9:,g} GB on its drive. Costs: {cost['name']} ({cost['source']}).",
+            ]
+        table = [
+            [
+                row["variant"],
+                *(f"{row[f'ttft_{share}_s']:,.3f}" for share in ("p50", "p90", "p99")),
+                *(f"{row[f'hit_{tier}']:.1%}" for tier in ("device", "host", "drive")),
+                f"{row['prefill_saved_s'] / 3600:,.1f}",
+                f"{row['bytes_read'] / 1e12:,.2f}",
+                f"{row['bytes_written'] / 1e12:,.2f}",
+                f"{row['drive_writes_per_day']:.2f}",
+                f"{row['engine_busy']:.0%}",
+                f"{row['sessions_restorable_peak']:,} of {row['sessions_alive_peak']:,}",
+            ]
+            for row in rows
+        ]
+        header = ["variant", "TTFT p50, s", "p90", "p99", "device hits", "host", "drive", "saved, h", "read, TB"]
+        lines += ["", *_table([*header, "written, TB", "drive writes a day", "busy", "restorable"], table)]
+        if "validation" in settings:
+            lines += ["", "The simulator against the engine, simulated ÷ measured:", ""]
+            lines += [
+                f"- {figure}: {of['simulated']:,} ÷ {of['measured']:,} = {of['ratio']}"
+                for figure, of in settings["validation"].items()
+            ]
+        name = f"replay-{number}"
+        plots.distribution(rows, f"{kind}, {settings['requests']:,} requests", pictures, name)
+        lines += ["", *_picture(pictures, name, f"{kind}: distribution of the time to first token")]
+    return lines
+
+
+def _projection(found: Sequence[Result], pictures: Path) -> list[str]:
+    result = found[-1]
+    table = [
+        [
+            row["model"],
+            f"{row['tokens']:,}",
+            f"{row['recomputed_s']:.1f}",
+            f"{row['restored_s']:.3f}",
+            f"{row['memory_hit_s']:.3f}",
+            f"{row['ratio']:.0f}×",
+            _maybe(row["published_recomputed_s"], "{:g}"),
+            _maybe(row["published_restored_s"], "{:g}"),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["model", "context", "recomputed, s", "restored, s", "memory hit, s", "ratio"]
+    lines = [
+        "Computed, not measured (`agentstate bench project`). The last two columns are what was published.",
+        "",
+        *_table([*header, "published recomputed, s", "published restored, s"], table),
+        "",
+        "What it rests on:",
+        "",
+    ]
+    return lines + [f"- {sentence}" for sentence in result["settings"]["assumptions"]]
+
+
+_SECTIONS: dict[str, Callable[[Sequence[Result], Path], list[str]]] = {
+    "ttft": _ttft,
+    "replay": _replay,
+    "projection": _projection,
+}
+
+
+def _kind(result: Result) -> str:
+    variants = {row["variant"] for row in result["rows"]}
+    if "measured" in variants:
+        return "An engine and its simulation" if "simulated" in variants else "An engine"
+    return "A simulated fleet"
+
+
+def _provenance(result: Result) -> str:
+    machine = result["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    parts = [f"{machine['cores']} cores of {machine['cpu']}", f"{machine['memory_gib']} GiB", *_accelerators(machine)]
+    return f"*{result['measured_at'][:10]}, commit {result['commit']}, {', '.join(parts)}; {versions}.*"
+
+
+def _accelerators(machine: dict[str, Any]) -> list[str]:
+    return [str(machine[part]) for part in ("gpu", "drive") if machine.get(part)]
+
+
+def _picture(pictures: Path, name: str, text: str) -> list[str]:
+    base = f"{pictures.name}/{name}"
+    return [
+        "<picture>",
+        f'  <source media="(prefers-color-scheme: dark)" srcset="{base}-dark.svg">',
+        f'  <img alt="{text}" src="{base}-light.svg">',
+        "</picture>",
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    aligned = ["---"] * left + ["---:"] * (len(header) - left)
+    return [f"| {' | '.join(cells)} |" for cells in (header, aligned, *rows)]
+
+
+def _maybe(value: float | None, shown: str) -> str:
+    return "" if value is None else shown.format(value)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _quoted(directory: Path) -> str:
+    """The directory as the reader would give it: never with what is above it."""
+    return shlex.quote(directory.name)

@@ -1,0 +1,188 @@
+"""Suspended and resumed again and again, an agent must say what it would have said: greedy tokens, compared one by one.
+
+Conversations are run twice: once never suspended, each turn finding the last one on the device, and once with
+something happening before every turn. The prompts are the same, so every difference is the store's doing.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import httpx
+
+from agentstate.control import ControlClient
+from agentstate.local import LocalStack
+from benchmarks.engine import Answer, Engine
+from benchmarks.replay import VOCABULARY
+
+
+class Event(StrEnum):
+    """What happens before a turn."""
+
+    FLUSH = "flush"  # the device forgets everything
+    HOST = "host prefetch"  # and the pages are read to host memory
+    DEVICE = "device prefetch"  # or brought back to the device
+    CANCEL = "cancelled request"  # a request of the same session is broken off while it restores
+    CROWD = "crowd"  # other conversations restore at the same time
+    STOP = "restart"  # the engine is told to end, and started again
+    KILL = "kill -9"  # the engine is killed, and started again
+
+
+_WEIGHTS = {Event.FLUSH: 5, Event.HOST: 3, Event.DEVICE: 3, Event.CANCEL: 3, Event.CROWD: 2}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """``prompt`` is what a request of ``conversation`` sends, the whole context; ``output_tokens`` how many it asks
+    for."""
+
+    conversation: int
+    prompt: tuple[int, ...]
+    output_tokens: int
+
+
+@dataclass
+class Outcome:
+    """``points`` of each event, ``restored_tokens`` in all, and the turns whose tokens were not those of the
+    reference."""
+
+    points: Counter[str] = field(default_factory=Counter)
+    restored_tokens: int = 0
+    different: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Soak:
+    """``turns`` in all, over conversations that begin anew, share a beginning with an earlier one or fork from it.
+    Everything follows from ``seed``. ``restarts`` of the events start the engine again, half of them by SIGKILL."""
+
+    def __init__(
+        self, stack: LocalStack, *, turns: int, restarts: int, seed: int, longest: int, step: Callable[[], None]
+    ):
+        self._stack = stack
+        self._turns = turns
+        self._restarts = restarts
+        self._random = random.Random(seed)
+        self._longest = longest
+        self._step = step
+        self._salt = f"soak-{seed}-{time.time_ns()}"
+
+    async def run(self) -> Outcome:
+        reference = await self._reference()
+        return await self._suspended(reference)
+
+    async def _reference(self) -> list[tuple[Turn, tuple[int, ...]]]:
+        """The conversations as they go when nothing happens."""
+        found: list[tuple[Turn, tuple[int, ...]]] = []
+        contexts: list[list[int]] = []
+        async with Engine(self._stack.engine_url) as engine:
+            while len(found) < self._turns:
+                conversation = self._choose(contexts)
+                context = contexts[conversation]
+                context += self._tokens(self._random.randrange(5, 180))
+                turn = Turn(conversation, tuple(context), self._random.choice((1, 4, 12)))
+                answer = await engine.ask(context, turn.output_tokens, cache_salt=f"{self._salt}-reference")
+                found.append((turn, answer.tokens))
+                context += answer.tokens
+                self._step()
+        return found
+
+    def _choose(self, contexts: list[list[int]]) -> int:
+        going_on = [i for i, context in enumerate(contexts) if len(context) < self._longest]
+        kind = self._random.random()
+        if not going_on or kind < 0.1:
+            contexts.append(self._tokens(self._random.randrange(100, 900)))
+        elif kind < 0.2:
+            # Forked somewhere, at a page's border or not.
+            origin = self._random.choice(contexts)
+            contexts.append(origin[: self._random.randrange(1, len(origin) + 1)])
+        else:
+            return self._random.choice(going_on)
+        return len(contexts) - 1
+
+    async def _suspended(self, reference: list[tuple[Turn, tuple[int, ...]]]) -> Outcome:
+        outcome = Outcome()
+        restarts = set(self._random.sample(range(1, len(reference)), min(self._restarts, len(reference) - 1)))
+        for number, (turn, right) in enumerate(reference):
+            event = self._event(number in restarts)
+            session = f"{self._salt}-{turn.conversation}"
+            await self._happen(event, session, turn, reference[:number])
+            async with Engine(self._stack.engine_url) as engine:
+                answer = await engine.ask(turn.prompt, turn.output_tokens, session, cache_salt=self._salt)
+            outcome.points[event] += 1
+            outcome.restored_tokens += answer.restored_tokens
+            if answer.tokens != right:
+                outcome.different.append(_difference(number, event, turn, right, answer))
+            self._step()
+        return outcome
+
+    def _event(self, restart: bool) -> Event:
+        if restart:
+            return self._random.choice((Event.STOP, Event.KILL))
+        return self._random.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+
+    async def _happen(self, event: Event, session: str, turn: Turn, before: list[tuple[Turn, tuple[int, ...]]]) -> None:
+        if event is Event.KILL:
+            self._stack.kill_engine()
+            self._stack.start_engine(*self._stack.engine_arguments)
+            return
+        self._settle()
+        if event is Event.STOP:
+            self._stack.stop_engine()
+            self._stack.start_engine(*self._stack.engine_arguments)
+            return
+        self._stack.flush_device()
+        rank = ControlClient(self._stack.ranks()[0].control_address)
+        if event in (Event.HOST, Event.DEVICE):
+            rank.call("prefetch", 70, session=session, tier=event.split()[0], timeout_ms=60_000)
+        elif event is Event.CANCEL:
+            self._break_off(session, turn)
+        elif event is Event.CROWD and before:
+            others = self._random.sample(before, min(3, len(before)))
+            body = {
+                "input_ids": [list(other.prompt) for other, _ in others],
+                "sampling_params": {"max_new_tokens": 2, "temperature": 0, "ignore_eos": True},
+                "cache_salt": self._salt,
+            }
+            httpx.post(f"{self._stack.engine_url}/generate", json=body, timeout=600).raise_for_status()
+            self._settle()
+            self._stack.flush_device()
+
+    def _break_off(self, session: str, turn: Turn) -> None:
+        body = {
+            "input_ids": [*turn.prompt, *self._tokens(150)],
+            "sampling_params": {"max_new_tokens": 64, "temperature": 0, "ignore_eos": True},
+            "stream": True,
+            "session_id": session,
+            "cache_salt": self._salt,
+        }
+        try:
+            httpx.post(
+                f"{self._stack.engine_url}/generate", json=body, timeout=self._random.choice((0.02, 0.1, 0.4, 1.0))
+            )
+        except httpx.TimeoutException:
+            return
+
+    def _settle(self) -> None:
+        while self._stack.stat()["spill"]["waiting"]:
+            time.sleep(0.01)
+
+    def _tokens(self, count: int) -> list[int]:
+        return self._random.choices(VOCABULARY, k=count)
+
+
+def _difference(number: int, event: Event, turn: Turn, right: tuple[int, ...], answer: Answer) -> dict[str, Any]:
+    return {
+        "turn": number,
+        "event": str(event),
+        "conversation": turn.conversation,
+        "prompt_tokens": len(turn.prompt),
+        "restored_tokens": answer.restored_tokens,
+        "expected": list(right),
+        "found": list(answer.tokens),
+    }

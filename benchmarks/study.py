@@ -1,0 +1,92 @@
+"""A fleet study: one workload under every policy, each adding one feature to the one before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from benchmarks.calibration import Calibration
+from benchmarks.simulator import Fleet, Outcome, Policy, Prefetch, Simulation
+from benchmarks.traces import Workload
+
+_READING = Policy("+ read at arrival", store=True, overlap=True, read_at_arrival=True)
+_HOLDING = replace(_READING, name="+ hold", hold=True)
+_DEMOTING = replace(_HOLDING, name="+ demote", demote=True)
+
+POLICIES = (
+    Policy("device cache only"),
+    Policy("+ store", store=True),
+    Policy("+ overlap", store=True, overlap=True),
+    _READING,
+    _HOLDING,
+    _DEMOTING,
+    replace(_DEMOTING, name="+ host prefetch", prefetch=Prefetch.HOST),
+    replace(_DEMOTING, name="+ device prefetch", prefetch=Prefetch.DEVICE),
+    replace(_DEMOTING, name="+ break-even", prefetch=Prefetch.HOST, break_even=True),
+)
+"""Each has all that those above it have, but that the device prefetch takes the place of the one to host memory, and
+the break-even rule is added to the latter."""
+
+SHARES = tuple(share / 100 for share in range(0, 101))
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The value that ``share`` of ``ordered`` lie at or below, by nearest rank."""
+    if not ordered:
+        raise ValueError("no values")
+    return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)]
+
+
+def summary(name: str, outcome: Outcome, fleet: Fleet) -> dict[str, Any]:
+    """What an outcome comes to. Hit rates are shares of all prompt tokens; a peak is the most at one sample; drive
+    writes a day are those while sessions still start, over the quota; ``ttft_quantiles_s`` are at every percent."""
+    served = outcome.served
+    ttfts = sorted(request.ttft_s for request in served)
+    tokens = sum(request.input_tokens for request in served)
+    device = sum(request.device_tokens for request in served)
+    host = sum(request.host_tokens for request in served)
+    drive = sum(request.drive_tokens for request in served)
+    window_days = outcome.window_s / 86400
+    quota = fleet.quota_bytes * fleet.engines
+    return {
+        "variant": name,
+        "requests": len(served),
+        "sessions": len({request.session for request in served}),
+        "duration_s": round(outcome.duration_s, 3),
+        "ttft_p50_s": round(quantile(ttfts, 0.5), 4),
+        "ttft_p90_s": round(quantile(ttfts, 0.9), 4),
+        "ttft_p99_s": round(quantile(ttfts, 0.99), 4),
+        "input_tokens": tokens,
+        "hit_device": round(device / tokens, 4),
+        "hit_host": round(host / tokens, 4),
+        "hit_drive": round(drive / tokens, 4),
+        "prefill_s": round(sum(request.prefill_s for request in served), 1),
+        "prefill_saved_s": round(sum(request.saved_s for request in served), 1),
+        "bytes_read": outcome.bytes_read,
+        "bytes_written": outcome.bytes_written,
+        "drive_writes_per_day": round(outcome.window_bytes_written / quota / window_days, 3) if window_days else 0.0,
+        "engine_busy": round(outcome.window_busy_s / outcome.window_s / fleet.engines, 3) if window_days else 0.0,
+        "sessions_alive_peak": max(outcome.alive, default=0),
+        "sessions_on_device_peak": max(outcome.on_device, default=0),
+        "sessions_restorable_peak": max(outcome.restorable, default=0),
+        "ttft_quantiles_s": [round(quantile(ttfts, share), 4) for share in SHARES],
+    }
+
+
+def study(
+    workload: Workload,
+    calibration: Calibration,
+    fleet: Fleet,
+    *,
+    seed: int = 0,
+    advance: Callable[[Policy, int], None] = lambda policy, served: None,
+) -> list[dict[str, Any]]:
+    """A row a policy of `POLICIES`. ``advance`` is told the policy and how many requests it has served so far."""
+    rows = []
+    for policy in POLICIES:
+        simulation = Simulation(workload, calibration, fleet, policy, seed=seed, progress=partial(advance, policy))
+        rows.append(summary(policy.name, simulation.run(), fleet))
+    return rows

@@ -1,0 +1,146 @@
+"""Every route by its client method; what they do is the business of the service's own tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from stage import MODEL, Service, serving
+
+from agentstate.answers import Entry, Session
+from agentstate.client import AsyncClient, message, note, tool_call
+from agentstate.errors import AgentStateError, RequestRefused, SessionNotFound
+from agentstate.settings import Settings
+
+
+@pytest.fixture
+def backend() -> str:
+    """The client is the same whatever database the service has."""
+    return "sqlite"
+
+
+@pytest.fixture
+def service(database_url: str, tmp_path: Path) -> Iterator[Service]:
+    with serving(Settings(home=tmp_path, database_url=database_url)) as service:
+        yield service
+
+
+@pytest.fixture
+def session(service: Service) -> Session:
+    """A suspended session of three messages."""
+    service.client.create_session(MODEL, id="s", metadata={"user": "u_17", "draft": 1})
+    with service.client.turn("s") as turn:
+        turn.append(*(message({"text": text}) for text in "abc"))
+    return service.client.read("s")
+
+
+def texts(service: Service, session_id: str) -> list[str]:
+    return [entry.payload["text"] for entry in service.client.entries(session_id).data]
+
+
+def test_list_update_delete(service: Service, session: Session) -> None:
+    client = service.client
+    for number in range(3):
+        client.create_session(MODEL, id=f"t{number}")
+    page = client.list_sessions(limit=2)
+    assert ([each.id for each in page.data], page.has_more) == (["s", "t0"], True)
+    assert [each.id for each in client.list_sessions(after=page.last_id, order="asc").data] == ["t1", "t2"]
+    changed = client.update("s", revision=session.revision, metadata={"draft": None}, expires_in_s=60)
+    assert (changed.metadata, changed.expires_at is None) == ({"user": "u_17"}, False)
+    with pytest.raises(AgentStateError, match="reload it"):
+        client.delete("s", revision=session.revision)
+    assert client.update("s", revision="*").expires_at == changed.expires_at
+    assert client.update("s", revision="*", expires_in_s="never").expires_at is None
+    client.delete("s", revision="*")
+    with pytest.raises(SessionNotFound):
+        client.read("s")
+
+
+def test_fork_and_rewind(service: Service, session: Session) -> None:
+    client = service.client
+    second = client.entries("s").data[1].id
+    fork = client.fork("s", revision=session.revision, at=second, id="fork", metadata={"branch": "b"})
+    assert (fork.id, fork.metadata, texts(service, "fork")) == ("fork", {"branch": "b"}, ["a", "b"])
+    assert client.fork("s", revision=session.revision).metadata == session.metadata
+    assert client.rewind("s", second, revision=session.revision).head_id == second
+    assert texts(service, "s") == ["a", "b"]
+    with client.turn("s") as turn:
+        turn.append(message({"text": "d"}))
+        client.rewind("s", second, revision=client.read("s").revision, lease=turn.lease)
+    assert texts(service, "s") == ["a", "b"]
+
+
+def test_resume_of_a_revision_and_waiting_for_it(service: Service, session: Session) -> None:
+    client = service.client
+    with pytest.raises(AgentStateError, match="reload it"):
+        client.resume("s", revision="1")
+    first = client.resume("s", revision=session.revision, lease_ttl_s=0.5)
+    assert client.resume("s", busy_timeout_s=30, prefetch="host").lease.epoch == first.lease.epoch + 1
+
+
+def test_tool_calls(service: Service, session: Session) -> None:
+    client = service.client
+    with client.turn("s", reason="tool_wait", kv="demote") as turn:
+        claimed = client.claim_tool_call("s", "c1", "read", {"path": "a"}, expected_s=2, lease=turn.lease)
+        assert (claimed.state, claimed.name, claimed.expected_s) == ("claimed", "read", 2)
+        with pytest.raises(AgentStateError, match="is claimed"):
+            client.claim_tool_call("s", "c1", "read", lease=turn.lease)
+    done = client.finish_tool_call("s", "c1", output=["text"])
+    assert done.state == "done"
+    assert client.claim_tool_call("s", "c1", "read").result == {"output": ["text"]}
+    client.claim_tool_call("s", "c2", "read")
+    assert client.finish_tool_call("s", "c2", error="no such file").state == "failed"
+
+
+def test_a_prefetch_without_an_engine(service: Service, session: Session) -> None:
+    operation = service.client.prefetch("s", tier="device", deadline_s=2)
+    ended = service.client.wait_operation(operation.id, timeout_s=30)
+    assert (ended.kind, ended.state) == ("prefetch", "failed")
+
+
+def test_events(service: Service, session: Session) -> None:
+    client = service.client
+    seen: list[Entry | Session] = []
+    for event in client.events("s", after=1):
+        seen.append(event)
+        if isinstance(event, Session):
+            if event.status == "suspended" and len(seen) < 4:
+                with client.turn("s") as turn:
+                    turn.append(note({"text": "new"}))
+            elif len([each for each in seen if isinstance(each, Entry)]) == 3:
+                client.delete("s", revision="*")
+                break
+    entries = [event for event in seen if isinstance(event, Entry)]
+    assert [(entry.seq, entry.payload["text"]) for entry in entries] == [(2, "b"), (3, "c"), (4, "new")]
+    with pytest.raises(SessionNotFound):
+        next(client.events("s"))
+
+
+def test_async_events_end_with_the_session(service: Service, session: Session) -> None:
+    async def follow() -> list[str]:
+        seen = []
+        async with AsyncClient(service.base_url) as client:
+            async for event in client.events("s"):
+                seen.append(type(event).__name__)
+                if isinstance(event, Session):
+                    await client.delete("s", revision="*")
+        return seen
+
+    assert asyncio.run(follow()) == ["Entry", "Entry", "Entry", "Session"]
+
+
+def test_errors_of_this_version_are_its_own_classes(service: Service, session: Session) -> None:
+    with service.client.turn("s") as turn:
+        turn.append(tool_call("c", "read"))
+    first = service.client.entries("s").data[0].id
+    assert service.client.fork("s", revision="*", at=first).head_id == first
+    for attempt in (
+        lambda: service.client.update("s", revision="1"),
+        lambda: service.client.finish_tool_call("s", "none", output=1),
+        lambda: service.client.rewind("s", first, revision="1"),
+    ):
+        with pytest.raises(AgentStateError) as raised:
+            attempt()
+        assert not isinstance(raised.value, RequestRefused)

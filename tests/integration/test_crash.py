@@ -1,0 +1,136 @@
+"""Kill -9 of the service in the middle of every kind of write: what was acknowledged is there when it is back, and
+nothing is there half."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from stage import MODEL
+from test_server import free_port, process
+
+from agentstate.database import Database
+from agentstate.settings import Settings
+
+ROUNDS = 4
+CLIENTS = 4
+
+
+class Agent:
+    """Does every kind of write, one after the other, and notes what was acknowledged."""
+
+    def __init__(self, base_url: str, name: str):
+        self.name = name
+        self.http = httpx.Client(base_url=base_url, timeout=10)
+        self.number = 0
+        self.notes: dict[str, list[str]] = {}  # session -> tags of acknowledged appends, two by two
+        self.finished: set[tuple[str, str]] = set()
+        self.forks: dict[str, tuple[str, int]] = {}
+        self.deleted: set[str] = set()
+        self.doubtful: set[str] = set()  # a write to it was not answered
+        self.session = ""
+
+    def send(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        self.doubtful.add(self.session)
+        response = self.http.request(method, path, **request)
+        self.doubtful.discard(self.session)
+        assert response.status_code < 500, response.text
+        response.raise_for_status()
+        return dict(response.json()) if response.content else {}
+
+    def live(self) -> None:
+        while True:
+            self.number += 1
+            self.session = f"{self.name}-{self.number}"
+            path = f"/v1/sessions/{self.session}"
+            any_view = {"If-Match": "*"}
+            self.send("POST", "/v1/sessions", json={"model": MODEL, "id": self.session})
+            self.notes[self.session] = []
+            turn = self.send("POST", f"{path}/resume", json={}, headers={"Idempotency-Key": f"r-{self.session}"})
+            lease = {"token": turn["lease"]["token"], "epoch": turn["lease"]["epoch"]}
+            first = ""
+            for step in range(3):
+                tags = [f"{step}.a", f"{step}.b"]
+                entries = [{"kind": "note", "payload": {"tag": tag}} for tag in tags]
+                appended = self.send("POST", f"{path}/entries", json={"lease": lease, "entries": entries})
+                first = first or appended["last_id"]
+                self.notes[self.session] += tags
+            self.send("PUT", f"{path}/tool-calls/c", json={"lease": lease, "name": "t"})
+            self.send("PUT", f"{path}/tool-calls/c/result", json={"lease": lease, "output": 1})
+            self.finished.add((self.session, "c"))
+            self.send("POST", f"{path}/lease/renew", json={"lease": lease})
+            self.send("POST", f"{path}/suspend", json={"lease": lease, "reason": "done"})
+            self.send("POST", f"{path}/forks", json={"at": first, "id": f"{self.session}-fork"}, headers=any_view)
+            self.forks[f"{self.session}-fork"] = (self.session, 2)
+            self.send("PATCH", path, json={"metadata": {"done": True}}, headers=any_view)
+            if self.number % 3 == 0:
+                self.send("DELETE", path, headers=any_view)
+                self.deleted.add(self.session)
+
+    def run(self) -> None:
+        with suppress(httpx.TransportError):  # the service was killed
+            self.live()
+
+
+@pytest.mark.timeout(600)
+def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(database_url: str, tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    variables = {
+        "AGENTSTATE_HOME": str(tmp_path),
+        "AGENTSTATE_PORT": str(port),
+        "AGENTSTATE_DATABASE_URL": database_url,
+        "AGENTSTATE_COLLECT_INTERVAL_S": "0.2",
+    }
+    agents: list[Agent] = []
+    dice = random.Random(11)
+    for round_number in range(ROUNDS):
+        with process(log, **variables) as service:
+            crew = [Agent(f"http://127.0.0.1:{port}", f"r{round_number}a{number}") for number in range(CLIENTS)]
+            threads = [threading.Thread(target=agent.run) for agent in crew]
+            for thread in threads:
+                thread.start()
+            time.sleep(1 + dice.random())
+            service.kill()
+            service.wait()
+            for thread in threads:
+                thread.join()
+            agents += crew
+    assert sum(len(agent.notes) for agent in agents) >= 3 * ROUNDS, "there was something to lose"
+    with process(log, **variables), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+        for agent in agents:
+            for session, tags in agent.notes.items():
+                read = http.get(f"/v1/sessions/{session}")
+                if session in agent.deleted:
+                    assert read.status_code == 404
+                    continue
+                if read.status_code == 404:
+                    assert session in agent.doubtful, "it was not deleted, and is gone"
+                    continue
+                entries = http.get(f"/v1/sessions/{session}/entries", params={"limit": 1000}).json()["data"]
+                stored = [entry["payload"]["tag"] for entry in entries if entry["kind"] == "note"]
+                assert stored[: len(tags)] == tags
+                extra = stored[len(tags) :]
+                assert len(extra) in ((0, 2) if session in agent.doubtful else (0,)), "an append is whole or not there"
+                assert [entry["seq"] for entry in entries] == list(range(1, len(entries) + 1))
+                assert read.json()["head_id"] == (entries[-1]["id"] if entries else None)
+                calls = [entry["kind"] for entry in entries if entry["kind"] != "note"]
+                assert calls in ([], ["tool_call"], ["tool_call", "tool_result"])
+                if (session, "c") in agent.finished:
+                    assert calls == ["tool_call", "tool_result"]
+            for fork, (_, length) in agent.forks.items():
+                entries = http.get(f"/v1/sessions/{fork}/entries").json()["data"]
+                assert [entry["seq"] for entry in entries] == list(range(1, length + 1))
+    database = Database(Settings(home=tmp_path, database_url=database_url).sqlalchemy_url)
+    try:
+        if database.is_sqlite:
+            with database.read() as connection:
+                assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+                assert connection.exec_driver_sql("PRAGMA foreign_key_check").all() == []
+    finally:
+        database.close()

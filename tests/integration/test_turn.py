@@ -1,0 +1,203 @@
+"""Turns: resume, work, suspend, whatever happens in between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from stage import MODEL, Service, register, stored
+
+from agentstate import operations
+from agentstate.client import AsyncClient, AsyncTurn, Turn, message, tool_call, tool_output
+from agentstate.errors import EngineUnreachable, LeaseLost, SessionBusy, ToolInFlight
+from agentstate.models import SessionStatus
+
+HELLO = message({"role": "user", "content": "Hello"})
+
+
+class Both:
+    """A turn by either client, run to its end: what it does is an async function of it, in which `now` awaits."""
+
+    def __init__(self, service: Service, is_async: bool):
+        self._service, self._is_async = service, is_async
+
+    def __call__(self, work: Callable[[Any], Any], **options: Any) -> Turn | AsyncTurn:
+        if not self._is_async:
+            with self._service.client.turn("s", **options) as turn:
+                for step in work(turn):
+                    step()
+            return turn
+
+        async def run() -> AsyncTurn:
+            async with AsyncClient(self._service.base_url) as client, client.turn("s", **options) as turn:
+                for step in work(turn):
+                    result = step()
+                    if asyncio.iscoroutine(result):
+                        await result
+                    else:
+                        await asyncio.sleep(0)
+                return turn
+
+        return asyncio.run(run())
+
+
+@pytest.fixture
+def backend() -> str:
+    """The client is the same whatever database the service has."""
+    return "sqlite"
+
+
+@pytest.fixture(params=[False, True], ids=["client", "async client"])
+def run(request: pytest.FixtureRequest, service: Service) -> Both:
+    service.client.create_session(MODEL, id="s")
+    return Both(service, request.param)
+
+
+def test_a_turn_ends_suspended_with_what_it_appended(service: Service, run: Both) -> None:
+    def work(turn: Any) -> Any:
+        assert (turn.entries, turn.pending_tool_calls, turn.session.status) == ([], [], SessionStatus.RUNNING)
+        yield lambda: turn.append(HELLO, tool_call("c", "read"))
+        yield lambda: turn.append(tool_output("c", "text"))
+        turn.reason = "done"
+
+    turn = run(work)
+    assert turn.suspended is not None
+    assert turn.suspended.kv.state == "unknown"
+    assert service.client.read("s").status is SessionStatus.SUSPENDED
+    assert [entry.kind for entry in service.client.entries("s").data] == ["message", "tool_call", "tool_result"]
+
+
+def test_a_turn_whose_block_raises_ends_suspended_too(service: Service, run: Both) -> None:
+    def work(turn: Any) -> Any:
+        turn.reason = "done"
+        yield lambda: turn.append(HELLO, tool_call("c", "read"))
+        raise KeyError("the tool broke")
+
+    with pytest.raises(KeyError, match="the tool broke") as raised:
+        run(work)
+    assert getattr(raised.value, "__notes__", []) == []
+    assert service.client.read("s").status is SessionStatus.SUSPENDED
+    with service.client.turn("s") as turn:
+        assert turn.pending_tool_calls == ["c"]
+        turn.append(tool_output("c", "known after all"))
+
+
+def test_a_suspend_that_is_refused_is_raised(service: Service, run: Both) -> None:
+    with pytest.raises(ToolInFlight):
+        run(lambda turn: [lambda: turn.append(tool_call("c", "read"))], reason="done")
+    assert service.client.read("s").status is SessionStatus.RUNNING
+
+
+def test_a_busy_session_is_not_entered(service: Service, run: Both) -> None:
+    service.client.resume("s")
+    with pytest.raises(SessionBusy):
+        run(lambda turn: pytest.fail("the block ran"))
+
+
+def lapse(service: Service) -> None:
+    with service.database.write() as connection:
+        connection.execute(sa.text("UPDATE leases SET expires_us = 1"))
+
+
+def test_a_lost_lease_is_told_and_noted(service: Service, run: Both) -> None:
+    seen: list[Any] = []
+
+    def work(turn: Any) -> Any:
+        seen.append(turn)
+        lapse(service)
+        yield lambda: turn.append(HELLO)
+
+    with pytest.raises(LeaseLost) as lost:
+        run(work)
+    assert "could not be suspended" in lost.value.__notes__[0]
+    assert seen[0].suspended is None
+    with pytest.raises(LeaseLost):
+        run(lambda turn: [lambda: lapse(service)])
+
+
+def test_the_lease_is_kept_while_the_block_runs(service: Service, run: Both) -> None:
+    def expiry() -> int:
+        with service.database.read() as connection:
+            return connection.execute(sa.text("SELECT expires_us FROM leases")).scalar_one()
+
+    def work(turn: Any) -> Any:
+        first = expiry()
+        deadline = time.monotonic() + 30
+        while expiry() <= first + 3_000_000:
+            assert time.monotonic() < deadline
+            yield (lambda: asyncio.sleep(0.05)) if isinstance(turn, AsyncTurn) else (lambda: time.sleep(0.05))
+        assert not turn.lease_lost
+
+    assert run(work, lease_ttl_s=3.0).suspended is not None
+
+
+def test_a_turn_learns_that_its_lease_is_lost(service: Service, run: Both) -> None:
+    def work(turn: Any) -> Any:
+        lapse(service)
+        deadline = time.monotonic() + 30
+        while not turn.lease_lost:
+            assert time.monotonic() < deadline
+            yield (lambda: asyncio.sleep(0.02)) if isinstance(turn, AsyncTurn) else (lambda: time.sleep(0.02))
+
+    with pytest.raises(LeaseLost):
+        run(work, lease_ttl_s=0.3)
+
+
+def test_what_an_openai_client_needs(service: Service, run: Both) -> None:
+    def without(turn: Any) -> Any:
+        with pytest.raises(EngineUnreachable, match=f"'{MODEL}'"):
+            _ = turn.extra_body
+        yield lambda: None
+
+    run(without)
+    engine = register(service.database, "tcp://127.0.0.1:1")
+
+    def with_engine(turn: Any) -> Any:
+        assert turn.base_url == engine.base_url
+        assert turn.extra_body["session_id"]
+        yield lambda: None
+
+    run(with_engine, durable_timeout_ms=0)
+
+
+def test_waiting_until_it_is_durable(
+    service: Service, start_peer: Any, monkeypatch: pytest.MonkeyPatch, run: Both
+) -> None:
+    monkeypatch.setattr(operations, "SLICE_MS", 50)
+    answers = iter([stored("pending", 64), stored("pending", 64)])
+    register(service.database, start_peer(lambda request: next(answers, stored("durable", 256))).address)
+    turn = run(lambda turn: [], durable_timeout_ms=0)
+    assert turn.suspended is not None
+    assert turn.suspended.kv.state == "pending"
+    if isinstance(turn, Turn):
+        assert turn.wait_durable(timeout_s=30).model_dump()["tokens"] == 256
+        assert service.client.turn("s").suspended is None
+
+
+def test_an_async_turn_waits_until_it_is_durable(
+    service: Service, start_peer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "SLICE_MS", 50)
+    service.client.create_session(MODEL, id="s")
+    answers = iter([stored("pending", 64), stored("pending", 64)])
+    register(service.database, start_peer(lambda request: next(answers, stored("durable", 256))).address)
+
+    async def work() -> Any:
+        async with AsyncClient(service.base_url) as client:
+            async with client.turn("s", durable_timeout_ms=0) as turn:
+                pass
+            return await turn.wait_durable(timeout_s=30)
+
+    assert asyncio.run(work()).tokens == 256
+
+
+def test_a_turn_that_has_not_begun_or_ended_says_so(service: Service) -> None:
+    turn = service.client.turn("s")
+    with pytest.raises(RuntimeError, match="has not begun"):
+        _ = turn.session
+    with pytest.raises(RuntimeError, match="has not ended"):
+        turn.wait_durable()

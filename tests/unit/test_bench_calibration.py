@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentstate.errors import SettingsError
+from benchmarks.calibration import Calibration
+
+FIXED = {
+    "name": "x",
+    "source": "y",
+    "page_tokens": 64,
+    "token_bytes": 1000,
+    "layers": 4,
+    "chunk_tokens": 2048,
+    "max_running": 8,
+    "request_s": 0.01,
+    "restore_gb_per_s": 1.0,
+    "host_gb_per_s": 2.0,
+    "write_gb_per_s": 1.0,
+}
+
+
+def record(forward_s: float, token_s: float, pair_s: float, step_s: float, context_s: float) -> dict[str, Any]:
+    truth = Calibration(
+        **FIXED,
+        forward_s=forward_s,
+        token_s=token_s,
+        pair_s=pair_s,
+        step_s=step_s,
+        sequence_s=0.001,
+        context_s=context_s,
+    )
+    prefill = [
+        {"cached": cached, "new": new, "seconds": FIXED["request_s"] + truth.prefill_s(cached, new)}
+        for cached in (0, 1024, 8192)
+        for new in (64, 1024, 8192)
+    ]
+    decode = [
+        {"sequences": count, "context_tokens": context, "seconds": truth.decode_s(count, context)}
+        for count in (1, 4)
+        for context in (100, 10_000)
+    ]
+    return {**FIXED, "prefill": prefill, "decode": decode}
+
+
+@given(
+    st.floats(1e-4, 1), st.one_of(st.just(0.0), st.floats(1e-6, 1e-2)), st.floats(1e-9, 1e-6), st.floats(1e-4, 1e-1),
+    st.one_of(st.just(0.0), st.floats(1e-8, 1e-5)),
+)  # fmt: skip
+def test_the_fit_gives_back_costs_that_explain_every_point(
+    forward_s: float, token_s: float, pair_s: float, step_s: float, context_s: float
+) -> None:
+    points = record(forward_s, token_s, pair_s, step_s, context_s)
+    fitted = Calibration.fit(points)
+    for point in points["prefill"]:
+        seconds = fitted.request_s + fitted.prefill_s(point["cached"], point["new"])
+        assert seconds == pytest.approx(point["seconds"], rel=1e-3)
+    for point in points["decode"]:
+        assert fitted.decode_s(point["sequences"], point["context_tokens"]) == pytest.approx(point["seconds"], rel=1e-3)
+
+
+def test_no_cost_is_negative_where_measurements_are_noisy() -> None:
+    points = record(0.01, 1e-4, 1e-9, 0.01, 1e-7)
+    points["prefill"][0]["seconds"] *= 3
+    fitted = asdict(Calibration.fit(points))
+    assert all(fitted[name] >= 0 for name in ("forward_s", "token_s", "pair_s", "step_s", "sequence_s", "context_s"))
+
+
+@pytest.mark.parametrize("name", Calibration.shipped())
+def test_every_shipped_record_loads_and_fits_its_points(name: str) -> None:
+    calibration = Calibration.load(name)
+    assert calibration.name == name
+    assert calibration.source
+    assert calibration.prefill_s(0, 8192) > calibration.prefill_s(4096, 4096) > 0
+
+
+def test_a_missing_or_broken_record_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no-such.*qwen2.5-7b-projected"):
+        Calibration.load("no-such")
+    (tmp_path / "record.json").write_text(json.dumps(FIXED))
+    with pytest.raises(SettingsError, match="record.json.*prefill"):
+        Calibration.load(tmp_path / "record.json")

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from agentstate.errors import SettingsError
+from benchmarks import report, results
+from benchmarks.study import quantile
+
+
+def ttft_rows(model: str = "Small Model/1B") -> list[dict[str, Any]]:
+    figures = {"recompute": (8.0, 0, None), "memory_hit": (0.5, 0, None), "restore_cold": (0.6, 2_000_000, 0.9)}
+    return [
+        {
+            "model": model,
+            "tokens": tokens,
+            "variant": variant,
+            "ttft_s": seconds * tokens / 1000,
+            "tokens_per_s": 20.0,
+            "bytes_read": n_bytes,
+            "device_share": share,
+            "identical": True,
+        }
+        for tokens in (1000, 4000)
+        for variant, (seconds, n_bytes, share) in figures.items()
+    ]
+
+
+def written(directory: Path, kind: str, rows: list[dict[str, Any]], settings: dict[str, Any], name: str = "") -> None:
+    results.write(directory / f"{name or kind}.json", results.record(kind, settings, rows))
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "agentstate.cli", "bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "COLUMNS": "200"})
+
+
+def test_a_page_has_every_figure_and_where_it_comes_from(tmp_path: Path) -> None:
+    peer = {"model": "Small Model/1B", "tokens": 4000, "variant": "a peer", "ttft_s": None, "reason": "needs a GPU"}
+    written(tmp_path / "raw", "ttft", [*ttft_rows(), peer], {})
+    report.write(tmp_path / "raw", tmp_path / "docs" / "performance.md")
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    assert "| 1,000 | restored, cold | 0.600 | 13.3× | 1.20 | 20.0 | 2,000,000 | 90% | yes |" in page
+    assert "| 4,000 | a peer | needs a GPU |" in page
+    record = json.loads((tmp_path / "raw" / "ttft.json").read_text())
+    assert f"commit {record['commit']}" in page
+    assert record["machine"]["cpu"] in page
+    assert socket.gethostname() not in page
+    assert str(tmp_path) not in page
+
+
+def test_every_picture_of_the_page_is_there_for_light_and_dark(tmp_path: Path) -> None:
+    written(tmp_path / "raw", "ttft", ttft_rows(), {})
+    report.write(tmp_path / "raw", tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text()
+    for name in ("ttft-small-model-1b", "ratio-small-model-1b", "bandwidth-small-model-1b"):
+        for theme in ("light", "dark"):
+            path = f"performance/{name}-{theme}.svg"
+            assert path in page
+            assert ElementTree.parse(tmp_path / path).getroot().tag.endswith("svg")
+            assert (tmp_path / path).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_equal_results_give_equal_pages(tmp_path: Path) -> None:
+    written(tmp_path / "raw", "ttft", ttft_rows(), {})
+    for copy in ("one", "two"):
+        report.write(tmp_path / "raw", tmp_path / copy / "performance.md")
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert len(files) == 13
+    for path in files:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
+
+
+def test_the_newest_of_two_results_counts(tmp_path: Path) -> None:
+    written(tmp_path / "raw", "ttft", ttft_rows(), {}, "a-first")
+    later = results.record("ttft", {}, [{**row, "ttft_s": 0.123} for row in ttft_rows()])
+    results.write(tmp_path / "raw" / "b.json", {**later, "measured_at": "2999-01-01T00:00:00+00:00"})
+    report.write(tmp_path / "raw", tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text()
+    assert "0.123" in page
+    assert "0.600" not in page
+
+
+def test_no_results_and_broken_results_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no results"):
+        report.write(tmp_path, tmp_path / "performance.md")
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(SettingsError, match="x.json is not a result"):
+        report.write(tmp_path, tmp_path / "performance.md")
+
+
+def test_the_commands_write_results_that_the_report_reads(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    fleet = ("--engines", "1", "--device-tokens", "400000", "--within-s", "60", "--max-gap-s", "60")
+    simulated = run("replay", "--simulate", "--sessions", "4", *fleet, "--json", str(raw / "fleet.json"), cwd=tmp_path)
+    assert simulated.returncode == 0, simulated.stderr
+    assert "+ device prefetch" in simulated.stdout
+    projected = run("project", "--json", str(raw / "projection.json"), cwd=tmp_path)
+    assert projected.returncode == 0, projected.stderr
+    assert "550 TFLOP/s" in projected.stdout
+    reported = run("report", str(raw), "--output", str(tmp_path / "performance.md"), cwd=tmp_path)
+    assert reported.returncode == 0, reported.stderr
+    page = (tmp_path / "performance.md").read_text()
+    assert "A simulated fleet: generated agents, seed 0, 4 sessions" in page
+    assert "DeepSeek-R1-Distill-Llama-70B FP8" in page
+    assert (tmp_path / "performance" / "replay-1-dark.svg").exists()
+
+
+def test_a_replay_of_nothing_says_what_to_choose(tmp_path: Path) -> None:
+    neither = run("replay", "--sessions", "1", cwd=tmp_path)
+    assert neither.returncode == 1
+    assert "--simulate" in neither.stderr
+    unknown = run("replay", "--simulate", "--source", "dreams", cwd=tmp_path)
+    assert unknown.returncode == 1
+    assert "dreams" in unknown.stderr
+    assert "Traceback" not in neither.stderr + unknown.stderr
+
+
+def test_quantiles_are_by_nearest_rank() -> None:
+    assert [quantile([1.0, 2.0, 3.0, 4.0], share) for share in (0.0, 0.25, 0.5, 0.51, 1.0)] == [1.0, 1.0, 2.0, 3.0, 4.0]

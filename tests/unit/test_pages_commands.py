@@ -1,0 +1,184 @@
+"""`agentstate pages`, as a user calls it: tables for people, JSON for programs, one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contents import MARK, MHA, keys, write
+from typer.testing import CliRunner, Result
+
+from agentstate import manifests
+from agentstate.cli import app
+from agentstate.database import Database
+from agentstate.errors import PageStoreLocked, SchemaOutdated, SettingsError
+from agentstate.manifests import Manifest
+from agentstate.pages import PageStore
+from agentstate.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AGENTSTATE_HOME", str(tmp_path))
+    monkeypatch.setenv("AGENTSTATE_DATABASE_URL", "")
+    monkeypatch.setenv("AGENTSTATE_PAGES_DIR", "")
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+@pytest.fixture
+def store(home: Path) -> Path:
+    """Three extents: the pages 1 to 3, 4, and 5 to 6."""
+    directory = home / "pages" / MARK.hex()[:32] / "rank1"
+    store = PageStore(directory, MARK, MHA)
+    for names in ((1, 2, 3), (4,), (5, 6)):
+        write(store, keys(*names))
+    store.close()
+    return directory
+
+
+@pytest.fixture
+def database(home: Path) -> Iterator[Database]:
+    database = Database(Settings().sqlalchemy_url)
+    database.upgrade()
+    yield database
+    database.close()
+
+
+def save(database: Database, session: str, pages: list[bytes], *, fingerprint: str = MARK.hex(), rank: int = 1) -> None:
+    tokens = MHA.page_size * len(pages)
+    with database.write() as connection:
+        manifests.save(
+            connection,
+            Manifest(session, fingerprint, rank, "node", "eng", MHA.page_size, tokens, b"".join(pages), 1),
+        )
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["pages", *arguments])
+
+
+def answer(*arguments: str, exit_code: int = 0) -> Any:
+    result = run(*arguments, "--json")
+    assert result.exit_code == exit_code, result.output
+    return json.loads(result.stdout)
+
+
+def extents(store: Path) -> list[int]:
+    return sorted(int(path.stem, 16) for path in (store / "extents").iterdir())
+
+
+def flip(store: Path, number: int) -> None:
+    path = store / "extents" / f"{number:016x}.ext"
+    raw = bytearray(path.read_bytes())
+    raw[-500] ^= 1  # the last page in the last layer, before the padding
+    path.write_bytes(raw)
+
+
+def test_ls_counts_what_is_stored(store: Path) -> None:
+    (row,) = answer("ls")
+    assert (row["fingerprint"], row["rank"]) == (MARK.hex()[:32], "rank1")
+    assert (row["extents"], row["pages"], row["tokens"], row["unreadable"]) == (3, 6, 24, 0)
+    assert row["bytes"] == sum(path.stat().st_size for path in (store / "extents").iterdir())
+    assert f"{row['bytes']:,}" in run("ls").stdout
+
+
+def test_an_empty_directory_is_no_error(home: Path) -> None:
+    assert answer("ls") == []
+    assert answer("du") == {"stores": [], "disk_free_share": None}
+    assert "no pages" in run("ls").stdout
+    assert answer("check")["extents"] == 0
+
+
+def test_show_an_extent_and_a_page(store: Path) -> None:
+    (extent,) = answer("show", "1")
+    assert (extent["pages"], extent["page_size"], extent["layers"]) == (3, MHA.page_size, MHA.layers)
+    assert extent["component_bytes"] == list(MHA.component_bytes)
+    assert extent["keys"] == [key.hex() for key in keys(1, 2, 3)]
+    assert extent["bytes"] == extent["data_offset"] + MHA.layers * extent["slab_bytes"]
+    name = keys(6)[0].hex()
+    (page,) = answer("show", name[:10].upper())
+    assert (page["key"], page["slot"], page["extent"]) == (name, 1, str(store / "extents" / f"{3:016x}.ext"))
+    assert name in run("show", name).stdout
+
+
+def test_show_says_what_is_wrong_with_an_extent(store: Path) -> None:
+    (store / "extents" / f"{2:016x}.ext").write_bytes(b"AGSEXTNT")
+    (extent,) = answer("show", "2")
+    assert "shorter" in extent["damage"]
+
+
+def test_show_finds_nothing(store: Path) -> None:
+    assert answer("show", "ff", exit_code=1) == []
+    assert "8 digits" in run("show", keys(6)[0].hex()[:7]).stdout
+
+
+def test_du_splits_the_bytes(store: Path) -> None:
+    again = PageStore(store, MARK, MHA)
+    write(again, keys(2, 3))
+    again.close()
+    found = answer("du")
+    (row,) = found["stores"]
+    assert (row["live"], row["superseded"]) == (6 * MHA.page_bytes, 2 * MHA.page_bytes)
+    parts = ("live", "superseded", "unreadable", "partial", "index", "overhead")
+    assert row["total"] == sum(row[part] for part in parts)
+    assert 0 <= found["disk_free_share"] <= 1
+    assert "of the disk is free" in run("du").stdout
+
+
+def test_check_and_repair(store: Path) -> None:
+    flip(store, 3)
+    found = answer("check", exit_code=1)
+    assert [item["broken_pages"] for item in found["broken"]] == [[keys(6)[0].hex()]]
+    assert found["extents"] == 3
+    assert keys(6)[0].hex() in run("check").stdout
+    assert answer("check", "--repair")["pages_dropped"] == 1
+    assert answer("check")["broken"] == []
+
+
+def test_gc_keeps_what_a_manifest_needs(store: Path, database: Database) -> None:
+    save(database, "a", keys(1))
+    save(database, "b", keys(1, 4))
+    save(database, "other", keys(5), rank=0)
+    planned = answer("gc", "--dry-run")
+    assert extents(store) == [1, 2, 3]
+    done = answer("gc")
+    assert extents(store) == [1, 2]
+    assert planned["stores"] == done["stores"]
+    assert [(row["extents"], row["pages"]) for row in done["stores"]] == [(1, 2)]
+    assert answer("gc")["stores"][0]["extents"] == 0
+
+
+def test_gc_leaves_what_it_cannot_read_to_repair(store: Path, database: Database) -> None:
+    save(database, "a", keys(1))
+    (store / "extents" / f"{2:016x}.ext").write_bytes(b"")
+    answer("gc")
+    assert extents(store) == [1, 2]
+
+
+def test_gc_goes_by_no_database_that_knows_none_of_the_stores(store: Path, database: Database) -> None:
+    save(database, "a", keys(1), fingerprint="00" * 32)
+    result = run("gc")
+    assert isinstance(result.exception, SettingsError)
+    assert "AGENTSTATE_DATABASE_URL" in str(result.exception)
+    assert extents(store) == [1, 2, 3]
+
+
+def test_gc_goes_by_no_database_that_was_never_made(store: Path) -> None:
+    assert isinstance(run("gc").exception, SchemaOutdated)
+    assert extents(store) == [1, 2, 3]
+
+
+def test_gc_is_refused_beside_an_engine_and_a_dry_run_is_not(store: Path, database: Database) -> None:
+    save(database, "a", keys(1))
+    engine = PageStore(store, MARK, MHA)
+    assert answer("gc", "--dry-run")["stores"][0]["extents"] == 2
+    result = run("gc", "--json")
+    engine.close()
+    assert isinstance(result.exception, PageStoreLocked)
+    assert str(store) in str(result.exception)
+    assert json.loads(result.stdout)["in_use"] == [str(store)]
+    assert extents(store) == [1, 2, 3]

@@ -1,0 +1,5 @@
+from agentstate.pages.testing.conformance import PageStoreTests
+
+
+class TestPageStore(PageStoreTests):
+    """Ours."""

@@ -1,0 +1,29 @@
+"""Random histories of the page store. ``PAGE_STORE_EXAMPLES=3000 pytest tests/unit/test_store_machine.py`` is a long
+run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from agentstate.pages.testing.machine import DamagedStoreMachine, PageStoreMachine
+
+EXAMPLES = int(os.environ.get("PAGE_STORE_EXAMPLES", "40"))
+MEMORY = Path("/dev/shm")
+
+
+@pytest.mark.timeout(max(300, 10 * EXAMPLES))
+@pytest.mark.parametrize("machine", [PageStoreMachine, DamagedStoreMachine])
+def test_any_history_ends_with_right_pages(machine: type[PageStoreMachine], monkeypatch: pytest.MonkeyPatch) -> None:
+    if MEMORY.is_dir():
+        monkeypatch.setattr(machine, "parent", MEMORY)
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

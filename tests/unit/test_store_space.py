@@ -1,0 +1,204 @@
+"""Space: the quota, eviction, pins, needs, merging, and what threads do to each other there."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from contents import MARK, MLA, expected, key, keys, read, reader_for, write
+
+from agentstate.errors import PageStoreFull
+from agentstate.pages import PageStore, Quota, merge
+
+HOUR_S = 3600.0
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[PageStore]:
+    store = PageStore(tmp_path, MARK, MLA)
+    yield store
+    store.close()
+
+
+def left(store: PageStore, last: int = 9) -> list[int]:
+    return [number for number in range(last + 1) if key(number) in store]
+
+
+def room_for(store: PageStore, extents: int) -> Quota:
+    """A quota of so many extents of one page each."""
+    return Quota(max_bytes=extents * store.draft_bytes(1))
+
+
+def merged(store: PageStore, chain: list[bytes], range_bytes: int) -> int:
+    reader = reader_for(MLA)
+    try:
+        return merge(store, reader, chain, mmap.mmap(-1, 1 << 17), range_bytes)
+    finally:
+        reader.close()
+
+
+def test_the_least_recently_used_goes_first_and_a_chain_from_its_end(store: PageStore) -> None:
+    for number in range(5):
+        write(store, keys(number))
+    store.prefix_length(keys(1, 2, 0))
+    store.quota = room_for(store, 5)
+    seen = []
+    for number in range(5, 9):
+        write(store, keys(number))
+        seen.append(left(store))
+    assert seen == [[0, 1, 2, 4, 5], [0, 1, 2, 5, 6], [1, 2, 5, 6, 7], [1, 5, 6, 7, 8]]
+    assert store.stats.pages_evicted == 4
+
+
+def test_what_no_manifest_needs_goes_first_and_what_one_does_is_counted(store: PageStore) -> None:
+    for number in range(4):
+        write(store, keys(number))
+    store.need(keys(0, 2))
+    store.quota = room_for(store, 2)
+    store.make_room(0)
+    assert (left(store), store.stats.pages_evicted_needed) == ([0, 2], 0)
+    store.quota = room_for(store, 1)
+    store.make_room(0)
+    assert (left(store), store.stats.pages_evicted_needed) == ([2], 1)
+    store.need(keys(), only=True)
+    assert store.collect() == store.draft_bytes(1)
+    assert left(store) == []
+
+
+def test_no_room_evicts_nothing(store: PageStore) -> None:
+    for number in range(3):
+        write(store, keys(number))
+    store.pin(keys(0), HOUR_S)
+    hold = store.hold(keys(1))
+    store.quota = room_for(store, 3)
+    with pytest.raises(PageStoreFull, match="cannot be evicted"):
+        store.make_room(2 * store.draft_bytes(1))
+    assert left(store) == [0, 1, 2]
+    store.make_room(store.draft_bytes(1))
+    assert left(store) == [0, 1]
+    hold.close()
+    store.make_room(2 * store.draft_bytes(1))
+    assert left(store) == [0]
+
+
+def test_a_share_of_the_disk_stays_free(store: PageStore) -> None:
+    write(store, keys(1))
+    store.quota = Quota(free_share=1.0)
+    with pytest.raises(PageStoreFull):
+        write(store, keys(2))
+    assert left(store) == [1]
+    store.quota = Quota(free_share=0.0)
+    write(store, keys(2))
+
+
+@pytest.mark.parametrize("how", ["merged", "written anew"])
+def test_needs_and_pins_follow_a_page_to_where_it_is_written_anew(store: PageStore, how: str) -> None:
+    for number in range(6):
+        write(store, keys(number))
+    store.need(keys(0), only=True)
+    store.pin(keys(2), HOUR_S)
+    if how == "merged":
+        assert merged(store, keys(0, 1), 2 * MLA.layer_bytes) == 2
+        assert merged(store, keys(2, 3), 2 * MLA.layer_bytes) == 2
+    else:
+        write(store, keys(0, 1))
+        write(store, keys(2, 3))
+    store.collect()
+    assert left(store) == [0, 1, 2, 3]
+
+
+def test_a_page_that_is_held_somewhere_stays_there_when_it_is_merged_and_goes_when_it_is_released(
+    store: PageStore,
+) -> None:
+    for number in range(3):
+        write(store, keys(number))
+    hold = store.hold(keys(1))
+    assert merged(store, keys(0, 1, 2), 3 * MLA.layer_bytes) == 3
+    (old,) = {segment.extent.path for segment in hold.segments}
+    reader = reader_for(MLA)
+    assert old.exists() and read(reader, [hold]) == expected(MLA, [hold])
+    reader.close()
+    hold.close()
+    hold.close()
+    assert not old.exists()
+    assert (store.stats.extents, store.stats.pages) == (1, 3)
+    assert store.stats.bytes == store.draft_bytes(3)
+
+
+def test_what_the_disk_does_not_give_back_is_not_merged_and_not_dropped(store: PageStore) -> None:
+    for number in range(3):
+        write(store, keys(number))
+
+    def failing(fd: int, buffers: object, offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        assert merged(store, keys(0, 1, 2), 3 * MLA.layer_bytes) == 0
+    assert left(store) == [0, 1, 2]
+    assert merged(store, keys(0, 1, 2), 3 * MLA.layer_bytes) == 3
+
+
+def test_a_wrong_page_is_dropped_by_merging_and_its_neighbours_stay(store: PageStore) -> None:
+    for number in range(3):
+        write(store, keys(number))
+    with store.hold(keys(1)) as hold:
+        (segment,) = hold.segments
+    with segment.extent.path.open("r+b") as file:
+        file.seek(segment.extent.layout.component_range(1, 0, 0, 1)[0])
+        file.write(b"broken")
+    assert merged(store, keys(0, 1, 2), 3 * MLA.layer_bytes) == 0
+    assert left(store) == [0, 2]
+
+
+def test_an_extent_whose_pages_a_later_one_has_already_is_deleted(store: PageStore) -> None:
+    """Two writers of the same pages: the one that was given the earlier number ends last."""
+    first = store.draft(keys(1), mmap.mmap(-1, store.draft_bytes(1)))
+    for layer in range(MLA.layers):
+        first.component(layer, 0)[:] = 0
+    waiting, go_on = threading.Event(), threading.Event()
+    rename = os.rename
+
+    def late(source: Path, target: Path) -> None:
+        if threading.current_thread() is writer:
+            waiting.set()
+            assert go_on.wait(60)
+        rename(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", late)
+        writer = threading.Thread(target=store.publish, args=(first,))
+        writer.start()
+        assert waiting.wait(60)
+        write(store, keys(1))
+        go_on.set()
+        writer.join(60)
+    reader = reader_for(MLA)
+    with store.hold(keys(1)) as hold:
+        assert read(reader, [hold]) == expected(MLA, [hold])
+    reader.close()
+    assert (store.stats.pages, store.stats.extents, store.stats.bytes) == (1, 1, store.draft_bytes(1))
+    assert len(list((store.directory / "extents").iterdir())) == 1
+
+
+def test_a_spare_that_is_gone_is_no_reason_to_fail(store: PageStore) -> None:
+    for number in range(3):
+        write(store, keys(number))
+    store.quota = room_for(store, 3)
+    real = os.open
+
+    def gone(path: object, flags: int, *mode: int, **more: int) -> int:
+        if str(path).endswith(".spare"):
+            os.unlink(str(path))
+        return real(path, flags, *mode, **more)  # type: ignore[call-overload, no-any-return]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", gone)
+        write(store, keys(3))
+    assert left(store) == [1, 2, 3]
+    assert store.stats.bytes == sum(path.stat().st_size for path in store.directory.rglob("*.ext"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from contents import MARK, key, keys
-from cuda import BACKENDS, DEVICE, DTYPES, GEOMETRIES, kv_tensors, needs_gpu, needs_kvikio, page_of, torch
+from gpu import BACKENDS, DEVICE, DTYPES, GEOMETRIES, kv_tensors, needs_gpu, needs_kvikio, page_of, torch
 
 from agentstate.pages import LayerwiseReader, PageStore, ReadBackend
 from agentstate.pages.backends import Buffer

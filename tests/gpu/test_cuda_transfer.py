@@ -5,7 +5,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from cuda import DEVICE, DTYPES, GEOMETRIES, kv_tensors, needs_gpu, page_of, torch
+from gpu import DEVICE, DTYPES, GEOMETRIES, kv_tensors, needs_gpu, page_of, torch
 
 from engine_patch.staging import PinnedMemory, device_memory
 from engine_patch.transfer import DevicePages

@@ -66,7 +66,7 @@ class LayerwiseReader:
         # Direct I/O reads whole blocks: up to two more a component than its bytes need.
         self._padding = 2 * ALIGNMENT * len(geometry.component_bytes)
         smallest = geometry.layer_bytes + self._padding
-        self.chunk_bytes = align(max(smallest, min(chunk_bytes, staging_bytes // 2)))
+        self.chunk_bytes = align(max(smallest, min(chunk_bytes + self._padding, staging_bytes // 2)))
         count = max(2, staging_bytes // self.chunk_bytes)
         # Page faults cost as much as reading: they are taken here, once.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE

@@ -6,7 +6,6 @@ import threading
 import time
 from typing import Any
 
-import httpx
 import pytest
 from prompts import PAGE, Generator, prompt
 
@@ -17,8 +16,7 @@ from agentstate.local import LocalStack
 
 @pytest.fixture
 def rank(stack: LocalStack) -> ControlClient:
-    (engine,) = httpx.get(f"{stack.service_url}/v1/engines", timeout=60).json()["data"]
-    return ControlClient(engine["control_address"])
+    return ControlClient(stack.ranks()[0].control_address)
 
 
 def durable(rank: ControlClient, session: str) -> int:

@@ -16,13 +16,14 @@ ADAPTERS_SET_UP := .venv/adapters/complete
 RUN := AGENTSTATE_ENGINE_PYTHON=$(CURDIR)/$(ENGINE) AGENTSTATE_CACHE_DIR=$(CACHE) OMP_WAIT_POLICY=passive
 PYTEST := -m pytest --durations=5
 
-.PHONY: help demo test test-service test-adapters test-engine lint setup clean
+.PHONY: help demo test test-service test-adapters test-engine test-gpu lint setup clean
 
 help:
 	@echo "make demo          an agent is suspended, its engine killed, and it goes on from disk (ARGS='--json FILE')"
 	@echo "make test          everything this machine can run"
 	@echo "make test-service  what needs no SGLang"
 	@echo "make test-adapters what needs the agent frameworks"
+	@echo "make test-gpu      what needs a GPU (PYTHON=one that has torch for CUDA; no SGLang is needed)"
 	@echo "make lint          ruff and mypy"
 
 demo: $(SERVICE_SET_UP) $(ENGINE_SET_UP)
@@ -38,8 +39,11 @@ test-adapters: $(ADAPTERS_SET_UP)
 	$(ADAPTERS) $(PYTEST) tests/adapters
 
 test-engine: setup model
-	$(RUN) $(ENGINE) $(PYTEST) --disable-warnings tests/engine
+	$(RUN) $(ENGINE) $(PYTEST) --disable-warnings tests/engine tests/gpu
 	$(RUN) $(ADAPTERS) $(PYTEST) tests/acceptance
+
+test-gpu:
+	$(PYTHON) $(PYTEST) tests/gpu
 
 lint: $(SERVICE_SET_UP)
 	$(SERVICE) -m ruff check .

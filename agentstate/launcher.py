@@ -42,6 +42,8 @@ def engine_command(
         raise SettingsError(f"--port {port} is no port number")
     require_free_port(_value(arguments, "--host") or "127.0.0.1", int(port))
     require_page_directory(settings.pages_path)
+    if settings.read_backend == "kvikio" and not has_cuda():
+        raise SettingsError("AGENTSTATE_READ_BACKEND=kvikio needs a GPU, and none is found here: set it to posix")
     command = [python, "-m", "sglang.launch_server", *arguments]
     complete = dict(environment)
     if _value(arguments, "--radix-cache-backend") is None:

@@ -6,7 +6,7 @@ There is no global: a process builds ``Settings()`` where it starts and passes i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ByteSize, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -66,7 +66,9 @@ class Settings(BaseSettings):
         10.0, gt=0, description="An engine whose last heartbeat is older than this is not live."
     )
     staging_bytes: ByteSize = Field(
-        ByteSize(512 * MIB), gt=0, description="Host memory of an engine rank for restoring pages."
+        ByteSize(512 * MIB),
+        gt=0,
+        description="Memory of an engine rank for restoring pages: the host's, or with kvikio the GPU's.",
     )
     pages_quota: ByteSize | None = Field(
         None,
@@ -85,6 +87,10 @@ class Settings(BaseSettings):
         ByteSize(256 * MIB), gt=0, description="Host memory of an engine rank for spilling pages."
     )
     read_threads: int = Field(2, ge=1, description="Threads of an engine rank that read pages.")
+    read_backend: Literal["posix", "kvikio"] = Field(
+        "posix",
+        description="What reads pages: posix into host memory, or kvikio (GPUDirect Storage) into the GPU's own.",
+    )
     prefetch_ttl_s: float = Field(
         60.0, gt=0, description="How long pages that were prefetched to host memory are kept for the next request."
     )

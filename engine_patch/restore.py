@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 
 from agentstate.pages import Chunk, LayerwiseReader, PageStore, Stream, Verifier
+from engine_patch.arrivals import Arrivals
 from engine_patch.prefetch import Prefetches
-from engine_patch.sglang_api import LayerWiseLoadCounter
+from engine_patch.staging import HostCopies, PinnedMemory
 from engine_patch.transfer import DevicePages
 
 logger = logging.getLogger(__name__)
@@ -68,15 +69,20 @@ class Restorer:
     Every page is verified before its layer is released. A request whose page cannot be used fails alone; its
     remaining pages are left out, the other requests of its batch are served, and every layer is released all the
     same, since the forward waits for the batch.
+
+    On a GPU a chunk's copies are queued while the next one is verified, and are waited for once a layer, at its end.
+    The memory of a chunk is read into again when its own copies are over.
     """
 
     def __init__(self, store: PageStore, pages: DevicePages, reader: LayerwiseReader):
         self.stats = RestoreStats()
-        self.counter = LayerWiseLoadCounter(pages.geometry.layers)
+        self.arrivals = Arrivals(pages.geometry.layers)
         self.prefetches = Prefetches(store, reader)
         self._store = store
         self._pages = pages
         self._reader = reader
+        self._pinned = PinnedMemory(reader.staging, pages.device)
+        self._host_copies = HostCopies(reader.staging, reader.chunk_bytes)
         self._pending: dict[str, _Load] = {}
         self._batches: dict[int, _Batch] = {}
         self._queue: queue.Queue[tuple[int, _Batch] | None] = queue.Queue()
@@ -101,7 +107,7 @@ class Restorer:
         return load is not None
 
     def start(self, ready: Sequence[torch.cuda.Event] = ()) -> int:
-        """Start writing everything queued to the device as one batch: its index in ``counter``, or -1 when nothing
+        """Start writing everything queued to the device as one batch: its index in ``arrivals``, or -1 when nothing
         was queued.
 
         ``ready`` are the events after which the device pages may be written: a forward that was launched before may
@@ -111,18 +117,18 @@ class Restorer:
             return -1
         batch = _Batch(list(self._pending.values()), ready)
         self._pending = {}
-        index = self.counter.update_producer()
+        index = self.arrivals.begin()
         self._batches[index] = batch
         self._queue.put((index, batch))
         return index
 
     def landed(self, index: int) -> bool:
         """Whether `finish` would not wait."""
-        return all(future.done() for future in self.counter.futures.get(index, ()))
+        return self.arrivals.landed(index)
 
     def finish(self, index: int) -> set[str]:
         """Wait until batch ``index`` stops writing to the device: the rids whose pages must not be used."""
-        complete = self.counter.finish(index)
+        complete = self.arrivals.finish(index)
         batch = self._batches.pop(index, None)
         if batch is None:
             return set()
@@ -137,7 +143,7 @@ class Restorer:
         self.prefetches.clear()
         self._queue.join()
         self._batches.clear()
-        self.counter.reset()
+        self.arrivals.reset()
 
     def close(self) -> None:
         for rid in list(self._pending):
@@ -146,6 +152,7 @@ class Restorer:
         self._queue.put(None)
         self._thread.join()
         self._reader.close()
+        self._pinned.close()
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -157,7 +164,11 @@ class Restorer:
                 # They must not match the same pages again, or they would fail for ever.
                 for load in batch.loads:
                     self._drop(load, range(len(load.keys)))
-                self.counter.fail(index, error)
+                try:
+                    # After this the device pages are someone else's, and the staging memory another stream's.
+                    self._pages.inbound.finish()
+                finally:
+                    self.arrivals.fail(index, error)
             finally:
                 for load in batch.loads:
                     load.close()
@@ -175,7 +186,8 @@ class Restorer:
                 for chunk in stream.layer(layer):
                     n_bytes += chunk.n_bytes
                     self._land(batch, load, verifier, chunk)
-            self.counter.complete(index, layer)
+            self._pages.inbound.finish()
+            self.arrivals.complete(index, layer)
             if layer == 0:
                 self.stats.first_layer_s += time.perf_counter() - started
         self._record(batch, len(loads), n_bytes, time.perf_counter() - started)
@@ -184,10 +196,10 @@ class Restorer:
         """Verify a chunk and write what it has of the request's pages to the device."""
         # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
         own = range(len(load.keys))
-        if wrong := [page for at in verifier.wrong_pages(chunk) if (page := at - load.offset) in own]:
+        unusable = verifier.wrong_pages(self._host_copies.of(chunk))
+        if wrong := [page for at in unusable if (page := at - load.offset) in own]:
             self._reject(batch, load, wrong, chunk)
-        for event in batch.ready:
-            event.synchronize()
+        self._pages.inbound.after(batch.ready)
         batch.ready = ()
         if load.rid in batch.failed:
             return
@@ -197,6 +209,7 @@ class Restorer:
                 first = segment.first - load.offset
                 numbers = load.numbers[first + rows.start : first + rows.stop]
                 self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays])
+        chunk.keep_until = self._pages.inbound.fence()
 
     def _reject(self, batch: _Batch, load: _Load, wrong: list[int], chunk: Chunk) -> None:
         batch.failed.add(load.rid)

@@ -47,7 +47,6 @@ from sglang.srt.mem_cache.registry import (  # noqa: E402
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (  # noqa: E402
-    LayerWiseLoadCounter,
     UnifiedCacheLinker,
     UnifiedCacheLinkerWrapper,
 )
@@ -67,7 +66,6 @@ __all__ = [
     "HybridLinearKVPool",
     "HybridReqToTokenPool",
     "InsertParams",
-    "LayerWiseLoadCounter",
     "MHATokenToKVPool",
     "MLATokenToKVPool",
     "MambaPool",

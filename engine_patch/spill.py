@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from agentstate.errors import PageStoreFull
-from agentstate.pages import LayerwiseReader, PageStore, merge
+from agentstate.pages import ExtentDraft, LayerwiseReader, PageStore, merge
+from engine_patch.staging import PinnedMemory
 from engine_patch.transfer import DevicePages
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Spiller:
         self._accepted_pages = self._done_pages = 0
         self._pages_a_draft = store.pages_within(staging_bytes)
         self._buffer = mmap.mmap(-1, store.draft_bytes(self._pages_a_draft))
+        self._pinned = PinnedMemory(self._buffer, pages.device)
         self._merge_reader = LayerwiseReader(store.geometry, staging_bytes=_MERGE_STAGING_BYTES, threads=1)
         self._until_s = math.inf
         # Chains to look for small extents in, by their last key.
@@ -106,6 +108,7 @@ class Spiller:
         self._queue.put(None)
         self._thread.join()
         self._merge_reader.close()
+        self._pinned.close()
 
     def _run(self) -> None:
         while (item := self._next()) is not None:
@@ -155,18 +158,14 @@ class Spiller:
         self.stats.pages_known += len(offer.keys) - len(new)
         if not new:
             return True
-        for event in offer.ready:
-            event.synchronize()
+        self._pages.outbound.after(offer.ready)
         try:
             while new:
                 run, rest = new[: self._pages_a_draft], new[self._pages_a_draft :]
                 # Before the pages are copied for nothing.
                 self._store.make_room(self._store.draft_bytes(len(run)))
                 draft = self._store.draft([offer.keys[i] for i in run], self._buffer)
-                numbers = offer.numbers[run]
-                for layer in range(draft.geometry.layers):
-                    components = range(len(draft.geometry.component_bytes))
-                    self._pages.gather(layer, numbers, [draft.component(layer, c) for c in components])
+                self._fill(draft, offer.numbers[run])
                 self._store.publish(draft)
                 self.stats.pages_spilled += len(run)
                 self.stats.bytes_spilled += len(run) * draft.geometry.page_bytes
@@ -174,3 +173,12 @@ class Spiller:
         finally:
             self.stats.pages_failed += len(new)
         return True
+
+    def _fill(self, draft: ExtentDraft, numbers: torch.Tensor) -> None:
+        components = range(len(draft.geometry.component_bytes))
+        try:
+            for layer in range(draft.geometry.layers):
+                self._pages.gather(layer, numbers, [draft.component(layer, c) for c in components])
+        finally:
+            # Nothing may arrive in the buffer any more when it is checksummed, or used for something else.
+            self._pages.outbound.finish()

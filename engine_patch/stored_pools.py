@@ -18,10 +18,12 @@ import torch
 from agentstate.pages import LayerwiseReader, PageStore
 from agentstate.pages.store import StoreStats
 from agentstate.settings import Settings
+from engine_patch.arrivals import Arrivals
 from engine_patch.pools import DevicePool
 from engine_patch.restore import Restorer, RestoreStats
-from engine_patch.sglang_api import LayerWiseLoadCounter, PoolTransfer
+from engine_patch.sglang_api import PoolTransfer
 from engine_patch.spill import Spiller, SpillStats
+from engine_patch.staging import read_backend
 from engine_patch.transfer import DevicePages
 
 OpenStore = Callable[[DevicePool, DevicePages], PageStore]
@@ -30,25 +32,25 @@ OpenStore = Callable[[DevicePool, DevicePages], PageStore]
 class LayerGate:
     """What a forward waits on before it reads a layer of the model: that layer's pages, in whichever pools it has.
 
-    Has the part of `LayerWiseLoadCounter` that SGLang's pools and worker call. A layer without a pool is never
+    Has what SGLang's pools and worker call of its own `LayerWiseLoadCounter`. A layer without a pool is never
     waited for.
     """
 
-    def __init__(self, routes: dict[int, list[tuple[LayerWiseLoadCounter, int]]]):
+    def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]]):
         self.consumer_index = -1
         self.waited_s = 0.0
         self._routes = routes
-        self._counters = {id(counter): counter for route in routes.values() for counter, _ in route}
+        self._arrivals = {arrivals for route in routes.values() for arrivals, _ in route}
 
     def set_consumer(self, index: int) -> None:
         self.consumer_index = index
-        for counter in self._counters.values():
-            counter.set_consumer(index)
+        for arrivals in self._arrivals:
+            arrivals.set_consumer(index)
 
     def wait_until(self, threshold: int) -> None:
         started = time.perf_counter()
-        for counter, layer in self._routes.get(threshold, ()):
-            counter.wait_until(layer)
+        for arrivals, layer in self._routes.get(threshold, ()):
+            arrivals.wait_until(layer)
         self.waited_s += time.perf_counter() - started
 
 
@@ -63,7 +65,10 @@ class _StoredPool:
             self.store, self.pages, settings.spill_staging_bytes // share, settings.spill_queue_bytes // share
         )
         self.reader = LayerwiseReader(
-            self.pages.geometry, staging_bytes=settings.staging_bytes // share, threads=settings.read_threads
+            self.pages.geometry,
+            staging_bytes=settings.staging_bytes // share,
+            threads=settings.read_threads,
+            backend=read_backend(settings.read_backend, self.pages.device),
         )
         self.restorer = Restorer(self.store, self.pages, self.reader)
 
@@ -91,10 +96,10 @@ class StoredPools:
 
     def __init__(self, pools: Sequence[DevicePool], open_store: OpenStore, settings: Settings):
         self._pools = [_StoredPool(pool, open_store, settings, len(pools)) for pool in pools]
-        routes: dict[int, list[tuple[LayerWiseLoadCounter, int]]] = {}
+        routes: dict[int, list[tuple[Arrivals, int]]] = {}
         for pool in self._pools:
             for position, layer in enumerate(pool.model_layers):
-                routes.setdefault(layer, []).append((pool.restorer.counter, position))
+                routes.setdefault(layer, []).append((pool.restorer.arrivals, position))
         self.gate = LayerGate(routes)
         self.device_pages = {pool.name: pool.pages for pool in self._pools}
 

@@ -1,9 +1,10 @@
-"""Copies between the KV tensors of one rank and slabs in host memory. Imports torch and not sglang, so that it can be
-tested on a GPU machine that has no SGLang."""
+"""Copies between the KV tensors of one rank and staging. Imports torch and not sglang, so that it can be tested on a
+GPU machine that has no SGLang."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -11,14 +12,58 @@ import torch
 from agentstate.pages import Geometry
 
 
+class CopyLane:
+    """Copies that follow each other, in one direction.
+
+    On a GPU they are queued on a stream of their own and run beside the forward's; their memory must be left alone
+    until a `fence` after them has returned. On a CPU a copy is over when the method that makes it returns.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def after(self, events: Iterable[torch.cuda.Event]) -> None:
+        """What is queued from now on begins after these events."""
+        for event in events:
+            if self._stream is None:
+                event.synchronize()
+            else:
+                self._stream.wait_event(event)
+
+    def queueing(self) -> AbstractContextManager[object]:
+        """Within it, torch queues on this lane."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def fence(self) -> Callable[[], None] | None:
+        """What returns, in any thread, once everything queued so far is over; None when it is."""
+        if self._stream is None:
+            return None
+        # One that sleeps while it waits: the core is the forward's.
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+
+        def wait() -> None:
+            # A thread that has used no device yet would open a context on the first one.
+            with torch.cuda.device(self._device):
+                event.synchronize()
+
+        return wait
+
+    def finish(self) -> None:
+        """Wait until everything queued so far is over."""
+        if (wait := self.fence()) is not None:
+            wait()
+
+
 class DevicePages:
     """The pages in one rank's KV tensors.
 
     ``layers[i]`` are the tensors of layer ``i``, one a component (K and V, or the one latent of MLA), each of shape
     (slots, ...) with a token a row. Pages are aligned in them: page ``p`` is the rows
-    ``[p * page_size, (p + 1) * page_size)``. Copies are finished when a method returns: on a GPU they run on a stream
-    of their own, on a CPU in NumPy, which unlike torch starts no thread pool beside the forward's. Raises ValueError
-    for tensors that are not laid out so.
+    ``[p * page_size, (p + 1) * page_size)``. Copies out of them are queued on the lane ``outbound``, copies into them
+    on ``inbound``; a GPU makes both at once. On a CPU NumPy makes them, which unlike torch starts no thread pool
+    beside the forward's. Raises ValueError for tensors that are not laid out so.
     """
 
     def __init__(self, layers: Sequence[Sequence[torch.Tensor]], page_size: int):
@@ -28,7 +73,7 @@ class DevicePages:
             raise ValueError(f"layers of different page sizes, in bytes: {sorted(shapes)}")
         self.geometry = Geometry(len(layers), page_size, next(iter(shapes)))
         self.device = layers[0][0].device
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.outbound, self.inbound = CopyLane(self.device), CopyLane(self.device)
 
     def page_numbers(self, slots: torch.Tensor) -> torch.Tensor:
         """The page numbers, int64 on the host, of ``slots``, a whole number of pages of row indices.
@@ -58,40 +103,43 @@ class DevicePages:
         return numbers
 
     def gather(self, layer: int, numbers: torch.Tensor, out: Sequence[np.ndarray]) -> None:
-        """Device → host: the pages ``numbers`` of ``layer`` into ``out``, a uint8 array of shape (pages, component
-        bytes) a component. Raises ValueError for a page number that the device has not."""
+        """Device → host, queued on ``outbound``: the pages ``numbers`` of ``layer`` into ``out``, a uint8 array of
+        shape (pages, component bytes) a component. Raises ValueError for a page number that the device has not."""
         run = _as_slice(self._existing(numbers))
-        for rows, array in zip(self._rows[layer], out, strict=True):
-            if self._stream is None:
+        if self.device.type == "cpu":
+            for rows, array in zip(self._rows[layer], out, strict=True):
                 source = rows.numpy()
                 if run is None:
                     np.take(source, numbers.numpy(), axis=0, out=array, mode="clip")
                 else:
                     np.copyto(array, source[run])
-            else:
-                with torch.cuda.stream(self._stream):
-                    picked = rows[run] if run is not None else rows[numbers.to(self.device)]
-                    torch.from_numpy(array).copy_(picked)
-        self._finish()
+            return
+        with self.outbound.queueing():
+            at = self._on_device(numbers) if run is None else None
+            for rows, array in zip(self._rows[layer], out, strict=True):
+                picked = rows[run] if at is None else rows.index_select(0, at)
+                torch.from_numpy(array).copy_(picked, non_blocking=True)
 
-    def scatter(self, layer: int, numbers: torch.Tensor, pages: Sequence[np.ndarray]) -> None:
-        """Host → device, the inverse of `gather`."""
+    def scatter(self, layer: int, numbers: torch.Tensor, pages: Sequence[np.ndarray | torch.Tensor]) -> None:
+        """Staging → device, queued on ``inbound``: the inverse of `gather`. ``pages`` are in host memory, or in that
+        of the device: then nothing crosses the bus."""
         run = _as_slice(self._existing(numbers))
-        for rows, array in zip(self._rows[layer], pages, strict=True):
-            if self._stream is None:
+        if self.device.type == "cpu":
+            for rows, array in zip(self._rows[layer], pages, strict=True):
                 rows.numpy()[run if run is not None else numbers.numpy()] = array
-            else:
-                with torch.cuda.stream(self._stream):
-                    host = torch.from_numpy(array).to(self.device, non_blocking=True)
-                    if run is not None:
-                        rows[run].copy_(host)
-                    else:
-                        rows.index_copy_(0, numbers.to(self.device), host)
-        self._finish()
+            return
+        with self.inbound.queueing():
+            at = self._on_device(numbers) if run is None else None
+            for rows, array in zip(self._rows[layer], pages, strict=True):
+                source = array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
+                if at is None:
+                    rows[run].copy_(source, non_blocking=True)
+                else:
+                    rows.index_copy_(0, at, source.to(self.device, non_blocking=True))
 
-    def _finish(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
+    def _on_device(self, numbers: torch.Tensor) -> torch.Tensor:
+        # From pageable memory the copy would wait for everything that is queued.
+        return numbers.pin_memory().to(self.device, non_blocking=True)
 
 
 def _page_rows(tensor: torch.Tensor, page_size: int) -> torch.Tensor:

@@ -3,9 +3,11 @@
 `PageStore` is the room's whole surface for one rank: which pages are stored (`prefix_length`), writing a run of them
 (`draft`, `publish`), finding them again and keeping them where they are (`hold`), and what to do when space runs out
 (`Quota`, `need`, `pin`). `LayerwiseReader` opens a `Stream` of what is held, layer by layer, through a bounded staging
-memory. `Verifier` says which of the bytes that came back may be used. `merge` makes one extent of many small ones.
+memory that a `ReadBackend` reads into. `Verifier` says which of the bytes that came back may be used. `merge` makes
+one extent of many small ones.
 """
 
+from agentstate.pages.backends import KvikioBackend, PosixBackend, ReadBackend
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, Geometry
 from agentstate.pages.fingerprint import fingerprint, weights_digest
 from agentstate.pages.merging import merge
@@ -18,10 +20,13 @@ __all__ = [
     "ExtentHeader",
     "Geometry",
     "Hold",
+    "KvikioBackend",
     "LayerwiseReader",
     "PageStore",
     "Part",
+    "PosixBackend",
     "Quota",
+    "ReadBackend",
     "Segment",
     "StoreStats",
     "Stream",

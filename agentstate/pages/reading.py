@@ -22,29 +22,32 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from agentstate.errors import BadExtent
+from agentstate.pages.backends import Buffer, OpenFile, PosixBackend, ReadBackend
 from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align, checksum, page_seed
 from agentstate.pages.files import open_direct
 from agentstate.pages.store import Hold, Segment, StoredExtent
 
+_Free = deque[tuple[Buffer, Callable[[], None] | None]]
+
 
 class Part(NamedTuple):
-    """What was read of one segment in one layer: one uint8 array of shape (pages, component bytes) a component, and
-    the header of its extent, which says what they should be."""
+    """What was read of one segment in one layer: one uint8 array of shape (pages, component bytes) a component, in
+    the memory that the backend reads into, and the header of its extent, which says what they should be."""
 
     segment: Segment
     header: ExtentHeader
-    arrays: list[np.ndarray]
+    arrays: list[Buffer]
 
 
 @dataclass
 class Chunk:
     """Pages ``[first, first + count)`` of a stream, in layer ``layer``.
 
-    The arrays of ``parts`` are views of a buffer that is reused: valid until the next chunk is asked for. ``unread``
-    holds the segments that could not be read, with the reason; ``n_bytes`` is what came from the device.
+    The arrays of ``parts`` are views of a buffer that is reused: valid until the next chunk is asked for, and if the
+    consumer sets ``keep_until`` by then, until that has returned. It is called by the thread that is about to
+    overwrite them. ``unread`` holds the segments that could not be read, with the reason; ``n_bytes`` is what came
+    from the device.
     """
 
     layer: int
@@ -53,26 +56,37 @@ class Chunk:
     parts: list[Part]
     unread: list[tuple[Segment, OSError | BadExtent]]
     n_bytes: int = 0
+    keep_until: Callable[[], None] | None = None
 
 
 class LayerwiseReader:
     """Reads with ``threads`` threads into ``staging_bytes`` of memory, in chunks of at most ``chunk_bytes``.
 
-    Any number of streams at a time, from any threads. The memory, ``staging``, is taken at once and kept.
+    Any number of streams at a time, from any threads. The memory, ``staging``, is taken at once and kept; ``backend``
+    decides where it is and reads into it.
     """
 
-    def __init__(self, geometry: Geometry, *, staging_bytes: int, threads: int, chunk_bytes: int = 4 << 20):
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        staging_bytes: int,
+        threads: int,
+        chunk_bytes: int = 4 << 20,
+        backend: ReadBackend | None = None,
+    ):
         self.geometry = geometry
+        self._backend = backend or PosixBackend()
         # Direct I/O reads whole blocks: up to two more a component than its bytes need.
         self._padding = 2 * ALIGNMENT * len(geometry.component_bytes)
         smallest = geometry.layer_bytes + self._padding
         self.chunk_bytes = align(max(smallest, min(chunk_bytes + self._padding, staging_bytes // 2)))
         count = max(2, staging_bytes // self.chunk_bytes)
-        # Page faults cost as much as reading: they are taken here, once.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-        self.staging = mmap.mmap(-1, count * self.chunk_bytes, flags=flags)
-        whole = memoryview(self.staging)
-        self._free = [whole[i * self.chunk_bytes : (i + 1) * self.chunk_bytes] for i in range(count)]
+        self.staging = self._backend.allocate(count * self.chunk_bytes)
+        # With each, what has to return before it is overwritten.
+        self._free: _Free = deque(
+            (self.staging[i * self.chunk_bytes : (i + 1) * self.chunk_bytes], None) for i in range(count)
+        )
         self._kept_back = max(1, count // 8)
         self._streams: list[Stream] = []
         self._changed = threading.Condition()
@@ -115,6 +129,14 @@ class LayerwiseReader:
                 return job
         return self._closing
 
+    def _release(self, buffer: Buffer, keep_until: Callable[[], None] | None) -> None:
+        """Take a buffer back. The caller holds the lock."""
+        if keep_until is None:
+            self._free.append((buffer, None))
+        else:
+            # At the end of the line, where by its turn there is hardly anything left to wait for.
+            self._free.appendleft((buffer, keep_until))
+
     def _runs(self, segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
         """Group segments into runs whose reads of one layer fit one buffer, splitting those that do not."""
         run: list[Segment] = []
@@ -154,7 +176,7 @@ class Stream:
         self.hold = hold
         self.hurried = False
         # Chunks that are read or being read, in order, each with its buffer.
-        self.ahead: deque[tuple[Future[Chunk], memoryview]] = deque()
+        self.ahead: deque[tuple[Future[Chunk], Buffer]] = deque()
         self._reader = reader
         self._runs = runs
         self._closed = False
@@ -175,29 +197,33 @@ class Stream:
             more = self.wants is not None and len(self._reader._free) > self._reader._kept_back
             return not (more or self._to_open) and all(reading.done() for reading, _ in self.ahead)
 
-    def job(self, free: list[memoryview] | None) -> Callable[[], None] | None:
+    def job(self, free: _Free | None) -> Callable[[], None] | None:
         """The next thing to do for this stream, if there is one; reading takes a buffer from ``free``. The caller has
         the reader's lock, and runs the job without it."""
         if self._to_open:
             extent = self._to_open.popleft()
             opening = self._opened[extent] = Future()
-            return lambda: _fulfil(opening, lambda: _OpenExtent(extent))
+            return lambda: _fulfil(opening, lambda: _OpenExtent(extent, self._reader._backend))
         if (layer := self.wants) is None or not free:
             return None
-        buffer, run = free.pop(), self._runs[self._taken % len(self._runs)]
+        (buffer, free_after), run = free.pop(), self._runs[self._taken % len(self._runs)]
         self._taken += 1
         reading: Future[Chunk] = Future()
         self.ahead.append((reading, buffer))
-        return lambda: _fulfil(reading, lambda: self._read(layer, run, buffer))
+        return lambda: _fulfil(reading, lambda: self._read(layer, run, buffer, free_after))
 
-    def _read(self, layer: int, run: tuple[Segment, ...], buffer: memoryview) -> Chunk:
+    def _read(
+        self, layer: int, run: tuple[Segment, ...], buffer: Buffer, free_after: Callable[[], None] | None
+    ) -> Chunk:
+        if free_after is not None:
+            free_after()
         chunk = Chunk(layer, run[0].first, sum(segment.pages for segment in run), [], [])
         position = 0
         for segment in run:
             try:
                 # Every opening was taken up before any reading: it is done, or another thread is at it.
                 extent = self._opened[segment.extent].result()
-                arrays, position, n_bytes = _read_segment(extent.fd, segment, layer, buffer, position)
+                arrays, position, n_bytes = _read_segment(extent.file, segment, layer, buffer, position)
                 chunk.parts.append(Part(segment, extent.header, arrays))
                 chunk.n_bytes += n_bytes
             except (OSError, BadExtent) as error:
@@ -232,7 +258,7 @@ class Stream:
             with self._reader._changed:
                 if not self._closed:
                     self.ahead.popleft()
-                    self._reader._free.append(buffer)
+                    self._reader._release(buffer, chunk.keep_until)
                     self._reader._changed.notify_all()
 
     def close(self) -> None:
@@ -252,7 +278,8 @@ class Stream:
                 opening.result().close()
         self.hold.close()
         with self._reader._changed:
-            self._reader._free.extend(buffer for _, buffer in self.ahead)
+            for reading, buffer in self.ahead:
+                self._reader._release(buffer, reading.result().keep_until if reading.exception() is None else None)
             self.ahead.clear()
             self._reader._changed.notify_all()
 
@@ -271,28 +298,30 @@ def _fulfil(promise: Future[Any], work: Callable[[], Any]) -> None:
 
 
 class _OpenExtent:
-    """An extent open for direct reading, and its header. Raises OSError, and BadExtent for a header that is damaged
+    """An extent open for reading, and its header. Raises OSError, and BadExtent for a header that is damaged
     or not of this layout."""
 
-    def __init__(self, extent: StoredExtent):
-        self.fd = open_direct(extent.path, os.O_RDONLY)
+    def __init__(self, extent: StoredExtent, backend: ReadBackend):
+        self._fd = open_direct(extent.path, os.O_RDONLY)
         try:
             raw = mmap.mmap(-1, extent.layout.data_offset)
-            os.preadv(self.fd, [raw], 0)
+            os.preadv(self._fd, [raw], 0)
             self.header = ExtentHeader.decode(memoryview(raw), extent.path.name)
             if self.header.layout != extent.layout:
                 raise BadExtent(f"{extent.path.name}: the header is of another extent")
+            self.file = backend.open(self._fd, extent.path)
         except BaseException:
-            os.close(self.fd)
+            os.close(self._fd)
             raise
 
     def close(self) -> None:
-        os.close(self.fd)
+        self.file.close()
+        os.close(self._fd)
 
 
 def _read_segment(
-    fd: int, segment: Segment, layer: int, buffer: memoryview, position: int
-) -> tuple[list[np.ndarray], int, int]:
+    file: OpenFile, segment: Segment, layer: int, buffer: Buffer, position: int
+) -> tuple[list[Buffer], int, int]:
     """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned: an array a component,
     the next free position, and the bytes that were read. Raises OSError, also when the file is too short."""
     layout = segment.extent.layout
@@ -302,13 +331,13 @@ def _read_segment(
     for start, end, members in _coalesced(spans):
         skew = start % ALIGNMENT
         wanted = align(skew + end - start)
-        got = os.preadv(fd, [buffer[position : position + wanted]], start - skew)
+        got = file.read(buffer[position : position + wanted], start - skew)
         if got < skew + end - start:
             raise OSError(f"{segment.extent.path} ends in the middle of a page")
         n_bytes += got
         for offset, length in members:
-            raw = np.frombuffer(buffer, dtype=np.uint8, count=length, offset=position + skew + offset - start)
-            arrays.append(raw.reshape(segment.pages, -1))
+            first = position + skew + offset - start
+            arrays.append(buffer[first : first + length].reshape(segment.pages, -1))
         position += wanted
     return arrays, position, n_bytes
 
@@ -325,7 +354,7 @@ def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tu
 
 
 class Verifier:
-    """Checks the pages of one request against the sums in their extents' headers."""
+    """Checks the pages of one request against the sums in their extents' headers, in host memory."""
 
     def __init__(self, hold: Hold):
         self._keys = hold.keys

@@ -56,7 +56,7 @@ def counted(restorer: Restorer) -> RestoreStats:
 
 
 def released(restorer: Restorer, index: int) -> list[Future[None]]:
-    layers = list(restorer.counter.futures[index])
+    layers = list(restorer.arrivals.futures[index])
     assert layers
     return layers
 
@@ -91,14 +91,14 @@ def test_a_layer_is_released_once_all_its_pages_are_there_and_before_the_next_on
     rank: Rank, restorer: Restorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, list[bool]]] = []
-    real = restorer.counter.complete
+    real = restorer.arrivals.complete
     rows = slice(10 * 4, 14 * 4)
 
     def complete(index: int, layer: int) -> None:
         seen.append((layer, [bool(part[rows].view(torch.uint8).any()) for part, _ in rank.tensors]))
         real(index, layer)
 
-    monkeypatch.setattr(restorer.counter, "complete", complete)
+    monkeypatch.setattr(restorer.arrivals, "complete", complete)
     queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
     assert run(restorer) == set()
     assert seen == [(0, [True, False, False]), (1, [True, True, False]), (2, [True, True, True])]

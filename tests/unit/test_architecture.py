@@ -69,3 +69,15 @@ def test_the_core_needs_no_web_framework() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_what_the_tests_on_a_gpu_use_needs_no_sglang() -> None:
+    files = {ROOT / "engine_patch" / f"{name}.py" for name in ("restore", "spill", "staging", "transfer")}
+    seen: set[Path] = set()
+    while files:
+        seen.add(path := files.pop())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("engine_patch."):
+                files |= {ROOT / (str(node.module).replace(".", "/") + ".py")} - seen
+    assert ROOT / "engine_patch" / "arrivals.py" in seen
+    assert not {path.name for path in seen if "sglang" in set(imported(path.read_text()))}

@@ -135,6 +135,18 @@ def test_with_a_gpu_the_device_and_its_threads_are_left_to_sglang(
     assert values(command, "--radix-cache-backend") == ["agentstate"]
 
 
+def test_reading_into_a_gpu_is_refused_where_there_is_none(
+    settings: Settings, model: str, free_port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "has_cuda", lambda: False)
+    wanted = settings.model_copy(update={"read_backend": "kvikio"})
+    arguments = ["--model-path", model, "--port", free_port]
+    with pytest.raises(SettingsError, match="AGENTSTATE_READ_BACKEND=kvikio needs a GPU"):
+        engine_command(wanted, arguments, os.environ)
+    monkeypatch.setattr(launcher, "has_cuda", lambda: True)
+    assert engine_command(wanted, arguments, os.environ)
+
+
 def test_the_last_of_a_repeated_flag_counts(settings: Settings, model: str, free_port: str, taken_port: str) -> None:
     arguments = ["--model-path", "/nowhere", "--port", taken_port, f"--model-path={model}", "--port", free_port]
     command, _ = engine_command(settings, arguments, os.environ)

@@ -50,6 +50,15 @@ def test_all_wrong_variables_are_named_and_no_value_is_shown(monkeypatch: pytest
     assert "hunter2" not in str(error.value)
 
 
+def test_a_read_backend_is_one_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().read_backend == "posix"
+    monkeypatch.setenv("AGENTSTATE_READ_BACKEND", "kvikio")
+    assert Settings().read_backend == "kvikio"
+    monkeypatch.setenv("AGENTSTATE_READ_BACKEND", "mmap")
+    with pytest.raises(SettingsError, match="AGENTSTATE_READ_BACKEND"):
+        Settings()
+
+
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Settings().port = 1  # type: ignore[misc]

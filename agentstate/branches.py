@@ -65,7 +65,8 @@ def mark_garbage(connection: Connection, owner_ids: Collection[str]) -> None:
     # Locked in order, so that two sessions with the same ancestors do not wait for each other in a circle.
     clean = sa.select(sessions.c.id).where(sessions.c.id.in_(owner_ids), sa.not_(sessions.c.garbage))
     found = connection.execute(clean.order_by(sessions.c.id).with_for_update(key_share=True)).scalars().all()
-    connection.execute(sa.update(sessions).where(sessions.c.id.in_(found)).values(garbage=True))
+    if found:
+        connection.execute(sa.update(sessions).where(sessions.c.id.in_(found)).values(garbage=True))
 
 
 def _bounded(branch: Branch, row: Any) -> Branch:

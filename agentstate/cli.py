@@ -153,10 +153,9 @@ def bench_pages(context: typer.Context) -> None:
     # What it is compared with lives where SGLang does. Without that, they are left out.
     try:
         python = launcher.engine_python(settings)
-    except EngineError as error:
+    except EngineError:
         if settings.engine_python is not None:
             raise
-        print(f"agentstate: the alternatives are left out: {error}", file=sys.stderr)
         python = sys.executable
     os.execve(python, [python, "-m", "benchmarks.pages", *context.args], dict(os.environ))
 

@@ -96,7 +96,9 @@ def outlook(model: str, stored: Stored, server: Server | None, live: Sequence[En
     missing = [rank for rank, coverage in found.items() if coverage is None]
     if not missing:
         tokens = restorable(server, stored)
-        if not any(coverage == newest for coverage in found.values()) or stored.inherited:
+        newest_here = any(coverage == newest for coverage in found.values())
+        lost = any(coverage is not None and coverage.lost_tokens for coverage in found.values())
+        if not newest_here or lost or stored.inherited:
             state = KvState.PARTIAL
     elif not any(coverage.fingerprint == rank.fingerprint for rank in missing for coverage in stored.coverage):
         if len(missing) == len(found):

@@ -41,6 +41,7 @@ class Coverage:
     page_size: int
     tokens: int
     nbytes: int
+    lost_tokens: int
     updated_us: int
 
 
@@ -49,7 +50,8 @@ class Manifest:
     """The ordered page keys of a session on one engine rank.
 
     ``keys`` packs one 32-byte key a page; ``tokens`` is what they cover, whole pages only; ``nbytes`` is the KV of
-    those pages on this rank, uncompressed. Raises ValueError when the three do not agree.
+    those pages on this rank, uncompressed. ``lost_tokens`` are those after them, whole pages too, that the session had
+    and that are not stored: never written, or evicted. Raises ValueError when the first three do not agree.
     """
 
     session_id: str
@@ -61,6 +63,7 @@ class Manifest:
     tokens: int
     keys: bytes
     nbytes: int
+    lost_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.page_size <= 0 or self.tokens < 0 or self.tokens % self.page_size:
@@ -95,6 +98,7 @@ def save(connection: Connection, manifest: Manifest) -> None:
         "tokens": manifest.tokens,
         "keys": manifest.keys,
         "nbytes": manifest.nbytes,
+        "lost_tokens": manifest.lost_tokens,
         "updated_us": now_us(),
     }
     connection.execute(
@@ -125,6 +129,18 @@ def chains(connection: Connection, fingerprint: str, rank: int) -> Iterator[list
     )
     for (keys,) in rows:
         yield split_keys(keys)
+
+
+def of_rank(connection: Connection, fingerprint: str, rank: int, node: str) -> Iterator[Manifest]:
+    """Every manifest of a rank on its node, one at a time."""
+    rows = connection.execute(
+        sa.select(*(manifests.c[name] for name in Manifest.__dataclass_fields__)).where(
+            manifests.c.fingerprint == fingerprint, manifests.c.rank == rank, manifests.c.node == node
+        ),
+        execution_options={"yield_per": 100},
+    )
+    for row in rows:
+        yield Manifest(**row._mapping)
 
 
 def coverage(connection: Connection, session_ids: Collection[str]) -> list[Coverage]:

@@ -214,6 +214,7 @@ manifests = Table(
     Column("tokens", BigInteger, nullable=False),
     Column("keys", LargeBinary, nullable=False),  # 32 bytes a page, in order
     Column("nbytes", BigInteger, nullable=False),
+    Column("lost_tokens", BigInteger, nullable=False, server_default="0"),  # the session had them; not stored
     Column("updated_us", BigInteger, nullable=False),
 )
 

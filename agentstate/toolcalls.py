@@ -213,10 +213,10 @@ def whole_from(connection: Connection, history: History, seq: int) -> int:
 
 
 def _ids(connection: Connection, session_id: str, states: Sequence[ToolCallState]) -> list[str]:
-    return list(
-        connection.execute(
-            sa.select(tool_calls.c.call_id)
-            .where(tool_calls.c.session_id == session_id, tool_calls.c.state.in_(states))
-            .order_by(tool_calls.c.call_seq)
-        ).scalars()
+    found = connection.execute(
+        sa.select(tool_calls.c.call_id, tool_calls.c.call_seq).where(
+            tool_calls.c.session_id == session_id, tool_calls.c.state.in_(states)
+        )
     )
+    # Sorted here: for an ORDER BY, SQLite would walk through all calls of the session in the order of the primary key.
+    return [row.call_id for row in sorted(found, key=lambda row: row.call_seq)]

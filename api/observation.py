@@ -19,7 +19,8 @@ from agentstate.settings import Settings
 logger = logging.getLogger("agentstate.requests")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-SESSION_PATH = re.compile(r"/v1/sessions/([^/]+)")
+# Only what can be an id: a path may hold anything, and a log line must stay one.
+SESSION_PATH = re.compile(r"/v1/sessions/([A-Za-z0-9][A-Za-z0-9_.:-]{0,127})(?:/|$)")
 # Asked all the time, by machines.
 QUIET = ("/healthz", "/readyz", "/metrics")
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(context)s"

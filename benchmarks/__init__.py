@@ -1,1 +1,1 @@
-"""Where the figures in docs/ come from: workloads, a simulator, measurements, plots and the report."""
+"""What `agentstate bench` runs: workloads, a simulator, measurements, and the page that is written from them."""

@@ -66,7 +66,7 @@ def replay(
             measured = asyncio.run(
                 replay_against(chosen, engine_url, progress=lambda served: advance("the engine", served, requests))
             )
-        rows.append(summary("measured", measured, fleet))
+        rows.append(summary("measured", measured, None))
     if simulate:
         calibration = Calibration.load(calibration_name)
         settings |= {"calibration": asdict(calibration), "fleet": asdict(fleet)}
@@ -168,11 +168,14 @@ def _print_replay(chosen: Workload, rows: list[dict[str, Any]], validated: dict[
         },
     )
     console.print(f"[bold]{chosen.source}[/]: {rows[0]['requests']:,} requests", highlight=False)
-    for columns in figures:
+    inside = [row for row in rows if row["prefill_s"] is not None]
+    for columns, shown_rows in zip(figures, (rows, inside), strict=True):
+        if not shown_rows:
+            continue
         table = Table(
             Column("variant", no_wrap=True), *(Column(name, justify="right") for name in columns), padding=(0, 0)
         )
-        for row in rows:
+        for row in shown_rows:
             table.add_row(row["variant"], *(shown(row) for shown in columns.values()))
         console.print(table)
     for name, of in (validated or {}).items():

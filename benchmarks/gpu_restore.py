@@ -2,7 +2,8 @@
 
 For each case, pages of random bits are spilled from the GPU to DIRECTORY, restored to the GPU with each backend, and
 compared with what the machine gives: direct reads of the same files, and copies from pinned host memory. Needs torch
-with CUDA and no SGLang. A case that does not fit the GPU and the disk is cut down to what does, and its row says so. Not run on a GPU yet.
+with CUDA and no SGLang. A case that does not fit the GPU and the disk is cut down to what does, and its row says so.
+Not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -220,7 +220,8 @@ class Measurement:
             },
             "others_cpu_share": self.others_cpu_share,
             "staging_bytes": self._staging_bytes,
-            "peak_rss_growth_bytes": int(median(self.growth_bytes)),
+            # Of the rounds after the staging memory has come, which is taken as it is first used.
+            "peak_rss_growth_bytes": min(self.growth_bytes),
             "seconds": {name: [sample.seconds for sample in found] for name, found in self.samples.items()},
         }
 
@@ -347,7 +348,11 @@ def main(arguments: Sequence[str]) -> int:
         f"{median(row['others_cpu_share'] for row in rows):.0%} of the processors"
     )
     if left_out:
-        console.print(f"left out, because they cannot be imported by {sys.executable}: {', '.join(sorted(left_out))}")
+        console.print(
+            f"left out, because {sys.executable} cannot import them: {', '.join(sorted(left_out))}; set "
+            "AGENTSTATE_ENGINE_PYTHON to the Python of an environment that has SGLang",
+            markup=False,
+        )
     return 0
 
 

@@ -115,12 +115,7 @@ def _replay(found: Sequence[Result], pictures: Path) -> list[str]:
                 row["variant"],
                 *(f"{row[f'ttft_{share}_s']:,.3f}" for share in ("p50", "p90", "p99")),
                 *(f"{row[f'hit_{tier}']:.1%}" for tier in ("device", "host", "drive")),
-                f"{row['prefill_saved_s'] / 3600:,.1f}",
-                f"{row['bytes_read'] / 1e12:,.2f}",
-                f"{row['bytes_written'] / 1e12:,.2f}",
-                f"{row['drive_writes_per_day']:.2f}",
-                f"{row['engine_busy']:.0%}",
-                f"{row['sessions_restorable_peak']:,} of {row['sessions_alive_peak']:,}",
+                *_inside(row),
             ]
             for row in rows
         ]
@@ -136,6 +131,20 @@ def _replay(found: Sequence[Result], pictures: Path) -> list[str]:
         plots.distribution(rows, f"{kind}, {settings['requests']:,} requests", pictures, name)
         lines += ["", *_picture(pictures, name, f"{kind}: distribution of the time to first token")]
     return lines
+
+
+def _inside(row: dict[str, Any]) -> list[str]:
+    """The cells of what only a simulation sees."""
+    if row["prefill_saved_s"] is None:
+        return [""] * 6
+    return [
+        f"{row['prefill_saved_s'] / 3600:,.1f}",
+        f"{row['bytes_read'] / 1e12:,.2f}",
+        f"{row['bytes_written'] / 1e12:,.2f}",
+        f"{row['drive_writes_per_day']:.2f}",
+        f"{row['engine_busy']:.0%}",
+        f"{row['sessions_restorable_peak']:,} of {row['sessions_alive_peak']:,}",
+    ]
 
 
 def _projection(found: Sequence[Result], pictures: Path) -> list[str]:

@@ -40,18 +40,19 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)]
 
 
-def summary(name: str, outcome: Outcome, fleet: Fleet) -> dict[str, Any]:
+def summary(name: str, outcome: Outcome, fleet: Fleet | None) -> dict[str, Any]:
     """What an outcome comes to. Hit rates are shares of all prompt tokens; a peak is the most at one sample; drive
-    writes a day are those while sessions still start, over the quota; ``ttft_quantiles_s`` are at every percent."""
+    writes a day are those while sessions still start, over the quota; ``ttft_quantiles_s`` are at every percent.
+
+    Without a ``fleet`` the outcome was measured from outside, and what only a simulation sees is None.
+    """
     served = outcome.served
     ttfts = sorted(request.ttft_s for request in served)
     tokens = sum(request.input_tokens for request in served)
     device = sum(request.device_tokens for request in served)
     host = sum(request.host_tokens for request in served)
     drive = sum(request.drive_tokens for request in served)
-    window_days = outcome.window_s / 86400
-    quota = fleet.quota_bytes * fleet.engines
-    return {
+    row: dict[str, Any] = {
         "variant": name,
         "requests": len(served),
         "sessions": len({request.session for request in served}),
@@ -63,17 +64,38 @@ def summary(name: str, outcome: Outcome, fleet: Fleet) -> dict[str, Any]:
         "hit_device": round(device / tokens, 4),
         "hit_host": round(host / tokens, 4),
         "hit_drive": round(drive / tokens, 4),
-        "prefill_s": round(sum(request.prefill_s for request in served), 1),
-        "prefill_saved_s": round(sum(request.saved_s for request in served), 1),
-        "bytes_read": outcome.bytes_read,
-        "bytes_written": outcome.bytes_written,
-        "drive_writes_per_day": round(outcome.window_bytes_written / quota / window_days, 3) if window_days else 0.0,
-        "engine_busy": round(outcome.window_busy_s / outcome.window_s / fleet.engines, 3) if window_days else 0.0,
-        "sessions_alive_peak": max(outcome.alive, default=0),
-        "sessions_on_device_peak": max(outcome.on_device, default=0),
-        "sessions_restorable_peak": max(outcome.restorable, default=0),
+        **dict.fromkeys(_INSIDE),
         "ttft_quantiles_s": [round(quantile(ttfts, share), 4) for share in SHARES],
     }
+    if fleet is not None:
+        window_s = outcome.window_s or math.inf  # where all sessions start at once, there is no rate to tell
+        inside = (
+            round(sum(request.prefill_s for request in served), 1),
+            round(sum(request.saved_s for request in served), 1),
+            outcome.bytes_read,
+            outcome.bytes_written,
+            round(outcome.window_bytes_written / fleet.quota_bytes / fleet.engines / window_s * 86400, 3),
+            round(outcome.window_busy_s / fleet.engines / window_s, 3),
+            max(outcome.alive, default=0),
+            max(outcome.on_device, default=0),
+            max(outcome.restorable, default=0),
+        )
+        row.update(zip(_INSIDE, inside, strict=True))
+    return row
+
+
+_INSIDE = (
+    "prefill_s",
+    "prefill_saved_s",
+    "bytes_read",
+    "bytes_written",
+    "drive_writes_per_day",
+    "engine_busy",
+    "sessions_alive_peak",
+    "sessions_on_device_peak",
+    "sessions_restorable_peak",
+)
+"""What only a simulation sees."""
 
 
 def study(

@@ -79,10 +79,14 @@ class Turn2:
 
     async def _length(self, engine: Engine, length: int, rounds: int, recomputes: int) -> list[dict[str, Any]]:
         self._say(f"{length:,} tokens")
-        context, session = _tokens(length), f"ses_{length}_{uuid.uuid4().hex[:8]}"
+        context = _tokens(length)
         samples = {variant: Samples() for variant in ("recompute", *VARIANTS)}
         with Client(self._stack.service_url) as client:
-            client.create_session(self._stack.model, session_id=session)
+            name = client.create_session(self._stack.model).id
+            resumed = client.resume(name)
+            # What engines know the session by.
+            session = resumed.engine.extra_body["session_id"] if resumed.engine is not None else name
+            client.suspend(name, resumed.lease, durable_timeout_ms=0)
             await engine.ask(context, 1, session)
             self._flushed(session)
             limit = device.read_limit(self._extents(), threads=2)
@@ -92,7 +96,7 @@ class Turn2:
                     await self._prepare(engine, variant, context, session)
                     measured = samples[variant]
                     if variant == "api_resume":
-                        answers.append(await self._resumed(engine, client, context, session, measured, tail))
+                        answers.append(await self._resumed(engine, client, name, context, session, measured, tail))
                     else:
                         answers.append(await self._measure(engine, variant, context, session, measured, tail))
                     measured.identical &= answers[-1].tokens == answers[0].tokens
@@ -136,15 +140,22 @@ class Turn2:
         return answer
 
     async def _resumed(
-        self, engine: Engine, client: Client, context: list[int], session: str, samples: Samples, tail: list[int]
+        self,
+        engine: Engine,
+        client: Client,
+        name: str,
+        context: list[int],
+        session: str,
+        samples: Samples,
+        tail: list[int],
     ) -> Answer:
         """From `POST …/resume` to the first token."""
         started_s = time.perf_counter()
-        resumed = client.resume(session)
+        resumed = client.resume(name)
         resume_s = time.perf_counter() - started_s
         answer = await self._measure(engine, "api_resume", context, session, samples, tail)
         samples.ttft_s[-1] += resume_s
-        client.suspend(session, resumed.lease, "user_wait", durable_timeout_ms=_WAIT_MS // 2)
+        client.suspend(name, resumed.lease, durable_timeout_ms=_WAIT_MS // 2)
         return answer
 
     async def _ask(self, engine: Engine, prompt: list[int], session: str) -> Answer:

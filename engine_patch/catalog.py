@@ -10,7 +10,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from agentstate import engines, manifests
 from agentstate.database import Database
@@ -25,7 +26,9 @@ _TELL_S = 600.0
 
 class Catalog:
     """Registers ``engine`` and keeps it registered until `close`. ``saved`` is called, on the catalog's thread, with
-    every manifest once it is committed; ``needed``, now and then, with the chains of all live manifests."""
+    every manifest once it is committed; ``needed``, now and then, with the chains of all live manifests. When ``lost``,
+    which counts the pages that the stores have lost, has grown, the manifests that list any of them are cut to what is
+    still ``stored`` of their chains; ``n_bytes`` is what so many pages take."""
 
     def __init__(
         self,
@@ -35,9 +38,16 @@ class Catalog:
         *,
         saved: Callable[[Manifest], None],
         needed: Callable[[Iterable[list[bytes]]], None],
+        stored: Callable[[Sequence[bytes]], int],
+        lost: Callable[[], int],
+        n_bytes: Callable[[int], int],
     ):
         self._database = database
         self._needed = needed
+        self._stored = stored
+        self._lost = lost
+        self._n_bytes = n_bytes
+        self._lost_before = 0
         self._told_s = -math.inf
         self._engine = engine
         self._heartbeat_s = heartbeat_s
@@ -80,6 +90,27 @@ class Catalog:
         self._needed(chains)
         self._told_s = time.monotonic()
 
+    def _cut(self) -> None:
+        """Make manifests say what is still there. One that waits to be saved is newer, and right."""
+        if (lost := self._lost()) == self._lost_before:
+            return
+        engine = self._engine
+        with self._database.write() as connection:
+            for manifest in list(manifests.of_rank(connection, engine.fingerprint, engine.rank, engine.node)):
+                keys = manifest.page_keys()
+                pages = self._stored(keys)
+                if pages < len(keys):
+                    tokens = pages * manifest.page_size
+                    short = replace(
+                        manifest,
+                        tokens=tokens,
+                        keys=b"".join(keys[:pages]),
+                        nbytes=self._n_bytes(pages),
+                        lost_tokens=manifest.lost_tokens + manifest.tokens - tokens,
+                    )
+                    manifests.save(connection, short)
+        self._lost_before = lost
+
     def _run(self) -> None:
         while not self._closed:
             with self._changed:
@@ -89,6 +120,7 @@ class Catalog:
             try:
                 self._write(batch, closing)
                 self._tell_needed()
+                self._cut()
                 if self._failing:
                     logger.info("agentstate: the database answers again")
                 self._failing = False

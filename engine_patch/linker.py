@@ -104,7 +104,14 @@ class AgentStateLinker(UnifiedCacheLinker):
         )
         database = Database(settings.sqlalchemy_url)
         self._catalog = Catalog(
-            database, self._engine, settings.heartbeat_interval_s, saved=self._ledger.saved, needed=self._need_only
+            database,
+            self._engine,
+            settings.heartbeat_interval_s,
+            saved=self._ledger.saved,
+            needed=self._need_only,
+            stored=self._pools.durable,
+            lost=lambda: self._pools.lost_needed,
+            n_bytes=self._pools.n_bytes,
         )
         self._metrics = Metrics(self._engine) if get_observability().enable_metrics else None
         logger.info(
@@ -170,7 +177,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             self._ledger.settled(session_id, request, keys, durable)
             self._pools.need([keys[:durable]])
             self._pools.merge(keys[:durable])
-            self._catalog.save(self._manifest(session_id, keys[:durable]))
+            self._catalog.save(self._manifest(session_id, keys, durable))
 
         self._pools.then(settle)
 
@@ -281,7 +288,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         nothing: its forwards are over when they return."""
         return self.record_offload_ready() if self._pools.device.type == "cuda" else ()
 
-    def _manifest(self, session_id: str, keys: list[bytes]) -> Manifest:
+    def _manifest(self, session_id: str, keys: list[bytes], durable: int) -> Manifest:
         return Manifest(
             session_id=session_id,
             fingerprint=self._engine.fingerprint,
@@ -289,9 +296,10 @@ class AgentStateLinker(UnifiedCacheLinker):
             node=self._engine.node,
             engine_id=self._engine.id,
             page_size=self.page_size,
-            tokens=len(keys) * self.page_size,
-            keys=b"".join(keys),
-            nbytes=self._pools.n_bytes(len(keys)),
+            tokens=durable * self.page_size,
+            keys=b"".join(keys[:durable]),
+            nbytes=self._pools.n_bytes(durable),
+            lost_tokens=(len(keys) - durable) * self.page_size,
         )
 
 

@@ -80,7 +80,7 @@ class LayerwiseReader:
         # Direct I/O reads whole blocks: up to two more a component than its bytes need.
         self._padding = 2 * ALIGNMENT * len(geometry.component_bytes)
         smallest = geometry.layer_bytes + self._padding
-        self.chunk_bytes = align(max(smallest, min(chunk_bytes, staging_bytes // 2)))
+        self.chunk_bytes = align(max(smallest, min(chunk_bytes + self._padding, staging_bytes // 2)))
         count = max(2, staging_bytes // self.chunk_bytes)
         self.staging = self._backend.allocate(count * self.chunk_bytes)
         # With each, what has to return before it is overwritten.

@@ -6,7 +6,6 @@ import threading
 import time
 from typing import Any
 
-import httpx
 import pytest
 from prompts import PAGE, Generator, prompt
 
@@ -17,8 +16,7 @@ from agentstate.local import LocalStack
 
 @pytest.fixture
 def rank(stack: LocalStack) -> ControlClient:
-    (engine,) = httpx.get(f"{stack.service_url}/v1/engines", timeout=60).json()["data"]
-    return ControlClient(engine["control_address"])
+    return ControlClient(stack.ranks()[0].control_address)
 
 
 def durable(rank: ControlClient, session: str) -> int:
@@ -118,8 +116,9 @@ def test_a_request_that_waits_is_read_for_already(stack: LocalStack, rank: Contr
 
 def test_the_service_still_suspends_and_resumes_beside_all_that(stack: LocalStack, generate: Generator) -> None:
     with Client(stack.service_url) as client:
-        client.create_session(stack.model, session_id="ses_beside")
-        resumed = client.resume("ses_beside")
-        generate(prompt(80, 5 * PAGE), session_id="ses_beside")
-        suspended = client.suspend("ses_beside", resumed.lease, "user_wait", durable_timeout_ms=60_000)
-        assert suspended.kv.state == "durable"
+        session = client.create_session(stack.model)
+        resumed = client.resume(session.id)
+        assert resumed.engine is not None
+        generate(prompt(80, 5 * PAGE), **resumed.engine.extra_body)
+        suspended = client.suspend(session.id, resumed.lease, durable_timeout_ms=60_000)
+        assert (suspended.kv.state, suspended.kv.tokens) == ("durable", 5 * PAGE)

@@ -77,7 +77,7 @@ def saved() -> Saved:
 
 @pytest.fixture
 def catalog(database: Database, saved: Saved) -> Iterator[Catalog]:
-    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list)
+    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
     yield catalog
     catalog.close()
 
@@ -102,7 +102,7 @@ def registered(database: Database) -> list[Engine]:
 
 
 def test_an_engine_is_registered_until_it_closes(database: Switched, saved: Saved) -> None:
-    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list)
+    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
     until(lambda: len(registered(database)) == 1)
     (found,) = registered(database)
     assert (found.id, found.control_address, found.pages_dir) == ("eng_1", ENGINE.control_address, "/pages")
@@ -131,7 +131,7 @@ def test_a_manifest_is_in_sql_when_it_is_reported_as_saved(database: Switched, u
         other.close()
         done.set()
 
-    catalog = Catalog(database, ENGINE, WAIT_S, saved=look, needed=list)
+    catalog = Catalog(database, ENGINE, WAIT_S, saved=look, needed=list, stored=len, lost=int, n_bytes=int)
     catalog.save(manifest("s", 1, 2))
     assert done.wait(WAIT_S)
     catalog.close()
@@ -212,7 +212,7 @@ def test_what_breaks_off_is_saved_again_and_nothing_else(
 
 def test_a_database_without_its_schema_is_waited_for(url: str, saved: Saved) -> None:
     database = Database(url)
-    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list)
+    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
     catalog.save(manifest("s", 1))
     with pytest.raises(DatabaseError):
         catalog.load("s")
@@ -233,7 +233,7 @@ def test_a_file_that_another_process_holds_is_waited_for(
     database.upgrade()
     holder = sqlite3.connect(tmp_path / "agentstate.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
-    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list)
+    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
     catalog.save(manifest("s", 1))
     until(lambda: "manifests wait for the database" in caplog.text)
     assert saved.manifests == []
@@ -246,7 +246,7 @@ def test_a_file_that_another_process_holds_is_waited_for(
 
 
 def test_closing_writes_what_waits(database: Switched, saved: Saved) -> None:
-    catalog = Catalog(database, ENGINE, WAIT_S, saved=saved, needed=list)
+    catalog = Catalog(database, ENGINE, WAIT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
     wanted = [manifest(f"s{n}", n) for n in range(5)]
     for one in wanted:
         catalog.save(one)
@@ -257,7 +257,7 @@ def test_closing_writes_what_waits(database: Switched, saved: Saved) -> None:
 
 def test_closing_ends_also_while_sql_is_down(database: Switched, saved: Saved) -> None:
     database.down = True
-    catalog = Catalog(database, ENGINE, WAIT_S, saved=saved, needed=list)
+    catalog = Catalog(database, ENGINE, WAIT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
     catalog.save(manifest("s", 1))
     catalog.close()
     assert saved.manifests == []
@@ -270,7 +270,43 @@ def test_the_chains_of_all_manifests_are_told_when_the_database_answers(database
         manifests.save(connection, manifest("b", 3))
         manifests.save(connection, manifest("c", 4, fingerprint="other"))
     told: list[list[list[bytes]]] = []
-    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=lambda chains: told.append(list(chains)))
+    catalog = Catalog(
+        database,
+        ENGINE,
+        HEARTBEAT_S,
+        saved=saved,
+        needed=lambda chains: told.append(list(chains)),
+        stored=len,
+        lost=int,
+        n_bytes=int,
+    )
     until(lambda: bool(told))
     catalog.close()
     assert [sorted(chains, key=len) for chains in told] == [[keys(3), keys(1, 2)]]
+
+
+def test_manifests_are_cut_when_the_store_has_lost_what_they_list(database: Switched, saved: Saved) -> None:
+    with database.write() as connection:
+        manifests.save(connection, manifest("a", 1, 2, 3))
+        manifests.save(connection, manifest("b", 3))
+    lost, there = [0], [3, 1]
+    catalog = Catalog(
+        database,
+        ENGINE,
+        HEARTBEAT_S,
+        saved=saved,
+        needed=list,
+        stored=lambda chain: 1 if len(chain) == 3 and lost[0] else len(chain),
+        lost=lambda: lost[0],
+        n_bytes=lambda pages: 10 * pages,
+    )
+    until(lambda: len(registered(database)) == 1)
+    before = [catalog.load("a"), catalog.load("b")]
+    assert [len(found.page_keys()) for found in before if found] == there
+    lost[0] = 2
+    until(lambda: (found := catalog.load("a")) is not None and found.tokens == 64)
+    catalog.close()
+    short = catalog.load("a")
+    assert short is not None
+    assert (short.page_keys(), short.nbytes, short.lost_tokens) == (keys(1), 10, 128)
+    assert catalog.load("b") == before[1]

@@ -21,6 +21,7 @@ from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWei
 from sglang.srt.mem_cache import memory_pool
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
+from sglang.srt.mem_cache.unified_cache import unified_tree_core
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
 from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
@@ -53,6 +54,7 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.declare_resolution, "server_args source * fields"),
     (sgl.get_memory, ""),
     (sgl.get_model, ""),
+    (sgl.get_observability, ""),
     (sgl.get_parallel, ""),
     (sgl.get_serving, ""),
     (sgl.get_storage_hash_str, "key * page_size"),
@@ -61,6 +63,20 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.release_kv_cache, "req tree_cache * checkpoint"),
     (sgl.resolving_view, "server_args"),
     (sgl.SWAKVPool.translate_loc_from_full_to_swa, "self kv_indices"),
+    (sgl.EvictParams, "num_tokens"),
+    (sgl.InsertParams, "key value * prev_prefix_len"),
+    (sgl.MatchPrefixParams, "key"),
+    (sgl.UnifiedCacheLinkerWrapper.offload_nodes, "self node_ids"),
+    (sgl.UnifiedRadixCache.match_prefix, "self params"),
+    (sgl.UnifiedRadixCache.insert, "self params"),
+    (sgl.UnifiedRadixCache.evict, "self params"),
+    (sgl.UnifiedRadixCache.inc_lock_ref, "self node_id"),
+    (sgl.UnifiedRadixCache.dec_lock_ref, "self node_id params"),
+    (sgl.UnifiedRadixCache.root_node_handle, "self extra_key"),
+    (sgl.UnifiedTreeCore.node_by_id, "self node_id"),
+    (sgl.UnifiedTreeCore.collect_full_device_indices, "self from_node_id until_node_id"),
+    (Req.init_next_round_input, "self tree_cache * cow_mamba"),
+    (Scheduler._prefetch_kvcache, "self req"),
     (AttentionBackendRegistry.register, "backend_name handler_func"),
     (register_attention_backend, "name"),
     (KVWriteLoc, "loc swa_loc"),
@@ -77,6 +93,7 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
 
 OVERRIDDEN: list[tuple[type, type, str, str]] = [
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "__init__", "self params"),
+    (AgentStateRadixCache, sgl.UnifiedRadixCache, "reset", "self"),
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "init_cache_linker", "self cache_linker"),
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "checkpoint_into_tree", "self req up_to kwargs"),
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "finish_external_linker_loads", "self reqs"),
@@ -114,8 +131,10 @@ ATTRIBUTES: dict[type, str] = {
     "retraction_count cached_tokens cached_tokens_device cached_tokens_host cached_tokens_storage "
     "_cache_breakdown_computed",
     ReqKvInfo: "holds_kv cache_inserted_len",
-    Scheduler: "running_batch last_batch chunked_req tree_cache",
-    sgl.UnifiedCacheLinkerWrapper: "cache cache_linker inflight_load_rids inflight_load_index private_load_indices",
+    Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue",
+    unified_tree_core.UnifiedTreeNode: "id parent children last_access_time external_cache_stored hash_value",
+    sgl.UnifiedCacheLinkerWrapper: "cache cache_linker hit_markers inflight_load_rids inflight_load_index "
+    "private_load_indices",
     SchedulerWeightUpdaterManager: "scheduler",
     sgl.UnifiedCacheLinker: "layer_done_counter pools forward_stream",
     TorchNativeAttnBackend: "req_to_token_pool token_to_kv_pool use_sliding_window_kv_pool swa_out_cache_loc",

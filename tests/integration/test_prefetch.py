@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from stage import Service, register, stored
 from test_http_api import assert_problem, created, proof, resumed
 
@@ -187,6 +188,8 @@ def test_a_hundred_suspends_that_wait_leave_the_service_free(service: Service, s
         return stored("durable")
 
     register(service.database, start_peer(answer).address)
+    with service.database.write() as connection:  # a hundred turns take a while: the engine stays live meanwhile
+        connection.execute(sa.text("UPDATE engines SET heartbeat_us = heartbeat_us + 3600000000"))
 
     async def act() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=200)

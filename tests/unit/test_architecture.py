@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FORBIDDEN = {
-    "agentstate": {"torch", "sglang", "fastapi", "starlette", "uvicorn", "api", "engine_patch"},
-    "api": {"torch", "sglang", "engine_patch"},
-    "engine_patch": {"api", "fastapi", "starlette", "uvicorn"},
-    "migrations": {"torch", "sglang", "fastapi", "api", "engine_patch"},
+    "agentstate": {"torch", "sglang", "fastapi", "starlette", "uvicorn", "api", "engine_patch", "benchmarks"},
+    "api": {"torch", "sglang", "engine_patch", "benchmarks"},
+    "engine_patch": {"api", "fastapi", "starlette", "uvicorn", "benchmarks"},
+    "migrations": {"torch", "sglang", "fastapi", "api", "engine_patch", "benchmarks"},
 }
 
 

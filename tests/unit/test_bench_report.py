@@ -13,7 +13,9 @@ import pytest
 
 from agentstate.errors import SettingsError
 from benchmarks import report, results
-from benchmarks.study import quantile
+from benchmarks.simulator import Fleet, Outcome, Served
+from benchmarks.study import quantile, summary
+from benchmarks.traces import Gap
 
 
 def ttft_rows(model: str = "Small Model/1B") -> list[dict[str, Any]]:
@@ -112,6 +114,22 @@ def test_the_commands_write_results_that_the_report_reads(tmp_path: Path) -> Non
     assert "A simulated fleet: generated agents, seed 0, 4 sessions" in page
     assert "DeepSeek-R1-Distill-Llama-70B FP8" in page
     assert (tmp_path / "performance" / "replay-1-dark.svg").exists()
+
+
+def test_what_was_measured_from_outside_has_no_figures_of_the_inside(tmp_path: Path) -> None:
+    served = Served(0, 0, Gap.START, 0.0, 1.5, 100, 1, 40, 0, 20, 0.0, 0.0)
+    outcome = Outcome(served=[served])
+    rows = [summary("measured", outcome, None), summary("simulated", outcome, Fleet(1, 1000, 1e9, 1e9, 1e9))]
+    figures = {"hit_tokens": {"simulated": 60, "measured": 60, "ratio": 1.0}}
+    settings = {"workload": "by hand", "requests": 1, "validation": figures}
+    written(tmp_path / "raw", "replay", rows, settings)
+    report.write(tmp_path / "raw", tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text()
+    assert "| measured | 1.500 | 1.500 | 1.500 | 40.0% | 0.0% | 20.0% |  |  |  |  |  |  |" in page
+    assert (
+        "| simulated | 1.500 | 1.500 | 1.500 | 40.0% | 0.0% | 20.0% | 0.0 | 0.00 | 0.00 | 0.00 | 0% | 0 of 0 |" in page
+    )
+    assert "- hit_tokens: 60 ÷ 60 = 1.0" in page
 
 
 def test_a_replay_of_nothing_says_what_to_choose(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from agentstate.engines import Engine
 from agentstate.kv import KvOutlook, Stored, choose, outlook, servers
 from agentstate.manifests import Coverage, KvState
 
-COVERAGE = Coverage("ses_1", "f1", 0, "n1", "eng_1", page_size=64, tokens=640, nbytes=10_000, updated_us=5)
+COVERAGE = Coverage(
+    "ses_1", "f1", 0, "n1", "eng_1", page_size=64, tokens=640, nbytes=10_000, lost_tokens=0, updated_us=5
+)
 ENGINE = Engine("eng_1", "n1", 0, "tcp://127.0.0.1:5000", "http://n1/v1", "m", "f1", "/pages")
 ELSEWHERE = replace(ENGINE, id="eng_2", node="n2", base_url="http://n2/v1")
 STORED = Stored([COVERAGE])
@@ -90,3 +92,10 @@ def test_every_reason_why_pages_cannot_be_used_is_named() -> None:
     found = look("m", STORED, [replace(ENGINE, model="other")])
     assert not found.valid
     assert found.invalid_reason == "the session was created for 'm', the engine serves 'other'"
+
+
+def test_a_session_of_which_pages_were_lost_is_partial() -> None:
+    cut = Stored([replace(COVERAGE, tokens=128, lost_tokens=512)])
+    assert look("m", cut, [ENGINE]) == KvOutlook(KvState.PARTIAL, 128, True)
+    gone = Stored([replace(COVERAGE, tokens=0, lost_tokens=640)])
+    assert look("m", gone, [ENGINE]) == KvOutlook(KvState.LOST, 0, True)

@@ -69,8 +69,8 @@ def test_coverage_is_the_newest_first_and_without_the_keys(database: Database) -
         manifests.save(connection, manifest("ses_2"))
         found = manifests.coverage(connection, ["ses_1"])
     assert [replace(one, updated_us=0) for one in found] == [
-        Coverage("ses_1", "f2", 0, "n1", "eng_1", page_size=64, tokens=256, nbytes=4000, updated_us=0),
-        Coverage("ses_1", "f1", 0, "n1", "eng_1", page_size=64, tokens=576, nbytes=9000, updated_us=0),
+        Coverage("ses_1", "f2", 0, "n1", "eng_1", page_size=64, tokens=256, nbytes=4000, lost_tokens=0, updated_us=0),
+        Coverage("ses_1", "f1", 0, "n1", "eng_1", page_size=64, tokens=576, nbytes=9000, lost_tokens=0, updated_us=0),
     ]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from agentstate.errors import EngineError
 from engine_patch.sglang_api import (
     EvictParams,
     InsertParams,
@@ -75,8 +76,9 @@ class DeviceTier:
         self._tokens = 0
         self._arrivals: list[_Arrival] = []
         self._prefetches: OrderedDict[str, _Prefetch] = OrderedDict()
-        self._nodes = isinstance(cache.tree_core, UnifiedTreeCore)
-        self.able = self._nodes and get_parallel().tp_size == 1 and len(cache._components_tuple) == 1
+        # Its Rust tree, SGLang's default, lets nobody look at single nodes.
+        self._sees_nodes = isinstance(cache.tree_core, UnifiedTreeCore)
+        self._moves = get_parallel().tp_size == 1 and len(cache._components_tuple) == 1
 
     def run(self) -> None:
         """Do what was asked for. Called before the scheduler makes its next batch."""
@@ -96,12 +98,20 @@ class DeviceTier:
             self._tokens -= len(self._sessions.popitem(last=False)[1])
 
     def knows(self, session_id: str) -> bool:
-        """Whether `prefetch` and `demote` can do anything for a session: the tree is keyed by token ids, which only
-        a process that has served the session has."""
-        return self.able and session_id in self._sessions
+        """Whether `prefetch` can do anything for a session: the tree is keyed by token ids, which only a process that
+        has served the session has."""
+        return self._moves and session_id in self._sessions
 
     def demote(self, session_id: str) -> None:
-        """Make the session's pages the first to be evicted, but for those that another one shares. From any thread."""
+        """Make the session's pages the first to be evicted, but for those that another one shares. From any thread.
+        Raises EngineError where that cannot be done."""
+        if not self._sees_nodes:
+            raise EngineError(
+                "sessions are demoted in SGLang's Python tree only: start the engine with "
+                "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python"
+            )
+        if not self._moves:
+            raise EngineError("sessions cannot be demoted with tensor parallelism, or with this model's attention")
         self._asked.put(lambda: self._demote(self._sessions.get(session_id)))
 
     def _demote(self, key: RadixKey | None) -> None:
@@ -150,9 +160,10 @@ class DeviceTier:
         self._arrivals.append(_Arrival(prefetch, whole, batch, prefix, slots, found.last_device_node, lock))
 
     def offer_again(self, key: RadixKey) -> None:
-        """Offer those nodes along ``key`` to the store whose pages it had and has lost: evicted or found damaged."""
+        """Offer those nodes along ``key`` to the store whose pages it had and has lost: evicted or found damaged. In
+        SGLang's Python tree only; elsewhere they are offered again once they have left the device and come back."""
         lost = []
-        for node in self._path(key) if self._nodes else ():
+        for node in self._path(key) if self._sees_nodes else ():
             if node.external_cache_stored and not self._linker.stored(node.hash_value or ()):
                 node.external_cache_stored = False
                 lost.append(node.id)

@@ -265,8 +265,8 @@ class AgentStateLinker(UnifiedCacheLinker):
         return lambda: self._answer(whole if self._pools.staged(session_id) else "pending", len(keys), "host")
 
     def _demote(self, session_id: str) -> dict[str, Any]:
-        if self.device_tier is None or not self.device_tier.able:
-            raise EngineError("sessions cannot be demoted with tensor parallelism, or with this model's attention")
+        if self.device_tier is None:
+            raise EngineError("the engine is not up yet")
         self.device_tier.demote(session_id)
         return self._answer("demoted", len(self._ledger.chain(session_id) or ()), "device")
 

@@ -11,6 +11,7 @@ from prompts import PAGE, Generator, prompt
 
 from agentstate.client import Client
 from agentstate.control import ControlClient
+from agentstate.errors import EngineRefused
 from agentstate.local import LocalStack
 
 
@@ -72,20 +73,9 @@ def test_a_session_that_nobody_knows_is_missing(rank: ControlClient) -> None:
         assert prefetch(rank, "ses_unheard_of", tier)["state"] == "cold"
 
 
-def test_a_demoted_session_is_evicted_before_an_older_one(
-    stack: LocalStack, rank: ControlClient, generate: Generator
-) -> None:
-    older, newer = prompt(42, 8 * PAGE + 1), prompt(43, 8 * PAGE + 1)
-    stack.flush_device()
-    generate(older, max_new_tokens=1, session_id="ses_older")
-    generate(newer, max_new_tokens=1, session_id="ses_newer")
-    durable(rank, "ses_newer")
-    assert rank.call("demote", 60, session="ses_newer")["state"] == "demoted"
-    # The device has 32,768 tokens: fill it until something has to go, but not everything.
-    for filler in range(4):
-        generate(prompt(50 + filler, 7_900), max_new_tokens=1, session_id=f"ses_filler_{filler}")
-    assert generate(older, max_new_tokens=1).restored == 0
-    assert generate(newer, max_new_tokens=1).restored == 8 * PAGE
+def test_demotion_is_refused_where_the_tree_cannot_do_it(rank: ControlClient) -> None:
+    with pytest.raises(EngineRefused, match="SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python"):
+        rank.call("demote", 60, session="ses_any")
 
 
 def test_a_request_that_waits_is_read_for_already(stack: LocalStack, rank: ControlClient, generate: Generator) -> None:

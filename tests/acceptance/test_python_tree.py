@@ -1,0 +1,79 @@
+"""What needs SGLang's Python tree: sessions that are let go of first, and pages offered again that the store lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from prompts import PAGE, Generator, prompt
+
+from agentstate.control import ControlClient
+from agentstate.local import LocalStack
+
+POOL_PAGES = 128
+QUOTA_PAGES = 50
+PAGE_BYTES = PAGE * 46_080
+
+
+@pytest.fixture(scope="module")
+def stack(
+    tmp_path_factory: pytest.TempPathFactory, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path
+) -> Iterator[LocalStack]:
+    with closing(make_stack(tmp_path_factory.mktemp("python_tree"), smollm2)) as stack:
+        stack.environment = {
+            **stack.environment,
+            "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
+            "AGENTSTATE_PAGES_QUOTA": str(QUOTA_PAGES * PAGE_BYTES),
+        }
+        stack.start_service()
+        stack.start_engine("--max-total-tokens", str(POOL_PAGES * PAGE))
+        yield stack
+
+
+@pytest.fixture
+def rank(stack: LocalStack) -> ControlClient:
+    return ControlClient(stack.ranks()[0].control_address)
+
+
+def flush(rank: ControlClient, session: str) -> tuple[str, int]:
+    answer = rank.call("flush", 60, session=session, timeout_ms=60_000)
+    return answer["state"], answer["pages"]
+
+
+def test_a_demoted_session_is_evicted_before_an_older_one(
+    stack: LocalStack, rank: ControlClient, generate: Generator
+) -> None:
+    older, newer = prompt(42, 8 * PAGE + 1), prompt(43, 8 * PAGE + 1)
+    stack.flush_device()
+    generate(older, max_new_tokens=1, session_id="ses_older")
+    generate(newer, max_new_tokens=1, session_id="ses_newer")
+    assert flush(rank, "ses_newer") == ("durable", 8)
+    assert rank.call("demote", 60, session="ses_newer")["state"] == "demoted"
+    # Fill the device up to a few pages, and ask for some more.
+    generate(prompt(50, 108 * PAGE), max_new_tokens=1)
+    generate(prompt(51, 8 * PAGE), max_new_tokens=1)
+    assert generate(older, max_new_tokens=1).restored == 0
+    assert generate(newer, max_new_tokens=1).restored == 8 * PAGE
+
+
+def test_pages_that_the_store_has_lost_are_stored_again(
+    stack: LocalStack, rank: ControlClient, generate: Generator
+) -> None:
+    stack.flush_device()
+    text = prompt(60, 20 * PAGE + 1)
+    right = generate(text, session_id="ses_lost")
+    assert flush(rank, "ses_lost") == ("durable", 20)
+    # Another session takes the room, though it is needed too: this one was used before it.
+    generate(prompt(61, 40 * PAGE), max_new_tokens=1, session_id="ses_other")
+    assert flush(rank, "ses_other") == ("durable", 40)
+    assert flush(rank, "ses_lost") == ("lost", 0)
+    # Its pages are still on the device: a hit, after which they are on disk again.
+    hit = generate(text, session_id="ses_lost")
+    assert (hit.cached, hit.restored) == (20 * PAGE, 0)
+    assert flush(rank, "ses_lost") == ("durable", 20)
+    stack.flush_device()
+    restored = generate(text, session_id="ses_lost")
+    assert restored.restored == 20 * PAGE
+    assert restored.tokens == hit.tokens == right.tokens

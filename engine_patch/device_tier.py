@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 # Token ids that are remembered, of the sessions that were used last: 8 bytes each.
 _REMEMBERED_TOKENS = 16_000_000
 _REMEMBERED_PREFETCHES = 1000
+_POLL_S = 0.001
 
 
 class Progress(Enum):
@@ -89,6 +91,13 @@ class DeviceTier:
                 logger.exception("agentstate: a request to the device tier failed")
         if self._arrivals:
             self._land()
+
+    def settle(self) -> None:
+        """Wait for what is on its way. Called when there is no next batch: an idle SGLang counts its memory, and ends
+        when some is neither free nor in the tree."""
+        while self._arrivals:
+            self._land()
+            time.sleep(_POLL_S)
 
     def remember(self, session_id: str, key: RadixKey) -> None:
         """A request of the session has ended with ``key`` in the tree."""

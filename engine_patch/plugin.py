@@ -21,7 +21,7 @@ def register() -> None:
     sgl.register_radix_cache_backend(BACKEND, _create_cache)
     sgl.add_attention_backend_choices(["agentstate_cpu"])
     sgl.HookRegistry.register(
-        "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _before_next_batch, sgl.HookType.AROUND
+        "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _around_next_batch, sgl.HookType.AROUND
     )
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler._prefetch_kvcache", _while_queueing, sgl.HookType.AROUND
@@ -121,7 +121,11 @@ def _while_queueing(original: Any, scheduler: Any, req: Any, *args: Any, **kwarg
     return original(scheduler, req, *args, **kwargs)
 
 
-def _before_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(scheduler.tree_cache, _cache_class()):
-        scheduler.tree_cache.before_next_batch(scheduler)
-    return original(scheduler, *args, **kwargs)
+def _around_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(scheduler.tree_cache, _cache_class()):
+        return original(scheduler, *args, **kwargs)
+    scheduler.tree_cache.before_next_batch(scheduler)
+    plan = original(scheduler, *args, **kwargs)
+    if plan.batch_to_run is None:
+        scheduler.tree_cache.without_next_batch(scheduler)
+    return plan

@@ -114,6 +114,11 @@ class AgentStateRadixCache(UnifiedRadixCache):
             req.discard_output_reason = FINISH_ABORT("KV restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
         return [req for req in failed if not req.finished_output]
 
+    def without_next_batch(self, scheduler: Scheduler) -> None:
+        """There is nothing to run; a result that is still to be processed comes first."""
+        if not getattr(scheduler, "result_queue", ()):
+            self.device_tier.settle()
+
     def requeue_failed(self, scheduler: Scheduler) -> None:
         """Queue again what no batch holds any more."""
         for item in list(self._recomputing):

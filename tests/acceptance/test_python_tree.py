@@ -54,8 +54,10 @@ def test_a_demoted_session_is_evicted_before_an_older_one(
     # Fill the device up to a few pages, and ask for some more.
     generate(prompt(50, 108 * PAGE), max_new_tokens=1)
     generate(prompt(51, 8 * PAGE), max_new_tokens=1)
-    assert generate(older, max_new_tokens=1).restored == 0
-    assert generate(newer, max_new_tokens=1).restored == 8 * PAGE
+    hit = generate(older, max_new_tokens=1)
+    assert (hit.cached, hit.restored) == (8 * PAGE, 0)
+    evicted = generate(newer, max_new_tokens=1)
+    assert evicted.cached == evicted.restored
 
 
 def test_pages_that_the_store_has_lost_are_stored_again(

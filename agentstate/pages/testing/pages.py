@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 
@@ -49,9 +50,16 @@ def reader_for(geometry: Geometry, chunk_bytes: int = 1 << 20) -> LayerwiseReade
     return LayerwiseReader(geometry, staging_bytes=4 * chunk_bytes, threads=2, chunk_bytes=chunk_bytes)
 
 
+def _borrowed(hold: Hold) -> Hold:
+    """A hold on the same pages that a stream may close without letting go of them."""
+    borrowed = copy(hold)
+    borrowed._numbers = set()
+    return borrowed
+
+
 def read(reader: LayerwiseReader, holds: Sequence[Hold]) -> dict[tuple[int, int, int], list[bytes] | None]:
-    """The components of every (request, layer, page) that may be used; None for a page that may not."""
-    streams, verifiers = [reader.open(hold) for hold in holds], [Verifier(hold) for hold in holds]
+    """The components of every (request, layer, page) that may be used; None for a page that may not. The holds stay."""
+    streams, verifiers = [reader.open(_borrowed(hold)) for hold in holds], [Verifier(hold) for hold in holds]
     found: dict[tuple[int, int, int], list[bytes] | None] = {}
     for stream in streams:
         stream.hurry()

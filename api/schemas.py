@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from agentstate.models import EntryKind
 from agentstate.operations import Tier
@@ -23,8 +23,19 @@ MAX_PREFETCH_MS = 120_000
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00]+$")]
 # An id is part of a path, and of what engines and their logs show.
 SessionId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$")]
-ExpiryS = Annotated[float, Field(gt=0, le=MAX_EXPIRY_S, description="Counted from now.")]
-TtlS = Annotated[float, Field(gt=0, le=MAX_TTL_S, description="The default is the service's lease_ttl_s.")]
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("a number is expected")
+    return value
+
+
+# Pydantic takes true and "1" for 1; a document that says number means one.
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+ExpiryS = Annotated[Float, Field(gt=0, le=MAX_EXPIRY_S, description="Counted from now.")]
+TtlS = Annotated[Float, Field(gt=0, le=MAX_TTL_S, description="The default is the service's lease_ttl_s.")]
 
 
 class Body(BaseModel):
@@ -55,7 +66,7 @@ class UpdateSession(Body):
 
 class LeaseProof(Body):
     token: str = Field(min_length=1, max_length=256, repr=False)
-    epoch: int = Field(ge=1, lt=2**63)
+    epoch: Int = Field(ge=1, lt=2**63)
 
 
 class NewEntry(Body):
@@ -101,7 +112,7 @@ class SuspendSession(Body):
             "is durable; release: the KV is not needed any more, nothing is waited for."
         ),
     )
-    durable_timeout_ms: int = Field(
+    durable_timeout_ms: Int = Field(
         default=500, ge=0, le=MAX_DURABLE_TIMEOUT_MS, description="How long to wait for the KV to be durable."
     )
     expires_in_s: ExpiryS | None = Field(default=None, description="Replaces the session's expiry.")
@@ -116,10 +127,10 @@ class ResumeSession(Body):
 
     lease_ttl_s: TtlS | None = None
     on_busy: Literal["reject", "wait"] = "reject"
-    busy_timeout_ms: int = Field(
+    busy_timeout_ms: Int = Field(
         default=10_000, ge=0, le=MAX_BUSY_TIMEOUT_MS, description="With on_busy wait: how long to wait for the lease."
     )
-    tail: int = Field(default=50, ge=0, le=MAX_TAIL, description="How many of the newest entries to give back.")
+    tail: Int = Field(default=50, ge=0, le=MAX_TAIL, description="How many of the newest entries to give back.")
     prefetch: Literal["none", "host", "device"] = Field(
         default="none", description="Where to bring the pages back to; the answer does not wait for it."
     )
@@ -153,7 +164,7 @@ class PrefetchPages(Body):
     model_config = _example(tier="host", deadline_ms=2000)
 
     tier: Tier = Tier.HOST
-    deadline_ms: int | None = Field(
+    deadline_ms: Int | None = Field(
         default=None, ge=1, le=MAX_PREFETCH_MS, description="After that long it is of no use any more, and fails."
     )
 
@@ -165,7 +176,7 @@ class ClaimToolCall(Body):
 
     name: Name
     arguments: Any = None
-    expected_s: float | None = Field(default=None, ge=0, description="How long it is expected to take.")
+    expected_s: Float | None = Field(default=None, ge=0, description="How long it is expected to take.")
     lease: LeaseProof | None = Field(default=None, description="Needed while the session is being run.")
 
 

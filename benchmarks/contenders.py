@@ -166,9 +166,9 @@ class AgentStateStore(Contender):
         self._store.publish(draft)
 
     def read(self, device: DeviceMemory) -> None:
-        with self._store.hold(self._keys) as hold:
-            verifier = Verifier(hold)
-            for chunk in self._reader.stream([hold]):
+        with self._reader.open(self._store.hold(self._keys)) as stream:
+            verifier = Verifier(stream.hold)
+            for chunk in stream:
                 if wrong := verifier.wrong_pages(chunk):
                     raise RuntimeError(f"pages {wrong} of {self.directory} are not what was written")
                 for segment, _, arrays in chunk.parts:

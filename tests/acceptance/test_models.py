@@ -15,13 +15,10 @@ import pytest
 from models import VOCABULARY
 from prompts import Generated, Generator
 
-from agentstate import engines
 from agentstate.control import ControlClient
-from agentstate.database import Database
 from agentstate.local import LocalStack
+from agentstate.pages.files import read_header
 from agentstate.pages.inventory import store_directories
-from agentstate.pages.store import read_header
-from agentstate.settings import Settings
 
 # Each test starts an engine of its own.
 pytestmark = pytest.mark.timeout(600)
@@ -61,13 +58,7 @@ def tokens(seed: int, count: int) -> list[int]:
 
 def ask_ranks(stack: LocalStack, verb: str, **arguments: Any) -> list[dict[str, Any]]:
     """What each rank of the engine answers at its control endpoint."""
-    settings = Settings(home=stack.home, database_url="")
-    database = Database(settings.sqlalchemy_url)
-    try:
-        with database.read() as connection:
-            found = engines.live(connection, settings.engine_timeout_s, stack.model)
-    finally:
-        database.close()
+    found = stack.ranks()
     found.sort(key=lambda engine: engine.rank)
     return [ControlClient(engine.control_address).call(verb, 60, **arguments) for engine in found]
 
@@ -113,7 +104,7 @@ def recomputes_what_was_damaged(stack: LocalStack, store: str, layers: int, slot
     paths = [path for path in (stack.home / "pages").glob(f"*/{store}/extents/*.ext")]
     headers = {path: read_header(path) for path in sorted(paths, key=lambda path: path.name, reverse=True)}
     path, header = next((p, h) for p, h in headers.items() if h.geometry.layers == layers and h.pages > slot)
-    offset, length = header.component_range(layers - 1, 0, slot, 1)
+    offset, length = header.layout.component_range(layers - 1, 0, slot, 1)
     with path.open("r+b") as file:
         file.seek(offset + length // 2)
         byte = file.read(1)[0]

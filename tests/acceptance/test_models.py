@@ -103,7 +103,7 @@ def recomputes_what_was_damaged(stack: LocalStack, store: str, layers: int, slot
     suspend(stack)
     paths = [path for path in (stack.home / "pages").glob(f"*/{store}/extents/*.ext")]
     headers = {path: read_header(path) for path in sorted(paths, key=lambda path: path.name, reverse=True)}
-    path, header = next((p, h) for p, h in headers.items() if h.geometry.layers == layers and h.pages > slot)
+    path, header = next((p, h) for p, h in headers.items() if h.geometry.layers == layers and len(h.keys) > slot)
     offset, length = header.layout.component_range(layers - 1, 0, slot, 1)
     with path.open("r+b") as file:
         file.seek(offset + length // 2)

@@ -36,7 +36,7 @@ class AgentStateSession:
 
     Items are messages of the session, as they are. The session is created with ``model``, the name under which an
     engine serves it, when something is first written. ``session_settings.limit`` bounds what is read when the SDK does
-    not say. A change outside of a block waits up to ``busy_timeout_s`` while another process runs the session, and
+    not say. A change outside of a block waits up to ``busy_timeout_s`` (30 at most) while another runs the session, and
     then raises SessionBusy. Every method may raise what a client's do.
     """
 

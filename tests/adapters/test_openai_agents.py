@@ -155,7 +155,7 @@ def test_two_writers_at_once(run: Any, service: Service) -> None:
 
     async def write(name: str) -> None:
         async with AsyncClient(service.base_url) as client:
-            session = AgentStateSession("s", client, model=MODEL, busy_timeout_s=50)
+            session = AgentStateSession("s", client, model=MODEL, busy_timeout_s=30)
             for number in range(10):
                 await session.add_items([item(f"{name}{number} {part}") for part in ("question", "answer")])
 
@@ -177,7 +177,7 @@ def test_two_writers_at_once(run: Any, service: Service) -> None:
 def test_two_poppers_never_get_the_same_item(run: Any, service: Service) -> None:
     async def pop() -> list[str]:
         async with AsyncClient(service.base_url) as client:
-            session = AgentStateSession("s", client, model=MODEL, busy_timeout_s=50)
+            session = AgentStateSession("s", client, model=MODEL, busy_timeout_s=30)
             found = []
             while popped := await session.pop_item():
                 found.append(popped["content"])

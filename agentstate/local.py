@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,13 @@ from agentstate.database import Database
 from agentstate.engines import Engine
 from agentstate.errors import EngineError
 from agentstate.settings import Settings
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class LocalStack:
@@ -117,6 +125,19 @@ class LocalStack:
                 self._service.kill()
                 self._service.wait()
             self._service = None
+
+    def control(self) -> ControlClient:
+        """The control endpoint of the engine's youngest rank. Raises EngineError when none is registered."""
+        if not (ranks := self.ranks()):
+            raise EngineError("no engine has told the service that it is there")
+        return ControlClient(ranks[0].control_address)
+
+    def settle(self) -> dict[str, Any]:
+        """Wait until everything that was offered is stored: what the engine says of itself then. A request's pages are
+        offered before it is answered."""
+        while (stat := self.stat())["spill"]["waiting"]:
+            time.sleep(0.02)
+        return stat
 
     def ranks(self) -> list[Engine]:
         """The ranks of the engine that have told the service that they are there, the youngest heartbeat first."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx
 
-from agentstate.control import ControlClient
 from agentstate.local import LocalStack
 from benchmarks.engine import Answer, Engine
 from benchmarks.replay import VOCABULARY
@@ -131,13 +130,13 @@ class Soak:
             self._stack.kill_engine()
             self._stack.start_engine(*self._stack.engine_arguments)
             return
-        self._settle()
+        self._stack.settle()
         if event is Event.STOP:
             self._stack.stop_engine()
             self._stack.start_engine(*self._stack.engine_arguments)
             return
         self._stack.flush_device()
-        rank = ControlClient(self._stack.ranks()[0].control_address)
+        rank = self._stack.control()
         if event in (Event.HOST, Event.DEVICE):
             rank.call("prefetch", 70, session=session, tier=event.split()[0], timeout_ms=60_000)
         elif event is Event.CANCEL:
@@ -150,7 +149,7 @@ class Soak:
                 "cache_salt": self._salt,
             }
             httpx.post(f"{self._stack.engine_url}/generate", json=body, timeout=600).raise_for_status()
-            self._settle()
+            self._stack.settle()
             self._stack.flush_device()
 
     def _break_off(self, session: str, turn: Turn) -> None:
@@ -167,10 +166,6 @@ class Soak:
             )
         except httpx.TimeoutException:
             return
-
-    def _settle(self) -> None:
-        while self._stack.stat()["spill"]["waiting"]:
-            time.sleep(0.01)
 
     def _tokens(self, count: int) -> list[int]:
         return self._random.choices(VOCABULARY, k=count)

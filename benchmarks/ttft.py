@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from agentstate.client import Client
-from agentstate.control import ControlClient
 from agentstate.errors import EngineError
 from agentstate.local import LocalStack
 from benchmarks import device
@@ -103,7 +102,7 @@ class Turn2:
                     self._step()
             for _ in range(recomputes):
                 tail = _tokens(TAIL)
-                hit = await self._ask(engine, context + tail, session)
+                hit = await engine.ask(context + tail, OUTPUT, session)
                 # A salt of its own: nothing of it is stored or on the device, and its tokens are the same.
                 fresh = await engine.ask(context + tail, OUTPUT, None, cache_salt=uuid.uuid4().hex)
                 self._add(samples["recompute"], fresh)
@@ -114,13 +113,13 @@ class Turn2:
 
     async def _prepare(self, engine: Engine, variant: str, context: list[int], session: str) -> None:
         if variant == "memory_hit":
-            await self._ask(engine, context + _tokens(TAIL), session)
+            await engine.ask(context + _tokens(TAIL), OUTPUT, session)
             return
         self._flushed(session)
         self._stack.flush_device()
         if variant.endswith("_prefetch"):
             tier = variant.split("_")[1]
-            answer = self._rank().call("prefetch", 130, session=session, tier=tier, timeout_ms=_WAIT_MS)
+            answer = self._stack.control().call("prefetch", 130, session=session, tier=tier, timeout_ms=_WAIT_MS)
             if (answer["state"], answer["tier"]) != ("warm", tier):
                 raise EngineError(f"the prefetch to {tier} memory ended as {answer}")
 
@@ -128,7 +127,7 @@ class Turn2:
         self, engine: Engine, variant: str, context: list[int], session: str, samples: Samples, tail: list[int]
     ) -> Answer:
         before = self._stack.stat()["restore"]
-        answer = await self._ask(engine, context + tail, session)
+        answer = await engine.ask(context + tail, OUTPUT, session)
         after = self._stack.stat()["restore"]
         self._add(samples, answer)
         restored = answer.restored_tokens > 0
@@ -157,9 +156,6 @@ class Turn2:
         samples.ttft_s[-1] += resume_s
         client.suspend(name, resumed.lease, durable_timeout_ms=_WAIT_MS // 2)
         return answer
-
-    async def _ask(self, engine: Engine, prompt: list[int], session: str) -> Answer:
-        return await engine.ask(prompt, OUTPUT, session)
 
     @staticmethod
     def _add(samples: Samples, answer: Answer) -> None:
@@ -191,14 +187,10 @@ class Turn2:
 
     def _flushed(self, session: str) -> None:
         """Wait until everything of a session is durable and nothing is being written or merged."""
-        answer = self._rank().call("flush", 130, session=session, timeout_ms=_WAIT_MS)
+        answer = self._stack.control().call("flush", 130, session=session, timeout_ms=_WAIT_MS)
         if answer["state"] != "durable":
             raise EngineError(f"the session's KV is {answer['state']}, not durable")
-        while self._stack.stat()["spill"]["waiting"]:
-            time.sleep(0.02)
-
-    def _rank(self) -> ControlClient:
-        return ControlClient(self._stack.ranks()[0].control_address)
+        self._stack.settle()
 
     def _extents(self) -> list[Path]:
         return sorted(self._stack.home.glob("pages/*/rank0/extents/*.ext"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from rich.table import Column, Table
 
 from agentstate import launcher
 from agentstate.errors import EngineError, SettingsError
-from agentstate.local import LocalStack
+from agentstate.local import LocalStack, free_port
 from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.models import GEOMETRIES
@@ -69,8 +68,8 @@ def _running(settings: Settings, model: str, arguments: Sequence[str]) -> Iterat
             Path(home),
             checkpoint,
             engine_python=settings.engine_python,
-            service_port=_free_port(),
-            engine_port=_free_port(),
+            service_port=free_port(),
+            engine_port=free_port(),
         )
         with closing(stack):
             with Progress(SpinnerColumn(), TextColumn("starting the engine"), TimeElapsedColumn()) as progress:
@@ -136,9 +135,3 @@ def _bar(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total)
         yield lambda text: progress.update(task, description=text), lambda: progress.advance(task)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from sqlalchemy.engine import Connection
+
 from agentstate import engines, manifests
 from agentstate.database import Database
 from agentstate.engines import Engine
@@ -68,9 +70,11 @@ class Catalog:
     def load(self, session_id: str) -> Manifest | None:
         """The manifest that SQL holds of a session for this engine's pages. Raises DatabaseError."""
         with self._database.read() as connection:
-            return manifests.load(
-                connection, session_id, self._engine.fingerprint, self._engine.rank, self._engine.node
-            )
+            return self._load(connection, session_id)
+
+    def _load(self, connection: Connection, session_id: str) -> Manifest | None:
+        engine = self._engine
+        return manifests.load(connection, session_id, engine.fingerprint, engine.rank, engine.node)
 
     def close(self) -> None:
         """Write what waits, if the database answers, and take the engine off the list."""
@@ -95,20 +99,24 @@ class Catalog:
         if (lost := self._lost()) == self._lost_before:
             return
         engine = self._engine
-        with self._database.write() as connection:
-            for manifest in list(manifests.of_rank(connection, engine.fingerprint, engine.rank, engine.node)):
+        cut = []
+        # All of them are looked at without keeping others from writing.
+        with self._database.read() as connection:
+            for manifest in manifests.of_rank(connection, engine.fingerprint, engine.rank, engine.node):
                 keys = manifest.page_keys()
                 pages = self._stored(keys)
                 if pages < len(keys):
                     tokens = pages * manifest.page_size
-                    short = replace(
-                        manifest,
-                        tokens=tokens,
-                        keys=b"".join(keys[:pages]),
-                        nbytes=self._n_bytes(pages),
-                        lost_tokens=manifest.lost_tokens + manifest.tokens - tokens,
-                    )
-                    manifests.save(connection, short)
+                    lost_tokens = manifest.lost_tokens + manifest.tokens - tokens
+                    kept, n_bytes = b"".join(keys[:pages]), self._n_bytes(pages)
+                    short = replace(manifest, tokens=tokens, keys=kept, nbytes=n_bytes, lost_tokens=lost_tokens)
+                    cut.append((manifest, short))
+        if cut:
+            with self._database.write() as connection:
+                for manifest, short in cut:
+                    # A session that was deleted since must not come back.
+                    if self._load(connection, manifest.session_id) == manifest:
+                        manifests.save(connection, short)
         self._lost_before = lost
 
     def _run(self) -> None:

@@ -173,7 +173,7 @@ class AgentStateLinker(UnifiedCacheLinker):
 
         def settle() -> None:
             keys = [bytes.fromhex(text) for text in get_storage_hash_str(key, page_size=self.page_size)]
-            durable = self._pools.durable(keys)
+            durable = self._pools.durable(keys, use=True)
             self._ledger.settled(session_id, request, keys, durable)
             self._pools.need([keys[:durable]])
             self._pools.merge(keys[:durable])
@@ -252,7 +252,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         if tier not in ("host", "device"):
             raise ValueError(f"tier {tier!r} is neither host nor device")
         chain = self._chain(session_id) if packed is None else split_keys(packed)
-        keys = chain[: self._pools.durable(chain)] if self._off is None else []
+        keys = chain[: self._pools.durable(chain, use=True)] if self._off is None else []
         whole = "warm" if len(keys) == len(chain) else "partial"
         if not keys:
             return lambda: self._answer("cold", 0, tier)
@@ -305,7 +305,7 @@ class AgentStateLinker(UnifiedCacheLinker):
 
 def _quota(settings: Settings, pools: list[DevicePool]) -> dict[PoolName, Quota]:
     """Each pool's part of what this rank may keep, by what a page of it takes."""
-    sizes = {pool.name: pool.pages().geometry.page_bytes for pool in pools}
+    sizes = {pool.name: pool.pages.geometry.page_bytes for pool in pools}
     ranks = get_parallel().tp_size
     return {
         name: Quota(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class DevicePool:
     dtypes: tuple[str, ...]
     window_pages: int | None = None
 
+    @cached_property
     def pages(self) -> DevicePages:
         return DevicePages(self.tensors, self.page_size)
 

@@ -3,15 +3,12 @@ queue, and of sessions that are about to be resumed."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from agentstate.pages import LayerwiseReader, PageStore, Stream
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

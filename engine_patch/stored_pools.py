@@ -59,7 +59,7 @@ class _StoredPool:
         self.name = pool.name
         self.model_layers = pool.model_layers
         self.window_pages = pool.window_pages
-        self.pages = pool.pages()
+        self.pages = pool.pages
         self.store = open_store(pool, self.pages)
         self.spiller = Spiller(
             self.store, self.pages, settings.spill_staging_bytes // share, settings.spill_queue_bytes // share
@@ -107,13 +107,14 @@ class StoredPools:
     def device(self) -> torch.device:
         return self._pools[0].pages.device if self._pools else torch.device("cpu")
 
-    def restorable(self, keys: Sequence[bytes]) -> list[int]:
+    def restorable(self, keys: Sequence[bytes], *, use: bool = True) -> list[int]:
         """Every length, in pages, up to which a prefix of ``keys`` is stored with all that is needed to go on from
-        there. Pages before ``keys`` are taken to be on the device. From memory; never touches the disk."""
+        there. Pages before ``keys`` are taken to be on the device. From memory; never touches the disk. The pages
+        count as used, unless ``use`` is false."""
         if not self._pools:
             return []
         full, *windowed = self._pools
-        found = full.store.prefix_length(keys)
+        found = full.store.prefix_length(keys, use=use)
         lengths = set(range(1, found + 1))
         for pool in windowed:
             run = 0
@@ -123,9 +124,9 @@ class StoredPools:
                     lengths.discard(length)
         return sorted(lengths)
 
-    def durable(self, keys: Sequence[bytes]) -> int:
-        """The longest of the `restorable` lengths, or 0."""
-        return max(self.restorable(keys), default=0)
+    def durable(self, keys: Sequence[bytes], *, use: bool = False) -> int:
+        """The longest of the `restorable` lengths, or 0. Keeping account of what is stored is not using it."""
+        return max(self.restorable(keys, use=use), default=0)
 
     def n_bytes(self, pages: int) -> int:
         """What restoring a prefix of so many pages reads."""

@@ -342,9 +342,9 @@ class PageStore:
             ]
         return places
 
-    def prefix_length(self, keys: Sequence[bytes]) -> int:
-        """How many of ``keys``, from the first on, are stored; they count as used. From memory, about a microsecond
-        a key; never waits for the disk or for a writer."""
+    def prefix_length(self, keys: Sequence[bytes], *, use: bool = True) -> int:
+        """How many of ``keys``, from the first on, are stored; they count as used, unless ``use`` is false. From
+        memory, about a microsecond a key; never waits for the disk or for a writer."""
         places = self._places(keys)
         now = next(self._clock) * _WITHIN
         # The head of a chain is worth more than its end: without it the rest is useless.
@@ -352,8 +352,9 @@ class PageStore:
             if (extent := self._extents.get(number)) is None:
                 # Being evicted just now.
                 return next(page for page, place in enumerate(places) if place[0] == number)
-            extent.used = now - depth
-            self._used_since.add(number)
+            if use:
+                extent.used = now - depth
+                self._used_since.add(number)
         return len(places)
 
     def hold(self, keys: Sequence[bytes]) -> Hold:

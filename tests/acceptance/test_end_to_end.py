@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,8 @@ from agentstate.pages.files import read_header
 
 
 def spilled(stack: LocalStack) -> dict[str, Any]:
-    """The spill's counters once everything that was offered is stored. A request's pages are offered before it is
-    answered."""
-    while (spill := stack.stat()["spill"])["waiting"]:
-        time.sleep(0.05)
-    return dict(spill)
+    """The spill's counters once everything that was offered is stored."""
+    return dict(stack.settle()["spill"])
 
 
 def extents(stack: LocalStack) -> list[Path]:

@@ -34,7 +34,7 @@ def stack(
 
 @pytest.fixture
 def rank(stack: LocalStack) -> ControlClient:
-    return ControlClient(stack.ranks()[0].control_address)
+    return stack.control()
 
 
 def flush(rank: ControlClient, session: str) -> tuple[str, int]:

@@ -17,7 +17,7 @@ from agentstate.local import LocalStack
 
 @pytest.fixture
 def rank(stack: LocalStack) -> ControlClient:
-    return ControlClient(stack.ranks()[0].control_address)
+    return stack.control()
 
 
 def durable(rank: ControlClient, session: str) -> int:
@@ -81,8 +81,7 @@ def test_demotion_is_refused_where_the_tree_cannot_do_it(rank: ControlClient) ->
 def test_a_request_that_waits_is_read_for_already(stack: LocalStack, rank: ControlClient, generate: Generator) -> None:
     texts = [prompt(60 + i, 6 * PAGE + 3) for i in range(3)]
     right = [generate(text, max_new_tokens=4).tokens for text in texts]
-    while stack.stat()["spill"]["waiting"]:
-        time.sleep(0.05)
+    stack.settle()
     stack.flush_device()
     before = stack.stat()["prefetch"]
     found: dict[int, Any] = {}

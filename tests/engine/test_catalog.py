@@ -310,3 +310,33 @@ def test_manifests_are_cut_when_the_store_has_lost_what_they_list(database: Swit
     assert short is not None
     assert (short.page_keys(), short.nbytes, short.lost_tokens) == (keys(1), 10, 128)
     assert catalog.load("b") == before[1]
+
+
+def test_a_session_that_is_deleted_while_manifests_are_looked_at_does_not_come_back(
+    database: Switched, saved: Saved
+) -> None:
+    with database.write() as connection:
+        manifests.save(connection, manifest("a", 1, 2))
+        manifests.save(connection, manifest("b", 3, 4))
+    lost = [0]
+
+    def stored(chain: list[bytes]) -> int:
+        if chain == keys(1, 2):
+            with database.write() as connection:
+                manifests.forget(connection, "a")
+        return 1
+
+    catalog = Catalog(
+        database,
+        ENGINE,
+        HEARTBEAT_S,
+        saved=saved,
+        needed=list,
+        stored=stored,
+        lost=lambda: lost[0],
+        n_bytes=int,
+    )
+    lost[0] = 1
+    until(lambda: (found := catalog.load("b")) is not None and found.tokens == 64)
+    catalog.close()
+    assert catalog.load("a") is None

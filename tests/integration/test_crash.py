@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import pytest
 from stage import MODEL
-from test_server import free_port, process
+from test_server import process
 
 from agentstate.database import Database
+from agentstate.local import free_port
 from agentstate.settings import Settings
 
 ROUNDS = 4

@@ -22,6 +22,7 @@ from stage import MODEL, register, stored
 from agentstate.client import Client
 from agentstate.database import Database
 from agentstate.errors import DatabaseUnreachable, ServiceUnreachable, SettingsError
+from agentstate.local import free_port
 from agentstate.models import OperationState
 from agentstate.settings import Settings
 from api.server import run
@@ -29,12 +30,6 @@ from api.server import run
 ROOT = Path(__file__).parents[2]
 PROGRAM = "from agentstate.settings import Settings; from api.server import run; run(Settings())"
 START_S = 60
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

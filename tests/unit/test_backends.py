@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiler import c_compiler
 from contents import MARK, MHA, WIDE, expected, key, keys, read, write
 
 from agentstate.pages import Chunk, Geometry, KvikioBackend, LayerwiseReader, PageStore, PosixBackend, ReadBackend
@@ -36,7 +37,7 @@ def build_driver(directory: Path, initialised: int) -> Path:
         + "\nint cuDriverGetVersion(int *version) { *version = 12000; return 0; }\n"
     )
     flags = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
-    subprocess.run(["cc", *flags, "-o", str(library), str(source)], check=True)
+    subprocess.run([c_compiler(), *flags, "-o", str(library), str(source)], check=True)
     return library
 
 

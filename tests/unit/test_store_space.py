@@ -55,6 +55,16 @@ def test_the_least_recently_used_goes_first_and_a_chain_from_its_end(store: Page
     assert store.stats.pages_evicted == 4
 
 
+def test_asking_what_is_stored_is_not_always_using_it(store: PageStore) -> None:
+    for number in range(3):
+        write(store, keys(number))
+    assert store.prefix_length(keys(0), use=False) == 1
+    assert store.prefix_length(keys(1)) == 1
+    store.quota = room_for(store, 1)
+    store.make_room(0)
+    assert left(store) == [1]
+
+
 def test_what_no_manifest_needs_goes_first_and_what_one_does_is_counted(store: PageStore) -> None:
     for number in range(4):
         write(store, keys(number))

@@ -27,6 +27,35 @@ def read_limit(paths: Sequence[Path], threads: int, repeats: int = 3, at_most: i
     return statistics.median(_read(ranges, threads) for _ in range(repeats))
 
 
+def drop_from_page_cache(paths: Sequence[Path]) -> None:
+    """Leave these files on the drive alone. Those that are gone are no matter."""
+    for path in paths:
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            os.fsync(fd)  # the kernel drops what is on the drive, and nothing else
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def bytes_read(group: int) -> int:
+    """What the processes of a group that still run have read from drives."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            # The command's name, in parentheses, may hold anything.
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                counters = dict(line.split(": ") for line in (process / "io").read_text().splitlines())
+                total += int(counters["read_bytes"])
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has ended, or is not ours
+    return total
+
+
 def _read(ranges: Sequence[tuple[Path, int]], threads: int) -> float:
     files = {path: open_direct(path, os.O_RDONLY) for path, _ in ranges}
     total, waiting, mutex = [0], iter(ranges), threading.Lock()

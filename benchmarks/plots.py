@@ -52,6 +52,8 @@ _THEMES = {"light": ("#1f2328", "#d0d7de"), "dark": ("#e6edf3", "#3d444d")}
 def label(variant: str) -> str:
     if variant in LABELS:
         return LABELS[variant]
+    if variant == "sglang_restart":  # nothing is restored
+        return f"{PEERS['sglang']}: recomputed after a restart"
     for ending in sorted(_OF_PEERS, key=len, reverse=True):
         if variant.endswith(f"_{ending}"):
             peer = variant.removesuffix(f"_{ending}")

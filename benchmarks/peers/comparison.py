@@ -65,9 +65,9 @@ class PeerTurns:
         return self._reason is not None
 
     def give_up(self, error: Exception) -> None:
-        """``trouble`` says everything; the rows have its first line."""
+        """``trouble`` says everything; the rows have its first line, without what only introduces a log."""
         self.trouble = str(error) or repr(error)
-        self._reason = self.trouble.splitlines()[0]
+        self._reason = self.trouble.splitlines()[0].partition("; the end of")[0]
 
     def start(self) -> None:
         self._server.start()

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from agentstate.pages import Chunk, LayerwiseReader, PageStore, Stream, Verifier
+from agentstate.pages import Chunk, LayerwiseReader, PageStore, Stream
 from engine_patch.arrivals import Arrivals
 from engine_patch.prefetch import Prefetches
-from engine_patch.staging import HostCopies, PinnedMemory
+from engine_patch.staging import PinnedMemory
 from engine_patch.transfer import DevicePages
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Restorer:
     remaining pages are left out, the other requests of its batch are served, and every layer is released all the
     same, since the forward waits for the batch.
 
-    On a GPU a chunk's copies are queued while the next one is verified, and are waited for once a layer, at its end.
+    On a GPU a chunk's copies are queued while the next ones are read, and are waited for once a layer, at its end.
     The memory of a chunk is read into again when its own copies are over.
     """
 
@@ -82,7 +82,6 @@ class Restorer:
         self._pages = pages
         self._reader = reader
         self._pinned = PinnedMemory(reader.staging, pages.device)
-        self._host_copies = HostCopies(reader.staging, reader.chunk_bytes)
         self._pending: dict[str, _Load] = {}
         self._batches: dict[int, _Batch] = {}
         self._queue: queue.Queue[tuple[int, _Batch] | None] = queue.Queue()
@@ -178,26 +177,25 @@ class Restorer:
     def _restore(self, index: int, batch: _Batch) -> None:
         started, n_bytes = time.perf_counter(), 0
         batch.failed.update(load.rid for load in batch.loads if load.stream is None)
-        loads = [(load, load.stream, Verifier(load.stream.hold)) for load in batch.loads if load.stream is not None]
-        for _, stream, _ in loads:
+        loads = [(load, load.stream) for load in batch.loads if load.stream is not None]
+        for _, stream in loads:
             stream.hurry()
         for layer in range(self._pages.geometry.layers):
-            for load, stream, verifier in loads:
+            for load, stream in loads:
                 for chunk in stream.layer(layer):
                     n_bytes += chunk.n_bytes
-                    self._land(batch, load, verifier, chunk)
+                    self._land(batch, load, chunk)
             self._pages.inbound.finish()
             self.arrivals.complete(index, layer)
             if layer == 0:
                 self.stats.first_layer_s += time.perf_counter() - started
         self._record(batch, len(loads), n_bytes, time.perf_counter() - started)
 
-    def _land(self, batch: _Batch, load: _Load, verifier: Verifier, chunk: Chunk) -> None:
-        """Verify a chunk and write what it has of the request's pages to the device."""
+    def _land(self, batch: _Batch, load: _Load, chunk: Chunk) -> None:
+        """Write what a chunk has of the request's pages to the device, unless one must not be used."""
         # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
         own = range(len(load.keys))
-        unusable = verifier.wrong_pages(self._host_copies.of(chunk))
-        if wrong := [page for at in unusable if (page := at - load.offset) in own]:
+        if wrong := [page for at in chunk.wrong if (page := at - load.offset) in own]:
             self._reject(batch, load, wrong, chunk)
         self._pages.inbound.after(batch.ready)
         batch.ready = ()

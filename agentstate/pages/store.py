@@ -17,7 +17,6 @@ import fcntl
 import functools
 import itertools
 import logging
-import mmap
 import os
 import re
 import struct
@@ -36,7 +35,7 @@ import lmdb
 
 from agentstate.errors import BadExtent, FingerprintMismatch, PageStoreFull, PageStoreLocked, PageStoreUnwritable
 from agentstate.pages import files
-from agentstate.pages.extent import KEY_BYTES, ExtentDraft, ExtentHeader, ExtentLayout, Geometry
+from agentstate.pages.extent import KEY_BYTES, ExtentDraft, ExtentHeader, ExtentLayout, Geometry, Memory
 from agentstate.pages.index import ExtentRecord, IndexChange, PageIndex
 
 logger = logging.getLogger(__name__)
@@ -504,7 +503,7 @@ class PageStore:
     def draft_bytes(self, pages: int) -> int:
         return ExtentLayout(self.geometry, pages).file_bytes
 
-    def draft(self, keys: list[bytes], buffer: mmap.mmap) -> ExtentDraft:
+    def draft(self, keys: list[bytes], buffer: Memory) -> ExtentDraft:
         """An extent of ``keys`` to fill, in ``buffer``, which must hold `draft_bytes` of them. Raises ValueError
         for keys of another length than 32 bytes."""
         return ExtentDraft(self.fingerprint, self.geometry, keys, buffer)

@@ -32,9 +32,8 @@ from agentstate.pages import (
     staging_memory,
 )
 from agentstate.pages.files import open_direct
+from benchmarks import device
 
-# What `LayerwiseReader` reads at most at once, and so the block size of the device.
-CHUNK_BYTES = 2 << 20
 MARK = fingerprint(benchmark="pages")
 
 
@@ -205,21 +204,15 @@ class Device:
 
     def __init__(self, directory: Path, *, readers: int, largest_bytes: int):
         self.directory = directory
-        self._blocks = [staging_memory(CHUNK_BYTES) for _ in range(readers)]
+        self._blocks = [staging_memory(device.BLOCK_BYTES) for _ in range(readers)]
         self._draft = staging_memory(largest_bytes)
         random = np.random.default_rng(0)
         for buffer in (*self._blocks, self._draft):
             buffer[:] = np.frombuffer(random.bytes(len(buffer)), dtype=np.uint8)
 
     def read(self, paths: Sequence[Path]) -> None:
-        """Read files from end to end, in blocks of ``CHUNK_BYTES``."""
-        opened = {path: open_direct(path, os.O_RDONLY) for path in paths}
-        blocks = [(fd, at) for fd in opened.values() for at in range(0, os.fstat(fd).st_size, CHUNK_BYTES)]
-        try:
-            _each(blocks, self._blocks, lambda block, buffer: os.preadv(block[0], [buffer], block[1]))
-        finally:
-            for fd in opened.values():
-                os.close(fd)
+        """Read files from end to end, in blocks of 2 MiB."""
+        device.read_files(paths, self._blocks)
 
     def write(self, sizes: Sequence[int]) -> None:
         """Write files of ``sizes`` bytes, preallocated, each made durable by one `fdatasync`; over those that are

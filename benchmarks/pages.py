@@ -30,7 +30,7 @@ from rich.table import Column, Table
 
 from agentstate.pages import Geometry, LayerwiseReader, Quota
 from agentstate.settings import Settings
-from benchmarks.contenders import CHUNK_BYTES, AgentStateStore, Contender, Device, DeviceMemory, alternatives
+from benchmarks.contenders import AgentStateStore, Contender, Device, DeviceMemory, alternatives
 
 PAGE_SIZE = 64
 GEOMETRIES = {
@@ -86,9 +86,7 @@ class Measurement:
         self.growth_bytes: list[int] = []
         self.samples: defaultdict[str, list[Sample]] = defaultdict(list)
         self._staging_bytes = int(settings.staging_bytes)
-        self._reader = LayerwiseReader(
-            self.geometry, staging_bytes=self._staging_bytes, threads=settings.read_threads, chunk_bytes=CHUNK_BYTES
-        )
+        self._reader = LayerwiseReader(self.geometry, staging_bytes=self._staging_bytes, threads=settings.read_threads)
         self._store = AgentStateStore(
             # A level deeper than in a page directory: no engine's store may be mistaken for it.
             root / "store" / "rank0",

@@ -163,16 +163,18 @@ async def suspend(
     suspended, operation_id = done[-1]
     uid, ranks = suspended.session.uid, suspended.ranks
     flush, demote = Question(Kind.FLUSH, uid, ranks), Question(Kind.DEMOTE, uid, ranks)
-    outcome = Outcome(KvState.UNKNOWN)
+    outcome, timing = Outcome(KvState.UNKNOWN), dict[str, str]()
     if body.kv == "release":
         outcome = Outcome(KvState.LOST)
         if operation_id is not None:
             service.operations.follow(operation_id, [demote])
     elif ranks:
+        asked_s = time.perf_counter()
         try:
             outcome = await asyncio.wrap_future(service.operations.ask(flush, body.durable_timeout_ms))
         except EngineError as error:
             logger.warning("the KV of session %s: %s", session_id, error)
+        timing = {"Server-Timing": f"engine;dur={(time.perf_counter() - asked_s) * 1000:.3f}"}
         if operation_id is not None:
             service.operations.follow(operation_id, [flush, demote])
         elif not outcome.settled:
@@ -194,7 +196,9 @@ async def suspend(
         await run_in_threadpool(write.finish, answer)
     except DatabaseError as error:
         logger.error("the answer to the suspend of session %s is not stored whole: %s", session_id, error)
-    return answer.response()
+    response = answer.response()
+    response.headers.update(timing)
+    return response
 
 
 @router.post(

@@ -91,7 +91,7 @@ class Sessions:
                 cache_salt=cache_salt,
                 extra_key=extra_key,
                 next_seq=1,
-                expires_us=self._rows.expiry(expires_in_s),
+                expires_in_s=expires_in_s,
             )
 
     def read(self, session_id: str) -> Session:
@@ -189,7 +189,7 @@ class Sessions:
                 session=session,
                 lease=lease,
                 tail=transcript.tail(connection, before.name, history, tail),
-                pending_tool_calls=toolcalls.pending(connection, before.id),
+                pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
                 engine=server,
                 kv=outlook(session.model, stored, server, live),
             )
@@ -227,7 +227,7 @@ class Sessions:
                 manifests.forget(connection, before.id)
             return Suspended(
                 session=session,
-                pending_tool_calls=toolcalls.pending(connection, before.id),
+                pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
                 ranks=list(server.ranks) if server else [],
             )
 
@@ -344,10 +344,10 @@ class Sessions:
                 next_seq=branch.next_seq,
                 own_seq=branch.next_seq,
                 open_calls=branch.open_calls,
-                branched_us=now_us(),
-                expires_us=self._rows.expiry(expires_in_s),
+                branched=True,
+                expires_in_s=expires_in_s,
             )
-            branch.history.close(connection, uid)
+            branch.history.store(connection, uid)
             if branch.open_calls:
                 toolcalls.copy_open(connection, parent.id, uid)
             return session

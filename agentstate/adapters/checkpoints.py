@@ -104,7 +104,7 @@ class Checkpoints:
             del row["thread_id"]
             key = ("session_id", "namespace", "id")
             connection.execute(
-                insert(connection, checkpoints)
+                insert(connection.dialect.name, checkpoints)
                 .values(row)
                 .on_conflict_do_update(
                     index_elements=key, set_={name: value for name, value in row.items() if name not in key}
@@ -114,7 +114,7 @@ class Checkpoints:
             if channels:
                 connection.execute(
                     # A version of a channel is made once: the same version has the same value.
-                    insert(connection, checkpoint_channels).on_conflict_do_nothing(),
+                    insert(connection.dialect.name, checkpoint_channels).on_conflict_do_nothing(),
                     [
                         {
                             "session_id": session_id,
@@ -132,7 +132,7 @@ class Checkpoints:
         """Store what tasks wrote, once: a second time changes nothing, but for those at negative positions."""
         with self._database.write() as connection:
             session_id = self._ensure_session(connection, thread_id)
-            statement = insert(connection, checkpoint_writes)
+            statement = insert(connection.dialect.name, checkpoint_writes)
             replaced = ("task_path", "channel", "encoding", "body")
             replace = statement.on_conflict_do_update(
                 index_elements=list(checkpoint_writes.primary_key),
@@ -300,7 +300,7 @@ class Checkpoints:
                 others = [column for column in table.c if column.name != "session_id"]
                 rows = sa.select(sa.literal(session_id, sa.Text()), *others).where(table.c.session_id == source.id)
                 connection.execute(
-                    insert(connection, table)
+                    insert(connection.dialect.name, table)
                     .from_select(["session_id", *(column.name for column in others)], rows)
                     .on_conflict_do_nothing()
                 )
@@ -332,7 +332,7 @@ def _rows() -> sa.Select[Any]:
 def _ensure(connection: Connection, thread_id: str, **values: Any) -> str:
     """The id of a thread's session, which is made with ``values`` if there is none."""
     connection.execute(
-        insert(connection, sessions)
+        insert(connection.dialect.name, sessions)
         .values(
             id=ids.new("ses"),
             tenant=DEFAULT_TENANT,
@@ -370,7 +370,7 @@ def _add_blobs(connection: Connection, session_id: str, values: Iterable[Value])
             del new[digest]
     if new:
         connection.execute(
-            insert(connection, checkpoint_blobs).on_conflict_do_nothing(),
+            insert(connection.dialect.name, checkpoint_blobs).on_conflict_do_nothing(),
             [{"session_id": session_id, "digest": digest, "body": body} for digest, body in new.items()],
         )
 

@@ -174,7 +174,7 @@ def read(connection: Connection, name: str, history: History) -> list[Entry]:
 
 def by_id(connection: Connection, name: str, ids: Sequence[str]) -> dict[str, Entry]:
     """Entries by their ids, for whoever knows that they are the session's."""
-    found = connection.execute(sa.select(table).where(table.c.id.in_(ids)))
+    found = connection.execute(_SELECT.where(table.c.id.in_(ids)))
     return {entry.id: entry for entry in _complete(connection, name, found.all())}
 
 
@@ -202,12 +202,17 @@ def tail(connection: Connection, name: str, history: History, length: int) -> En
     return EntryPage(found, has_more=cut > history.first)
 
 
+_KINDS = {kind.value: kind for kind in EntryKind}
+_COLUMNS = ("id", "parent_id", "seq", "kind", "payload", "call_id", "created_us", "blob")
+_SELECT = sa.select(*(table.c[name] for name in _COLUMNS))
+
+
 @cache
 def _reading(parts: int) -> sa.Select[Any]:
-    return sa.select(table).where(History.entries(parts)).order_by(table.c.seq)
+    return _SELECT.where(History.entries(parts)).order_by(table.c.seq)
 
 
-def _complete(connection: Connection, name: str, rows: Sequence[sa.Row[Any]]) -> list[Entry]:
+def _complete(connection: Connection, name: str, rows: Sequence[Any]) -> list[Entry]:
     wanted = {row.blob for row in rows if row.blob is not None}
     contents = {}
     if wanted:
@@ -215,14 +220,14 @@ def _complete(connection: Connection, name: str, rows: Sequence[sa.Row[Any]]) ->
         contents = {bytes(blob.key): json.loads(blob.content) for blob in found}
     return [
         Entry(
-            id=row.id,
-            session_id=name,
-            parent_id=row.parent_id,
-            seq=row.seq,
-            kind=EntryKind(row.kind),
-            payload=row.payload if row.blob is None else contents[bytes(row.blob)],
-            call_id=row.call_id,
-            created_us=row.created_us,
+            entry_id,
+            name,
+            parent_id,
+            seq,
+            _KINDS[kind],
+            payload if blob is None else contents[bytes(blob)],
+            call_id,
+            created_us,
         )
-        for row in rows
+        for entry_id, parent_id, seq, kind, payload, call_id, created_us, blob in rows
     ]

@@ -352,8 +352,9 @@ class Sessions:
                 toolcalls.copy_open(connection, parent.id, uid)
             return session
 
-    def rewind(self, session_id: str, revision: int | None, *, at: str, key: LeaseKey | None = None) -> Session:
-        """Make the entry ``at`` the head again. The entries after it are taken back; their ``seq`` stay unused.
+    def rewind(self, session_id: str, revision: int | None, *, at: str | None, key: LeaseKey | None = None) -> Session:
+        """Make the entry ``at`` the head again, or with None go back to before the first entry. The entries after it
+        are taken back; their ``seq`` stay unused.
 
         Needs the lease while the session is being run. Raises SessionBusy, LeaseLost, EntryNotFound, NotABranchPoint;
         ToolInFlight while a tool call is claimed.
@@ -362,7 +363,7 @@ class Sessions:
             before = self._rows.lock(connection, session_id, revision)
             self._rows.require_turn(connection, before, key)
             history = History.of(connection, before)
-            branch = branches.branch_at(connection, before, history, at)
+            branch = branches.START if at is None else branches.branch_at(connection, before, history, at)
             if branch.head_id == before.head_entry:
                 return rows.session_of(before)
             running = toolcalls.in_flight(connection, before.id)

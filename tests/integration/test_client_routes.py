@@ -70,6 +70,9 @@ def test_fork_and_rewind(service: Service, session: Session) -> None:
         turn.append(message({"text": "d"}))
         client.rewind("s", second, revision=client.read("s").revision, lease=turn.lease)
     assert texts(service, "s") == ["a", "b"]
+    assert client.rewind("s", None, revision="*").head_id is None
+    assert texts(service, "s") == []
+    assert texts(service, "fork") == ["a", "b"]
 
 
 def test_resume_of_a_revision_and_waiting_for_it(service: Service, session: Session) -> None:

@@ -160,7 +160,7 @@ class Observation:
 
 def _route(scope: Scope) -> str:
     """The route's template, not the path: there are as many paths as sessions."""
-    return getattr(scope.get("route"), "path", "none")
+    return getattr(scope.get("route"), "path_format", "none")
 
 
 def _method(scope: Scope) -> str:

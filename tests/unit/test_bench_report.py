@@ -144,3 +144,33 @@ def test_a_replay_of_nothing_says_what_to_choose(tmp_path: Path) -> None:
 
 def test_quantiles_are_by_nearest_rank() -> None:
     assert [quantile([1.0, 2.0, 3.0, 4.0], share) for share in (0.0, 0.25, 0.5, 0.51, 1.0)] == [1.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_page_has_the_session_service_beside_its_peers(tmp_path: Path) -> None:
+    case = {"database": "sqlite", "concurrency": 1, "samples": 9}
+    rows = [
+        {
+            **case,
+            "system": "agentstate",
+            "operation": "resume",
+            "history": n,
+            "side": "server",
+            "p50_ms": 2,
+            "p99_ms": 4.5,
+        }
+        for n in (10, 100_000)
+    ]
+    peer = {"system": "Peer", "operation": "get_items", "history": 10, "side": "client", "p50_ms": 1500, "p99_ms": 2000}
+    settings = {
+        "sessions": {"10": 10_000, "100000": 3},
+        "engine": "a stand-in",
+        "durability": {"sqlite": {"agentstate": {"synchronous": "normal"}}},
+        "left_out": {"Other on sqlite": "it is not installed"},
+    }
+    written(tmp_path / "raw", "service", [*rows, {**case, **peer}], settings)
+    report.write(tmp_path / "raw", tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text()
+    assert "| agentstate | resume | server | 2.00 / 4.50 | 2.00 / 4.50 |" in page
+    assert "| Peer | get_items | client | 1,500.00 / 2,000.00 |  |" in page
+    assert "- sqlite, agentstate: synchronous normal" in page
+    assert "- not measured: Other on sqlite: it is not installed" in page

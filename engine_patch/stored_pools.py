@@ -109,8 +109,8 @@ class StoredPools:
 
     def restorable(self, keys: Sequence[bytes], *, use: bool = True) -> list[int]:
         """Every length, in pages, up to which a prefix of ``keys`` is stored with all that is needed to go on from
-        there. Pages before ``keys`` are taken to be on the device. From memory; never touches the disk. The pages
-        count as used, unless ``use`` is false."""
+        there. Pages before ``keys`` are taken to be on the device. From memory; never touches the disk. The pages that
+        the longest length needs count as used, unless ``use`` is false."""
         if not self._pools:
             return []
         full, *windowed = self._pools
@@ -118,10 +118,13 @@ class StoredPools:
         lengths = set(range(1, found + 1))
         for pool in windowed:
             run = 0
-            for length in range(1, found + 1):
-                run = run + 1 if keys[length - 1] in pool.store else 0
+            for length, stored in enumerate(pool.store.stored(keys[:found]), start=1):
+                run = run + 1 if stored else 0
                 if run < min(pool.window_pages or length, length):
                     lengths.discard(length)
+        if use and lengths:
+            for pool in windowed:
+                pool.store.prefix_length(pool.needed(keys[: max(lengths)]))
         return sorted(lengths)
 
     def durable(self, keys: Sequence[bytes], *, use: bool = False) -> int:

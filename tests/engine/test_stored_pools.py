@@ -10,7 +10,7 @@ import torch
 from contents import key, keys, write
 from device import PAGE_SIZE, PAGES, fill, kv_tensors, page_of
 
-from agentstate.pages import PageStore, fingerprint
+from agentstate.pages import PageStore, Quota, fingerprint
 from agentstate.settings import Settings
 from engine_patch.pools import DevicePool
 from engine_patch.sglang_api import PoolName, PoolTransfer
@@ -108,6 +108,21 @@ def test_a_state_goes_on_from_its_own_page_only(stage: Stage, opened: Callable[.
     write(stage.stores[PoolName.MAMBA], keys(2, 5, 9))
     assert pools.restorable(keys(*range(10))) == [3, 6]
     assert pools.durable(keys(*range(5))) == 3
+
+
+def test_what_a_window_needs_counts_as_used(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    pools = opened(PoolName.KV, PoolName.SWA)
+    window = stage.stores[PoolName.SWA]
+    for number in range(6):
+        write(stage.stores[PoolName.KV], keys(number))
+        write(window, keys(number))
+    each = window.stats.bytes // 6
+    assert pools.restorable(keys(0, 1, 2, 3)) == [1, 2, 3, 4]
+    assert pools.durable(keys(0, 1)) == 2
+    window.quota = Quota(max_bytes=2 * each)
+    window.make_room(0)
+    # Of the chain that was looked for, its window, and neither what lies before that nor what came later.
+    assert held_by(window) == keys(2, 3)
 
 
 def test_all_pools_agree_whatever_each_of_them_has(stage: Stage, opened: Callable[..., StoredPools]) -> None:

@@ -34,13 +34,21 @@ class LocalStack:
     """`agentstate serve` and `agentstate engine` on two ports of loopback, with everything they keep below ``home``.
 
     Logs go to ``home``/service.log and engine.log. `close` ends what was started. The settings of the surrounding
-    environment count, but for the database and the page directory, which are ``home``'s own.
+    environment count, but for the database and the page directory, which are ``home``'s own. An engine that does not
+    store (``stores``) is SGLang as it is, to compare with: it needs no service, and has no control endpoint.
     """
 
     model = "smollm2"
 
     def __init__(
-        self, home: Path, checkpoint: Path, *, engine_python: Path | None, service_port: int, engine_port: int
+        self,
+        home: Path,
+        checkpoint: Path,
+        *,
+        engine_python: Path | None,
+        service_port: int,
+        engine_port: int,
+        stores: bool = True,
     ):
         home.mkdir(parents=True, exist_ok=True)
         self.home = home
@@ -48,6 +56,7 @@ class LocalStack:
         self.engine_url = f"http://127.0.0.1:{engine_port}"
         self.engine_arguments: tuple[str, ...] = ()
         self._checkpoint = checkpoint
+        self._stores = stores
         self._engine_port = engine_port
         self._engine: subprocess.Popen[bytes] | None = None
         self._service: subprocess.Popen[bytes] | None = None
@@ -72,11 +81,11 @@ class LocalStack:
         given = ["--model-path", str(self._checkpoint), "--served-model-name", self.model, "--host", "127.0.0.1"]
         given += ["--port", str(self._engine_port), "--max-total-tokens", "32768", *arguments]
         self.engine_arguments = arguments
-        command, environment = launcher.engine_command(self._settings, given, self.environment)
+        command, environment = launcher.engine_command(self._settings, given, self.environment, stores=self._stores)
         self._engine = self._spawn(command, environment, "engine.log")
         self._await(self._engine, f"{self.engine_url}/health", "engine.log", 300)
         deadline = time.monotonic() + 30
-        while self._stat() is None:
+        while self._stores and self._stat() is None:
             if time.monotonic() > deadline:
                 raise EngineError("the engine runs and did not register itself with the service")
             time.sleep(0.1)
@@ -88,6 +97,16 @@ class LocalStack:
                 os.killpg(self._engine.pid, signal.SIGKILL)
             self._engine.wait()
             self._engine = None
+
+    def freeze_engine(self) -> None:
+        """Let the engine and everything it started stand still: an idle one looks for requests all the time."""
+        if self._engine is not None:
+            os.killpg(self._engine.pid, signal.SIGSTOP)
+
+    def thaw_engine(self) -> None:
+        """Let a frozen engine go on where it was."""
+        if self._engine is not None:
+            os.killpg(self._engine.pid, signal.SIGCONT)
 
     def stop_engine(self) -> None:
         """SIGTERM: the engine ends its requests and stores what it has."""

@@ -180,7 +180,12 @@ def test_what_a_node_has_in_each_pool_is_stored_and_comes_back(
     pools.gate.set_consumer(index)
     for layer in range(12):
         pools.gate.wait_until(layer)
-    assert pools.finish(index) == set()
+    failed, restored = pools.finish(index)
+    assert failed == set()
+    # Of all pools, once; its pages are those of full attention.
+    assert restored is not None and (restored.requests, restored.pages) == (1, 3)
+    assert restored.n_bytes >= pools.n_bytes(3)
+    assert 0 < restored.waited_s <= pools.gate.waited_s
     assert [page_of(stage.full, n)[layer] for n in (10, 11, 12) for layer in range(3)] == [
         page[layer] for page in right for layer in range(3)
     ]
@@ -236,7 +241,7 @@ def test_one_bad_page_in_one_pool_fails_its_request(stage: Stage, opened: Callab
         assert pools.load(
             f"r{page}", [transfer(name, [page], slots(10 + page)) for name in (PoolName.KV, PoolName.SWA)]
         )
-    assert pools.finish(pools.start(())) == {"r2"}
+    assert pools.finish(pools.start(())).failed == {"r2"}
     assert pools.restorable(keys(2)) == []
     assert pools.restorable(keys(1)) == [1]
     stat = pools.stat()
@@ -283,7 +288,7 @@ def test_without_pools_nothing_is_stored_and_nothing_is_found(opened: Callable[.
     assert not pools.load("r", [pages])
     assert pools.restorable(keys(1)) == []
     assert pools.start(()) == -1
-    assert pools.finish(-1) == set()
+    assert pools.finish(-1).failed == set()
     assert pools.results == 0
     assert pools.stat()["spill"]["waiting"] == 0
     pools.gate.set_consumer(-1)

@@ -255,10 +255,10 @@ def soak(
 
 @bench.command()
 def throughput(
-    rounds: Annotated[int, typer.Option(min=2, help="How often each load is sent to each engine.")] = 12,
+    rounds: Annotated[int, typer.Option(min=2, help="How often each load is sent in each variant.")] = 10,
     report: JsonPath = None,
 ) -> None:
-    """Output throughput of an engine that stores its pages, and of SGLang as it is: decoding, and prefilling."""
+    """Output throughput while an engine spills, while it does not, and of SGLang as it is: decoding, and prefilling."""
     _room("benchmarks.throughput").throughput(Settings(), rounds, report)
 
 

@@ -96,6 +96,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             stat=self.stat,
             prefetch=self._prefetch,
             demote=self._demote,
+            spill=self._spill,
             tick=self._tick,
         )
         self._engine = Engine(
@@ -310,6 +311,11 @@ class AgentStateLinker(UnifiedCacheLinker):
             raise EngineError("the engine is not up yet")
         self.device_tier.demote(session_id)
         return self._answer("demoted", len(self._ledger.chain(session_id) or ()), "device")
+
+    def _spill(self, on: bool) -> dict[str, Any]:
+        self._pools.spill(on)
+        logger.info("agentstate: spilling is %s", "on" if on else "off: what is computed now is not stored")
+        return {"state": "on" if on else "off"}
 
     def _answer(self, state: str, pages: int, tier: str) -> dict[str, Any]:
         """``pages`` are those that the state is about; nothing of a session that is ``cold`` is anywhere."""

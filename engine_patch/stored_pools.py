@@ -245,6 +245,11 @@ class StoredPools:
         """Whether these pages are in host memory, or on their way there."""
         return any(pool.restorer.prefetches.covers(pool.needed(keys)) for pool in self._pools)
 
+    def spill(self, on: bool) -> None:
+        """Whether what is offered from now on is stored."""
+        for pool in self._pools:
+            pool.spiller.on = on
+
     def offer(self, transfers: Sequence[PoolTransfer], ready: Sequence[torch.cuda.Event]) -> bool:
         """Queue a tree node's pages for writing, those of each pool that it has. One result follows for all."""
         if not self._pools:

@@ -281,6 +281,29 @@ def bench_service(
 
 
 @bench.command()
+def throughput(
+    rounds: Annotated[int, typer.Option(min=2, help="How often each load is sent in each variant.")] = 10,
+    report: JsonPath = None,
+) -> None:
+    """Output throughput while an engine spills, while it does not, and of SGLang as it is: decoding, and prefilling."""
+    _room("benchmarks.throughput").throughput(Settings(), rounds, report)
+
+
+@bench.command()
+def burst(
+    models: Annotated[str, typer.Option(help="Like `ttft --model`, several with commas between them.")] = (
+        "smollm2-135m-instruct,qwen2.5-7b"
+    ),
+    sessions: Annotated[int, typer.Option(min=2, help="How many are resumed at once.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Context of each, whole pages of 64 at best.")] = 2048,
+    rounds: Annotated[int, typer.Option(min=2, help="How often they are.")] = 10,
+    report: JsonPath = None,
+) -> None:
+    """Many agents go on at once: how long the last one waits, beside what the drive and the model need for all."""
+    _room("benchmarks.burst").burst(Settings(), models.split(","), sessions, tokens, rounds, report)
+
+
+@bench.command()
 def project(
     prefill_tflops: Annotated[float, typer.Option(help="What a prefill reaches, TFLOP/s.")] = 550,
     prefill_tokens_per_s: Annotated[

@@ -23,10 +23,11 @@ _LEAST_FREE_BYTES = 64 << 20
 
 
 def engine_command(
-    settings: Settings, arguments: list[str], environment: Mapping[str, str]
+    settings: Settings, arguments: list[str], environment: Mapping[str, str], *, stores: bool = True
 ) -> tuple[list[str], dict[str, str]]:
     """The command line that starts SGLang, with ``arguments`` passed through, and its environment: ``environment``,
-    and what SGLang needs on a CPU where that does not say otherwise.
+    and what SGLang needs on a CPU where that does not say otherwise. Unless it ``stores``, SGLang's own radix cache is
+    left in place.
 
     Flags that the caller gave are left as they are. Raises SettingsError, EngineError or PageStoreError for what
     would fail: no SGLang, no such model directory, a port that is taken, a page directory that cannot be used.
@@ -46,7 +47,7 @@ def engine_command(
         raise SettingsError("AGENTSTATE_READ_BACKEND=kvikio needs a GPU, and none is found here: set it to posix")
     command = [python, "-m", "sglang.launch_server", *arguments]
     complete = dict(environment)
-    if _value(arguments, "--radix-cache-backend") is None:
+    if stores and _value(arguments, "--radix-cache-backend") is None:
         command += ["--radix-cache-backend", BACKEND]
     if "--enable-cache-report" not in arguments:
         command += ["--enable-cache-report"]

@@ -88,17 +88,29 @@ class LocalService:
 
 
 class LocalStack(LocalService):
-    """A service, and `agentstate engine` beside it on a port of its own, whose log goes to ``home``/engine.log."""
+    """A service, and `agentstate engine` beside it on a port of its own, whose log goes to ``home``/engine.log.
+
+    An engine that does not store (``stores``) is SGLang as it is, to compare with: it needs no service, and has no
+    control endpoint.
+    """
 
     model = "smollm2"
 
     def __init__(
-        self, home: Path, checkpoint: Path, *, engine_python: Path | None, service_port: int, engine_port: int
+        self,
+        home: Path,
+        checkpoint: Path,
+        *,
+        engine_python: Path | None,
+        service_port: int,
+        engine_port: int,
+        stores: bool = True,
     ):
         super().__init__(home, service_port=service_port, settings={"HF_HUB_OFFLINE": "1"})
         self.engine_url = f"http://127.0.0.1:{engine_port}"
         self.engine_arguments: tuple[str, ...] = ()
         self._checkpoint = checkpoint
+        self._stores = stores
         self._engine_port = engine_port
         self._engine: subprocess.Popen[bytes] | None = None
         self._settings = Settings(
@@ -111,11 +123,11 @@ class LocalStack(LocalService):
         given = ["--model-path", str(self._checkpoint), "--served-model-name", self.model, "--host", "127.0.0.1"]
         given += ["--port", str(self._engine_port), "--max-total-tokens", "32768", *arguments]
         self.engine_arguments = arguments
-        command, environment = launcher.engine_command(self._settings, given, self.environment)
+        command, environment = launcher.engine_command(self._settings, given, self.environment, stores=self._stores)
         self._engine = self._spawn(command, environment, "engine.log")
         self._await(self._engine, f"{self.engine_url}/health", "engine.log", 300)
         deadline = time.monotonic() + 30
-        while self._stat() is None:
+        while self._stores and self._stat() is None:
             if time.monotonic() > deadline:
                 raise EngineError("the engine runs and did not register itself with the service")
             time.sleep(0.1)
@@ -127,6 +139,16 @@ class LocalStack(LocalService):
                 os.killpg(self._engine.pid, signal.SIGKILL)
             self._engine.wait()
             self._engine = None
+
+    def freeze_engine(self) -> None:
+        """Let the engine and everything it started stand still: an idle one looks for requests all the time."""
+        if self._engine is not None:
+            os.killpg(self._engine.pid, signal.SIGSTOP)
+
+    def thaw_engine(self) -> None:
+        """Let a frozen engine go on where it was."""
+        if self._engine is not None:
+            os.killpg(self._engine.pid, signal.SIGCONT)
 
     def stop_engine(self) -> None:
         """SIGTERM: the engine ends its requests and stores what it has."""

@@ -91,6 +91,11 @@ class Settings(BaseSettings):
         "posix",
         description="What reads pages: posix into host memory, or kvikio (GPUDirect Storage) into the GPU's own.",
     )
+    break_even: bool = Field(
+        True,
+        description="Whether an engine computes short prefixes that it has stored where it has measured that to be "
+        "faster than restoring them: on or off.",
+    )
     prefetch_ttl_s: float = Field(
         60.0, gt=0, description="How long pages that were prefetched to host memory are kept for the next request."
     )

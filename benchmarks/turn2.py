@@ -1,30 +1,21 @@
-"""What `agentstate bench ttft` and `soak` run: the stack, the model, progress, tables and raw results."""
+"""What `agentstate bench ttft` and `soak` run: progress, tables and raw results."""
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from agentstate import launcher
-from agentstate.errors import EngineError, SettingsError
-from agentstate.local import LocalStack, free_port
+from agentstate.errors import EngineError
 from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.models import GEOMETRIES
 from benchmarks.soak import Soak
+from benchmarks.stacks import SMOLLM2, console, running, steps
 from benchmarks.ttft import VARIANTS, Turn2, paired_ratio
-
-console = Console()
-SMOLLM2 = "smollm2-135m-instruct"
 
 
 def ttft(
@@ -34,8 +25,8 @@ def ttft(
     # Chunks as long as a prompt: nothing of a restore waits for a second batch.
     arguments = ["--max-total-tokens", str(max(32_768, 3 * max(lengths))), "--context-length", str(max(lengths) + 256)]
     arguments += ["--skip-tokenizer-init"] if model in GEOMETRIES else []
-    steps = len(lengths) * (rounds * len(VARIANTS) + recomputes)
-    with _running(settings, model, arguments) as stack, _bar(steps) as bar:
+    requests = len(lengths) * (rounds * len(VARIANTS) + recomputes)
+    with running(settings, model, arguments) as stack, steps(requests) as bar:
         turn2 = Turn2(stack, model, *bar)
         rows = asyncio.run(turn2.run(lengths, rounds, recomputes))
         rows += asyncio.run(turn2.first_after_restart(max(lengths)))
@@ -47,7 +38,7 @@ def ttft(
 
 def soak(settings: Settings, turns: int, restarts: int, seed: int, report: Path | None) -> None:
     """Run conversations twice and compare every token. Raises EngineError when one differs."""
-    with _running(settings, SMOLLM2, ("--chunked-prefill-size", "512")) as stack, _bar(2 * turns) as (say, step):
+    with running(settings, SMOLLM2, ("--chunked-prefill-size", "512")) as stack, steps(2 * turns) as (say, step):
         say("conversations that are never suspended, and the same ones suspended before every turn")
         outcome = asyncio.run(Soak(stack, turns=turns, restarts=restarts, seed=seed, longest=3000, step=step).run())
     happened = ", ".join(f"{count} × {event}" for event, count in outcome.points.most_common())
@@ -58,42 +49,6 @@ def soak(settings: Settings, turns: int, restarts: int, seed: int, report: Path 
     if outcome.different:
         raise EngineError(f"{len(outcome.different)} turns differ, the first: {outcome.different[0]}")
     console.print("every token is that of the agent that was never suspended")
-
-
-@contextmanager
-def _running(settings: Settings, model: str, arguments: Sequence[str]) -> Iterator[LocalStack]:
-    checkpoint = _checkpoint(settings, model)
-    with tempfile.TemporaryDirectory(dir=settings.cache_dir, prefix="bench-") as home:
-        stack = LocalStack(
-            Path(home),
-            checkpoint,
-            engine_python=settings.engine_python,
-            service_port=free_port(),
-            engine_port=free_port(),
-        )
-        with closing(stack):
-            with Progress(SpinnerColumn(), TextColumn("starting the engine"), TimeElapsedColumn()) as progress:
-                progress.add_task("", total=None)
-                stack.start_service()
-                stack.start_engine(*arguments)
-            yield stack
-
-
-def _checkpoint(settings: Settings, model: str) -> Path:
-    checkpoint = settings.cache_dir / model
-    if (checkpoint / "config.json").exists():
-        return checkpoint
-    python = launcher.engine_python(settings)
-    if model == SMOLLM2:
-        command = [python, "-m", "engine_patch.cpu.smollm2", str(checkpoint)]
-    elif model in GEOMETRIES:
-        command = [python, "-m", "benchmarks.models", model, str(checkpoint)]
-    else:
-        raise SettingsError(f"there is no model {model}: choose {', '.join([SMOLLM2, *GEOMETRIES])}")
-    console.print(f"preparing {model} (once)")
-    if subprocess.run(command, check=False).returncode:
-        raise EngineError("the model could not be prepared; the lines above say why")
-    return checkpoint
 
 
 def _print_ttft(rows: list[dict[str, Any]]) -> None:
@@ -126,12 +81,3 @@ def _print_ttft(rows: list[dict[str, Any]]) -> None:
 
 def _of(rows: list[dict[str, Any]], row: dict[str, Any], variant: str) -> dict[str, Any] | None:
     return next((r for r in rows if (r["tokens"], r["variant"]) == (row["tokens"], variant)), None)
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """What names the step that is being done, and what says that one is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda text: progress.update(task, description=text), lambda: progress.advance(task)

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 
@@ -36,6 +38,36 @@ class RestoreStats:
     requests_failed: int = 0
 
 
+class Source(StrEnum):
+    """Where pages are restored from: ``cold`` is the disk; ``host`` is staging, which they are in or on their way to
+    because they were read ahead or prefetched; ``device`` is the disk too, for no request yet but for a prefetch to
+    the device."""
+
+    COLD = "cold"
+    HOST = "host"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What one batch brought back: ``pages`` for ``requests``, ``n_bytes`` as they were read, in ``seconds``, of which
+    the forward waited ``waited_s``. Not counted are the pages of requests that failed."""
+
+    requests: int
+    pages: int
+    n_bytes: int
+    seconds: float
+    sources: frozenset[Source]
+    waited_s: float = 0.0
+
+
+class Finished(NamedTuple):
+    """The rids whose pages must not be used, and what was restored; None when that is nothing."""
+
+    failed: set[str]
+    restored: Restored | None = None
+
+
 @dataclass
 class _Load:
     """One request's restore: its pages are those of ``stream`` from ``offset`` on. ``stream`` is None when a page went
@@ -45,6 +77,7 @@ class _Load:
     keys: list[bytes]
     numbers: torch.Tensor
     stream: Stream | None
+    source: Source
     offset: int = 0
 
     def own(self, first: int, count: int) -> slice:
@@ -61,6 +94,7 @@ class _Batch:
     loads: list[_Load]
     ready: Sequence[torch.cuda.Event]
     failed: set[str] = field(default_factory=set)
+    restored: Restored | None = None
 
 
 class Restorer:
@@ -88,16 +122,18 @@ class Restorer:
         self._thread = threading.Thread(target=self._run, name="agentstate-restore", daemon=True)
         self._thread.start()
 
-    def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor) -> None:
-        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, if it has not begun before."""
+    def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor, source: Source = Source.COLD) -> None:
+        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, if it has not begun before: then
+        ``source`` is host memory."""
         if (ahead := self.prefetches.take(keys)) is not None:
-            self._pending[rid] = _Load(rid, keys, numbers, *ahead)
+            stream, offset = ahead
+            self._pending[rid] = _Load(rid, keys, numbers, stream, Source.HOST, offset)
             return
         try:
             stream = self._reader.open(self._store.hold(keys))
         except KeyError:
             stream = None
-        self._pending[rid] = _Load(rid, keys, numbers, stream)
+        self._pending[rid] = _Load(rid, keys, numbers, stream, source)
 
     def cancel(self, rid: str) -> bool:
         load = self._pending.pop(rid, None)
@@ -125,15 +161,15 @@ class Restorer:
         """Whether `finish` would not wait."""
         return self.arrivals.landed(index)
 
-    def finish(self, index: int) -> set[str]:
-        """Wait until batch ``index`` stops writing to the device: the rids whose pages must not be used."""
+    def finish(self, index: int) -> Finished:
+        """Wait until batch ``index`` stops writing to the device, and tell what became of it."""
         complete = self.arrivals.finish(index)
         batch = self._batches.pop(index, None)
         if batch is None:
-            return set()
+            return Finished(set())
         failed = batch.failed if complete else {load.rid for load in batch.loads}
         self.stats.requests_failed += len(failed)
-        return failed
+        return Finished(failed, batch.restored if complete else None)
 
     def reset(self) -> None:
         """Forget what is queued and wait for what runs."""
@@ -186,10 +222,12 @@ class Restorer:
                     n_bytes += chunk.n_bytes
                     self._land(batch, load, chunk)
             self._pages.inbound.finish()
-            self.arrivals.complete(index, layer)
             if layer == 0:
                 self.stats.first_layer_s += time.perf_counter() - started
-        self._record(batch, len(loads), n_bytes, time.perf_counter() - started)
+            if layer == self._pages.geometry.layers - 1:
+                # Before whoever waits for the batch goes on.
+                batch.restored = self._record(batch, n_bytes, time.perf_counter() - started)
+            self.arrivals.complete(index, layer)
 
     def _land(self, batch: _Batch, load: _Load, chunk: Chunk) -> None:
         """Write what a chunk has of the request's pages to the device, unless one must not be used."""
@@ -229,17 +267,11 @@ class Restorer:
                 self._store.drop(load.keys[page])
                 self.stats.pages_failed += 1
 
-    def _record(self, batch: _Batch, requests: int, n_bytes: int, seconds: float) -> None:
-        pages = sum(len(load.keys) for load in batch.loads if load.rid not in batch.failed)
+    def _record(self, batch: _Batch, n_bytes: int, seconds: float) -> Restored | None:
+        good = [load for load in batch.loads if load.rid not in batch.failed]
+        pages = sum(len(load.keys) for load in good)
         self.stats.restores += 1
         self.stats.pages_restored += pages
         self.stats.bytes_read += n_bytes
         self.stats.seconds += seconds
-        logger.info(
-            "agentstate: restored %d tokens, %.1f MB in %.1f ms (%.2f GB/s) from disk for %d request(s)",
-            pages * self._pages.geometry.page_size,
-            n_bytes / 1e6,
-            seconds * 1e3,
-            n_bytes / 1e9 / seconds,
-            requests,
-        )
+        return Restored(len(good), pages, n_bytes, seconds, frozenset(load.source for load in good)) if good else None

@@ -30,7 +30,8 @@ _MERGE_STAGING_BYTES = 8 << 20
 @dataclass
 class SpillStats:
     """Counters since the engine started. ``pages_known`` were offered again and not written again; ``pages_skipped``
-    were not written because too much was waiting already; ``extents_merged`` were replaced by larger ones."""
+    were not written because too much was waiting already, or spilling was off; ``extents_merged`` were replaced by
+    larger ones."""
 
     pages_spilled: int = 0
     bytes_spilled: int = 0
@@ -56,11 +57,13 @@ class Spiller:
     Every offer gets one entry in ``results``, in the order of the offers, never earlier: the tree takes a result for
     its oldest offer, and unlocks that one's device pages. The copy out of the device is bounded by ``staging_bytes``;
     what waits, and so the device memory that is locked, by ``queue_bytes``: an offer beyond it is not stored, so that
-    a slow disk costs what it cannot hold and not the engine's memory. The tree offers it again.
+    a slow disk costs what it cannot hold and not the engine's memory. The tree offers it again. Neither is stored what
+    is offered while ``on`` is false.
     """
 
     def __init__(self, store: PageStore, pages: DevicePages, staging_bytes: int, queue_bytes: int):
         self.stats = SpillStats()
+        self.on = True
         self.results: deque[bool] = deque()
         self._store = store
         self._pages = pages
@@ -84,7 +87,7 @@ class Spiller:
         until the result is in. ``ready`` are the events after which the device pages may be read."""
         # Decided here, and answered in turn: with several ranks, each must give a result for every offer.
         waiting = self._accepted_pages - self._done_pages
-        skipped = waiting > 0 and waiting + len(keys) > self._queue_pages
+        skipped = not self.on or (waiting > 0 and waiting + len(keys) > self._queue_pages)
         self._accepted_pages += 0 if skipped else len(keys)
         self._queue.put(_Offer(keys, numbers, ready, skipped))
 

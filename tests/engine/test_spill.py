@@ -244,6 +244,19 @@ def test_closing_stores_what_was_offered(rank: Rank) -> None:
     assert stored(rank, keys(0, 1, 2, 3)) == rank.device_pages([0, 1, 2, 3])
 
 
+def test_what_is_offered_while_spilling_is_off_is_stored_when_it_is_offered_again(rank: Rank, spiller: Spiller) -> None:
+    spiller.on = False
+    spiller.offer(keys(1, 2), numbers(1, 2))
+    spiller.drain()
+    assert spiller.results.popleft() is False
+    assert (spiller.stats.pages_skipped, rank.store.stats.pages) == (2, 0)
+    spiller.on = True
+    spiller.offer(keys(1, 2), numbers(1, 2))
+    spiller.drain()
+    assert spiller.results.popleft() is True
+    assert rank.store.stats.pages == 2
+
+
 def test_what_is_offered_beyond_the_queue_is_skipped_in_its_turn(rank: Rank) -> None:
     """A slow disk locks no more device memory than that, and every offer has its result."""
     fill(rank.tensors)

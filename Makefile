@@ -24,6 +24,7 @@ help:
 	@echo "make test-service  what needs no SGLang"
 	@echo "make test-adapters what needs the agent frameworks"
 	@echo "make test-gpu      what needs a GPU (PYTHON=one that has torch for CUDA; no SGLang is needed)"
+	@echo "make setup-lmcache LMCache beside SGLang, for agentstate bench ttft --peers lmcache; nothing else needs it"
 	@echo "make lint          ruff and mypy"
 
 demo: $(SERVICE_SET_UP) $(ENGINE_SET_UP)
@@ -51,6 +52,12 @@ lint: $(SERVICE_SET_UP)
 	$(SERVICE) -m mypy
 
 setup: $(SERVICE_SET_UP) $(ADAPTERS_SET_UP) $(ENGINE_SET_UP)
+
+.PHONY: setup-lmcache
+setup-lmcache: .venv/lmcache/complete
+
+# Its environment is made of the engine's and what LMCache needs beside it.
+.venv/lmcache/complete: $(ENGINE_SET_UP)
 
 .PHONY: model
 model: $(ENGINE_SET_UP)

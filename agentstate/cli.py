@@ -233,13 +233,38 @@ def ttft(
         "smollm2-135m-instruct"
     ),
     tokens: Annotated[str, typer.Option(help="Context lengths, whole pages of 64 at best.")] = "2048,4096,7488",
-    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is measured.")] = 20,
-    recomputes: Annotated[int, typer.Option(min=0, help="How often a context is computed anew.")] = 3,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="How often each variant is measured: 20; beside peers 3, a visit.")
+    ] = None,
+    recomputes: Annotated[
+        int | None, typer.Option(min=0, help="How often a context is computed anew: 3; beside peers 1.")
+    ] = None,
+    peers: Annotated[
+        str, typer.Option(help="Measure these in turn with it: sglang,file-linker,hicache,lmcache, or some of them.")
+    ] = "",
+    visits: Annotated[int, typer.Option(min=1, help="With peers: how often each engine is started.")] = 3,
+    lmcache_python: Annotated[
+        Path, typer.Option(help="The interpreter that has SGLang and LMCache; `make setup-lmcache` makes this one.")
+    ] = Path(".venv/lmcache/bin/python"),
     report: JsonPath = None,
 ) -> None:
     """Turn 2 on this machine: a memory hit, restored cold, after prefetches and over the API, and recomputed."""
     lengths = [int(length) for length in tokens.split(",")]
-    _room("benchmarks.turn2").ttft(Settings(), model, lengths, rounds, recomputes, report)
+    room = _room("benchmarks.turn2")
+    if not peers:
+        room.ttft(Settings(), model, lengths, rounds or 20, 3 if recomputes is None else recomputes, report)
+        return
+    room.ttft_with_peers(
+        Settings(),
+        model,
+        lengths,
+        peers.split(","),
+        lmcache_python,
+        visits=visits,
+        rounds=rounds or 3,
+        recomputes=1 if recomputes is None else recomputes,
+        report=report,
+    )
 
 
 @bench.command()

@@ -45,10 +45,18 @@ def engine_command(
     require_page_directory(settings.pages_path)
     if settings.read_backend == "kvikio" and not has_cuda():
         raise SettingsError("AGENTSTATE_READ_BACKEND=kvikio needs a GPU, and none is found here: set it to posix")
+    if stores and _value(arguments, "--radix-cache-backend") is None:
+        arguments = [*arguments, "--radix-cache-backend", BACKEND]
+    return sglang_command(python, arguments, environment)
+
+
+def sglang_command(
+    python: str, arguments: list[str], environment: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The command line that starts SGLang, with AgentState or without, and its environment: as given, and where that
+    does not say otherwise, what it needs on a CPU. It tells with every answer what of the prompt was cached."""
     command = [python, "-m", "sglang.launch_server", *arguments]
     complete = dict(environment)
-    if stores and _value(arguments, "--radix-cache-backend") is None:
-        command += ["--radix-cache-backend", BACKEND]
     if "--enable-cache-report" not in arguments:
         command += ["--enable-cache-report"]
     if not has_cuda():

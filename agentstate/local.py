@@ -30,6 +30,65 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def flush_device(engine_url: str) -> None:
+    """Empty a device's cache, so that the next request has to restore. Retries while a request winds up. Raises
+    EngineError when it cannot be done."""
+    for _ in range(100):
+        if httpx.post(f"{engine_url}/flush_cache", timeout=60).is_success:
+            return
+        time.sleep(0.1)
+    raise EngineError("the engine's cache could not be flushed")
+
+
+class ChildProcess:
+    """A command that runs beside this process until it is killed, its output appended to ``log``."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
+        self._log = log
+        with log.open("ab") as output:
+            # A session of its own: an engine is several processes, and all of them are killed at once.
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    @property
+    def group(self) -> int:
+        """The id of the process group that it and everything it starts are in."""
+        return self._process.pid
+
+    def await_answer(self, url: str, timeout_s: float) -> None:
+        """Wait until ``url`` answers with a success. Raises EngineError, with the end of the log, when it does not."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(url, timeout=2).is_success:
+                    return
+            except httpx.TransportError:
+                pass
+            if self._process.poll() is not None:
+                break
+            time.sleep(0.2)
+        tail = self._log.read_text(errors="replace").splitlines()[-15:]
+        raise EngineError(f"{url} does not answer; the end of {self._log.name}:\n" + "\n".join(tail))
+
+    def terminate(self, timeout_s: float) -> bool:
+        """SIGTERM, and SIGKILL to what is left after ``timeout_s``: whether it ended by itself."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            self.kill()
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL, to it and everything it has started."""
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
 class LocalService:
     """`agentstate serve` on a port of loopback, with everything it keeps below ``home``.
 
@@ -42,7 +101,7 @@ class LocalService:
         home.mkdir(parents=True, exist_ok=True)
         self.home = home
         self.service_url = f"http://127.0.0.1:{service_port}"
-        self._service: subprocess.Popen[bytes] | None = None
+        self._service: ChildProcess | None = None
         self._service_port = service_port
         own = {"AGENTSTATE_HOME": str(home), "AGENTSTATE_PORT": str(service_port), **(settings or {})}
         inherited = {
@@ -52,39 +111,14 @@ class LocalService:
 
     def start_service(self) -> None:
         launcher.require_free_port("127.0.0.1", self._service_port)
-        self._service = self._spawn([sys.executable, "-m", "agentstate.cli", "serve"], self.environment, "service.log")
-        self._await(self._service, f"{self.service_url}/healthz", "service.log", 60)
+        command = [sys.executable, "-m", "agentstate.cli", "serve"]
+        self._service = ChildProcess(command, self.environment, self.home / "service.log")
+        self._service.await_answer(f"{self.service_url}/healthz", 60)
 
     def close(self) -> None:
         if self._service is not None:
-            self._service.terminate()
-            try:
-                self._service.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self._service.kill()
-                self._service.wait()
+            self._service.terminate(timeout_s=10)
             self._service = None
-
-    def _spawn(self, command: Sequence[str], environment: Mapping[str, str], log: str) -> subprocess.Popen[bytes]:
-        with (self.home / log).open("ab") as output:
-            # A session of its own: the engine is several processes, and all of them are killed at once.
-            return subprocess.Popen(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def _await(self, process: subprocess.Popen[bytes], url: str, log: str, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(url, timeout=2).is_success:
-                    return
-            except httpx.TransportError:
-                pass
-            if process.poll() is not None:
-                break
-            time.sleep(0.2)
-        tail = (self.home / log).read_text(errors="replace").splitlines()[-15:]
-        raise EngineError(f"{url} does not answer; the end of {log}:\n" + "\n".join(tail))
 
 
 class LocalStack(LocalService):
@@ -112,7 +146,7 @@ class LocalStack(LocalService):
         self._checkpoint = checkpoint
         self._stores = stores
         self._engine_port = engine_port
-        self._engine: subprocess.Popen[bytes] | None = None
+        self._engine: ChildProcess | None = None
         self._settings = Settings(
             home=home, port=service_port, engine_python=engine_python, database_url="", pages_dir=None
         )
@@ -124,8 +158,8 @@ class LocalStack(LocalService):
         given += ["--port", str(self._engine_port), "--max-total-tokens", "32768", *arguments]
         self.engine_arguments = arguments
         command, environment = launcher.engine_command(self._settings, given, self.environment, stores=self._stores)
-        self._engine = self._spawn(command, environment, "engine.log")
-        self._await(self._engine, f"{self.engine_url}/health", "engine.log", 300)
+        self._engine = ChildProcess(command, environment, self.home / "engine.log")
+        self._engine.await_answer(f"{self.engine_url}/health", 300)
         deadline = time.monotonic() + 30
         while self._stores and self._stat() is None:
             if time.monotonic() > deadline:
@@ -135,39 +169,28 @@ class LocalStack(LocalService):
     def kill_engine(self) -> None:
         """SIGKILL, to the engine and everything it started: nothing can be written any more."""
         if self._engine is not None:
-            with suppress(ProcessLookupError):  # it may have ended by itself
-                os.killpg(self._engine.pid, signal.SIGKILL)
-            self._engine.wait()
+            self._engine.kill()
             self._engine = None
 
     def freeze_engine(self) -> None:
         """Let the engine and everything it started stand still: an idle one looks for requests all the time."""
         if self._engine is not None:
-            os.killpg(self._engine.pid, signal.SIGSTOP)
+            os.killpg(self._engine.group, signal.SIGSTOP)
 
     def thaw_engine(self) -> None:
         """Let a frozen engine go on where it was."""
         if self._engine is not None:
-            os.killpg(self._engine.pid, signal.SIGCONT)
+            os.killpg(self._engine.group, signal.SIGCONT)
 
     def stop_engine(self) -> None:
         """SIGTERM: the engine ends its requests and stores what it has."""
         if self._engine is not None:
-            self._engine.terminate()
-            try:
-                self._engine.wait(timeout=60)
-            except subprocess.TimeoutExpired as error:
-                raise EngineError("the engine did not end within a minute of being told to") from error
-            finally:
-                self.kill_engine()
+            engine, self._engine = self._engine, None
+            if not engine.terminate(timeout_s=60):
+                raise EngineError("the engine did not end within a minute of being told to")
 
     def flush_device(self) -> None:
-        """Empty the device's cache, so that the next request has to restore. Retries while a request winds up."""
-        for _ in range(100):
-            if httpx.post(f"{self.engine_url}/flush_cache", timeout=60).is_success:
-                return
-            time.sleep(0.1)
-        raise EngineError("the engine's cache could not be flushed")
+        flush_device(self.engine_url)
 
     def stat(self) -> dict[str, Any]:
         """What the engine says of itself at its control endpoint. Raises EngineError when it does not answer."""

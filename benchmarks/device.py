@@ -64,3 +64,32 @@ def _opened(paths: Sequence[Path]) -> Iterator[list[int]]:
     finally:
         for fd in files:
             os.close(fd)
+
+
+def drop_from_page_cache(paths: Sequence[Path]) -> None:
+    """Leave these files on the drive alone. Those that are gone are no matter."""
+    for path in paths:
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            os.fsync(fd)  # the kernel drops what is on the drive, and nothing else
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def bytes_read(group: int) -> int:
+    """What the processes of a group that still run have read from drives."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            # The command's name, in parentheses, may hold anything.
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                counters = dict(line.split(": ") for line in (process / "io").read_text().splitlines())
+                total += int(counters["read_bytes"])
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has ended, or is not ours
+    return total

@@ -26,7 +26,22 @@ LABELS = {
     "restore_device_prefetch": "restored after device prefetch",
     "api_resume": "resumed over the API",
 }
-"""What a variant is called; any other is a peer and is called by its name."""
+"""What a variant is called; any other is a peer's."""
+PEERS = {
+    "sglang": "SGLang's radix cache",
+    "file_linker": "file linker",
+    "hicache": "HiCache",
+    "lmcache": "LMCache",
+}
+_OF_PEERS = {
+    "recompute": "recomputed",
+    "memory_hit": "memory hit",
+    "warm": "warm",
+    "cold": "cold",
+    "restart": "first after a restart, warm",
+    "restart_cold": "first after a restart, cold",
+    "flush": "recomputed after a flush",
+}
 
 # Distinct for the colour-blind and of enough contrast on white and on black (Okabe and Ito's, without its yellow).
 _COLOURS = ("#D55E00", "#009E73", "#0072B2", "#56B4E9", "#CC79A7", "#E69F00", "#8C6BB1", "#7F7F7F")
@@ -35,7 +50,15 @@ _THEMES = {"light": ("#1f2328", "#d0d7de"), "dark": ("#e6edf3", "#3d444d")}
 
 
 def label(variant: str) -> str:
-    return LABELS.get(variant, variant)
+    if variant in LABELS:
+        return LABELS[variant]
+    if variant == "sglang_restart":  # nothing is restored
+        return f"{PEERS['sglang']}: recomputed after a restart"
+    for ending in sorted(_OF_PEERS, key=len, reverse=True):
+        if variant.endswith(f"_{ending}"):
+            peer = variant.removesuffix(f"_{ending}")
+            return f"{PEERS.get(peer, peer)}: {_OF_PEERS[ending]}"
+    return PEERS.get(variant, variant)
 
 
 def ttft(rows: Rows, model: str, directory: Path, name: str) -> None:

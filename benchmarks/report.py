@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, results
+from benchmarks.ttft import floor_of
 
 Result = dict[str, Any]
 _CONTENTS = {
@@ -49,8 +50,8 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
             newest[row["model"], row["tokens"], row["variant"]] = row, result
     lines = [
         "Recomputed, as a memory hit (the floor: nothing is brought back), and restored, in turn in one run.",
-        "*Share* is of the device's direct-read limit, measured in the same run; *same* says whether the next tokens",
-        "are those of the recomputation.",
+        "The memory hit that a variant is divided by is its own engine's. *Share* is of the device's direct-read",
+        "limit, measured in the same run; *same* says whether the next tokens are those of the recomputation.",
     ]
     for model in dict.fromkeys(model for model, _, _ in newest):
         chosen = [(row, result) for (name, _, _), (row, result) in newest.items() if name == model]
@@ -65,7 +66,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
             if own_s is None:  # a peer that could not run here
                 table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 6])
                 continue
-            floor_s, recomputed_s = seconds.get((tokens, "memory_hit")), seconds.get((tokens, "recompute"))
+            floor_s, recomputed_s = seconds.get((tokens, floor_of(row["variant"]))), seconds.get((tokens, "recompute"))
             table.append(
                 [
                     f"{tokens:,}",
@@ -81,8 +82,16 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
             )
         header = ["context", "variant", "TTFT, s", "sooner than recomputed", "÷ memory hit", "tokens/s", "bytes read"]
         lines += ["", *_table([*header, "share", "same"], table, left=2)]
-        measured = [row for row in rows if row.get("ttft_s") is not None]
+        # Of peers, what is comparable with a cold restore; there are too many lines else.
+        shown_of_peers = tuple(f"{peer}_cold" for peer in plots.PEERS)
+        measured = [
+            row
+            for row in rows
+            if row.get("ttft_s") is not None and (row["variant"] in plots.LABELS or row["variant"] in shown_of_peers)
+        ]
         for draw, shown in ((plots.ttft, "ttft"), (plots.ratio, "ratio"), (plots.bandwidth, "bandwidth")):
+            if not measured:
+                break
             if shown == "bandwidth" and not any(row.get("device_share") is not None for row in measured):
                 continue
             if shown == "ratio" and not any(variant == "recompute" for _, variant in seconds):

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,16 +18,23 @@ from agentstate.errors import SettingsError
 
 KINDS = ("ttft", "replay", "projection", "pages", "service", "soak", "gpu_restore", "throughput", "burst")
 _PACKAGES = ("torch", "sglang", "lmcache")
+_VERSIONS = """import json, sys
+from importlib import metadata
+installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+print(json.dumps({name: metadata.version(name) for name in sys.argv[1:] if name in installed}))"""
 
 
-def record(kind: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A result of one of `KINDS`: its rows with what was asked for, the machine, versions, commit and time."""
+def record(
+    kind: str, settings: dict[str, Any], rows: list[dict[str, Any]], pythons: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """A result of one of `KINDS`: its rows with what was asked for, the machine, versions, commit and time.
+    ``pythons`` are interpreters that took part, beside this one."""
     return {
         "kind": kind,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions(pythons),
         "settings": settings,
         "rows": rows,
     }
@@ -81,14 +90,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """AgentState's and Python's version, and those of what is installed beside it and matters to the figures."""
+def versions(pythons: Sequence[Path] = ()) -> dict[str, str]:
+    """AgentState's and Python's version, and those of what matters to the figures and is installed here or where
+    ``pythons`` are; of those that are not there, nothing."""
     found = {"agentstate": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    for python in pythons:
+        if python.exists():
+            run = subprocess.run([python, "-c", _VERSIONS, *_PACKAGES], capture_output=True, text=True, check=True)
+            found = {**json.loads(run.stdout), **found}
     return found
 
 

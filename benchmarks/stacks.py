@@ -22,10 +22,13 @@ SMOLLM2 = "smollm2-135m-instruct"
 
 
 @contextmanager
-def running(settings: Settings, model: str, arguments: Sequence[str], *, stores: bool = True) -> Iterator[LocalStack]:
+def running(
+    settings: Settings, model: str, arguments: Sequence[str], *, stores: bool = True, start: bool = True
+) -> Iterator[LocalStack]:
     """A stack that serves ``model`` from an empty directory, or SGLang alone unless it ``stores``. ``arguments`` are
-    SGLang's. Raises SettingsError for a model that is not known."""
-    checkpoint = _checkpoint(settings, model)
+    SGLang's. Unless told to ``start``, its engine is only ready to be started with them. Raises SettingsError for a
+    model that is not known."""
+    checkpoint = checkpoint_of(settings, model)
     with tempfile.TemporaryDirectory(dir=settings.cache_dir, prefix="bench-") as home:
         stack = LocalStack(
             Path(home),
@@ -40,11 +43,14 @@ def running(settings: Settings, model: str, arguments: Sequence[str], *, stores:
                 progress.add_task("starting the engine" if stores else "starting SGLang as it is", total=None)
                 if stores:
                     stack.start_service()
-                stack.start_engine(*arguments)
+                stack.engine_arguments = tuple(arguments)
+                if start:
+                    stack.start_engine(*arguments)
             yield stack
 
 
-def _checkpoint(settings: Settings, model: str) -> Path:
+def checkpoint_of(settings: Settings, model: str) -> Path:
+    """The directory of a model, which is made if it is not there. Raises SettingsError for one that is not known."""
     checkpoint = settings.cache_dir / model
     if (checkpoint / "config.json").exists():
         return checkpoint

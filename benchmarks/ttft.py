@@ -1,7 +1,8 @@
 """Turn 2: the time to the first token of a context that is on the device, has to be restored, or is computed again.
 
 One engine, one context a length, all variants in turn within a round, so that what disturbs one disturbs all. Every
-request is the context and a tail of its own that is shorter than a page, so nothing of it is ever found.
+request is the context and a tail that is shorter than a page, so nothing of it is ever found. Whatever is measured has
+to continue as the engine did when it had computed the context itself.
 """
 
 from __future__ import annotations
@@ -22,178 +23,217 @@ from benchmarks import device
 from benchmarks.engine import Answer, Engine
 from benchmarks.replay import VOCABULARY
 
-TAIL = 24
 OUTPUT = 33  # the first comes from the prefill: 32 are decoded
-_WAIT_MS = 120_000
+HITS_AFTER_RESTART = 5
 VARIANTS = ("memory_hit", "restore_cold", "restore_host_prefetch", "restore_device_prefetch", "api_resume")
+_TAIL = 24
+_TAILS = 3
+_WAIT_MS = 120_000
 
 
 @dataclass
 class Samples:
-    """What was measured of one variant: seconds to the first token, and the rate of those that follow. ``bytes_read``
-    and ``restore_s`` are the engine's own count of a restore."""
+    """What was measured of one variant: seconds to the first token, and the rate of those that follow; how many tokens
+    of the prompt were restored; ``bytes_read`` and ``restore_s`` as the engine counts them, of restores."""
 
     ttft_s: list[float] = field(default_factory=list)
     tokens_per_s: list[float] = field(default_factory=list)
+    restored_tokens: list[int] = field(default_factory=list)
     bytes_read: list[int] = field(default_factory=list)
     restore_s: list[float] = field(default_factory=list)
     identical: bool = True
 
+    def add(self, answer: Answer, expected: Sequence[int]) -> None:
+        """``expected`` are the tokens that it should consist of."""
+        self.ttft_s.append(answer.ttft_s)
+        self.tokens_per_s.append((OUTPUT - 1) / (answer.total_s - answer.ttft_s))
+        self.restored_tokens.append(answer.restored_tokens)
+        self.identical &= answer.tokens == tuple(expected)
+
+    def row(self, model: str, tokens: int, variant: str) -> dict[str, Any]:
+        """Medians, as a row of the result."""
+        return {
+            "model": model,
+            "tokens": tokens,
+            "variant": variant,
+            "ttft_s": round(statistics.median(self.ttft_s), 5),
+            "ttft_all_s": [round(seconds, 5) for seconds in self.ttft_s],
+            "tokens_per_s": round(statistics.median(self.tokens_per_s), 2),
+            "restored_tokens": min(self.restored_tokens),
+            "bytes_read": int(statistics.median(self.bytes_read)) if self.bytes_read else None,
+            "device_share": None,
+            "identical": self.identical,
+        }
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A context, and the tails of which one is asked after it at a time."""
+
+    context: list[int]
+    tails: list[list[int]]
+
+    @classmethod
+    def of(cls, length: int) -> Prompts:
+        """Token ids that no other prompt shares a page with."""
+        return cls(unique_tokens(length), [unique_tokens(_TAIL) for _ in range(_TAILS)])
+
+    def number(self, number: int) -> tuple[list[int], int]:
+        """The prompt of a round, and which of the tails is its end."""
+        tail = number % len(self.tails)
+        return self.context + self.tails[tail], tail
+
+    async def compute(self, engine: Engine, session: str | None = None) -> tuple[list[Answer], list[Sequence[int]]]:
+        """Have the context computed: the first answer, which was, and the others, which are hits, and for each tail
+        the tokens that it is followed by."""
+        answers = [await engine.ask(self.number(tail)[0], OUTPUT, session) for tail in range(len(self.tails))]
+        return answers, [answer.tokens for answer in answers]
+
 
 class Turn2:
-    """Measures one stack. ``say`` is told what is being done; ``step`` is called after every request."""
+    """Measures one context on one stack. It is computed anew ``recomputes`` times; ``step`` is called after every
+    request that counts."""
 
-    def __init__(self, stack: LocalStack, model: str, say: Callable[[str], None], step: Callable[[], None]):
+    name = "agentstate"
+    visits: int | None = None
+
+    def __init__(self, stack: LocalStack, model: str, prompts: Prompts, step: Callable[[], None], recomputes: int):
         self._stack = stack
         self._model = model
-        self._say = say
+        self._prompts = prompts
         self._step = step
+        self._recomputes = recomputes
+        self._session_id = ""
+        self._session = ""
+        self._expected: list[Sequence[int]] = []
+        self._limit = 0.0
+        self._samples = {variant: Samples() for variant in ("recompute", *VARIANTS)}
+        self._restarted = {
+            variant: Samples() for variant in ("restore_first_after_restart", "memory_hit_after_restart")
+        }
 
-    async def run(self, lengths: Sequence[int], rounds: int, recomputes: int) -> list[dict[str, Any]]:
-        """A row a variant and length: medians of ``rounds``, and of ``recomputes`` for what is computed anew."""
-        rows = []
-        async with Engine(self._stack.engine_url) as engine:
-            await engine.ask(_tokens(64), 2)
-            for length in lengths:
-                rows += await self._length(engine, length, rounds, recomputes)
-        return rows
-
-    async def first_after_restart(self, length: int) -> list[dict[str, Any]]:
-        """The first request of an engine that has just been started again, against a hit right after it."""
-        session = f"ses_restart_{uuid.uuid4().hex[:8]}"
-        context = _tokens(length)
-        async with Engine(self._stack.engine_url) as engine:
-            await engine.ask(context, 1, session)
-        self._flushed(session)
-        self._say("starting the engine again")
-        self._stack.kill_engine()
+    def start(self) -> None:
         self._stack.start_engine(*self._stack.engine_arguments)
-        async with Engine(self._stack.engine_url) as engine:
-            first, hits = Samples(), Samples()
-            await self._measure(engine, "restore_cold", context, session, first, _tokens(TAIL))
-            for _ in range(5):
-                await self._measure(engine, "memory_hit", context, session, hits, _tokens(TAIL))
-        row = self._row(length, "restore_first_after_restart", first, None)
-        return [row, self._row(length, "memory_hit_after_restart", hits, None)]
 
-    async def _length(self, engine: Engine, length: int, rounds: int, recomputes: int) -> list[dict[str, Any]]:
-        self._say(f"{length:,} tokens")
-        context = _tokens(length)
-        samples = {variant: Samples() for variant in ("recompute", *VARIANTS)}
+    def stop(self) -> None:
+        self._stack.kill_engine()
+
+    async def ingest(self) -> None:
+        """Have the context computed and stored: the first turn. What it takes to compute it is measured then."""
         with Client(self._stack.service_url) as client:
-            name = client.create_session(self._stack.model).id
-            resumed = client.resume(name)
+            self._session_id = client.create_session(self._stack.model).id
+            resumed = client.resume(self._session_id)
             # What engines know the session by.
-            session = resumed.engine.extra_body["session_id"] if resumed.engine is not None else name
-            client.suspend(name, resumed.lease, durable_timeout_ms=0)
-            await engine.ask(context, 1, session)
-            self._flushed(session)
-            limit = device.read_limit(self._extents(), threads=2)
-            for _ in range(rounds):
-                tail, answers = _tokens(TAIL), []
-                for variant in VARIANTS:
-                    await self._prepare(engine, variant, context, session)
-                    measured = samples[variant]
-                    if variant == "api_resume":
-                        answers.append(await self._resumed(engine, client, name, context, session, measured, tail))
-                    else:
-                        answers.append(await self._measure(engine, variant, context, session, measured, tail))
-                    measured.identical &= answers[-1].tokens == answers[0].tokens
-                    self._step()
-            for _ in range(recomputes):
-                tail = _tokens(TAIL)
-                hit = await engine.ask(context + tail, OUTPUT, session)
-                # A salt of its own: nothing of it is stored or on the device, and its tokens are the same.
-                fresh = await engine.ask(context + tail, OUTPUT, None, cache_salt=uuid.uuid4().hex)
-                self._add(samples["recompute"], fresh)
-                samples["recompute"].identical &= fresh.tokens == hit.tokens
-                self._step()
-        floor = statistics.median(samples["memory_hit"].ttft_s)
-        return [self._row(length, variant, found, limit, floor) for variant, found in samples.items() if found.ttft_s]
+            self._session = self._session_id if resumed.engine is None else resumed.engine.extra_body["session_id"]
+            client.suspend(self._session_id, resumed.lease, durable_timeout_ms=0)
+        async with Engine(self._stack.engine_url) as engine:
+            await engine.ask(unique_tokens(64), 2)
+            _, self._expected = await self._prompts.compute(engine, self._session)
+            for number in range(self._recomputes):
+                await self._recompute(engine, number)
+        self._flushed()
+        self._limit = device.read_limit(self._extents(), threads=2)
 
-    async def _prepare(self, engine: Engine, variant: str, context: list[int], session: str) -> None:
+    async def round(self, number: int) -> None:
+        """Every variant once, in turn."""
+        async with Engine(self._stack.engine_url) as engine:
+            for variant in VARIANTS:
+                await self._prepare(engine, variant)
+                if variant == "api_resume":
+                    await self._resume(engine, number)
+                else:
+                    await self._measure(engine, variant, number, self._samples[variant])
+
+    async def first_after_restart(self, number: int, cold: bool = True) -> None:
+        """The first request of an engine that has just been started again, and hits right after it. A restore is always
+        cold, since what is read directly is in no page cache."""
+        async with Engine(self._stack.engine_url) as engine:
+            first, hits = self._restarted.values()
+            await self._measure(engine, "restore_cold", number, first)
+            for hit in range(HITS_AFTER_RESTART):
+                await self._measure(engine, "memory_hit", number + hit, hits)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a variant that was measured."""
+        found = {variant: samples for variant, samples in self._samples.items() if samples.ttft_s}
+        rows = [self._row(variant, samples) for variant, samples in found.items()]
+        if (cold := found.get("restore_cold")) is not None:
+            row = next(row for row in rows if row["variant"] == "restore_cold")
+            floor, n_bytes = statistics.median(found["memory_hit"].ttft_s), row["bytes_read"]
+            row["device_share"] = round(n_bytes / statistics.median(cold.restore_s) / self._limit, 3)
+            row["overlap"] = round(row["ttft_s"] / max(floor, n_bytes / self._limit), 3)
+            row["device_gb_per_s"] = round(self._limit / 1e9, 3)
+        return rows + [self._row(variant, samples) for variant, samples in self._restarted.items() if samples.ttft_s]
+
+    async def _recompute(self, engine: Engine, number: int) -> None:
+        prompt, tail = self._prompts.number(number)
+        # A salt of its own: nothing of it is stored or on the device, and its tokens are the same.
+        fresh = await engine.ask(prompt, OUTPUT, None, cache_salt=uuid.uuid4().hex)
+        self._samples["recompute"].add(fresh, self._expected[tail])
+        self._step()
+
+    async def _prepare(self, engine: Engine, variant: str) -> None:
         if variant == "memory_hit":
-            await engine.ask(context + _tokens(TAIL), OUTPUT, session)
+            await engine.ask(self._prompts.context + unique_tokens(_TAIL), OUTPUT, self._session)
             return
-        self._flushed(session)
+        self._flushed()
         self._stack.flush_device()
         if variant.endswith("_prefetch"):
             tier = variant.split("_")[1]
-            answer = self._stack.control().call("prefetch", 130, session=session, tier=tier, timeout_ms=_WAIT_MS)
+            answer = self._stack.control().call("prefetch", 130, session=self._session, tier=tier, timeout_ms=_WAIT_MS)
             if (answer["state"], answer["tier"]) != ("warm", tier):
                 raise EngineError(f"the prefetch to {tier} memory ended as {answer}")
 
-    async def _measure(
-        self, engine: Engine, variant: str, context: list[int], session: str, samples: Samples, tail: list[int]
-    ) -> Answer:
+    async def _measure(self, engine: Engine, variant: str, number: int, samples: Samples) -> None:
+        prompt, tail = self._prompts.number(number)
         before = self._stack.stat()["restore"]
-        answer = await engine.ask(context + tail, OUTPUT, session)
+        answer = await engine.ask(prompt, OUTPUT, self._session)
         after = self._stack.stat()["restore"]
-        self._add(samples, answer)
         restored = answer.restored_tokens > 0
         if restored is not (variant in ("restore_cold", "restore_host_prefetch", "api_resume")):
             raise EngineError(f"{variant}: {answer.restored_tokens} tokens were restored, {answer.device_tokens} hit")
+        samples.add(answer, self._expected[tail])
         if restored:
             samples.bytes_read.append(after["bytes_read"] - before["bytes_read"])
             samples.restore_s.append(after["seconds"] - before["seconds"])
-        return answer
+        self._step()
 
-    async def _resumed(
-        self,
-        engine: Engine,
-        client: Client,
-        name: str,
-        context: list[int],
-        session: str,
-        samples: Samples,
-        tail: list[int],
-    ) -> Answer:
+    async def _resume(self, engine: Engine, number: int) -> None:
         """From `POST …/resume` to the first token."""
-        started_s = time.perf_counter()
-        resumed = client.resume(name)
-        resume_s = time.perf_counter() - started_s
-        answer = await self._measure(engine, "api_resume", context, session, samples, tail)
-        samples.ttft_s[-1] += resume_s
-        client.suspend(name, resumed.lease, durable_timeout_ms=_WAIT_MS // 2)
-        return answer
+        samples = self._samples["api_resume"]
+        with Client(self._stack.service_url) as client:
+            client.read(self._session_id)  # a connection, as an agent's client has one
+            started_s = time.perf_counter()
+            resumed = client.resume(self._session_id)
+            resume_s = time.perf_counter() - started_s
+            await self._measure(engine, "api_resume", number, samples)
+            samples.ttft_s[-1] += resume_s
+            client.suspend(self._session_id, resumed.lease, durable_timeout_ms=_WAIT_MS // 2)
 
-    @staticmethod
-    def _add(samples: Samples, answer: Answer) -> None:
-        samples.ttft_s.append(answer.ttft_s)
-        samples.tokens_per_s.append((OUTPUT - 1) / (answer.total_s - answer.ttft_s))
+    def _row(self, variant: str, samples: Samples) -> dict[str, Any]:
+        return samples.row(self._model, len(self._prompts.context), variant)
 
-    def _row(
-        self, length: int, variant: str, samples: Samples, limit: float | None, floor: float | None = None
-    ) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "model": self._model,
-            "tokens": length,
-            "variant": variant,
-            "ttft_s": round(statistics.median(samples.ttft_s), 5),
-            "ttft_all_s": [round(seconds, 5) for seconds in samples.ttft_s],
-            "tokens_per_s": round(statistics.median(samples.tokens_per_s), 2),
-            "bytes_read": None,
-            "device_share": None,
-            "identical": samples.identical,
-        }
-        if samples.bytes_read:
-            n_bytes = statistics.median(samples.bytes_read)
-            row["bytes_read"] = int(n_bytes)
-            if limit is not None and variant == "restore_cold" and floor is not None:
-                row["device_share"] = round(n_bytes / statistics.median(samples.restore_s) / limit, 3)
-                row["overlap"] = round(row["ttft_s"] / max(floor, n_bytes / limit), 3)
-                row["device_gb_per_s"] = round(limit / 1e9, 3)
-        return row
-
-    def _flushed(self, session: str) -> None:
-        """Wait until everything of a session is durable and nothing is being written or merged."""
-        answer = self._stack.control().call("flush", 130, session=session, timeout_ms=_WAIT_MS)
+    def _flushed(self) -> None:
+        """Wait until everything of the session is durable and nothing is being written or merged."""
+        answer = self._stack.control().call("flush", 130, session=self._session, timeout_ms=_WAIT_MS)
         if answer["state"] != "durable":
             raise EngineError(f"the session's KV is {answer['state']}, not durable")
         self._stack.settle()
 
     def _extents(self) -> list[Path]:
         return sorted(self._stack.home.glob("pages/*/rank0/extents/*.ext"))
+
+
+def floor_of(variant: str) -> str:
+    """The variant that a restore is measured against: the memory hit of the same engine."""
+    if variant in ("recompute", *VARIANTS):
+        return "memory_hit"
+    if variant.endswith("_after_restart"):
+        return "memory_hit_after_restart"
+    for ending in ("_restart_cold", "_restart", "_recompute", "_memory_hit", "_warm", "_cold", "_flush"):
+        if variant.endswith(ending):
+            return variant.removesuffix(ending) + "_memory_hit"
+    return "memory_hit"
 
 
 def paired_ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
@@ -204,6 +244,6 @@ def paired_ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -
     return statistics.median(ratios), medians[50], medians[1949]
 
 
-def _tokens(count: int) -> list[int]:
+def unique_tokens(count: int) -> list[int]:
     """Token ids that no other prompt shares a page with."""
     return random.Random(uuid.uuid4().hex).choices(VOCABULARY, k=count)

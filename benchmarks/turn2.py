@@ -3,37 +3,81 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Column, Table
 
-from agentstate.errors import EngineError
+from agentstate import launcher
+from agentstate.errors import EngineError, SettingsError
+from agentstate.local import LocalStack
 from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.models import GEOMETRIES
+from benchmarks.peers.comparison import PeerTurns, compare
+from benchmarks.peers.servers import SERVERS, LMCache
 from benchmarks.soak import Soak
-from benchmarks.stacks import SMOLLM2, console, running, steps
-from benchmarks.ttft import VARIANTS, Turn2, paired_ratio
+from benchmarks.stacks import SMOLLM2, checkpoint_of, console, running, steps
+from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, floor_of, paired_ratio
+
+PEERS = {server.name.replace("_", "-"): server for server in SERVERS}
+"""What they are called on the command line."""
+_FIRST_AND_HITS = 1 + HITS_AFTER_RESTART
 
 
 def ttft(
     settings: Settings, model: str, lengths: Sequence[int], rounds: int, recomputes: int, report: Path | None
 ) -> None:
     """Print and keep the times to the first token of turn 2, a row a variant and length."""
-    # Chunks as long as a prompt: nothing of a restore waits for a second batch.
-    arguments = ["--max-total-tokens", str(max(32_768, 3 * max(lengths))), "--context-length", str(max(lengths) + 256)]
-    arguments += ["--skip-tokenizer-init"] if model in GEOMETRIES else []
-    requests = len(lengths) * (rounds * len(VARIANTS) + recomputes)
-    with running(settings, model, arguments) as stack, steps(requests) as bar:
-        turn2 = Turn2(stack, model, *bar)
-        rows = asyncio.run(turn2.run(lengths, rounds, recomputes))
-        rows += asyncio.run(turn2.first_after_restart(max(lengths)))
+    total = len(lengths) * (rounds * len(VARIANTS) + recomputes) + _FIRST_AND_HITS
+    with running(settings, model, _arguments(model, lengths)) as stack, steps(total) as (say, step):
+        rows = asyncio.run(_turns(stack, model, lengths, rounds, recomputes, say, step))
     _print_ttft(rows)
-    if report is not None:
-        results.write(report, results.record("ttft", {"model": model, "rounds": rounds}, rows))
-        console.print(f"raw result written to {report}")
+    _keep_ttft(settings, {"model": model, "rounds": rounds}, rows, report)
+
+
+def ttft_with_peers(
+    settings: Settings,
+    model: str,
+    lengths: Sequence[int],
+    names: Sequence[str],
+    lmcache_python: Path,
+    *,
+    visits: int,
+    rounds: int,
+    recomputes: int,
+    report: Path | None,
+) -> None:
+    """The same with other ways to keep KV beside it: every engine is started ``visits`` times, in turn, with ``rounds``
+    of every variant each time. Raises SettingsError for a name that is none of `PEERS`."""
+    if unknown := [name for name in names if name not in PEERS]:
+        raise SettingsError(f"there is no peer {unknown[0]}: choose {', '.join(PEERS)}")
+    chosen = [PEERS[name] for name in names]
+    a_visit = rounds * len(VARIANTS) + sum(rounds * (3 if peer.stores else 0) + 1 for peer in chosen)
+    total = len(lengths) * (visits * a_visit + (visits - 1) * _FIRST_AND_HITS + recomputes)
+    arguments = _arguments(model, lengths)
+    rows, flags = [], {}
+    with running(settings, model, arguments, start=False) as stack, steps(total) as (say, step):
+        for length in lengths:
+            prompts = Prompts.of(length)
+            ours = Turn2(stack, model, prompts, step, recomputes)
+            servers = []
+            for kind in chosen:
+                python = lmcache_python if kind is LMCache else Path(launcher.engine_python(settings))
+                home = stack.home / f"{kind.name}-{length}"
+                servers.append(kind(home, checkpoint_of(settings, model), python, arguments))
+            peers = [PeerTurns(server, model, prompts, step) for server in servers]
+            rows += asyncio.run(compare([ours, *peers], visits, rounds, say))
+            for peer in peers:
+                if peer.trouble:
+                    console.print(f"{peer.name}: {peer.trouble}", highlight=False, markup=False)
+            flags |= {server.name: server.options for server in servers}
+            for server in servers:
+                server.delete()
+    _print_ttft(rows)
+    asked = {"model": model, "visits": visits, "rounds": rounds, "peers": flags}
+    _keep_ttft(settings, asked, rows, report, lmcache_python)
 
 
 def soak(settings: Settings, turns: int, restarts: int, seed: int, report: Path | None) -> None:
@@ -51,17 +95,64 @@ def soak(settings: Settings, turns: int, restarts: int, seed: int, report: Path 
     console.print("every token is that of the agent that was never suspended")
 
 
+async def _turns(
+    stack: LocalStack,
+    model: str,
+    lengths: Sequence[int],
+    rounds: int,
+    recomputes: int,
+    say: Callable[[str], None],
+    step: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """All lengths on one engine that runs, and a restart of it at the longest."""
+    turns = [Turn2(stack, model, Prompts.of(length), step, recomputes) for length in lengths]
+    for turn, length in zip(turns, lengths, strict=True):
+        say(f"{length:,} tokens")
+        await turn.ingest()
+        for number in range(rounds):
+            await turn.round(number)
+    say("starting the engine again")
+    longest = turns[lengths.index(max(lengths))]
+    longest.stop()
+    longest.start()
+    await longest.first_after_restart(0)
+    return [row for turn in turns for row in turn.rows()]
+
+
+def _arguments(model: str, lengths: Sequence[int]) -> list[str]:
+    """What SGLang is started with, whoever keeps its KV."""
+    # Chunks as long as a prompt: nothing of a restore waits for a second batch.
+    arguments = ["--max-total-tokens", str(max(32_768, 3 * max(lengths))), "--context-length", str(max(lengths) + 256)]
+    return arguments + (["--skip-tokenizer-init"] if model in GEOMETRIES else [])
+
+
+def _keep_ttft(
+    settings: Settings, asked: dict[str, Any], rows: list[dict[str, Any]], report: Path | None, *pythons: Path
+) -> None:
+    if report is not None:
+        measured = [Path(launcher.engine_python(settings)), *pythons]
+        results.write(report, results.record("ttft", asked, rows, measured))
+        console.print(f"raw result written to {report}")
+
+
 def _print_ttft(rows: list[dict[str, Any]]) -> None:
     names = ["TTFT, s", "÷ memory hit", "95 %", "recomputed ÷", "tok/s", "MB read", "of the drive", "overlap", "same"]
     table = Table(Column("context", justify="right"), "variant", *(Column(name, justify="right") for name in names))
+    reasons = []
     for row in rows:
-        floor = _of(rows, row, "memory_hit_after_restart" if "restart" in row["variant"] else "memory_hit")
+        if row["ttft_s"] is None:
+            table.add_row(f"{row['tokens']:,}", row["variant"], "–", *[""] * 7, _same(row))
+            reasons.append(f"{row['variant']}: {row['reason']}")
+            continue
+        floor = _of(rows, row, floor_of(row["variant"]))
         recomputed = _of(rows, row, "recompute")
         ratio, interval = "", ""
-        if floor is not None and len(floor["ttft_all_s"]) == len(row["ttft_all_s"]):
+        if floor is None or floor["ttft_s"] is None:
+            pass
+        elif len(floor["ttft_all_s"]) == len(row["ttft_all_s"]):
             middle, low, high = paired_ratio(row["ttft_all_s"], floor["ttft_all_s"])
             ratio, interval = f"{middle:.3f}", f"{low:.3f}–{high:.3f}"
-        elif floor is not None:
+        else:
             ratio = f"{row['ttft_s'] / floor['ttft_s']:.3f}"
         table.add_row(
             f"{row['tokens']:,}",
@@ -74,9 +165,15 @@ def _print_ttft(rows: list[dict[str, Any]]) -> None:
             f"{row['bytes_read'] / 1e6:.0f}" if row["bytes_read"] else "",
             f"{row['device_share']:.0%}" if row["device_share"] else "",
             f"{row['overlap']:.2f}" if "overlap" in row else "",
-            "yes" if row["identical"] else "NO",
+            _same(row),
         )
     console.print(table)
+    for reason in reasons:
+        console.print(f"not counted: {reason}", highlight=False)
+
+
+def _same(row: dict[str, Any]) -> str:
+    return {True: "yes", False: "NO", None: ""}[row["identical"]]
 
 
 def _of(rows: list[dict[str, Any]], row: dict[str, Any], variant: str) -> dict[str, Any] | None:

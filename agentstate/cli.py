@@ -215,6 +215,19 @@ def replay(
 
 
 @bench.command()
+def validate(
+    sessions: Annotated[int, typer.Option(min=1, help="Conversations of coding agents, of TraceLab's.")] = 6,
+    tokens: Annotated[float, typer.Option(help="Scale every context by this.")] = 0.03,
+    time: Annotated[float, typer.Option(help="Scale every gap and start by this.")] = 0.3,
+    device_tokens: Annotated[int, typer.Option(help="KV pool of the engine: too small for all of them.")] = 3072,
+    seed: int = 0,
+    report: JsonPath = None,
+) -> None:
+    """Replay agents against an engine that is started for it, and against the simulation of that engine."""
+    _room("benchmarks.validate").validate(Settings(), sessions, tokens, time, device_tokens, seed, report)
+
+
+@bench.command()
 def calibrate(
     engine_url: Annotated[str, typer.Option("--engine", help="An idle engine with the store on.")],
     output: Annotated[Path, typer.Option(help="Where the record goes.")],

@@ -23,11 +23,17 @@ SMOLLM2 = "smollm2-135m-instruct"
 
 @contextmanager
 def running(
-    settings: Settings, model: str, arguments: Sequence[str], *, stores: bool = True, start: bool = True
+    settings: Settings,
+    model: str,
+    arguments: Sequence[str],
+    *,
+    stores: bool = True,
+    start: bool = True,
+    **environment: str,
 ) -> Iterator[LocalStack]:
     """A stack that serves ``model`` from an empty directory, or SGLang alone unless it ``stores``. ``arguments`` are
-    SGLang's. Unless told to ``start``, its engine is only ready to be started with them. Raises SettingsError for a
-    model that is not known."""
+    SGLang's. Unless told to ``start``, its engine is only ready to be started with them. ``environment`` is added to
+    its own. Raises SettingsError for a model that is not known."""
     checkpoint = checkpoint_of(settings, model)
     with tempfile.TemporaryDirectory(dir=settings.cache_dir, prefix="bench-") as home:
         stack = LocalStack(
@@ -38,6 +44,7 @@ def running(
             engine_port=free_port(),
             stores=stores,
         )
+        stack.environment = {**stack.environment, **environment}
         with closing(stack):
             with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
                 progress.add_task("starting the engine" if stores else "starting SGLang as it is", total=None)

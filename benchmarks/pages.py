@@ -8,7 +8,6 @@ dropped from the page cache before (``posix_fadvise``). Everything is used with 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -30,6 +29,7 @@ from rich.table import Column, Table
 
 from agentstate.pages import Geometry, LayerwiseReader, Quota
 from agentstate.settings import Settings
+from benchmarks import results
 from benchmarks.contenders import AgentStateStore, Contender, Device, DeviceMemory, alternatives
 
 PAGE_SIZE = 64
@@ -329,7 +329,8 @@ def main(arguments: Sequence[str]) -> int:
             left_out.update(measurement.left_out)
             progress.advance(task, case.pages)
             if options.json is not None:
-                options.json.write_text(json.dumps(rows, indent=1))
+                asked = {"rounds": options.rounds, "read_threads": settings.read_threads}
+                results.write(options.json, results.record("pages", asked, rows))
     console = Console()
     for shown in tables(rows):
         console.print(shown)

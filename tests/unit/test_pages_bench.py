@@ -116,7 +116,7 @@ def test_a_run_writes_its_rows_and_leaves_nothing_behind(
     report = tmp_path / "report.json"
     arguments = ["--geometry", "smollm2", "--tokens", "256", "--rounds", "2", "--case", "idle,busy,recycled"]
     assert main([*arguments, "--dir", str(tmp_path / "disk"), "--json", str(report)]) == 0
-    rows = json.loads(report.read_text())
+    rows = json.loads(report.read_text())["rows"]
     assert [(row["case"], row["geometry"], row["tokens"]) for row in rows] == [
         (name, "smollm2", 256) for name in ("idle", "busy", "recycled")
     ]

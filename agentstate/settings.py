@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     spill_staging_bytes: ByteSize = Field(
         ByteSize(256 * MIB), gt=0, description="Host memory of an engine rank for spilling pages."
     )
-    read_threads: int = Field(2, ge=1, description="Threads of an engine rank that read pages.")
+    read_threads: int = Field(4, ge=1, description="Threads of an engine rank that read pages.")
     read_backend: Literal["posix", "kvikio"] = Field(
         "posix",
         description="What reads pages: posix into host memory, or kvikio (GPUDirect Storage) into the GPU's own.",

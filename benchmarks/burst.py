@@ -27,7 +27,6 @@ from benchmarks.stacks import console, running, steps
 from benchmarks.ttft import TAIL, paired_ratio
 
 _OUTPUT = 4
-_READ_THREADS = 2
 
 
 class Burst:
@@ -82,7 +81,7 @@ class Burst:
     async def _round(self, engine: Engine) -> tuple[float, float, list[float], float, int]:
         self._stack.settle()
         self._stack.flush_device()
-        limit = device.read_limit(self._extents(), _READ_THREADS, repeats=1)
+        limit = device.read_limit(self._extents(), repeats=1)
         tails = [unseen(TAIL) for _ in self._contexts]
         before = self._stack.stat()["restore"]["bytes_read"]
         restored = await self._all(engine, tails)

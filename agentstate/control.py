@@ -13,10 +13,13 @@ Verbs::
                                                                                  keys, what the engine knows
     demote(session, timeout_ms)               -> state, tokens, pages, bytes    the session's device memory is given
                                                                                  up first
+    spill(on)                                 -> state                          whether what is computed from now on is
+                                                                                 stored: "on" or "off"
     stat()                                    -> counters of the rank, its fingerprint and its page store
 
 The first three wait up to ``timeout_ms`` and answer ``pending`` when that was not enough; asking again goes on
-waiting, and starts nothing twice. Their other states are those of ``KvState`` for a flush; ``warm``, ``partial`` and
+waiting, and starts nothing twice. What is computed while spilling is off is stored when it is used again later, with
+spilling on. The other states of the first three are those of ``KvState`` for a flush; ``warm``, ``partial`` and
 ``cold`` for a prefetch, which also says in ``tier`` where the pages went: to host memory where the device cannot be
 reached; ``demoted`` for a demote. What an engine does not know or cannot do is answered with an error.
 

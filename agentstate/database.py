@@ -74,9 +74,9 @@ def instant(time_us: int) -> datetime:
     return datetime.fromtimestamp(time_us / 1_000_000, UTC)
 
 
-def insert(connection: Connection, table: sa.Table) -> Any:
+def insert(dialect: str, table: sa.Table) -> Any:
     """The dialect's INSERT, for its ``on_conflict_do_update`` and ``on_conflict_do_nothing``, spelt alike in both."""
-    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
+    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
 
 
 class Database:

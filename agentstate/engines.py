@@ -79,18 +79,17 @@ def unregister(connection: Connection, engine_id: str) -> None:
 
 def live(connection: Connection, timeout_s: float, model: str | None = None) -> list[Engine]:
     """The engines whose last heartbeat is at most ``timeout_s`` old, the youngest heartbeat first."""
-    query = _select().where(engines.c.heartbeat_us >= now_us() - round(timeout_s * 1_000_000))
-    if model is not None:
-        query = query.where(engines.c.model == model)
-    query = query.order_by(engines.c.heartbeat_us.desc(), engines.c.id)
-    return [Engine(**row._mapping) for row in connection.execute(query)]
+    rows = connection.execute(_LIVE, {"timeout_us": round(timeout_s * 1_000_000)})
+    return [engine for row in rows if (engine := Engine(*row)) and model in (None, engine.model)]
 
 
 def registered(connection: Connection) -> list[Engine]:
     """Every engine that registered and did not unregister, live or not, the oldest first."""
-    query = _select().order_by(engines.c.started_us, engines.c.id)
-    return [Engine(**row._mapping) for row in connection.execute(query)]
+    query = _SELECT.order_by(engines.c.started_us, engines.c.id)
+    return [Engine(*row) for row in connection.execute(query)]
 
 
-def _select() -> sa.Select[tuple[object, ...]]:
-    return sa.select(*(engines.c[name] for name in Engine.__dataclass_fields__))
+_SELECT = sa.select(*(engines.c[name] for name in Engine.__dataclass_fields__))
+_LIVE = _SELECT.where(engines.c.heartbeat_us >= now_us() - sa.bindparam("timeout_us", type_=sa.BigInteger())).order_by(
+    engines.c.heartbeat_us.desc(), engines.c.id
+)

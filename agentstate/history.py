@@ -46,12 +46,7 @@ class History:
         """The history of a session's row, as far as it was read."""
         closed: list[Segment] = []
         if row.own_seq > 1:
-            closed = [
-                Segment(found.owner_id, found.first_seq, found.last_seq)
-                for found in connection.execute(
-                    sa.select(segments).where(segments.c.session_id == row.id).order_by(segments.c.first_seq)
-                )
-            ]
+            closed = [Segment(*found) for found in connection.execute(_CLOSED, {"session": row.id})]
         return cls.joined([*closed, Segment(row.id, row.own_seq, row.next_seq - 1)])
 
     @classmethod
@@ -109,13 +104,34 @@ class History:
                 break
         return self.joined(reversed(taken))
 
-    def entries(self) -> sa.ColumnElement[bool]:
-        """SQL: whether a row of ``entries`` is one of it."""
-        return within(entries.c.session_id, entries.c.seq, self.segments)
+    @staticmethod
+    def entries(parts: int) -> sa.ColumnElement[bool]:
+        """SQL: whether a row of ``entries`` is one of a history of so many segments, given `as_parameters`."""
+        return sa.or_(
+            sa.false(),
+            *(
+                sa.and_(
+                    entries.c.session_id == sa.bindparam(f"owner_{part}"),
+                    entries.c.seq.between(sa.bindparam(f"first_{part}"), sa.bindparam(f"last_{part}")),
+                )
+                for part in range(parts)
+            ),
+        )
+
+    def as_parameters(self) -> dict[str, Any]:
+        """The values of `entries`."""
+        values: dict[str, Any] = {}
+        for number, part in enumerate(self.segments):
+            values |= {f"owner_{number}": part.owner_id, f"first_{number}": part.first, f"last_{number}": part.last}
+        return values
 
     def close(self, connection: Connection, session_id: str) -> None:
         """Make this the closed part of a session's history; what it appends from now on comes after it."""
         connection.execute(sa.delete(segments).where(segments.c.session_id == session_id))
+        self.store(connection, session_id)
+
+    def store(self, connection: Connection, session_id: str) -> None:
+        """`close`, for a session that is new."""
         if self.segments:
             connection.execute(
                 sa.insert(segments),
@@ -131,8 +147,8 @@ class History:
             )
 
 
-def within(
-    owner: sa.ColumnElement[str], seq: sa.ColumnElement[int] | sa.ColumnElement[int | None], parts: Iterable[Segment]
-) -> sa.ColumnElement[bool]:
-    """SQL: whether ``seq`` of ``owner`` lies in one of ``parts``."""
-    return sa.or_(sa.false(), *(sa.and_(owner == part.owner_id, seq.between(part.first, part.last)) for part in parts))
+_CLOSED = (
+    sa.select(segments.c.owner_id, segments.c.first_seq, segments.c.last_seq)
+    .where(segments.c.session_id == sa.bindparam("session"))
+    .order_by(segments.c.first_seq)
+)

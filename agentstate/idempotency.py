@@ -13,6 +13,7 @@ import base64
 import hashlib
 import hmac
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -55,9 +56,7 @@ def begin(connection: Connection, once: Once) -> dict[str, Any] | None:
         number = int.from_bytes(once.row_key[:8], "big", signed=True)
         if not connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(number))).scalar_one():
             raise IdempotencyKeyInUse(f"the first request with Idempotency-Key {once.key!r} is still being answered")
-    row = connection.execute(
-        sa.select(idempotency, now_us().label("time_us")).where(idempotency.c.key == once.row_key)
-    ).one_or_none()
+    row = connection.execute(_FIND, {"of_key": once.row_key}).one_or_none()
     if row is None:
         return None
     if bytes(row.request_hash) != once.request_hash:
@@ -72,9 +71,16 @@ def begin(connection: Connection, once: Once) -> dict[str, Any] | None:
 
 def store(connection: Connection, once: Once, answer: dict[str, Any], *, final: bool = True) -> None:
     """Store the answer in the transaction of its write, or later in place of one that was not ``final``."""
-    content = {"answer": answer, "final": final}
-    connection.execute(
-        insert(connection, idempotency)
-        .values(key=once.row_key, request_hash=once.request_hash, created_us=now_us(), **content)
-        .on_conflict_do_update(index_elements=["key"], set_=content)
+    row = {"key": once.row_key, "request_hash": once.request_hash, "answer": answer, "final": final}
+    connection.execute(_storing(connection.dialect.name), row)
+
+
+_FIND = sa.select(idempotency, now_us().label("time_us")).where(idempotency.c.key == sa.bindparam("of_key"))
+
+
+@cache
+def _storing(dialect: str) -> Any:
+    new = insert(dialect, idempotency).values(created_us=now_us())
+    return new.on_conflict_do_update(
+        index_elements=["key"], set_={"answer": new.excluded.answer, "final": new.excluded.final}
     )

@@ -23,10 +23,11 @@ _LEAST_FREE_BYTES = 64 << 20
 
 
 def engine_command(
-    settings: Settings, arguments: list[str], environment: Mapping[str, str]
+    settings: Settings, arguments: list[str], environment: Mapping[str, str], *, stores: bool = True
 ) -> tuple[list[str], dict[str, str]]:
     """The command line that starts SGLang, with ``arguments`` passed through, and its environment: ``environment``,
-    and what SGLang needs on a CPU where that does not say otherwise.
+    and what SGLang needs on a CPU where that does not say otherwise. Unless it ``stores``, SGLang's own radix cache is
+    left in place.
 
     Flags that the caller gave are left as they are. Raises SettingsError, EngineError or PageStoreError for what
     would fail: no SGLang, no such model directory, a port that is taken, a page directory that cannot be used.
@@ -44,8 +45,9 @@ def engine_command(
     require_page_directory(settings.pages_path)
     if settings.read_backend == "kvikio" and not has_cuda():
         raise SettingsError("AGENTSTATE_READ_BACKEND=kvikio needs a GPU, and none is found here: set it to posix")
-    added = [] if _value(arguments, "--radix-cache-backend") is not None else ["--radix-cache-backend", BACKEND]
-    return sglang_command(python, [*arguments, *added], environment)
+    if stores and _value(arguments, "--radix-cache-backend") is None:
+        arguments = [*arguments, "--radix-cache-backend", BACKEND]
+    return sglang_command(python, arguments, environment)
 
 
 def sglang_command(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -46,20 +48,9 @@ def take(connection: Connection, session_id: str, ttl_s: float, revision: int, *
     one gets it. Raises SessionBusy, with ``revision``, while another lease is valid.
     """
     token = token or secrets.token_urlsafe(32)
-    expires_us = now_us() + _microseconds(ttl_s)
     row = connection.execute(
-        insert(connection, leases)
-        .values(session_id=session_id, token_hash=LeaseKey(token, 0).token_hash, epoch=1, expires_us=expires_us)
-        .on_conflict_do_update(
-            index_elements=["session_id"],
-            set_={
-                "token_hash": LeaseKey(token, 0).token_hash,
-                "epoch": leases.c.epoch + 1,
-                "expires_us": expires_us,
-            },
-            where=leases.c.expires_us <= now_us(),
-        )
-        .returning(leases.c.epoch, leases.c.expires_us)
+        _taking(connection.dialect.name),
+        {"session": session_id, "hash": LeaseKey(token, 0).token_hash, "ttl_us": _microseconds(ttl_s)},
     ).one_or_none()
     if row is None:
         raise _busy(remaining_s(connection, session_id), revision)
@@ -68,9 +59,7 @@ def take(connection: Connection, session_id: str, ttl_s: float, revision: int, *
 
 def remaining_s(connection: Connection, session_id: str) -> float:
     """How long the session's lease is still valid; 0 when nobody holds one."""
-    left_us = connection.execute(
-        sa.select(leases.c.expires_us - now_us()).where(leases.c.session_id == session_id)
-    ).scalar()
+    left_us = connection.execute(_LEFT, {"session": session_id}).scalar()
     return max(0.0, (left_us or 0) / 1_000_000)
 
 
@@ -86,7 +75,7 @@ def require(connection: Connection, session_id: str, key: LeaseKey, revision: in
 
     Holds until the transaction ends only if the caller has locked the session: taking a lease locks it too.
     """
-    time_us = connection.execute(sa.select(now_us()).select_from(leases).where(_held(session_id, key))).scalar()
+    time_us: int | None = connection.execute(_REQUIRE, _shown(session_id, key)).scalar()
     if time_us is None:
         raise _lost(key, revision)
     return time_us
@@ -94,12 +83,8 @@ def require(connection: Connection, session_id: str, key: LeaseKey, revision: in
 
 def renew(connection: Connection, session_id: str, key: LeaseKey, ttl_s: float, revision: int) -> Lease:
     """Let a valid lease lapse ``ttl_s`` from now instead of when it would have. Raises LeaseLost."""
-    expires_us = connection.execute(
-        sa.update(leases)
-        .where(_held(session_id, key))
-        .values(expires_us=now_us() + _microseconds(ttl_s))
-        .returning(leases.c.expires_us)
-    ).scalar_one_or_none()
+    shown = {**_shown(session_id, key), "ttl_us": _microseconds(ttl_s)}
+    expires_us: int | None = connection.execute(_RENEW, shown).scalar_one_or_none()
     if expires_us is None:
         raise _lost(key, revision)
     return Lease(key, expires_us)
@@ -107,18 +92,41 @@ def renew(connection: Connection, session_id: str, key: LeaseKey, ttl_s: float, 
 
 def release(connection: Connection, session_id: str, key: LeaseKey, revision: int) -> None:
     """End a valid lease; the session can be resumed at once. Raises LeaseLost."""
-    result = connection.execute(sa.update(leases).where(_held(session_id, key)).values(token_hash=None, expires_us=0))
-    if result.rowcount != 1:
+    if connection.execute(_RELEASE, _shown(session_id, key)).rowcount != 1:
         raise _lost(key, revision)
 
 
-def _held(session_id: str, key: LeaseKey) -> sa.ColumnElement[bool]:
-    return sa.and_(
-        leases.c.session_id == session_id,
-        leases.c.token_hash == key.token_hash,
-        leases.c.epoch == key.epoch,
-        leases.c.expires_us > now_us(),
+# Built once: every request runs some of them.
+_ttl_us = sa.bindparam("ttl_us", type_=sa.BigInteger())
+_held = sa.and_(
+    leases.c.session_id == sa.bindparam("session"),
+    leases.c.token_hash == sa.bindparam("hash"),
+    leases.c.epoch == sa.bindparam("shown_epoch"),
+    leases.c.expires_us > now_us(),
+)
+_LEFT = sa.select(leases.c.expires_us - now_us()).where(leases.c.session_id == sa.bindparam("session"))
+_REQUIRE = sa.select(now_us()).select_from(leases).where(_held)
+_RENEW = sa.update(leases).where(_held).values(expires_us=now_us() + _ttl_us).returning(leases.c.expires_us)
+_RELEASE = sa.update(leases).where(_held).values(token_hash=None, expires_us=0)
+
+
+@cache
+def _taking(dialect: str) -> Any:
+    new = {"token_hash": sa.bindparam("hash"), "expires_us": now_us() + _ttl_us}
+    return (
+        insert(dialect, leases)
+        .values(session_id=sa.bindparam("session"), epoch=1, **new)
+        .on_conflict_do_update(
+            index_elements=["session_id"],
+            set_={**new, "epoch": leases.c.epoch + 1},
+            where=leases.c.expires_us <= now_us(),
+        )
+        .returning(leases.c.epoch, leases.c.expires_us)
     )
+
+
+def _shown(session_id: str, key: LeaseKey) -> dict[str, Any]:
+    return {"session": session_id, "hash": key.token_hash, "shown_epoch": key.epoch}
 
 
 def _busy(left_s: float, revision: int) -> SessionBusy:

@@ -89,32 +89,21 @@ class ChildProcess:
         self._process.wait()
 
 
-class LocalStack:
-    """`agentstate serve` and `agentstate engine` on two ports of loopback, with everything they keep below ``home``.
+class LocalService:
+    """`agentstate serve` on a port of loopback, with everything it keeps below ``home``.
 
-    Logs go to ``home``/service.log and engine.log. `close` ends what was started. The settings of the surrounding
-    environment count, but for the database and the page directory, which are ``home``'s own.
+    Its log goes to ``home``/service.log. `close` ends it. The settings of the surrounding environment count, but for
+    the database and the page directory, which are ``home``'s own, and for what ``settings`` holds: AGENTSTATE_*
+    variables.
     """
 
-    model = "smollm2"
-
-    def __init__(
-        self, home: Path, checkpoint: Path, *, engine_python: Path | None, service_port: int, engine_port: int
-    ):
+    def __init__(self, home: Path, *, service_port: int, settings: Mapping[str, str] | None = None):
         home.mkdir(parents=True, exist_ok=True)
         self.home = home
         self.service_url = f"http://127.0.0.1:{service_port}"
-        self.engine_url = f"http://127.0.0.1:{engine_port}"
-        self.engine_arguments: tuple[str, ...] = ()
-        self._checkpoint = checkpoint
-        self._engine_port = engine_port
-        self._engine: ChildProcess | None = None
         self._service: ChildProcess | None = None
         self._service_port = service_port
-        self._settings = Settings(
-            home=home, port=service_port, engine_python=engine_python, database_url="", pages_dir=None
-        )
-        own = {"AGENTSTATE_HOME": str(home), "AGENTSTATE_PORT": str(service_port), "HF_HUB_OFFLINE": "1"}
+        own = {"AGENTSTATE_HOME": str(home), "AGENTSTATE_PORT": str(service_port), **(settings or {})}
         inherited = {
             n: v for n, v in os.environ.items() if n not in ("AGENTSTATE_DATABASE_URL", "AGENTSTATE_PAGES_DIR")
         }
@@ -126,17 +115,53 @@ class LocalStack:
         self._service = ChildProcess(command, self.environment, self.home / "service.log")
         self._service.await_answer(f"{self.service_url}/healthz", 60)
 
+    def close(self) -> None:
+        if self._service is not None:
+            self._service.terminate(timeout_s=10)
+            self._service = None
+
+
+class LocalStack(LocalService):
+    """A service, and `agentstate engine` beside it on a port of its own, whose log goes to ``home``/engine.log.
+
+    An engine that does not store (``stores``) is SGLang as it is, to compare with: it needs no service, and has no
+    control endpoint.
+    """
+
+    model = "smollm2"
+
+    def __init__(
+        self,
+        home: Path,
+        checkpoint: Path,
+        *,
+        engine_python: Path | None,
+        service_port: int,
+        engine_port: int,
+        stores: bool = True,
+    ):
+        super().__init__(home, service_port=service_port, settings={"HF_HUB_OFFLINE": "1"})
+        self.engine_url = f"http://127.0.0.1:{engine_port}"
+        self.engine_arguments: tuple[str, ...] = ()
+        self._checkpoint = checkpoint
+        self._stores = stores
+        self._engine_port = engine_port
+        self._engine: ChildProcess | None = None
+        self._settings = Settings(
+            home=home, port=service_port, engine_python=engine_python, database_url="", pages_dir=None
+        )
+
     def start_engine(self, *arguments: str) -> None:
         """Start SGLang and wait until it answers and has told the service that it is there. The KV pool is small, so
         that memory is left for others; ``arguments`` are SGLang's and come last."""
         given = ["--model-path", str(self._checkpoint), "--served-model-name", self.model, "--host", "127.0.0.1"]
         given += ["--port", str(self._engine_port), "--max-total-tokens", "32768", *arguments]
         self.engine_arguments = arguments
-        command, environment = launcher.engine_command(self._settings, given, self.environment)
+        command, environment = launcher.engine_command(self._settings, given, self.environment, stores=self._stores)
         self._engine = ChildProcess(command, environment, self.home / "engine.log")
         self._engine.await_answer(f"{self.engine_url}/health", 300)
         deadline = time.monotonic() + 30
-        while self._stat() is None:
+        while self._stores and self._stat() is None:
             if time.monotonic() > deadline:
                 raise EngineError("the engine runs and did not register itself with the service")
             time.sleep(0.1)
@@ -146,6 +171,16 @@ class LocalStack:
         if self._engine is not None:
             self._engine.kill()
             self._engine = None
+
+    def freeze_engine(self) -> None:
+        """Let the engine and everything it started stand still: an idle one looks for requests all the time."""
+        if self._engine is not None:
+            os.killpg(self._engine.group, signal.SIGSTOP)
+
+    def thaw_engine(self) -> None:
+        """Let a frozen engine go on where it was."""
+        if self._engine is not None:
+            os.killpg(self._engine.group, signal.SIGCONT)
 
     def stop_engine(self) -> None:
         """SIGTERM: the engine ends its requests and stores what it has."""
@@ -166,9 +201,7 @@ class LocalStack:
 
     def close(self) -> None:
         self.kill_engine()
-        if self._service is not None:
-            self._service.terminate(timeout_s=10)
-            self._service = None
+        super().close()
 
     def control(self) -> ControlClient:
         """The control endpoint of the engine's youngest rank. Raises EngineError when none is registered."""

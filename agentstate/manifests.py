@@ -102,7 +102,7 @@ def save(connection: Connection, manifest: Manifest) -> None:
         "updated_us": now_us(),
     }
     connection.execute(
-        insert(connection, manifests)
+        insert(connection.dialect.name, manifests)
         .values(**key, **content)
         .on_conflict_do_update(index_elements=list(key), set_=content)
     )
@@ -145,12 +145,14 @@ def of_rank(connection: Connection, fingerprint: str, rank: int, node: str) -> I
 
 def coverage(connection: Connection, session_ids: Collection[str]) -> list[Coverage]:
     """What is stored of these sessions, wherever it is, the newest first. Never reads the keys."""
-    rows = connection.execute(
-        sa.select(*(manifests.c[name] for name in Coverage.__dataclass_fields__))
-        .where(manifests.c.session_id.in_(session_ids))
-        .order_by(manifests.c.updated_us.desc(), manifests.c.tokens.desc())
-    )
-    return [Coverage(**row._mapping) for row in rows]
+    return [Coverage(*row) for row in connection.execute(_COVERAGE, {"of_sessions": list(session_ids)})]
+
+
+_COVERAGE = (
+    sa.select(*(manifests.c[name] for name in Coverage.__dataclass_fields__))
+    .where(manifests.c.session_id.in_(sa.bindparam("of_sessions", expanding=True)))
+    .order_by(manifests.c.updated_us.desc(), manifests.c.tokens.desc())
+)
 
 
 def forget(connection: Connection, session_id: str) -> None:

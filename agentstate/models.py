@@ -212,10 +212,11 @@ manifests = Table(
     Column("engine_id", Text, nullable=False),
     Column("page_size", Integer, nullable=False),
     Column("tokens", BigInteger, nullable=False),
-    Column("keys", LargeBinary, nullable=False),  # 32 bytes a page, in order
     Column("nbytes", BigInteger, nullable=False),
     Column("lost_tokens", BigInteger, nullable=False, server_default="0"),  # the session had them; not stored
     Column("updated_us", BigInteger, nullable=False),
+    # 32 bytes a page, in order. The last column: SQLite reads all that is before the columns that are asked for.
+    Column("keys", LargeBinary, nullable=False),
 )
 
 engines = Table(

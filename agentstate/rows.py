@@ -6,6 +6,7 @@ What `agentstate.sessions` builds its verbs from; each of these is a part of a v
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +25,39 @@ from agentstate.models import tenants as tenants_table
 from agentstate.outcomes import Appended, Session, ToolCall
 from agentstate.transcript import Entry, NewEntry
 
+# What every request runs is built once: to build a statement takes longer than to run it.
+_named = sa.and_(table.c.tenant == sa.bindparam("of_tenant"), table.c.name == sa.bindparam("called"))
+_LOCK = sa.select(table, now_us().label("time_us")).where(_named).with_for_update(key_share=True)
+_CHANGE = (
+    sa.update(table)
+    .where(table.c.id == sa.bindparam("uid"))
+    .values(revision=table.c.revision + 1, updated_us=now_us())
+    .returning(*table.c)
+)
+
+
+@cache
+def _making(dialect: str, expires: bool, branched: bool) -> Any:
+    default_s = (
+        sa.select(tenants_table.c.expires_in_s).where(tenants_table.c.id == sa.bindparam("of_tenant")).scalar_subquery()
+    )
+    after_us = (
+        sa.bindparam("ttl_us", type_=sa.BigInteger()) if expires else sa.cast(default_s * 1_000_000, sa.BigInteger)
+    )
+    return (
+        insert(dialect, table)
+        .values(
+            status=SessionStatus.IDLE,
+            revision=1,
+            created_us=now_us(),
+            updated_us=now_us(),
+            expires_us=now_us() + after_us,
+            **({"branched_us": now_us()} if branched else {}),
+        )
+        .on_conflict_do_nothing(index_elements=["tenant", "name"])
+        .returning(*table.c)
+    )
+
 
 class Rows:
     """The rows of ``tenant``'s sessions."""
@@ -34,20 +68,14 @@ class Rows:
     def find(self, connection: Connection, session_id: str) -> Any:
         """A session's row, with the status that holds now."""
         return self._existing(
-            connection.execute(
-                current().where(table.c.tenant == self.tenant, table.c.name == session_id)
-            ).one_or_none(),
+            connection.execute(_FIND, {"of_tenant": self.tenant, "called": session_id}).one_or_none(),
             session_id,
         )
 
     def lock(self, connection: Connection, session_id: str, revision: int | None = None) -> Any:
         """A session's row as stored, which nobody else changes before this transaction ends."""
         row = self._existing(
-            connection.execute(
-                sa.select(table, now_us().label("time_us"))
-                .where(table.c.tenant == self.tenant, table.c.name == session_id)
-                .with_for_update(key_share=True)
-            ).one_or_none(),
+            connection.execute(_LOCK, {"of_tenant": self.tenant, "called": session_id}).one_or_none(),
             session_id,
         )
         if revision is not None and revision != row.revision:
@@ -63,21 +91,17 @@ class Rows:
             raise SessionExpired(f"session {session_id} has expired", revision=row.revision)
         return row
 
-    def make(self, connection: Connection, **values: Any) -> Session:
-        statement = (
-            insert(connection, table)
-            .values(
-                **values,
-                tenant=self.tenant,
-                status=SessionStatus.IDLE,
-                revision=1,
-                created_us=now_us(),
-                updated_us=now_us(),
-            )
-            .on_conflict_do_nothing(index_elements=["tenant", "name"])
-            .returning(*table.c)
-        )
-        row = connection.execute(statement).one_or_none()
+    def make(
+        self, connection: Connection, *, expires_in_s: float | None, branched: bool = False, **values: Any
+    ) -> Session:
+        """A new session. Without ``expires_in_s`` it expires as the tenant's do. Raises SessionExists."""
+        statement = _making(connection.dialect.name, expires_in_s is not None, branched)
+        values["tenant"] = self.tenant
+        if expires_in_s is None:
+            values["of_tenant"] = self.tenant
+        else:
+            values["ttl_us"] = round(expires_in_s * 1_000_000)
+        row = connection.execute(statement, values).one_or_none()
         if row is None:
             # An id is free again once its session has expired, whether or not that was collected yet.
             expired = connection.execute(
@@ -87,7 +111,7 @@ class Rows:
             ).one_or_none()
             if expired is not None:
                 branches.bury(connection, expired)
-                row = connection.execute(statement).one_or_none()
+                row = connection.execute(statement, values).one_or_none()
         if row is None:
             raise SessionExists(f"the session id {values['name']} is taken: choose another, or resume that session")
         return session_of(row)
@@ -144,12 +168,6 @@ class Rows:
         time_us: int = row.time_us
         return time_us
 
-    def expiry(self, expires_in_s: float | None) -> Any:
-        if expires_in_s is not None:
-            return from_now(expires_in_s)
-        default_s = sa.select(tenants_table.c.expires_in_s).where(tenants_table.c.id == self.tenant).scalar_subquery()
-        return now_us() + sa.cast(default_s * 1_000_000, sa.BigInteger)
-
 
 def current() -> sa.Select[Any]:
     """Sessions as they are now: the status of one whose lease has lapsed is ``idle``."""
@@ -161,6 +179,9 @@ def current() -> sa.Select[Any]:
     return sa.select(*others, status.label("status"), now_us().label("time_us")).select_from(
         table.outerjoin(leases_table)
     )
+
+
+_FIND = current().where(_named)
 
 
 def stored(connection: Connection, row: Any, history: History) -> Stored:
@@ -178,13 +199,10 @@ def stored(connection: Connection, row: Any, history: History) -> Stored:
 
 
 def change(connection: Connection, uid: str, **values: Any) -> Session:
-    row = connection.execute(
-        sa.update(table)
-        .where(table.c.id == uid)
-        .values(**values, revision=table.c.revision + 1, updated_us=now_us())
-        .returning(*table.c)
-    ).one()
-    return session_of(row)
+    computed = {name: value for name, value in values.items() if isinstance(value, sa.ColumnElement)}
+    statement = _CHANGE.values(computed) if computed else _CHANGE
+    given = {name: value for name, value in values.items() if name not in computed}
+    return session_of(connection.execute(statement, {"uid": uid, **given}).one())
 
 
 def session_of(row: Any) -> Session:

@@ -91,7 +91,7 @@ class Sessions:
                 cache_salt=cache_salt,
                 extra_key=extra_key,
                 next_seq=1,
-                expires_us=self._rows.expiry(expires_in_s),
+                expires_in_s=expires_in_s,
             )
 
     def read(self, session_id: str) -> Session:
@@ -189,7 +189,7 @@ class Sessions:
                 session=session,
                 lease=lease,
                 tail=transcript.tail(connection, before.name, history, tail),
-                pending_tool_calls=toolcalls.pending(connection, before.id),
+                pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
                 engine=server,
                 kv=outlook(session.model, stored, server, live),
             )
@@ -227,7 +227,7 @@ class Sessions:
                 manifests.forget(connection, before.id)
             return Suspended(
                 session=session,
-                pending_tool_calls=toolcalls.pending(connection, before.id),
+                pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
                 ranks=list(server.ranks) if server else [],
             )
 
@@ -344,16 +344,17 @@ class Sessions:
                 next_seq=branch.next_seq,
                 own_seq=branch.next_seq,
                 open_calls=branch.open_calls,
-                branched_us=now_us(),
-                expires_us=self._rows.expiry(expires_in_s),
+                branched=True,
+                expires_in_s=expires_in_s,
             )
-            branch.history.close(connection, uid)
+            branch.history.store(connection, uid)
             if branch.open_calls:
                 toolcalls.copy_open(connection, parent.id, uid)
             return session
 
-    def rewind(self, session_id: str, revision: int | None, *, at: str, key: LeaseKey | None = None) -> Session:
-        """Make the entry ``at`` the head again. The entries after it are taken back; their ``seq`` stay unused.
+    def rewind(self, session_id: str, revision: int | None, *, at: str | None, key: LeaseKey | None = None) -> Session:
+        """Make the entry ``at`` the head again, or with None go back to before the first entry. The entries after it
+        are taken back; their ``seq`` stay unused.
 
         Needs the lease while the session is being run. Raises SessionBusy, LeaseLost, EntryNotFound, NotABranchPoint;
         ToolInFlight while a tool call is claimed.
@@ -362,7 +363,7 @@ class Sessions:
             before = self._rows.lock(connection, session_id, revision)
             self._rows.require_turn(connection, before, key)
             history = History.of(connection, before)
-            branch = branches.branch_at(connection, before, history, at)
+            branch = branches.START if at is None else branches.branch_at(connection, before, history, at)
             if branch.head_id == before.head_entry:
                 return rows.session_of(before)
             running = toolcalls.in_flight(connection, before.id)

@@ -86,10 +86,15 @@ class Settings(BaseSettings):
     spill_staging_bytes: ByteSize = Field(
         ByteSize(256 * MIB), gt=0, description="Host memory of an engine rank for spilling pages."
     )
-    read_threads: int = Field(2, ge=1, description="Threads of an engine rank that read pages.")
+    read_threads: int = Field(4, ge=1, description="Threads of an engine rank that read pages.")
     read_backend: Literal["posix", "kvikio"] = Field(
         "posix",
         description="What reads pages: posix into host memory, or kvikio (GPUDirect Storage) into the GPU's own.",
+    )
+    break_even: bool = Field(
+        True,
+        description="Whether an engine computes short prefixes that it has stored where it has measured that to be "
+        "faster than restoring them: on or off.",
     )
     prefetch_ttl_s: float = Field(
         60.0, gt=0, description="How long pages that were prefetched to host memory are kept for the next request."

@@ -57,7 +57,7 @@ def put(connection: Connection, tenant: Tenant) -> None:
         raise SettingsError(f"{tenant.id!r} is no name of a tenant: letters, digits, '.', '_' and '-', at most 64")
     limits = {"expires_in_s": tenant.expires_in_s, "requests_per_s": tenant.requests_per_s}
     connection.execute(
-        insert(connection, tenants)
+        insert(connection.dialect.name, tenants)
         .values(id=tenant.id, created_us=now_us(), **limits)
         .on_conflict_do_update(index_elements=["id"], set_=limits)
     )

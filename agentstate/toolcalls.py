@@ -212,11 +212,13 @@ def whole_from(connection: Connection, history: History, seq: int) -> int:
     return found
 
 
+# Sorted after it: for an ORDER BY, SQLite would walk through all calls of the session in the order of the primary key.
+_IDS = sa.select(tool_calls.c.call_id, tool_calls.c.call_seq).where(
+    tool_calls.c.session_id == sa.bindparam("session"),
+    tool_calls.c.state.in_(sa.bindparam("states", expanding=True)),
+)
+
+
 def _ids(connection: Connection, session_id: str, states: Sequence[ToolCallState]) -> list[str]:
-    found = connection.execute(
-        sa.select(tool_calls.c.call_id, tool_calls.c.call_seq).where(
-            tool_calls.c.session_id == session_id, tool_calls.c.state.in_(states)
-        )
-    )
-    # Sorted here: for an ORDER BY, SQLite would walk through all calls of the session in the order of the primary key.
+    found = connection.execute(_IDS, {"session": session_id, "states": states})
     return [row.call_id for row in sorted(found, key=lambda row: row.call_seq)]

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -155,7 +156,7 @@ def write(connection: Connection, tenant: str, owner_id: str, new: Sequence[Entr
     # In the order of their keys: two transactions with the same blobs must not wait for each other in a circle.
     for key, content in sorted(large.items()):
         connection.execute(
-            insert(connection, blobs)
+            insert(connection.dialect.name, blobs)
             .values(key=key, content=content, used_us=now_us())
             .on_conflict_do_update(index_elements=["key"], set_={"used_us": now_us()})
         )
@@ -167,12 +168,14 @@ def read(connection: Connection, name: str, history: History) -> list[Entry]:
     """All entries of ``history``, a part of that of the session called ``name``."""
     if not history.segments:
         return []
-    return _complete(connection, name, sa.select(table).where(history.entries()).order_by(table.c.seq))
+    found = connection.execute(_reading(len(history.segments)), history.as_parameters())
+    return _complete(connection, name, found.all())
 
 
 def by_id(connection: Connection, name: str, ids: Sequence[str]) -> dict[str, Entry]:
     """Entries by their ids, for whoever knows that they are the session's."""
-    return {entry.id: entry for entry in _complete(connection, name, sa.select(table).where(table.c.id.in_(ids)))}
+    found = connection.execute(_SELECT.where(table.c.id.in_(ids)))
+    return {entry.id: entry for entry in _complete(connection, name, found.all())}
 
 
 def find(connection: Connection, name: str, history: History, entry_id: str) -> Place:
@@ -189,14 +192,27 @@ def tail(connection: Connection, name: str, history: History, length: int) -> En
     """The newest ``length`` entries, and more where that would separate a tool result from its call."""
     if length == 0 or not history.segments:
         return EntryPage([], has_more=bool(history.segments))
-    cut = toolcalls.whole_from(connection, history, history.newest(length).first)
-    return EntryPage(
-        read(connection, name, history.between(cut, history.segments[-1].last)), has_more=cut > history.first
-    )
+    newest = history.newest(length)
+    found = read(connection, name, newest)
+    called = {entry.call_id for entry in found if entry.kind is EntryKind.TOOL_CALL}
+    cut = newest.first
+    if any(entry.kind is EntryKind.TOOL_RESULT and entry.call_id not in called for entry in found):
+        cut = toolcalls.whole_from(connection, history, cut)
+        found = read(connection, name, history.between(cut, newest.first - 1)) + found
+    return EntryPage(found, has_more=cut > history.first)
 
 
-def _complete(connection: Connection, name: str, query: sa.Select[Any]) -> list[Entry]:
-    rows = connection.execute(query).all()
+_KINDS = {kind.value: kind for kind in EntryKind}
+_COLUMNS = ("id", "parent_id", "seq", "kind", "payload", "call_id", "created_us", "blob")
+_SELECT = sa.select(*(table.c[name] for name in _COLUMNS))
+
+
+@cache
+def _reading(parts: int) -> sa.Select[Any]:
+    return _SELECT.where(History.entries(parts)).order_by(table.c.seq)
+
+
+def _complete(connection: Connection, name: str, rows: Sequence[Any]) -> list[Entry]:
     wanted = {row.blob for row in rows if row.blob is not None}
     contents = {}
     if wanted:
@@ -204,14 +220,14 @@ def _complete(connection: Connection, name: str, query: sa.Select[Any]) -> list[
         contents = {bytes(blob.key): json.loads(blob.content) for blob in found}
     return [
         Entry(
-            id=row.id,
-            session_id=name,
-            parent_id=row.parent_id,
-            seq=row.seq,
-            kind=EntryKind(row.kind),
-            payload=row.payload if row.blob is None else contents[bytes(row.blob)],
-            call_id=row.call_id,
-            created_us=row.created_us,
+            entry_id,
+            name,
+            parent_id,
+            seq,
+            _KINDS[kind],
+            payload if blob is None else contents[bytes(blob)],
+            call_id,
+            created_us,
         )
-        for row in rows
+        for entry_id, parent_id, seq, kind, payload, call_id, created_us, blob in rows
     ]

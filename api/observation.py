@@ -1,4 +1,7 @@
-"""What is seen of every request: its id, one line of log, its time in the metrics, and a trace where one is wanted."""
+"""What is seen of every request: its id, one line of log, its time in the metrics, and a trace where one is wanted.
+
+The client sees its id, and in ``Server-Timing`` the milliseconds until the answer was complete.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +113,11 @@ class Observation:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                own = [
+                    (b"x-request-id", request_id.encode()),
+                    (b"server-timing", f"total;dur={(time.perf_counter() - started_s) * 1000:.3f}".encode()),
+                ]
+                message["headers"] = [*message["headers"], *own]
             await send(message)
 
         try:
@@ -153,7 +160,7 @@ class Observation:
 
 def _route(scope: Scope) -> str:
     """The route's template, not the path: there are as many paths as sessions."""
-    return getattr(scope.get("route"), "path", "none")
+    return getattr(scope.get("route"), "path_format", "none")
 
 
 def _method(scope: Scope) -> str:

@@ -156,7 +156,7 @@ class ForkSession(Body):
 class RewindSession(Body):
     model_config = _example(at="ent_01k8z3vb1r9d0c3f6h8j2k4m5n")
 
-    at: Name = Field(description="The entry that becomes the head.")
+    at: Name | None = Field(description="The entry that becomes the head; null: nothing is kept.")
     lease: LeaseProof | None = Field(default=None, description="Needed while the session is being run.")
 
 

@@ -29,25 +29,27 @@ class Service:
     metrics: Metrics
 
 
-def _service(request: Request) -> Service:
+# Asynchronous, although nothing is awaited: FastAPI would send it to a thread otherwise. And each of these takes what
+# it can from the request, because what depends on another is resolved anew wherever it is named.
+async def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-ServiceDep = Annotated[Service, Depends(_service)]
+ServiceDep = Annotated[Service, Depends(service_of)]
 
 
 async def _caller(
-    service: ServiceDep, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
+    request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
 ) -> Tenant:
-    return await service.gate.admit(authorization)
+    return await (await service_of(request)).gate.admit(authorization)
 
 
 CallerDep = Annotated[Tenant, Depends(_caller)]
 
 
-async def _sessions(service: ServiceDep, caller: CallerDep) -> Sessions:
-    return service.sessions.of(caller.id)
+async def _sessions(request: Request, caller: CallerDep) -> Sessions:
+    return (await service_of(request)).sessions.of(caller.id)
 
 
 SessionsDep = Annotated[Sessions, Depends(_sessions)]

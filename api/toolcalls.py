@@ -19,9 +19,36 @@ from api.service import SessionsDep
 from api.sessions import GONE
 from api.writes import Answer, WriteDep
 
+# An id is whatever the model made up, also with slashes in it.
 router = APIRouter(
-    prefix="/v1/sessions/{session_id}/tool-calls/{call_id}", tags=["tool calls"], responses={**COMMON, **GONE}
+    prefix="/v1/sessions/{session_id}/tool-calls/{call_id:path}", tags=["tool calls"], responses={**COMMON, **GONE}
 )
+
+
+# Before `claim`, whose path it has too.
+@router.put(
+    "/result",
+    response_model=answers.ToolCall,
+    operation_id="finish_tool_call",
+    responses=responses(_404="No such session or tool call", _409="It has a result; or someone else runs the session"),
+)
+def finish(
+    session_id: SessionId, call_id: Name, body: FinishToolCall, write: WriteDep, sessions: SessionsDep
+) -> Response:
+    """Append the result of a tool call. Needs the lease while the session is being run, and none otherwise."""
+
+    def act(_: Connection) -> Answer:
+        call = sessions.finish(
+            session_id,
+            call_id,
+            body.model_dump(include={"output", "error"}, exclude_unset=True),
+            key=None if body.lease is None else proof(body.lease),
+        )
+        shown = _view(session_id, call)
+        shown.result = None  # the caller has it, and what is stored to be answered again need not
+        return Answer(shown)
+
+    return write.run(act).response()
 
 
 @router.put(
@@ -61,31 +88,6 @@ def claim(
             key=None if body.lease is None else proof(body.lease),
         )
         return Answer(_view(session_id, claimed.call), status.HTTP_201_CREATED if claimed.fresh else status.HTTP_200_OK)
-
-    return write.run(act).response()
-
-
-@router.put(
-    "/result",
-    response_model=answers.ToolCall,
-    operation_id="finish_tool_call",
-    responses=responses(_404="No such session or tool call", _409="It has a result; or someone else runs the session"),
-)
-def finish(
-    session_id: SessionId, call_id: Name, body: FinishToolCall, write: WriteDep, sessions: SessionsDep
-) -> Response:
-    """Append the result of a tool call. Needs the lease while the session is being run, and none otherwise."""
-
-    def act(_: Connection) -> Answer:
-        call = sessions.finish(
-            session_id,
-            call_id,
-            body.model_dump(include={"output", "error"}, exclude_unset=True),
-            key=None if body.lease is None else proof(body.lease),
-        )
-        shown = _view(session_id, call)
-        shown.result = None  # the caller has it, and what is stored to be answered again need not
-        return Answer(shown)
 
     return write.run(act).response()
 

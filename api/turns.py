@@ -137,6 +137,8 @@ async def suspend(
     within ``durable_timeout_ms`` is ``kv``.
     """
     done: list[tuple[Suspended, str | None]] = []
+    # As long as nobody was asked.
+    outcome = Outcome(KvState.LOST if body.kv == "release" else KvState.UNKNOWN)
 
     def announce(connection: Connection, kind: Kind) -> str | None:
         try:
@@ -155,24 +157,25 @@ async def suspend(
         )
         demoting = body.kv != "retain" and suspended.ranks
         done.append((suspended, announce(connection, Kind.DEMOTE) if demoting else None))
-        return Answer(_suspended(*done[-1], Outcome(KvState.UNKNOWN)))
+        return Answer(_suspended(*done[-1], outcome), final=body.kv == "release" or not suspended.ranks)
 
-    answer = await run_in_threadpool(write.run, act, final=False)
+    answer = await run_in_threadpool(write.run, act)
     if answer.replayed:
         return answer.response()
     suspended, operation_id = done[-1]
     uid, ranks = suspended.session.uid, suspended.ranks
     flush, demote = Question(Kind.FLUSH, uid, ranks), Question(Kind.DEMOTE, uid, ranks)
-    outcome = Outcome(KvState.UNKNOWN)
-    if body.kv == "release":
-        outcome = Outcome(KvState.LOST)
+    timing: dict[str, str] = {}
+    if answer.final:
         if operation_id is not None:
             service.operations.follow(operation_id, [demote])
-    elif ranks:
+    else:
+        asked_s = time.perf_counter()
         try:
             outcome = await asyncio.wrap_future(service.operations.ask(flush, body.durable_timeout_ms))
         except EngineError as error:
             logger.warning("the KV of session %s: %s", session_id, error)
+        timing = {"Server-Timing": f"engine;dur={(time.perf_counter() - asked_s) * 1000:.3f}"}
         if operation_id is not None:
             service.operations.follow(operation_id, [flush, demote])
         elif not outcome.settled:
@@ -188,13 +191,15 @@ async def suspend(
                 logger.error("the flush of session %s cannot be followed: %s", session_id, error)
             if operation_id is not None:
                 service.operations.follow(operation_id, [flush])
+        answer = Answer(_suspended(suspended, operation_id, outcome))
+        try:
+            await run_in_threadpool(write.finish, answer)
+        except DatabaseError as error:
+            logger.error("the answer to the suspend of session %s is not stored whole: %s", session_id, error)
     service.metrics.suspends.labels(outcome.state).inc()
-    answer = Answer(_suspended(suspended, operation_id, outcome))
-    try:
-        await run_in_threadpool(write.finish, answer)
-    except DatabaseError as error:
-        logger.error("the answer to the suspend of session %s is not stored whole: %s", session_id, error)
-    return answer.response()
+    response = answer.response()
+    response.headers.update(timing)
+    return response
 
 
 @router.post(

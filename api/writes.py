@@ -20,16 +20,17 @@ from agentstate import answers, idempotency, transcript
 from agentstate.database import Database, instant
 from agentstate.idempotency import Once
 from agentstate.transcript import Entry
-from api.service import CallerDep, ServiceDep
+from api.service import CallerDep, service_of
 
 
 @dataclass
 class Answer:
-    """What a write is answered with, before it is bytes."""
+    """What a write is answered with, before it is bytes. It is not ``final`` while it waits for an engine."""
 
     body: BaseModel | None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    final: bool = True
     replayed: bool = False
     then: BackgroundTask | None = None
 
@@ -60,7 +61,7 @@ class Write:
     tenant: str
     once: Once | None
 
-    def run(self, act: Callable[[Connection], Answer], *, final: bool = True) -> Answer:
+    def run(self, act: Callable[[Connection], Answer]) -> Answer:
         """Carry out a write and store its answer with it, in one transaction; or give the answer of the first time.
 
         One that is not ``final`` yet is finished by `finish`; until then the same key is refused. Raises
@@ -73,7 +74,7 @@ class Write:
             if stored is not None:
                 return self._replay(connection, stored)
             answer = act(connection)
-            idempotency.store(connection, self.once, _without_entries(answer), final=final)
+            idempotency.store(connection, self.once, _without_entries(answer), final=answer.final)
             return answer
 
     def finish(self, answer: Answer) -> None:
@@ -128,7 +129,6 @@ def entry(entry: Entry) -> answers.Entry:
 
 async def _write(
     request: Request,
-    service: ServiceDep,
     caller: CallerDep,
     idempotency_key: Annotated[
         str | None,
@@ -140,11 +140,12 @@ async def _write(
         ),
     ] = None,
 ) -> Write:
+    database = (await service_of(request)).database
     if idempotency_key is None:
-        return Write(service.database, caller.id, None)
+        return Write(database, caller.id, None)
     digest = hashlib.sha256(f"{request.method} {request.url.path}?{request.url.query}\0".encode())
     digest.update(await request.body())
-    return Write(service.database, caller.id, Once(caller.id, idempotency_key, digest.digest()))
+    return Write(database, caller.id, Once(caller.id, idempotency_key, digest.digest()))
 
 
 WriteDep = Annotated[Write, Depends(_write)]

@@ -8,23 +8,32 @@ kind of memory. A write ends when its bytes are durable, also where its author d
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import shutil
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agentstate.pages import Geometry, LayerwiseReader, PageStore, Quota, Verifier, fingerprint, merge
+from agentstate.pages import (
+    ExtentDraft,
+    Geometry,
+    LayerwiseReader,
+    PageStore,
+    Quota,
+    Writer,
+    fingerprint,
+    merge,
+    staging_memory,
+)
 from agentstate.pages.files import open_direct
+from benchmarks import device
 
-# What `LayerwiseReader` reads at most at once, and so the block size of the device.
-CHUNK_BYTES = 16 << 20
 MARK = fingerprint(benchmark="pages")
 
 
@@ -112,8 +121,8 @@ class Contender(ABC):
 
 
 class AgentStateStore(Contender):
-    """This store. Pages are gathered into drafts and published by ``writers`` threads with a draft each; they are read
-    layer by layer, and every page is verified before it is copied to the device."""
+    """This store, used as an engine uses it: pages are gathered by one thread and published by another; they are read
+    layer by layer, and what is copied to the device has been verified."""
 
     name = "agentstate"
 
@@ -124,7 +133,6 @@ class AgentStateStore(Contender):
         reader: LayerwiseReader,
         *,
         spill_staging_bytes: int,
-        writers: int,
         pages_an_extent: int | None = None,
         merged: bool = False,
     ):
@@ -134,13 +142,13 @@ class AgentStateStore(Contender):
         self._reader = reader
         self._merged = merged
         self._keys: list[bytes] = []
-        self._store = PageStore(directory, MARK, geometry)
-        self.pages_an_extent = pages_an_extent or self._store.pages_within(spill_staging_bytes // writers)
-        self._buffers = [mmap.mmap(-1, self._store.draft_bytes(self.pages_an_extent)) for _ in range(writers)]
-        # Memory of which an extent is made while others are merged into it.
-        self._merging = mmap.mmap(-1, spill_staging_bytes) if merged else None
-        for buffer in self._buffers:
-            buffer.write(bytes(len(buffer)))
+        self._spill_staging_bytes = spill_staging_bytes
+        self._open()
+        self.pages_an_extent = pages_an_extent or self._writer.pages_an_extent
+
+    def _open(self) -> None:
+        self._store = PageStore(self.directory, MARK, self._geometry, self.quota)
+        self._writer = Writer(self._store, self._spill_staging_bytes)
 
     def sizes(self, pages: int) -> list[int]:
         """The bytes of the extents that ``pages`` pages are written as."""
@@ -153,24 +161,26 @@ class AgentStateStore(Contender):
 
     def write(self, device: DeviceMemory, pages: int, version: int) -> None:
         self._keys = [page_key(number, version) for number in range(pages)]
-        firsts = range(0, pages, self.pages_an_extent)
-        _each(firsts, self._buffers, lambda first, buffer: self._spill(device, first, buffer))
-        if self._merging is not None:
-            merge(self._store, self._reader, self._keys, self._merging)
+        published = [
+            self._writer.write(self._keys[first : first + self.pages_an_extent], partial(self._gather, device, first))
+            for first in range(0, pages, self.pages_an_extent)
+        ]
+        for extent in published:
+            extent.result()
+        if self._merged:
+            with self._writer.memory() as memory:
+                merge(self._store, self._reader, self._keys, memory)
 
-    def _spill(self, device: DeviceMemory, first: int, buffer: mmap.mmap) -> None:
-        draft = self._store.draft(self._keys[first : first + self.pages_an_extent], buffer)
+    def _gather(self, device: DeviceMemory, first: int, draft: ExtentDraft) -> None:
         for layer in range(self._geometry.layers):
             for component in range(len(self._geometry.component_bytes)):
                 device.gather(layer, component, first, draft.component(layer, component))
-        self._store.publish(draft)
 
     def read(self, device: DeviceMemory) -> None:
         with self._reader.open(self._store.hold(self._keys)) as stream:
-            verifier = Verifier(stream.hold)
             for chunk in stream:
-                if wrong := verifier.wrong_pages(chunk):
-                    raise RuntimeError(f"pages {wrong} of {self.directory} are not what was written")
+                if chunk.wrong:
+                    raise RuntimeError(f"pages {chunk.wrong} of {self.directory} are not what was written")
                 for segment, _, arrays in chunk.parts:
                     for component, array in enumerate(arrays):
                         device.scatter(chunk.layer, component, segment.first, array)
@@ -179,49 +189,45 @@ class AgentStateStore(Contender):
         return sorted((self.directory / "extents").glob("*.ext"))
 
     def delete(self) -> None:
-        self._store.close()
-        shutil.rmtree(self.directory)
-        self._store = PageStore(self.directory, MARK, self._geometry, self.quota)
+        self.close()
+        self._open()
 
     def close(self) -> None:
+        self._writer.close()
         self._store.close()
         shutil.rmtree(self.directory)
 
 
 class Device:
-    """The device's limit: direct reads and writes with nothing around them, by as many threads as the store has."""
+    """The device's limit: direct reads and writes with nothing around them, by as many threads as the store has, out of
+    and into memory like the store's."""
 
-    def __init__(self, directory: Path, *, readers: int, writers: int, largest_bytes: int):
+    def __init__(self, directory: Path, *, readers: int, largest_bytes: int):
         self.directory = directory
-        self._blocks = [mmap.mmap(-1, CHUNK_BYTES) for _ in range(readers)]
-        self._drafts = [mmap.mmap(-1, largest_bytes) for _ in range(writers)]
+        self._blocks = [staging_memory(device.BLOCK_BYTES) for _ in range(readers)]
+        self._draft = staging_memory(largest_bytes)
         random = np.random.default_rng(0)
-        for buffer in (*self._blocks, *self._drafts):
-            buffer.write(random.bytes(len(buffer)))
+        for buffer in (*self._blocks, self._draft):
+            buffer[:] = np.frombuffer(random.bytes(len(buffer)), dtype=np.uint8)
 
     def read(self, paths: Sequence[Path]) -> None:
-        """Read files from end to end, in blocks of ``CHUNK_BYTES``."""
-        opened = {path: open_direct(path, os.O_RDONLY) for path in paths}
-        blocks = [(fd, at) for fd in opened.values() for at in range(0, os.fstat(fd).st_size, CHUNK_BYTES)]
-        try:
-            _each(blocks, self._blocks, lambda block, buffer: os.preadv(block[0], [buffer], block[1]))
-        finally:
-            for fd in opened.values():
-                os.close(fd)
+        """Read files from end to end, in blocks of 2 MiB."""
+        device.read_files(paths, self._blocks)
 
     def write(self, sizes: Sequence[int]) -> None:
         """Write files of ``sizes`` bytes, preallocated, each made durable by one `fdatasync`; over those that are
         there."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        _each(list(enumerate(sizes)), self._drafts, lambda file, buffer: self._write(*file, buffer))
+        for number, size in enumerate(sizes):
+            self._write(number, size)
 
-    def _write(self, number: int, size: int, buffer: mmap.mmap) -> None:
+    def _write(self, number: int, size: int) -> None:
         fd = open_direct(self.directory / str(number), os.O_WRONLY | os.O_CREAT)
         try:
             os.posix_fallocate(fd, 0, size)
             written = 0
             while written < size:
-                written += os.pwrite(fd, memoryview(buffer)[written:size], written)
+                written += os.pwrite(fd, self._draft[written:size], written)
             os.fdatasync(fd)
         finally:
             os.close(fd)

@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
+from agentstate.pages import staging_memory
 from agentstate.pages.files import open_direct
+from agentstate.settings import Settings
 
-_BLOCK = 4 << 20
+# What `LayerwiseReader` reads at most at once.
+BLOCK_BYTES = 2 << 20
 
 
-def read_limit(paths: Sequence[Path], threads: int, repeats: int = 3, at_most: int = 1 << 30) -> float:
-    """Bytes a second of direct reads of these files, in blocks of 4 MiB by so many threads: the median of repeats.
+def read_limit(paths: Sequence[Path], threads: int | None = None, repeats: int = 3, at_most: int = 1 << 30) -> float:
+    """Bytes a second of direct reads of these files, in blocks of 2 MiB by so many threads, or as many as an
+    engine has: the median of repeats.
 
     Nothing is done with what is read. Files are taken in their order, until they are ``at_most`` bytes.
     """
-    ranges: list[tuple[Path, int]] = []
-    for path in paths:
-        ranges += [(path, offset) for offset in range(0, path.stat().st_size, _BLOCK)]
-    ranges = ranges[: max(1, at_most // _BLOCK)]
-    return statistics.median(_read(ranges, threads) for _ in range(repeats))
+    blocks = [staging_memory(BLOCK_BYTES) for _ in range(threads or Settings().read_threads)]
+    speeds = []
+    for _ in range(repeats):
+        started_s = time.perf_counter()
+        n_bytes = read_files(paths, blocks, at_most)
+        speeds.append(n_bytes / (time.perf_counter() - started_s))
+    return statistics.median(speeds)
+
+
+def read_files(paths: Sequence[Path], blocks: Sequence[np.ndarray], at_most: int | None = None) -> int:
+    """Read files from end to end, directly, by one thread a block of memory: the bytes that were read."""
+    with _opened(paths) as files:
+        places = [(fd, at) for fd in files for at in range(0, os.fstat(fd).st_size, BLOCK_BYTES)]
+        waiting = iter(places if at_most is None else places[: max(1, at_most // BLOCK_BYTES)])
+        taking = threading.Lock()
+
+        def read(block: np.ndarray) -> int:
+            n_bytes = 0
+            while True:
+                with taking:
+                    place = next(waiting, None)
+                if place is None:
+                    return n_bytes
+                n_bytes += os.preadv(place[0], [block], place[1])
+
+        with ThreadPoolExecutor(len(blocks)) as pool:
+            return sum(pool.map(read, blocks))
+
+
+@contextmanager
+def _opened(paths: Sequence[Path]) -> Iterator[list[int]]:
+    files: list[int] = []
+    try:
+        for path in paths:
+            files.append(open_direct(path, os.O_RDONLY))
+        yield files
+    finally:
+        for fd in files:
+            os.close(fd)
 
 
 def drop_from_page_cache(paths: Sequence[Path]) -> None:
@@ -54,33 +95,3 @@ def bytes_read(group: int) -> int:
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # it has ended, or is not ours
     return total
-
-
-def _read(ranges: Sequence[tuple[Path, int]], threads: int) -> float:
-    files = {path: open_direct(path, os.O_RDONLY) for path, _ in ranges}
-    total, waiting, mutex = [0], iter(ranges), threading.Lock()
-
-    def work() -> None:
-        buffer = mmap.mmap(-1, _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
-        ready.wait()
-        while True:
-            with mutex:
-                item = next(waiting, None)
-            if item is None:
-                return
-            count = os.preadv(files[item[0]], [buffer], item[1])
-            with mutex:
-                total[0] += count
-
-    ready = threading.Barrier(threads + 1)
-    workers = [threading.Thread(target=work) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    ready.wait()
-    started_s = time.perf_counter()
-    for worker in workers:
-        worker.join()
-    seconds = time.perf_counter() - started_s
-    for fd in files.values():
-        os.close(fd)
-    return total[0] / seconds

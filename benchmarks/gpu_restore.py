@@ -146,7 +146,7 @@ def _restore(
     torch.cuda.synchronize()
     started_s = time.perf_counter()
     restorer.queue("r", keys, numbers)
-    failed = restorer.finish(restorer.start())
+    failed = restorer.finish(restorer.start()).failed
     seconds = time.perf_counter() - started_s
     if failed or _sums(tensors) != sums:
         raise RuntimeError("what was restored is not what was spilled")

@@ -8,7 +8,6 @@ dropped from the page cache before (``posix_fadvise``). Everything is used with 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -30,7 +29,8 @@ from rich.table import Column, Table
 
 from agentstate.pages import Geometry, LayerwiseReader, Quota
 from agentstate.settings import Settings
-from benchmarks.contenders import CHUNK_BYTES, AgentStateStore, Contender, Device, DeviceMemory, alternatives
+from benchmarks import results
+from benchmarks.contenders import AgentStateStore, Contender, Device, DeviceMemory, alternatives
 
 PAGE_SIZE = 64
 GEOMETRIES = {
@@ -39,8 +39,7 @@ GEOMETRIES = {
     "smollm2": Geometry(30, PAGE_SIZE, (PAGE_SIZE * 3 * 64 * 2,) * 2),
     "smollm2-fp32": Geometry(30, PAGE_SIZE, (PAGE_SIZE * 3 * 64 * 4,) * 2),
 }
-CASES = ("idle", "busy", "recycled", "one-draft", "turns", "merged")
-WRITERS = 2
+CASES = ("idle", "busy", "recycled", "turns", "merged")
 TURNS, PAGES_A_TURN = 100, 13
 # The device's memory: far more than any cache of the processor, and no burden for a small machine.
 DEVICE_BYTES = 512 << 20
@@ -70,7 +69,7 @@ def suite(names: Sequence[str], geometries: Sequence[str], tokens: Sequence[int]
     typical = min(tokens, key=lambda n: abs(n - 16384)) // PAGE_SIZE
     cases = [Case("idle", geometries[0], n // PAGE_SIZE) for n in tokens]
     cases += [Case("idle", geometry, typical) for geometry in geometries[1:]]
-    cases += [Case(name, geometries[0], typical) for name in ("busy", "recycled", "one-draft")]
+    cases += [Case(name, geometries[0], typical) for name in ("busy", "recycled")]
     small = min(geometries, key=lambda name: GEOMETRIES[name].page_bytes)
     cases += [Case(name, small, TURNS * PAGES_A_TURN) for name in ("turns", "merged")]
     return [case for case in cases if case.name in names]
@@ -87,24 +86,18 @@ class Measurement:
         self.growth_bytes: list[int] = []
         self.samples: defaultdict[str, list[Sample]] = defaultdict(list)
         self._staging_bytes = int(settings.staging_bytes)
-        writers = 1 if case.name == "one-draft" else WRITERS
-        self._reader = LayerwiseReader(
-            self.geometry, staging_bytes=self._staging_bytes, threads=settings.read_threads, chunk_bytes=CHUNK_BYTES
-        )
+        self._reader = LayerwiseReader(self.geometry, staging_bytes=self._staging_bytes, threads=settings.read_threads)
         self._store = AgentStateStore(
             # A level deeper than in a page directory: no engine's store may be mistaken for it.
             root / "store" / "rank0",
             self.geometry,
             self._reader,
             spill_staging_bytes=settings.spill_staging_bytes,
-            writers=writers,
             pages_an_extent=PAGES_A_TURN if case.name in ("turns", "merged") else None,
             merged=case.name == "merged",
         )
         self._sizes = self._store.sizes(case.pages)
-        self._device = Device(
-            root / "device", readers=settings.read_threads, writers=writers, largest_bytes=max(self._sizes)
-        )
+        self._device = Device(root / "device", readers=settings.read_threads, largest_bytes=max(self._sizes))
         self.others, self.left_out = alternatives(root, self.geometry, settings.read_threads)
         rows = min(case.pages, max(1, DEVICE_BYTES // self.geometry.page_bytes))
         self._source, self._target = DeviceMemory(self.geometry, rows), DeviceMemory(self.geometry, rows)
@@ -336,13 +329,14 @@ def main(arguments: Sequence[str]) -> int:
             left_out.update(measurement.left_out)
             progress.advance(task, case.pages)
             if options.json is not None:
-                options.json.write_text(json.dumps(rows, indent=1))
+                asked = {"rounds": options.rounds, "read_threads": settings.read_threads}
+                results.write(options.json, results.record("pages", asked, rows))
     console = Console()
     for shown in tables(rows):
         console.print(shown)
     console.print(
         f"medians of {options.rounds} rounds on {os.cpu_count()} processors; {settings.read_threads} threads read, "
-        f"{WRITERS} write (one-draft: 1), {int(settings.staging_bytes) >> 20} MiB of staging; memory taken during a "
+        f"one writes, {int(settings.staging_bytes) >> 20} MiB of staging; memory taken during a "
         f"restore: {max(row['peak_rss_growth_bytes'] for row in rows) >> 10:,} KiB at most; "
         f"page cache to memory: {median(row['page_cache_gb_s'] for row in rows):.1f} GB/s; other processes had "
         f"{median(row['others_cpu_share'] for row in rows):.0%} of the processors"

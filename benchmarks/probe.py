@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import statistics
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.engine import Engine
-from benchmarks.replay import VOCABULARY
+from benchmarks.replay import unseen
 
 DECODED = 17  # tokens; the first comes from the prefill
 
@@ -39,10 +37,10 @@ async def probe(
         prefill: list[dict[str, Any]] = []
         decode: list[dict[str, Any]] = []
         restore: tuple[int, float, float] | None = None  # tokens, seconds to the first token, the same as a hit
-        await engine.ask(_prompt(64), 1)  # the first request of an engine takes longer
+        await engine.ask(unseen(64), 1)  # the first request of an engine takes longer
         for length in lengths:
             say(f"{length:,} tokens")
-            prompt = _prompt(length)
+            prompt = unseen(length)
             answer = await engine.ask(prompt, DECODED)
             prefill.append({"cached": 0, "new": length, "seconds": answer.ttft_s})
             step_s = (answer.total_s - answer.ttft_s) / (DECODED - 1)
@@ -51,8 +49,8 @@ async def probe(
                 hits, restored = [], []
                 for _ in range(repeats):
                     await engine.flush()
-                    restored.append(await engine.ask(prompt + _prompt(new), 1))
-                    hits.append(await engine.ask(prompt + _prompt(new), 1))
+                    restored.append(await engine.ask(prompt + unseen(new), 1))
+                    hits.append(await engine.ask(prompt + unseen(new), 1))
                 hit_s = statistics.median(hit.ttft_s for hit in hits)
                 cached = hits[0].device_tokens
                 prefill.append({"cached": cached, "new": length + new - cached, "seconds": hit_s})
@@ -77,8 +75,3 @@ async def probe(
         "prefill": [{**point, "seconds": round(point["seconds"], 5)} for point in prefill],
         "decode": [{**point, "seconds": round(point["seconds"], 6)} for point in decode],
     }
-
-
-def _prompt(tokens: int) -> list[int]:
-    """Token ids that no other prompt shares a page with."""
-    return random.Random(uuid.uuid4().hex).choices(VOCABULARY, k=tokens)

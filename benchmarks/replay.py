@@ -18,6 +18,11 @@ VOCABULARY = range(1000, 40_000)
 """Token ids that are ordinary words in every model of today."""
 
 
+def unseen(count: int) -> list[int]:
+    """Token ids that no other prompt shares a page with."""
+    return random.Random(uuid.uuid4().hex).choices(VOCABULARY, k=count)
+
+
 async def replay(
     workload: Workload,
     engine_url: str,

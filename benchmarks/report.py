@@ -14,7 +14,12 @@ from benchmarks.ttft import floor_of
 Result = dict[str, Any]
 _CONTENTS = {
     "ttft": "Turn 2: time to first token",
+    "burst": "Many agents at once",
+    "throughput": "What spilling costs",
+    "soak": "The same tokens",
+    "pages": "The page store",
     "replay": "Agent workloads",
+    "service": "The session service",
     "projection": "Other hardware, on paper",
 }
 
@@ -156,6 +161,39 @@ def _inside(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _service(found: Sequence[Result], pictures: Path) -> list[str]:
+    result = found[-1]
+    rows, settings = result["rows"], result["settings"]
+    sessions = ", ".join(f"{count:,} sessions of {int(length):,}" for length, count in settings["sessions"].items())
+    lines = [
+        f"{sessions} entries, all in one database. Milliseconds, p50 / p99, by the entries of a session's history; at",
+        "the server until the answer was complete, at the client with the way there and back. The peers are libraries",
+        f"in the client's process. The engine is {settings['engine']}.",
+        "",
+        _provenance(result),
+        "",
+    ]
+    for database, systems in settings["durability"].items():
+        for system, durability in systems.items():
+            lines.append(
+                f"- {database}, {system}: {', '.join(f'{name} {value}' for name, value in durability.items())}"
+            )
+    lines += [f"- not measured: {name}: {reason}" for name, reason in settings["left_out"].items()]
+    for database, concurrency in dict.fromkeys((row["database"], row["concurrency"]) for row in rows):
+        shown = [row for row in rows if (row["database"], row["concurrency"]) == (database, concurrency)]
+        lengths = sorted({row["history"] for row in shown})
+        table = []
+        for case in dict.fromkeys((row["system"], row["operation"], row["side"]) for row in shown):
+            of = {row["history"]: row for row in shown if (row["system"], row["operation"], row["side"]) == case}
+            figures = (of.get(length) for length in lengths)
+            table.append(
+                [*case, *("" if row is None else f"{row['p50_ms']:,.2f} / {row['p99_ms']:,.2f}" for row in figures)]
+            )
+        header = ["system", "operation", "at the", *(f"{length:,}" for length in lengths)]
+        lines += ["", f"### {database}, {concurrency} at once", "", *_table(header, table, left=3)]
+    return lines
+
+
 def _projection(found: Sequence[Result], pictures: Path) -> list[str]:
     result = found[-1]
     table = [
@@ -183,11 +221,142 @@ def _projection(found: Sequence[Result], pictures: Path) -> list[str]:
     return lines + [f"- {sentence}" for sentence in result["settings"]["assumptions"]]
 
 
+def _burst(found: Sequence[Result], pictures: Path) -> list[str]:
+    lines = [
+        "All sessions are asked at once after their KV has left the device. The bound is the bytes of all of them at",
+        "the drive's own rate, and then the forwards of all of them, each as a memory hit by itself; the ratio is the",
+        "last session's time to first token over it, with its 95 % interval.",
+    ]
+    for result in _newest(found, "models"):
+        table = [
+            [
+                row["model"],
+                f"{row['sessions']} × {row['tokens']:,}",
+                f"{row['last_ttft_s']:.3f}",
+                f"{row['bound_s']:.3f}",
+                f"{row['ratio']:.3f}",
+                _interval(row["ratio_95"]),
+                f"{row['memory_hit_last_ttft_s']:.3f}",
+                f"{row['device_gb_per_s']:.2f}",
+            ]
+            for row in result["rows"]
+        ]
+        header = [
+            "model",
+            "sessions × tokens",
+            "last TTFT, s",
+            "bound, s",
+            "ratio",
+            "95 %",
+            "all as hits, s",
+            "drive, GB/s",
+        ]
+        lines += ["", _provenance(result), "", *_table(header, table, left=2)]
+    return lines
+
+
+def _throughput(found: Sequence[Result], pictures: Path) -> list[str]:
+    lines = [
+        "Output tokens a second of loads of new text, of which every page is spilled: over those of the same engine",
+        "with spilling off, and over those of SGLang without AgentState, with 95 % intervals.",
+    ]
+    for result in _newest(found, "model"):
+        table = [
+            [
+                row["load"],
+                f"{row['requests']} × ({row['prompt_tokens']} + {row['output_tokens']})",
+                *(f"{row[f'{variant}_tokens_per_s']:.1f}" for variant in ("spilling", "off", "plain")),
+                f"{row['ratio_to_off']:.3f}",
+                _interval(row["ratio_to_off_95"]),
+                f"{row['ratio_to_plain']:.3f}",
+                _interval(row["ratio_to_plain_95"]),
+            ]
+            for row in result["rows"]
+        ]
+        header = [
+            "load",
+            "requests × (prompt + answer)",
+            "spilling, tok/s",
+            "off",
+            "SGLang",
+            "÷ off",
+            "95 %",
+            "÷ SGLang",
+        ]
+        lines += ["", _provenance(result), "", *_table([*header, "95 %"], table, left=2)]
+    return lines
+
+
+def _soak(found: Sequence[Result], pictures: Path) -> list[str]:
+    lines = ["Every greedy token of agents that are suspended and resumed, beside those of agents that never were."]
+    for result in found[-1:]:
+        for row in result["rows"]:
+            points = ", ".join(f"{count} {name}" for name, count in row["points"].items())
+            lines += [
+                "",
+                _provenance(result),
+                "",
+                f"{sum(row['points'].values())} turns ({points}), {row['restored_tokens']:,} tokens restored: "
+                f"{len(row['different'])} answers differ.",
+            ]
+    return lines
+
+
+def _pages(found: Sequence[Result], pictures: Path) -> list[str]:
+    lines = [
+        "The store against the drive's own direct reads and writes, and against the fastest of what a user might take",
+        "instead, in one run and cold ([how](pages.md#how-fast-it-is)).",
+    ]
+    for result in found[-1:]:
+        reads, writes = [], []
+        for row in result["rows"]:
+            case = [row["case"], row["geometry"], f"{row['tokens']:,}"]
+            best = row["best_alternative"]
+            reads.append(
+                [
+                    *case,
+                    f"{row['read_gb_s']:.2f}",
+                    f"{row['read_share_of_device']:.0%}",
+                    f"{row['cpu_s_per_gb']:.2f}",
+                    best or "",
+                    _maybe(row["ratio_to_best_alternative"], "{:.2f}"),
+                    _maybe(row["best_alternative_cpu_s_per_gb"], "{:.2f}"),
+                ]
+            )
+            writes.append(
+                [
+                    *case,
+                    f"{row['write_gb_s']:.2f}",
+                    f"{row['write_share_of_device']:.0%}",
+                    f"{row['write_cpu_s_per_gb']:.2f}",
+                ]
+            )
+        header = ["case", "geometry", "tokens", "GB/s", "of the drive", "CPU s/GB"]
+        lines += ["", _provenance(result), "", "Restores:", ""]
+        lines += _table([*header, "best alternative", "times as fast", "its CPU s/GB"], reads, left=2)
+        lines += ["", "Durable writes:", "", *_table(header, writes, left=2)]
+    return lines
+
+
 _SECTIONS: dict[str, Callable[[Sequence[Result], Path], list[str]]] = {
     "ttft": _ttft,
+    "burst": _burst,
+    "throughput": _throughput,
+    "soak": _soak,
+    "pages": _pages,
     "replay": _replay,
+    "service": _service,
     "projection": _projection,
 }
+
+
+def _newest(found: Sequence[Result], setting: str) -> list[Result]:
+    """The newest result of each value of a setting."""
+    return list({str(result["settings"][setting]): result for result in found}.values())
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return "–".join(f"{bound:.3f}" for bound in bounds)
 
 
 def _kind(result: Result) -> str:

@@ -133,7 +133,7 @@ class Turn2:
             for number in range(self._recomputes):
                 await self._recompute(engine, number)
         self._flushed()
-        self._limit = device.read_limit(self._extents(), threads=2)
+        self._limit = device.read_limit(self._extents())
 
     async def round(self, number: int) -> None:
         """Every variant once, in turn."""

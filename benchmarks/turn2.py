@@ -1,43 +1,37 @@
-"""What `agentstate bench ttft` and `soak` run: the stack, the model, progress, tables and raw results."""
+"""What `agentstate bench ttft` and `soak` run: progress, tables and raw results."""
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from agentstate import launcher
 from agentstate.errors import EngineError, SettingsError
-from agentstate.local import LocalStack, free_port
+from agentstate.local import LocalStack
 from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.models import GEOMETRIES
 from benchmarks.peers.comparison import PeerTurns, compare
 from benchmarks.peers.servers import SERVERS, LMCache
 from benchmarks.soak import Soak
+from benchmarks.stacks import SMOLLM2, checkpoint_of, console, running, steps
 from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, floor_of, paired_ratio
 
-console = Console()
 PEERS = {server.name.replace("_", "-"): server for server in SERVERS}
 """What they are called on the command line."""
 _FIRST_AND_HITS = 1 + HITS_AFTER_RESTART
-SMOLLM2 = "smollm2-135m-instruct"
 
 
 def ttft(
     settings: Settings, model: str, lengths: Sequence[int], rounds: int, recomputes: int, report: Path | None
 ) -> None:
     """Print and keep the times to the first token of turn 2, a row a variant and length."""
-    steps = len(lengths) * (rounds * len(VARIANTS) + recomputes) + _FIRST_AND_HITS
-    with _running(settings, model, _arguments(model, lengths)) as stack, _bar(steps) as (say, step):
+    total = len(lengths) * (rounds * len(VARIANTS) + recomputes) + _FIRST_AND_HITS
+    with running(settings, model, _arguments(model, lengths)) as stack, steps(total) as (say, step):
         rows = asyncio.run(_turns(stack, model, lengths, rounds, recomputes, say, step))
     _print_ttft(rows)
     _keep_ttft(settings, {"model": model, "rounds": rounds}, rows, report)
@@ -61,10 +55,10 @@ def ttft_with_peers(
         raise SettingsError(f"there is no peer {unknown[0]}: choose {', '.join(PEERS)}")
     chosen = [PEERS[name] for name in names]
     a_visit = rounds * len(VARIANTS) + sum(rounds * (3 if peer.stores else 0) + 1 for peer in chosen)
-    steps = len(lengths) * (visits * a_visit + (visits - 1) * _FIRST_AND_HITS + recomputes)
+    total = len(lengths) * (visits * a_visit + (visits - 1) * _FIRST_AND_HITS + recomputes)
     arguments = _arguments(model, lengths)
     rows, flags = [], {}
-    with _running(settings, model, arguments, engine=False) as stack, _bar(steps) as (say, step):
+    with running(settings, model, arguments, start=False) as stack, steps(total) as (say, step):
         for length in lengths:
             prompts = Prompts.of(length)
             ours = Turn2(stack, model, prompts, step, recomputes)
@@ -72,7 +66,7 @@ def ttft_with_peers(
             for kind in chosen:
                 python = lmcache_python if kind is LMCache else Path(launcher.engine_python(settings))
                 home = stack.home / f"{kind.name}-{length}"
-                servers.append(kind(home, _checkpoint(settings, model), python, arguments))
+                servers.append(kind(home, checkpoint_of(settings, model), python, arguments))
             peers = [PeerTurns(server, model, prompts, step) for server in servers]
             rows += asyncio.run(compare([ours, *peers], visits, rounds, say))
             for peer in peers:
@@ -88,7 +82,7 @@ def ttft_with_peers(
 
 def soak(settings: Settings, turns: int, restarts: int, seed: int, report: Path | None) -> None:
     """Run conversations twice and compare every token. Raises EngineError when one differs."""
-    with _running(settings, SMOLLM2, ("--chunked-prefill-size", "512")) as stack, _bar(2 * turns) as (say, step):
+    with running(settings, SMOLLM2, ("--chunked-prefill-size", "512")) as stack, steps(2 * turns) as (say, step):
         say("conversations that are never suspended, and the same ones suspended before every turn")
         outcome = asyncio.run(Soak(stack, turns=turns, restarts=restarts, seed=seed, longest=3000, step=step).run())
     happened = ", ".join(f"{count} × {event}" for event, count in outcome.points.most_common())
@@ -141,45 +135,6 @@ def _keep_ttft(
         console.print(f"raw result written to {report}")
 
 
-@contextmanager
-def _running(settings: Settings, model: str, arguments: Sequence[str], *, engine: bool = True) -> Iterator[LocalStack]:
-    """A stack; its engine runs, or is ready to be started with ``arguments``."""
-    checkpoint = _checkpoint(settings, model)
-    with tempfile.TemporaryDirectory(dir=settings.cache_dir, prefix="bench-") as home:
-        stack = LocalStack(
-            Path(home),
-            checkpoint,
-            engine_python=settings.engine_python,
-            service_port=free_port(),
-            engine_port=free_port(),
-        )
-        with closing(stack):
-            with Progress(SpinnerColumn(), TextColumn("starting"), TimeElapsedColumn()) as progress:
-                progress.add_task("", total=None)
-                stack.start_service()
-                stack.engine_arguments = tuple(arguments)
-                if engine:
-                    stack.start_engine(*arguments)
-            yield stack
-
-
-def _checkpoint(settings: Settings, model: str) -> Path:
-    checkpoint = settings.cache_dir / model
-    if (checkpoint / "config.json").exists():
-        return checkpoint
-    python = launcher.engine_python(settings)
-    if model == SMOLLM2:
-        command = [python, "-m", "engine_patch.cpu.smollm2", str(checkpoint)]
-    elif model in GEOMETRIES:
-        command = [python, "-m", "benchmarks.models", model, str(checkpoint)]
-    else:
-        raise SettingsError(f"there is no model {model}: choose {', '.join([SMOLLM2, *GEOMETRIES])}")
-    console.print(f"preparing {model} (once)")
-    if subprocess.run(command, check=False).returncode:
-        raise EngineError("the model could not be prepared; the lines above say why")
-    return checkpoint
-
-
 def _print_ttft(rows: list[dict[str, Any]]) -> None:
     names = ["TTFT, s", "÷ memory hit", "95 %", "recomputed ÷", "tok/s", "MB read", "of the drive", "overlap", "same"]
     table = Table(Column("context", justify="right"), "variant", *(Column(name, justify="right") for name in names))
@@ -223,12 +178,3 @@ def _same(row: dict[str, Any]) -> str:
 
 def _of(rows: list[dict[str, Any]], row: dict[str, Any], variant: str) -> dict[str, Any] | None:
     return next((r for r in rows if (r["tokens"], r["variant"]) == (row["tokens"], variant)), None)
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """What names the step that is being done, and what says that one is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda text: progress.update(task, description=text), lambda: progress.advance(task)

@@ -30,9 +30,9 @@ class ControlEndpoint:
     """Binds ``address`` (``*`` takes a free port; `address` then says which) and serves until `close`.
 
     ``standing(session)`` answers a flush as of now, and ``prefetch(session, tier, keys)`` begins one and gives what
-    answers it as of now; while the state is ``pending`` the peer waits, up to its own timeout. ``demote(session)`` and
-    ``stat()`` answer the other verbs. ``tick()`` is called about once a second. Raises EngineError when the address
-    cannot be bound.
+    answers it as of now; while the state is ``pending`` the peer waits, up to its own timeout. ``demote(session)``,
+    ``spill(on)`` and ``stat()`` answer the other verbs. ``tick()`` is called about once a second. Raises EngineError
+    when the address cannot be bound.
     """
 
     def __init__(
@@ -43,12 +43,14 @@ class ControlEndpoint:
         stat: Callable[[], dict[str, Any]],
         prefetch: Callable[[str, str, bytes | None], Callable[[], dict[str, Any]]],
         demote: Callable[[str], dict[str, Any]],
+        spill: Callable[[bool], dict[str, Any]],
         tick: Callable[[], None],
     ):
         self._standing = standing
         self._stat = stat
         self._prefetch = prefetch
         self._demote = demote
+        self._spill = spill
         self._tick = tick
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -98,6 +100,8 @@ class ControlEndpoint:
                     self._waiting.append(_Waiting(peer, begun, deadline_s))
                 case "demote":
                     self._send(peer, {"ok": True, **self._demote(str(request["session"]))})
+                case "spill":
+                    self._send(peer, {"ok": True, **self._spill(bool(request["on"]))})
                 case "stat":
                     self._send(peer, {"ok": True, **self._stat()})
                 case verb:

@@ -190,14 +190,14 @@ class DeviceTier:
     def drop_arrivals(self) -> None:
         """Before the device memory is cleared."""
         for arrival in self._arrivals:
-            self._linker.failed_loads(arrival.batch)
+            self._linker.finish(arrival.batch)
             arrival.prefetch.progress = Progress.FAILED
         self._arrivals.clear()
 
     def _land(self) -> None:
         for arrival in [arrival for arrival in self._arrivals if self._linker.landed(arrival.batch)]:
             self._arrivals.remove(arrival)
-            if self._linker.failed_loads(arrival.batch):
+            if self._linker.finish(arrival.batch).failed:
                 self._cache.token_to_kv_pool_allocator.free(arrival.slots)
                 arrival.prefetch.progress = Progress.FAILED
             else:

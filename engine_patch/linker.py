@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from agentstate.errors import EngineError
 from agentstate.manifests import Manifest, split_keys
 from agentstate.pages import PageStore, Quota, fingerprint, weights_digest
 from agentstate.settings import Settings
+from engine_patch.break_even import BreakEven
 from engine_patch.catalog import Catalog
 from engine_patch.control import ControlEndpoint
 from engine_patch.device_tier import DeviceTier, Progress
 from engine_patch.ledger import Ledger
 from engine_patch.metrics import Metrics
 from engine_patch.pools import DevicePool, device_pools
+from engine_patch.restore import Finished, Restored, Source
 from engine_patch.sglang_api import (
     SUPPORTED,
     PoolName,
@@ -58,6 +61,9 @@ class AgentStateLinker(UnifiedCacheLinker):
     ):
         settings = Settings()
         self._prefetch_ttl_s = settings.prefetch_ttl_s
+        self._break_even = BreakEven()
+        self._computes = settings.break_even
+        self._cached = 0
         self._off: str | None = None
         self.forward_stream = forward_stream
         self.page_size: int = params.page_size
@@ -90,6 +96,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             stat=self.stat,
             prefetch=self._prefetch,
             demote=self._demote,
+            spill=self._spill,
             tick=self._tick,
         )
         self._engine = Engine(
@@ -132,12 +139,26 @@ class AgentStateLinker(UnifiedCacheLinker):
 
     # What the radix cache asks for, in the order of a request's life.
 
+    def matching(self, cached: int) -> None:
+        """The next `lookup` is for a request with so many tokens on the device, which its own arguments leave out."""
+        self._cached = cached
+
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
-        """Every restorable prefix length, in pages."""
+        """Every restorable prefix length, in pages; none where computing the longest one is faster (`BreakEven`)."""
         if self._off is not None:
             return []
         full = next(transfer for transfer in transfers if transfer.name == PoolName.KV)
-        return self._pools.restorable(keys_of(full))
+        keys = keys_of(full)
+        lengths = self._pools.restorable(keys)
+        if self._computes and lengths and self._is_computed(rid, keys[: lengths[-1]]):
+            return []
+        return lengths
+
+    def _is_computed(self, rid: str, keys: list[bytes]) -> bool:
+        # What is in memory already costs next to nothing.
+        return not self._pools.staged_for(keys) and self._break_even.computes(
+            rid, self._cached, len(keys) * self.page_size, self._pools.n_bytes(len(keys))
+        )
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         return self._off is None and self._pools.load(rid, transfers)
@@ -149,11 +170,31 @@ class AgentStateLinker(UnifiedCacheLinker):
         return self._pools.start(self._device_events())
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
-        return not self.failed_loads(counter_index)
+        return not self.finish(counter_index).failed
 
-    def failed_loads(self, counter_index: int) -> set[str]:
-        """Wait like `finish_layer_wise_loading`, and tell which requests failed instead of whether one did."""
-        return self._pools.finish(counter_index)
+    def finish(self, counter_index: int) -> Finished:
+        """Wait like `finish_layer_wise_loading`, and tell which requests failed, instead of whether one did, and what
+        was restored."""
+        failed, restored = self._pools.finish(counter_index)
+        if restored is not None:
+            logger.info(
+                "agentstate: restored %d tokens, %.1f MB in %.1f ms (%.2f GB/s), source %s, for %d request(s)",
+                restored.pages * self.page_size,
+                restored.n_bytes / 1e6,
+                restored.seconds * 1e3,
+                restored.n_bytes / 1e9 / restored.seconds,
+                " and ".join(sorted(restored.sources)),
+                restored.requests,
+            )
+        return Finished(failed, restored)
+
+    def stepped(self, parts: Sequence[tuple[int, int]], seconds: float, restored: Restored | None) -> None:
+        """A step of the engine took ``seconds`` to compute, of each of its requests, so many new tokens after so many
+        that it had (``parts``: had, new), ``restored`` among them."""
+        if restored is None:
+            self._break_even.stepped(parts, seconds)
+        elif restored.sources == {Source.COLD}:
+            self._break_even.restored(parts, seconds, restored.n_bytes, restored.waited_s)
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         return self._off is None and self._pools.offer(transfers, self._device_events())
@@ -194,7 +235,7 @@ class AgentStateLinker(UnifiedCacheLinker):
 
     def load_ahead(self, rid: str, keys: list[bytes], slots: torch.Tensor) -> int:
         """Load pages for no request, into slots that the caller owns: the number of a batch, to ask `landed` and
-        `failed_loads` with."""
+        `finish` with."""
         return self._pools.load_ahead(rid, keys, slots, self._device_events())
 
     def landed(self, batch: int) -> bool:
@@ -228,6 +269,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             "fingerprint": self._engine.fingerprint,
             "off": self._off,
             **self._pools.stat(),
+            "break_even": asdict(self._break_even.stats),
         }
 
     def _standing(self, session_id: str) -> dict[str, Any]:
@@ -269,6 +311,11 @@ class AgentStateLinker(UnifiedCacheLinker):
             raise EngineError("the engine is not up yet")
         self.device_tier.demote(session_id)
         return self._answer("demoted", len(self._ledger.chain(session_id) or ()), "device")
+
+    def _spill(self, on: bool) -> dict[str, Any]:
+        self._pools.spill(on)
+        logger.info("agentstate: spilling is %s", "on" if on else "off: what is computed now is not stored")
+        return {"state": "on" if on else "off"}
 
     def _answer(self, state: str, pages: int, tier: str) -> dict[str, Any]:
         """``pages`` are those that the state is about; nothing of a session that is ``cold`` is anywhere."""

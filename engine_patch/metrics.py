@@ -23,6 +23,7 @@ _COUNTERS = {
     ("restore", "pages_failed"): ("failed_pages", "Pages that were read and not used: damaged or unreadable."),
     ("restore", "requests_failed"): ("recomputed_requests", "Requests recomputed because a page failed."),
     ("restore", "forward_wait_s"): ("forward_wait_seconds", "Time in which forwards waited for a layer."),
+    ("break_even", "computed"): ("break_even_requests", "Requests computed because restoring would take longer."),
     ("store", "pages_evicted"): ("evicted_pages", "Pages that were evicted for room."),
     ("store", "pages_evicted_needed"): ("evicted_needed_pages", "Evicted pages that a live manifest needed."),
     ("store", "pages_dropped"): ("dropped_pages", "Pages that were dropped because they were wrong."),

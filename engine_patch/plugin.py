@@ -27,6 +27,9 @@ def register() -> None:
         "sglang.srt.managers.scheduler.Scheduler._prefetch_kvcache", _while_queueing, sgl.HookType.AROUND
     )
     sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler._record_step_counters", _around_step_counters, sgl.HookType.AROUND
+    )
+    sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.abort_request", _before_abort, sgl.HookType.AROUND
     )
     sgl.HookRegistry.register(
@@ -113,6 +116,14 @@ def _before_abort(original: Any, scheduler: Any, abort: Any) -> Any:
     if isinstance(scheduler.tree_cache, _cache_class()):
         scheduler.tree_cache.note_abort(abort)
     return original(scheduler, abort)
+
+
+def _around_step_counters(original: Any, scheduler: Any, batch: Any, result: Any) -> None:
+    """SGLang counts the time of its prefills, without pauses and without counting twice what overlaps."""
+    before_us = scheduler.total_prefill_busy_us
+    original(scheduler, batch, result)
+    if (busy_us := scheduler.total_prefill_busy_us - before_us) and isinstance(scheduler.tree_cache, _cache_class()):
+        scheduler.tree_cache.prefilled(batch, busy_us / 1e6)
 
 
 def _while_queueing(original: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

@@ -60,6 +60,11 @@ class Prefetches:
             self._give_up(self._sessions, session_id)
             return self._begin(self._sessions, session_id, keys, self._clock() + expires_in_s)
 
+    def covers(self, keys: Sequence[bytes]) -> bool:
+        """Whether `take` would find a stream."""
+        with self._mutex:
+            return self._covering(keys) is not None
+
     def take(self, keys: Sequence[bytes]) -> tuple[Stream, int] | None:
         """The stream that reads ``keys``, which is the caller's from now on, and the position of the first of them in
         it."""

@@ -20,6 +20,7 @@ import torch
 
 from engine_patch.device_tier import DeviceTier
 from engine_patch.linker import AgentStateLinker
+from engine_patch.restore import Restored
 from engine_patch.sglang_api import (
     FINISH_ABORT,
     RadixKey,
@@ -30,16 +31,27 @@ from engine_patch.sglang_api import (
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 
 logger = logging.getLogger(__name__)
 
 
 class _LinkerWrapper(UnifiedCacheLinkerWrapper):
-    """Stock, but that a load's verdict is one a request instead of one a batch."""
+    """Stock, but that a load's verdict is one a request instead of one a batch, and that the linker is told more of
+    what it is asked for."""
 
     cache_linker: AgentStateLinker
+
+    def __init__(self, cache: UnifiedRadixCache, cache_linker: AgentStateLinker):
+        super().__init__(cache, cache_linker)
+        # What was restored for requests whose step has not been timed yet.
+        self.landed: dict[str, Restored] = {}
+
+    def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
+        self.cache_linker.matching(result.device_prefix_len)
+        return super().match(key, req, result)
 
     def finish_loads(self) -> list[str]:
         """Wait for the loads of the batch that just ran: the rids that failed, identical on every rank."""
@@ -47,7 +59,9 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         if not rids:
             return []
         index, self.inflight_load_index = self.inflight_load_index, -1
-        failed = self.cache_linker.failed_loads(index)
+        failed, restored = self.cache_linker.finish(index)
+        if restored is not None and not failed:
+            self.landed.update(dict.fromkeys(rids, restored))
         landed = torch.tensor([rid not in failed for rid in rids], dtype=torch.int)
         self.cache._all_reduce_attn_groups(landed, torch.distributed.ReduceOp.MIN)
         for rid in rids:
@@ -113,6 +127,12 @@ class AgentStateRadixCache(UnifiedRadixCache):
             req.skip_radix_cache_insert = True
             req.discard_output_reason = FINISH_ABORT("KV restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
         return [req for req in failed if not req.finished_output]
+
+    def prefilled(self, batch: ScheduleBatch, seconds: float) -> None:
+        """A batch of prompts, or of parts of them, took so long."""
+        landed = [found for req in batch.reqs if (found := self.linker.landed.pop(req.rid, None)) is not None]
+        parts = list(zip(batch.prefix_lens, batch.extend_lens, strict=False))
+        self.linker.cache_linker.stepped(parts, seconds, landed[0] if landed else None)
 
     def without_next_batch(self, scheduler: Scheduler) -> None:
         """There is nothing to run; a result that is still to be processed comes first."""

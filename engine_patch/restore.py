@@ -8,13 +8,15 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 
-from agentstate.pages import Chunk, LayerwiseReader, PageStore, Stream, Verifier
+from agentstate.pages import Chunk, LayerwiseReader, PageStore, Stream
 from engine_patch.arrivals import Arrivals
 from engine_patch.prefetch import Prefetches
-from engine_patch.staging import HostCopies, PinnedMemory
+from engine_patch.staging import PinnedMemory
 from engine_patch.transfer import DevicePages
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,36 @@ class RestoreStats:
     requests_failed: int = 0
 
 
+class Source(StrEnum):
+    """Where pages are restored from: ``cold`` is the disk; ``host`` is staging, which they are in or on their way to
+    because they were read ahead or prefetched; ``device`` is the disk too, for no request yet but for a prefetch to
+    the device."""
+
+    COLD = "cold"
+    HOST = "host"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What one batch brought back: ``pages`` for ``requests``, ``n_bytes`` as they were read, in ``seconds``, of which
+    the forward waited ``waited_s``. Not counted are the pages of requests that failed."""
+
+    requests: int
+    pages: int
+    n_bytes: int
+    seconds: float
+    sources: frozenset[Source]
+    waited_s: float = 0.0
+
+
+class Finished(NamedTuple):
+    """The rids whose pages must not be used, and what was restored; None when that is nothing."""
+
+    failed: set[str]
+    restored: Restored | None = None
+
+
 @dataclass
 class _Load:
     """One request's restore: its pages are those of ``stream`` from ``offset`` on. ``stream`` is None when a page went
@@ -45,6 +77,7 @@ class _Load:
     keys: list[bytes]
     numbers: torch.Tensor
     stream: Stream | None
+    source: Source
     offset: int = 0
 
     def own(self, first: int, count: int) -> slice:
@@ -61,6 +94,7 @@ class _Batch:
     loads: list[_Load]
     ready: Sequence[torch.cuda.Event]
     failed: set[str] = field(default_factory=set)
+    restored: Restored | None = None
 
 
 class Restorer:
@@ -70,7 +104,7 @@ class Restorer:
     remaining pages are left out, the other requests of its batch are served, and every layer is released all the
     same, since the forward waits for the batch.
 
-    On a GPU a chunk's copies are queued while the next one is verified, and are waited for once a layer, at its end.
+    On a GPU a chunk's copies are queued while the next ones are read, and are waited for once a layer, at its end.
     The memory of a chunk is read into again when its own copies are over.
     """
 
@@ -82,23 +116,24 @@ class Restorer:
         self._pages = pages
         self._reader = reader
         self._pinned = PinnedMemory(reader.staging, pages.device)
-        self._host_copies = HostCopies(reader.staging, reader.chunk_bytes)
         self._pending: dict[str, _Load] = {}
         self._batches: dict[int, _Batch] = {}
         self._queue: queue.Queue[tuple[int, _Batch] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="agentstate-restore", daemon=True)
         self._thread.start()
 
-    def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor) -> None:
-        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, if it has not begun before."""
+    def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor, source: Source = Source.COLD) -> None:
+        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, if it has not begun before: then
+        ``source`` is host memory."""
         if (ahead := self.prefetches.take(keys)) is not None:
-            self._pending[rid] = _Load(rid, keys, numbers, *ahead)
+            stream, offset = ahead
+            self._pending[rid] = _Load(rid, keys, numbers, stream, Source.HOST, offset)
             return
         try:
             stream = self._reader.open(self._store.hold(keys))
         except KeyError:
             stream = None
-        self._pending[rid] = _Load(rid, keys, numbers, stream)
+        self._pending[rid] = _Load(rid, keys, numbers, stream, source)
 
     def cancel(self, rid: str) -> bool:
         load = self._pending.pop(rid, None)
@@ -126,15 +161,15 @@ class Restorer:
         """Whether `finish` would not wait."""
         return self.arrivals.landed(index)
 
-    def finish(self, index: int) -> set[str]:
-        """Wait until batch ``index`` stops writing to the device: the rids whose pages must not be used."""
+    def finish(self, index: int) -> Finished:
+        """Wait until batch ``index`` stops writing to the device, and tell what became of it."""
         complete = self.arrivals.finish(index)
         batch = self._batches.pop(index, None)
         if batch is None:
-            return set()
+            return Finished(set())
         failed = batch.failed if complete else {load.rid for load in batch.loads}
         self.stats.requests_failed += len(failed)
-        return failed
+        return Finished(failed, batch.restored if complete else None)
 
     def reset(self) -> None:
         """Forget what is queued and wait for what runs."""
@@ -178,26 +213,27 @@ class Restorer:
     def _restore(self, index: int, batch: _Batch) -> None:
         started, n_bytes = time.perf_counter(), 0
         batch.failed.update(load.rid for load in batch.loads if load.stream is None)
-        loads = [(load, load.stream, Verifier(load.stream.hold)) for load in batch.loads if load.stream is not None]
-        for _, stream, _ in loads:
+        loads = [(load, load.stream) for load in batch.loads if load.stream is not None]
+        for _, stream in loads:
             stream.hurry()
         for layer in range(self._pages.geometry.layers):
-            for load, stream, verifier in loads:
+            for load, stream in loads:
                 for chunk in stream.layer(layer):
                     n_bytes += chunk.n_bytes
-                    self._land(batch, load, verifier, chunk)
+                    self._land(batch, load, chunk)
             self._pages.inbound.finish()
-            self.arrivals.complete(index, layer)
             if layer == 0:
                 self.stats.first_layer_s += time.perf_counter() - started
-        self._record(batch, len(loads), n_bytes, time.perf_counter() - started)
+            if layer == self._pages.geometry.layers - 1:
+                # Before whoever waits for the batch goes on.
+                batch.restored = self._record(batch, n_bytes, time.perf_counter() - started)
+            self.arrivals.complete(index, layer)
 
-    def _land(self, batch: _Batch, load: _Load, verifier: Verifier, chunk: Chunk) -> None:
-        """Verify a chunk and write what it has of the request's pages to the device."""
+    def _land(self, batch: _Batch, load: _Load, chunk: Chunk) -> None:
+        """Write what a chunk has of the request's pages to the device, unless one must not be used."""
         # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
         own = range(len(load.keys))
-        unusable = verifier.wrong_pages(self._host_copies.of(chunk))
-        if wrong := [page for at in unusable if (page := at - load.offset) in own]:
+        if wrong := [page for at in chunk.wrong if (page := at - load.offset) in own]:
             self._reject(batch, load, wrong, chunk)
         self._pages.inbound.after(batch.ready)
         batch.ready = ()
@@ -231,17 +267,11 @@ class Restorer:
                 self._store.drop(load.keys[page])
                 self.stats.pages_failed += 1
 
-    def _record(self, batch: _Batch, requests: int, n_bytes: int, seconds: float) -> None:
-        pages = sum(len(load.keys) for load in batch.loads if load.rid not in batch.failed)
+    def _record(self, batch: _Batch, n_bytes: int, seconds: float) -> Restored | None:
+        good = [load for load in batch.loads if load.rid not in batch.failed]
+        pages = sum(len(load.keys) for load in good)
         self.stats.restores += 1
         self.stats.pages_restored += pages
         self.stats.bytes_read += n_bytes
         self.stats.seconds += seconds
-        logger.info(
-            "agentstate: restored %d tokens, %.1f MB in %.1f ms (%.2f GB/s) from disk for %d request(s)",
-            pages * self._pages.geometry.page_size,
-            n_bytes / 1e6,
-            seconds * 1e3,
-            n_bytes / 1e9 / seconds,
-            requests,
-        )
+        return Restored(len(good), pages, n_bytes, seconds, frozenset(load.source for load in good)) if good else None

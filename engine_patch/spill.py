@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-import mmap
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from agentstate.errors import PageStoreFull
-from agentstate.pages import ExtentDraft, LayerwiseReader, PageStore, merge
+from agentstate.pages import ExtentDraft, LayerwiseReader, PageStore, Writer, merge
 from engine_patch.staging import PinnedMemory
 from engine_patch.transfer import DevicePages
 
@@ -29,7 +30,8 @@ _MERGE_STAGING_BYTES = 8 << 20
 @dataclass
 class SpillStats:
     """Counters since the engine started. ``pages_known`` were offered again and not written again; ``pages_skipped``
-    were not written because too much was waiting already; ``extents_merged`` were replaced by larger ones."""
+    were not written because too much was waiting already, or spilling was off; ``extents_merged`` were replaced by
+    larger ones."""
 
     pages_spilled: int = 0
     bytes_spilled: int = 0
@@ -48,31 +50,35 @@ class _Offer:
 
 
 class Spiller:
-    """One thread that stores what `offer` queues. A page is written once: keys already stored are skipped, when their
-    turn comes, so that an earlier offer of the same page counts.
+    """Stores what `offer` queues: one thread copies pages out of the device, another publishes them. A page is written
+    once: keys that are stored or on their way are skipped, when their turn comes, so that an earlier offer of the same
+    page counts.
 
     Every offer gets one entry in ``results``, in the order of the offers, never earlier: the tree takes a result for
     its oldest offer, and unlocks that one's device pages. The copy out of the device is bounded by ``staging_bytes``;
     what waits, and so the device memory that is locked, by ``queue_bytes``: an offer beyond it is not stored, so that
-    a slow disk costs what it cannot hold and not the engine's memory. The tree offers it again.
+    a slow disk costs what it cannot hold and not the engine's memory. The tree offers it again. Neither is stored what
+    is offered while ``on`` is false.
     """
 
     def __init__(self, store: PageStore, pages: DevicePages, staging_bytes: int, queue_bytes: int):
         self.stats = SpillStats()
+        self.on = True
         self.results: deque[bool] = deque()
         self._store = store
         self._pages = pages
         self._queue_pages = max(1, queue_bytes // store.geometry.page_bytes)
         # Two counts, each written by one thread only.
         self._accepted_pages = self._done_pages = 0
-        self._pages_a_draft = store.pages_within(staging_bytes)
-        self._buffer = mmap.mmap(-1, store.draft_bytes(self._pages_a_draft))
-        self._pinned = PinnedMemory(self._buffer, pages.device)
+        self._writer = Writer(store, staging_bytes)
+        self._pinned = PinnedMemory(self._writer.staging, pages.device)
+        # Copied and not yet published.
+        self._on_their_way: set[bytes] = set()
         self._merge_reader = LayerwiseReader(store.geometry, staging_bytes=_MERGE_STAGING_BYTES, threads=1)
         self._until_s = math.inf
         # Chains to look for small extents in, by their last key.
         self._chains: dict[bytes, list[bytes]] = {}
-        self._queue: queue.Queue[_Offer | Callable[[], None] | None] = queue.Queue()
+        self._queue: queue.Queue[_Offer | Callable[[], None] | list[bytes] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="agentstate-spill", daemon=True)
         self._thread.start()
 
@@ -81,17 +87,17 @@ class Spiller:
         until the result is in. ``ready`` are the events after which the device pages may be read."""
         # Decided here, and answered in turn: with several ranks, each must give a result for every offer.
         waiting = self._accepted_pages - self._done_pages
-        skipped = waiting > 0 and waiting + len(keys) > self._queue_pages
+        skipped = not self.on or (waiting > 0 and waiting + len(keys) > self._queue_pages)
         self._accepted_pages += 0 if skipped else len(keys)
         self._queue.put(_Offer(keys, numbers, ready, skipped))
 
     def then(self, action: Callable[[], None]) -> None:
-        """Run ``action`` on the spilling thread once everything offered so far is stored or has failed."""
+        """Run ``action`` on a spilling thread once everything offered so far is stored or has failed."""
         self._queue.put(action)
 
     def merge(self, chain: list[bytes]) -> None:
         """Merge the small extents of a stored chain when there is nothing else to do."""
-        self._queue.put(lambda: self._chains.update({chain[-1]: chain}))
+        self.then(lambda: self._queue.put(chain))
 
     @property
     def waiting(self) -> int:
@@ -107,30 +113,30 @@ class Spiller:
         self._until_s = time.monotonic() + within_s
         self._queue.put(None)
         self._thread.join()
+        self._writer.close()
         self._merge_reader.close()
         self._pinned.close()
 
     def _run(self) -> None:
         while (item := self._next()) is not None:
-            try:
-                if isinstance(item, _Offer):
-                    self.results.append(self._store_offer(item))
-                else:
-                    item()
-            except Exception as error:
-                if isinstance(error, PageStoreFull):
-                    logger.warning("agentstate: %s; they are recomputed when they are needed", error)
-                else:
-                    logger.exception("agentstate: spilling failed; the pages are recomputed when they are needed")
-                if isinstance(item, _Offer):
-                    self.results.append(False)
-            finally:
-                if isinstance(item, _Offer) and not item.skipped:
-                    self._done_pages += len(item.keys)
+            if isinstance(item, _Offer):
+                self._store_offer(item)
+            elif isinstance(item, list):
+                self._chains[item[-1]] = item
                 self._queue.task_done()
+            else:
+                self._writer.after(partial(self._act, item))
         self._queue.task_done()
 
-    def _next(self) -> _Offer | Callable[[], None] | None:
+    def _act(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:
+            logger.exception("agentstate: an action that had waited for pages to be stored failed")
+        finally:
+            self._queue.task_done()
+
+    def _next(self) -> _Offer | Callable[[], None] | list[bytes] | None:
         while self._chains and self._queue.empty() and self._until_s == math.inf:
             self._merge_one()
         return self._queue.get()
@@ -140,7 +146,8 @@ class Spiller:
         last, chain = next(iter(self._chains.items()))
         replaced = 0
         try:
-            replaced = merge(self._store, self._merge_reader, chain, self._buffer, most_runs=1)
+            with self._writer.memory() as memory:
+                replaced = merge(self._store, self._merge_reader, chain, memory, most_runs=1)
         except (KeyError, PageStoreFull) as error:
             # Evicted or dropped in the meantime, or no room for a second copy.
             logger.debug("agentstate: not merged: %s", error)
@@ -150,31 +157,66 @@ class Spiller:
         if not replaced:
             del self._chains[last]
 
-    def _store_offer(self, offer: _Offer) -> bool:
-        if offer.skipped or time.monotonic() > self._until_s:
-            self.stats.pages_skipped += len(offer.keys)
-            return False
-        new = [i for i, key in enumerate(offer.keys) if key not in self._store]
-        self.stats.pages_known += len(offer.keys) - len(new)
-        if not new:
-            return True
-        self._pages.outbound.after(offer.ready)
+    def _store_offer(self, offer: _Offer) -> None:
+        """Copy what is new of an offer, and have it concluded when that is published."""
+        skipped = offer.skipped or time.monotonic() > self._until_s
+        # In this order: what has been published in the meantime is on its way no more, and is stored.
+        new = [] if skipped else [i for i, key in enumerate(offer.keys) if not self._is_known(key)]
+        publishing: list[tuple[int, Future[None]]] = []
+        failure: Exception | None = None
         try:
-            while new:
-                run, rest = new[: self._pages_a_draft], new[self._pages_a_draft :]
-                # Before the pages are copied for nothing.
-                self._store.make_room(self._store.draft_bytes(len(run)))
-                draft = self._store.draft([offer.keys[i] for i in run], self._buffer)
-                self._fill(draft, offer.numbers[run])
-                self._store.publish(draft)
-                self.stats.pages_spilled += len(run)
-                self.stats.bytes_spilled += len(run) * draft.geometry.page_bytes
-                new = rest
-        finally:
-            self.stats.pages_failed += len(new)
-        return True
+            if new:
+                self._pages.outbound.after(offer.ready)
+            for start in range(0, len(new), self._writer.pages_an_extent):
+                run = new[start : start + self._writer.pages_an_extent]
+                keys = [offer.keys[i] for i in run]
+                publishing.append((len(run), self._writer.write(keys, partial(self._fill, offer.numbers[run]))))
+                self._on_their_way.update(keys)
+        except Exception as error:
+            failure = error
+        self._writer.after(partial(self._conclude, offer, skipped, len(new), publishing, failure))
 
-    def _fill(self, draft: ExtentDraft, numbers: torch.Tensor) -> None:
+    def _is_known(self, key: bytes) -> bool:
+        return key in self._on_their_way or key in self._store
+
+    def _conclude(
+        self,
+        offer: _Offer,
+        skipped: bool,
+        new: int,
+        publishing: Sequence[tuple[int, Future[None]]],
+        failure: Exception | None,
+    ) -> None:
+        """Count and answer an offer, on the publishing thread. ``new`` of its pages were to be written."""
+        try:
+            spilled = 0
+            for pages, published in publishing:
+                if (error := published.exception()) is None:
+                    spilled += pages
+                else:
+                    failure = failure or error
+            self.stats.pages_spilled += spilled
+            self.stats.bytes_spilled += spilled * self._store.geometry.page_bytes
+            self.stats.pages_failed += new - spilled
+            if skipped:
+                self.stats.pages_skipped += len(offer.keys)
+            else:
+                self.stats.pages_known += len(offer.keys) - new
+            if isinstance(failure, PageStoreFull):
+                logger.warning("agentstate: %s; they are recomputed when they are needed", failure)
+            elif failure is not None:
+                logger.error(
+                    "agentstate: spilling failed; the pages are recomputed when they are needed", exc_info=failure
+                )
+            self._on_their_way.difference_update(offer.keys)
+            # Also what was on its way for an earlier offer must have arrived.
+            self.results.append(not skipped and all(key in self._store for key in offer.keys))
+        finally:
+            if not offer.skipped:
+                self._done_pages += len(offer.keys)
+            self._queue.task_done()
+
+    def _fill(self, numbers: torch.Tensor, draft: ExtentDraft) -> None:
         components = range(len(draft.geometry.component_bytes))
         try:
             for layer in range(draft.geometry.layers):

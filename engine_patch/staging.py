@@ -4,14 +4,14 @@ device's. Imports torch and not sglang."""
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from agentstate.errors import SettingsError
-from agentstate.pages import Chunk, KvikioBackend, PosixBackend, ReadBackend
+from agentstate.pages import KvikioBackend, PosixBackend, ReadBackend
 from engine_patch.transfer import CopyLane
 
 _ALIGNMENT = 4096
@@ -27,7 +27,7 @@ def read_backend(name: str, device: torch.device) -> ReadBackend:
             f"AGENTSTATE_READ_BACKEND=kvikio reads into GPU memory, and this engine's KV is on the {device.type}: "
             "set AGENTSTATE_READ_BACKEND=posix"
         )
-    return KvikioBackend(lambda n_bytes: device_memory(n_bytes, device))
+    return KvikioBackend(lambda n_bytes: device_memory(n_bytes, device), HostCopies(device).of)
 
 
 def device_memory(n_bytes: int, device: torch.device) -> torch.Tensor:
@@ -69,40 +69,29 @@ class PinnedMemory:
 
 
 class HostCopies:
-    """Chunks where the CPU can verify them.
+    """Views of device memory where the CPU can verify them: copied to pinned memory of each calling thread's own, on a
+    stream of its own. The bus carries both directions at once, so that verifying takes none of the bandwidth that
+    pages arrive with."""
 
-    A chunk in host memory is there already. One in device memory is copied back, to pinned memory of ``chunk_bytes``,
-    on a stream of its own: the bus carries both directions at once, so that verifying takes none of the bandwidth
-    that pages arrive with. What is verified is what the device has, the way from the drive included.
-    """
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._own = threading.local()
 
-    def __init__(self, staging: np.ndarray | torch.Tensor, chunk_bytes: int):
-        self._memory: torch.Tensor | None = None
-        if isinstance(staging, torch.Tensor):
-            self._memory = torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=staging.is_cuda)
-            self._lane = CopyLane(staging.device)
-
-    def of(self, chunk: Chunk) -> Chunk:
-        """``chunk`` with its arrays in host memory, valid until the next one is asked for."""
-        if self._memory is None:
-            return chunk
-        parts, taken = [], 0
-        with self._lane.queueing():
-            for part in chunk.parts:
-                arrays, taken = self._copied(self._memory[taken:], part.arrays), taken + _n_bytes(part.arrays)
-                parts.append(part._replace(arrays=arrays))
-        self._lane.finish()
-        return replace(chunk, parts=parts)
-
-    def _copied(self, memory: torch.Tensor, arrays: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    def of(self, arrays: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        """``arrays`` in host memory, valid until the thread asks for others."""
+        n_bytes = sum(array.numel() for array in arrays)
+        memory: torch.Tensor | None = getattr(self._own, "memory", None)
+        if memory is None:
+            self._own.lane = CopyLane(self._device)
+        if memory is None or len(memory) < n_bytes:
+            memory = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            self._own.memory = memory
         copies, taken = [], 0
-        for array in arrays:
-            copy = memory[taken : taken + array.numel()].view(array.shape)
-            copy.copy_(array, non_blocking=True)
-            copies.append(copy.numpy())
-            taken += array.numel()
+        with self._own.lane.queueing():
+            for array in arrays:
+                copy = memory[taken : taken + array.numel()].view(array.shape)
+                copy.copy_(array, non_blocking=True)
+                copies.append(copy.numpy())
+                taken += array.numel()
+        self._own.lane.finish()
         return copies
-
-
-def _n_bytes(arrays: Sequence[torch.Tensor]) -> int:
-    return sum(array.numel() for array in arrays)

@@ -20,7 +20,7 @@ from agentstate.pages.store import StoreStats
 from agentstate.settings import Settings
 from engine_patch.arrivals import Arrivals
 from engine_patch.pools import DevicePool
-from engine_patch.restore import Restorer, RestoreStats
+from engine_patch.restore import Finished, Restorer, RestoreStats, Source
 from engine_patch.sglang_api import PoolTransfer
 from engine_patch.spill import Spiller, SpillStats
 from engine_patch.staging import read_backend
@@ -39,6 +39,7 @@ class LayerGate:
     def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]]):
         self.consumer_index = -1
         self.waited_s = 0.0
+        self._waits_s: dict[int, float] = {}
         self._routes = routes
         self._arrivals = {arrivals for route in routes.values() for arrivals, _ in route}
 
@@ -48,10 +49,22 @@ class LayerGate:
             arrivals.set_consumer(index)
 
     def wait_until(self, threshold: int) -> None:
+        if (index := self.consumer_index) < 0:
+            return
         started = time.perf_counter()
         for arrivals, layer in self._routes.get(threshold, ()):
             arrivals.wait_until(layer)
-        self.waited_s += time.perf_counter() - started
+        waited_s = time.perf_counter() - started
+        self.waited_s += waited_s
+        self._waits_s[index] = self._waits_s.get(index, 0.0) + waited_s
+
+    def waited_for(self, index: int) -> float:
+        """How many seconds forwards waited for a batch; to be asked once, when it is over."""
+        return self._waits_s.pop(index, 0.0)
+
+    def reset(self) -> None:
+        """Forget the batches that were not over: their numbers are given again."""
+        self._waits_s.clear()
 
 
 class _StoredPool:
@@ -109,8 +122,8 @@ class StoredPools:
 
     def restorable(self, keys: Sequence[bytes], *, use: bool = True) -> list[int]:
         """Every length, in pages, up to which a prefix of ``keys`` is stored with all that is needed to go on from
-        there. Pages before ``keys`` are taken to be on the device. From memory; never touches the disk. The pages
-        count as used, unless ``use`` is false."""
+        there. Pages before ``keys`` are taken to be on the device. From memory; never touches the disk. The pages that
+        the longest length needs count as used, unless ``use`` is false."""
         if not self._pools:
             return []
         full, *windowed = self._pools
@@ -118,10 +131,13 @@ class StoredPools:
         lengths = set(range(1, found + 1))
         for pool in windowed:
             run = 0
-            for length in range(1, found + 1):
-                run = run + 1 if keys[length - 1] in pool.store else 0
+            for length, stored in enumerate(pool.store.stored(keys[:found]), start=1):
+                run = run + 1 if stored else 0
                 if run < min(pool.window_pages or length, length):
                     lengths.discard(length)
+        if use and lengths:
+            for pool in windowed:
+                pool.store.prefix_length(pool.needed(keys[: max(lengths)]))
         return sorted(lengths)
 
     def durable(self, keys: Sequence[bytes], *, use: bool = False) -> int:
@@ -180,7 +196,7 @@ class StoredPools:
         """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
         own."""
         pool = self._pools[0]
-        pool.restorer.queue(rid, keys, pool.pages.page_numbers(slots))
+        pool.restorer.queue(rid, keys, pool.pages.page_numbers(slots), Source.DEVICE)
         return pool.restorer.start(ready)
 
     def landed(self, index: int) -> bool:
@@ -206,9 +222,33 @@ class StoredPools:
             raise RuntimeError(f"the pools' batches are out of step: {sorted(indices)}")
         return indices.pop()
 
-    def finish(self, index: int) -> set[str]:
-        """Wait for the batch: the requests that must not be used, because of whichever pool."""
-        return set().union(*(pool.restorer.finish(index) for pool in self._pools))
+    def finish(self, index: int) -> Finished:
+        """Wait for the batch: the requests that must not be used, because of whichever pool, and what was restored in
+        all of them together; its pages are those of full attention."""
+        finished = [pool.restorer.finish(index) for pool in self._pools]
+        restored = [of_pool.restored for of_pool in finished if of_pool.restored is not None]
+        waited_s = self.gate.waited_for(index)
+        return Finished(
+            set().union(*(of_pool.failed for of_pool in finished)),
+            dataclasses.replace(
+                restored[0],
+                n_bytes=sum(of_pool.n_bytes for of_pool in restored),
+                seconds=max(of_pool.seconds for of_pool in restored),
+                sources=frozenset().union(*(of_pool.sources for of_pool in restored)),
+                waited_s=waited_s,
+            )
+            if restored
+            else None,
+        )
+
+    def staged_for(self, keys: Sequence[bytes]) -> bool:
+        """Whether these pages are in host memory, or on their way there."""
+        return any(pool.restorer.prefetches.covers(pool.needed(keys)) for pool in self._pools)
+
+    def spill(self, on: bool) -> None:
+        """Whether what is offered from now on is stored."""
+        for pool in self._pools:
+            pool.spiller.on = on
 
     def offer(self, transfers: Sequence[PoolTransfer], ready: Sequence[torch.cuda.Event]) -> bool:
         """Queue a tree node's pages for writing, those of each pool that it has. One result follows for all."""
@@ -237,6 +277,7 @@ class StoredPools:
             self._pools[0].spiller.then(action)
 
     def reset(self) -> None:
+        self.gate.reset()
         for pool in self._pools:
             pool.restorer.reset()
             pool.spiller.drain()

@@ -23,7 +23,6 @@ from agentstate import ids
 from agentstate.adapters.tables import checkpoint_blobs, checkpoint_channels, checkpoint_writes, checkpoints
 from agentstate.database import Database, insert, now_us
 from agentstate.models import SessionStatus, sessions
-from agentstate.sessions import DEFAULT_TENANT
 
 DIGEST_BYTES = 32
 PAGE = 64
@@ -87,14 +86,16 @@ class Loaded:
 
 
 class Checkpoints:
-    """The checkpoints of all threads in one database. A thread is a session; `put` creates it with ``model``.
+    """The checkpoints of all threads of a tenant in one database. A thread is a session; `put` creates it with
+    ``model``.
 
     Every method raises DatabaseError. Thread-safe.
     """
 
-    def __init__(self, database: Database, model: str):
+    def __init__(self, database: Database, model: str, tenant: str):
         self._database = database
         self._model = model
+        self._tenant = tenant
 
     def put(self, checkpoint: Checkpoint, channels: dict[str, Value]) -> None:
         """Store a checkpoint, in place of one of the same id, and the values of the channels that it changed."""
@@ -104,7 +105,7 @@ class Checkpoints:
             del row["thread_id"]
             key = ("session_id", "namespace", "id")
             connection.execute(
-                insert(connection, checkpoints)
+                insert(connection.dialect.name, checkpoints)
                 .values(row)
                 .on_conflict_do_update(
                     index_elements=key, set_={name: value for name, value in row.items() if name not in key}
@@ -114,7 +115,7 @@ class Checkpoints:
             if channels:
                 connection.execute(
                     # A version of a channel is made once: the same version has the same value.
-                    insert(connection, checkpoint_channels).on_conflict_do_nothing(),
+                    insert(connection.dialect.name, checkpoint_channels).on_conflict_do_nothing(),
                     [
                         {
                             "session_id": session_id,
@@ -132,7 +133,7 @@ class Checkpoints:
         """Store what tasks wrote, once: a second time changes nothing, but for those at negative positions."""
         with self._database.write() as connection:
             session_id = self._ensure_session(connection, thread_id)
-            statement = insert(connection, checkpoint_writes)
+            statement = insert(connection.dialect.name, checkpoint_writes)
             replaced = ("task_path", "channel", "encoding", "body")
             replace = statement.on_conflict_do_update(
                 index_elements=list(checkpoint_writes.primary_key),
@@ -160,7 +161,7 @@ class Checkpoints:
 
     def get(self, thread_id: str, namespace: str, checkpoint_id: str | None = None) -> Loaded | None:
         """One checkpoint, by default the newest."""
-        query = _rows().where(_is(thread_id), checkpoints.c.namespace == namespace)
+        query = _rows(self._tenant).where(thread_name == thread_id, checkpoints.c.namespace == namespace)
         if checkpoint_id is not None:
             query = query.where(checkpoints.c.id == checkpoint_id)
         with self._snapshot() as connection:
@@ -184,7 +185,9 @@ class Checkpoints:
         empty although there are more.
         """
         table = checkpoints.c
-        query = _rows() if thread_id is None else _rows().where(_is(thread_id))
+        query = _rows(self._tenant)
+        if thread_id is not None:
+            query = query.where(thread_name == thread_id)
         for column, value in ((table.namespace, namespace), (table.id, checkpoint_id)):
             if value is not None:
                 query = query.where(column == value)
@@ -212,7 +215,7 @@ class Checkpoints:
         """The checkpoints that one came from, its parent first, with the values of some channels only."""
         while True:
             with self._snapshot() as connection:
-                rows = _lineage(connection, checkpoint)
+                rows = _lineage(connection, self._tenant, checkpoint)
                 found = _load(connection, rows, channels)
             yield from found
             if len(found) < PAGE:
@@ -222,7 +225,7 @@ class Checkpoints:
     def delete_thread(self, thread_id: str) -> None:
         """Delete all that was put for a thread. Its session stays, with what else it has."""
         with self._database.write() as connection:
-            session_id = _lock(connection, thread_id)
+            session_id = _lock(connection, self._tenant, thread_id)
             if session_id is None:
                 return
             for table in _TABLES:
@@ -232,11 +235,13 @@ class Checkpoints:
         """Delete the checkpoints that some runs made, and the writes made from those."""
         for batch in _batches(run_ids):
             with self._database.read() as connection:
-                of_runs = _rows().where(checkpoints.c.run_id.in_(batch)).with_only_columns(thread_name).distinct()
+                of_runs = (
+                    _rows(self._tenant).where(checkpoints.c.run_id.in_(batch)).with_only_columns(thread_name).distinct()
+                )
                 threads = connection.execute(of_runs).scalars().all()
             for thread_id in threads:
                 with self._database.write() as connection:
-                    session_id = _lock(connection, thread_id)
+                    session_id = _lock(connection, self._tenant, thread_id)
                     if session_id is None:
                         continue
                     gone = connection.execute(
@@ -254,7 +259,7 @@ class Checkpoints:
         value is stored only now and then, back to the one that has its value.
         """
         with self._database.write() as connection:
-            session_id = _lock(connection, thread_id)
+            session_id = _lock(connection, self._tenant, thread_id)
             if session_id is None:
                 return
             newest = (
@@ -266,9 +271,11 @@ class Checkpoints:
             kept = {tuple(key) for key in keys}
             for namespace, newest_id in keys:
                 row = connection.execute(
-                    _rows().where(_is(thread_id), checkpoints.c.namespace == namespace, checkpoints.c.id == newest_id)
+                    _rows(self._tenant).where(
+                        thread_name == thread_id, checkpoints.c.namespace == namespace, checkpoints.c.id == newest_id
+                    )
                 ).one()
-                kept |= {(namespace, id) for id in _needed(connection, row)}
+                kept |= {(namespace, id) for id in _needed(connection, self._tenant, row)}
             all_of = sa.select(checkpoints.c.namespace, checkpoints.c.id).where(checkpoints.c.session_id == session_id)
             gone = [key for key in connection.execute(all_of) if tuple(key) not in kept]
             _delete_rows(connection, session_id, checkpoints, ("namespace", "id"), gone)
@@ -285,12 +292,13 @@ class Checkpoints:
             return
         with self._database.write() as connection:
             source = connection.execute(
-                sa.select(sessions).where(_is(source_id)).with_for_update(read=True, key_share=True)
+                sa.select(sessions).where(_is(self._tenant, source_id)).with_for_update(read=True, key_share=True)
             ).one_or_none()
             if source is None:
                 return
             session_id = _ensure(
                 connection,
+                self._tenant,
                 target_id,
                 model=source.model,
                 cache_salt=source.cache_salt,
@@ -300,13 +308,13 @@ class Checkpoints:
                 others = [column for column in table.c if column.name != "session_id"]
                 rows = sa.select(sa.literal(session_id, sa.Text()), *others).where(table.c.session_id == source.id)
                 connection.execute(
-                    insert(connection, table)
+                    insert(connection.dialect.name, table)
                     .from_select(["session_id", *(column.name for column in others)], rows)
                     .on_conflict_do_nothing()
                 )
 
     def _ensure_session(self, connection: Connection, thread_id: str) -> str:
-        return _ensure(connection, thread_id, model=self._model)
+        return _ensure(connection, self._tenant, thread_id, model=self._model)
 
     @contextmanager
     def _snapshot(self) -> Iterator[Connection]:
@@ -321,21 +329,21 @@ class Checkpoints:
 thread_name = sessions.c.name
 
 
-def _is(thread_id: str) -> sa.ColumnElement[bool]:
-    return sa.and_(sessions.c.tenant == DEFAULT_TENANT, thread_name == thread_id)
+def _is(tenant: str, thread_id: str) -> sa.ColumnElement[bool]:
+    return sa.and_(sessions.c.tenant == tenant, thread_name == thread_id)
 
 
-def _rows() -> sa.Select[Any]:
-    return sa.select(checkpoints, thread_name.label("thread_id")).join(sessions)
+def _rows(tenant: str) -> sa.Select[Any]:
+    return sa.select(checkpoints, thread_name.label("thread_id")).join(sessions).where(sessions.c.tenant == tenant)
 
 
-def _ensure(connection: Connection, thread_id: str, **values: Any) -> str:
+def _ensure(connection: Connection, tenant: str, thread_id: str, **values: Any) -> str:
     """The id of a thread's session, which is made with ``values`` if there is none."""
     connection.execute(
-        insert(connection, sessions)
+        insert(connection.dialect.name, sessions)
         .values(
             id=ids.new("ses"),
-            tenant=DEFAULT_TENANT,
+            tenant=tenant,
             name=thread_id,
             metadata={},
             status=SessionStatus.IDLE,
@@ -347,13 +355,15 @@ def _ensure(connection: Connection, thread_id: str, **values: Any) -> str:
         )
         .on_conflict_do_nothing(index_elements=["tenant", "name"])
     )
-    session_id: str = connection.execute(sa.select(sessions.c.id).where(_is(thread_id))).scalar_one()
+    session_id: str = connection.execute(sa.select(sessions.c.id).where(_is(tenant, thread_id))).scalar_one()
     return session_id
 
 
-def _lock(connection: Connection, thread_id: str) -> str | None:
+def _lock(connection: Connection, tenant: str, thread_id: str) -> str | None:
     """The id of a thread's session, and nobody writes to the thread until the transaction ends; None without one."""
-    found: str | None = connection.execute(sa.select(sessions.c.id).where(_is(thread_id)).with_for_update()).scalar()
+    found: str | None = connection.execute(
+        sa.select(sessions.c.id).where(_is(tenant, thread_id)).with_for_update()
+    ).scalar()
     return found
 
 
@@ -370,7 +380,7 @@ def _add_blobs(connection: Connection, session_id: str, values: Iterable[Value])
             del new[digest]
     if new:
         connection.execute(
-            insert(connection, checkpoint_blobs).on_conflict_do_nothing(),
+            insert(connection.dialect.name, checkpoint_blobs).on_conflict_do_nothing(),
             [{"session_id": session_id, "digest": digest, "body": body} for digest, body in new.items()],
         )
 
@@ -419,12 +429,12 @@ def _load(connection: Connection, rows: Sequence[Any], only: Collection[str] | N
     return loaded
 
 
-def _lineage(connection: Connection, checkpoint: Checkpoint) -> Sequence[Any]:
+def _lineage(connection: Connection, tenant: str, checkpoint: Checkpoint) -> Sequence[Any]:
     """Rows of the nearest ancestors of a checkpoint, at most `PAGE`, the parent first."""
     steps = sa.select(sa.literal(checkpoint.parent_id, sa.Text()).label("id"), sa.literal(0).label("depth")).cte(
         "steps", recursive=True
     )
-    session_id = sa.select(sessions.c.id).where(_is(checkpoint.thread_id)).scalar_subquery()
+    session_id = sa.select(sessions.c.id).where(_is(tenant, checkpoint.thread_id)).scalar_subquery()
     here = (checkpoints.c.session_id == session_id, checkpoints.c.namespace == checkpoint.namespace)
     steps = steps.union_all(
         sa.select(checkpoints.c.parent_id, steps.c.depth + 1)
@@ -432,11 +442,11 @@ def _lineage(connection: Connection, checkpoint: Checkpoint) -> Sequence[Any]:
         .where(*here, steps.c.depth < PAGE - 1)
     )
     return connection.execute(
-        _rows().join(steps, steps.c.id == checkpoints.c.id).where(*here).order_by(steps.c.depth)
+        _rows(tenant).join(steps, steps.c.id == checkpoints.c.id).where(*here).order_by(steps.c.depth)
     ).all()
 
 
-def _needed(connection: Connection, row: Any) -> Iterator[str]:
+def _needed(connection: Connection, tenant: str, row: Any) -> Iterator[str]:
     """Ids of the ancestors without which a checkpoint cannot be rebuilt."""
     # LangGraph counts, in the metadata, the steps since the value of such a channel was last stored.
     open_channels = set(_checkpoint(row).metadata.get("counters_since_delta_snapshot") or ())
@@ -444,7 +454,7 @@ def _needed(connection: Connection, row: Any) -> Iterator[str]:
     open_channels -= loaded.channels.keys()
     checkpoint = loaded.checkpoint
     while open_channels:
-        found = _load(connection, _lineage(connection, checkpoint), open_channels)
+        found = _load(connection, _lineage(connection, tenant, checkpoint), open_channels)
         for ancestor in found:
             yield ancestor.checkpoint.id
             open_channels -= ancestor.channels.keys()

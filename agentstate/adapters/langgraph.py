@@ -40,6 +40,7 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from agentstate.adapters.checkpoints import PAGE, Checkpoint, Checkpoints, Loaded, Value, Write
 from agentstate.database import Database
+from agentstate.sessions import DEFAULT_TENANT
 from agentstate.settings import Settings
 
 RUN = 64
@@ -54,21 +55,36 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
     to pickle is refused (ValueError). Long lists are stored by their items with LangGraph's default serde only:
     another one, an encrypting one for instance, may give the same item different bytes every time.
 
+    Its threads are the sessions of ``tenant``; those of others are not there for it. It needs no API key, since it has
+    the database.
+
     Every method may raise DatabaseError. A lease is neither taken nor asked for: two runs of one thread at once make
     two branches, of which neither loses a checkpoint, and the one that ends last is the thread's newest. Who wants
     only one at a time runs the graph in a turn.
     """
 
-    def __init__(self, database: Database, *, model: str, serde: SerializerProtocol | None = None):
+    def __init__(
+        self,
+        database: Database,
+        *,
+        model: str,
+        tenant: str = DEFAULT_TENANT,
+        serde: SerializerProtocol | None = None,
+    ):
         super().__init__(serde=serde)
         if getattr(self.serde, "pickle_fallback", False):
             raise ValueError("AgentStateSaver stores no pickles: give it a serde without pickle_fallback")
-        self._store = Checkpoints(database, model)
+        self._store = Checkpoints(database, model, tenant)
 
     @classmethod
     @contextmanager
     def from_url(
-        cls, url: str | None = None, *, model: str, serde: SerializerProtocol | None = None
+        cls,
+        url: str | None = None,
+        *,
+        model: str,
+        tenant: str = DEFAULT_TENANT,
+        serde: SerializerProtocol | None = None,
     ) -> Iterator[AgentStateSaver]:
         """A saver with a database of its own, closed at the end; by default the one that AGENTSTATE_DATABASE_URL names.
 
@@ -78,7 +94,7 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
         database = Database(settings.sqlalchemy_url)
         try:
             database.check_schema()
-            yield cls(database, model=model, serde=serde)
+            yield cls(database, model=model, tenant=tenant, serde=serde)
         finally:
             database.close()
 

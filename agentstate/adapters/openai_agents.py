@@ -109,13 +109,8 @@ class AgentStateSession:
             return None
         async with self._writing() as turn:
             async for entry in self._newest_first(1):
-                if entry.parent_id is None:
-                    await turn.append(note(CLEARED))  # there is no entry before it that could be the head
-                else:
-                    current = await self._client.read(self.session_id)
-                    await self._client.rewind(
-                        self.session_id, entry.parent_id, revision=current.revision, lease=turn.lease
-                    )
+                current = await self._client.read(self.session_id)
+                await self._client.rewind(self.session_id, entry.parent_id, revision=current.revision, lease=turn.lease)
                 return _item(entry)
         return None
 

@@ -195,8 +195,8 @@ def fork(
     return _post(Session, _session(session_id, "forks"), body, headers=_seen(revision))
 
 
-def rewind(session_id: str, at: str, *, revision: str, lease: Lease | None = None) -> Call[Session]:
-    """Make the entry ``at`` the head again: what came after it is taken back.
+def rewind(session_id: str, at: str | None, *, revision: str, lease: Lease | None = None) -> Call[Session]:
+    """Make the entry ``at`` the head again: what came after it is taken back, and with None all of it.
 
     The ``lease`` is needed while the session is being run. Raises RevisionStale, EntryNotFound, NotABranchPoint,
     SessionBusy, ToolInFlight.

@@ -2,17 +2,18 @@
 
 `PageStore` is the room's whole surface for one rank: which pages are stored (`prefix_length`), writing a run of them
 (`draft`, `publish`), finding them again and keeping them where they are (`hold`), and what to do when space runs out
-(`Quota`, `need`, `pin`). `LayerwiseReader` opens a `Stream` of what is held, layer by layer, through a bounded staging
-memory that a `ReadBackend` reads into. `Verifier` says which of the bytes that came back may be used. `merge` makes
-one extent of many small ones.
+(`Quota`, `need`, `pin`). `Writer` fills one extent while the one before it is published. `LayerwiseReader` opens a
+`Stream` of what is held, layer by layer, through a bounded staging memory that a `ReadBackend` reads into; every
+`Chunk` says which of its pages may be used. `merge` makes one extent of many small ones.
 """
 
-from agentstate.pages.backends import KvikioBackend, PosixBackend, ReadBackend
+from agentstate.pages.backends import KvikioBackend, PosixBackend, ReadBackend, staging_memory
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, Geometry
 from agentstate.pages.fingerprint import fingerprint, weights_digest
 from agentstate.pages.merging import merge
-from agentstate.pages.reading import Chunk, LayerwiseReader, Part, Stream, Verifier
+from agentstate.pages.reading import Chunk, LayerwiseReader, Part, Stream
 from agentstate.pages.store import Hold, PageStore, Quota, Segment, StoreStats
+from agentstate.pages.writing import Writer
 
 __all__ = [
     "Chunk",
@@ -30,8 +31,9 @@ __all__ = [
     "Segment",
     "StoreStats",
     "Stream",
-    "Verifier",
+    "Writer",
     "fingerprint",
     "merge",
+    "staging_memory",
     "weights_digest",
 ]

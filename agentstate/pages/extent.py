@@ -33,6 +33,9 @@ KEY_BYTES = 32
 MAGIC = b"AGSEXTNT"
 PREFIX = struct.Struct("<8sIIQ")
 
+# Writable bytes that begin at a page of 4 KiB.
+Memory = mmap.mmap | np.ndarray
+
 _MASK = (1 << 64) - 1
 
 
@@ -190,7 +193,7 @@ class ExtentDraft:
     """An extent under construction in page-aligned memory: the caller fills `component` for every layer, then hands
     the draft to `PageStore.publish`. The memory is ``buffer``'s and may be reused after that."""
 
-    def __init__(self, fingerprint: bytes, geometry: Geometry, keys: list[bytes], buffer: mmap.mmap):
+    def __init__(self, fingerprint: bytes, geometry: Geometry, keys: list[bytes], buffer: Memory):
         if any(len(key) != KEY_BYTES for key in [fingerprint, *keys]):
             raise ValueError(f"keys and fingerprints have {KEY_BYTES} bytes")
         self.keys = tuple(keys)
@@ -201,6 +204,7 @@ class ExtentDraft:
         if self.n_bytes > len(buffer):
             raise ValueError(f"a draft of {self.n_bytes} bytes does not fit a buffer of {len(buffer)}")
         self._bytes = np.frombuffer(buffer, dtype=np.uint8, count=self.n_bytes)
+        self._sealed: tuple[ExtentHeader, memoryview] | None = None
 
     def component(self, layer: int, component: int) -> np.ndarray:
         """Where the caller puts all pages' bytes of one component: uint8, shape (pages, component bytes)."""
@@ -208,7 +212,10 @@ class ExtentDraft:
         return self._bytes[start : start + length].reshape(len(self.keys), self.geometry.component_bytes[component])
 
     def seal(self) -> tuple[ExtentHeader, memoryview]:
-        """Checksum every page and write the header: the header, and the whole file's bytes."""
+        """Checksum every page and write the header, after which nothing is filled any more: the header, and the whole
+        file's bytes. `PageStore.publish` does it where it has not been done."""
+        if self._sealed is not None:
+            return self._sealed
         pages, layers = len(self.keys), self.geometry.layers
         sums = np.empty((layers, pages), dtype="<u8")
         seeds = [page_seed(self.fingerprint, key) for key in self.keys]
@@ -222,4 +229,5 @@ class ExtentDraft:
         encoded = header.encode()
         self._bytes[: len(encoded)] = np.frombuffer(encoded, dtype=np.uint8)
         self._bytes[len(encoded) : self.layout.data_offset] = 0
-        return header, memoryview(self._bytes.data)
+        self._sealed = header, memoryview(self._bytes.data)
+        return self._sealed

@@ -187,11 +187,15 @@ class PageIndex:
                 found.append(unpack(raw))
         return found
 
-    def numbers(self, keys: Iterable[bytes]) -> set[int]:
-        """The extents that hold those of ``keys`` that are stored."""
+    def places(self, keys: Iterable[bytes]) -> list[tuple[int, int] | None]:
+        """Of each of ``keys`` the extent number and the slot, or None for one that is not stored. As of one moment."""
         with self._env.begin(db=self._pages) as txn:
             found = (txn.get(key) for key in keys)
-            return {_PLACE.unpack(raw)[0] for raw in found if raw is not None}
+            return [None if raw is None else _PLACE.unpack(raw) for raw in found]
+
+    def numbers(self, keys: Iterable[bytes]) -> set[int]:
+        """The extents that hold those of ``keys`` that are stored."""
+        return {place[0] for place in self.places(keys) if place is not None}
 
     def records(self) -> dict[int, ExtentRecord]:
         """Every extent by its number."""

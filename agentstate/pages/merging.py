@@ -3,11 +3,11 @@ faster than many small ones."""
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from agentstate.pages.reading import LayerwiseReader, Verifier
+from agentstate.pages.extent import Memory
+from agentstate.pages.reading import LayerwiseReader
 from agentstate.pages.store import PageStore, Segment
 
 # Below about 1 MiB a direct read reaches less of a drive than its bandwidth.
@@ -20,7 +20,7 @@ def merge(
     store: PageStore,
     reader: LayerwiseReader,
     keys: Sequence[bytes],
-    buffer: mmap.mmap,
+    buffer: Memory,
     range_bytes: int = RANGE_BYTES,
     most_runs: int | None = None,
 ) -> int:
@@ -61,14 +61,13 @@ def _runs(store: PageStore, segments: list[Segment], most_bytes: int, range_byte
 
 
 def _rewrite(
-    store: PageStore, reader: LayerwiseReader, keys: Sequence[bytes], run: list[Segment], buffer: mmap.mmap
+    store: PageStore, reader: LayerwiseReader, keys: Sequence[bytes], run: list[Segment], buffer: Memory
 ) -> bool:
     chain = list(keys[run[0].first : run[-1].first + run[-1].pages])
     draft, wrong, unread = store.draft(chain, buffer), set[int](), set[int]()
     with reader.open(store.hold(chain)) as stream:
-        verifier = Verifier(stream.hold)
         for chunk in stream:
-            wrong.update(verifier.wrong_pages(chunk))
+            wrong.update(chunk.wrong)
             for segment, error in chunk.unread:
                 if isinstance(error, OSError):
                     unread.update(range(segment.first, segment.first + segment.pages))

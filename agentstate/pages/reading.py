@@ -1,9 +1,10 @@
 """Streaming stored pages back, layer by layer, ahead of whoever consumes them.
 
 The unit of work is a `Chunk`: some consecutive pages of one request in one layer, at most ``chunk_bytes`` of them. A
-few threads read chunks into reused, page-aligned buffers, which all streams share; every stream is read in the order
-of its layers, as far ahead as there are buffers. So memory is bounded whatever the context's length, a forward can
-start when its first layer has arrived, and a request that still waits can have its first layers in memory already.
+few threads read chunks into reused, page-aligned buffers, which all streams share, and verify them there; every stream
+is read in the order of its layers, as far ahead as there are buffers. So memory is bounded whatever the context's
+length, a forward can start when its first layer has arrived, and a request that still waits can have its first layers
+in memory already.
 
 Who gets a buffer: the streams that are being consumed (`Stream.hurry`), of these the one that is behind; then the
 others, the oldest first, but for a few buffers that are kept back for the former. What is consumed frees its buffer,
@@ -18,7 +19,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -46,8 +48,9 @@ class Chunk:
 
     The arrays of ``parts`` are views of a buffer that is reused: valid until the next chunk is asked for, and if the
     consumer sets ``keep_until`` by then, until that has returned. It is called by the thread that is about to
-    overwrite them. ``unread`` holds the segments that could not be read, with the reason; ``n_bytes`` is what came
-    from the device.
+    overwrite them. ``wrong`` are the pages that must not be used: not read, or not as they were written, wherever the
+    index took them from. ``unread`` holds the segments that could not be read, with the reason; ``n_bytes`` is what
+    came from the device.
     """
 
     layer: int
@@ -55,6 +58,7 @@ class Chunk:
     count: int
     parts: list[Part]
     unread: list[tuple[Segment, OSError | BadExtent]]
+    wrong: list[int] = field(default_factory=list)
     n_bytes: int = 0
     keep_until: Callable[[], None] | None = None
 
@@ -63,7 +67,8 @@ class LayerwiseReader:
     """Reads with ``threads`` threads into ``staging_bytes`` of memory, in chunks of at most ``chunk_bytes``.
 
     Any number of streams at a time, from any threads. The memory, ``staging``, is taken at once and kept; ``backend``
-    decides where it is and reads into it.
+    decides where it is and reads into it. A chunk of 2 MiB is long enough for a disk, and is still in the processor's
+    cache when it is verified.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class LayerwiseReader:
         *,
         staging_bytes: int,
         threads: int,
-        chunk_bytes: int = 4 << 20,
+        chunk_bytes: int = 2 << 20,
         backend: ReadBackend | None = None,
     ):
         self.geometry = geometry
@@ -89,7 +94,9 @@ class LayerwiseReader:
         )
         self._kept_back = max(1, count // 8)
         self._streams: list[Stream] = []
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # There may be something to do. A buffer that comes back wakes one thread: waking all costs as much as a read.
+        self._work_to_do = threading.Condition(self._lock)
         self._closing = False
         self._threads = [
             threading.Thread(target=self._work, name="agentstate-read", daemon=True) for _ in range(threads)
@@ -100,34 +107,33 @@ class LayerwiseReader:
     def open(self, hold: Hold) -> Stream:
         """Begin to read what ``hold`` holds, which the stream closes when it is closed."""
         stream = Stream(self, hold, list(self._runs(hold.segments)))
-        with self._changed:
+        with self._lock:
             self._streams.append(stream)
-            self._changed.notify_all()
+            self._work_to_do.notify_all()
         return stream
 
     @property
     def staged_bytes(self) -> int:
         """How much memory the streams have at the moment."""
-        with self._changed:
+        with self._lock:
             return sum(len(stream.ahead) for stream in self._streams) * self.chunk_bytes
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                job = self._changed.wait_for(self._job)
-            if not callable(job):
+            with self._lock:
+                while (job := self._job()) is None and not self._closing:
+                    self._work_to_do.wait()
+            if job is None:
                 return
             job()
-            with self._changed:
-                self._changed.notify_all()
 
-    def _job(self) -> Callable[[], None] | bool:
+    def _job(self) -> Callable[[], None] | None:
         """What a thread that is free now should do."""
         hurried = [stream for stream in self._streams if stream.hurried and stream.wants is not None]
         for stream in sorted(hurried, key=lambda stream: stream.wants or 0) + self._streams:
             if job := stream.job(None if len(self._free) <= (0 if stream.hurried else self._kept_back) else self._free):
                 return job
-        return self._closing
+        return None
 
     def _release(self, buffer: Buffer, keep_until: Callable[[], None] | None) -> None:
         """Take a buffer back. The caller holds the lock."""
@@ -136,6 +142,7 @@ class LayerwiseReader:
         else:
             # At the end of the line, where by its turn there is hardly anything left to wait for.
             self._free.appendleft((buffer, keep_until))
+        self._work_to_do.notify()
 
     def _runs(self, segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
         """Group segments into runs whose reads of one layer fit one buffer, splitting those that do not."""
@@ -158,9 +165,9 @@ class LayerwiseReader:
 
     def close(self) -> None:
         """End the threads. Every stream is closed before."""
-        with self._changed:
+        with self._lock:
             self._closing = True
-            self._changed.notify_all()
+            self._work_to_do.notify_all()
         for thread in self._threads:
             thread.join()
 
@@ -168,8 +175,8 @@ class LayerwiseReader:
 class Stream:
     """The pages of one hold, on their way. `LayerwiseReader.open` makes it.
 
-    Bytes are handed over as they came; `Verifier` tells which may be used. What cannot be opened or read is reported
-    in its chunk, and everything else is read all the same.
+    What cannot be opened or read, or is not what was written, is reported in its chunk, and everything else is read all
+    the same.
     """
 
     def __init__(self, reader: LayerwiseReader, hold: Hold, runs: list[tuple[Segment, ...]]):
@@ -180,6 +187,7 @@ class Stream:
         self._reader = reader
         self._runs = runs
         self._closed = False
+        self._reading_begun = threading.Condition(reader._lock)
         self._opened: dict[StoredExtent, Future[_OpenExtent]] = {}
         self._to_open = deque(dict.fromkeys(segment.extent for segment in hold.segments))
         self._taken = 0
@@ -193,7 +201,7 @@ class Stream:
     @property
     def idle(self) -> bool:
         """Whether nothing is being read for it: everything has been, or all the memory it may have is full."""
-        with self._reader._changed:
+        with self._reader._lock:
             more = self.wants is not None and len(self._reader._free) > self._reader._kept_back
             return not (more or self._to_open) and all(reading.done() for reading, _ in self.ahead)
 
@@ -210,6 +218,7 @@ class Stream:
         self._taken += 1
         reading: Future[Chunk] = Future()
         self.ahead.append((reading, buffer))
+        self._reading_begun.notify_all()
         return lambda: _fulfil(reading, lambda: self._read(layer, run, buffer, free_after))
 
     def _read(
@@ -226,15 +235,37 @@ class Stream:
                 arrays, position, n_bytes = _read_segment(extent.file, segment, layer, buffer, position)
                 chunk.parts.append(Part(segment, extent.header, arrays))
                 chunk.n_bytes += n_bytes
+                chunk.wrong += self._wrong_pages(layer, segment, extent.header, arrays)
             except (OSError, BadExtent) as error:
                 chunk.unread.append((segment, error))
+                chunk.wrong += range(segment.first, segment.first + segment.pages)
         return chunk
+
+    @cached_property
+    def _seeds(self) -> list[int]:
+        return [page_seed(self.hold.fingerprint, key) for key in self.hold.keys]
+
+    def _wrong_pages(
+        self, layer: int, segment: Segment, header: ExtentHeader, arrays: Sequence[Buffer]
+    ) -> Iterator[int]:
+        """The pages of a segment whose bytes in ``layer`` are not those that were written for them."""
+        sums = header.checksums[layer, segment.slot : segment.slot + segment.pages].tolist()
+        on_host = self._reader._backend.on_host(arrays)
+        for i in range(segment.pages):
+            page = segment.first + i
+            # The slot is the index's word, which may be wrong, and lead behind the last page.
+            if (
+                i >= len(sums)
+                or header.keys[segment.slot + i] != self.hold.keys[page]
+                or checksum(self._seeds[page], layer, [array[i] for array in on_host]) != sums[i]
+            ):
+                yield page
 
     def hurry(self) -> None:
         """It is going to be consumed now."""
-        with self._reader._changed:
+        with self._reader._lock:
             self.hurried = True
-            self._reader._changed.notify_all()
+            self._reader._work_to_do.notify_all()
 
     def __iter__(self) -> Iterator[Chunk]:
         """Every chunk, layer by layer."""
@@ -246,8 +277,8 @@ class Stream:
         """The chunks of one layer, each as soon as it has arrived. To be called for every layer, in order, of a stream
         that hurries, and run to the end."""
         for _ in self._runs:
-            with self._reader._changed:
-                self._reader._changed.wait_for(lambda: self.ahead or self._closed)
+            with self._reader._lock:
+                self._reading_begun.wait_for(lambda: self.ahead or self._closed)
                 if self._closed:
                     raise ValueError("the stream is closed")
                 reading, buffer = self.ahead[0]
@@ -255,21 +286,21 @@ class Stream:
             if chunk.layer != layer:
                 raise ValueError(f"layer {layer} was asked for and {chunk.layer} is the next")
             yield chunk
-            with self._reader._changed:
+            with self._reader._lock:
                 if not self._closed:
                     self.ahead.popleft()
                     self._reader._release(buffer, chunk.keep_until)
-                    self._reader._changed.notify_all()
 
     def close(self) -> None:
         """Stop reading and let go of everything, the hold too. At any time, also twice."""
-        with self._reader._changed:
+        with self._reader._lock:
             if self._closed:
                 return
             self._closed = True
             self._reader._streams.remove(self)
             self._to_open.clear()
             self._taken = self._total
+            self._reading_begun.notify_all()
         # No thread may read on when the files are closed.
         for reading, _ in self.ahead:
             reading.exception()
@@ -277,11 +308,10 @@ class Stream:
             if opening.exception() is None:
                 opening.result().close()
         self.hold.close()
-        with self._reader._changed:
+        with self._reader._lock:
             for reading, buffer in self.ahead:
                 self._reader._release(buffer, reading.result().keep_until if reading.exception() is None else None)
             self.ahead.clear()
-            self._reader._changed.notify_all()
 
     def __enter__(self) -> Stream:
         return self
@@ -351,27 +381,3 @@ def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tu
             members = []
         members.append((offset, length))
     yield members[0][0], sum(members[-1]), members
-
-
-class Verifier:
-    """Checks the pages of one request against the sums in their extents' headers, in host memory."""
-
-    def __init__(self, hold: Hold):
-        self._keys = hold.keys
-        self._seeds = [page_seed(hold.fingerprint, key) for key in hold.keys]
-
-    def wrong_pages(self, chunk: Chunk) -> list[int]:
-        """The pages of ``chunk`` that must not be used: not read, or not as they were written."""
-        wrong = [segment.first + i for segment, _ in chunk.unread for i in range(segment.pages)]
-        for segment, header, arrays in chunk.parts:
-            sums = header.checksums[chunk.layer, segment.slot : segment.slot + segment.pages].tolist()
-            for i in range(segment.pages):
-                page = segment.first + i
-                # The slot is the index's word, which may be wrong, and lead behind the last page.
-                if (
-                    i >= len(sums)
-                    or header.keys[segment.slot + i] != self._keys[page]
-                    or checksum(self._seeds[page], chunk.layer, [array[i] for array in arrays]) != sums[i]
-                ):
-                    wrong.append(page)
-        return wrong

@@ -17,7 +17,6 @@ import fcntl
 import functools
 import itertools
 import logging
-import mmap
 import os
 import re
 import struct
@@ -36,7 +35,7 @@ import lmdb
 
 from agentstate.errors import BadExtent, FingerprintMismatch, PageStoreFull, PageStoreLocked, PageStoreUnwritable
 from agentstate.pages import files
-from agentstate.pages.extent import KEY_BYTES, ExtentDraft, ExtentHeader, ExtentLayout, Geometry
+from agentstate.pages.extent import KEY_BYTES, ExtentDraft, ExtentHeader, ExtentLayout, Geometry, Memory
 from agentstate.pages.index import ExtentRecord, IndexChange, PageIndex
 
 logger = logging.getLogger(__name__)
@@ -334,13 +333,16 @@ class PageStore:
         try:
             places = self._index.prefix(keys)
         except (lmdb.Error, struct.error) as error:
-            logger.error("page store: the index of %s cannot be read, nothing is restored: %s", self.directory, error)
+            self._unreadable(error)
             return []
         if self._dropped:
             return [
                 place for place, _ in zip(places, takewhile(lambda key: key not in self._dropped, keys), strict=False)
             ]
         return places
+
+    def _unreadable(self, error: Exception) -> None:
+        logger.error("page store: the index of %s cannot be read, nothing is restored: %s", self.directory, error)
 
     def prefix_length(self, keys: Sequence[bytes], *, use: bool = True) -> int:
         """How many of ``keys``, from the first on, are stored; they count as used, unless ``use`` is false. From
@@ -356,6 +358,19 @@ class PageStore:
                 extent.used = now - depth
                 self._used_since.add(number)
         return len(places)
+
+    def stored(self, keys: Sequence[bytes]) -> list[bool]:
+        """Of each of ``keys`` whether it is stored, as of one moment. It does not count as used. From memory, about a
+        microsecond a key; never waits for the disk or for a writer."""
+        try:
+            places = self._index.places(keys)
+        except (lmdb.Error, struct.error) as error:
+            self._unreadable(error)
+            return [False] * len(keys)
+        return [
+            place is not None and place[0] in self._extents and key not in self._dropped
+            for key, place in zip(keys, places, strict=True)
+        ]
 
     def hold(self, keys: Sequence[bytes]) -> Hold:
         """Find ``keys`` and keep them where they are. Raises KeyError, with the key, where one is not stored (any
@@ -504,7 +519,7 @@ class PageStore:
     def draft_bytes(self, pages: int) -> int:
         return ExtentLayout(self.geometry, pages).file_bytes
 
-    def draft(self, keys: list[bytes], buffer: mmap.mmap) -> ExtentDraft:
+    def draft(self, keys: list[bytes], buffer: Memory) -> ExtentDraft:
         """An extent of ``keys`` to fill, in ``buffer``, which must hold `draft_bytes` of them. Raises ValueError
         for keys of another length than 32 bytes."""
         return ExtentDraft(self.fingerprint, self.geometry, keys, buffer)

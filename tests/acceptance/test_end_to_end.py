@@ -51,7 +51,10 @@ def test_restores_what_a_longer_prompt_shares(stack: LocalStack, generate: Gener
     # More new tokens than a chunk holds: the restored prefix is the first chunk's.
     text = prompt(2, 10 * PAGE)
     longer = text + prompt(3, 1200)
+    # With the same turns: in bfloat16 the borders of the chunks decide about the last bits.
+    generate(text, cache_salt="reference")
     never_suspended = generate(longer, cache_salt="reference")
+    assert (never_suspended.cached, never_suspended.restored) == (10 * PAGE, 0)
     generate(text)
     spilled(stack)
     stack.flush_device()

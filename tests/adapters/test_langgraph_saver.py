@@ -380,3 +380,20 @@ def test_from_url(database_url: str) -> None:
 def test_from_url_refuses_a_database_without_the_schema(empty_url: str) -> None:
     with pytest.raises(SchemaOutdated, match="agentstate db upgrade"), AgentStateSaver.from_url(empty_url, model="m"):
         pass
+
+
+def test_a_tenants_threads_are_its_own(database: Database) -> None:
+    savers = {tenant: AgentStateSaver(database, model="m", tenant=tenant) for tenant in ("a", "b")}
+    config = {"configurable": {"thread_id": "t", "checkpoint_ns": ""}, "metadata": {"run_id": "r"}}
+    for tenant, saver in savers.items():
+        put(saver, config, said=tenant)
+    (of_a,) = savers["a"].list(None)
+    assert of_a.checkpoint["channel_values"] == {"said": "a"}
+    savers["a"].copy_thread("t", "copy")
+    savers["a"].prune(["t"])
+    savers["a"].delete_for_runs(["r"])
+    savers["a"].delete_thread("t")
+    assert savers["a"].get_tuple(config) is None
+    assert [found.checkpoint["channel_values"] for found in savers["b"].list(None)] == [{"said": "b"}]
+    assert AgentStateSaver(database, model="m").get_tuple(config) is None
+    assert {Sessions(database, 30, tenant).read("t").model for tenant in savers} == {"m"}

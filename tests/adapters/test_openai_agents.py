@@ -129,6 +129,7 @@ def test_popping_the_only_item(run: Any) -> None:
         await session.add_items([item("only")])
         assert await session.pop_item() == item("only")
         assert await session.get_items() == []
+        assert (await client.entries("s")).data == []
 
     run(work)
 

@@ -41,6 +41,9 @@ class Rank:
             raise EngineError("sessions cannot be demoted here")
         return {"state": "demoted"}
 
+    def spill(self, on: bool) -> dict[str, Any]:
+        return {"state": "on" if on else "off"}
+
     def tick(self) -> None:
         self.ticks.release()
         raise RuntimeError("from the test")
@@ -59,6 +62,7 @@ def serving(rank: Rank, address: str = "tcp://127.0.0.1:*") -> ControlEndpoint:
         stat=rank.stat,
         prefetch=rank.prefetch,
         demote=rank.demote,
+        spill=rank.spill,
         tick=rank.tick,
     )
 
@@ -254,3 +258,10 @@ def test_a_session_is_demoted(rank: Rank, client: ControlClient) -> None:
 def test_a_tick_that_fails_is_not_the_last(rank: Rank, client: ControlClient) -> None:
     assert rank.ticks.acquire(timeout=WAIT_S) and rank.ticks.acquire(timeout=WAIT_S)
     assert client.call("stat", WAIT_S)
+
+
+def test_spilling_is_turned_off_and_on(client: ControlClient) -> None:
+    assert client.call("spill", WAIT_S, on=False)["state"] == "off"
+    assert client.call("spill", WAIT_S, on=True)["state"] == "on"
+    with pytest.raises(EngineRefused, match="malformed"):
+        client.call("spill", WAIT_S)

@@ -40,7 +40,7 @@ def restored(rank: Rank, restorer: Restorer, names: list[int]) -> set[str]:
     """Restore the pages ``names`` to the device pages 3, 4, …; the rids that failed."""
     restorer.queue("r", keys(*names), torch.arange(3, 3 + len(names)))
     index = restorer.start()
-    failed = restorer.finish(index)
+    failed = restorer.finish(index).failed
     if not failed:
         for number, name in enumerate(names, 3):
             right = [

@@ -11,7 +11,7 @@ import torch
 from contents import content, expected, key, keys, read, reader_for
 from device import Rank, page_of
 
-from engine_patch.restore import Restorer, RestoreStats
+from engine_patch.restore import Restorer, RestoreStats, Source
 
 
 @pytest.fixture(params=[1, 1 << 20], ids=["small chunks", "large chunks"])
@@ -44,7 +44,7 @@ def run(restorer: Restorer) -> set[str]:
     """Start what is queued, wait for it: the rids that failed. Every layer must have been released."""
     index = restorer.start()
     layers = released(restorer, index)
-    failed = restorer.finish(index)
+    failed = restorer.finish(index).failed
     assert [future.exception(timeout=0) for future in layers] == [None] * len(layers)
     return failed
 
@@ -104,9 +104,33 @@ def test_a_layer_is_released_once_all_its_pages_are_there_and_before_the_next_on
     assert seen == [(0, [True, False, False]), (1, [True, True, False]), (2, [True, True, True])]
 
 
+def test_a_batch_tells_what_it_brought_back_and_from_where(rank: Rank, restorer: Restorer) -> None:
+    restorer.prefetches.for_request("b", keys(4, 5))
+    queue(restorer, "a", [0, 1, 2], [10, 11, 12])
+    queue(restorer, "b", [4, 5], [14, 15])
+    restored = restorer.finish(restorer.start()).restored
+    assert restored is not None
+    assert (restored.requests, restored.pages, restored.sources) == (2, 5, {Source.COLD, Source.HOST})
+    assert restored.n_bytes >= 5 * rank.store.geometry.page_bytes
+    restorer.queue("a prefetch", keys(6), torch.tensor([3]), Source.DEVICE)
+    restored = restorer.finish(restorer.start()).restored
+    assert restored is not None and restored.sources == {Source.DEVICE}
+
+
+def test_what_failed_is_not_told_as_restored(rank: Rank, restorer: Restorer) -> None:
+    flip(rank, 1, layer=2)
+    queue(restorer, "a", [0, 1], [10, 11])
+    queue(restorer, "b", [4, 5, 6], [14, 15, 16])
+    failed, restored = restorer.finish(restorer.start())
+    assert failed == {"a"}
+    assert restored is not None and (restored.requests, restored.pages) == (1, 3)
+    queue(restorer, "a", [0, 1], [10, 11])
+    assert restorer.finish(restorer.start()) == ({"a"}, None)
+
+
 def test_nothing_queued_is_nothing_started(restorer: Restorer) -> None:
     assert restorer.start() == -1
-    assert restorer.finish(-1) == set()
+    assert restorer.finish(-1).failed == set()
     assert counted(restorer).restores == 0
 
 
@@ -116,10 +140,10 @@ def test_batches_follow_each_other(rank: Rank, restorer: Restorer) -> None:
     queue(restorer, "b", [4, 5], [14, 15])
     second = restorer.start()
     assert first != second
-    assert restorer.finish(second) == set()
-    assert restorer.finish(first) == set()
+    assert restorer.finish(second).failed == set()
+    assert restorer.finish(first).failed == set()
     assert all(is_restored(rank, key(page), page + 10) for page in (0, 1, 4, 5))
-    assert restorer.finish(first) == set()
+    assert restorer.finish(first).failed == set()
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -242,7 +266,7 @@ def test_a_request_is_served_again_after_its_unreadable_pages_were_computed_agai
 def test_pages_whose_extent_is_gone_are_not_offered_again(rank: Rank, restorer: Restorer) -> None:
     extent_of(rank, 4).unlink()
     queue(restorer, "a", [4, 5], [14, 15])
-    assert restorer.finish(restorer.start()) == {"a"}
+    assert restorer.finish(restorer.start()).failed == {"a"}
     assert rank.store.prefix_length(keys(4, 5)) < 2
 
 
@@ -250,7 +274,7 @@ def test_an_extent_that_is_gone_fails_the_requests_that_need_it(rank: Rank, rest
     extent_of(rank, 4).unlink()
     queue(restorer, "a", [4, 5], [14, 15])
     queue(restorer, "b", [0, 1], [10, 11])
-    assert restorer.finish(restorer.start()) == {"a"}
+    assert restorer.finish(restorer.start()).failed == {"a"}
 
 
 def test_an_extent_that_is_gone_releases_the_forward_and_is_not_the_end(rank: Rank, restorer: Restorer) -> None:
@@ -260,7 +284,7 @@ def test_an_extent_that_is_gone_releases_the_forward_and_is_not_the_end(rank: Ra
     queue(restorer, "a", [4, 5], [14, 15])
     index = restorer.start()
     layers = released(restorer, index)
-    assert restorer.finish(index) == {"a"}
+    assert restorer.finish(index).failed == {"a"}
     assert all(future.done() for future in layers)
     assert counted(restorer).requests_failed == 1
     path.write_bytes(raw)
@@ -277,7 +301,7 @@ def test_a_reset_forgets_what_is_queued_and_waits_for_what_runs(rank: Rank, rest
     assert is_restored(rank, key(0), 10) and is_restored(rank, key(1), 11)
     assert is_blank(rank, 14)
     assert restorer.start() == -1
-    assert restorer.finish(index) == set()
+    assert restorer.finish(index).failed == set()
     queue(restorer, "c", [6], [16])
     assert run(restorer) == set()
     assert is_restored(rank, key(6), 16)
@@ -313,5 +337,5 @@ def test_no_device_page_is_written_before_the_forwards_that_were_launched_are_ov
     assert event.waited_for.wait(30)
     assert all(is_blank(rank, number) for number in (10, 11))
     event.happened.set()
-    assert restorer.finish(index) == set()
+    assert restorer.finish(index).failed == set()
     assert is_restored(rank, key(0), 10)

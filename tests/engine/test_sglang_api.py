@@ -15,10 +15,11 @@ from sglang.srt.layers.attention.attention_registry import register_attention_ba
 from sglang.srt.layers.attention.mamba import causal_conv1d
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
-from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+from sglang.srt.managers.schedule_batch import Req, ReqKvInfo, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.mem_cache import memory_pool
+from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.mem_cache.unified_cache import unified_tree_core
@@ -77,6 +78,7 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.UnifiedTreeCore.collect_full_device_indices, "self from_node_id until_node_id"),
     (Req.init_next_round_input, "self tree_cache * cow_mamba"),
     (Scheduler._prefetch_kvcache, "self req"),
+    (Scheduler._record_step_counters, "self batch result"),
     (AttentionBackendRegistry.register, "backend_name handler_func"),
     (register_attention_backend, "name"),
     (KVWriteLoc, "loc swa_loc"),
@@ -97,7 +99,9 @@ OVERRIDDEN: list[tuple[type, type, str, str]] = [
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "init_cache_linker", "self cache_linker"),
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "checkpoint_into_tree", "self req up_to kwargs"),
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "finish_external_linker_loads", "self reqs"),
+    (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "__init__", "self cache cache_linker"),
     (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "finish_loads", "self"),
+    (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "match", "self key req result"),
     (CpuAttention, TorchNativeAttnBackend, "__init__", "self model_runner"),
     (CpuAttention, TorchNativeAttnBackend, "init_forward_metadata", "self forward_batch"),
     (CpuAttention, TorchNativeAttnBackend, "forward_extend", "self q k v layer forward_batch save_kv_cache"),
@@ -131,7 +135,9 @@ ATTRIBUTES: dict[type, str] = {
     "retraction_count cached_tokens cached_tokens_device cached_tokens_host cached_tokens_storage "
     "_cache_breakdown_computed",
     ReqKvInfo: "holds_kv cache_inserted_len",
-    Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue",
+    Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us",
+    ScheduleBatch: "reqs prefix_lens extend_lens",
+    MatchResult: "device_prefix_len",
     unified_tree_core.UnifiedTreeNode: "id parent children last_access_time external_cache_stored hash_value",
     sgl.UnifiedCacheLinkerWrapper: "cache cache_linker hit_markers inflight_load_rids inflight_load_index "
     "private_load_indices",

@@ -73,7 +73,7 @@ def test_an_offer_that_exceeds_the_staging_becomes_several_extents(rank: Rank) -
     spiller.close()
     assert list(spiller.results) == [True]
     assert stored(rank, keys(*everything)) == rank.device_pages(everything)
-    assert rank.store.stats.extents == -(-PAGES // rank.store.pages_within(staging)) > 1
+    assert rank.store.stats.extents == -(-PAGES // rank.store.pages_within(staging // 2)) > 1
     assert all(path.stat().st_size <= staging for path in rank.store.directory.rglob("*.ext"))
 
 
@@ -242,6 +242,19 @@ def test_closing_stores_what_was_offered(rank: Rank) -> None:
     spiller.close()
     assert list(spiller.results) == [True] * 4
     assert stored(rank, keys(0, 1, 2, 3)) == rank.device_pages([0, 1, 2, 3])
+
+
+def test_what_is_offered_while_spilling_is_off_is_stored_when_it_is_offered_again(rank: Rank, spiller: Spiller) -> None:
+    spiller.on = False
+    spiller.offer(keys(1, 2), numbers(1, 2))
+    spiller.drain()
+    assert spiller.results.popleft() is False
+    assert (spiller.stats.pages_skipped, rank.store.stats.pages) == (2, 0)
+    spiller.on = True
+    spiller.offer(keys(1, 2), numbers(1, 2))
+    spiller.drain()
+    assert spiller.results.popleft() is True
+    assert rank.store.stats.pages == 2
 
 
 def test_what_is_offered_beyond_the_queue_is_skipped_in_its_turn(rank: Rank) -> None:

@@ -10,7 +10,7 @@ import torch
 from contents import key, keys, write
 from device import PAGE_SIZE, PAGES, fill, kv_tensors, page_of
 
-from agentstate.pages import PageStore, fingerprint
+from agentstate.pages import PageStore, Quota, fingerprint
 from agentstate.settings import Settings
 from engine_patch.pools import DevicePool
 from engine_patch.sglang_api import PoolName, PoolTransfer
@@ -110,6 +110,21 @@ def test_a_state_goes_on_from_its_own_page_only(stage: Stage, opened: Callable[.
     assert pools.durable(keys(*range(5))) == 3
 
 
+def test_what_a_window_needs_counts_as_used(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    pools = opened(PoolName.KV, PoolName.SWA)
+    window = stage.stores[PoolName.SWA]
+    for number in range(6):
+        write(stage.stores[PoolName.KV], keys(number))
+        write(window, keys(number))
+    each = window.stats.bytes // 6
+    assert pools.restorable(keys(0, 1, 2, 3)) == [1, 2, 3, 4]
+    assert pools.durable(keys(0, 1)) == 2
+    window.quota = Quota(max_bytes=2 * each)
+    window.make_room(0)
+    # Of the chain that was looked for, its window, and neither what lies before that nor what came later.
+    assert held_by(window) == keys(2, 3)
+
+
 def test_all_pools_agree_whatever_each_of_them_has(stage: Stage, opened: Callable[..., StoredPools]) -> None:
     names = (PoolName.KV, PoolName.SWA, PoolName.MAMBA)
     windows = {PoolName.KV: 7, PoolName.SWA: WINDOW, PoolName.MAMBA: 1}
@@ -165,7 +180,12 @@ def test_what_a_node_has_in_each_pool_is_stored_and_comes_back(
     pools.gate.set_consumer(index)
     for layer in range(12):
         pools.gate.wait_until(layer)
-    assert pools.finish(index) == set()
+    failed, restored = pools.finish(index)
+    assert failed == set()
+    # Of all pools, once; its pages are those of full attention.
+    assert restored is not None and (restored.requests, restored.pages) == (1, 3)
+    assert restored.n_bytes >= pools.n_bytes(3)
+    assert 0 < restored.waited_s <= pools.gate.waited_s
     assert [page_of(stage.full, n)[layer] for n in (10, 11, 12) for layer in range(3)] == [
         page[layer] for page in right for layer in range(3)
     ]
@@ -221,7 +241,7 @@ def test_one_bad_page_in_one_pool_fails_its_request(stage: Stage, opened: Callab
         assert pools.load(
             f"r{page}", [transfer(name, [page], slots(10 + page)) for name in (PoolName.KV, PoolName.SWA)]
         )
-    assert pools.finish(pools.start(())) == {"r2"}
+    assert pools.finish(pools.start(())).failed == {"r2"}
     assert pools.restorable(keys(2)) == []
     assert pools.restorable(keys(1)) == [1]
     stat = pools.stat()
@@ -268,7 +288,7 @@ def test_without_pools_nothing_is_stored_and_nothing_is_found(opened: Callable[.
     assert not pools.load("r", [pages])
     assert pools.restorable(keys(1)) == []
     assert pools.start(()) == -1
-    assert pools.finish(-1) == set()
+    assert pools.finish(-1).failed == set()
     assert pools.results == 0
     assert pools.stat()["spill"]["waiting"] == 0
     pools.gate.set_consumer(-1)

@@ -53,7 +53,7 @@ class Stage:
             self.restorer.queue(rid, keys(*names), torch.tensor(numbers))
         before = torch.cuda.Event()
         before.record()
-        return self.restorer.finish(self.restorer.start([before]))
+        return self.restorer.finish(self.restorer.start([before])).failed
 
     def is_restored(self, name: int, number: int) -> bool:
         return page_of(self.target, self.size, number) == page_of(self.source, self.size, name)
@@ -131,7 +131,7 @@ def test_a_forward_sees_a_layer_as_soon_as_it_has_arrived(staged: Callable[..., 
         rows = slice(0, 16 * stage.size)
         for mine, right in zip((k, v), stage.source[layer], strict=True):
             assert torch.equal(mine[rows].view(torch.uint8), right[rows].view(torch.uint8))
-    assert stage.restorer.finish(index) == set()
+    assert stage.restorer.finish(index).failed == set()
 
 
 @needs_kvikio

@@ -70,6 +70,9 @@ def test_fork_and_rewind(service: Service, session: Session) -> None:
         turn.append(message({"text": "d"}))
         client.rewind("s", second, revision=client.read("s").revision, lease=turn.lease)
     assert texts(service, "s") == ["a", "b"]
+    assert client.rewind("s", None, revision="*").head_id is None
+    assert texts(service, "s") == []
+    assert texts(service, "fork") == ["a", "b"]
 
 
 def test_resume_of_a_revision_and_waiting_for_it(service: Service, session: Session) -> None:
@@ -92,6 +95,15 @@ def test_tool_calls(service: Service, session: Session) -> None:
     assert client.claim_tool_call("s", "c1", "read").result == {"output": ["text"]}
     client.claim_tool_call("s", "c2", "read")
     assert client.finish_tool_call("s", "c2", error="no such file").state == "failed"
+
+
+@pytest.mark.parametrize("call_id", ["a/b", "/", "a//b/", "result/x", "ä ?#%2F"])
+def test_a_tool_calls_id_is_whatever_the_model_made_up(service: Service, session: Session, call_id: str) -> None:
+    assert service.client.claim_tool_call("s", call_id, "read").id == call_id
+    assert service.client.finish_tool_call("s", call_id, output=1).id == call_id
+    assert service.client.claim_tool_call("s", call_id, "read").result == {"output": 1}
+    route = 'route="/v1/sessions/{session_id}/tool-calls/{call_id}/result"'
+    assert route in service.http.get("/metrics").text
 
 
 def test_a_prefetch_without_an_engine(service: Service, session: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -41,6 +42,26 @@ def test_durable_at_once(service: Service, running: tuple[str, Lease], start_pee
     assert request["verb"] == "flush"
     assert request["session"] == running[0]
     assert 0 < request["timeout_ms"] <= 700
+
+
+def test_the_wait_for_the_engine_is_told_apart(service: Service, start_peer: Any) -> None:
+    def slowly(request: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(0.1)
+        return stored("durable")
+
+    register(service.database, start_peer(slowly).address)
+    session = service.client.create_session(MODEL)
+    lease = service.client.resume(session.id).lease
+    body = {"lease": {"token": lease.token, "epoch": lease.epoch}, "reason": "user_wait"}
+    for _ in range(2):
+        response = service.http.post(
+            f"/v1/sessions/{session.id}/suspend", json=body, headers={"Idempotency-Key": "k"}
+        ).raise_for_status()
+        timing = dict(part.strip().split(";dur=") for part in response.headers["Server-Timing"].split(","))
+        if "Idempotency-Replayed" in response.headers:
+            assert list(timing) == ["total"]  # this time nobody was waited for
+        else:
+            assert 100 <= float(timing["engine"]) < float(timing["total"])
 
 
 def test_pending_is_followed_until_it_is_durable(service: Service, running: tuple[str, Lease], start_peer: Any) -> None:

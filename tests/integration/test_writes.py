@@ -339,6 +339,14 @@ def test_metrics_and_request_ids(service: Service) -> None:
     assert made.startswith("req_")
 
 
+def test_an_answer_says_how_long_the_service_took(service: Service) -> None:
+    for path, status in (("/healthz", 200), ("/v1/sessions/none", 404)):
+        response = service.http.get(path)
+        assert response.status_code == status
+        name, _, ms = response.headers["Server-Timing"].partition(";dur=")
+        assert (name, 0 < float(ms) < response.elapsed.total_seconds() * 1000) == ("total", True)
+
+
 def test_records_of_yesterday_are_collected(service: Service) -> None:
     post(service, "/v1/sessions", "k1", {"model": MODEL})
     assert collect(service.database, expired_after_s=0).records == 0

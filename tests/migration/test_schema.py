@@ -16,9 +16,11 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 
 import migrations
+from agentstate import manifests
 from agentstate.adapters.tables import metadata
 from agentstate.database import Database
 from agentstate.errors import NotABranchPoint, SchemaNewer, SchemaOutdated
+from agentstate.manifests import Manifest
 from agentstate.sessions import Sessions
 from agentstate.settings import Settings
 from api.server import migrate, run
@@ -53,6 +55,27 @@ def test_the_migrations_make_the_schema_of_the_models(database: Database) -> Non
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, metadata) == []
+
+
+def test_what_is_told_of_a_manifest_lies_before_its_keys(database: Database) -> None:
+    """SQLite walks through a long value to reach what comes after it, in every resume."""
+    if not database.is_sqlite:
+        pytest.skip("PostgreSQL stores long values apart")
+    with database.read() as connection:
+        columns = [column["name"] for column in sa.inspect(connection).get_columns("manifests")]
+    assert columns == list(metadata.tables["manifests"].c.keys())
+    assert columns[-1] == "keys"
+
+
+def test_manifests_survive_the_new_order(empty: Database) -> None:
+    empty.upgrade()
+    manifest = Manifest("s", "f", 0, "n", "e", 64, 128, b"k" * 64, 1000, lost_tokens=64)
+    with empty.write() as connection:
+        manifests.save(connection, manifest)
+    for step in (lambda: downgrade(empty, "0004"), empty.upgrade):
+        step()
+        with empty.read() as connection:
+            assert manifests.load(connection, "s", "f", 0, "n") == manifest
 
 
 def test_up_down_up(empty: Database) -> None:

@@ -57,7 +57,7 @@ def kvikio(tmp_path_factory: pytest.TempPathFactory) -> KvikioBackend:
         # Whoever looks for a library of this name finds the one that is loaded already.
         ctypes.CDLL(str(build_driver(tmp_path_factory.mktemp("driver"), 0)), mode=ctypes.RTLD_GLOBAL)
     load_cufile()
-    return KvikioBackend(aligned)
+    return KvikioBackend(aligned, list)
 
 
 def load_cufile() -> None:
@@ -175,7 +175,7 @@ def test_kvikio_writes_no_log_where_the_engine_was_started(kvikio: KvikioBackend
     assert Path(os.environ["CUFILE_LOGFILE_PATH"]).parent != Path.cwd()
 
 
-TRY = "from agentstate.pages import KvikioBackend\nKvikioBackend(bytearray)"
+TRY = "from agentstate.pages import KvikioBackend\nKvikioBackend(bytearray, list)"
 
 
 def attempt(program: str, **environment: str) -> str:

@@ -144,3 +144,61 @@ def test_a_replay_of_nothing_says_what_to_choose(tmp_path: Path) -> None:
 
 def test_quantiles_are_by_nearest_rank() -> None:
     assert [quantile([1.0, 2.0, 3.0, 4.0], share) for share in (0.0, 0.25, 0.5, 0.51, 1.0)] == [1.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_page_has_the_session_service_beside_its_peers(tmp_path: Path) -> None:
+    case = {"database": "sqlite", "concurrency": 1, "samples": 9}
+    rows = [
+        {
+            **case,
+            "system": "agentstate",
+            "operation": "resume",
+            "history": n,
+            "side": "server",
+            "p50_ms": 2,
+            "p99_ms": 4.5,
+        }
+        for n in (10, 100_000)
+    ]
+    peer = {"system": "Peer", "operation": "get_items", "history": 10, "side": "client", "p50_ms": 1500, "p99_ms": 2000}
+    settings = {
+        "sessions": {"10": 10_000, "100000": 3},
+        "engine": "a stand-in",
+        "durability": {"sqlite": {"agentstate": {"synchronous": "normal"}}},
+        "left_out": {"Other on sqlite": "it is not installed"},
+    }
+    written(tmp_path / "raw", "service", [*rows, {**case, **peer}], settings)
+    report.write(tmp_path / "raw", tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text()
+    assert "| agentstate | resume | server | 2.00 / 4.50 | 2.00 / 4.50 |" in page
+    assert "| Peer | get_items | client | 1,500.00 / 2,000.00 |  |" in page
+    assert "- sqlite, agentstate: synchronous normal" in page
+    assert "- not measured: Other on sqlite: it is not installed" in page
+
+
+def test_a_page_has_what_else_is_measured_on_an_engine_and_of_the_store(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    burst = {"model": "small", "sessions": 8, "tokens": 2048, "last_ttft_s": 1.5, "bound_s": 2.0, "ratio": 0.75}
+    burst |= {"ratio_95": [0.7, 0.8], "memory_hit_last_ttft_s": 1.25, "device_gb_per_s": 2.5}
+    written(raw, "burst", [burst], {"models": ["small"]})
+    rates = {f"{variant}_tokens_per_s": 100.0 for variant in ("spilling", "off", "plain")}
+    load = {"load": "decoding", "requests": 4, "prompt_tokens": 64, "output_tokens": 128, **rates}
+    load |= {
+        "ratio_to_off": 0.99,
+        "ratio_to_off_95": [0.98, 1.0],
+        "ratio_to_plain": 0.97,
+        "ratio_to_plain_95": [0.96, 1],
+    }
+    written(raw, "throughput", [load], {"model": "small"})
+    written(raw, "soak", [{"points": {"turns": 5, "forks": 2}, "restored_tokens": 1234, "different": []}], {"turns": 7})
+    pages = {"case": "idle", "geometry": "small", "tokens": 4096, "read_gb_s": 2.0, "read_share_of_device": 0.95}
+    pages |= {"cpu_s_per_gb": 0.25, "best_alternative": "safetensors", "ratio_to_best_alternative": 1.5}
+    pages |= {"best_alternative_cpu_s_per_gb": 0.75, "write_gb_s": 1.0, "write_share_of_device": 0.8}
+    written(raw, "pages", [{**pages, "write_cpu_s_per_gb": 0.5}], {"rounds": 3})
+    report.write(raw, tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text()
+    assert "| small | 8 × 2,048 | 1.500 | 2.000 | 0.750 | 0.700–0.800 | 1.250 | 2.50 |" in page
+    assert "| decoding | 4 × (64 + 128) | 100.0 | 100.0 | 100.0 | 0.990 | 0.980–1.000 | 0.970 | 0.960–1.000 |" in page
+    assert "7 turns (5 turns, 2 forks), 1,234 tokens restored: 0 answers differ." in page
+    assert "| idle | small | 4,096 | 2.00 | 95% | 0.25 | safetensors | 1.50 | 0.75 |" in page
+    assert "| idle | small | 4,096 | 1.00 | 80% | 0.50 |" in page

@@ -172,6 +172,21 @@ def test_a_rewind_takes_entries_back_and_their_numbers_stay_unused(sessions: Ses
     assert sessions.seen(session.id, 5).id == session.id
 
 
+def test_a_rewind_to_the_start_leaves_nothing(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    assert sessions.rewind(session.id, None, at=None) == session
+    grow(sessions, session.id, note("a"), call("c"), output("c"))
+    fork = sessions.fork(session.id, None)
+    rewound = sessions.rewind(session.id, None, at=None)
+    assert (rewound.head_id, texts(sessions, session.id)) == (None, [])
+    resumed = sessions.resume(session.id, lease_ttl_s=60, tail=5)
+    assert (resumed.tail.entries, resumed.tail.has_more, resumed.pending_tool_calls) == ([], False, [])
+    (appended,) = sessions.append(session.id, resumed.lease.key, [note("b")]).entries
+    assert (appended.seq, appended.parent_id) == (4, None)
+    assert texts(sessions, session.id) == texts(sessions, sessions.fork(session.id, None).id) == ["b"]
+    assert [entry.seq for entry in sessions.entries(fork.id).entries] == [1, 2, 3]
+
+
 def test_who_rewinds_a_session_that_is_run_needs_its_lease(sessions: Sessions) -> None:
     session = sessions.create("m")
     key = take(sessions, session.id)
@@ -337,9 +352,9 @@ def play(shared: Database, data: st.DataObject) -> None:
             kept = copy.entries[: data.draw(st.integers(1, len(copy.entries)))] if copy.entries else []
             fork = sessions.fork(session_id, None, at=kept[-1][0] if kept else None)
             alive[fork.id] = Copy(list(kept))
-        elif step == "rewind" and copy.entries:
-            del copy.entries[data.draw(st.integers(1, len(copy.entries))) :]
-            sessions.rewind(session_id, None, at=copy.entries[-1][0])
+        elif step == "rewind":
+            del copy.entries[data.draw(st.integers(0, len(copy.entries))) :]
+            sessions.rewind(session_id, None, at=copy.entries[-1][0] if copy.entries else None)
         elif step == "delete" and len(alive) > 1:
             sessions.delete(session_id, None)
             del alive[session_id]

@@ -36,6 +36,7 @@ def test_what_was_changed_is_found_again(directory: Path) -> None:
     assert index.records() == {5: RECORD}
     assert index.numbers(keys(9, 2)) == {5}
     assert index.prefix(keys(9, 2)) == []
+    assert index.places(keys(9, 2, 1)) == [None, (5, 1), (5, 0)]
     with index.change() as change:
         assert change.place(key(2)) == (5, 1)
         change.delete_pages_of({5})

@@ -81,6 +81,11 @@ def test_what_is_not_given_is_completed(settings: Settings, model: str, free_por
     assert settings.pages_path.is_dir()
 
 
+def test_an_engine_that_does_not_store_is_sglang_as_it_is(settings: Settings, model: str, free_port: str) -> None:
+    command, _ = engine_command(settings, ["--model-path", model, "--port", free_port], os.environ, stores=False)
+    assert "--radix-cache-backend" not in command
+
+
 def test_what_is_given_is_kept(settings: Settings, model: str, free_port: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "3")

@@ -55,6 +55,7 @@ class PageStoreTests:
         write(store, keys(1, 2, 4))
         assert store.prefix_length(keys(1, 2, 3, 4)) == 2
         assert key(4) in store and key(3) not in store
+        assert store.stored(keys(3, 4, 9, 1)) == [False, True, False, True]
         with pytest.raises(KeyError) as error:
             store.hold(keys(1, 3, 9))
         assert error.value.args == (key(3),)
@@ -81,6 +82,7 @@ class PageStoreTests:
         store.close()
         store = self.open(tmp_path, MLA)
         assert key(2) not in store
+        assert store.stored(keys(1, 2, 3)) == [True, False, True]
         self.assert_right(store, keys(1, 3))
         write(store, keys(2), version=1)
         self.assert_right(store, keys(2), version=1)

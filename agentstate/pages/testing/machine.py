@@ -171,6 +171,7 @@ class PageStoreMachine(RuleBasedStateMachine):
     @rule(pages=_SOME)
     def look_up(self, pages: list[bytes]) -> None:
         assert self.store.prefix_length(pages) == len(list(takewhile(self.stored.__contains__, pages)))
+        assert self.store.stored(pages) == [page in self.stored for page in pages]
 
     @rule(pages=_SOME)
     def read_and_drop_what_is_wrong(self, pages: list[bytes]) -> None:

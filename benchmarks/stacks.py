@@ -1,0 +1,83 @@
+"""The stacks that `agentstate bench` measures: the model prepared, the engine started, progress shown."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from agentstate import launcher
+from agentstate.errors import EngineError, SettingsError
+from agentstate.local import LocalStack, free_port
+from agentstate.settings import Settings
+from benchmarks.models import GEOMETRIES
+
+console = Console()
+SMOLLM2 = "smollm2-135m-instruct"
+
+
+@contextmanager
+def running(
+    settings: Settings,
+    model: str,
+    arguments: Sequence[str],
+    *,
+    stores: bool = True,
+    start: bool = True,
+    **environment: str,
+) -> Iterator[LocalStack]:
+    """A stack that serves ``model`` from an empty directory, or SGLang alone unless it ``stores``. ``arguments`` are
+    SGLang's. Unless told to ``start``, its engine is only ready to be started with them. ``environment`` is added to
+    its own. Raises SettingsError for a model that is not known."""
+    checkpoint = checkpoint_of(settings, model)
+    with tempfile.TemporaryDirectory(dir=settings.cache_dir, prefix="bench-") as home:
+        stack = LocalStack(
+            Path(home),
+            checkpoint,
+            engine_python=settings.engine_python,
+            service_port=free_port(),
+            engine_port=free_port(),
+            stores=stores,
+        )
+        stack.environment = {**stack.environment, **environment}
+        with closing(stack):
+            with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
+                progress.add_task("starting the engine" if stores else "starting SGLang as it is", total=None)
+                if stores:
+                    stack.start_service()
+                stack.engine_arguments = tuple(arguments)
+                if start:
+                    stack.start_engine(*arguments)
+            yield stack
+
+
+def checkpoint_of(settings: Settings, model: str) -> Path:
+    """The directory of a model, which is made if it is not there. Raises SettingsError for one that is not known."""
+    checkpoint = settings.cache_dir / model
+    if (checkpoint / "config.json").exists():
+        return checkpoint
+    python = launcher.engine_python(settings)
+    if model == SMOLLM2:
+        command = [python, "-m", "engine_patch.cpu.smollm2", str(checkpoint)]
+    elif model in GEOMETRIES:
+        command = [python, "-m", "benchmarks.models", model, str(checkpoint)]
+    else:
+        raise SettingsError(f"there is no model {model}: choose {', '.join([SMOLLM2, *GEOMETRIES])}")
+    console.print(f"preparing {model} (once)")
+    if subprocess.run(command, check=False).returncode:
+        raise EngineError("the model could not be prepared; the lines above say why")
+    return checkpoint
+
+
+@contextmanager
+def steps(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """What names the step that is being done, and what says that one is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda text: progress.update(task, description=text), lambda: progress.advance(task)

@@ -1,0 +1,87 @@
+"""How far the simulator can be trusted: one workload on a real engine, and simulated with what that engine takes."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Column, Table
+
+from agentstate.errors import EngineError
+from agentstate.local import LocalStack
+from agentstate.pages import Geometry, inventory
+from agentstate.settings import Settings
+from benchmarks import results, traces
+from benchmarks.calibration import Calibration
+from benchmarks.probe import probe
+from benchmarks.replay import replay, validation
+from benchmarks.simulator import Fleet, Simulation
+from benchmarks.stacks import SMOLLM2, console, running, steps
+from benchmarks.study import POLICIES, summary
+
+# What an engine does by itself: nobody tells it to demote or to prefetch.
+_POLICY = next(policy for policy in POLICIES if policy.read_at_arrival and not policy.hold)
+
+
+def validate(
+    settings: Settings, sessions: int, tokens: float, time: float, device_tokens: int, seed: int, report: Path | None
+) -> None:
+    """Print and keep simulated ÷ measured, of the tokens that were found and of the time to the first token."""
+    chosen = traces.tracelab(copies=-(-sessions // 2)).first(sessions).scaled(tokens, time)
+    requests = sum(1 for _ in chosen.turns())
+    longest = max(chosen.input_tokens(turn) for turn in chosen.turns())
+    # The simulated engine decides nothing by measuring, and so neither does this one.
+    arguments = ["--max-total-tokens", str(device_tokens)]
+    with running(settings, SMOLLM2, arguments, AGENTSTATE_BREAK_EVEN="off") as stack, steps(requests) as (say, step):
+        say("measuring what the engine takes")
+        record = asyncio.run(_record(stack, longest))
+        calibration = Calibration.fit(record)
+        say("the engine")
+        stack.settle()
+        stack.flush_device()
+        measured = asyncio.run(replay(chosen, stack.engine_url, progress=lambda served: step()))
+    fleet = Fleet(
+        engines=1,
+        device_tokens=device_tokens,
+        staging_bytes=float(settings.staging_bytes),
+        host_bytes=0,
+        quota_bytes=1e12,
+    )
+    simulated = Simulation(chosen, calibration, fleet, _POLICY, seed=seed).run()
+    compared = validation(simulated, measured)
+    table = Table("", *(Column(name, justify="right") for name in ("simulated", "measured", "ratio")))
+    for name, of in compared.items():
+        table.add_row(name, f"{of['simulated']:,}", f"{of['measured']:,}", f"{of['ratio']:.3f}")
+    console.print(f"[bold]{chosen.source}[/]: {requests:,} requests", highlight=False)
+    console.print(table)
+    if report is not None:
+        asked = {"workload": chosen.source, "requests": requests, "seed": seed, "fleet": asdict(fleet)}
+        rows = [summary("measured", measured, None), summary("simulated", simulated, fleet)]
+        results.write(
+            report,
+            results.record("replay", {**asked, "calibration": asdict(calibration), "validation": compared}, rows),
+        )
+        console.print(f"raw result written to {report}")
+
+
+async def _record(stack: LocalStack, longest: int) -> dict[str, object]:
+    await asyncio.to_thread(stack.settle)
+    geometry = _geometry(stack)
+    return await probe(
+        stack.engine_url,
+        name="this engine",
+        source="measured by `agentstate bench validate`",
+        layers=geometry.layers,
+        token_bytes=geometry.page_bytes // geometry.page_size,
+        lengths=[longest * part // 4 for part in (1, 2, 4)],
+    )
+
+
+def _geometry(stack: LocalStack) -> Geometry:
+    """Of the KV that the engine has stored."""
+    for store in inventory.store_directories(stack.home / "pages"):
+        for extent in inventory.extents(store):
+            if extent.header is not None:
+                return extent.header.geometry
+    raise EngineError("the engine has stored nothing")

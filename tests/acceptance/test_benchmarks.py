@@ -1,0 +1,38 @@
+"""The benchmarks of a running engine, as small as they can be: that they measure what they say."""
+
+from __future__ import annotations
+
+import asyncio
+
+from agentstate.local import LocalStack
+from benchmarks.burst import Burst
+from benchmarks.throughput import Load, Throughput, Variant
+
+
+def test_throughput_is_measured_while_pages_are_written(stack: LocalStack) -> None:
+    told: list[str] = []
+    # One engine in all places: nothing is compared here.
+    measure = Throughput(stack, stack, told.append, lambda: told.append("step"))
+    load = Load("small", requests=2, prompt_tokens=128, output_tokens=4)
+    before = stack.settle()["spill"]["pages_skipped"]
+    (row,) = asyncio.run(measure.run([load], rounds=2))
+    assert told == ["small", "step", "step"]
+    assert [len(row[f"{variant}_all_tokens_per_s"]) for variant in Variant] == [2, 2, 2]
+    # Two prompts of two pages, twice in each round.
+    assert row["bytes_spilled"] == 2 * 2 * 4 * page_bytes(stack)
+    # And as often while spilling was off.
+    assert stack.settle()["spill"]["pages_skipped"] - before >= 2 * 2 * 4
+
+
+def test_a_burst_restores_every_session_and_hits_it_then(stack: LocalStack) -> None:
+    told: list[str] = []
+    row = asyncio.run(Burst(stack, 3, 192, told.append, lambda: told.append("step")).run(rounds=2))
+    assert told.count("step") == 3 + 2
+    assert row["sessions"] == 3
+    assert row["bytes_read"] >= 3 * 3 * page_bytes(stack)
+    assert len(row["last_ttft_all_s"]) == len(row["bound_all_s"]) == 2
+
+
+def page_bytes(stack: LocalStack) -> int:
+    spill = stack.settle()["spill"]
+    return int(spill["bytes_spilled"] // spill["pages_spilled"])

@@ -247,7 +247,7 @@ def ttft(
     ),
     tokens: Annotated[str, typer.Option(help="Context lengths, whole pages of 64 at best.")] = "2048,4096,7488",
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="How often each variant is measured: 20; beside peers 3, a visit.")
+        int | None, typer.Option(min=1, help="How often each variant is measured: 20; beside peers 2, a visit.")
     ] = None,
     recomputes: Annotated[
         int | None, typer.Option(min=0, help="How often a context is computed anew: 3; beside peers 1.")
@@ -274,7 +274,7 @@ def ttft(
         peers.split(","),
         lmcache_python,
         visits=visits,
-        rounds=rounds or 3,
+        rounds=rounds or 2,
         recomputes=1 if recomputes is None else recomputes,
         report=report,
     )

@@ -83,11 +83,12 @@ class Prompts:
         tail = number % len(self.tails)
         return self.context + self.tails[tail], tail
 
-    async def compute(self, engine: Engine, session: str | None = None) -> tuple[list[Answer], list[Sequence[int]]]:
-        """Have the context computed: the first answer, which was, and the others, which are hits, and for each tail
-        the tokens that it is followed by."""
-        answers = [await engine.ask(self.number(tail)[0], OUTPUT, session) for tail in range(len(self.tails))]
-        return answers, [answer.tokens for answer in answers]
+    async def compute(self, engine: Engine, session: str | None = None) -> tuple[Answer, list[Sequence[int]]]:
+        """Have the context computed: the answer to that request, and for each tail the tokens that follow it. Those are
+        of hits, since a prefill of all the tokens may round otherwise than one of the tail alone."""
+        first = await engine.ask(self.number(0)[0], OUTPUT, session)
+        hits = [await engine.ask(self.number(tail)[0], OUTPUT, session) for tail in range(len(self.tails))]
+        return first, [hit.tokens for hit in hits]
 
 
 class Turn2:

@@ -78,7 +78,7 @@ class PeerTurns:
     async def ingest(self) -> None:
         async with Engine(self._server.url) as engine:
             await engine.ask(unique_tokens(64), 2)
-            (computed, *_), self._expected = await self._prompts.compute(engine)
+            computed, self._expected = await self._prompts.compute(engine)
         # To an engine without a store, every start is like this one.
         self._of("recompute" if self._server.stores else "restart").add(computed, self._expected[0])
         self._step()
@@ -110,10 +110,12 @@ class PeerTurns:
         for row, name in zip(rows, self._samples, strict=True):
             # Of a page that the context fills in part, nothing can be stored.
             whole = tokens // 64 * 64
-            if name in RESTORES and self._server.stores and row["restored_tokens"] < whole:
+            if name not in RESTORES or not self._server.stores:
+                continue
+            if row["restored_tokens"] < whole:
                 row |= {"ttft_s": None, "reason": f"restored {row['restored_tokens']:,} of {whole:,} tokens"}
             elif not row["identical"]:
-                row |= {"ttft_s": None, "reason": "other tokens followed than when the context was computed"}
+                row |= {"ttft_s": None, "reason": "other tokens followed than when it was a hit"}
         if self._reason is not None:
             rows.append(absent(self._model, tokens, self.name, self._reason))
         return rows

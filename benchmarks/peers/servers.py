@@ -209,7 +209,8 @@ class LMCache(Server):
             self._daemon.terminate(timeout_s=10)
             self._daemon = None
         # It is the daemon's to remove, and stays when that is killed.
-        (Path("/dev/shm") / self._memory).unlink(missing_ok=True)
+        for memory in Path("/dev/shm").glob(f"*{self._memory}"):
+            memory.unlink(missing_ok=True)
 
     def forget(self) -> None:
         httpx.post(f"{self._http}/cache/clear", json={"tier": "l1"}, timeout=60).raise_for_status()

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from agentstate.pages import (
-    Chunk,
     ExtentDraft,
     Geometry,
     LayerwiseReader,
@@ -179,17 +178,12 @@ class AgentStateStore(Contender):
 
     def read(self, device: DeviceMemory) -> None:
         with self._reader.open(self._store.hold(self._keys)) as stream:
-            stream.hurry(partial(self._scatter, device))
             for chunk in stream:
-                if not chunk.landed:
-                    self._scatter(device, chunk)
-
-    def _scatter(self, device: DeviceMemory, chunk: Chunk) -> None:
-        if chunk.wrong:
-            raise RuntimeError(f"pages {chunk.wrong} of {self.directory} are not what was written")
-        for segment, _, arrays in chunk.parts:
-            for component, array in enumerate(arrays):
-                device.scatter(chunk.layer, component, segment.first, array)
+                if chunk.wrong:
+                    raise RuntimeError(f"pages {chunk.wrong} of {self.directory} are not what was written")
+                for segment, _, arrays in chunk.parts:
+                    for component, array in enumerate(arrays):
+                        device.scatter(chunk.layer, component, segment.first, array)
 
     def files(self) -> list[Path]:
         return sorted((self.directory / "extents").glob("*.ext"))

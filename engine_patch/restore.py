@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -85,10 +84,6 @@ class _Load:
         """Which of ``count`` pages of the stream, from ``first`` on, are the request's."""
         return slice(max(0, self.offset - first), max(0, min(count, self.offset + len(self.keys) - first)))
 
-    def wrong(self, chunk: Chunk) -> list[int]:
-        """The request's pages in ``chunk`` that must not be used."""
-        return [page for at in chunk.wrong if 0 <= (page := at - self.offset) < len(self.keys)]
-
     def close(self) -> None:
         if self.stream is not None:
             self.stream.close()
@@ -109,9 +104,8 @@ class Restorer:
     remaining pages are left out, the other requests of its batch are served, and every layer is released all the
     same, since the forward waits for the batch.
 
-    Chunks are copied to the device by the threads that read them; those that had been read before, by this one. On a
-    GPU the copies are queued, and waited for once a layer, at its end. The memory of a chunk is read into again when
-    its own copies are over.
+    On a GPU a chunk's copies are queued while the next ones are read, and are waited for once a layer, at its end.
+    The memory of a chunk is read into again when its own copies are over.
     """
 
     def __init__(self, store: PageStore, pages: DevicePages, reader: LayerwiseReader):
@@ -202,13 +196,11 @@ class Restorer:
                 self._restore(index, batch)
             except Exception as error:
                 logger.exception("agentstate: a restore failed; its requests are recomputed")
+                # They must not match the same pages again, or they would fail for ever.
                 for load in batch.loads:
-                    # Nothing is copied any more.
-                    load.close()
-                    # They must not match the same pages again, or they would fail for ever.
                     self._drop(load, range(len(load.keys)))
                 try:
-                    # After this the device pages are someone else's.
+                    # After this the device pages are someone else's, and the staging memory another stream's.
                     self._pages.inbound.finish()
                 finally:
                     self.arrivals.fail(index, error)
@@ -222,17 +214,13 @@ class Restorer:
         started, n_bytes = time.perf_counter(), 0
         batch.failed.update(load.rid for load in batch.loads if load.stream is None)
         loads = [(load, load.stream) for load in batch.loads if load.stream is not None]
-        self._pages.inbound.after(batch.ready)
-        for load, stream in loads:
-            stream.hurry(partial(self._land, batch, load))
+        for _, stream in loads:
+            stream.hurry()
         for layer in range(self._pages.geometry.layers):
             for load, stream in loads:
                 for chunk in stream.layer(layer):
                     n_bytes += chunk.n_bytes
-                    if wrong := load.wrong(chunk):
-                        self._reject(batch, load, wrong, chunk)
-                    if not chunk.landed:
-                        self._land(batch, load, chunk)
+                    self._land(batch, load, chunk)
             self._pages.inbound.finish()
             if layer == 0:
                 self.stats.first_layer_s += time.perf_counter() - started
@@ -242,21 +230,24 @@ class Restorer:
             self.arrivals.complete(index, layer)
 
     def _land(self, batch: _Batch, load: _Load, chunk: Chunk) -> None:
-        """Write what a chunk has of the request's pages to the device, unless one must not be used. By any thread."""
-        if load.rid in batch.failed or load.wrong(chunk):
+        """Write what a chunk has of the request's pages to the device, unless one must not be used."""
+        # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
+        own = range(len(load.keys))
+        if wrong := [page for at in chunk.wrong if (page := at - load.offset) in own]:
+            self._reject(batch, load, wrong, chunk)
+        self._pages.inbound.after(batch.ready)
+        batch.ready = ()
+        if load.rid in batch.failed:
             return
-        try:
-            for segment, _, arrays in chunk.parts:
-                rows = load.own(segment.first, segment.pages)
-                if rows.start < rows.stop:
-                    first = segment.first - load.offset
-                    numbers = load.numbers[first + rows.start : first + rows.stop]
-                    self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays])
-        finally:
-            chunk.keep_until = self._pages.inbound.fence()
+        for segment, _, arrays in chunk.parts:
+            rows = load.own(segment.first, segment.pages)
+            if rows.start < rows.stop:
+                first = segment.first - load.offset
+                numbers = load.numbers[first + rows.start : first + rows.stop]
+                self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays])
+        chunk.keep_until = self._pages.inbound.fence()
 
     def _reject(self, batch: _Batch, load: _Load, wrong: list[int], chunk: Chunk) -> None:
-        # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
         batch.failed.add(load.rid)
         self._drop(load, wrong)
         reason = str(chunk.unread[0][1]) if chunk.unread else "their bytes are not those that were written"

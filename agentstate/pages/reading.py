@@ -50,8 +50,7 @@ class Chunk:
     consumer sets ``keep_until`` by then, until that has returned. It is called by the thread that is about to
     overwrite them. ``wrong`` are the pages that must not be used: not read, or not as they were written, wherever the
     index took them from. ``unread`` holds the segments that could not be read, with the reason; ``n_bytes`` is what
-    came from the device; ``landed`` is whether `Stream.hurry`'s ``land`` has had it, and ``failure`` what that
-    raised.
+    came from the device.
     """
 
     layer: int
@@ -61,8 +60,6 @@ class Chunk:
     unread: list[tuple[Segment, OSError | BadExtent]]
     wrong: list[int] = field(default_factory=list)
     n_bytes: int = 0
-    landed: bool = False
-    failure: Exception | None = None
     keep_until: Callable[[], None] | None = None
 
 
@@ -190,7 +187,6 @@ class Stream:
         self._reader = reader
         self._runs = runs
         self._closed = False
-        self._land: Callable[[Chunk], None] | None = None
         self._reading_begun = threading.Condition(reader._lock)
         self._opened: dict[StoredExtent, Future[_OpenExtent]] = {}
         self._to_open = deque(dict.fromkeys(segment.extent for segment in hold.segments))
@@ -243,12 +239,6 @@ class Stream:
             except (OSError, BadExtent) as error:
                 chunk.unread.append((segment, error))
                 chunk.wrong += range(segment.first, segment.first + segment.pages)
-        if self._land is not None:
-            try:
-                self._land(chunk)
-            except Exception as error:
-                chunk.failure = error
-            chunk.landed = True
         return chunk
 
     @cached_property
@@ -271,12 +261,9 @@ class Stream:
             ):
                 yield page
 
-    def hurry(self, land: Callable[[Chunk], None] | None = None) -> None:
-        """It is going to be consumed now. What is read from now on is given to ``land`` first, by the threads that read
-        and in no order: several of them copy it to where it belongs, while it is in their caches. What it raises is
-        raised by `layer`."""
+    def hurry(self) -> None:
+        """It is going to be consumed now."""
         with self._reader._lock:
-            self._land = land or self._land
             self.hurried = True
             self._reader._work_to_do.notify_all()
 
@@ -298,8 +285,6 @@ class Stream:
             chunk = reading.result()
             if chunk.layer != layer:
                 raise ValueError(f"layer {layer} was asked for and {chunk.layer} is the next")
-            if chunk.failure is not None:
-                raise chunk.failure
             yield chunk
             with self._reader._lock:
                 if not self._closed:

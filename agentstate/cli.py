@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,13 @@ app.add_typer(tenants, name="tenants")
 app.add_typer(pages, name="pages")
 bench = typer.Typer(help="The figures that the documentation claims, on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _end_what_was_started() -> None:
+    # Engines run in sessions of their own, and would outlive a benchmark that is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
 
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the raw result to this file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from prompts import Generator
+from prompts import EXACT, Generator
 
 from agentstate.local import LocalStack, free_port
 from agentstate.settings import Settings
@@ -46,7 +46,7 @@ def stack(
     with closing(make_stack(tmp_path_factory.mktemp("stack"), smollm2)) as stack:
         stack.start_service()
         # Chunks are small, so that restores also meet chunked prefills.
-        stack.start_engine("--chunked-prefill-size", "512")
+        stack.start_engine(*EXACT, "--chunked-prefill-size", "512")
         yield stack
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 
 PAGE = 64
+EXACT = ("--dtype", "float32")
+"""In bfloat16, which CPUs with AMX compute in, a token in another batch or chunk may round to another answer."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prompts import PAGE, Generator, prompt
+from prompts import EXACT, PAGE, Generator, prompt
 
 from agentstate.client import Client, message
 from agentstate.local import LocalStack
@@ -177,7 +177,7 @@ def test_an_agent_goes_on_after_its_engine_was_killed(stack: LocalStack, generat
         assert outcome is not None
         assert (outcome["state"], outcome["tokens"]) == ("durable", 16 * PAGE)
         stack.kill_engine()
-        stack.start_engine("--chunked-prefill-size", "512")
+        stack.start_engine(*EXACT, "--chunked-prefill-size", "512")
         turn = service.resume(session.id)
         assert turn.kv.valid and turn.kv.tokens == 16 * PAGE
         assert turn.engine is not None

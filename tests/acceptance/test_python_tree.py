@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from prompts import PAGE, Generator, prompt
+from prompts import EXACT, PAGE, Generator, prompt
 
 from agentstate.control import ControlClient
 from agentstate.local import LocalStack
@@ -28,7 +28,7 @@ def stack(
             "AGENTSTATE_PAGES_QUOTA": str(QUOTA_PAGES * PAGE_BYTES),
         }
         stack.start_service()
-        stack.start_engine("--max-total-tokens", str(POOL_PAGES * PAGE))
+        stack.start_engine(*EXACT, "--max-total-tokens", str(POOL_PAGES * PAGE))
         yield stack
 
 

@@ -14,8 +14,9 @@ from agentstate.pages import Geometry, inventory
 from agentstate.settings import Settings
 from benchmarks import results, traces
 from benchmarks.calibration import Calibration
+from benchmarks.engine import Engine
 from benchmarks.probe import probe
-from benchmarks.replay import replay, validation
+from benchmarks.replay import replay, unseen, validation
 from benchmarks.simulator import Fleet, Simulation
 from benchmarks.stacks import SMOLLM2, console, running, steps
 from benchmarks.study import POLICIES, summary
@@ -66,6 +67,8 @@ def validate(
 
 
 async def _record(stack: LocalStack, longest: int) -> dict[str, object]:
+    async with Engine(stack.engine_url) as engine:
+        await engine.ask(unseen(256), 1)
     await asyncio.to_thread(stack.settle)
     geometry = _geometry(stack)
     return await probe(

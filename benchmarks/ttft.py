@@ -21,12 +21,12 @@ from agentstate.errors import EngineError
 from agentstate.local import LocalStack
 from benchmarks import device
 from benchmarks.engine import Answer, Engine
-from benchmarks.replay import VOCABULARY
+from benchmarks.replay import unseen
 
 OUTPUT = 33  # the first comes from the prefill: 32 are decoded
 HITS_AFTER_RESTART = 5
 VARIANTS = ("memory_hit", "restore_cold", "restore_host_prefetch", "restore_device_prefetch", "api_resume")
-_TAIL = 24
+TAIL = 24
 _TAILS = 3
 _WAIT_MS = 120_000
 
@@ -76,7 +76,7 @@ class Prompts:
     @classmethod
     def of(cls, length: int) -> Prompts:
         """Token ids that no other prompt shares a page with."""
-        return cls(unique_tokens(length), [unique_tokens(_TAIL) for _ in range(_TAILS)])
+        return cls(unseen(length), [unseen(TAIL) for _ in range(_TAILS)])
 
     def number(self, number: int) -> tuple[list[int], int]:
         """The prompt of a round, and which of the tails is its end."""
@@ -128,7 +128,7 @@ class Turn2:
             self._session = self._session_id if resumed.engine is None else resumed.engine.extra_body["session_id"]
             client.suspend(self._session_id, resumed.lease, durable_timeout_ms=0)
         async with Engine(self._stack.engine_url) as engine:
-            await engine.ask(unique_tokens(64), 2)
+            await engine.ask(unseen(64), 2)
             _, self._expected = await self._prompts.compute(engine, self._session)
             for number in range(self._recomputes):
                 await self._recompute(engine, number)
@@ -175,7 +175,7 @@ class Turn2:
 
     async def _prepare(self, engine: Engine, variant: str) -> None:
         if variant == "memory_hit":
-            await engine.ask(self._prompts.context + unique_tokens(_TAIL), OUTPUT, self._session)
+            await engine.ask(self._prompts.context + unseen(TAIL), OUTPUT, self._session)
             return
         self._flushed()
         self._stack.flush_device()
@@ -243,8 +243,3 @@ def paired_ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -
     draw = random.Random(seed)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
     return statistics.median(ratios), medians[50], medians[1949]
-
-
-def unique_tokens(count: int) -> list[int]:
-    """Token ids that no other prompt shares a page with."""
-    return random.Random(uuid.uuid4().hex).choices(VOCABULARY, k=count)

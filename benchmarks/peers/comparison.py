@@ -15,7 +15,8 @@ import httpx
 from agentstate.errors import AgentStateError, EngineError
 from benchmarks.engine import Engine
 from benchmarks.peers.servers import Server
-from benchmarks.ttft import OUTPUT, Prompts, Samples, unique_tokens
+from benchmarks.replay import unseen
+from benchmarks.ttft import OUTPUT, Prompts, Samples
 
 RESTORES = ("warm", "cold", "restart", "restart_cold")
 _WHAT_PEERS_RAISE = (AgentStateError, httpx.HTTPError, OSError)
@@ -77,7 +78,7 @@ class PeerTurns:
 
     async def ingest(self) -> None:
         async with Engine(self._server.url) as engine:
-            await engine.ask(unique_tokens(64), 2)
+            await engine.ask(unseen(64), 2)
             computed, self._expected = await self._prompts.compute(engine)
         # To an engine without a store, every start is like this one.
         self._of("recompute" if self._server.stores else "restart").add(computed, self._expected[0])

@@ -33,6 +33,10 @@ PEERS = {
     "hicache": "HiCache",
     "lmcache": "LMCache",
 }
+_AFTER_RESTART = {
+    "restore_first_after_restart": "restored, the first request after a restart",
+    "memory_hit_after_restart": "memory hit after that restart",
+}
 _OF_PEERS = {
     "recompute": "recomputed",
     "memory_hit": "memory hit",
@@ -50,8 +54,8 @@ _THEMES = {"light": ("#1f2328", "#d0d7de"), "dark": ("#e6edf3", "#3d444d")}
 
 
 def label(variant: str) -> str:
-    if variant in LABELS:
-        return LABELS[variant]
+    if (known := LABELS.get(variant) or _AFTER_RESTART.get(variant)) is not None:
+        return known
     if variant == "sglang_restart":  # nothing is restored
         return f"{PEERS['sglang']}: recomputed after a restart"
     for ending in sorted(_OF_PEERS, key=len, reverse=True):

@@ -55,7 +55,8 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
     lines = [
         "Recomputed, as a memory hit (the floor: nothing is brought back), and restored, in turn in one run.",
         "The memory hit that a variant is divided by is its own engine's. *Share* is of the device's direct-read",
-        "limit, measured in the same run; *same* says whether the next tokens are those of the recomputation.",
+        "limit, measured in the same run; *same* says whether the next tokens are those that follow a memory hit (in",
+        "bfloat16 a prefill in other chunks, as a recomputation is, may round to others).",
     ]
     for model in dict.fromkeys(model for model, _, _ in newest):
         chosen = [(row, result) for (name, _, _), (row, result) in newest.items() if name == model]
@@ -401,5 +402,5 @@ def _slug(name: str) -> str:
 
 
 def _quoted(directory: Path) -> str:
-    """The directory as the reader would give it: never with what is above it."""
-    return shlex.quote(directory.name)
+    """The directory as the reader would give it: never with what is above the checkout."""
+    return shlex.quote(directory.name if directory.is_absolute() else str(directory))

@@ -160,8 +160,10 @@ class Spiller:
     def _store_offer(self, offer: _Offer) -> None:
         """Copy what is new of an offer, and have it concluded when that is published."""
         skipped = offer.skipped or time.monotonic() > self._until_s
-        # In this order: what has been published in the meantime is on its way no more, and is stored.
-        new = [] if skipped else [i for i, key in enumerate(offer.keys) if not self._is_known(key)]
+        # In this order: what is published in the meantime is on its way no more, and is stored.
+        unknown = [] if skipped else [i for i, key in enumerate(offer.keys) if key not in self._on_their_way]
+        stored = self._store.stored([offer.keys[i] for i in unknown])
+        new = [i for i, is_stored in zip(unknown, stored, strict=True) if not is_stored]
         publishing: list[tuple[int, Future[None]]] = []
         failure: Exception | None = None
         try:
@@ -175,9 +177,6 @@ class Spiller:
         except Exception as error:
             failure = error
         self._writer.after(partial(self._conclude, offer, skipped, len(new), publishing, failure))
-
-    def _is_known(self, key: bytes) -> bool:
-        return key in self._on_their_way or key in self._store
 
     def _conclude(
         self,
@@ -210,7 +209,7 @@ class Spiller:
                 )
             self._on_their_way.difference_update(offer.keys)
             # Also what was on its way for an earlier offer must have arrived.
-            self.results.append(not skipped and all(key in self._store for key in offer.keys))
+            self.results.append(not skipped and all(self._store.stored(offer.keys)))
         finally:
             if not offer.skipped:
                 self._done_pages += len(offer.keys)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,4 +183,18 @@ def test_gc_is_refused_beside_an_engine_and_a_dry_run_is_not(store: Path, databa
     assert isinstance(result.exception, PageStoreLocked)
     assert str(store) in str(result.exception)
     assert json.loads(result.stdout)["in_use"] == [str(store)]
+    assert extents(store) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("command", [["ls"], ["du"], ["show", "1"], ["check"]], ids=" ".join)
+def test_readers_are_never_refused_beside_an_engine(store: Path, command: list[str]) -> None:
+    alone = answer(*command)
+    engine = PageStore(store, MARK, MHA)
+    # A process of its own: the lock is between processes.
+    beside = subprocess.run(
+        [sys.executable, "-m", "agentstate.cli", "pages", *command, "--json"], capture_output=True, text=True
+    )
+    engine.close()
+    assert beside.returncode == 0, beside.stderr
+    assert json.loads(beside.stdout) == alone
     assert extents(store) == [1, 2, 3]

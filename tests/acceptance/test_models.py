@@ -151,6 +151,7 @@ def test_ranks_agree_on_what_is_restored(start: Start, monkeypatch: pytest.Monke
     # One rank's restore fails and is discarded on both; then its store has fewer pages than the other one's.
     resumed = recomputes_what_was_damaged(stack, "rank1", layers=4, slot=4)
     assert (resumed.cached, resumed.restored) == (4 * PAGE, 4 * PAGE)
+    suspend(stack)
     first, second = ask_ranks(stack, "stat")
     assert (first["rank"], second["rank"]) == (0, 1)
     assert (first["restore"]["pages_failed"], second["restore"]["pages_failed"]) == (0, 1)

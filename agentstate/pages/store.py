@@ -442,12 +442,31 @@ class PageStore:
         with self._writing:
             self._make_room(n_bytes)
 
-    def _make_room(self, n_bytes: int, *, recycle: bool = False) -> Path | None:
+    def require_room(self, n_bytes: int) -> None:
+        """Raise PageStoreFull when there could be no room for ``n_bytes`` more, whatever was evicted for them. Evicts
+        nothing: who publishes them does, and writes over what was evicted."""
+        with self._writing:
+            lacking = self._excess(n_bytes)
+            if lacking > 0 and lacking > sum(extent.file_bytes for extent in self._evictable()):
+                raise self._full(n_bytes)
+
+    def _excess(self, n_bytes: int) -> float:
+        """How far ``n_bytes`` more would exceed the quota."""
         status = os.statvfs(self.directory)
         free = status.f_bavail * status.f_frsize - self.quota.free_share * status.f_blocks * status.f_frsize
         excess = n_bytes + self._being_written - free
         if self.quota.max_bytes is not None:
             excess = max(excess, self.stats.bytes + n_bytes + self._being_written - self.quota.max_bytes)
+        return excess
+
+    def _full(self, n_bytes: int) -> PageStoreFull:
+        return PageStoreFull(
+            f"no room for {n_bytes:,} bytes of KV pages in {self.directory}: {self.stats.bytes:,} are stored, "
+            "and what is left of them cannot be evicted"
+        )
+
+    def _make_room(self, n_bytes: int, *, recycle: bool = False) -> Path | None:
+        excess = self._excess(n_bytes)
         victims: list[_Extent] = []
         # More than once only where something was held in the meantime.
         while (lacking := excess - sum(victim.file_bytes for victim in victims)) > 0:
@@ -460,10 +479,7 @@ class PageStore:
             if lacking > 0:
                 with self._mutex:
                     self._extents.update({victim.number: victim for victim in victims})
-                raise PageStoreFull(
-                    f"no room for {n_bytes:,} bytes of KV pages in {self.directory}: {self.stats.bytes:,} are stored, "
-                    "and what is left of them cannot be evicted"
-                )
+                raise self._full(n_bytes)
             victims += self._take(chosen)
         return self._evict(victims, recycle=recycle)
 

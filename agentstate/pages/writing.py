@@ -51,7 +51,7 @@ class Writer:
         """
         memory = self._free.get()
         try:
-            self._store.make_room(self._store.draft_bytes(len(keys)))
+            self._store.require_room(self._store.draft_bytes(len(keys)))
             draft = self._store.draft(list(keys), memory)
             fill(draft)
             draft.seal()

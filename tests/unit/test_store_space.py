@@ -96,6 +96,19 @@ def test_no_room_evicts_nothing(store: PageStore) -> None:
     assert left(store) == [0]
 
 
+def test_room_that_could_be_made_is_not_made_before_it_is_needed(store: PageStore) -> None:
+    for number in range(2):
+        write(store, keys(number))
+    store.quota = room_for(store, 2)
+    hold = store.hold(keys(1))
+    store.require_room(store.draft_bytes(1))
+    with pytest.raises(PageStoreFull, match="cannot be evicted"):
+        store.require_room(2 * store.draft_bytes(1))
+    hold.close()
+    store.require_room(2 * store.draft_bytes(1))
+    assert left(store) == [0, 1]
+
+
 def test_a_share_of_the_disk_stays_free(store: PageStore) -> None:
     write(store, keys(1))
     store.quota = Quota(free_share=1.0)

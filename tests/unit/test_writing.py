@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_what_is_written_is_stored_bit_for_bit(store: PageStore, writer: Writer)
     for first in range(0, 9, 3):
         write(writer, first, first + 1, first + 2)
     assert holds(store, *range(9))
+
+
+def test_at_the_quota_an_extent_is_written_over_the_blocks_of_the_one_that_goes(
+    store: PageStore, writer: Writer
+) -> None:
+    store.quota = Quota(2 * store.draft_bytes(3))
+    write(writer, 0, 1, 2)
+    write(writer, 3, 4, 5)
+    with ExitStack() as stack:
+        # A file that is open keeps its number from being given to another one.
+        before = [stack.enter_context(path.open("rb")) for path in store.directory.glob("extents/*.ext")]
+        write(writer, 6, 7, 8)
+        assert [os.fstat(file.fileno()).st_nlink for file in before] == [1, 1]
+    assert holds(store, 3, 4, 5, 6, 7, 8)
+    assert store.prefix_length(keys(0, 1, 2)) == 0
 
 
 def test_one_extent_is_filled_while_the_one_before_it_is_published(

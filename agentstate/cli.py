@@ -260,6 +260,10 @@ def ttft(
     recomputes: Annotated[
         int | None, typer.Option(min=0, help="How often a context is computed anew: 3; beside peers 1.")
     ] = None,
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, help="Without peers: how often the engine is started again, the longest context on disk."),
+    ] = 3,
     peers: Annotated[
         str, typer.Option(help="Measure these in turn with it: sglang,file-linker,hicache,lmcache, or some of them.")
     ] = "",
@@ -273,7 +277,15 @@ def ttft(
     lengths = [int(length) for length in tokens.split(",")]
     room = _room("benchmarks.turn2")
     if not peers:
-        room.ttft(Settings(), model, lengths, rounds or 20, 3 if recomputes is None else recomputes, report)
+        room.ttft(
+            Settings(),
+            model,
+            lengths,
+            rounds=rounds or 20,
+            recomputes=3 if recomputes is None else recomputes,
+            restarts=restarts,
+            report=report,
+        )
         return
     room.ttft_with_peers(
         Settings(),

@@ -55,7 +55,8 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
     lines = [
         "Recomputed, as a memory hit (the floor: nothing is brought back), and restored, in turn in one run.",
         "The memory hit that a variant is divided by is its own engine's. *Share* is of the device's direct-read",
-        "limit, measured in the same run; *same* says whether the next tokens are those that follow a memory hit (in",
+        "limit, measured in the same run; *overlap* is the time over the longer of a memory hit and of reading the bytes",
+        "at that limit, which it could be at best; *same* says whether the next tokens are those that follow a memory hit (in",
         "bfloat16 a prefill in other chunks, as a recomputation is, may round to others).",
     ]
     for model in dict.fromkeys(model for model, _, _ in newest):
@@ -69,7 +70,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
         for row in rows:
             tokens, own_s = row["tokens"], row.get("ttft_s")
             if own_s is None:  # a peer that could not run here
-                table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 6])
+                table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 7])
                 continue
             floor_s, recomputed_s = seconds.get((tokens, floor_of(row["variant"]))), seconds.get((tokens, "recompute"))
             table.append(
@@ -82,11 +83,12 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
                     _maybe(row.get("tokens_per_s"), "{:.1f}"),
                     _maybe(row.get("bytes_read"), "{:,}"),
                     _maybe(row.get("device_share"), "{:.0%}"),
+                    _maybe(row.get("overlap"), "{:.2f}"),
                     {True: "yes", False: "**no**", None: ""}[row.get("identical")],
                 ]
             )
         header = ["context", "variant", "TTFT, s", "sooner than recomputed", "÷ memory hit", "tokens/s", "bytes read"]
-        lines += ["", *_table([*header, "share", "same"], table, left=2)]
+        lines += ["", *_table([*header, "share", "overlap", "same"], table, left=2)]
         # Of peers, what is comparable with a cold restore; there are too many lines else.
         shown_of_peers = tuple(f"{peer}_cold" for peer in plots.PEERS)
         measured = [

@@ -113,6 +113,11 @@ class Turn2:
             variant: Samples() for variant in ("restore_first_after_restart", "memory_hit_after_restart")
         }
 
+    @property
+    def tokens(self) -> int:
+        """The length of the context."""
+        return len(self._prompts.context)
+
     def start(self) -> None:
         self._stack.start_engine(*self._stack.engine_arguments)
 
@@ -175,7 +180,7 @@ class Turn2:
 
     async def _prepare(self, engine: Engine, variant: str) -> None:
         if variant == "memory_hit":
-            await engine.ask(self._prompts.context + unseen(TAIL), OUTPUT, self._session)
+            await engine.ask(self._prompts.context + unseen(TAIL), 2, self._session)
             return
         self._flushed()
         self._stack.flush_device()
@@ -212,7 +217,7 @@ class Turn2:
             client.suspend(self._session_id, resumed.lease, durable_timeout_ms=_WAIT_MS // 2)
 
     def _row(self, variant: str, samples: Samples) -> dict[str, Any]:
-        return samples.row(self._model, len(self._prompts.context), variant)
+        return samples.row(self._model, self.tokens, variant)
 
     def _flushed(self) -> None:
         """Wait until everything of the session is durable and nothing is being written or merged."""

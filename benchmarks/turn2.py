@@ -11,7 +11,6 @@ from rich.table import Column, Table
 
 from agentstate import launcher
 from agentstate.errors import EngineError, SettingsError
-from agentstate.local import LocalStack
 from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.models import GEOMETRIES
@@ -27,14 +26,30 @@ _FIRST_AND_HITS = 1 + HITS_AFTER_RESTART
 
 
 def ttft(
-    settings: Settings, model: str, lengths: Sequence[int], rounds: int, recomputes: int, report: Path | None
+    settings: Settings,
+    model: str,
+    lengths: Sequence[int],
+    *,
+    rounds: int,
+    recomputes: int,
+    restarts: int,
+    report: Path | None,
 ) -> None:
-    """Print and keep the times to the first token of turn 2, a row a variant and length."""
-    total = len(lengths) * (rounds * len(VARIANTS) + recomputes) + _FIRST_AND_HITS
+    """Print and keep the times to the first token of turn 2, a row a variant and length. The longest context is
+    restored after ``restarts`` of the engine too. What has been measured is kept after every length and restart."""
+    asked = {"model": model, "rounds": rounds, "restarts": restarts}
+    total = len(lengths) * (rounds * len(VARIANTS) + recomputes) + restarts * _FIRST_AND_HITS
     with running(settings, model, _arguments(model, lengths)) as stack, steps(total) as (say, step):
-        rows = asyncio.run(_turns(stack, model, lengths, rounds, recomputes, say, step))
-    _print_ttft(rows)
-    _keep_ttft(settings, {"model": model, "rounds": rounds}, rows, report)
+        turns = [Turn2(stack, model, Prompts.of(length), step, recomputes) for length in lengths]
+
+        def keep() -> list[dict[str, Any]]:
+            rows = [row for turn in turns for row in turn.rows()]
+            _keep_ttft(settings, asked, rows, report)
+            return rows
+
+        asyncio.run(_measure(turns, rounds, restarts, keep, say))
+    _print_ttft(keep())
+    _say_where(report)
 
 
 def ttft_with_peers(
@@ -78,6 +93,7 @@ def ttft_with_peers(
     _print_ttft(rows)
     asked = {"model": model, "visits": visits, "rounds": rounds, "peers": flags}
     _keep_ttft(settings, asked, rows, report, lmcache_python)
+    _say_where(report)
 
 
 def soak(settings: Settings, turns: int, restarts: int, seed: int, report: Path | None) -> None:
@@ -97,34 +113,30 @@ def soak(settings: Settings, turns: int, restarts: int, seed: int, report: Path 
     console.print("every token is that of the agent that was never suspended")
 
 
-async def _turns(
-    stack: LocalStack,
-    model: str,
-    lengths: Sequence[int],
-    rounds: int,
-    recomputes: int,
-    say: Callable[[str], None],
-    step: Callable[[], None],
-) -> list[dict[str, Any]]:
-    """All lengths on one engine that runs, and a restart of it at the longest."""
-    turns = [Turn2(stack, model, Prompts.of(length), step, recomputes) for length in lengths]
-    for turn, length in zip(turns, lengths, strict=True):
-        say(f"{length:,} tokens")
+async def _measure(
+    turns: Sequence[Turn2], rounds: int, restarts: int, keep: Callable[[], object], say: Callable[[str], None]
+) -> None:
+    """All contexts on one engine that runs, and the longest one after restarts of it."""
+    for turn in turns:
+        say(f"{turn.tokens:,} tokens")
         await turn.ingest()
         for number in range(rounds):
             await turn.round(number)
-    say("starting the engine again")
-    longest = turns[lengths.index(max(lengths))]
-    longest.stop()
-    longest.start()
-    await longest.first_after_restart(0)
-    return [row for turn in turns for row in turn.rows()]
+        keep()
+    longest = max(turns, key=lambda turn: turn.tokens)
+    for number in range(restarts):
+        say("starting the engine again")
+        longest.stop()
+        longest.start()
+        await longest.first_after_restart(number)
+        keep()
 
 
 def _arguments(model: str, lengths: Sequence[int]) -> list[str]:
     """What SGLang is started with, whoever keeps its KV."""
-    # Chunks as long as a prompt: nothing of a restore waits for a second batch.
-    arguments = ["--max-total-tokens", str(max(32_768, 3 * max(lengths))), "--context-length", str(max(lengths) + 256)]
+    # Room for a context, what is computed anew beside it, and what other ways to keep KV need on top.
+    room = 3 * max(lengths) + 8192
+    arguments = ["--max-total-tokens", str(room), "--context-length", str(max(lengths) + 256)]
     return arguments + (["--skip-tokenizer-init"] if model in GEOMETRIES else [])
 
 
@@ -134,6 +146,10 @@ def _keep_ttft(
     if report is not None:
         measured = [Path(launcher.engine_python(settings)), *pythons]
         results.write(report, results.record("ttft", asked, rows, measured))
+
+
+def _say_where(report: Path | None) -> None:
+    if report is not None:
         console.print(f"raw result written to {report}")
 
 

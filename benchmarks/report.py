@@ -55,9 +55,9 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
     lines = [
         "Recomputed, as a memory hit (the floor: nothing is brought back), and restored, in turn in one run.",
         "The memory hit that a variant is divided by is its own engine's. *Share* is of the device's direct-read",
-        "limit, measured in the same run; *overlap* is the time over the longer of a memory hit and of reading the bytes",
-        "at that limit, which it could be at best; *same* says whether the next tokens are those that follow a memory hit (in",
-        "bfloat16 a prefill in other chunks, as a recomputation is, may round to others).",
+        "limit, measured in the same run; *overlap* is the time over what it could be at best, which is the longer of",
+        "a memory hit and of reading the bytes at that limit; *same* says whether the next tokens are those that",
+        "follow a memory hit (in bfloat16 a prefill in other chunks, as a recomputation is, may round to others).",
     ]
     for model in dict.fromkeys(model for model, _, _ in newest):
         chosen = [(row, result) for (name, _, _), (row, result) in newest.items() if name == model]

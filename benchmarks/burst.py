@@ -23,7 +23,7 @@ from benchmarks import device, results
 from benchmarks.engine import Answer, Engine
 from benchmarks.models import GEOMETRIES
 from benchmarks.replay import unseen
-from benchmarks.stacks import console, running, steps
+from benchmarks.stacks import console, extents_of, running, steps
 from benchmarks.ttft import TAIL, paired_ratio
 
 _OUTPUT = 4
@@ -81,7 +81,7 @@ class Burst:
     async def _round(self, engine: Engine) -> tuple[float, float, list[float], float, int]:
         self._stack.settle()
         self._stack.flush_device()
-        limit = device.read_limit(self._extents(), repeats=1)
+        limit = device.read_limit(extents_of(self._stack), repeats=1)
         tails = [unseen(TAIL) for _ in self._contexts]
         before = self._stack.stat()["restore"]["bytes_read"]
         restored = await self._all(engine, tails)
@@ -99,9 +99,6 @@ class Burst:
 
     async def _ask(self, engine: Engine, session: int, tail: list[int]) -> Answer:
         return await engine.ask(self._contexts[session] + tail, _OUTPUT, self._names[session])
-
-    def _extents(self) -> list[Path]:
-        return sorted(self._stack.home.glob("pages/*/rank0/extents/*.ext"))
 
 
 def burst(

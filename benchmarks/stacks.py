@@ -56,6 +56,11 @@ def running(
             yield stack
 
 
+def extents_of(stack: LocalStack) -> list[Path]:
+    """The files that the KV of a stack's engine lies in."""
+    return sorted(stack.home.glob("pages/*/rank0/extents/*.ext"))
+
+
 def checkpoint_of(settings: Settings, model: str) -> Path:
     """The directory of a model, which is made if it is not there. Raises SettingsError for one that is not known."""
     checkpoint = settings.cache_dir / model

@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from agentstate.client import Client
@@ -22,6 +21,7 @@ from agentstate.local import LocalStack
 from benchmarks import device
 from benchmarks.engine import Answer, Engine
 from benchmarks.replay import unseen
+from benchmarks.stacks import extents_of
 
 OUTPUT = 33  # the first comes from the prefill: 32 are decoded
 HITS_AFTER_RESTART = 5
@@ -138,7 +138,7 @@ class Turn2:
             for number in range(self._recomputes):
                 await self._recompute(engine, number)
         self._flushed()
-        self._limit = device.read_limit(self._extents())
+        self._limit = device.read_limit(extents_of(self._stack))
 
     async def round(self, number: int) -> None:
         """Every variant once, in turn."""
@@ -225,9 +225,6 @@ class Turn2:
         if answer["state"] != "durable":
             raise EngineError(f"the session's KV is {answer['state']}, not durable")
         self._stack.settle()
-
-    def _extents(self) -> list[Path]:
-        return sorted(self._stack.home.glob("pages/*/rank0/extents/*.ext"))
 
 
 def floor_of(variant: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from agentstate.errors import SettingsError
+from agentstate import engines
+from agentstate.control import ControlClient
+from agentstate.database import Database
+from agentstate.errors import EngineUnreachable, SettingsError
+from agentstate.settings import Settings
 from benchmarks import projection, results, traces
 from benchmarks.calibration import Calibration
 from benchmarks.probe import probe
@@ -87,14 +92,19 @@ def replay(
     _keep(report, "replay", settings, rows)
 
 
-def calibrate(engine_url: str, output: Path, name: str, layers: int, token_bytes: int, longest: int) -> None:
-    """Write a running engine's calibration record."""
+def calibrate(
+    settings: Settings, engine_url: str, output: Path, name: str, layers: int, token_bytes: int, longest: int
+) -> None:
+    """Write the calibration record of a running engine that has registered itself in the service's database. Raises
+    EngineUnreachable for one that has not."""
+    control = ControlClient(_control_address(settings, engine_url))
     machine = results.machine()
     versions = ", ".join(f"{package} {version}" for package, version in results.versions().items())
     source = f"measured by `agentstate bench calibrate` on {machine['cores']} cores of {machine['cpu']}; {versions}"
     record = asyncio.run(
         probe(
             engine_url,
+            partial(control.call, "stat", 5),
             name=name,
             source=source,
             layers=layers,
@@ -111,6 +121,21 @@ def calibrate(engine_url: str, output: Path, name: str, layers: int, token_bytes
             f"{point['cached']:>7,} cached + {point['new']:>6,} new: {point['seconds']:.3f} s, fitted {fitted_s:.3f} s"
         )
     console.print(f"{output} is written; a restore runs at {record['restore_gb_per_s']} GB/s")
+
+
+def _control_address(settings: Settings, engine_url: str) -> str:
+    """Of the first rank of the engine at ``engine_url``."""
+    database = Database(settings.sqlalchemy_url)
+    try:
+        with database.read() as connection:
+            live = engines.live(connection, settings.engine_timeout_s)
+    finally:
+        database.close()
+    for engine in live:
+        if engine.base_url == f"{engine_url.rstrip('/')}/v1" and engine.rank == 0:
+            return engine.control_address
+    known = ", ".join(sorted({engine.base_url for engine in live})) or "none"
+    raise EngineUnreachable(f"no engine at {engine_url} has registered itself; those that have: {known}")
 
 
 def project(

@@ -73,6 +73,18 @@ def test_no_cost_is_negative_where_measurements_are_noisy() -> None:
     assert all(fitted[name] >= 0 for name in ("forward_s", "token_s", "pair_s", "step_s", "sequence_s", "context_s"))
 
 
+def test_what_a_record_leaves_out_is_nothing() -> None:
+    points = record(0.01, 1e-4, 1e-9, 0.01, 1e-7)
+    fitted = Calibration.fit(points)
+    assert (fitted.read_s, fitted.write_s, fitted.restore_s, fitted.late_results) == (0.0, 0.0, 0.0, False)
+    assert fitted.cold_s(100.0) == 0.0
+    told = {"read_s": 0.5, "write_s": 0.25, "restore_s": 0.125, "late_results": True, "idle": [[1.0, 0.1], [3.0, 0.5]]}
+    given = Calibration.fit({**points, **told})
+    assert (given.read_s, given.write_s, given.restore_s, given.late_results) == (0.5, 0.25, 0.125, True)
+    assert given.read_all_s(10**9) == 0.5 + 1.0
+    assert [given.cold_s(idle_s) for idle_s in (0.0, 0.5, 2.0, 9.0)] == pytest.approx([0.0, 0.05, 0.3, 0.5])
+
+
 @pytest.mark.parametrize("name", Calibration.shipped())
 def test_every_shipped_record_loads_and_fits_its_points(name: str) -> None:
     calibration = Calibration.load(name)

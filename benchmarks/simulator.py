@@ -529,13 +529,17 @@ class Simulation:
             # Not before it is written, nor when the session is back by then.
             demoted_s = max(self._now_s, engine.write_free_s)
             if demoted_s < arrival_s:
-                self._at(demoted_s, partial(engine.device.demote, head))
+                self._at(demoted_s, partial(self._demote, engine, head))
         if self._policy.prefetch is not Prefetch.NOT and turn.gap is Gap.TOOL:
             context = self._workload.end(head) * self._cost.token_bytes
             lead_s = (1 + self._fleet.prefetch_slack) * self._cost.read_all_s(context)
             at_s = self._now_s + max(0.0, guess_s - lead_s)
             if at_s < arrival_s:
                 self._at(at_s, partial(self._fetch_ahead, engine, session, head))
+
+    def _demote(self, engine: _Engine, head: int) -> None:
+        if head in engine.device:
+            engine.device.demote(head)
 
     def _fetch_ahead(self, engine: _Engine, session: int, head: int) -> None:
         base = engine.device.covered(head)

@@ -245,7 +245,10 @@ def calibrate(
     longest: Annotated[int, typer.Option(help="The longest prompt, in tokens.")] = 6144,
 ) -> None:
     """Measure what a running engine takes, for `replay --simulate --calibration`."""
-    _room("benchmarks.commands").calibrate(Settings(), engine_url, output, name, layers, token_bytes, longest)
+    room, settings = _room("benchmarks.commands"), Settings()
+    with _database(settings) as database:
+        address = room.control_address(database, engine_url, settings.engine_timeout_s)
+    room.calibrate(engine_url, address, output, name, layers, token_bytes, longest)
 
 
 @bench.command()

@@ -18,7 +18,6 @@ from agentstate import engines
 from agentstate.control import ControlClient
 from agentstate.database import Database
 from agentstate.errors import EngineUnreachable, SettingsError
-from agentstate.settings import Settings
 from benchmarks import projection, results, traces
 from benchmarks.calibration import Calibration
 from benchmarks.probe import probe
@@ -93,11 +92,10 @@ def replay(
 
 
 def calibrate(
-    settings: Settings, engine_url: str, output: Path, name: str, layers: int, token_bytes: int, longest: int
+    engine_url: str, control_address: str, output: Path, name: str, layers: int, token_bytes: int, longest: int
 ) -> None:
-    """Write the calibration record of a running engine that has registered itself in the service's database. Raises
-    EngineUnreachable for one that has not."""
-    control = ControlClient(_control_address(settings, engine_url))
+    """Write a running engine's calibration record. ``control_address`` is that of its first rank."""
+    control = ControlClient(control_address)
     machine = results.machine()
     versions = ", ".join(f"{package} {version}" for package, version in results.versions().items())
     source = f"measured by `agentstate bench calibrate` on {machine['cores']} cores of {machine['cpu']}; {versions}"
@@ -123,14 +121,11 @@ def calibrate(
     console.print(f"{output} is written; a restore runs at {record['restore_gb_per_s']} GB/s")
 
 
-def _control_address(settings: Settings, engine_url: str) -> str:
-    """Of the first rank of the engine at ``engine_url``."""
-    database = Database(settings.sqlalchemy_url)
-    try:
-        with database.read() as connection:
-            live = engines.live(connection, settings.engine_timeout_s)
-    finally:
-        database.close()
+def control_address(database: Database, engine_url: str, timeout_s: float) -> str:
+    """Where the first rank of the engine at ``engine_url`` answers. Raises EngineUnreachable when it has not registered
+    itself, or not been heard of for ``timeout_s``."""
+    with database.read() as connection:
+        live = engines.live(connection, timeout_s)
     for engine in live:
         if engine.base_url == f"{engine_url.rstrip('/')}/v1" and engine.rank == 0:
             return engine.control_address

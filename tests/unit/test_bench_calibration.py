@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentstate.errors import SettingsError
+from agentstate import engines
+from agentstate.database import Database
+from agentstate.engines import Engine
+from agentstate.errors import EngineUnreachable, SettingsError
 from benchmarks.calibration import Calibration
+from benchmarks.commands import control_address
 
 FIXED = {
     "name": "x",
@@ -99,3 +103,14 @@ def test_a_missing_or_broken_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(json.dumps(FIXED))
     with pytest.raises(SettingsError, match="record.json.*prefill"):
         Calibration.load(tmp_path / "record.json")
+
+
+def test_the_first_rank_of_the_engine_at_a_url_is_found(database: Database) -> None:
+    with database.write() as connection:
+        for rank in (1, 0):
+            address = f"tcp://127.0.0.1:{5000 + rank}"
+            engine = Engine(f"eng_{rank}", "n1", rank, address, "http://127.0.0.1:30000/v1", "m", "f1", "/pages")
+            engines.register(connection, engine)
+    assert control_address(database, "http://127.0.0.1:30000/", 10) == "tcp://127.0.0.1:5000"
+    with pytest.raises(EngineUnreachable, match="30001.*http://127.0.0.1:30000/v1"):
+        control_address(database, "http://127.0.0.1:30001", 10)

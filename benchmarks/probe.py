@@ -81,6 +81,20 @@ async def probe(
     }
 
 
+def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What probes of one engine found, as one record: all points, and the means of what is one figure."""
+    measured = ("request_s", "read_s", "write_s", "restore_s", "restore_gb_per_s", "host_gb_per_s", "write_gb_per_s")
+    return {
+        **records[0],
+        **{name: statistics.mean(record[name] for record in records) for name in measured},
+        "idle": [
+            [pauses[0][0], statistics.mean(longer_s for _, longer_s in pauses)]
+            for pauses in zip(*(record["idle"] for record in records), strict=True)
+        ],
+        **{points: [point for record in records for point in record[points]] for points in ("prefill", "decode")},
+    }
+
+
 class _Probing:
     """One probe's measurements.
 

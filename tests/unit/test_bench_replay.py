@@ -15,7 +15,7 @@ import pytest
 from agentstate.errors import EngineRefused, EngineUnreachable
 from benchmarks.calibration import Calibration
 from benchmarks.engine import Engine
-from benchmarks.probe import probe
+from benchmarks.probe import merged, probe
 from benchmarks.replay import replay, validation
 from benchmarks.simulator import Outcome, Served
 from benchmarks.traces import ROOT, Gap, Turn, Workload, tracelab
@@ -226,11 +226,16 @@ def test_a_probed_engine_gives_a_calibration(fake: FakeEngine) -> None:
     # What the engine counts: half a second a restore, and 100 kB a second.
     assert (calibration.read_s, calibration.restore_gb_per_s) == (0.5, 0.0001)
     assert calibration.write_gb_per_s > 0
+    slower = {**record, "read_s": 0.7, "idle": [[pause_s, longer_s + 1.0] for pause_s, longer_s in record["idle"]]}
+    both = Calibration.fit(merged([record, slower]))
+    assert both.read_s == pytest.approx(0.6)
+    assert [longer_s for _, longer_s in both.idle] == pytest.approx([more + 0.5 for _, more in calibration.idle])
+    assert both.forward_s == pytest.approx(calibration.forward_s)
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_probe_sees_whether_results_are_late(fake: FakeEngine, late: bool) -> None:
-    fake.forward_s, fake.late = 0.02, late
+    fake.forward_s, fake.late = 0.01, late
     probed = probe(
         fake.url,
         fake.stat,

@@ -224,9 +224,9 @@ def replay(
 
 @bench.command()
 def validate(
-    sessions: Annotated[int, typer.Option(min=1, help="Conversations of coding agents, of TraceLab's.")] = 6,
+    sessions: Annotated[int, typer.Option(min=1, help="Conversations of coding agents, of TraceLab's.")] = 10,
     tokens: Annotated[float, typer.Option(help="Scale every context by this.")] = 0.03,
-    time: Annotated[float, typer.Option(help="Scale every gap and start by this.")] = 0.3,
+    time: Annotated[float, typer.Option(help="Scale every gap and start by this.")] = 0.5,
     device_tokens: Annotated[int, typer.Option(help="KV pool of the engine: too small for all of them.")] = 3072,
     seed: int = 0,
     report: JsonPath = None,
@@ -237,7 +237,7 @@ def validate(
 
 @bench.command()
 def calibrate(
-    engine_url: Annotated[str, typer.Option("--engine", help="An idle engine with the store on.")],
+    engine_url: Annotated[str, typer.Option("--engine", help="An idle engine with the store on, break-even off.")],
     output: Annotated[Path, typer.Option(help="Where the record goes.")],
     name: Annotated[str, typer.Option(help="What to call it.")],
     layers: Annotated[int, typer.Option(help="Layers of its model.")],
@@ -245,7 +245,10 @@ def calibrate(
     longest: Annotated[int, typer.Option(help="The longest prompt, in tokens.")] = 6144,
 ) -> None:
     """Measure what a running engine takes, for `replay --simulate --calibration`."""
-    _room("benchmarks.commands").calibrate(engine_url, output, name, layers, token_bytes, longest)
+    room, settings = _room("benchmarks.commands"), Settings()
+    with _database(settings) as database:
+        address = room.control_address(database, engine_url, settings.engine_timeout_s)
+    room.calibrate(engine_url, address, output, name, layers, token_bytes, longest)
 
 
 @bench.command()

@@ -26,6 +26,14 @@ class Calibration:
 
     Rates are in GB/s (10⁹ bytes) an engine. ``restore_gb_per_s`` is from the drive into the device with everything that
     this takes, ``host_gb_per_s`` from host memory into the device, ``write_gb_per_s`` from the device to the drive.
+    A read takes ``read_s`` however short it is, evenly spread over the layers, and a write ``write_s``. A restored
+    request makes its forward ``restore_s`` longer, beside what that forward waits for layers.
+
+    ``late_results``: what a forward gives is seen when the next one has run. SGLang starts a forward before it looks at
+    the results of the one before; where starting one is to run it, as on a CPU, they are late. On a GPU they are not.
+
+    ``idle``: how much longer the first forward takes after the engine has had nothing to do, as (seconds without work,
+    seconds longer), in order; between them it is a line.
     """
 
     name: str
@@ -45,6 +53,11 @@ class Calibration:
     restore_gb_per_s: float
     host_gb_per_s: float
     write_gb_per_s: float
+    read_s: float = 0.0
+    write_s: float = 0.0
+    restore_s: float = 0.0
+    late_results: bool = False
+    idle: tuple[tuple[float, float], ...] = ()
 
     def chunk_s(self, cached: int, new: int) -> float:
         """A forward's time for ``new`` tokens after ``cached`` ones, without the fixed part."""
@@ -58,6 +71,17 @@ class Calibration:
         """The time of one decoding step."""
         return self.step_s + sequences * self.sequence_s + context_tokens * self.context_s
 
+    def cold_s(self, idle_s: float) -> float:
+        """How much longer a forward takes after the engine had nothing to do for ``idle_s``."""
+        if not self.idle:
+            return 0.0
+        since_s, longer_s = zip((0.0, 0.0), *self.idle, strict=True)
+        return float(np.interp(idle_s, since_s, longer_s))
+
+    def read_all_s(self, n_bytes: float) -> float:
+        """The time of a read of ``n_bytes`` from the drive into the device."""
+        return self.read_s + n_bytes / self.restore_gb_per_s / 1e9
+
     @property
     def page_bytes(self) -> int:
         return self.page_tokens * self.token_bytes
@@ -68,8 +92,9 @@ class Calibration:
 
         The record is JSON: ``name``, ``source``, ``page_tokens``, ``token_bytes``, ``layers``, ``chunk_tokens``,
         ``max_running``, ``request_s``, the three rates, ``prefill`` (a list of ``{"cached", "new", "seconds"}``, each
-        one request alone on an idle engine, from its start to its first token) and ``decode`` (a list of
+        one request alone on an idle engine, from its start to its first and only token) and ``decode`` (a list of
         ``{"sequences", "context_tokens", "seconds"}``, each one step; the context is that of all sequences together).
+        ``read_s``, ``write_s``, ``restore_s``, ``late_results`` and ``idle`` may be left out where they are nothing.
 
         Raises SettingsError for a file that is missing or is not such a record.
         """
@@ -106,7 +131,8 @@ class Calibration:
             [p["seconds"] for p in record["decode"]],
         )
         return cls(
-            **{name: record[name] for name in cls.__dataclass_fields__ if name in record},
+            **{name: record[name] for name in cls.__dataclass_fields__ if name in record and name != "idle"},
+            idle=tuple((float(idle_s), float(longer_s)) for idle_s, longer_s in record.get("idle", ())),
             forward_s=forward_s,
             token_s=token_s,
             pair_s=pair_s,

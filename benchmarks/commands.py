@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from agentstate.errors import SettingsError
+from agentstate import engines
+from agentstate.control import ControlClient
+from agentstate.database import Database
+from agentstate.errors import EngineUnreachable, SettingsError
 from benchmarks import projection, results, traces
 from benchmarks.calibration import Calibration
 from benchmarks.probe import probe
@@ -87,14 +91,18 @@ def replay(
     _keep(report, "replay", settings, rows)
 
 
-def calibrate(engine_url: str, output: Path, name: str, layers: int, token_bytes: int, longest: int) -> None:
-    """Write a running engine's calibration record."""
+def calibrate(
+    engine_url: str, control_address: str, output: Path, name: str, layers: int, token_bytes: int, longest: int
+) -> None:
+    """Write a running engine's calibration record. ``control_address`` is that of its first rank."""
+    control = ControlClient(control_address)
     machine = results.machine()
     versions = ", ".join(f"{package} {version}" for package, version in results.versions().items())
     source = f"measured by `agentstate bench calibrate` on {machine['cores']} cores of {machine['cpu']}; {versions}"
     record = asyncio.run(
         probe(
             engine_url,
+            partial(control.call, "stat", 5),
             name=name,
             source=source,
             layers=layers,
@@ -111,6 +119,18 @@ def calibrate(engine_url: str, output: Path, name: str, layers: int, token_bytes
             f"{point['cached']:>7,} cached + {point['new']:>6,} new: {point['seconds']:.3f} s, fitted {fitted_s:.3f} s"
         )
     console.print(f"{output} is written; a restore runs at {record['restore_gb_per_s']} GB/s")
+
+
+def control_address(database: Database, engine_url: str, timeout_s: float) -> str:
+    """Where the first rank of the engine at ``engine_url`` answers. Raises EngineUnreachable when it has not registered
+    itself, or not been heard of for ``timeout_s``."""
+    with database.read() as connection:
+        live = engines.live(connection, timeout_s)
+    for engine in live:
+        if engine.base_url == f"{engine_url.rstrip('/')}/v1" and engine.rank == 0:
+            return engine.control_address
+    known = ", ".join(sorted({engine.base_url for engine in live})) or "none"
+    raise EngineUnreachable(f"no engine at {engine_url} has registered itself; those that have: {known}")
 
 
 def project(

@@ -4,8 +4,17 @@ Each engine is a scheduler like SGLang's: waiting requests first, in order, in f
 tokens; else a decoding step of everything that runs. A forward's time comes from a `Calibration`. Around it are three
 tiers: the device's radix cache, host memory for pages that were fetched ahead, and a drive with a quota.
 
-What it leaves out. Nothing is wrong with a page, ever. Reads and writes do not slow each other. Device pages are not
-held until they are written. A request reserves room for its whole answer. A session stays on one engine.
+Where results are late (`Calibration.late_results`), what a forward gives is seen, put in the cache and freed at the end
+of the forward after it, if there is one. The last token of an answer takes no step beyond it.
+
+A request that finds no room while others run is not tried again before one of those has ended, whatever becomes free
+meanwhile; and no other before it. Device pages are held until they are written.
+
+Room is asked for as SGLang does: for a request's tokens and a page, beside the whole pages of what runs and every token
+that is still to come of it.
+
+What it leaves out. Nothing is wrong with a page, ever. Reads and writes do not slow each other, nor the forwards that
+run beside them. A request reserves room for its whole answer. A session stays on one engine.
 """
 
 from __future__ import annotations
@@ -122,8 +131,9 @@ class _Source(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class _Read:
-    """Segments on their way from the drive, and when the first and the last byte arrives. ``staged`` bytes of staging
-    and ``reserved`` device pages (after ``base``, which is locked) are its own until a request takes it over."""
+    """Segments on their way from the drive, when their read begins and when the last byte arrives. ``staged`` bytes of
+    staging and ``reserved`` device pages (after ``base``, which is locked) are its own until a request takes it over.
+    """
 
     segments: set[int]
     start_s: float
@@ -143,7 +153,7 @@ class _Request:
     output_tokens: int
     early: _Read | None = None
     base: int = ROOT
-    loads: tuple[float, float] | None = None  # first and last byte, of a restore that its next forward waits for
+    loads: tuple[float, float] | None = None  # begin and end of a restore that its next forward waits for
     tokens: tuple[int, int, int] = (0, 0, 0)
     done: int = 0  # tokens whose KV is there
     prefill_s: float = 0.0
@@ -163,8 +173,10 @@ class _Engine:
         self.running: list[_Request] = []
         self.chunked: _Request | None = None
         self.batch: list[tuple[_Request, int]] = []
+        self.full = False  # a request found no room, and none that runs has ended since
+        self.results: list[Callable[[], None]] = []  # of the forward before, not seen yet
         self.steps = 0  # of decoding that end at the next event; 0 while a prefill runs or nothing does
-        self.step_s = self.started_s = 0.0
+        self.step_s = self.started_s = self.ended_s = 0.0
         self.busy = False
         self.epoch = 0  # events of earlier epochs are void
         self.sessions = 0
@@ -196,7 +208,7 @@ class Simulation:
             for parent, end in zip(workload.parents, workload.ends, strict=True)
         ]
         largest = max(workload.ends[turn.answer] for turn in workload.turns())
-        if -(-largest // page) > fleet.device_tokens // page:
+        if (largest + page) // page + 1 > fleet.device_tokens // page:
             raise SettingsError(
                 f"a request of {largest:,} tokens does not fit a KV pool of {fleet.device_tokens:,}: "
                 "scale the workload down or give the engines more"
@@ -293,6 +305,9 @@ class Simulation:
 
     def _schedule(self, engine: _Engine) -> None:
         engine.batch = self._admit(engine)
+        if engine.results and not engine.batch and not engine.running:
+            self._see_results(engine)  # there is no forward to wait for, and what they free may be what is waited for
+            engine.batch = self._admit(engine)
         engine.steps = 0
         engine.busy = bool(engine.batch or engine.running)
         engine.started_s = self._now_s
@@ -300,12 +315,13 @@ class Simulation:
             alone = [self._cost.chunk_s(request.done, take) for request, take in engine.batch]
             for (request, _), own_s in zip(engine.batch, alone, strict=True):
                 request.prefill_s += own_s + self._cost.forward_s / len(alone)
-            forward_s = self._cost.forward_s + sum(alone)
             loads = [request.loads for request, _ in engine.batch if request.loads is not None]
+            forward_s = self._cost.forward_s + sum(alone) + len(loads) * self._cost.restore_s
+            forward_s += self._cost.cold_s(self._now_s - engine.ended_s)
             self._end_of(engine, self._forward_end_s(forward_s, loads))
         elif engine.running:
             context = sum(r.input_tokens + r.output_tokens - r.left for r in engine.running)
-            engine.steps = min(r.left for r in engine.running)
+            engine.steps = 1 if engine.results else min(r.left for r in engine.running)
             count = len(engine.running)
             engine.step_s = self._cost.decode_s(count, context + count * engine.steps / 2)
             self._end_of(engine, self._now_s + engine.steps * engine.step_s)
@@ -315,12 +331,17 @@ class Simulation:
         budget = self._cost.chunk_tokens
         batch: list[tuple[_Request, int]] = []
         request = engine.chunked
+        if engine.full and engine.running and request is None:
+            return batch
         while budget > 0:
             if request is None:
                 if len(engine.running) + len(batch) >= self._cost.max_running:
                     break
                 request = next((r for r in engine.queue if not self._held(r)), None)
-                if request is None or not self._place(engine, request):
+                if request is None:
+                    break
+                if not self._place(engine, request, batch):
+                    engine.full = True
                     break
                 engine.queue.remove(request)
             take = min(budget, request.input_tokens - request.done)
@@ -333,8 +354,9 @@ class Simulation:
     def _held(self, request: _Request) -> bool:
         return self._policy.hold and request.early is not None and request.early.done_s > self._now_s
 
-    def _place(self, engine: _Engine, request: _Request) -> bool:
-        """Find what is cached of a request, and reserve device pages for the rest: whether there are any."""
+    def _place(self, engine: _Engine, request: _Request, batch: list[tuple[_Request, int]]) -> bool:
+        """Find what is cached of a request, and reserve device pages for the rest: whether there are any, beside those
+        for what runs and for the ``batch`` that it would be in."""
         prompt = request.turn.prompt
         early = request.early
         base = engine.device.covered(prompt)
@@ -343,8 +365,12 @@ class Simulation:
         page = self._cost.page_tokens
         answer = -(-(request.input_tokens + request.output_tokens) // page) - request.input_tokens // page
         need = sum(self._pages[segment] for segment in rest) + answer
+        spare = sum(self._slack(r) for r in engine.running) + sum(self._slack(r) + page for r, _ in batch)
+        # A page more than the tokens take, and one token more than that.
+        tokens = request.input_tokens + request.output_tokens - self._workload.end(base) // page * page
+        asked = max(need, (tokens + page + spare) // page + 1)
         # A prefetch that is still under way has a place, which the request takes over.
-        if not engine.device.make_room(need - (early.reserved if early else 0)):
+        if not engine.device.make_room(asked - (early.reserved if early else 0)):
             engine.device.unlock(base)
             return False
         if early is not None and early.reserved:
@@ -359,6 +385,15 @@ class Simulation:
             engine.staged_bytes -= early.staged
             request.early = None
         return True
+
+    def _slack(self, request: _Request) -> int:
+        """How many tokens more than its pages SGLang sets aside for a request: whole pages for those that are there,
+        and each of those to come."""
+        page = self._cost.page_tokens
+        there = request.input_tokens + (request.output_tokens - request.left if request.left else 0)
+        left = request.output_tokens - (there - request.input_tokens)
+        end = request.input_tokens + request.output_tokens
+        return -(-there // page) * page + left - -(-end // page) * page
 
     def _find(self, engine: _Engine, request: _Request, rest: list[int]) -> None:
         """Which of ``rest``, the segments after what is on the device, are restored, and when they arrive."""
@@ -415,20 +450,29 @@ class Simulation:
     def _ended(self, engine: _Engine) -> None:
         if self._now_s <= self.outcome.window_s:
             self.outcome.window_busy_s += self._now_s - engine.started_s
+        engine.ended_s = self._now_s
+        self._see_results(engine)
         if engine.batch:
             for request, take in engine.batch:
                 request.done += take
                 request.loads = None
                 if request.done == request.input_tokens:
-                    self._prefilled(engine, request)
+                    request.left = request.output_tokens - 1
+                    engine.results.append(partial(self._prefilled, engine, request))
+                    engine.running.append(request)
         else:
             for request in engine.running:
                 request.left -= engine.steps
-            finished = [r for r in engine.running if not r.left]
-            engine.running = [r for r in engine.running if r.left]
-            for request in finished:
-                self._finish(engine, request)
+        engine.results += [partial(self._finish, engine, r) for r in engine.running if not r.left]
+        engine.running = [r for r in engine.running if r.left]
+        if not self._cost.late_results:
+            self._see_results(engine)
         self._schedule(engine)
+
+    def _see_results(self, engine: _Engine) -> None:
+        results, engine.results = engine.results, []
+        for see in results:
+            see()
 
     def _prefilled(self, engine: _Engine, request: _Request) -> None:
         device, host, drive = request.tokens
@@ -455,13 +499,9 @@ class Simulation:
         engine.device.lock(prompt)
         engine.device.unlock(request.base)
         self._spill(engine, prompt)
-        request.left = request.output_tokens - 1
-        if request.left:
-            engine.running.append(request)
-        else:
-            self._finish(engine, request)
 
     def _finish(self, engine: _Engine, request: _Request) -> None:
+        engine.full = False
         page = self._cost.page_tokens
         turn, end = request.turn, request.input_tokens + request.output_tokens
         engine.device.reserved -= -(-end // page) - request.input_tokens // page
@@ -486,13 +526,20 @@ class Simulation:
         guess_s = (arrival_s - self._now_s) * error if turn.gap is Gap.TOOL else math.inf
         head = self._head[session]
         if self._policy.demote and guess_s >= self._fleet.demote_gap_s and turn.gap is not Gap.UNKNOWN:
-            engine.device.demote(head)
+            # Not before it is written, nor when the session is back by then.
+            demoted_s = max(self._now_s, engine.write_free_s)
+            if demoted_s < arrival_s:
+                self._at(demoted_s, partial(self._demote, engine, head))
         if self._policy.prefetch is not Prefetch.NOT and turn.gap is Gap.TOOL:
             context = self._workload.end(head) * self._cost.token_bytes
-            lead_s = (1 + self._fleet.prefetch_slack) * context / self._cost.restore_gb_per_s / 1e9
+            lead_s = (1 + self._fleet.prefetch_slack) * self._cost.read_all_s(context)
             at_s = self._now_s + max(0.0, guess_s - lead_s)
             if at_s < arrival_s:
                 self._at(at_s, partial(self._fetch_ahead, engine, session, head))
+
+    def _demote(self, engine: _Engine, head: int) -> None:
+        if head in engine.device:
+            engine.device.demote(head)
 
     def _fetch_ahead(self, engine: _Engine, session: int, head: int) -> None:
         base = engine.device.covered(head)
@@ -556,18 +603,25 @@ class Simulation:
             if self._now_s <= self.outcome.window_s:
                 self.outcome.window_bytes_written += n_bytes
             start_s = max(self._now_s, engine.write_free_s)
-            engine.write_free_s = start_s + n_bytes / self._cost.write_gb_per_s / 1e9
+            engine.write_free_s = start_s + self._cost.write_s + n_bytes / self._cost.write_gb_per_s / 1e9
             engine.drive.insert([new], self._now_s)
             engine.drive_ready_s[new] = engine.write_free_s
+            engine.device.lock(new)
+            self._at(engine.write_free_s, partial(self._written, engine, new))
             base = new
+
+    def _written(self, engine: _Engine, segment: int) -> None:
+        engine.device.unlock(segment)
+        if engine.queue and not engine.busy:  # for room, perhaps
+            self._schedule(engine)
 
     def _stored(self, engine: _Engine, segment: int) -> bool:
         return segment in engine.drive and engine.drive_ready_s[segment] <= self._now_s
 
     def _read(self, engine: _Engine, n_bytes: int) -> tuple[float, float]:
-        """Read after what is being read already: when the first byte arrives, and the last one."""
+        """Read after what is being read already: when it begins, and when the last byte arrives."""
         start_s = max(self._now_s, engine.read_free_s)
-        engine.read_free_s = start_s + n_bytes / self._cost.restore_gb_per_s / 1e9
+        engine.read_free_s = start_s + self._cost.read_all_s(n_bytes)
         self.outcome.bytes_read += n_bytes
         return start_s, engine.read_free_s
 
@@ -581,7 +635,7 @@ class Simulation:
         wait_s = max(0.0, engine.read_free_s - self._now_s)
         cached = self._workload.end(base)
         new = min(n_bytes // self._cost.token_bytes, request.input_tokens - cached)
-        return wait_s + n_bytes / self._cost.restore_gb_per_s / 1e9 < self._cost.chunk_s(cached, new)
+        return wait_s + self._cost.read_all_s(n_bytes) + self._cost.restore_s < self._cost.chunk_s(cached, new)
 
     def _beyond(self, base: int, segment: int) -> list[int]:
         """The segments after ``base`` on the path to ``segment``, in order."""

@@ -162,7 +162,7 @@ def tracelab(copies: int = 1, every_s: float = 30.0) -> Workload:
     for line in (DATA / "tracelab_example.jsonl").read_text().splitlines():
         record = json.loads(line)
         rounds.setdefault(record["session_id"], []).append(record)
-    workload = Workload(f"TraceLab example, {copies} × two conversations")
+    workload = Workload(f"TraceLab example, {copies} × two conversations, one each {every_s:g} s")
     shared = {session: workload.add(ROOT, records[0]["prefix_tokens"]) for session, records in rounds.items()}
     for copy in range(copies):
         for number, (session, records) in enumerate(rounds.items()):

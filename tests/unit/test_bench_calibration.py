@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentstate.errors import SettingsError
+from agentstate import engines
+from agentstate.database import Database
+from agentstate.engines import Engine
+from agentstate.errors import EngineUnreachable, SettingsError
 from benchmarks.calibration import Calibration
+from benchmarks.commands import control_address
 
 FIXED = {
     "name": "x",
@@ -73,6 +77,18 @@ def test_no_cost_is_negative_where_measurements_are_noisy() -> None:
     assert all(fitted[name] >= 0 for name in ("forward_s", "token_s", "pair_s", "step_s", "sequence_s", "context_s"))
 
 
+def test_what_a_record_leaves_out_is_nothing() -> None:
+    points = record(0.01, 1e-4, 1e-9, 0.01, 1e-7)
+    fitted = Calibration.fit(points)
+    assert (fitted.read_s, fitted.write_s, fitted.restore_s, fitted.late_results) == (0.0, 0.0, 0.0, False)
+    assert fitted.cold_s(100.0) == 0.0
+    told = {"read_s": 0.5, "write_s": 0.25, "restore_s": 0.125, "late_results": True, "idle": [[1.0, 0.1], [3.0, 0.5]]}
+    given = Calibration.fit({**points, **told})
+    assert (given.read_s, given.write_s, given.restore_s, given.late_results) == (0.5, 0.25, 0.125, True)
+    assert given.read_all_s(10**9) == 0.5 + 1.0
+    assert [given.cold_s(idle_s) for idle_s in (0.0, 0.5, 2.0, 9.0)] == pytest.approx([0.0, 0.05, 0.3, 0.5])
+
+
 @pytest.mark.parametrize("name", Calibration.shipped())
 def test_every_shipped_record_loads_and_fits_its_points(name: str) -> None:
     calibration = Calibration.load(name)
@@ -87,3 +103,14 @@ def test_a_missing_or_broken_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(json.dumps(FIXED))
     with pytest.raises(SettingsError, match="record.json.*prefill"):
         Calibration.load(tmp_path / "record.json")
+
+
+def test_the_first_rank_of_the_engine_at_a_url_is_found(database: Database) -> None:
+    with database.write() as connection:
+        for rank in (1, 0):
+            address = f"tcp://127.0.0.1:{5000 + rank}"
+            engine = Engine(f"eng_{rank}", "n1", rank, address, "http://127.0.0.1:30000/v1", "m", "f1", "/pages")
+            engines.register(connection, engine)
+    assert control_address(database, "http://127.0.0.1:30000/", 10) == "tcp://127.0.0.1:5000"
+    with pytest.raises(EngineUnreachable, match="30001.*http://127.0.0.1:30000/v1"):
+        control_address(database, "http://127.0.0.1:30001", 10)

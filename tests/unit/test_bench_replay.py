@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from agentstate.errors import EngineRefused, EngineUnreachable
 from benchmarks.calibration import Calibration
 from benchmarks.engine import Engine
-from benchmarks.probe import probe
+from benchmarks.probe import merged, probe
 from benchmarks.replay import replay, validation
 from benchmarks.simulator import Outcome, Served
 from benchmarks.traces import ROOT, Gap, Turn, Workload, tracelab
@@ -31,6 +32,9 @@ class FakeEngine(ThreadingHTTPServer):
         self.device: set[tuple[int, ...]] = set()
         self.stored: set[tuple[int, ...]] = set()
         self.context_length = 100_000
+        self.forward_s = 0.0
+        self.late = False  # the first token is sent when the second one has been computed
+        self.restored_tokens = self.restores = self.spilled_tokens = 0
         self.lock = threading.Lock()
 
     @property
@@ -48,11 +52,22 @@ class FakeEngine(ThreadingHTTPServer):
             stored = sum(1 for page in pages if page in self.stored)
             whole = prompt + output[:-1]
             seen = {tuple(whole[:end]) for end in range(PAGE, len(whole) + 1, PAGE)}
+            self.spilled_tokens += len(seen - self.stored) * PAGE
             self.device |= seen
             self.stored |= seen
-        restored = (stored - device) * PAGE
+            restored = (stored - device) * PAGE
+            self.restored_tokens += restored
+            self.restores += restored > 0
         meta = {"cached_tokens": device * PAGE + restored, "cached_tokens_details": {"device": 0, "host": restored}}
         return {"output_ids": output, "meta_info": {**meta, "finish_reason": {"type": "length"}}}
+
+    def stat(self) -> dict[str, Any]:
+        """What its control endpoint would say: a restore takes 0.5 s and 1 s for each 1,000 tokens of 100 bytes."""
+        seconds = self.restores * 0.5 + self.restored_tokens / 1000
+        return {
+            "spill": {"waiting": 0, "bytes_spilled": self.spilled_tokens * 100},
+            "restore": {"bytes_read": self.restored_tokens * 100, "seconds": seconds},
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -70,19 +85,26 @@ class _Handler(BaseHTTPRequestHandler):
             return
         # Cumulative, as SGLang streams by default.
         first = {**answer, "output_ids": answer["output_ids"][:1]}
-        self._answer(
-            b"".join(f"data: {json.dumps(part)}\n\n".encode() for part in (first, answer)) + b"data: [DONE]\n\n"
-        )
+        parts = [f"data: {json.dumps(part)}\n\n".encode() for part in (first, answer)]
+        steps = len(answer["output_ids"]) - 1
+        self._begin(sum(map(len, parts)))
+        for part, forwards in zip(parts, (1 + (self.server.late and steps > 0), steps), strict=True):
+            time.sleep(forwards * self.server.forward_s)
+            self.wfile.write(part)
+            self.wfile.flush()
 
     def do_GET(self) -> None:
         arguments = {"page_size": PAGE, "chunked_prefill_size": 512, "max_running_requests": None}
         self._answer(json.dumps(arguments).encode())
 
     def _answer(self, content: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
+        self._begin(len(content))
         self.wfile.write(content)
+
+    def _begin(self, length: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -180,21 +202,53 @@ def test_a_probed_engine_gives_a_calibration(fake: FakeEngine) -> None:
     record = asyncio.run(
         probe(
             fake.url,
+            fake.stat,
             name="fake",
             source="a test",
             layers=2,
             token_bytes=100,
             lengths=(64, 128),
-            new_tokens=(8,),
+            new_tokens=(8, 12),
             repeats=1,
+            pauses_s=(0.01, 0.02),
             say=steps.append,
         )
     )
-    assert [(point["cached"], point["new"]) for point in record["prefill"]] == [(0, 64), (64, 8), (0, 128), (128, 8)]
-    assert len(steps) == 2
+    assert [(point["cached"], point["new"]) for point in record["prefill"]] == [
+        (0, 64), (64, 8), (64, 12), (0, 128), (128, 8), (128, 12),
+    ]  # fmt: skip
+    # One alone after each prompt, then two and four at once of half of the shortest one.
+    decoded = [(point["sequences"], point["context_tokens"]) for point in record["decode"]]
+    assert decoded == [(1, 64 + 8 + 8), (1, 128 + 8 + 8), (2, 2 * (32 + 8 + 8)), (4, 4 * (32 + 8 + 8))]
+    assert len(steps) == 4
     calibration = Calibration.fit(record)
     assert (calibration.page_tokens, calibration.chunk_tokens, calibration.max_running) == (PAGE, 512, 256)
-    assert calibration.restore_gb_per_s > 0
+    # What the engine counts: half a second a restore, and 100 kB a second.
+    assert (calibration.read_s, calibration.restore_gb_per_s) == (0.5, 0.0001)
+    assert calibration.write_gb_per_s > 0
+    slower = {**record, "read_s": 0.7, "idle": [[pause_s, longer_s + 1.0] for pause_s, longer_s in record["idle"]]}
+    both = Calibration.fit(merged([record, slower]))
+    assert both.read_s == pytest.approx(0.6)
+    assert [longer_s for _, longer_s in both.idle] == pytest.approx([more + 0.5 for _, more in calibration.idle])
+    assert both.forward_s == pytest.approx(calibration.forward_s)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_probe_sees_whether_results_are_late(fake: FakeEngine, late: bool) -> None:
+    fake.forward_s, fake.late = 0.01, late
+    probed = probe(
+        fake.url,
+        fake.stat,
+        name="fake",
+        source="a test",
+        layers=2,
+        token_bytes=100,
+        lengths=(64, 128),
+        new_tokens=(8, 12),
+        repeats=1,
+        pauses_s=(0.01, 0.02),
+    )
+    assert asyncio.run(probed)["late_results"] is late
 
 
 def test_validation_compares_hits_and_times() -> None:

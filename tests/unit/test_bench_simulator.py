@@ -100,9 +100,9 @@ def test_reading_at_arrival_is_done_before_a_busy_engine_admits() -> None:
     # The second turn arrives at 120; this one is computed from 119.5 to 122.5.
     busy = workload.add(ROOT, 30)
     workload.sessions.append([Turn(Gap.START, 0.0, 119.5, busy, workload.add(busy, 1))])
-    waits = run(workload, STORE)
-    assert last(waits) == (2.5 + 2.0 + 1.1, 0, 0, 200)
-    assert last(run(workload, replace(STORE, read_at_arrival=True))) == (2.5 + 1.1, 0, 0, 200)
+    room = replace(FLEET, device_tokens=270)
+    assert last(run(workload, STORE, room)) == (2.5 + 2.0 + 1.1, 0, 0, 200)
+    assert last(run(workload, replace(STORE, read_at_arrival=True), room)) == (2.5 + 1.1, 0, 0, 200)
 
 
 def test_a_request_that_is_held_lets_others_go_first() -> None:
@@ -126,7 +126,7 @@ def test_staging_bounds_what_is_read_before_admission() -> None:
     workload = two_agents()
     busy = workload.add(ROOT, 30)
     workload.sessions.append([Turn(Gap.START, 0.0, 119.5, busy, workload.add(busy, 1))])
-    none = replace(FLEET, staging_bytes=0)
+    none = replace(FLEET, staging_bytes=0, device_tokens=270)
     assert last(run(workload, replace(STORE, read_at_arrival=True), none)) == (2.5 + 2.0 + 1.1, 0, 0, 200)
 
 
@@ -178,9 +178,95 @@ def test_a_quota_drops_what_was_used_least_recently() -> None:
     assert last(outcome) == (21.1, 0, 0, 0)
 
 
-def test_what_is_not_yet_written_cannot_be_restored() -> None:
-    slow = replace(COST, write_gb_per_s=0.1)
-    assert last(run(two_agents(), STORE, cost=slow)) == (21.1, 0, 0, 0)
+def test_what_is_not_yet_written_stays_on_the_device() -> None:
+    slow = replace(COST, write_gb_per_s=0.2)
+    outcome = run(two_agents(30.0), STORE, cost=slow)
+    # 20 GB are computed at 20 s and written at 120 s. The other agent needs their place at 40 s, and is computed from
+    # then on; the returning one comes at 50 s, after it, and its own pages are evicted.
+    assert [served.ttft_s for served in outcome.served if served.session == 1] == [pytest.approx(120 - 40 + 23)]
+    assert last(outcome) == (143 - 50 + 115 + 3.1, 0, 0, 200)
+
+
+def test_a_request_without_room_is_tried_again_when_another_one_has_ended() -> None:
+    """100 tokens are written until 110 s; an agent that needs their place comes at 20 s."""
+
+    def ttft_s(*, decoded: bool) -> float:
+        workload = Workload("by hand")
+        first, late, other = (workload.add(ROOT, tokens) for tokens in (100, 200, 10))
+        workload.sessions = [
+            [Turn(Gap.START, 0.0, 0.0, first, workload.add(first, 1))],
+            [Turn(Gap.START, 0.0, 20.0, late, workload.add(late, 1))],
+        ]
+        if decoded:
+            workload.sessions.append([Turn(Gap.START, 0.0, 12.0, other, workload.add(other, 20))])
+        outcome = run(workload, STORE, cost=replace(COST, write_gb_per_s=0.1, step_s=10.0))
+        (served,) = [request for request in outcome.served if request.session == 1]
+        return served.ttft_s
+
+    assert ttft_s(decoded=False) == pytest.approx(110 - 20 + 20)
+    # The other one has its first token at 13 s, and 19 steps to go.
+    assert ttft_s(decoded=True) == pytest.approx(13 + 190 - 20 + 20)
+
+
+def test_late_results_are_seen_a_forward_later() -> None:
+    """A prompt of 1 s, two more tokens: the first one is seen after the step for the second."""
+    workload = Workload("by hand")
+    prompt = workload.add(ROOT, 10)
+    workload.sessions = [[Turn(Gap.START, 0.0, 0.0, prompt, workload.add(prompt, 3))]]
+    late = replace(COST, late_results=True, step_s=0.1)
+    outcome = run(workload, DEVICE_ONLY, cost=late)
+    assert outcome.served[0].ttft_s == pytest.approx(1.0 + 0.1)
+    # The last one is seen at once: no step follows it.
+    assert outcome.duration_s == pytest.approx(1.0 + 0.1 + 0.1)
+    alone = workload.add(ROOT, 10)
+    workload.sessions = [[Turn(Gap.START, 0.0, 0.0, alone, workload.add(alone, 1))]]
+    assert run(workload, DEVICE_ONLY, cost=late).served[0].ttft_s == pytest.approx(1.0)
+
+
+def test_late_results_wait_for_the_prompt_that_is_computed_next() -> None:
+    workload = Workload("by hand")
+    prompts = [workload.add(ROOT, 10), workload.add(ROOT, 20)]
+    workload.sessions = [
+        [Turn(Gap.START, 0.0, at_s, prompt, workload.add(prompt, 1))]
+        for at_s, prompt in zip((0.0, 0.5), prompts, strict=True)
+    ]
+    first, second = run(workload, DEVICE_ONLY, cost=replace(COST, late_results=True)).served
+    assert (first.ttft_s, second.ttft_s) == (pytest.approx(1.0 + 2.0), pytest.approx(0.5 + 2.0))
+
+
+def test_room_is_asked_for_a_page_more_than_is_needed() -> None:
+    """An agent of 13 pages runs; another one needs 11 of the 25, has to have 12, and waits. On 26 it does not."""
+
+    def ttft_s(device_tokens: int) -> float:
+        workload = Workload("by hand")
+        runs, comes = workload.add(ROOT, 100), workload.add(ROOT, 105)
+        workload.sessions = [
+            [Turn(Gap.START, 0.0, 0.0, runs, workload.add(runs, 30))],
+            [Turn(Gap.START, 0.0, 15.0, comes, workload.add(comes, 5))],
+        ]
+        return run(workload, DEVICE_ONLY, replace(FLEET, device_tokens=device_tokens)).served[1].ttft_s
+
+    assert ttft_s(260) == pytest.approx(10.5)
+    assert ttft_s(250) == pytest.approx(10 + 29 - 15 + 10.5)
+
+
+def test_a_forward_after_a_pause_takes_longer() -> None:
+    workload = Workload("by hand")
+    prompts = [workload.add(ROOT, 10) for _ in range(3)]
+    workload.sessions = [
+        [Turn(Gap.START, 0.0, at_s, prompt, workload.add(prompt, 1))]
+        for at_s, prompt in zip((0.0, 3.0, 99.0), prompts, strict=True)
+    ]
+    served = run(workload, DEVICE_ONLY, cost=replace(COST, idle=((1.0, 0.1), (3.0, 0.5)))).served
+    # The engine has had nothing to do for 2 s, and then for longer than was measured.
+    assert [request.ttft_s for request in served] == [pytest.approx(seconds) for seconds in (1.0, 1.3, 1.5)]
+
+
+def test_a_restore_takes_its_fixed_times_too() -> None:
+    # Reading takes 0.4 s beside the 2 s of its bytes; the forward of 1.1 s becomes 0.3 s longer.
+    cost = replace(COST, read_s=0.4, restore_s=0.3)
+    assert last(run(two_agents(), STORE, cost=cost)) == (2.4 + 1.4, 0, 0, 200)
+    assert last(run(two_agents(), replace(STORE, overlap=True), cost=cost)) == (2.4 + 1.4 / 4, 0, 0, 200)
 
 
 def test_demoted_pages_make_room_before_others() -> None:

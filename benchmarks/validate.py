@@ -21,12 +21,12 @@ from benchmarks.simulator import Fleet, Simulation
 from benchmarks.stacks import SMOLLM2, console, running, steps
 from benchmarks.study import POLICIES, summary
 
-# What an engine does by itself: nobody tells it to demote or to prefetch.
 _EVERY_S = 8.0
 """Between two sessions' starts, before times are scaled: so close that the device does not hold all that are away, and
 that it seldom lacks room for those that are served. A request without room waits for seconds, and whether there is room
 hangs on milliseconds."""
 
+# What an engine does by itself: nobody tells it to demote or to prefetch.
 _POLICY = next(policy for policy in POLICIES if policy.read_at_arrival and not policy.hold)
 
 

@@ -11,7 +11,7 @@ cannot be made new (`_can_be_renewed`) is aborted with 503, as stock SGLang abor
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,12 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         super().__init__(cache, cache_linker)
         # What was restored for requests whose step has not been timed yet.
         self.landed: dict[str, Restored] = {}
+        # Whether device pages have become evictable, because they are stored now, since someone last looked.
+        self.unlocked = False
+
+    def commit_completed_offloads(self, successes: Sequence[bool]) -> None:
+        super().commit_completed_offloads(successes)
+        self.unlocked |= bool(successes)
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         self.cache_linker.matching(result.device_prefix_len)
@@ -111,6 +117,11 @@ class AgentStateRadixCache(UnifiedRadixCache):
 
     def before_next_batch(self, scheduler: Scheduler) -> None:
         """Everything that is done between two batches."""
+        if self.linker.unlocked:
+            # A request that found no room is not tried again before one that runs has ended, and the room that it
+            # lacked may have been locked until it was stored.
+            self.linker.unlocked = False
+            scheduler.running_batch.batch_is_full = False
         self.requeue_failed(scheduler)
         self.device_tier.run()
         self.linker.cache_linker.tidy(lambda: {req.rid for req in scheduler.waiting_queue})

@@ -100,6 +100,7 @@ OVERRIDDEN: list[tuple[type, type, str, str]] = [
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "checkpoint_into_tree", "self req up_to kwargs"),
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "finish_external_linker_loads", "self reqs"),
     (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "__init__", "self cache cache_linker"),
+    (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "commit_completed_offloads", "self successes"),
     (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "finish_loads", "self"),
     (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "match", "self key req result"),
     (CpuAttention, TorchNativeAttnBackend, "__init__", "self model_runner"),
@@ -136,7 +137,7 @@ ATTRIBUTES: dict[type, str] = {
     "_cache_breakdown_computed",
     ReqKvInfo: "holds_kv cache_inserted_len",
     Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us",
-    ScheduleBatch: "reqs prefix_lens extend_lens",
+    ScheduleBatch: "reqs prefix_lens extend_lens batch_is_full",
     MatchResult: "device_prefix_len",
     unified_tree_core.UnifiedTreeNode: "id parent children last_access_time external_cache_stored hash_value",
     sgl.UnifiedCacheLinkerWrapper: "cache cache_linker hit_markers inflight_load_rids inflight_load_index "

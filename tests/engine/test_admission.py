@@ -1,0 +1,45 @@
+"""Room that a waiting request lacks because pages are locked until they are stored: it is looked for again when they
+are. With stand-ins for the scheduler and the tree."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine_patch.radix_cache import AgentStateRadixCache, _LinkerWrapper
+
+
+@pytest.fixture
+def cache() -> AgentStateRadixCache:
+    cache = AgentStateRadixCache.__new__(AgentStateRadixCache)
+    cache._recomputing = []
+    cache.device_tier = SimpleNamespace(run=lambda: None)
+    tree: Any = SimpleNamespace(
+        tree_core=SimpleNamespace(finish_external_linker_offload=lambda *args: None),
+        dec_lock_ref=lambda *args: None,
+    )
+    cache.linker = _LinkerWrapper.__new__(_LinkerWrapper)
+    cache.linker.cache, cache.linker.unlocked = tree, False
+    cache.linker.cache_linker = SimpleNamespace(tidy=lambda waiting: None)
+    offload = SimpleNamespace(publish_node_ids=[1], lock_node_id=1, lock_params=None)
+    cache.linker.pending_offloads = [offload, offload]
+    return cache
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_request_that_found_no_room_is_tried_again_when_pages_are_unlocked(
+    cache: AgentStateRadixCache, stored: bool
+) -> None:
+    scheduler: Any = SimpleNamespace(running_batch=SimpleNamespace(batch_is_full=True), waiting_queue=[])
+    cache.linker.commit_completed_offloads([])
+    cache.before_next_batch(scheduler)
+    assert scheduler.running_batch.batch_is_full
+    cache.linker.commit_completed_offloads([stored])
+    cache.before_next_batch(scheduler)
+    assert not scheduler.running_batch.batch_is_full
+    # Once: what is still too large for the room does not hold up every step.
+    scheduler.running_batch.batch_is_full = True
+    cache.before_next_batch(scheduler)
+    assert scheduler.running_batch.batch_is_full

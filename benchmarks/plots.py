@@ -48,8 +48,8 @@ _OF_PEERS = {
 }
 
 # Distinct for the colour-blind and of enough contrast on white and on black (Okabe and Ito's, without its yellow).
-_COLOURS = ("#D55E00", "#009E73", "#0072B2", "#56B4E9", "#CC79A7", "#E69F00", "#8C6BB1", "#7F7F7F")
-_MARKERS = "os^vDPX*"
+_COLOURS = ("#D55E00", "#009E73", "#0072B2", "#56B4E9", "#CC79A7", "#E69F00", "#8C6BB1", "#7F7F7F", "#A6761D")
+_MARKERS = "os^vDPX*p"
 _THEMES = {"light": ("#1f2328", "#d0d7de"), "dark": ("#e6edf3", "#3d444d")}
 
 

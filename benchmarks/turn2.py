@@ -42,13 +42,11 @@ def ttft(
     with running(settings, model, _arguments(model, lengths)) as stack, steps(total) as (say, step):
         turns = [Turn2(stack, model, Prompts.of(length), step, recomputes) for length in lengths]
 
-        def keep() -> list[dict[str, Any]]:
-            rows = [row for turn in turns for row in turn.rows()]
-            _keep_ttft(settings, asked, rows, report)
-            return rows
+        def rows() -> list[dict[str, Any]]:
+            return [row for turn in turns for row in turn.rows()]
 
-        asyncio.run(_measure(turns, rounds, restarts, keep, say))
-    _print_ttft(keep())
+        asyncio.run(_measure(turns, rounds, restarts, lambda: _keep_ttft(settings, asked, rows(), report), say))
+    _print_ttft(rows())
     _say_where(report)
 
 

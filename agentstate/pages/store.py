@@ -471,7 +471,7 @@ class PageStore:
         # More than once only where something was held in the meantime.
         while (lacking := excess - sum(victim.file_bytes for victim in victims)) > 0:
             chosen: list[_Extent] = []
-            for extent in self._evictable():
+            for extent in sorted(self._evictable(), key=lambda extent: (extent.needed, extent.used)):
                 if lacking <= 0:
                     break
                 chosen.append(extent)
@@ -484,11 +484,9 @@ class PageStore:
         return self._evict(victims, recycle=recycle)
 
     def _evictable(self) -> list[_Extent]:
-        """The extents that may be evicted, in the order in which they are."""
         now = time.monotonic()
         with self._mutex:
-            free = [extent for extent in self._extents.values() if not extent.holders and extent.pinned_until_s <= now]
-        return sorted(free, key=lambda extent: (extent.needed, extent.used))
+            return [extent for extent in self._extents.values() if not extent.holders and extent.pinned_until_s <= now]
 
     def _evict(self, victims: list[_Extent], *, recycle: bool = False) -> Path | None:
         """Delete extents that `_take` took, but for one if it is to be recycled: where it is now."""

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -197,9 +197,10 @@ def test_what_was_restored_is_told_from_what_was_on_the_device(fake: FakeEngine)
     assert asyncio.run(ask()) == ((0, 0), (48, 0), (0, 48))
 
 
-def test_a_probed_engine_gives_a_calibration(fake: FakeEngine) -> None:
-    steps: list[str] = []
-    record = asyncio.run(
+def probed(
+    fake: FakeEngine, lengths: tuple[int, ...], say: Callable[[str], None] = lambda step: None
+) -> dict[str, Any]:
+    return asyncio.run(
         probe(
             fake.url,
             fake.stat,
@@ -207,13 +208,18 @@ def test_a_probed_engine_gives_a_calibration(fake: FakeEngine) -> None:
             source="a test",
             layers=2,
             token_bytes=100,
-            lengths=(64, 128),
+            lengths=lengths,
             new_tokens=(8, 12),
             repeats=1,
             pauses_s=(0.01, 0.02),
-            say=steps.append,
+            say=say,
         )
     )
+
+
+def test_a_probed_engine_gives_a_calibration(fake: FakeEngine) -> None:
+    steps: list[str] = []
+    record = probed(fake, (64, 128), steps.append)
     assert [(point["cached"], point["new"]) for point in record["prefill"]] == [
         (0, 64), (64, 8), (64, 12), (0, 128), (128, 8), (128, 12),
     ]  # fmt: skip
@@ -237,19 +243,7 @@ def test_a_probed_engine_gives_a_calibration(fake: FakeEngine) -> None:
 def test_a_probe_sees_whether_results_are_late(fake: FakeEngine, late: bool) -> None:
     # Longer than a machine that is busy with other things is late by.
     fake.forward_s, fake.late = 0.04, late
-    probed = probe(
-        fake.url,
-        fake.stat,
-        name="fake",
-        source="a test",
-        layers=2,
-        token_bytes=100,
-        lengths=(64, 128, 192),
-        new_tokens=(8, 12),
-        repeats=1,
-        pauses_s=(0.01, 0.02),
-    )
-    assert asyncio.run(probed)["late_results"] is late
+    assert probed(fake, (64, 128, 192))["late_results"] is late
 
 
 def test_validation_compares_hits_and_times() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, results
-from benchmarks.ttft import floor_of
+from benchmarks.ttft import floor_of, over_floor
 
 Result = dict[str, Any]
 _CONTENTS = {
@@ -53,16 +53,18 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
         for row in result["rows"]:
             newest[row["model"], row["tokens"], row["variant"]] = row, result
     lines = [
-        "Recomputed, as a memory hit (the floor: nothing is brought back), and restored, in turn in one run.",
-        "The memory hit that a variant is divided by is its own engine's. *Share* is of the device's direct-read",
-        "limit, measured in the same run; *overlap* is the time over what it could be at best, which is the longer of",
-        "a memory hit and of reading the bytes at that limit; *same* says whether the next tokens are those that",
-        "follow a memory hit (in bfloat16 a prefill in other chunks, as a recomputation is, may round to others).",
+        "Recomputed, as a memory hit (the floor: nothing is brought back), and restored, in turn in one run. The",
+        "memory hit that a variant is divided by is its own engine's; where both were measured in turn, the",
+        "quotient is the median of the pairs', with its 95 % interval (bootstrap), else that of the medians.",
+        "*Share* is of the device's direct-read limit, measured in the same run; *overlap* is the time over what it",
+        "could be at best, which is the longer of a memory hit and of reading the bytes at that limit; *same* says",
+        "whether the next tokens are those that follow a memory hit (in bfloat16 a prefill in other chunks, as a",
+        "recomputation is, may round to others).",
     ]
     for model in dict.fromkeys(model for model, _, _ in newest):
         chosen = [(row, result) for (name, _, _), (row, result) in newest.items() if name == model]
         rows = sorted((row for row, _ in chosen), key=lambda row: row["tokens"])
-        seconds = {(row["tokens"], row["variant"]): row["ttft_s"] for row in rows if row.get("ttft_s") is not None}
+        timed = {(row["tokens"], row["variant"]): row for row in rows if row.get("ttft_s") is not None}
         lines += ["", f"### {model}", ""]
         sources = {str(result["measured_at"]): result for _, result in chosen}
         lines += [_provenance(result) for result in sources.values()]
@@ -70,16 +72,18 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
         for row in rows:
             tokens, own_s = row["tokens"], row.get("ttft_s")
             if own_s is None:  # a peer that could not run here
-                table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 7])
+                table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 8])
                 continue
-            floor_s, recomputed_s = seconds.get((tokens, floor_of(row["variant"]))), seconds.get((tokens, "recompute"))
+            floor, recomputed = timed.get((tokens, floor_of(row["variant"]))), timed.get((tokens, "recompute"))
+            ratio, interval = over_floor(row, floor) if floor else (None, None)
             table.append(
                 [
                     f"{tokens:,}",
                     plots.label(row["variant"]),
                     f"{own_s:.3f}",
-                    _maybe(recomputed_s and recomputed_s / own_s, "{:.1f}×"),
-                    _maybe(floor_s and own_s / floor_s, "{:.2f}"),
+                    _maybe(recomputed and recomputed["ttft_s"] / own_s, "{:.1f}×"),
+                    _maybe(ratio, "{:.3f}"),
+                    _interval(interval or ()),
                     _maybe(row.get("tokens_per_s"), "{:.1f}"),
                     _maybe(row.get("bytes_read"), "{:,}"),
                     _maybe(row.get("device_share"), "{:.0%}"),
@@ -87,8 +91,8 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
                     {True: "yes", False: "**no**", None: ""}[row.get("identical")],
                 ]
             )
-        header = ["context", "variant", "TTFT, s", "sooner than recomputed", "÷ memory hit", "tokens/s", "bytes read"]
-        lines += ["", *_table([*header, "share", "overlap", "same"], table, left=2)]
+        header = ["context", "variant", "TTFT, s", "sooner than recomputed", "÷ memory hit", "95 %"]
+        lines += ["", *_table([*header, "tokens/s", "bytes read", "share", "overlap", "same"], table, left=2)]
         # Of peers, what is comparable with a cold restore; there are too many lines else.
         shown_of_peers = tuple(f"{peer}_cold" for peer in plots.PEERS)
         measured = [
@@ -101,7 +105,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
                 break
             if shown == "bandwidth" and not any(row.get("device_share") is not None for row in measured):
                 continue
-            if shown == "ratio" and not any(variant == "recompute" for _, variant in seconds):
+            if shown == "ratio" and not any(variant == "recompute" for _, variant in timed):
                 continue
             name = f"{shown}-{_slug(model)}"
             draw(measured, model, pictures, name)

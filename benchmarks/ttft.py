@@ -239,6 +239,16 @@ def floor_of(variant: str) -> str:
     return "memory_hit"
 
 
+def over_floor(row: dict[str, Any], floor: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
+    """A row's time to first token over its floor's: of pairs, with the 95 % interval, where both were measured in
+    turn; of medians, with none, where they were not."""
+    own, under = row["ttft_all_s"], floor["ttft_all_s"]
+    if len(own) != len(under):
+        return row["ttft_s"] / floor["ttft_s"], None
+    middle, low, high = paired_ratio(own, under)
+    return middle, (low, high)
+
+
 def paired_ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """The median of the ratios of pairs, and its 95 % interval by bootstrap."""
     ratios = [a / b for a, b in zip(over, under, strict=True)]

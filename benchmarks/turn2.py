@@ -18,7 +18,7 @@ from benchmarks.peers.comparison import PeerTurns, compare
 from benchmarks.peers.servers import SERVERS, LMCache
 from benchmarks.soak import Soak
 from benchmarks.stacks import SMOLLM2, checkpoint_of, console, running, steps
-from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, floor_of, paired_ratio
+from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, floor_of, over_floor
 
 PEERS = {server.name.replace("_", "-"): server for server in SERVERS}
 """What they are called on the command line."""
@@ -163,13 +163,10 @@ def _print_ttft(rows: list[dict[str, Any]]) -> None:
         floor = _of(rows, row, floor_of(row["variant"]))
         recomputed = _of(rows, row, "recompute")
         ratio, interval = "", ""
-        if floor is None or floor["ttft_s"] is None:
-            pass
-        elif len(floor["ttft_all_s"]) == len(row["ttft_all_s"]):
-            middle, low, high = paired_ratio(row["ttft_all_s"], floor["ttft_all_s"])
-            ratio, interval = f"{middle:.3f}", f"{low:.3f}–{high:.3f}"
-        else:
-            ratio = f"{row['ttft_s'] / floor['ttft_s']:.3f}"
+        if floor is not None and floor["ttft_s"] is not None:
+            middle, bounds = over_floor(row, floor)
+            ratio = f"{middle:.3f}"
+            interval = "–".join(f"{bound:.3f}" for bound in bounds or ())
         table.add_row(
             f"{row['tokens']:,}",
             row["variant"],

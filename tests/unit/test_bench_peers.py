@@ -187,10 +187,10 @@ def test_a_child_that_ends_at_once_is_told_with_the_end_of_its_log(tmp_path: Pat
 def test_a_report_has_each_peer_against_its_own_hit_and_says_why_one_is_missing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = turns(tmp_path, memory_hit=answer((7,), 0), cold=answer((7,), WHOLE)).rows()
-    rows[0]["ttft_s"] = 0.25
+    rows[0] |= {"ttft_s": 0.25, "ttft_all_s": [0.25]}
     rows.append(absent("m", 200, "lmcache", "not set up"))
     results.write(tmp_path / "raw" / "ttft.json", results.record("ttft", {}, rows, [PYTHON]))
     report.write(tmp_path / "raw", tmp_path / "performance.md")
     page = (tmp_path / "performance.md").read_text()
-    assert "| 200 | scripted: cold | 0.500 |  | 2.00 |" in page
+    assert "| 200 | scripted: cold | 0.500 |  | 2.000 | 2.000–2.000 |" in page
     assert "| 200 | LMCache | not set up |" in page

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,19 @@ from benchmarks.traces import Gap
 
 
 def ttft_rows(model: str = "Small Model/1B") -> list[dict[str, Any]]:
-    figures = {"recompute": (8.0, 0, None), "memory_hit": (0.5, 0, None), "restore_cold": (0.6, 2_000_000, 0.9)}
+    # The pairs of the hit and of the restore: 1.6, 1.5 and 0.9; of the medians it is 1.2.
+    figures = {
+        "recompute": ([8.0], 0, None),
+        "memory_hit": ([0.5, 0.4, 0.6], 0, None),
+        "restore_cold": ([0.8, 0.6, 0.54], 2_000_000, 0.9),
+    }
     return [
         {
             "model": model,
             "tokens": tokens,
             "variant": variant,
-            "ttft_s": seconds * tokens / 1000,
+            "ttft_s": statistics.median(seconds) * tokens / 1000,
+            "ttft_all_s": [each * tokens / 1000 for each in seconds],
             "tokens_per_s": 20.0,
             "bytes_read": n_bytes,
             "device_share": share,
@@ -51,7 +58,9 @@ def test_a_page_has_every_figure_and_where_it_comes_from(tmp_path: Path) -> None
     written(tmp_path / "raw", "ttft", [*ttft_rows(), peer], {})
     report.write(tmp_path / "raw", tmp_path / "docs" / "performance.md")
     page = (tmp_path / "docs" / "performance.md").read_text()
-    assert "| 1,000 | restored, cold | 0.600 | 13.3× | 1.20 | 20.0 | 2,000,000 | 90% | 1.25 | yes |" in page
+    assert (
+        "| 1,000 | restored, cold | 0.600 | 13.3× | 1.500 | 0.900–1.600 | 20.0 | 2,000,000 | 90% | 1.25 | yes |" in page
+    )
     assert "| 4,000 | a peer | needs a GPU |" in page
     record = json.loads((tmp_path / "raw" / "ttft.json").read_text())
     assert f"commit {record['commit']}" in page

@@ -43,6 +43,7 @@
         ├── PageStoreFull
         ├── FingerprintMismatch      pages of another model, layout or format
         └── BadExtent                an extent file that is damaged or not one of ours
+            └── UnknownFormat        it is sound, and of a format that this release does not read
 
 The first line of a class's docstring is its message when it is raised without one. ``retryable`` says whether the
 same call may succeed later with nothing changed by the caller; over HTTP the problem type of an error is its
@@ -273,3 +274,7 @@ class FingerprintMismatch(PageStoreError):
 
 class BadExtent(PageStoreError):
     """The extent file is damaged, or not an extent."""
+
+
+class UnknownFormat(BadExtent):
+    """The extent is of a format that this release does not read."""

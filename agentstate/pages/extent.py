@@ -25,7 +25,7 @@ import msgpack
 import numpy as np
 import xxhash
 
-from agentstate.errors import BadExtent
+from agentstate.errors import BadExtent, UnknownFormat
 
 ALIGNMENT = 4096
 FORMAT_VERSION = 1
@@ -158,23 +158,24 @@ class ExtentHeader:
     @classmethod
     def decode(cls, raw: bytes | memoryview, name: str) -> ExtentHeader:
         """Read a header back. ``name`` is for the message of the BadExtent that is raised for anything that this
-        version did not write: wrong magic or version, a damaged header, blobs of the wrong length."""
+        version did not write: wrong magic, a damaged header, blobs of the wrong length; UnknownFormat for another
+        version, codec or checksum."""
         raw = memoryview(raw)
         if len(raw) < PREFIX.size:
             raise BadExtent(f"{name}: shorter than an extent's prefix")
         magic, version, length, digest = PREFIX.unpack_from(raw)
         if magic != MAGIC:
             raise BadExtent(f"{name}: not an extent file")
-        if version != FORMAT_VERSION:
-            raise BadExtent(f"{name}: format version {version}; this release reads version {FORMAT_VERSION}")
         packed = raw[PREFIX.size : PREFIX.size + length]
         if len(packed) != length or xxhash.xxh3_64_intdigest(packed) != digest:
             raise BadExtent(f"{name}: the header is damaged")
+        if version != FORMAT_VERSION:
+            raise UnknownFormat(f"{name}: format version {version}; this release reads version {FORMAT_VERSION}")
         try:
             fields = msgpack.unpackb(packed, raw=False)
             (plane,) = fields["planes"]
             if plane["codec"] != "raw" or fields["checksum"] != "xxh3-64":
-                raise BadExtent(f"{name}: unknown codec {plane['codec']!r} or checksum {fields['checksum']!r}")
+                raise UnknownFormat(f"{name}: unknown codec {plane['codec']!r} or checksum {fields['checksum']!r}")
             geometry = Geometry(fields["layers"], fields["page_size"], tuple(plane["components"]))
             blob = fields["keys"]
             if len(blob) % KEY_BYTES:

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from agentstate.errors import BadExtent
+from agentstate.errors import BadExtent, UnknownFormat
 from agentstate.pages.extent import ExtentHeader, checksum, page_seed
 from agentstate.pages.files import header_of, opened
 from agentstate.pages.store import PageStore
@@ -30,13 +30,14 @@ KEY_DIGITS = 8
 @dataclass(frozen=True)
 class ExtentReport:
     """One extent file. ``header`` is None, and ``damage`` says why, when it cannot be read; ``broken`` are the slots
-    whose bytes are not those that were written."""
+    whose bytes are not those that were written. A ``foreign`` one is of a format that another release reads."""
 
     path: Path
     n_bytes: int
     header: ExtentHeader | None
     damage: str | None = None
     broken: tuple[int, ...] = ()
+    foreign: bool = False
 
     @property
     def good(self) -> bool:
@@ -71,7 +72,7 @@ def _reports(paths: list[Path], examine: Callable[[BinaryIO, ExtentHeader], tupl
                 header = header_of(file, path.name)
                 yield ExtentReport(path, n_bytes, header, broken=examine(file, header))
             except (BadExtent, OSError) as error:
-                yield ExtentReport(path, n_bytes, None, str(error))
+                yield ExtentReport(path, n_bytes, None, str(error), foreign=isinstance(error, UnknownFormat))
 
 
 def total_bytes(stores: Iterable[Path]) -> int:
@@ -207,7 +208,8 @@ def _file_bytes(directory: Path) -> int:
 def repair(store: Path, reports: list[ExtentReport]) -> int:
     """Drop what `check` found broken, and nothing else: extents that cannot be read are deleted, and of the others the
     good pages are written anew. How many pages were dropped from extents that could be read. An extent
-    that could be read only once, by the check or now, is left alone.
+    that could be read only once, by the check or now, is left alone, and so is one of a format that another release
+    reads.
 
     Raises PageStoreLocked while an engine writes to the store, PageStoreFull when the good pages do not fit beside
     the old extent; then the store is as it was but for what had been repaired before.
@@ -230,7 +232,7 @@ def repair(store: Path, reports: list[ExtentReport]) -> int:
         finally:
             writer.close()
     for report in reports:
-        if not report.good:
+        if not report.good and not report.foreign:
             report.path.unlink(missing_ok=True)
     return sum(len(report.broken) for report in reports)
 

@@ -12,7 +12,7 @@ from contents import MARK, MHA, MLA, WIDE, expected, key, keys, read, reader_for
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentstate.errors import BadExtent
+from agentstate.errors import BadExtent, UnknownFormat
 from agentstate.pages import ExtentDraft, ExtentHeader, Geometry, PageStore, reading
 from agentstate.pages.extent import ALIGNMENT, PREFIX, ExtentLayout, checksum, page_seed
 
@@ -108,7 +108,7 @@ def test_a_checksum_covers_which_page_and_which_layer_it_is() -> None:
 def test_another_version_is_refused_and_named() -> None:
     raw = bytearray(sealed(TINY, keys(1))[1])
     raw[8] = 2
-    with pytest.raises(BadExtent, match="one.ext: format version 2; this release reads version 1"):
+    with pytest.raises(UnknownFormat, match="one.ext: format version 2; this release reads version 1"):
         ExtentHeader.decode(raw, "one.ext")
 
 

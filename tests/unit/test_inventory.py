@@ -78,6 +78,17 @@ def test_repair_deletes_what_cannot_be_read(store: Path) -> None:
     assert list((store / "extents").iterdir()) == [first]
 
 
+def test_repair_leaves_what_another_release_reads(store: Path) -> None:
+    first, second = sorted((store / "extents").iterdir())
+    newer = bytearray(second.read_bytes())
+    newer[8] = 2
+    second.write_bytes(newer)
+    (bad,) = [report for report in inventory.check(store) if not report.good]
+    assert bad.foreign and bad.damage == f"{second.name}: format version 2; this release reads version 1"
+    inventory.repair(store, [bad])
+    assert second.read_bytes() == newer and first.exists()
+
+
 def test_repair_waits_for_no_running_engine(store: Path) -> None:
     first, _ = sorted((store / "extents").iterdir())
     flip(first, 0, 0)

@@ -241,9 +241,9 @@ def floor_of(variant: str) -> str:
 
 def over_floor(row: dict[str, Any], floor: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
     """A row's time to first token over its floor's: of pairs, with the 95 % interval, where both were measured in
-    turn; of medians, with none, where they were not."""
+    turn; of medians, with none, where they were not, and of the floor itself."""
     own, under = row["ttft_all_s"], floor["ttft_all_s"]
-    if len(own) != len(under):
+    if row is floor or len(own) != len(under):
         return row["ttft_s"] / floor["ttft_s"], None
     middle, low, high = paired_ratio(own, under)
     return middle, (low, high)

@@ -24,7 +24,7 @@ from benchmarks.engine import Answer, Engine
 from benchmarks.models import GEOMETRIES
 from benchmarks.replay import unseen
 from benchmarks.stacks import console, extents_of, running, steps
-from benchmarks.ttft import TAIL, paired_ratio
+from benchmarks.ttft import TAIL, interval, paired_ratio
 
 _OUTPUT = 4
 
@@ -120,7 +120,7 @@ def burst(
             f"{row['last_ttft_s']:.3f}",
             f"{row['bound_s']:.3f}",
             f"{row['ratio']:.3f}",
-            "–".join(f"{bound:.3f}" for bound in row["ratio_95"]),
+            interval(row["ratio_95"]),
             f"{row['memory_hit_last_ttft_s']:.3f}",
             f"{row['bytes_read'] / 1e6:,.0f}",
             f"{row['device_gb_per_s']:.2f}",

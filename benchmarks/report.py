@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, results
-from benchmarks.ttft import floor_of, over_floor
+from benchmarks.ttft import floor_of, interval, over_floor
 
 Result = dict[str, Any]
 _CONTENTS = {
@@ -75,7 +75,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
                 table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 8])
                 continue
             floor, recomputed = timed.get((tokens, floor_of(row["variant"]))), timed.get((tokens, "recompute"))
-            ratio, interval = over_floor(row, floor) if floor else (None, None)
+            ratio, bounds = over_floor(row, floor) if floor else (None, None)
             table.append(
                 [
                     f"{tokens:,}",
@@ -83,7 +83,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
                     f"{own_s:.3f}",
                     _maybe(recomputed and recomputed["ttft_s"] / own_s, "{:.1f}×"),
                     _maybe(ratio, "{:.3f}"),
-                    _interval(interval or ()),
+                    interval(bounds or ()),
                     _maybe(row.get("tokens_per_s"), "{:.1f}"),
                     _maybe(row.get("bytes_read"), "{:,}"),
                     _maybe(row.get("device_share"), "{:.0%}"),
@@ -242,7 +242,7 @@ def _burst(found: Sequence[Result], pictures: Path) -> list[str]:
                 f"{row['last_ttft_s']:.3f}",
                 f"{row['bound_s']:.3f}",
                 f"{row['ratio']:.3f}",
-                _interval(row["ratio_95"]),
+                interval(row["ratio_95"]),
                 f"{row['memory_hit_last_ttft_s']:.3f}",
                 f"{row['device_gb_per_s']:.2f}",
             ]
@@ -274,9 +274,9 @@ def _throughput(found: Sequence[Result], pictures: Path) -> list[str]:
                 f"{row['requests']} × ({row['prompt_tokens']} + {row['output_tokens']})",
                 *(f"{row[f'{variant}_tokens_per_s']:.1f}" for variant in ("spilling", "off", "plain")),
                 f"{row['ratio_to_off']:.3f}",
-                _interval(row["ratio_to_off_95"]),
+                interval(row["ratio_to_off_95"]),
                 f"{row['ratio_to_plain']:.3f}",
-                _interval(row["ratio_to_plain_95"]),
+                interval(row["ratio_to_plain_95"]),
             ]
             for row in result["rows"]
         ]
@@ -360,10 +360,6 @@ _SECTIONS: dict[str, Callable[[Sequence[Result], Path], list[str]]] = {
 def _newest(found: Sequence[Result], setting: str) -> list[Result]:
     """The newest result of each value of a setting."""
     return list({str(result["settings"][setting]): result for result in found}.values())
-
-
-def _interval(bounds: Sequence[float]) -> str:
-    return "–".join(f"{bound:.3f}" for bound in bounds)
 
 
 def _kind(result: Result) -> str:

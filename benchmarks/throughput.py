@@ -32,7 +32,7 @@ from benchmarks import results
 from benchmarks.engine import Engine
 from benchmarks.replay import unseen
 from benchmarks.stacks import SMOLLM2, console, running, steps
-from benchmarks.ttft import paired_ratio
+from benchmarks.ttft import interval, paired_ratio
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,9 @@ def throughput(settings: Settings, rounds: int, report: Path | None) -> None:
             f"{row['requests']} × ({row['prompt_tokens']} + {row['output_tokens']})",
             *(f"{row[f'{variant}_tokens_per_s']:.1f}" for variant in Variant),
             f"{row['ratio_to_off']:.3f}",
-            "–".join(f"{bound:.3f}" for bound in row["ratio_to_off_95"]),
+            interval(row["ratio_to_off_95"]),
             f"{row['ratio_to_plain']:.3f}",
-            "–".join(f"{bound:.3f}" for bound in row["ratio_to_plain_95"]),
+            interval(row["ratio_to_plain_95"]),
             f"{row['bytes_spilled'] / 1e6:,.0f}",
         )
     console.print(table)

@@ -255,3 +255,8 @@ def paired_ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -
     draw = random.Random(seed)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
     return statistics.median(ratios), medians[50], medians[1949]
+
+
+def interval(bounds: Sequence[float]) -> str:
+    """The cell of an interval in a table; empty where there is none."""
+    return "–".join(f"{bound:.3f}" for bound in bounds)

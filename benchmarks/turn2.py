@@ -18,7 +18,7 @@ from benchmarks.peers.comparison import PeerTurns, compare
 from benchmarks.peers.servers import SERVERS, LMCache
 from benchmarks.soak import Soak
 from benchmarks.stacks import SMOLLM2, checkpoint_of, console, running, steps
-from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, floor_of, over_floor
+from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, floor_of, interval, over_floor
 
 PEERS = {server.name.replace("_", "-"): server for server in SERVERS}
 """What they are called on the command line."""
@@ -162,17 +162,17 @@ def _print_ttft(rows: list[dict[str, Any]]) -> None:
             continue
         floor = _of(rows, row, floor_of(row["variant"]))
         recomputed = _of(rows, row, "recompute")
-        ratio, interval = "", ""
+        ratio, within = "", ""
         if floor is not None and floor["ttft_s"] is not None:
             middle, bounds = over_floor(row, floor)
             ratio = f"{middle:.3f}"
-            interval = "–".join(f"{bound:.3f}" for bound in bounds or ())
+            within = interval(bounds or ())
         table.add_row(
             f"{row['tokens']:,}",
             row["variant"],
             f"{row['ttft_s']:.3f}",
             ratio,
-            interval,
+            within,
             f"{recomputed['ttft_s'] / row['ttft_s']:.1f}×" if recomputed is not None else "",
             f"{row['tokens_per_s']:.1f}",
             f"{row['bytes_read'] / 1e6:.0f}" if row["bytes_read"] else "",

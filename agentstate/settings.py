@@ -86,7 +86,12 @@ class Settings(BaseSettings):
     spill_staging_bytes: ByteSize = Field(
         ByteSize(256 * MIB), gt=0, description="Host memory of an engine rank for spilling pages."
     )
-    read_threads: int = Field(4, ge=1, description="Threads of an engine rank that read pages.")
+    read_threads: int | None = Field(
+        None,
+        ge=1,
+        description="Threads of an engine rank that read pages. By default 4, or 2 where they read straight into the "
+        "KV pool: more would slow the forward beside them by more than they gain.",
+    )
     read_backend: Literal["posix", "kvikio"] = Field(
         "posix",
         description="What reads pages: posix into host memory, or kvikio (GPUDirect Storage) into the GPU's own.",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agentstate.pages import staging_memory
+from agentstate.pages import READ_THREADS, staging_memory
 from agentstate.pages.files import open_direct
 from agentstate.settings import Settings
 
@@ -27,7 +27,7 @@ def read_limit(paths: Sequence[Path], threads: int | None = None, repeats: int =
 
     Nothing is done with what is read. Files are taken in their order, until they are ``at_most`` bytes.
     """
-    blocks = [staging_memory(BLOCK_BYTES) for _ in range(threads or Settings().read_threads)]
+    blocks = [staging_memory(BLOCK_BYTES) for _ in range(threads or Settings().read_threads or READ_THREADS)]
     speeds = []
     for _ in range(repeats):
         started_s = time.perf_counter()

@@ -19,13 +19,16 @@ _TIMEOUT = httpx.Timeout(10, read=3600)  # a long prompt is silent until it is c
 @dataclass(frozen=True, slots=True)
 class Answer:
     """``tokens`` are the output's ids. Of the prompt, ``device_tokens`` were found on the device and
-    ``restored_tokens`` came from elsewhere. Times are the client's: to the first token, and to the end."""
+    ``restored_tokens`` came from elsewhere. Times are the client's: to the first token, and to the end; of the former,
+    ``before_match_s`` had passed when the scheduler had the request and looked for its prefix. Only an engine with
+    ``--enable-metrics`` on the same machine tells that."""
 
     tokens: tuple[int, ...]
     device_tokens: int
     restored_tokens: int
     ttft_s: float
     total_s: float
+    before_match_s: float | None = None
 
 
 class Engine:
@@ -61,7 +64,7 @@ class Engine:
             body["session_id"] = session_id
         if cache_salt is not None:
             body["cache_salt"] = cache_salt
-        started_s = time.perf_counter()
+        started_s, sent_at = time.perf_counter(), time.time()
         first_s, last = None, None
         try:
             async with self._client.stream("POST", "/generate", json=body) as response:
@@ -86,7 +89,11 @@ class Engine:
         meta = last["meta_info"]
         details = meta.get("cached_tokens_details") or {}
         restored = details.get("host", 0) + details.get("storage", 0)
-        return Answer(tuple(last["output_ids"]), meta["cached_tokens"] - restored, restored, first_s, total_s)
+        # SGLang matches a request when it begins to wait, and again when its forward begins.
+        begun_at, waited_s = meta.get("forward_entry_time"), meta.get("queue_time")
+        before_match_s = None if begun_at is None or waited_s is None else begun_at - waited_s - sent_at
+        device_tokens = meta["cached_tokens"] - restored
+        return Answer(tuple(last["output_ids"]), device_tokens, restored, first_s, total_s, before_match_s)
 
     async def flush(self) -> None:
         """Empty the device's cache; what is stored stays. The engine refuses it while it works."""

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from agentstate.pages import Geometry, LayerwiseReader, Quota
+from agentstate.pages import READ_THREADS, Geometry, LayerwiseReader, Quota
 from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.contenders import AgentStateStore, Contender, Device, DeviceMemory, alternatives
@@ -63,6 +63,10 @@ class Sample:
     cpu_s: float
 
 
+def _threads(settings: Settings) -> int:
+    return settings.read_threads or READ_THREADS
+
+
 def suite(names: Sequence[str], geometries: Sequence[str], tokens: Sequence[int]) -> list[Case]:
     """The cases to measure: the first geometry with every length, everything else with the length that is nearest to
     16k tokens; and turns of an agent with the smallest pages that there are."""
@@ -86,7 +90,7 @@ class Measurement:
         self.growth_bytes: list[int] = []
         self.samples: defaultdict[str, list[Sample]] = defaultdict(list)
         self._staging_bytes = int(settings.staging_bytes)
-        self._reader = LayerwiseReader(self.geometry, staging_bytes=self._staging_bytes, threads=settings.read_threads)
+        self._reader = LayerwiseReader(self.geometry, staging_bytes=self._staging_bytes, threads=_threads(settings))
         self._store = AgentStateStore(
             # A level deeper than in a page directory: no engine's store may be mistaken for it.
             root / "store" / "rank0",
@@ -97,8 +101,8 @@ class Measurement:
             merged=case.name == "merged",
         )
         self._sizes = self._store.sizes(case.pages)
-        self._device = Device(root / "device", readers=settings.read_threads, largest_bytes=max(self._sizes))
-        self.others, self.left_out = alternatives(root, self.geometry, settings.read_threads)
+        self._device = Device(root / "device", readers=_threads(settings), largest_bytes=max(self._sizes))
+        self.others, self.left_out = alternatives(root, self.geometry, _threads(settings))
         rows = min(case.pages, max(1, DEVICE_BYTES // self.geometry.page_bytes))
         self._source, self._target = DeviceMemory(self.geometry, rows), DeviceMemory(self.geometry, rows)
         self._source.fill(seed=case.pages)
@@ -329,13 +333,13 @@ def main(arguments: Sequence[str]) -> int:
             left_out.update(measurement.left_out)
             progress.advance(task, case.pages)
             if options.json is not None:
-                asked = {"rounds": options.rounds, "read_threads": settings.read_threads}
+                asked = {"rounds": options.rounds, "read_threads": _threads(settings)}
                 results.write(options.json, results.record("pages", asked, rows))
     console = Console()
     for shown in tables(rows):
         console.print(shown)
     console.print(
-        f"medians of {options.rounds} rounds on {os.cpu_count()} processors; {settings.read_threads} threads read, "
+        f"medians of {options.rounds} rounds on {os.cpu_count()} processors; {_threads(settings)} threads read, "
         f"one writes, {int(settings.staging_bytes) >> 20} MiB of staging; memory taken during a "
         f"restore: {max(row['peak_rss_growth_bytes'] for row in rows) >> 10:,} KiB at most; "
         f"page cache to memory: {median(row['page_cache_gb_s'] for row in rows):.1f} GB/s; other processes had "

@@ -56,6 +56,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
         "Recomputed, as a memory hit (the floor: nothing is brought back), and restored, in turn in one run. The",
         "memory hit that a variant is divided by is its own engine's; where both were measured in turn, the",
         "quotient is the median of the pairs', with its 95 % interval (bootstrap), else that of the medians.",
+        "*Before the match* is how many of the seconds had passed when SGLang had the request and looked for a prefix.",
         "*Share* is of the device's direct-read limit, measured in the same run; *overlap* is the time over what it",
         "could be at best, which is the longer of a memory hit and of reading the bytes at that limit; *same* says",
         "whether the next tokens are those that follow a memory hit (in bfloat16 a prefill in other chunks, as a",
@@ -72,7 +73,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
         for row in rows:
             tokens, own_s = row["tokens"], row.get("ttft_s")
             if own_s is None:  # a peer that could not run here
-                table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 8])
+                table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 9])
                 continue
             floor, recomputed = timed.get((tokens, floor_of(row["variant"]))), timed.get((tokens, "recompute"))
             ratio, bounds = over_floor(row, floor) if floor else (None, None)
@@ -81,6 +82,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
                     f"{tokens:,}",
                     plots.label(row["variant"]),
                     f"{own_s:.3f}",
+                    _maybe(row.get("before_match_s"), "{:.4f}"),
                     _maybe(recomputed and recomputed["ttft_s"] / own_s, "{:.1f}×"),
                     _maybe(ratio, "{:.3f}"),
                     interval(bounds or ()),
@@ -91,7 +93,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
                     {True: "yes", False: "**no**", None: ""}[row.get("identical")],
                 ]
             )
-        header = ["context", "variant", "TTFT, s", "sooner than recomputed", "÷ memory hit", "95 %"]
+        header = ["context", "variant", "TTFT, s", "before the match", "sooner than recomputed", "÷ memory hit", "95 %"]
         lines += ["", *_table([*header, "tokens/s", "bytes read", "share", "overlap", "same"], table, left=2)]
         # Of peers, what is comparable with a cold restore; there are too many lines else.
         shown_of_peers = tuple(f"{peer}_cold" for peer in plots.PEERS)

@@ -34,13 +34,15 @@ _WAIT_MS = 120_000
 @dataclass
 class Samples:
     """What was measured of one variant: seconds to the first token, and the rate of those that follow; how many tokens
-    of the prompt were restored; ``bytes_read`` and ``restore_s`` as the engine counts them, of restores."""
+    of the prompt were restored; ``bytes_read`` and ``restore_s`` as the engine counts them, of restores;
+    ``before_match_s`` is what of the time to the first token no cache can change (`Answer`)."""
 
     ttft_s: list[float] = field(default_factory=list)
     tokens_per_s: list[float] = field(default_factory=list)
     restored_tokens: list[int] = field(default_factory=list)
     bytes_read: list[int] = field(default_factory=list)
     restore_s: list[float] = field(default_factory=list)
+    before_match_s: list[float] = field(default_factory=list)
     identical: bool = True
 
     def add(self, answer: Answer, expected: Sequence[int]) -> None:
@@ -48,6 +50,8 @@ class Samples:
         self.ttft_s.append(answer.ttft_s)
         self.tokens_per_s.append((OUTPUT - 1) / (answer.total_s - answer.ttft_s))
         self.restored_tokens.append(answer.restored_tokens)
+        if answer.before_match_s is not None:
+            self.before_match_s.append(answer.before_match_s)
         self.identical &= answer.tokens == tuple(expected)
 
     def row(self, model: str, tokens: int, variant: str) -> dict[str, Any]:
@@ -58,6 +62,7 @@ class Samples:
             "variant": variant,
             "ttft_s": round(statistics.median(self.ttft_s), 5),
             "ttft_all_s": [round(seconds, 5) for seconds in self.ttft_s],
+            "before_match_s": round(statistics.median(self.before_match_s), 5) if self.before_match_s else None,
             "tokens_per_s": round(statistics.median(self.tokens_per_s), 2),
             "restored_tokens": min(self.restored_tokens),
             "bytes_read": int(statistics.median(self.bytes_read)) if self.bytes_read else None,

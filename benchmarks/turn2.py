@@ -135,6 +135,7 @@ def _arguments(model: str, lengths: Sequence[int]) -> list[str]:
     # Room for a context, what is computed anew beside it, and what other ways to keep KV need on top.
     room = 3 * max(lengths) + 8192
     arguments = ["--max-total-tokens", str(room), "--context-length", str(max(lengths) + 256)]
+    arguments += ["--enable-metrics"]  # it tells with an answer when its request was there
     return arguments + (["--skip-tokenizer-init"] if model in GEOMETRIES else [])
 
 
@@ -152,12 +153,23 @@ def _say_where(report: Path | None) -> None:
 
 
 def _print_ttft(rows: list[dict[str, Any]]) -> None:
-    names = ["TTFT, s", "÷ memory hit", "95 %", "recomputed ÷", "tok/s", "MB read", "of the drive", "overlap", "same"]
+    names = [
+        "TTFT, s",
+        "before the match, ms",
+        "÷ memory hit",
+        "95 %",
+        "recomputed ÷",
+        "tok/s",
+        "MB read",
+        "of the drive",
+        "overlap",
+        "same",
+    ]
     table = Table(Column("context", justify="right"), "variant", *(Column(name, justify="right") for name in names))
     reasons = []
     for row in rows:
         if row["ttft_s"] is None:
-            table.add_row(f"{row['tokens']:,}", row["variant"], "–", *[""] * 7, _same(row))
+            table.add_row(f"{row['tokens']:,}", row["variant"], "–", *[""] * 8, _same(row))
             reasons.append(f"{row['variant']}: {row['reason']}")
             continue
         floor = _of(rows, row, floor_of(row["variant"]))
@@ -171,6 +183,7 @@ def _print_ttft(rows: list[dict[str, Any]]) -> None:
             f"{row['tokens']:,}",
             row["variant"],
             f"{row['ttft_s']:.3f}",
+            f"{row['before_match_s'] * 1e3:.1f}" if row["before_match_s"] is not None else "",
             ratio,
             within,
             f"{recomputed['ttft_s'] / row['ttft_s']:.1f}×" if recomputed is not None else "",

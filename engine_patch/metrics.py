@@ -18,6 +18,7 @@ _COUNTERS = {
     ("restore", "restores"): ("restores", "Batches of requests whose pages were restored."),
     ("restore", "pages_restored"): ("restored_pages", "Pages verified and written to the device."),
     ("restore", "bytes_read"): ("read_bytes", "Bytes read from the page store to restore pages."),
+    ("restore", "bytes_straight"): ("straight_read_bytes", "Of these, those that were read straight into the KV pool."),
     ("restore", "seconds"): ("restore_seconds", "Time in which pages were restored."),
     ("restore", "first_layer_s"): ("first_layer_seconds", "Time until the first layer of a restore was there."),
     ("restore", "pages_failed"): ("failed_pages", "Pages that were read and not used: damaged or unreadable."),

@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from agentstate.pages import Chunk, LayerwiseReader, PageStore, Stream
+from agentstate.pages import Chunk, Destination, LayerwiseReader, PageStore, Stream
 from engine_patch.arrivals import Arrivals
 from engine_patch.prefetch import Prefetches
 from engine_patch.staging import PinnedMemory
@@ -24,13 +26,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RestoreStats:
-    """Counters since the engine started. ``pages_failed`` were read and not used: damaged, or not readable.
+    """Counters since the engine started. Of ``bytes_read``, ``bytes_straight`` were read to where they are needed and
+    passed no staging. ``pages_failed`` were read and not used: damaged, or not readable.
     ``first_layer_s`` is how long it took until the first layer of a batch was there, of ``seconds`` in all, and
     ``forward_wait_s`` how long forwards waited for a layer."""
 
     restores: int = 0
     pages_restored: int = 0
     bytes_read: int = 0
+    bytes_straight: int = 0
     seconds: float = 0.0
     first_layer_s: float = 0.0
     forward_wait_s: float = 0.0
@@ -84,6 +88,21 @@ class _Load:
         """Which of ``count`` pages of the stream, from ``first`` on, are the request's."""
         return slice(max(0, self.offset - first), max(0, min(count, self.offset + len(self.keys) - first)))
 
+    def destination(self, device: DevicePages) -> Destination | None:
+        """Where its pages go when they can be read there."""
+        if not device.addressable:
+            return None
+        own = range(self.offset, self.offset + len(self.keys))
+
+        @cache
+        def runs(pages: range) -> list[slice]:
+            return device.runs(self.numbers[pages.start - own.start : pages.stop - own.start])
+
+        def rows(layer: int, pages: range) -> list[list[np.ndarray]]:
+            return device.memory(layer, runs(pages))
+
+        return Destination(own, rows)
+
     def close(self) -> None:
         if self.stream is not None:
             self.stream.close()
@@ -103,6 +122,9 @@ class Restorer:
     Every page is verified before its layer is released. A request whose page cannot be used fails alone; its
     remaining pages are left out, the other requests of its batch are served, and every layer is released all the
     same, since the forward waits for the batch.
+
+    Where the device's memory is the host's and aligned (`DevicePages.addressable`), what has not been read when a batch
+    starts is read straight into its pages: a bad page's bytes then lie where those of a recomputed request will.
 
     On a GPU a chunk's copies are queued while the next ones are read, and are waited for once a layer, at its end.
     The memory of a chunk is read into again when its own copies are over.
@@ -202,6 +224,8 @@ class Restorer:
                 try:
                     # After this the device pages are someone else's, and the staging memory another stream's.
                     self._pages.inbound.finish()
+                    for load in batch.loads:
+                        load.close()
                 finally:
                     self.arrivals.fail(index, error)
             finally:
@@ -214,12 +238,15 @@ class Restorer:
         started, n_bytes = time.perf_counter(), 0
         batch.failed.update(load.rid for load in batch.loads if load.stream is None)
         loads = [(load, load.stream) for load in batch.loads if load.stream is not None]
-        for _, stream in loads:
-            stream.hurry()
+        self._pages.inbound.after(batch.ready)
+        for load, stream in loads:
+            stream.hurry(load.destination(self._pages))
         for layer in range(self._pages.geometry.layers):
             for load, stream in loads:
                 for chunk in stream.layer(layer):
                     n_bytes += chunk.n_bytes
+                    if not chunk.parts:
+                        self.stats.bytes_straight += chunk.n_bytes
                     self._land(batch, load, chunk)
             self._pages.inbound.finish()
             if layer == 0:
@@ -235,8 +262,6 @@ class Restorer:
         own = range(len(load.keys))
         if wrong := [page for at in chunk.wrong if (page := at - load.offset) in own]:
             self._reject(batch, load, wrong, chunk)
-        self._pages.inbound.after(batch.ready)
-        batch.ready = ()
         if load.rid in batch.failed:
             return
         for segment, _, arrays in chunk.parts:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from agentstate.pages import LayerwiseReader, PageStore
+from agentstate.pages import READ_THREADS, LayerwiseReader, PageStore
 from agentstate.pages.store import StoreStats
 from agentstate.settings import Settings
 from engine_patch.arrivals import Arrivals
@@ -29,6 +29,8 @@ from engine_patch.transfer import DevicePages
 OpenStore = Callable[[DevicePool, DevicePages], PageStore]
 # More than a reader takes by itself: beside a forward, threads that hand over less often disturb it less.
 _CHUNK_BYTES = 8 << 20
+# So do fewer of them.
+_READ_THREADS_BESIDE = 2
 
 
 class LayerGate:
@@ -82,7 +84,7 @@ class _StoredPool:
         self.reader = LayerwiseReader(
             self.pages.geometry,
             staging_bytes=settings.staging_bytes // share,
-            threads=settings.read_threads,
+            threads=settings.read_threads or (_READ_THREADS_BESIDE if self.pages.addressable else READ_THREADS),
             chunk_bytes=_CHUNK_BYTES,
             backend=read_backend(settings.read_backend, self.pages.device),
         )

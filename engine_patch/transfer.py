@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from agentstate.pages import Geometry
+from agentstate.pages.extent import ALIGNMENT
 
 
 class CopyLane:
@@ -63,7 +64,8 @@ class DevicePages:
     (slots, ...) with a token a row. Pages are aligned in them: page ``p`` is the rows
     ``[p * page_size, (p + 1) * page_size)``. Copies out of them are queued on the lane ``outbound``, copies into them
     on ``inbound``; a GPU makes both at once. On a CPU NumPy makes them, which unlike torch starts no thread pool
-    beside the forward's. Raises ValueError for tensors that are not laid out so.
+    beside the forward's. ``addressable`` says whether a file can be read straight to them (`memory`). Raises
+    ValueError for tensors that are not laid out so.
     """
 
     def __init__(self, layers: Sequence[Sequence[torch.Tensor]], page_size: int):
@@ -73,6 +75,9 @@ class DevicePages:
             raise ValueError(f"layers of different page sizes, in bytes: {sorted(shapes)}")
         self.geometry = Geometry(len(layers), page_size, next(iter(shapes)))
         self.device = layers[0][0].device
+        self.addressable = self.device.type == "cpu" and not any(
+            rows.data_ptr() % ALIGNMENT or rows.shape[1] % ALIGNMENT for layer in self._rows for rows in layer
+        )
         self.outbound, self.inbound = CopyLane(self.device), CopyLane(self.device)
 
     def page_numbers(self, slots: torch.Tensor) -> torch.Tensor:
@@ -136,6 +141,17 @@ class DevicePages:
                     rows[run].copy_(source, non_blocking=True)
                 else:
                     rows.index_copy_(0, at, source.to(self.device, non_blocking=True))
+
+    def runs(self, numbers: torch.Tensor) -> list[slice]:
+        """The pages ``numbers`` as runs of consecutive ones. Raises ValueError for a page that the device has not."""
+        found = self._existing(numbers).numpy()
+        runs = np.split(found, np.flatnonzero(np.diff(found) != 1) + 1)
+        return [slice(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
+
+    def memory(self, layer: int, runs: Sequence[slice]) -> list[list[np.ndarray]]:
+        """Where the pages of ``runs`` are in ``layer``: of each component a uint8 array of shape (pages, component
+        bytes) a run. Only where they are `addressable`."""
+        return [[rows[run].numpy() for run in runs] for rows in self._rows[layer]]
 
     def _on_device(self, numbers: torch.Tensor) -> torch.Tensor:
         # From pageable memory the copy would wait for everything that is queued.

@@ -11,14 +11,18 @@
 A slab holds its layer of every page, component by component (K of all pages, then V of all pages; MLA has one
 component), so that one range of the file is a whole layer of the run. Numbers are little-endian. A reader that does
 not know the version refuses the file; it never guesses.
+
+Every page has a checksum a layer, and so has every block of pages: verifying a block is one call instead of one a page,
+which lets go of Python's interpreter lock while it runs. Beside a forward that is what verifying costs most.
 """
 
 from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import msgpack
@@ -28,7 +32,7 @@ import xxhash
 from agentstate.errors import BadExtent, UnknownFormat
 
 ALIGNMENT = 4096
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEY_BYTES = 32
 MAGIC = b"AGSEXTNT"
 PREFIX = struct.Struct("<8sIIQ")
@@ -37,6 +41,7 @@ PREFIX = struct.Struct("<8sIIQ")
 Memory = mmap.mmap | np.ndarray
 
 _MASK = (1 << 64) - 1
+_BLOCK_BYTES = 1 << 20
 
 
 def align(n_bytes: int) -> int:
@@ -62,25 +67,46 @@ class Geometry:
         """Bytes of one page in all layers."""
         return self.layers * self.layer_bytes
 
+    @property
+    def block_pages(self) -> int:
+        """How many pages a block has: as many as 1 MiB of the smallest component takes."""
+        return -(-_BLOCK_BYTES // min(self.component_bytes))
+
+    def blocks(self, pages: int) -> int:
+        """How many blocks an extent of ``pages`` pages has; the last one may be smaller."""
+        return -(-pages // self.block_pages)
+
     def slab_bytes(self, pages: int) -> int:
         """Bytes of one layer's slab in an extent of ``pages`` pages, padding included."""
         return align(pages * self.layer_bytes)
 
 
-def checksum(seed: int, layer: int, components: list[Any]) -> int:
-    """xxh3 of one page's bytes in one layer.
+def checksum(seed: int, layer: int, components: Sequence[Sequence[Any]]) -> int:
+    """xxh3 of the bytes of a page, or of a block of them, in one layer: of each component the arrays that follow each
+    other.
 
-    ``seed`` comes from `page_seed`: the sum covers which page and which layer the bytes are, so that intact bytes in
-    the wrong place (an index gone wrong, a block that the device misplaced) fail as surely as a flipped bit.
+    ``seed`` comes from `page_seed` or `block_seed`: the sum covers which pages and which layer the bytes are, so that
+    intact bytes in the wrong place (an index gone wrong, a block that the device misplaced) fail as surely as a flipped
+    bit.
     """
     value = (seed + layer) & _MASK
-    for component in components:
-        value = xxhash.xxh3_64_intdigest(component, seed=value)
+    for arrays in components:
+        if len(arrays) == 1:
+            value = xxhash.xxh3_64_intdigest(arrays[0], seed=value)
+            continue
+        hasher = xxhash.xxh3_64(seed=value)
+        for array in arrays:
+            hasher.update(array)
+        value = hasher.intdigest()
     return value
 
 
 def page_seed(fingerprint: bytes, key: bytes) -> int:
     return xxhash.xxh3_64_intdigest(fingerprint + key)
+
+
+def block_seed(fingerprint: bytes, keys: Sequence[bytes]) -> int:
+    return page_seed(fingerprint, b"".join(keys))
 
 
 @dataclass(frozen=True)
@@ -113,8 +139,7 @@ class ExtentLayout:
 @lru_cache(maxsize=1024)
 def _data_offset(geometry: Geometry, pages: int) -> int:
     # The length of the msgpack map depends on the number of pages alone, for its blobs have fixed widths.
-    blank = np.zeros((geometry.layers, pages), dtype="<u8")
-    header = ExtentHeader(bytes(KEY_BYTES), geometry, (bytes(KEY_BYTES),) * pages, blank)
+    header = ExtentHeader.blank(bytes(KEY_BYTES), geometry, (bytes(KEY_BYTES),) * pages)
     return align(PREFIX.size + len(header.packed()))
 
 
@@ -122,17 +147,69 @@ def _data_offset(geometry: Geometry, pages: int) -> int:
 class ExtentHeader:
     """What an extent says of itself.
 
-    ``keys`` are the pages' 32-byte keys in slot order; ``checksums`` has shape (layers, pages), uint64.
+    ``keys`` are the pages' 32-byte keys in slot order; ``checksums`` has shape (layers, pages), uint64, and
+    ``block_checksums`` (layers, blocks).
     """
 
     fingerprint: bytes
     geometry: Geometry
     keys: tuple[bytes, ...]
     checksums: np.ndarray
+    block_checksums: np.ndarray
 
     @property
     def layout(self) -> ExtentLayout:
         return ExtentLayout(self.geometry, len(self.keys))
+
+    @classmethod
+    def blank(cls, fingerprint: bytes, geometry: Geometry, keys: tuple[bytes, ...]) -> ExtentHeader:
+        """One whose checksums are zero, to be entered by `sum_up`."""
+        pages, blocks = (
+            np.zeros((geometry.layers, count), dtype="<u8") for count in (len(keys), geometry.blocks(len(keys)))
+        )
+        return cls(fingerprint, geometry, keys, pages, blocks)
+
+    @cached_property
+    def _page_seeds(self) -> list[int]:
+        return [page_seed(self.fingerprint, key) for key in self.keys]
+
+    @cached_property
+    def _block_seeds(self) -> list[int]:
+        return [block_seed(self.fingerprint, self.keys[block.start : block.stop]) for block in self.blocks()]
+
+    def blocks(self) -> list[range]:
+        """The slots of each block: all have the same number of them but for the last one."""
+        pages, most = len(self.keys), self.geometry.block_pages
+        return [range(first, min(first + most, pages)) for first in range(0, pages, most)]
+
+    def sum_up(self, layer: int, components: Sequence[np.ndarray]) -> None:
+        """Enter the checksums of a layer: of each component the bytes of all pages, of shape (pages, bytes)."""
+        for slot, seed in enumerate(self._page_seeds):
+            self.checksums[layer, slot] = checksum(seed, layer, [[rows[slot]] for rows in components])
+        for number, (seed, block) in enumerate(zip(self._block_seeds, self.blocks(), strict=True)):
+            parts = [[rows[block.start : block.stop]] for rows in components]
+            self.block_checksums[layer, number] = checksum(seed, layer, parts)
+
+    def wrong_slots(self, layer: int, slot: int, components: Sequence[Sequence[Any]]) -> Iterator[int]:
+        """Of the pages from ``slot`` on whose bytes in ``layer`` are said to be ``components``, those that are not what
+        was written, as slots; so are slots that the extent has not.
+
+        Of each component there are arrays of shape (pages, component bytes), which follow each other.
+        """
+        pages, size = len(self.keys), self.geometry.block_pages
+        at, end = slot, slot + sum(len(array) for array in components[0])
+        while at < end:
+            block, last = at // size, min((at // size + 1) * size, pages)
+            if at % size == 0 and at < last <= end:
+                parts = [_rows(arrays, at - slot, last - slot) for arrays in components]
+                if checksum(self._block_seeds[block], layer, parts) == int(self.block_checksums[layer, block]):
+                    at = last
+                    continue
+            # Part of a block, or one in which not every page is right.
+            parts = [_rows(arrays, at - slot, at - slot + 1) for arrays in components]
+            if at >= pages or checksum(self._page_seeds[at], layer, parts) != int(self.checksums[layer, at]):
+                yield at
+            at += 1
 
     def packed(self) -> bytes:
         """The header's msgpack map."""
@@ -145,6 +222,7 @@ class ExtentHeader:
                 "keys": b"".join(self.keys),
                 "checksum": "xxh3-64",
                 "checksums": self.checksums.astype("<u8", copy=False).tobytes(),
+                "block_checksums": self.block_checksums.astype("<u8", copy=False).tobytes(),
             },
             use_bin_type=True,
         )
@@ -181,8 +259,14 @@ class ExtentHeader:
             if len(blob) % KEY_BYTES:
                 raise BadExtent(f"{name}: {len(blob)} bytes of keys are no whole keys of {KEY_BYTES}")
             keys = tuple(blob[i : i + KEY_BYTES] for i in range(0, len(blob), KEY_BYTES))
-            sums = np.frombuffer(fields["checksums"], dtype="<u8").reshape(geometry.layers, len(keys))
-            header = cls(fields["fingerprint"], geometry, keys, sums)
+            sums, block_sums = (
+                np.frombuffer(fields[name], dtype="<u8").reshape(geometry.layers, count)
+                for name, count in (
+                    ("checksums", len(keys)),
+                    ("block_checksums", -(-len(keys) // geometry.block_pages)),
+                )
+            )
+            header = cls(fields["fingerprint"], geometry, keys, sums, block_sums)
             if align(PREFIX.size + length) != header.layout.data_offset:
                 raise BadExtent(f"{name}: the header has {length} bytes, which its fields do not add up to")
             return header
@@ -218,17 +302,23 @@ class ExtentDraft:
         if self._sealed is not None:
             return self._sealed
         pages, layers = len(self.keys), self.geometry.layers
-        sums = np.empty((layers, pages), dtype="<u8")
-        seeds = [page_seed(self.fingerprint, key) for key in self.keys]
+        header = ExtentHeader.blank(self.fingerprint, self.geometry, self.keys)
         for layer in range(layers):
-            parts = [self.component(layer, c) for c in range(len(self.geometry.component_bytes))]
-            for slot, seed in enumerate(seeds):
-                sums[layer, slot] = checksum(seed, layer, [part[slot] for part in parts])
+            header.sum_up(layer, [self.component(layer, c) for c in range(len(self.geometry.component_bytes))])
             start = self.layout.data_offset + layer * self.layout.slab_bytes
             self._bytes[start + pages * self.geometry.layer_bytes : start + self.layout.slab_bytes] = 0
-        header = ExtentHeader(self.fingerprint, self.geometry, self.keys, sums)
         encoded = header.encode()
         self._bytes[: len(encoded)] = np.frombuffer(encoded, dtype=np.uint8)
         self._bytes[len(encoded) : self.layout.data_offset] = 0
         self._sealed = header, memoryview(self._bytes.data)
         return self._sealed
+
+
+def _rows(arrays: Sequence[Any], first: int, last: int) -> list[Any]:
+    """The rows from ``first`` to ``last`` of arrays that follow each other."""
+    found = []
+    for array in arrays:
+        if first < len(array) and last > 0:
+            found.append(array[max(0, first) : last])
+        first, last = first - len(array), last - len(array)
+    return found

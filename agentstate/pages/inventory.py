@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from agentstate.errors import BadExtent, UnknownFormat
-from agentstate.pages.extent import ExtentHeader, checksum, page_seed
+from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.files import header_of, opened
 from agentstate.pages.store import PageStore
 
@@ -239,42 +239,38 @@ def repair(store: Path, reports: list[ExtentReport]) -> int:
 
 def _broken(file: BinaryIO, header: ExtentHeader) -> tuple[int, ...]:
     layout, sizes = header.layout, header.geometry.component_bytes
-    seeds = [page_seed(header.fingerprint, key) for key in header.keys]
+    pages = len(header.keys)
     broken = set[int]()
-    slab = memoryview(bytearray(layout.slab_bytes))
+    slab = np.empty(layout.slab_bytes, dtype=np.uint8)
     for layer in range(header.geometry.layers):
-        spans = [layout.component_range(layer, component, 0, len(seeds)) for component in range(len(sizes))]
+        spans = [layout.component_range(layer, component, 0, pages) for component in range(len(sizes))]
         try:
-            _read(file, slab[: sum(length for _, length in spans)], spans[0][0])
+            _read(file, slab[: sum(length for _, length in spans)].data, spans[0][0])
         except OSError:
             # Of a slab with a bad block only the pages on that block are lost.
             broken.update(_unreadable(file, header, layer))
             continue
-        rows = [slab[offset - spans[0][0] :][:length] for offset, length in spans]
-        for slot, seed in enumerate(seeds):
-            parts = [row[slot * size : (slot + 1) * size] for row, size in zip(rows, sizes, strict=True)]
-            if checksum(seed, layer, parts) != int(header.checksums[layer, slot]):
-                broken.add(slot)
+        rows = [[slab[offset - spans[0][0] :][:length].reshape(pages, -1)] for offset, length in spans]
+        broken.update(header.wrong_slots(layer, 0, rows))
     return tuple(sorted(broken))
 
 
 def _unreadable(file: BinaryIO, header: ExtentHeader, layer: int) -> Iterator[int]:
     """The slots of a layer that cannot be read, or are not what was written."""
-    for slot, key in enumerate(header.keys):
+    for slot in range(len(header.keys)):
         try:
             parts = _components(file, header, layer, slot)
         except OSError:
             yield slot
             continue
-        if checksum(page_seed(header.fingerprint, key), layer, parts) != int(header.checksums[layer, slot]):
-            yield slot
+        yield from header.wrong_slots(layer, slot, [[part[None]] for part in parts])
 
 
-def _components(file: BinaryIO, header: ExtentHeader, layer: int, slot: int) -> list[bytearray]:
+def _components(file: BinaryIO, header: ExtentHeader, layer: int, slot: int) -> list[np.ndarray]:
     parts = []
     for component, size in enumerate(header.geometry.component_bytes):
-        part = bytearray(size)
-        _read(file, memoryview(part), header.layout.component_range(layer, component, slot, 1)[0])
+        part = np.empty(size, dtype=np.uint8)
+        _read(file, part.data, header.layout.component_range(layer, component, slot, 1)[0])
         parts.append(part)
     return parts
 
@@ -297,5 +293,5 @@ def _rewrite(writer: PageStore, file: BinaryIO, header: ExtentHeader, broken: tu
     for layer in range(header.geometry.layers):
         for row, slot in enumerate(keep):
             for component, data in enumerate(_components(file, header, layer, slot)):
-                draft.component(layer, component)[row] = np.frombuffer(data, dtype=np.uint8)
+                draft.component(layer, component)[row] = data
     writer.publish(draft)

@@ -7,11 +7,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from agentstate.pages.extent import Memory
-from agentstate.pages.reading import LayerwiseReader
+from agentstate.pages.reading import RANGE_BYTES, LayerwiseReader
 from agentstate.pages.store import PageStore, Segment
 
-# Below about 1 MiB a direct read reaches less of a drive than its bandwidth.
-RANGE_BYTES = 1 << 20
 # Extents that together stay below that are merged all the same when they are this many.
 MANY = 8
 

@@ -1,14 +1,17 @@
 """Streaming stored pages back, layer by layer, ahead of whoever consumes them.
 
-The unit of work is a `Chunk`: some consecutive pages of one request in one layer, at most ``chunk_bytes`` of them. A
-few threads read chunks into reused, page-aligned buffers, which all streams share, and verify them there; every stream
-is read in the order of its layers, as far ahead as there are buffers. So memory is bounded whatever the context's
-length, a forward can start when its first layer has arrived, and a request that still waits can have its first layers
-in memory already.
+The unit of work is a `Chunk`: some consecutive pages of one request in one layer, at most ``chunk_bytes`` of them; all
+threads share the first layer. A few threads read chunks into reused, page-aligned buffers, which all streams share, and
+verify them there; every stream is read in the order of its layers, as far ahead as there are buffers. So memory is
+bounded whatever the context's length, a forward can start when its first layer has arrived, and a request that still
+waits can have its first layers in memory already.
 
 Who gets a buffer: the streams that are being consumed (`Stream.hurry`), of these the one that is behind; then the
 others, the oldest first, but for a few buffers that are kept back for the former. What is consumed frees its buffer,
 so streams that are consumed always advance, and those that wait never keep them from it.
+
+A stream whose consumer names a `Destination` needs no buffers: what it has not read yet is read to where it is needed,
+and verified there.
 """
 
 from __future__ import annotations
@@ -19,16 +22,24 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from agentstate.errors import BadExtent
 from agentstate.pages.backends import Buffer, OpenFile, PosixBackend, ReadBackend
-from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align, checksum, page_seed
+from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align
 from agentstate.pages.files import open_direct
 from agentstate.pages.store import Hold, Segment, StoredExtent
+
+# Below about 1 MiB a direct read reaches less of a drive than its bandwidth.
+RANGE_BYTES = 1 << 20
+# What keeps a drive busy while some of it is verified.
+READ_THREADS = 4
+# What one call reads into, at the most.
+_MOST_ARRAYS = os.sysconf("SC_IOV_MAX")
 
 _Free = deque[tuple[Buffer, Callable[[], None] | None]]
 
@@ -42,15 +53,24 @@ class Part(NamedTuple):
     arrays: list[Buffer]
 
 
+class Destination(NamedTuple):
+    """Host memory that direct I/O can read ``pages`` of a stream into: ``rows(layer, pages)`` are, of each component,
+    arrays of shape (pages, component bytes) that follow each other, at addresses that are multiples of 4 KiB. So are
+    the components' sizes. Other pages of the stream are not read."""
+
+    pages: range
+    rows: Callable[[int, range], list[list[Buffer]]]
+
+
 @dataclass
 class Chunk:
     """Pages ``[first, first + count)`` of a stream, in layer ``layer``.
 
-    The arrays of ``parts`` are views of a buffer that is reused: valid until the next chunk is asked for, and if the
-    consumer sets ``keep_until`` by then, until that has returned. It is called by the thread that is about to
-    overwrite them. ``wrong`` are the pages that must not be used: not read, or not as they were written, wherever the
-    index took them from. ``unread`` holds the segments that could not be read, with the reason; ``n_bytes`` is what
-    came from the device.
+    ``parts`` has what was read to staging; what was read to a `Destination` is there. The arrays of ``parts`` are views
+    of a buffer that is reused: valid until the next chunk is asked for, and if the consumer sets ``keep_until`` by
+    then, until that has returned. It is called by the thread that is about to overwrite them. ``wrong`` are the pages
+    that must not be used: not read, or not as they were written, wherever the index took them from. ``unread`` holds
+    the segments that could not be read, with the reason; ``n_bytes`` is what came from the device.
     """
 
     layer: int
@@ -106,7 +126,10 @@ class LayerwiseReader:
 
     def open(self, hold: Hold) -> Stream:
         """Begin to read what ``hold`` holds, which the stream closes when it is closed."""
-        stream = Stream(self, hold, list(self._runs(hold.segments)))
+        pages = -(-len(hold.keys) // len(self._threads))
+        a_thread = max(RANGE_BYTES, pages * self.geometry.layer_bytes) + len(hold.segments) * self._padding
+        first = self._runs(hold.segments, min(a_thread, self.chunk_bytes))
+        stream = Stream(self, hold, list(first), list(self._runs(hold.segments, self.chunk_bytes)))
         with self._lock:
             self._streams.append(stream)
             self._work_to_do.notify_all()
@@ -116,7 +139,8 @@ class LayerwiseReader:
     def staged_bytes(self) -> int:
         """How much memory the streams have at the moment."""
         with self._lock:
-            return sum(len(stream.ahead) for stream in self._streams) * self.chunk_bytes
+            staged = (buffer is not None for stream in self._streams for _, buffer in stream.ahead)
+            return sum(staged) * self.chunk_bytes
 
     def _work(self) -> None:
         while True:
@@ -135,8 +159,10 @@ class LayerwiseReader:
                 return job
         return None
 
-    def _release(self, buffer: Buffer, keep_until: Callable[[], None] | None) -> None:
-        """Take a buffer back. The caller holds the lock."""
+    def _release(self, buffer: Buffer | None, keep_until: Callable[[], None] | None) -> None:
+        """Take a buffer back, if there is one. The caller holds the lock."""
+        if buffer is None:
+            return
         if keep_until is None:
             self._free.append((buffer, None))
         else:
@@ -144,19 +170,24 @@ class LayerwiseReader:
             self._free.appendleft((buffer, keep_until))
         self._work_to_do.notify()
 
-    def _runs(self, segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
-        """Group segments into runs whose reads of one layer fit one buffer, splitting those that do not."""
+    def _runs(self, segments: Sequence[Segment], n_bytes: int) -> Iterator[tuple[Segment, ...]]:
+        """Group segments into runs whose reads of one layer take at most ``n_bytes``, or are of one page, splitting
+        those that do not."""
+        n_bytes = max(n_bytes, self.geometry.layer_bytes + self._padding)
         run: list[Segment] = []
-        room = self.chunk_bytes
+        room = n_bytes
         for segment in segments:
             while segment.pages:
                 taken = min(segment.pages, max(0, (room - self._padding) // self.geometry.layer_bytes))
                 if taken == 0:
                     yield tuple(run)
-                    run, room = [], self.chunk_bytes
+                    run, room = [], n_bytes
                     continue
-                run.append(segment._replace(pages=taken))
                 room -= self._padding + taken * self.geometry.layer_bytes
+                # Whole blocks are verified faster.
+                if taken < segment.pages and (whole := taken - (segment.slot + taken) % self.geometry.block_pages) > 0:
+                    taken, room = whole, 0
+                run.append(segment._replace(pages=taken))
                 segment = segment._replace(
                     slot=segment.slot + taken, pages=segment.pages - taken, first=segment.first + taken
                 )
@@ -179,24 +210,41 @@ class Stream:
     the same.
     """
 
-    def __init__(self, reader: LayerwiseReader, hold: Hold, runs: list[tuple[Segment, ...]]):
+    def __init__(
+        self,
+        reader: LayerwiseReader,
+        hold: Hold,
+        first: list[tuple[Segment, ...]],
+        others: list[tuple[Segment, ...]],
+    ):
         self.hold = hold
         self.hurried = False
-        # Chunks that are read or being read, in order, each with its buffer.
-        self.ahead: deque[tuple[Future[Chunk], Buffer]] = deque()
+        # Chunks that are read or being read, in order, each with its buffer, if it has one.
+        self.ahead: deque[tuple[Future[Chunk], Buffer | None]] = deque()
         self._reader = reader
-        self._runs = runs
+        # What is read at a time: of the first layer, which a forward waits for with nothing else to do and which
+        # therefore shares the disk with no other, and of those.
+        self._first, self._others = first, others
+        self._first_missing = len(first)
         self._closed = False
+        self._destination: Destination | None = None
         self._reading_begun = threading.Condition(reader._lock)
         self._opened: dict[StoredExtent, Future[_OpenExtent]] = {}
         self._to_open = deque(dict.fromkeys(segment.extent for segment in hold.segments))
         self._taken = 0
-        self._total = len(runs) * reader.geometry.layers
+        self._total = len(first) + len(others) * (reader.geometry.layers - 1)
 
     @property
     def wants(self) -> int | None:
         """The layer that is to be read next; None when everything is read or being read."""
-        return self._taken // len(self._runs) if self._taken < self._total else None
+        return self._next()[0] if self._taken < self._total else None
+
+    def _next(self) -> tuple[int, tuple[Segment, ...]]:
+        """Which layer and which run of it is to be read next."""
+        if self._taken < len(self._first):
+            return 0, self._first[self._taken]
+        layer, run = divmod(self._taken - len(self._first), len(self._others))
+        return layer + 1, self._others[run]
 
     @property
     def idle(self) -> bool:
@@ -212,59 +260,100 @@ class Stream:
             extent = self._to_open.popleft()
             opening = self._opened[extent] = Future()
             return lambda: _fulfil(opening, lambda: _OpenExtent(extent, self._reader._backend))
-        if (layer := self.wants) is None or not free:
+        if self._taken == self._total or (self._first_missing and self._taken >= len(self._first)):
             return None
-        (buffer, free_after), run = free.pop(), self._runs[self._taken % len(self._runs)]
+        layer, run = self._next()
+        chunk = Chunk(layer, run[0].first, sum(segment.pages for segment in run), [], [])
+        buffer: Buffer | None = None
+        if self._destination is not None:
+            read = partial(self._read_to, self._destination, chunk, run)
+        elif free:
+            buffer, free_after = free.pop()
+            read = partial(self._read, buffer, free_after, chunk, run)
+        else:
+            return None
         self._taken += 1
         reading: Future[Chunk] = Future()
         self.ahead.append((reading, buffer))
         self._reading_begun.notify_all()
-        return lambda: _fulfil(reading, lambda: self._read(layer, run, buffer, free_after))
+
+        def work() -> None:
+            _fulfil(reading, read)
+            if layer == 0:
+                self._first_has_arrived()
+
+        return work
+
+    def _first_has_arrived(self) -> None:
+        with self._reader._lock:
+            self._first_missing -= 1
+            if not self._first_missing:
+                self._reader._work_to_do.notify_all()
 
     def _read(
-        self, layer: int, run: tuple[Segment, ...], buffer: Buffer, free_after: Callable[[], None] | None
+        self, buffer: Buffer, free_after: Callable[[], None] | None, chunk: Chunk, run: tuple[Segment, ...]
     ) -> Chunk:
         if free_after is not None:
             free_after()
-        chunk = Chunk(layer, run[0].first, sum(segment.pages for segment in run), [], [])
         position = 0
         for segment in run:
-            try:
-                # Every opening was taken up before any reading: it is done, or another thread is at it.
-                extent = self._opened[segment.extent].result()
-                arrays, position, n_bytes = _read_segment(extent.file, segment, layer, buffer, position)
+            with self._reported(chunk, segment):
+                extent = self._extent(segment)
+                arrays, position, n_bytes = _read_segment(extent.file, segment, chunk.layer, buffer, position)
                 chunk.parts.append(Part(segment, extent.header, arrays))
                 chunk.n_bytes += n_bytes
-                chunk.wrong += self._wrong_pages(layer, segment, extent.header, arrays)
-            except (OSError, BadExtent) as error:
-                chunk.unread.append((segment, error))
-                chunk.wrong += range(segment.first, segment.first + segment.pages)
+                on_host = self._reader._backend.on_host(arrays)
+                chunk.wrong += self._wrong_pages(chunk.layer, segment, extent.header, [[array] for array in on_host])
         return chunk
 
-    @cached_property
-    def _seeds(self) -> list[int]:
-        return [page_seed(self.hold.fingerprint, key) for key in self.hold.keys]
+    def _read_to(self, destination: Destination, chunk: Chunk, run: tuple[Segment, ...]) -> Chunk:
+        for segment in run:
+            first = max(segment.first, destination.pages.start)
+            pages = min(segment.first + segment.pages, destination.pages.stop) - first
+            if pages <= 0:
+                continue
+            own = segment._replace(slot=segment.slot + first - segment.first, pages=pages, first=first)
+            with self._reported(chunk, own):
+                extent = self._extent(own)
+                rows = destination.rows(chunk.layer, range(first, first + pages))
+                chunk.n_bytes += extent.read_to(rows, own, chunk.layer)
+                chunk.wrong += self._wrong_pages(chunk.layer, own, extent.header, rows)
+        return chunk
+
+    def _extent(self, segment: Segment) -> _OpenExtent:
+        # Every opening was taken up before any reading: it is done, or another thread is at it.
+        return self._opened[segment.extent].result()
+
+    @contextmanager
+    def _reported(self, chunk: Chunk, segment: Segment) -> Iterator[None]:
+        """What goes wrong with a segment is said in its chunk."""
+        try:
+            yield
+        except (OSError, BadExtent) as error:
+            chunk.unread.append((segment, error))
+            chunk.wrong += range(segment.first, segment.first + segment.pages)
 
     def _wrong_pages(
-        self, layer: int, segment: Segment, header: ExtentHeader, arrays: Sequence[Buffer]
+        self, layer: int, segment: Segment, header: ExtentHeader, components: Sequence[Sequence[Buffer]]
     ) -> Iterator[int]:
         """The pages of a segment whose bytes in ``layer`` are not those that were written for them."""
-        sums = header.checksums[layer, segment.slot : segment.slot + segment.pages].tolist()
-        on_host = self._reader._backend.on_host(arrays)
-        for i in range(segment.pages):
-            page = segment.first + i
-            # The slot is the index's word, which may be wrong, and lead behind the last page.
-            if (
-                i >= len(sums)
-                or header.keys[segment.slot + i] != self.hold.keys[page]
-                or checksum(self._seeds[page], layer, [array[i] for array in on_host]) != sums[i]
-            ):
-                yield page
+        wanted = self.hold.keys[segment.first : segment.first + segment.pages]
+        # Where they lie is the index's word, which may be wrong.
+        written = header.keys[segment.slot : segment.slot + segment.pages]
+        if header.fingerprint != self.hold.fingerprint:
+            written = ()
+        wrong = set(header.wrong_slots(layer, segment.slot, components))
+        if wrong or tuple(wanted) != written:
+            for i, key in enumerate(wanted):
+                if segment.slot + i in wrong or i >= len(written) or written[i] != key:
+                    yield segment.first + i
 
-    def hurry(self) -> None:
-        """It is going to be consumed now."""
+    def hurry(self, destination: Destination | None = None) -> None:
+        """It is going to be consumed now. What has not been read yet is read to ``destination``, if there is one, which
+        is left alone once every layer has been consumed, or the stream is closed."""
         with self._reader._lock:
             self.hurried = True
+            self._destination = destination
             self._reader._work_to_do.notify_all()
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -276,7 +365,7 @@ class Stream:
     def layer(self, layer: int) -> Iterator[Chunk]:
         """The chunks of one layer, each as soon as it has arrived. To be called for every layer, in order, of a stream
         that hurries, and run to the end."""
-        for _ in self._runs:
+        for _ in self._others if layer else self._first:
             with self._reader._lock:
                 self._reading_begun.wait_for(lambda: self.ahead or self._closed)
                 if self._closed:
@@ -344,6 +433,21 @@ class _OpenExtent:
             os.close(self._fd)
             raise
 
+    def read_to(self, components: Sequence[Sequence[Buffer]], segment: Segment, layer: int) -> int:
+        """Read one layer of a segment to where its components are to be, in arrays that follow each other: the number
+        of bytes. Raises OSError, also when the file is too short."""
+        n_bytes, arrays_of = 0, iter(components)
+        for start, end, members in _coalesced(_spans(segment, layer)):
+            into = [array for _ in members for array in next(arrays_of)]
+            for i in range(0, len(into), _MOST_ARRAYS):
+                some = into[i : i + _MOST_ARRAYS]
+                if os.preadv(self._fd, some, start) < (wanted := sum(array.nbytes for array in some)):
+                    raise OSError(f"{segment.extent.path} ends in the middle of a page")
+                start += wanted
+                n_bytes += wanted
+            assert start == end
+        return n_bytes
+
     def close(self) -> None:
         self.file.close()
         os.close(self._fd)
@@ -354,11 +458,8 @@ def _read_segment(
 ) -> tuple[list[Buffer], int, int]:
     """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned: an array a component,
     the next free position, and the bytes that were read. Raises OSError, also when the file is too short."""
-    layout = segment.extent.layout
-    components = range(len(layout.geometry.component_bytes))
-    spans = [layout.component_range(layer, component, segment.slot, segment.pages) for component in components]
     arrays, n_bytes = [], 0
-    for start, end, members in _coalesced(spans):
+    for start, end, members in _coalesced(_spans(segment, layer)):
         skew = start % ALIGNMENT
         wanted = align(skew + end - start)
         got = file.read(buffer[position : position + wanted], start - skew)
@@ -370,6 +471,13 @@ def _read_segment(
             arrays.append(buffer[first : first + length].reshape(segment.pages, -1))
         position += wanted
     return arrays, position, n_bytes
+
+
+def _spans(segment: Segment, layer: int) -> list[tuple[int, int]]:
+    """Where the components of a segment are in one layer: offsets and lengths."""
+    layout = segment.extent.layout
+    components = range(len(layout.geometry.component_bytes))
+    return [layout.component_range(layer, component, segment.slot, segment.pages) for component in components]
 
 
 def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:

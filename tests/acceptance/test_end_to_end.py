@@ -42,9 +42,11 @@ def test_restores_after_a_flush_with_identical_tokens(stack: LocalStack, generat
     assert (hit.cached, hit.restored) == (20 * PAGE, 0)
     spilled(stack)
     stack.flush_device()
+    before = stack.stat()["restore"]["bytes_straight"]
     restored = generate(text)
     assert (restored.cached, restored.restored) == (20 * PAGE, 20 * PAGE)
     assert restored.tokens == hit.tokens == computed.tokens
+    assert stack.stat()["restore"]["bytes_straight"] > before, "the KV pool is not aligned, or is not read into"
 
 
 def test_restores_what_a_longer_prompt_shares(stack: LocalStack, generate: Generator) -> None:

@@ -13,7 +13,7 @@ TOKENS = 512
 
 
 def test_a_peer_restores_after_a_flush_and_after_a_restart(tmp_path: Path, smollm2: Path, engine_python: Path) -> None:
-    server = FileLinkerServer(tmp_path / "peer", smollm2, engine_python, [])
+    server = FileLinkerServer(tmp_path / "peer", smollm2, engine_python, ["--enable-metrics"])
     peer = PeerTurns(server, "smollm2", Prompts.of(TOKENS), lambda: None)
     rows = {row["variant"]: row for row in asyncio.run(compare([peer], visits=2, rounds=1, say=lambda text: None))}
     assert peer.trouble == ""
@@ -25,6 +25,7 @@ def test_a_peer_restores_after_a_flush_and_after_a_restart(tmp_path: Path, smoll
         assert row["ttft_s"] is not None, row.get("reason")
         assert row["restored_tokens"] == TOKENS
         assert row["identical"]
+        assert 0 < row["before_match_s"] < row["ttft_s"]
     pages = list(server.stored.rglob("*.pt"))
     assert len(pages) >= TOKENS // 64
     page_bytes = pages[0].stat().st_size

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from contents import MARK, write
 
-from agentstate.pages import PageStore
+from agentstate.pages import PageStore, staging_memory
 from engine_patch.transfer import DevicePages
 
 LAYERS, PAGE_SIZE, HEADS, SIZE = 3, 4, 2, 10
@@ -19,6 +19,14 @@ def kv_tensors(dtype: torch.dtype = torch.float32, components: int = 2) -> list[
     """KV tensors of `PAGES` pages and a few rows that are no whole page, all zero."""
     shape = (PAGES * PAGE_SIZE + 3, HEADS, SIZE)
     return [tuple(torch.zeros(shape, dtype=dtype) for _ in range(components)) for _ in range(LAYERS)]
+
+
+def aligned_kv_tensors() -> list[tuple[torch.Tensor, ...]]:
+    """KV tensors whose pages files can be read to: each component of one is a page of memory."""
+    size = 4096 // (PAGE_SIZE * HEADS * 4)
+    memory = torch.from_numpy(staging_memory(LAYERS * 2 * PAGES * 4096)).view(torch.float32)
+    layers = memory.view(LAYERS, 2, PAGES * PAGE_SIZE, HEADS, size)
+    return [(keys, values) for keys, values in layers]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,9 +49,10 @@ def page_of(tensors: Sequence[Sequence[torch.Tensor]], number: int) -> list[list
 
 
 class Rank:
-    def __init__(self, directory: Path):
-        self.tensors = kv_tensors()
+    def __init__(self, directory: Path, addressable: bool = False):
+        self.tensors = aligned_kv_tensors() if addressable else kv_tensors()
         self.pages = DevicePages(self.tensors, PAGE_SIZE)
+        assert self.pages.addressable is addressable
         self.store = PageStore(directory, MARK, self.pages.geometry)
 
     def device_pages(self, numbers: Sequence[int]) -> list[list[list[bytes]]]:

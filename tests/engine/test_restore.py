@@ -14,6 +14,13 @@ from device import Rank, page_of
 from engine_patch.restore import Restorer, RestoreStats, Source
 
 
+@pytest.fixture(params=[False, True], ids=["through staging", "straight"])
+def rank(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rank]:
+    rank = Rank(tmp_path / "rank0", addressable=request.param)
+    yield rank
+    rank.close()
+
+
 @pytest.fixture(params=[1, 1 << 20], ids=["small chunks", "large chunks"])
 def restorer(rank: Rank, request: pytest.FixtureRequest) -> Iterator[Restorer]:
     """Eight pages are stored, in three extents: 0 1 2 3, 4 5 and 6 7."""
@@ -85,9 +92,10 @@ def test_pages_come_back_into_other_slots_bit_for_bit(rank: Rank, restorer: Rest
     stats = counted(restorer)
     assert (stats.restores, stats.pages_restored, stats.pages_failed, stats.requests_failed) == (1, 8, 0, 0)
     assert stats.bytes_read >= 8 * rank.store.geometry.page_bytes
+    assert (stats.bytes_straight > 0) is rank.pages.addressable
 
 
-def test_a_layer_is_released_once_all_its_pages_are_there_and_before_the_next_ones(
+def test_a_layer_is_released_once_all_its_pages_are_there_and_not_after_all_of_the_next_ones(
     rank: Rank, restorer: Restorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, list[bool]]] = []
@@ -101,7 +109,10 @@ def test_a_layer_is_released_once_all_its_pages_are_there_and_before_the_next_on
     monkeypatch.setattr(restorer.arrivals, "complete", complete)
     queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
     assert run(restorer) == set()
-    assert seen == [(0, [True, False, False]), (1, [True, True, False]), (2, [True, True, True])]
+    assert [layer for layer, _ in seen] == [0, 1, 2]
+    assert all(all(there[: layer + 1]) for layer, there in seen)
+    if not rank.pages.addressable:
+        assert [sum(there) for _, there in seen] == [1, 2, 3]
 
 
 def test_a_batch_tells_what_it_brought_back_and_from_where(rank: Rank, restorer: Restorer) -> None:
@@ -314,6 +325,46 @@ def test_restoring_leaves_the_store_as_it_was(rank: Rank, restorer: Restorer) ->
     requests = [rank.store.hold(keys(*range(8)))]
     assert read(reader, requests) == expected(rank.store.geometry, requests)
     reader.close()
+
+
+def test_what_was_read_ahead_is_copied_and_the_rest_goes_straight(rank: Rank, restorer: Restorer) -> None:
+    """A stream that covers more than the load wants: none of its other pages is written."""
+    restorer.prefetches.for_request("a", keys(0, 1, 2, 3, 4, 5, 6))
+    queue(restorer, "a", [2, 3, 4, 5], [9, 4, 20, 21])
+    assert run(restorer) == set()
+    assert all(is_restored(rank, key(page), number) for page, number in zip([2, 3, 4, 5], [9, 4, 20, 21], strict=True))
+    assert all(is_blank(rank, number) for number in set(range(24)) - {9, 4, 20, 21})
+
+
+def test_nothing_writes_to_the_device_once_a_batch_is_over(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restore that breaks down in the middle lets go of its pages only when nobody reads into them any more."""
+    rank.write(keys(0, 1, 2, 3))
+    reading, released = threading.Event(), threading.Event()
+    real = os.preadv
+
+    def slow(fd: int, buffers: list[object], offset: int) -> int:
+        if offset and not released.is_set():
+            reading.set()
+            assert released.wait(30)
+        return real(fd, buffers, offset)
+
+    restorer = Restorer(rank.store, rank.pages, reader_for(rank.store.geometry, 1))
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("of this test")
+
+    monkeypatch.setattr(restorer, "_land", broken)
+    monkeypatch.setattr(os, "preadv", slow)
+    queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
+    index = restorer.start()
+    assert reading.wait(30)
+    assert not restorer.landed(index)
+    released.set()
+    assert restorer.finish(index).failed == {"a"}
+    before = rank.device_pages([10, 11, 12, 13])
+    monkeypatch.setattr(os, "preadv", None)
+    assert rank.device_pages([10, 11, 12, 13]) == before
+    restorer.close()
 
 
 class Held:

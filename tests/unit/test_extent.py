@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from agentstate.errors import BadExtent, UnknownFormat
 from agentstate.pages import ExtentDraft, ExtentHeader, Geometry, PageStore, reading
-from agentstate.pages.extent import ALIGNMENT, PREFIX, ExtentLayout, checksum, page_seed
+from agentstate.pages.extent import ALIGNMENT, FORMAT_VERSION, PREFIX, ExtentLayout, block_seed, checksum, page_seed
 
 TINY = Geometry(layers=2, page_size=1, component_bytes=(20, 12))
 
@@ -25,13 +25,26 @@ def sealed(geometry: Geometry, pages: list[bytes]) -> tuple[ExtentHeader, bytes]
     return header, bytes(data)
 
 
+def sealed_blocks(pages: int) -> tuple[ExtentHeader, list[list[np.ndarray]]]:
+    """An extent whose blocks have four pages: its header, and the components of each layer."""
+    geometry = Geometry(layers=2, page_size=1, component_bytes=(300_000, 262_144))
+    assert geometry.block_pages == 4
+    draft = ExtentDraft(MARK, geometry, keys(*range(pages)), mmap.mmap(-1, 16 << 20))
+    layers = [[draft.component(layer, component) for component in range(2)] for layer in range(2)]
+    draw = np.random.default_rng(0)
+    for rows in layers:
+        for component in rows:
+            component[:] = draw.integers(0, 256, component.shape, dtype=np.uint8)
+    return draft.seal()[0], layers
+
+
 def with_header(**changes: object) -> bytes:
     """A header whose digest is right and whose fields are not."""
     raw = sealed(TINY, keys(1, 2))[1]
     packed = raw[PREFIX.size : PREFIX.size + PREFIX.unpack_from(raw)[2]]
     fields = {**msgpack.unpackb(packed), **changes}
     packed = msgpack.packb({name: value for name, value in fields.items() if value is not None})
-    return PREFIX.pack(b"AGSEXTNT", 1, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
+    return PREFIX.pack(b"AGSEXTNT", FORMAT_VERSION, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
 
 
 @pytest.mark.parametrize("geometry", [MHA, MLA, WIDE], ids=["MHA", "MLA", "WIDE"])
@@ -70,8 +83,8 @@ def test_the_room_for_a_header_is_known_before_its_contents(
     layers: int, sizes: list[int], page_size: int, pages: int
 ) -> None:
     geometry = Geometry(layers, page_size, tuple(sizes))
-    sums = np.full((layers, pages), 2**64 - 1, dtype="<u8")
-    header = ExtentHeader(b"\xff" * 32, geometry, (b"\xff" * 32,) * pages, sums)
+    header = ExtentHeader.blank(b"\xff" * 32, geometry, (b"\xff" * 32,) * pages)
+    header.checksums[:] = header.block_checksums[:] = 2**64 - 1
     room = ExtentLayout(geometry, pages).data_offset
     assert len(header.encode()) <= room
     assert room - len(header.encode()) < ALIGNMENT
@@ -94,7 +107,7 @@ def test_a_draft_needs_a_buffer_that_is_large_enough() -> None:
 
 
 def test_a_checksum_covers_which_page_and_which_layer_it_is() -> None:
-    parts = [b"k" * 20, b"v" * 12]
+    parts = [[b"k" * 20], [b"v" * 12]]
     sums = {
         checksum(page_seed(mark, page), layer, parts)
         for mark in (MARK, bytes(32))
@@ -102,13 +115,44 @@ def test_a_checksum_covers_which_page_and_which_layer_it_is() -> None:
         for layer in range(2)
     }
     assert len(sums) == 8
-    assert checksum(page_seed(MARK, key(1)), 0, [b"v" * 12, b"k" * 20]) not in sums
+    assert checksum(page_seed(MARK, key(1)), 0, parts[::-1]) not in sums
+    assert checksum(page_seed(MARK, key(1)), 0, [[b"k" * 7, b"k" * 13], [b"v" * 11, b"v"]]) in sums
+
+
+def test_a_block_has_a_sum_of_its_own_that_covers_which_pages_it_has() -> None:
+    seeds = {block_seed(MARK, keys(*pages)) for pages in ((1, 2), (2, 1), (1,), (1, 2, 3))}
+    assert len(seeds) == 4
+    header, _ = sealed_blocks(11)
+    assert header.blocks() == [range(4), range(4, 8), range(8, 11)]
+    assert len({int(value) for value in header.block_checksums.flatten()}) == 6
+
+
+@pytest.mark.parametrize("first, last", [(0, 11), (0, 4), (3, 9), (5, 6), (8, 11), (1, 12)])
+@pytest.mark.parametrize("cut", [[], [1], [2, 3, 4]])
+def test_the_pages_that_are_wrong_are_found_in_blocks_and_in_parts_of_them(
+    first: int, last: int, cut: list[int]
+) -> None:
+    header, layers = sealed_blocks(11)
+    missing = [11] if last > 11 else []
+
+    def found(layer: int, rows: list[np.ndarray]) -> list[int]:
+        return list(header.wrong_slots(layer, first, [np.split(component[first:last], cut) for component in rows]))
+
+    for layer, rows in enumerate(layers):
+        rows = [np.concatenate([component, component[:1]]) for component in rows]
+        assert found(layer, rows) == missing
+        assert found(1 - layer, rows) == list(range(first, min(last, 11))) + missing
+        for slot in range(11):
+            for component in range(2):
+                rows[component][slot, 5] ^= 0x20
+                assert found(layer, rows) == [slot] * (first <= slot < last) + missing
+                rows[component][slot, 5] ^= 0x20
 
 
 def test_another_version_is_refused_and_named() -> None:
     raw = bytearray(sealed(TINY, keys(1))[1])
-    raw[8] = 2
-    with pytest.raises(UnknownFormat, match="one.ext: format version 2; this release reads version 1"):
+    raw[8] = 3
+    with pytest.raises(UnknownFormat, match="one.ext: format version 3; this release reads version 2"):
         ExtentHeader.decode(raw, "one.ext")
 
 
@@ -118,13 +162,15 @@ def test_a_header_that_ends_too_early_is_refused(length: int) -> None:
         ExtentHeader.decode(sealed(TINY, keys(1))[1][:length], "one.ext")
 
 
-@pytest.mark.parametrize("name", ["fingerprint", "page_size", "layers", "planes", "keys", "checksum", "checksums"])
+@pytest.mark.parametrize(
+    "name", ["fingerprint", "page_size", "layers", "planes", "keys", "checksum", "checksums", "block_checksums"]
+)
 def test_a_header_that_misses_a_field_is_refused(name: str) -> None:
     with pytest.raises(BadExtent, match="x: "):
         ExtentHeader.decode(with_header(**{name: None}), "x")
 
 
-@pytest.mark.parametrize("name", ["layers", "planes", "keys", "checksum", "checksums"])
+@pytest.mark.parametrize("name", ["layers", "planes", "keys", "checksum", "checksums", "block_checksums"])
 @pytest.mark.parametrize("value", [7.5, "text"])
 def test_a_header_with_a_field_of_another_type_is_refused(name: str, value: object) -> None:
     with pytest.raises(BadExtent, match="x: "):
@@ -137,6 +183,7 @@ def test_a_header_with_a_field_of_another_type_is_refused(name: str, value: obje
         {"layers": 3},
         {"keys": b"".join(keys(1, 2, 3))},
         {"checksums": bytes(31)},
+        {"block_checksums": bytes(32)},
         {"checksum": "crc32"},
         {"planes": []},
         {"planes": [{"codec": "zstd", "components": [20, 12]}]},
@@ -145,7 +192,17 @@ def test_a_header_with_a_field_of_another_type_is_refused(name: str, value: obje
             {"keys": b"".join(keys(1, 2))[:-1]},
         ),
     ],
-    ids=["layers", "keys", "checksums", "checksum", "no plane", "codec", "no components", "cut keys"],
+    ids=[
+        "layers",
+        "keys",
+        "checksums",
+        "block_checksums",
+        "checksum",
+        "no plane",
+        "codec",
+        "no components",
+        "cut keys",
+    ],
 )
 def test_a_header_whose_fields_do_not_fit_each_other_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(BadExtent, match="x: "):
@@ -154,7 +211,7 @@ def test_a_header_whose_fields_do_not_fit_each_other_is_refused(changes: dict[st
 
 @given(st.binary(max_size=200))
 def test_no_bytes_make_decoding_fail_otherwise(raw: bytes) -> None:
-    prefix = PREFIX.pack(b"AGSEXTNT", 1, len(raw), xxhash.xxh3_64_intdigest(raw))
+    prefix = PREFIX.pack(b"AGSEXTNT", FORMAT_VERSION, len(raw), xxhash.xxh3_64_intdigest(raw))
     for header in (raw, prefix + raw):
         with pytest.raises(BadExtent):
             ExtentHeader.decode(header, "x")

@@ -6,16 +6,27 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from contents import MARK, MHA, MLA, WIDE, expected, key, keys, read, reader_for, write
+from contents import MARK, MHA, MLA, WIDE, content, expected, key, keys, read, reader_for, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentstate.pages import Geometry, Hold, LayerwiseReader, PageStore
+from agentstate.pages import (
+    Chunk,
+    Destination,
+    Geometry,
+    Hold,
+    LayerwiseReader,
+    PageStore,
+    Stream,
+    reading,
+    staging_memory,
+)
 
 GEOMETRIES = {"MHA": MHA, "MLA": MLA, "WIDE": WIDE}
 
@@ -141,6 +152,116 @@ def test_bytes_read_are_counted_and_are_little_more_than_what_was_asked_for(stor
     asked = 12 * store.geometry.page_bytes
     per_layer = len(stream.hold.segments) * len(store.geometry.component_bytes)
     assert asked <= counted <= asked + store.geometry.layers * per_layer * 2 * 4096
+
+
+def landing(pages: int, runs: list[range], own: range) -> tuple[np.ndarray, Destination]:
+    """Memory for ``pages`` pages of `WIDE`, of shape (layers, components, pages, bytes), in which a stream's pages
+    ``own`` are to lie where ``runs`` say, one after the other."""
+    memory = staging_memory(WIDE.layers * 2 * pages * 8192).reshape(WIDE.layers, 2, pages, 8192)
+
+    def rows(layer: int, wanted: range) -> list[list[np.ndarray]]:
+        numbers = [number for run in runs for number in run][wanted.start - own.start : wanted.stop - own.start]
+        return [[memory[layer, component, number : number + 1] for number in numbers] for component in range(2)]
+
+    return memory, Destination(own, rows)
+
+
+def landed(memory: np.ndarray, numbers: Sequence[int], names: Sequence[int]) -> bool:
+    return all(
+        memory[layer, component, number].tobytes() == content(WIDE, key(name), layer, component)
+        for layer in range(WIDE.layers)
+        for component in range(2)
+        for number, name in zip(numbers, names, strict=True)
+    )
+
+
+@pytest.mark.parametrize("store", ["WIDE"], indirect=True)
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [1, 40_000, 1 << 20])
+@pytest.mark.parametrize("own", [range(12), range(3, 10)])
+def test_what_has_a_destination_is_read_there(store: PageStore, own: range, chunk_bytes: int, ahead: bool) -> None:
+    reader = reader_for(store.geometry, chunk_bytes)
+    memory, destination = landing(20, [range(5, 9), range(2), range(14, 20)], own)
+    numbers = [5, 6, 7, 8, 0, 1, 14, 15, 16, 17, 18, 19][: len(own)]
+    with reader.open(store.hold(keys(*range(12)))) as stream:
+        while ahead and not stream.idle:
+            time.sleep(0.001)
+        stream.hurry(destination)
+        staged = 0
+        for layer in range(WIDE.layers):
+            for chunk in stream.layer(layer):
+                assert (chunk.wrong, chunk.unread) == ([], [])
+                for segment, _, arrays in chunk.parts:
+                    staged += segment.pages
+                    for i, page in enumerate(range(segment.first, segment.first + segment.pages)):
+                        for component in range(2):
+                            if page in own:
+                                memory[layer, component, numbers[page - own.start]] = arrays[component][i]
+    assert landed(memory, numbers, list(own))
+    assert not memory[:, :, sorted(set(range(20)) - set(numbers))].any()
+    assert staged < 12 * WIDE.layers or ahead
+    assert reader.staged_bytes == 0
+    reader.close()
+
+
+@pytest.mark.parametrize("store", ["WIDE"], indirect=True)
+def test_a_destination_takes_no_staging_and_its_wrong_pages_are_told(store: PageStore) -> None:
+    reader = LayerwiseReader(WIDE, staging_bytes=1, threads=3)
+    waiting = reader.open(store.hold(keys(*range(12))))
+    damaged, cut = store.hold(keys(2)).segments[0].extent, store.hold(keys(4)).segments[0].extent
+    with damaged.path.open("r+b") as file:
+        file.seek(damaged.layout.component_range(1, 1, 0, 1)[0])
+        file.write(b"other")
+    os.truncate(cut.path, cut.layout.component_range(1, 0, 0, 1)[0])
+    memory, destination = landing(12, [range(12)], range(12))
+    with reader.open(store.hold(keys(*range(12)))) as stream:
+        stream.hurry(destination)
+        chunks = list(chunk for layer in range(2) for chunk in stream.layer(layer))
+    assert sorted((chunk.layer, page) for chunk in chunks for page in chunk.wrong) == [(1, 2), (1, 4), (1, 6), (1, 7)]
+    assert [segment.first for chunk in chunks for segment, _ in chunk.unread] == [4, 6, 7]
+    good = [page for page in range(12) if page not in (2, 4, 6, 7)]
+    assert landed(memory, good, good)
+    waiting.close()
+    reader.close()
+
+
+@pytest.mark.parametrize("store", ["WIDE"], indirect=True)
+def test_one_call_reads_to_no_more_places_than_the_system_allows(
+    store: PageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_MOST_ARRAYS", 3)
+    reader = reader_for(WIDE)
+    memory, destination = landing(24, [range(0, 24, 2)], range(12))
+    with reader.open(store.hold(keys(*range(12)))) as stream:
+        stream.hurry(destination)
+        chunks = [chunk for layer in range(2) for chunk in stream.layer(layer)]
+    assert sum(chunk.n_bytes for chunk in chunks if not chunk.parts) > 0
+    assert all(not chunk.wrong for chunk in chunks)
+    reader.close()
+
+
+def test_the_first_layer_is_read_before_any_other(store: PageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all threads, and the others when it is there."""
+    reader = LayerwiseReader(store.geometry, staging_bytes=4 << 20, threads=3)
+    begun: list[int] = []
+    hold = threading.Event()
+    real = Stream._read
+
+    def slow(stream: Stream, buffer: object, free_after: object, chunk: Chunk, run: object) -> Chunk:
+        begun.append(chunk.layer)
+        assert chunk.layer or hold.wait(30)
+        return real(stream, buffer, free_after, chunk, run)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Stream, "_read", slow)
+    with reader.open(store.hold(keys(*range(12)))) as stream:
+        while not begun:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert set(begun) == {0}
+        hold.set()
+        assert sum(chunk.count for chunk in stream) == 12 * store.geometry.layers
+    assert begun.index(1) == begun.count(0)
+    reader.close()
 
 
 @pytest.mark.parametrize("after", [0, 1, 4])

@@ -67,8 +67,6 @@ def sglang_command(
         ranks, all_cores = _tensor_parallel_ranks(arguments), len(os.sched_getaffinity(0))
         threads = max(1, (all_cores - 1) // ranks)
         complete.setdefault("OMP_WAIT_POLICY", "passive")
-        # Torch aligns large tensors then, so that direct I/O can read into the KV pool.
-        complete.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         complete.setdefault("OMP_NUM_THREADS", str(threads))
         cores = (_core_range(rank * threads % all_cores, threads) for rank in range(ranks))
         complete.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(cores))

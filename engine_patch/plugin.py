@@ -7,6 +7,7 @@ one flag that a user sets is completed here, when SGLang resolves its arguments,
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 BACKEND = "agentstate"
@@ -45,6 +46,9 @@ def platform() -> str | None:
 
     if torch.cuda.is_available() or torch.xpu.is_available():
         return None
+    # Torch aligns large tensors then, so that direct I/O can read into the KV pool. The processes that have one are
+    # started from this one.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return "engine_patch.cpu.platform.CpuPlatform"
 
 

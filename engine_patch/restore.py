@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -215,24 +216,28 @@ class Restorer:
         while (item := self._queue.get()) is not None:
             index, batch = item
             try:
-                self._restore(index, batch)
+                with ExitStack() as closing:
+                    for load in batch.loads:
+                        closing.callback(load.close)
+                    # First, since the staging memory is another stream's after the others.
+                    closing.callback(self._pages.inbound.finish)
+                    self._restore(index, batch)
             except Exception as error:
                 logger.exception("agentstate: a restore failed; its requests are recomputed")
-                # They must not match the same pages again, or they would fail for ever.
-                for load in batch.loads:
-                    self._drop(load, range(len(load.keys)))
-                try:
-                    # After this the device pages are someone else's, and the staging memory another stream's.
-                    self._pages.inbound.finish()
-                    for load in batch.loads:
-                        load.close()
-                finally:
-                    self.arrivals.fail(index, error)
+                self._abandon(batch)
+                # Not before everything is closed: after this the device pages are someone else's.
+                self.arrivals.fail(index, error)
             finally:
-                for load in batch.loads:
-                    load.close()
                 self._queue.task_done()
         self._queue.task_done()
+
+    def _abandon(self, batch: _Batch) -> None:
+        """Let the requests of a batch not match the same pages again, or they would fail for ever."""
+        try:
+            for load in batch.loads:
+                self._drop(load, range(len(load.keys)))
+        except Exception:
+            logger.exception("agentstate: pages that could not be restored could not be dropped")
 
     def _restore(self, index: int, batch: _Batch) -> None:
         started, n_bytes = time.perf_counter(), 0

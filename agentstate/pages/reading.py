@@ -1,14 +1,15 @@
 """Streaming stored pages back, layer by layer, ahead of whoever consumes them.
 
-The unit of work is a `Chunk`: some consecutive pages of one request in one layer, at most ``chunk_bytes`` of them; all
-threads share the first layer. A few threads read chunks into reused, page-aligned buffers, which all streams share, and
-verify them there; every stream is read in the order of its layers, as far ahead as there are buffers. So memory is
-bounded whatever the context's length, a forward can start when its first layer has arrived, and a request that still
-waits can have its first layers in memory already.
+The unit of work is a `Chunk`: some consecutive pages of one request in one layer, at most ``chunk_bytes`` of them; the
+first layer is shared out among all threads. A few threads read chunks into reused, page-aligned buffers, which all
+streams share, and verify them there; every stream is read in layer order, as far ahead as there are buffers.
+So memory is bounded whatever the context's length, a forward can start when its first layer has arrived, and a request
+that still waits can have its first layers in memory already.
 
-Who gets a buffer: the streams that are being consumed (`Stream.hurry`), of these the one that is behind; then the
-others, the oldest first, but for a few buffers that are kept back for the former. What is consumed frees its buffer,
-so streams that are consumed always advance, and those that wait never keep them from it.
+Who gets a buffer: the streams that are being consumed (`Stream.hurry`), of these the one that is behind, or hurried
+first, since of several that are consumed together that one is consumed first; then the others, the oldest first, but
+for a few buffers that are kept back for the former. What is consumed frees its buffer, so streams that are consumed
+always advance, and those that wait never keep them from it.
 
 A stream whose consumer names a `Destination` needs no buffers: what it has not read yet is read to where it is needed,
 and verified there.
@@ -128,8 +129,10 @@ class LayerwiseReader:
         """Begin to read what ``hold`` holds, which the stream closes when it is closed."""
         pages = -(-len(hold.keys) // len(self._threads))
         a_thread = max(RANGE_BYTES, pages * self.geometry.layer_bytes) + len(hold.segments) * self._padding
-        first = self._runs(hold.segments, min(a_thread, self.chunk_bytes))
-        stream = Stream(self, hold, list(first), list(self._runs(hold.segments, self.chunk_bytes)))
+        # It is waited for in any case: blocks may be cut.
+        first = self._runs(hold.segments, min(a_thread, self.chunk_bytes), block_pages=1)
+        others = self._runs(hold.segments, self.chunk_bytes, self.geometry.block_pages)
+        stream = Stream(self, hold, list(first), list(others))
         with self._lock:
             self._streams.append(stream)
             self._work_to_do.notify_all()
@@ -170,9 +173,9 @@ class LayerwiseReader:
             self._free.appendleft((buffer, keep_until))
         self._work_to_do.notify()
 
-    def _runs(self, segments: Sequence[Segment], n_bytes: int) -> Iterator[tuple[Segment, ...]]:
+    def _runs(self, segments: Sequence[Segment], n_bytes: int, block_pages: int) -> Iterator[tuple[Segment, ...]]:
         """Group segments into runs whose reads of one layer take at most ``n_bytes``, or are of one page, splitting
-        those that do not."""
+        those that do not, where blocks of an extent end if a whole one fits."""
         n_bytes = max(n_bytes, self.geometry.layer_bytes + self._padding)
         run: list[Segment] = []
         room = n_bytes
@@ -184,9 +187,9 @@ class LayerwiseReader:
                     run, room = [], n_bytes
                     continue
                 room -= self._padding + taken * self.geometry.layer_bytes
-                # Whole blocks are verified faster.
-                if taken < segment.pages and (whole := taken - (segment.slot + taken) % self.geometry.block_pages) > 0:
-                    taken, room = whole, 0
+                beyond = (segment.slot + taken) % block_pages
+                if beyond and taken < segment.pages and taken - beyond >= block_pages:
+                    taken, room = taken - beyond, 0
                 run.append(segment._replace(pages=taken))
                 segment = segment._replace(
                     slot=segment.slot + taken, pages=segment.pages - taken, first=segment.first + taken
@@ -223,7 +226,7 @@ class Stream:
         self.ahead: deque[tuple[Future[Chunk], Buffer | None]] = deque()
         self._reader = reader
         # What is read at a time: of the first layer, which a forward waits for with nothing else to do and which
-        # therefore shares the disk with no other, and of those.
+        # therefore comes before any other, and of those.
         self._first, self._others = first, others
         self._first_missing = len(first)
         self._closed = False
@@ -277,18 +280,17 @@ class Stream:
         self.ahead.append((reading, buffer))
         self._reading_begun.notify_all()
 
-        def work() -> None:
-            _fulfil(reading, read)
-            if layer == 0:
-                self._first_has_arrived()
+        return lambda: _fulfil(reading, read if layer else lambda: self._first_layer(read))
 
-        return work
-
-    def _first_has_arrived(self) -> None:
-        with self._reader._lock:
-            self._first_missing -= 1
-            if not self._first_missing:
-                self._reader._work_to_do.notify_all()
+    def _first_layer(self, read: Callable[[], Chunk]) -> Chunk:
+        try:
+            return read()
+        finally:
+            # Before the chunk is there to be consumed, or its buffer might go to streams that are consumed later.
+            with self._reader._lock:
+                self._first_missing -= 1
+                if not self._first_missing:
+                    self._reader._work_to_do.notify_all()
 
     def _read(
         self, buffer: Buffer, free_after: Callable[[], None] | None, chunk: Chunk, run: tuple[Segment, ...]
@@ -354,6 +356,9 @@ class Stream:
         with self._reader._lock:
             self.hurried = True
             self._destination = destination
+            if not self._closed:
+                self._reader._streams.remove(self)
+                self._reader._streams.append(self)
             self._reader._work_to_do.notify_all()
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -401,6 +406,7 @@ class Stream:
             for reading, buffer in self.ahead:
                 self._reader._release(buffer, reading.result().keep_until if reading.exception() is None else None)
             self.ahead.clear()
+            self._destination = None
 
     def __enter__(self) -> Stream:
         return self
@@ -435,7 +441,7 @@ class _OpenExtent:
 
     def read_to(self, components: Sequence[Sequence[Buffer]], segment: Segment, layer: int) -> int:
         """Read one layer of a segment to where its components are to be, in arrays that follow each other: the number
-        of bytes. Raises OSError, also when the file is too short."""
+        of bytes. Raises OSError, also when the file is too short, and ValueError for arrays of another size."""
         n_bytes, arrays_of = 0, iter(components)
         for start, end, members in _coalesced(_spans(segment, layer)):
             into = [array for _ in members for array in next(arrays_of)]
@@ -445,7 +451,8 @@ class _OpenExtent:
                     raise OSError(f"{segment.extent.path} ends in the middle of a page")
                 start += wanted
                 n_bytes += wanted
-            assert start == end
+            if start != end:
+                raise ValueError(f"{start - end:+,} bytes of memory for pages of {segment.extent.path}")
         return n_bytes
 
     def close(self) -> None:

@@ -76,7 +76,6 @@ def test_what_is_not_given_is_completed(settings: Settings, model: str, free_por
     assert command[3:7] == arguments
     assert command[7:] == ["--radix-cache-backend", "agentstate", "--enable-cache-report", "--device", "cpu"]
     assert environment["OMP_WAIT_POLICY"] == "passive"
-    assert environment["THP_MEM_ALLOC_ENABLE"] == "1"
     assert environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) - 1))
     assert environment["PATH"] == os.environ["PATH"]
     assert settings.pages_path.is_dir()

@@ -240,6 +240,26 @@ def test_one_call_reads_to_no_more_places_than_the_system_allows(
     reader.close()
 
 
+@pytest.mark.parametrize("staging_bytes", [1, 300_000])
+def test_streams_are_consumed_together_in_the_order_in_which_they_were_hurried(
+    store: PageStore, staging_bytes: int
+) -> None:
+    """Whichever was opened first, with what little memory there is taken by streams that wait."""
+    reader = LayerwiseReader(store.geometry, staging_bytes=staging_bytes, threads=4)
+    waiting = reader.open(store.hold(keys(*range(12))))
+    streams = [reader.open(store.hold(keys(*range(12)))) for _ in range(3)][::-1]
+    for _ in range(20):
+        time.sleep(0.001)
+    for stream in streams:
+        stream.hurry()
+    for layer in range(store.geometry.layers):
+        for stream in streams:
+            assert sum(chunk.count for chunk in stream.layer(layer)) == 12
+    for stream in [waiting, *streams]:
+        stream.close()
+    reader.close()
+
+
 def test_the_first_layer_is_read_before_any_other(store: PageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """By all threads, and the others when it is there."""
     reader = LayerwiseReader(store.geometry, staging_bytes=4 << 20, threads=3)

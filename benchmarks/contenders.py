@@ -8,6 +8,7 @@ kind of memory. A write ends when its bytes are durable, also where its author d
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from agentstate.pages import (
+    Destination,
     ExtentDraft,
     Geometry,
     LayerwiseReader,
@@ -38,8 +40,9 @@ MARK = fingerprint(benchmark="pages")
 
 
 class DeviceMemory:
-    """Host memory laid out as an engine's KV tensors: ``bytes`` has shape (layers, components, rows, component bytes),
-    a page a row. Page ``p`` of a context lies in row ``p % rows``, so that a context may be longer than the memory.
+    """Host memory laid out and aligned as a CPU engine's KV tensors: ``bytes`` has shape (layers, components, rows,
+    component bytes), a page a row. Page ``p`` of a context lies in row ``p % rows``, so that a context may be longer
+    than the memory.
 
     Raises ValueError for a geometry whose components differ in size.
     """
@@ -49,7 +52,8 @@ class DeviceMemory:
         if len(sizes) != 1:
             raise ValueError(f"components of {sorted(sizes)} bytes do not fit one array")
         self.rows = rows
-        self.bytes = np.empty((geometry.layers, len(geometry.component_bytes), rows, sizes.pop()), dtype=np.uint8)
+        shape = geometry.layers, len(geometry.component_bytes), rows, sizes.pop()
+        self.bytes = staging_memory(math.prod(shape)).reshape(shape)
         self.clear()
 
     def clear(self) -> None:
@@ -72,6 +76,11 @@ class DeviceMemory:
         """The inverse of `gather`."""
         for rows, part in self._spans(first, len(pages)):
             np.copyto(self.bytes[layer, component, rows], pages[part])
+
+    def memory(self, layer: int, pages: range) -> list[list[np.ndarray]]:
+        """Where pages are, of each component."""
+        spans = [rows for rows, _ in self._spans(pages.start, len(pages))]
+        return [[component[rows] for rows in spans] for component in self.bytes[layer]]
 
     def _spans(self, first: int, count: int) -> Iterator[tuple[slice, slice]]:
         done = 0
@@ -122,7 +131,8 @@ class Contender(ABC):
 
 class AgentStateStore(Contender):
     """This store, used as an engine uses it: pages are gathered by one thread and published by another; they are read
-    layer by layer, and what is copied to the device has been verified."""
+    layer by layer and verified, ``straight`` to where they are to be as on a CPU, or through staging, from which one
+    thread copies them, as on a GPU."""
 
     name = "agentstate"
 
@@ -135,12 +145,14 @@ class AgentStateStore(Contender):
         spill_staging_bytes: int,
         pages_an_extent: int | None = None,
         merged: bool = False,
+        straight: bool = True,
     ):
         super().__init__(directory)
         self.quota = Quota()
         self._geometry = geometry
         self._reader = reader
         self._merged = merged
+        self._straight = straight
         self._keys: list[bytes] = []
         self._spill_staging_bytes = spill_staging_bytes
         self._open()
@@ -178,6 +190,8 @@ class AgentStateStore(Contender):
 
     def read(self, device: DeviceMemory) -> None:
         with self._reader.open(self._store.hold(self._keys)) as stream:
+            if self._straight:
+                stream.hurry(Destination(range(len(self._keys)), device.memory))
             for chunk in stream:
                 if chunk.wrong:
                     raise RuntimeError(f"pages {chunk.wrong} of {self.directory} are not what was written")

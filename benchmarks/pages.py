@@ -39,7 +39,7 @@ GEOMETRIES = {
     "smollm2": Geometry(30, PAGE_SIZE, (PAGE_SIZE * 3 * 64 * 2,) * 2),
     "smollm2-fp32": Geometry(30, PAGE_SIZE, (PAGE_SIZE * 3 * 64 * 4,) * 2),
 }
-CASES = ("idle", "busy", "recycled", "turns", "merged")
+CASES = ("idle", "staged", "busy", "recycled", "turns", "merged")
 TURNS, PAGES_A_TURN = 100, 13
 # The device's memory: far more than any cache of the processor, and no burden for a small machine.
 DEVICE_BYTES = 512 << 20
@@ -73,7 +73,7 @@ def suite(names: Sequence[str], geometries: Sequence[str], tokens: Sequence[int]
     typical = min(tokens, key=lambda n: abs(n - 16384)) // PAGE_SIZE
     cases = [Case("idle", geometries[0], n // PAGE_SIZE) for n in tokens]
     cases += [Case("idle", geometry, typical) for geometry in geometries[1:]]
-    cases += [Case(name, geometries[0], typical) for name in ("busy", "recycled")]
+    cases += [Case(name, geometries[0], typical) for name in ("staged", "busy", "recycled")]
     small = min(geometries, key=lambda name: GEOMETRIES[name].page_bytes)
     cases += [Case(name, small, TURNS * PAGES_A_TURN) for name in ("turns", "merged")]
     return [case for case in cases if case.name in names]
@@ -99,6 +99,7 @@ class Measurement:
             spill_staging_bytes=settings.spill_staging_bytes,
             pages_an_extent=PAGES_A_TURN if case.name in ("turns", "merged") else None,
             merged=case.name == "merged",
+            straight=case.name != "staged",
         )
         self._sizes = self._store.sizes(case.pages)
         self._device = Device(root / "device", readers=_threads(settings), largest_bytes=max(self._sizes))

@@ -363,7 +363,8 @@ class Stream:
 
     def __iter__(self) -> Iterator[Chunk]:
         """Every chunk, layer by layer."""
-        self.hurry()
+        if not self.hurried:
+            self.hurry()
         for layer in range(self._reader.geometry.layers):
             yield from self.layer(layer)
 

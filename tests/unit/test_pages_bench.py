@@ -114,11 +114,11 @@ def test_a_run_writes_its_rows_and_leaves_nothing_behind(
     monkeypatch.setenv("AGENTSTATE_SPILL_STAGING_BYTES", "8MiB")
     monkeypatch.setenv("AGENTSTATE_STAGING_BYTES", "8MiB")
     report = tmp_path / "report.json"
-    arguments = ["--geometry", "smollm2", "--tokens", "256", "--rounds", "2", "--case", "idle,busy,recycled"]
+    arguments = ["--geometry", "smollm2", "--tokens", "256", "--rounds", "2", "--case", "idle,staged,busy,recycled"]
     assert main([*arguments, "--dir", str(tmp_path / "disk"), "--json", str(report)]) == 0
     rows = json.loads(report.read_text())["rows"]
     assert [(row["case"], row["geometry"], row["tokens"]) for row in rows] == [
-        (name, "smollm2", 256) for name in ("idle", "busy", "recycled")
+        (name, "smollm2", 256) for name in ("idle", "staged", "busy", "recycled")
     ]
     for row in rows:
         for field in ("read_share_of_device", "write_share_of_device", "read_gb_s", "staging_bytes"):

@@ -246,8 +246,12 @@ def floor_of(variant: str) -> str:
 
 def over_floor(row: dict[str, Any], floor: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
     """A row's time to first token over its floor's: of pairs, with the 95 % interval, where both were measured in
-    turn; of medians, with none, where they were not, and of the floor itself."""
+    turn (after a restart, the first request and the median of the hits that followed it); of medians, with none, where
+    they were not, and of the floor itself."""
     own, under = row["ttft_all_s"], floor["ttft_all_s"]
+    if row["variant"] == "restore_first_after_restart":
+        groups = range(0, len(under), HITS_AFTER_RESTART)
+        under = [statistics.median(under[first : first + HITS_AFTER_RESTART]) for first in groups]
     if row is floor or len(own) != len(under):
         return row["ttft_s"] / floor["ttft_s"], None
     middle, low, high = paired_ratio(own, under)

@@ -17,6 +17,7 @@ from benchmarks import report, results
 from benchmarks.simulator import Fleet, Outcome, Served
 from benchmarks.study import quantile, summary
 from benchmarks.traces import Gap
+from benchmarks.ttft import over_floor
 
 
 def ttft_rows(model: str = "Small Model/1B") -> list[dict[str, Any]]:
@@ -212,3 +213,13 @@ def test_a_page_has_what_else_is_measured_on_an_engine_and_of_the_store(tmp_path
     assert "7 turns (5 turns, 2 forks), 1,234 tokens restored: 0 answers differ." in page
     assert "| idle | small | 4,096 | 2.00 | 95% | 0.25 | safetensors | 1.50 | 0.75 |" in page
     assert "| idle | small | 4,096 | 1.00 | 80% | 0.50 |" in page
+
+
+def test_a_first_request_after_a_restart_is_paired_with_the_hits_that_followed_it() -> None:
+    first = {"variant": "restore_first_after_restart", "ttft_s": 3.0, "ttft_all_s": [2.0, 4.0]}
+    hits = {"variant": "memory_hit_after_restart", "ttft_s": 1.5, "ttft_all_s": [1, 9, 1, 1, 1, 2, 2, 0.1, 2, 2]}
+    middle, bounds = over_floor(first, hits)
+    assert (middle, bounds) == (2.0, (2.0, 2.0))
+    assert over_floor(hits, hits) == (1.0, None)
+    fewer = {**hits, "ttft_all_s": [1.0] * 5}
+    assert over_floor(first, fewer) == (2.0, None)

@@ -160,6 +160,9 @@ class LocalStack(LocalService):
         command, environment = launcher.engine_command(self._settings, given, self.environment, stores=self._stores)
         self._engine = ChildProcess(command, environment, self.home / "engine.log")
         self._engine.await_answer(f"{self.engine_url}/health", 300)
+        self._await_registration()
+
+    def _await_registration(self) -> None:
         deadline = time.monotonic() + 30
         while self._stores and self._stat() is None:
             if time.monotonic() > deadline:
@@ -178,9 +181,10 @@ class LocalStack(LocalService):
             os.killpg(self._engine.group, signal.SIGSTOP)
 
     def thaw_engine(self) -> None:
-        """Let a frozen engine go on where it was."""
+        """Let a frozen engine go on where it was, and wait until the service, which may have given it up, knows of it."""
         if self._engine is not None:
             os.killpg(self._engine.group, signal.SIGCONT)
+            self._await_registration()
 
     def stop_engine(self) -> None:
         """SIGTERM: the engine ends its requests and stores what it has."""

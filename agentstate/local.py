@@ -181,7 +181,7 @@ class LocalStack(LocalService):
             os.killpg(self._engine.group, signal.SIGSTOP)
 
     def thaw_engine(self) -> None:
-        """Let a frozen engine go on where it was, and wait until the service, which may have given it up, knows of it."""
+        """Let a frozen engine go on where it was, and wait until the service knows of it (again)."""
         if self._engine is not None:
             os.killpg(self._engine.group, signal.SIGCONT)
             self._await_registration()

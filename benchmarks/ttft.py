@@ -255,7 +255,7 @@ def over_floor(row: dict[str, Any], floor: dict[str, Any]) -> tuple[float, tuple
     if row is floor or len(own) != len(under):
         return row["ttft_s"] / floor["ttft_s"], None
     middle, low, high = paired_ratio(own, under)
-    return middle, (low, high)
+    return middle, (low, high) if len(own) > 1 else None
 
 
 def paired_ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> tuple[float, float, float]:

@@ -261,16 +261,13 @@ class ExtentHeader:
             keys = tuple(blob[i : i + KEY_BYTES] for i in range(0, len(blob), KEY_BYTES))
             sums, block_sums = (
                 np.frombuffer(fields[name], dtype="<u8").reshape(geometry.layers, count)
-                for name, count in (
-                    ("checksums", len(keys)),
-                    ("block_checksums", -(-len(keys) // geometry.block_pages)),
-                )
+                for name, count in (("checksums", len(keys)), ("block_checksums", geometry.blocks(len(keys))))
             )
             header = cls(fields["fingerprint"], geometry, keys, sums, block_sums)
             if align(PREFIX.size + length) != header.layout.data_offset:
                 raise BadExtent(f"{name}: the header has {length} bytes, which its fields do not add up to")
             return header
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise BadExtent(f"{name}: the header misses or misstates a field: {error!r}") from error
 
 

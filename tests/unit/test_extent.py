@@ -188,6 +188,7 @@ def test_a_header_with_a_field_of_another_type_is_refused(name: str, value: obje
         {"planes": []},
         {"planes": [{"codec": "zstd", "components": [20, 12]}]},
         {"planes": [{"codec": "raw"}]},
+        {"planes": [{"codec": "raw", "components": [0, 12]}]},
         pytest.param(
             {"keys": b"".join(keys(1, 2))[:-1]},
         ),
@@ -201,6 +202,7 @@ def test_a_header_with_a_field_of_another_type_is_refused(name: str, value: obje
         "no plane",
         "codec",
         "no components",
+        "an empty component",
         "cut keys",
     ],
 )

@@ -70,6 +70,19 @@ def test_a_batch_of_fragmented_requests_comes_back(store: PageStore, chunk_bytes
     reader.close()
 
 
+def test_pages_of_several_extents_take_as_few_chunks_as_those_of_one(tmp_path: Path) -> None:
+    geometry = Geometry(layers=2, page_size=64, component_bytes=(1 << 16, 1 << 16))
+    store = PageStore(tmp_path, MARK, geometry)
+    for first in range(0, 16, 4):
+        write(store, keys(*range(first, first + 4)))
+    reader = reader_for(geometry, chunk_bytes=8 * geometry.layer_bytes)
+    with reader.open(store.hold(keys(*range(16)))) as stream:
+        chunks = [(chunk.layer, chunk.first, chunk.count) for chunk in stream]
+    reader.close()
+    store.close()
+    assert chunks == [(0, 0, 8), (0, 8, 8), (1, 0, 8), (1, 8, 8)]
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 20_000, 1 << 20])
 def test_chunks_come_in_the_order_of_their_layers_and_cover_every_page_once(store: PageStore, chunk_bytes: int) -> None:
     reader = reader_for(store.geometry, chunk_bytes)

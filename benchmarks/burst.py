@@ -23,7 +23,8 @@ from benchmarks import device, results
 from benchmarks.engine import Answer, Engine
 from benchmarks.models import GEOMETRIES
 from benchmarks.replay import unseen
-from benchmarks.stacks import console, extents_of, running, steps
+from benchmarks.stacks import extents_of, running, steps
+from benchmarks.terminal import console
 from benchmarks.ttft import TAIL, interval, paired_ratio
 
 _OUTPUT = 4

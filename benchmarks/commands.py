@@ -25,9 +25,9 @@ from benchmarks.replay import replay as replay_against
 from benchmarks.replay import validation
 from benchmarks.simulator import Fleet, Simulation
 from benchmarks.study import POLICIES, study, summary
+from benchmarks.terminal import console
 from benchmarks.traces import Workload
 
-console = Console()
 STORE = POLICIES[3]
 """The policy that is like an engine with AgentState today: what `replay` compares an engine with."""
 

@@ -31,6 +31,7 @@ from agentstate.pages import READ_THREADS, Geometry, LayerwiseReader, Quota
 from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.contenders import AgentStateStore, Contender, Device, DeviceMemory, alternatives
+from benchmarks.terminal import console
 
 PAGE_SIZE = 64
 GEOMETRIES = {
@@ -336,7 +337,6 @@ def main(arguments: Sequence[str]) -> int:
             if options.json is not None:
                 asked = {"rounds": options.rounds, "read_threads": _threads(settings)}
                 results.write(options.json, results.record("pages", asked, rows))
-    console = Console()
     for shown in tables(rows):
         console.print(shown)
     console.print(

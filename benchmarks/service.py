@@ -45,6 +45,7 @@ from agentstate.manifests import KvState
 from benchmarks import conversations, results
 from benchmarks.session_peers import ADDED, Peer, alternatives
 from benchmarks.study import quantile
+from benchmarks.terminal import console
 
 DATABASES = ("sqlite", "postgresql")
 SESSIONS = {10: 10_000, 1_000: 100, 5_000: 32, 100_000: 3}
@@ -57,8 +58,6 @@ PEER_ROUNDS = 5  # peers take part in one round of so many: theirs are longer
 WARM_UP = 3
 BLOCKS = 5
 T = TypeVar("T")
-
-console = Console()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -17,9 +16,8 @@ from agentstate.errors import EngineError, SettingsError
 from agentstate.local import LocalStack, free_port
 from agentstate.settings import Settings
 from benchmarks.models import GEOMETRIES
+from benchmarks.terminal import console
 
-# In a file or a pipe there is no width to keep to.
-console = Console(width=None if sys.stdout.isatty() else 160)
 SMOLLM2 = "smollm2-135m-instruct"
 
 

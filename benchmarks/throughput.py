@@ -31,7 +31,8 @@ from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.engine import Engine
 from benchmarks.replay import unseen
-from benchmarks.stacks import SMOLLM2, console, running, steps
+from benchmarks.stacks import SMOLLM2, running, steps
+from benchmarks.terminal import console
 from benchmarks.ttft import interval, paired_ratio
 
 

@@ -17,7 +17,8 @@ from benchmarks.models import GEOMETRIES
 from benchmarks.peers.comparison import PeerTurns, compare
 from benchmarks.peers.servers import SERVERS, LMCache
 from benchmarks.soak import Soak
-from benchmarks.stacks import SMOLLM2, checkpoint_of, console, running, steps
+from benchmarks.stacks import SMOLLM2, checkpoint_of, running, steps
+from benchmarks.terminal import console
 from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, floor_of, interval, over_floor
 
 PEERS = {server.name.replace("_", "-"): server for server in SERVERS}

@@ -18,8 +18,9 @@ from benchmarks.engine import Engine
 from benchmarks.probe import merged, probe
 from benchmarks.replay import replay, unseen, validation
 from benchmarks.simulator import Fleet, Simulation
-from benchmarks.stacks import SMOLLM2, console, running, steps
+from benchmarks.stacks import SMOLLM2, running, steps
 from benchmarks.study import POLICIES, summary
+from benchmarks.terminal import console
 
 _EVERY_S = 8.0
 """Between two sessions' starts, before times are scaled: so close that the device does not hold all that are away, and

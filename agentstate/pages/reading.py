@@ -1,6 +1,6 @@
 """Streaming stored pages back, layer by layer, ahead of whoever consumes them.
 
-The unit of work is a `Chunk`: some consecutive pages of one request in one layer, about ``chunk_bytes`` of them; the
+The unit of work is a `Chunk`: some consecutive pages of one request in one layer, at most ``chunk_bytes`` of them; the
 first layer is shared out among all threads. A few threads read chunks into reused, page-aligned buffers, which all
 streams share, and verify them there; every stream is read in layer order, as far ahead as there are buffers.
 So memory is bounded whatever the context's length, a forward can start when its first layer has arrived, and a request
@@ -39,8 +39,6 @@ from agentstate.pages.store import Hold, Segment, StoredExtent
 RANGE_BYTES = 1 << 20
 # What keeps a drive busy while some of it is verified.
 READ_THREADS = 4
-# Segments that a chunk has room for at its full size.
-_SEGMENTS = 8
 # What one call reads into, at the most.
 _MOST_ARRAYS = os.sysconf("SC_IOV_MAX")
 
@@ -87,7 +85,7 @@ class Chunk:
 
 
 class LayerwiseReader:
-    """Reads with ``threads`` threads into ``staging_bytes`` of memory, in chunks of about ``chunk_bytes``.
+    """Reads with ``threads`` threads into ``staging_bytes`` of memory, in chunks of at most ``chunk_bytes``.
 
     Any number of streams at a time, from any threads. The memory, ``staging``, is taken at once and kept; ``backend``
     decides where it is and reads into it. A chunk of 2 MiB is long enough for a disk, and is still in the processor's
@@ -105,10 +103,12 @@ class LayerwiseReader:
     ):
         self.geometry = geometry
         self._backend = backend or PosixBackend()
-        # Direct I/O reads whole blocks: of a segment up to two more a component than its bytes need.
-        self._padding = 2 * ALIGNMENT * len(geometry.component_bytes)
+        # Direct I/O reads whole blocks: of a segment whose pages do not end where blocks do, up to two more a component
+        # than its bytes need.
+        whole = not any(n_bytes % ALIGNMENT for n_bytes in geometry.component_bytes)
+        self._padding = 0 if whole else 2 * ALIGNMENT * len(geometry.component_bytes)
         smallest = geometry.layer_bytes + self._padding
-        self.chunk_bytes = align(max(smallest, min(chunk_bytes + _SEGMENTS * self._padding, staging_bytes // 2)))
+        self.chunk_bytes = align(max(smallest, min(chunk_bytes + self._padding, staging_bytes // 2)))
         count = max(2, staging_bytes // self.chunk_bytes)
         self.staging = self._backend.allocate(count * self.chunk_bytes)
         # With each, what has to return before it is overwritten.

@@ -48,6 +48,8 @@ def _end_what_was_started() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
+Models = Annotated[str, typer.Option(help="Like `ttft --model`, several with commas between them.")]
+DEFAULT_MODELS = "smollm2-135m-instruct,qwen2.5-7b"
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the raw result to this file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -343,18 +345,17 @@ def bench_service(
 
 @bench.command()
 def throughput(
+    models: Models = DEFAULT_MODELS,
     rounds: Annotated[int, typer.Option(min=2, help="How often each load is sent in each variant.")] = 10,
     report: JsonPath = None,
 ) -> None:
     """Output throughput while an engine spills, while it does not, and of SGLang as it is: decoding, and prefilling."""
-    _room("benchmarks.throughput").throughput(Settings(), rounds, report)
+    _room("benchmarks.throughput").throughput(Settings(), models.split(","), rounds, report)
 
 
 @bench.command()
 def burst(
-    models: Annotated[str, typer.Option(help="Like `ttft --model`, several with commas between them.")] = (
-        "smollm2-135m-instruct,qwen2.5-7b"
-    ),
+    models: Models = DEFAULT_MODELS,
     sessions: Annotated[int, typer.Option(min=2, help="How many are resumed at once.")] = 8,
     tokens: Annotated[int, typer.Option(help="Context of each, whole pages of 64 at best.")] = 2048,
     rounds: Annotated[int, typer.Option(min=2, help="How often they are.")] = 10,

@@ -272,9 +272,10 @@ def _throughput(found: Sequence[Result], pictures: Path) -> list[str]:
         "Output tokens a second of loads of new text, of which every page is spilled: over those of the same engine",
         "with spilling off, and over those of SGLang without AgentState, with 95 % intervals.",
     ]
-    for result in _newest(found, "model"):
+    for result in _newest(found, "models"):
         table = [
             [
+                row["model"],
                 row["load"],
                 f"{row['requests']} × ({row['prompt_tokens']} + {row['output_tokens']})",
                 *(f"{row[f'{variant}_tokens_per_s']:.1f}" for variant in ("spilling", "off", "plain")),
@@ -285,17 +286,9 @@ def _throughput(found: Sequence[Result], pictures: Path) -> list[str]:
             ]
             for row in result["rows"]
         ]
-        header = [
-            "load",
-            "requests × (prompt + answer)",
-            "spilling, tok/s",
-            "off",
-            "SGLang",
-            "÷ off",
-            "95 %",
-            "÷ SGLang",
-        ]
-        lines += ["", _provenance(result), "", *_table([*header, "95 %"], table, left=2)]
+        header = ["model", "load", "requests × (prompt + answer)", "spilling, tok/s", "off", "SGLang"]
+        header += ["÷ off", "95 %", "÷ SGLang", "95 %"]
+        lines += ["", _provenance(result), "", *_table(header, table, left=3)]
     return lines
 
 

@@ -31,7 +31,7 @@ from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.engine import Engine
 from benchmarks.replay import unseen
-from benchmarks.stacks import SMOLLM2, running, steps
+from benchmarks.stacks import running, steps
 from benchmarks.terminal import console
 from benchmarks.ttft import interval, paired_ratio
 
@@ -93,7 +93,6 @@ class Throughput:
                 n_bytes += spilled_bytes
             self._step()
         row: dict[str, Any] = {
-            "model": SMOLLM2,
             "load": load.name,
             "requests": load.requests,
             "prompt_tokens": load.prompt_tokens,
@@ -155,20 +154,14 @@ def _working(stack: LocalStack) -> Iterator[None]:
         stack.freeze_engine()
 
 
-def throughput(settings: Settings, rounds: int, report: Path | None) -> None:
-    """Print and keep what spilling leaves of an engine's output throughput, a row a load."""
-    arguments = ("--skip-tokenizer-init",)
-    with ExitStack() as started:
-        storing = started.enter_context(running(settings, SMOLLM2, arguments))
-        storing.freeze_engine()
-        plain = started.enter_context(running(settings, SMOLLM2, arguments, stores=False))
-        storing.thaw_engine()
-        bar = started.enter_context(steps(len(LOADS) * rounds))
-        rows = asyncio.run(Throughput(storing, plain, *bar).run(LOADS, rounds))
+def throughput(settings: Settings, models: Sequence[str], rounds: int, report: Path | None) -> None:
+    """Print and keep what spilling leaves of an engine's output throughput, a row a model and load."""
+    rows = [row for model in models for row in _measured(settings, model, rounds)]
     numbers = ["spilling, tok/s", "off", "plain", "÷ off", "95 %", "÷ plain", "95 %", "MB spilled"]
-    table = Table("load", "requests", *(Column(name, justify="right") for name in numbers))
+    table = Table("model", "load", "requests", *(Column(name, justify="right") for name in numbers))
     for row in rows:
         table.add_row(
+            row["model"],
             row["load"],
             f"{row['requests']} × ({row['prompt_tokens']} + {row['output_tokens']})",
             *(f"{row[f'{variant}_tokens_per_s']:.1f}" for variant in Variant),
@@ -180,5 +173,16 @@ def throughput(settings: Settings, rounds: int, report: Path | None) -> None:
         )
     console.print(table)
     if report is not None:
-        results.write(report, results.record("throughput", {"model": SMOLLM2, "rounds": rounds}, rows))
+        results.write(report, results.record("throughput", {"models": list(models), "rounds": rounds}, rows))
         console.print(f"raw result written to {report}")
+
+
+def _measured(settings: Settings, model: str, rounds: int) -> list[dict[str, Any]]:
+    arguments = ("--skip-tokenizer-init",)
+    with ExitStack() as started:
+        storing = started.enter_context(running(settings, model, arguments))
+        storing.freeze_engine()
+        plain = started.enter_context(running(settings, model, arguments, stores=False))
+        storing.thaw_engine()
+        bar = started.enter_context(steps(len(LOADS) * rounds))
+        return [{"model": model, **row} for row in asyncio.run(Throughput(storing, plain, *bar).run(LOADS, rounds))]

@@ -17,9 +17,11 @@ def register() -> None:
     """Entry point `sglang.srt.plugins`: run early in every SGLang process, whether or not the flag is given.
     Registers and decides nothing; the linker and its store are made by the scheduler processes alone."""
     from engine_patch import sglang_api as sgl
+    from engine_patch import warm_up
 
     sgl.register_resolution_hook("handle_hicache")(_resolve_arguments)
     sgl.register_radix_cache_backend(BACKEND, _create_cache)
+    sgl.warmup(warm_up.NAME)(warm_up.warm_up)
     sgl.add_attention_backend_choices(["agentstate_cpu"])
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _around_next_batch, sgl.HookType.AROUND
@@ -54,6 +56,7 @@ def platform() -> str | None:
 
 def _resolve_arguments(server_args: Any, previous: Any) -> None:
     from engine_patch import sglang_api as sgl
+    from engine_patch import warm_up
 
     cfg = sgl.resolving_view(server_args)
     if cfg.radix_cache_backend != BACKEND:
@@ -81,9 +84,11 @@ def _resolve_arguments(server_args: Any, previous: Any) -> None:
     if refused:
         raise ValueError(f"--radix-cache-backend {BACKEND} cannot be combined with {', '.join(refused)}")
     previous(server_args)
+    warm_ups = [*filter(None, (cfg.warmups or "").split(",")), *([] if cfg.skip_server_warmup else [warm_up.NAME])]
     sgl.declare_resolution(
         server_args,
         "agentstate",
+        warmups=",".join(warm_ups) or None,
         enable_unified_cache_external_linker=True,
         unified_cache_external_linker_backend="dynamic",
         unified_cache_external_linker_config={

@@ -28,6 +28,9 @@ check_version()
 from sglang.srt.arg_groups.choices import add_attention_backend_choices  # noqa: E402
 from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view  # noqa: E402
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook  # noqa: E402
+from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST  # noqa: E402
+from sglang.srt.entrypoints.warmup import warmup  # noqa: E402
+from sglang.srt.managers.io_struct import GenerateReqInput  # noqa: E402
 from sglang.srt.managers.schedule_batch import FINISH_ABORT  # noqa: E402
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams  # noqa: E402
 from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
@@ -57,10 +60,12 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: E40
 from sglang.srt.runtime_context import get_memory, get_model, get_observability, get_parallel, get_serving  # noqa: E402
 
 __all__ = [
+    "FAKE_BOOTSTRAP_HOST",
     "FINISH_ABORT",
     "SUPPORTED",
     "ComponentType",
     "EvictParams",
+    "GenerateReqInput",
     "HookRegistry",
     "HookType",
     "HybridLinearKVPool",
@@ -92,4 +97,5 @@ __all__ = [
     "register_resolution_hook",
     "release_kv_cache",
     "resolving_view",
+    "warmup",
 ]

@@ -35,6 +35,17 @@ def flip(path: Path, key: bytes | None = None, layer: int = 3) -> None:
         file.write(bytes([byte ^ 1]))
 
 
+def test_an_engine_computes_a_prompt_before_it_is_ready_and_keeps_nothing_of_it(
+    stack: LocalStack, generate: Generator
+) -> None:
+    before, ready, _ = (stack.home / "engine.log").read_text().partition("The server is fired up")
+    assert ready
+    assert "#new-token: 512, #cached-token: 0" in before
+    # The same prompt: a quarter into SmolLM2's vocabulary, one after the other.
+    again = generate(list(range(49_152 // 4, 49_152 // 4 + 512)), max_new_tokens=1)
+    assert (again.cached, again.restored) == (0, 0)
+
+
 def test_restores_after_a_flush_with_identical_tokens(stack: LocalStack, generate: Generator) -> None:
     text = prompt(1, 20 * PAGE + 30)
     computed = generate(text)

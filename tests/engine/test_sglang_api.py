@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.managers.schedule_batch import Req, ReqKvInfo, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.mem_cache import memory_pool
 from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -27,6 +29,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
 from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 from sglang.srt.platforms.interface import SRTPlatform
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 
 from agentstate.errors import EngineError
@@ -42,6 +45,7 @@ ROOT = Path(__file__).parents[2]
 # Symbol, its parameters as the plug-in knows them; those after "*" are passed by name.
 CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.FINISH_ABORT, "message status_code"),
+    (sgl.GenerateReqInput, "* input_ids sampling_params bootstrap_host"),
     (sgl.HookRegistry.register, "target hook hook_type"),
     (sgl.HybridReqToTokenPool.register_layer_transfer_counter, "self layer_transfer_counter"),
     (sgl.PoolTransfer, "* name device_indices keys"),
@@ -63,6 +67,7 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.register_resolution_hook, "name"),
     (sgl.release_kv_cache, "req tree_cache * checkpoint"),
     (sgl.resolving_view, "server_args"),
+    (sgl.warmup, "name"),
     (sgl.SWAKVPool.translate_loc_from_full_to_swa, "self kv_indices"),
     (sgl.EvictParams, "num_tokens"),
     (sgl.InsertParams, "key value * prev_prefix_len"),
@@ -90,6 +95,7 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (Scheduler._add_request_to_queue, "self req is_retracted"),
     (Scheduler.get_next_batch_to_run, "self running_batch last_batch"),
     (SchedulerWeightUpdaterManager._observe_weight_load, "self source"),
+    (TokenizerManager.generate_request, "self obj request"),
     (TorchNativeAttnBackend, "model_runner"),
 ]
 
@@ -160,7 +166,8 @@ ATTRIBUTES: dict[type, str] = {
     "disable_radix_cache enable_hierarchical_cache enable_lmcache enable_unified_cache_external_linker "
     "unified_cache_external_linker_backend unified_cache_external_linker_config speculative_algorithm "
     "disaggregation_mode enable_streaming_session pp_size dp_size model_path served_model_name "
-    "json_model_override_args quantization",
+    "json_model_override_args quantization warmups skip_server_warmup",
+    TokenizerManager: "is_generation max_req_input_len model_config",
 }
 
 
@@ -265,6 +272,14 @@ def test_a_choice_of_attention_backends_can_be_added() -> None:
         choices.remove("of this test")
 
 
+def test_a_request_can_be_kept_out_of_the_radix_tree() -> None:
+    def request(**given: Any) -> Req:
+        return Req("a", "", array("q", [1]), SamplingParams(max_new_tokens=1), **given)
+
+    assert not request().skip_radix_cache_insert
+    assert request(bootstrap_host=sgl.FAKE_BOOTSTRAP_HOST).skip_radix_cache_insert
+
+
 def hooked() -> Iterator[str]:
     tree = ast.parse((ROOT / "engine_patch" / "plugin.py").read_text())
     for node in ast.walk(tree):
@@ -301,6 +316,7 @@ def test_every_symbol_of_the_api_module_is_known_by_how_it_is_used() -> None:
     known = {symbol.__qualname__.split(".")[0] for symbol, _ in CALLED}
     known |= {stock.__name__ for _, stock, _, _ in OVERRIDDEN} | {owner.__name__ for owner in ATTRIBUTES}
     tested_apart = {"SUPPORTED", "ComponentType", "HookType", "PoolName", "add_attention_backend_choices"}
+    tested_apart |= {"FAKE_BOOTSTRAP_HOST"}
     unknown = set(sgl.__all__) - known - tested_apart
     assert not unknown, f"nothing here fails when these change: {sorted(unknown)}"
 

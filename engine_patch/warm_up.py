@@ -1,0 +1,39 @@
+"""A prompt that an engine computes before it is ready, so that no agent that goes on pays for being the first.
+
+The first prompt of some length takes longer than the same one later: kernels are loaded or made, and memory is touched
+that never was. SGLang warms up too, with a prompt of a few tokens, which is not enough for that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+
+from engine_patch import sglang_api as sgl
+
+NAME = "agentstate"
+_TOKENS = 512
+
+
+async def warm_up(disaggregation_mode: str, tokenizer_manager: Any) -> None:
+    """Compute a prompt and decode from it. Nothing of it is kept, neither on the device nor in a store."""
+    if not tokenizer_manager.is_generation:
+        return
+    async with anyio.create_task_group():
+        pass  # what a streamed answer needs, and anyio imports when it is first asked for
+    tokens = min(_TOKENS, tokenizer_manager.max_req_input_len // 2)
+    request = sgl.GenerateReqInput(
+        input_ids=_ids(tokens, tokenizer_manager.model_config.vocab_size),
+        sampling_params={"max_new_tokens": 2, "temperature": 0, "ignore_eos": True},
+        # SGLang's mark of a request that is kept out of its radix tree, and means nothing else here.
+        bootstrap_host=sgl.FAKE_BOOTSTRAP_HOST,
+    )
+    async for _ in tokenizer_manager.generate_request(request, None):
+        pass
+
+
+def _ids(count: int, vocabulary: int) -> list[int]:
+    """All different, as far as may be, for experts to be chosen among; none where special tokens are, which stand for
+    images or the like: at a vocabulary's beginning or end."""
+    return [vocabulary // 4 + number % max(1, vocabulary // 2) for number in range(count)]

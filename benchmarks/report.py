@@ -57,8 +57,9 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
                 best[name] = row, result
     lines = [
         "Recomputed, as a memory hit (the floor: nothing is brought back), and restored, in turn in one run. The",
-        "memory hit that a variant is divided by is its own engine's; where both were measured in turn, the",
-        "quotient is the median of the pairs', with its 95 % interval (bootstrap), else that of the medians.",
+        "memory hit and the recomputation that a variant is divided by are its own run's, where that has them, and",
+        "the memory hit is its own engine's; where both were measured in turn, the quotient is the median of the",
+        "pairs', with its 95 % interval (bootstrap), else that of the medians.",
         "*Before the match* is how many of the seconds had passed when SGLang had the request and looked for a prefix.",
         "*Share* is of the device's direct-read limit, measured in the same run; *overlap* is the time over what it",
         "could be at best, which is the longer of a memory hit and of reading the bytes at that limit; *same* says",
@@ -67,18 +68,20 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
     ]
     for model in dict.fromkeys(model for model, _, _ in best):
         chosen = [(row, result) for (name, _, _), (row, result) in best.items() if name == model]
-        rows = sorted((row for row, _ in chosen), key=lambda row: row["tokens"])
-        timed = {(row["tokens"], row["variant"]): row for row in rows if row.get("ttft_s") is not None}
+        chosen.sort(key=lambda pair: pair[0]["tokens"])
+        rows = [row for row, _ in chosen]
+        timed = _timed({"rows": rows}, model)
         lines += ["", f"### {model}", ""]
         sources = {str(result["measured_at"]): result for _, result in chosen}
         lines += [_provenance(result) for result in sources.values()]
         table = []
-        for row in rows:
+        for row, result in chosen:
             tokens, own_s = row["tokens"], row.get("ttft_s")
             if own_s is None:  # a peer that could not run here
                 table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 9])
                 continue
-            floor, recomputed = timed.get((tokens, floor_of(row["variant"]))), timed.get((tokens, "recompute"))
+            beside = {**timed, **_timed(result, model)}
+            floor, recomputed = (beside.get((tokens, other)) for other in (floor_of(row["variant"]), "recompute"))
             ratio, bounds = over_floor(row, floor) if floor else (None, None)
             table.append(
                 [
@@ -391,6 +394,12 @@ def _picture(pictures: Path, name: str, text: str) -> list[str]:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     aligned = ["---"] * left + ["---:"] * (len(header) - left)
     return [f"| {' | '.join(cells)} |" for cells in (header, aligned, *rows)]
+
+
+def _timed(result: Result, model: str) -> dict[tuple[int, str], dict[str, Any]]:
+    """The rows of a model that were measured, by length and variant."""
+    rows = (row for row in result["rows"] if row["model"] == model and row.get("ttft_s") is not None)
+    return {(row["tokens"], row["variant"]): row for row in rows}
 
 
 def _samples(row: dict[str, Any]) -> int:

@@ -102,6 +102,18 @@ def test_the_newest_of_two_results_counts(tmp_path: Path) -> None:
     assert "0.600" not in page
 
 
+def test_what_a_figure_is_divided_by_is_of_its_own_run(tmp_path: Path) -> None:
+    written(tmp_path / "raw", "ttft", ttft_rows(), {}, "a-first")
+    # Newer, and measured as often as what it would replace.
+    again = [{**row, "ttft_s": 80.0} for row in ttft_rows() if (row["variant"], row["tokens"]) == ("recompute", 1000)]
+    later = results.record("ttft", {}, again)
+    results.write(tmp_path / "raw" / "b.json", {**later, "measured_at": "2999-01-01T00:00:00+00:00"})
+    report.write(tmp_path / "raw", tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text()
+    assert "| 1,000 | recomputed | 80.000 | 0.0041 | 1.0× |" in page
+    assert "| 1,000 | restored, cold | 0.600 | 0.0041 | 13.3× |" in page
+
+
 def test_no_results_and_broken_results_are_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no results"):
         report.write(tmp_path, tmp_path / "performance.md")

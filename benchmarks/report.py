@@ -70,7 +70,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
         chosen = [(row, result) for (name, _, _), (row, result) in best.items() if name == model]
         chosen.sort(key=lambda pair: pair[0]["tokens"])
         rows = [row for row, _ in chosen]
-        timed = _timed({"rows": rows}, model)
+        timed = _timed(rows, model)
         lines += ["", f"### {model}", ""]
         sources = {str(result["measured_at"]): result for _, result in chosen}
         lines += [_provenance(result) for result in sources.values()]
@@ -80,7 +80,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
             if own_s is None:  # a peer that could not run here
                 table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 9])
                 continue
-            beside = {**timed, **_timed(result, model)}
+            beside = {**timed, **_timed(result["rows"], model)}
             floor, recomputed = (beside.get((tokens, other)) for other in (floor_of(row["variant"]), "recompute"))
             ratio, bounds = over_floor(row, floor) if floor else (None, None)
             table.append(
@@ -396,10 +396,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
     return [f"| {' | '.join(cells)} |" for cells in (header, aligned, *rows)]
 
 
-def _timed(result: Result, model: str) -> dict[tuple[int, str], dict[str, Any]]:
-    """The rows of a model that were measured, by length and variant."""
-    rows = (row for row in result["rows"] if row["model"] == model and row.get("ttft_s") is not None)
-    return {(row["tokens"], row["variant"]): row for row in rows}
+def _timed(rows: Sequence[dict[str, Any]], model: str) -> dict[tuple[int, str], dict[str, Any]]:
+    """Of ``rows``, those of a model that were measured, by length and variant."""
+    measured = (row for row in rows if row["model"] == model and row.get("ttft_s") is not None)
+    return {(row["tokens"], row["variant"]): row for row in measured}
 
 
 def _samples(row: dict[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """A prompt that an engine computes before it is ready, so that no agent that goes on pays for being the first.
 
-The first prompt of some length takes longer than the same one later: kernels are loaded or made, and memory is touched
-that never was. SGLang warms up too, with a prompt of a few tokens, which is not enough for that.
+The first prompt of some length takes longer than the same one later: kernels are loaded or made, and Python imports
+what a streamed answer needs. SGLang warms up too, with a prompt of a few tokens, which is not enough for that.
 """
 
 from __future__ import annotations
@@ -36,4 +36,4 @@ async def warm_up(disaggregation_mode: str, tokenizer_manager: Any) -> None:
 def _ids(count: int, vocabulary: int) -> list[int]:
     """All different, as far as may be, for experts to be chosen among; none where special tokens are, which stand for
     images or the like: at a vocabulary's beginning or end."""
-    return [vocabulary // 4 + number % max(1, vocabulary // 2) for number in range(count)]
+    return [vocabulary // 4 + number % (vocabulary // 2) for number in range(count)]

@@ -263,7 +263,8 @@ def ttft(
         int | None, typer.Option(min=1, help="How often each variant is measured: 20; beside peers 2, a visit.")
     ] = None,
     recomputes: Annotated[
-        int | None, typer.Option(min=0, help="How often a context is computed anew: 3; beside peers 1.")
+        int | None,
+        typer.Option(min=0, help="In how many of the rounds a context is computed anew: all; beside peers one."),
     ] = None,
     restarts: Annotated[
         int,
@@ -287,7 +288,7 @@ def ttft(
             model,
             lengths,
             rounds=rounds or 20,
-            recomputes=3 if recomputes is None else recomputes,
+            recomputes=(rounds or 20) if recomputes is None else recomputes,
             restarts=restarts,
             report=report,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, results
-from benchmarks.ttft import floor_of, interval, over_floor
+from benchmarks.ttft import floor_of, interval, quotient
 
 Result = dict[str, Any]
 _CONTENTS = {
@@ -78,18 +78,20 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
         for row, result in chosen:
             tokens, own_s = row["tokens"], row.get("ttft_s")
             if own_s is None:  # a peer that could not run here
-                table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 9])
+                table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 10])
                 continue
             beside = {**timed, **_timed(result["rows"], model)}
             floor, recomputed = (beside.get((tokens, other)) for other in (floor_of(row["variant"]), "recompute"))
-            ratio, bounds = over_floor(row, floor) if floor else (None, None)
+            ratio, bounds = quotient(row, floor) if floor else (None, None)
+            sooner, sooner_bounds = quotient(recomputed, row) if recomputed else (None, None)
             table.append(
                 [
                     f"{tokens:,}",
                     plots.label(row["variant"]),
                     f"{own_s:.3f}",
                     _maybe(row.get("before_match_s"), "{:.4f}"),
-                    _maybe(recomputed and recomputed["ttft_s"] / own_s, "{:.1f}×"),
+                    _maybe(sooner, "{:.1f}×"),
+                    interval(sooner_bounds or (), 1),
                     _maybe(ratio, "{:.3f}"),
                     interval(bounds or ()),
                     _maybe(row.get("tokens_per_s"), "{:.1f}"),
@@ -99,8 +101,8 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
                     {True: "yes", False: "**no**", None: ""}[row.get("identical")],
                 ]
             )
-        header = ["context", "variant", "TTFT, s", "before the match", "sooner than recomputed", "÷ memory hit", "95 %"]
-        lines += ["", *_table([*header, "tokens/s", "bytes read", "share", "overlap", "same"], table, left=2)]
+        header = ["context", "variant", "TTFT, s", "before the match", "sooner than recomputed", "95 %", "÷ memory hit"]
+        lines += ["", *_table([*header, "95 %", "tokens/s", "bytes read", "share", "overlap", "same"], table, left=2)]
         # Of peers, what is comparable with a cold restore; there are too many lines else.
         shown_of_peers = tuple(f"{peer}_cold" for peer in plots.PEERS)
         measured = [

@@ -97,8 +97,8 @@ class Prompts:
 
 
 class Turn2:
-    """Measures one context on one stack. It is computed anew ``recomputes`` times; ``step`` is called after every
-    request that counts."""
+    """Measures one context on one stack. It is computed anew in the first ``recomputes`` rounds; ``step`` is called
+    after every request that counts."""
 
     name = "agentstate"
     visits: int | None = None
@@ -130,7 +130,7 @@ class Turn2:
         self._stack.kill_engine()
 
     async def ingest(self) -> None:
-        """Have the context computed and stored: the first turn. What it takes to compute it is measured then."""
+        """Have the context computed and stored: the first turn."""
         with Client(self._stack.service_url) as client:
             self._session_id = client.create_session(self._stack.model).id
             resumed = client.resume(self._session_id)
@@ -140,8 +140,6 @@ class Turn2:
         async with Engine(self._stack.engine_url) as engine:
             await engine.ask(unseen(64), 2)
             _, self._expected = await self._prompts.compute(engine, self._session)
-            for number in range(self._recomputes):
-                await self._recompute(engine, number)
         self._flushed()
         self._limit = device.read_limit(extents_of(self._stack))
 
@@ -154,6 +152,8 @@ class Turn2:
                     await self._resume(engine, number)
                 else:
                     await self._measure(engine, variant, number, self._samples[variant])
+            if len(self._samples["recompute"].ttft_s) < self._recomputes:
+                await self._recompute(engine, number)
 
     async def first_after_restart(self, number: int, cold: bool = True) -> None:
         """The first request of an engine that has just been started again, and hits right after it. A restore is always
@@ -178,9 +178,13 @@ class Turn2:
 
     async def _recompute(self, engine: Engine, number: int) -> None:
         prompt, tail = self._prompts.number(number)
-        # A salt of its own: nothing of it is stored or on the device, and its tokens are the same.
+        # A salt of its own: nothing of it is stored or on the device, and its tokens are the same. It is spilled like
+        # any first turn, which must be over before anything else is measured.
         fresh = await engine.ask(prompt, OUTPUT, None, cache_salt=uuid.uuid4().hex)
+        if fresh.restored_tokens or fresh.device_tokens:
+            raise EngineError(f"recompute: {fresh.restored_tokens + fresh.device_tokens} tokens were not computed")
         self._samples["recompute"].add(fresh, self._expected[tail])
+        self._flushed()
         self._step()
 
     async def _prepare(self, engine: Engine, variant: str) -> None:
@@ -244,16 +248,17 @@ def floor_of(variant: str) -> str:
     return "memory_hit"
 
 
-def over_floor(row: dict[str, Any], floor: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
-    """A row's time to first token over its floor's: of pairs, with the 95 % interval, where both were measured in
-    turn (after a restart, the first request and the median of the hits that followed it); of medians, with none, where
-    they were not, and of the floor itself."""
-    own, under = row["ttft_all_s"], floor["ttft_all_s"]
-    if row["variant"] == "restore_first_after_restart":
+def quotient(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
+    """A row's time to first token over another's: of pairs, with the 95 % interval, where both were measured in turn
+    (after a restart, the first request and the median of the hits that followed it); of medians, with none, where they
+    were not, and of a row over itself."""
+    own, under = row["ttft_all_s"], other["ttft_all_s"]
+    if (row["variant"], other["variant"]) == ("restore_first_after_restart", "memory_hit_after_restart"):
         groups = range(0, len(under), HITS_AFTER_RESTART)
         under = [statistics.median(under[first : first + HITS_AFTER_RESTART]) for first in groups]
-    if row is floor or len(own) != len(under):
-        return row["ttft_s"] / floor["ttft_s"], None
+    in_turn = floor_of(row["variant"]) == floor_of(other["variant"]) and len(own) == len(under)
+    if row is other or not in_turn:
+        return row["ttft_s"] / other["ttft_s"], None
     middle, low, high = paired_ratio(own, under)
     return middle, (low, high) if len(own) > 1 else None
 
@@ -266,6 +271,6 @@ def paired_ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -
     return statistics.median(ratios), medians[50], medians[1949]
 
 
-def interval(bounds: Sequence[float]) -> str:
+def interval(bounds: Sequence[float], digits: int = 3) -> str:
     """The cell of an interval in a table; empty where there is none."""
-    return "–".join(f"{bound:.3f}" for bound in bounds)
+    return "–".join(f"{bound:.{digits}f}" for bound in bounds)

@@ -19,7 +19,7 @@ from benchmarks.peers.servers import SERVERS, LMCache
 from benchmarks.soak import Soak
 from benchmarks.stacks import SMOLLM2, checkpoint_of, running, steps
 from benchmarks.terminal import console
-from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, floor_of, interval, over_floor
+from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, floor_of, interval, quotient
 
 PEERS = {server.name.replace("_", "-"): server for server in SERVERS}
 """What they are called on the command line."""
@@ -39,7 +39,7 @@ def ttft(
     """Print and keep the times to the first token of turn 2, a row a variant and length. The longest context is
     restored after ``restarts`` of the engine too. What has been measured is kept after every length and restart."""
     asked = {"model": model, "rounds": rounds, "restarts": restarts}
-    total = len(lengths) * (rounds * len(VARIANTS) + recomputes) + restarts * _FIRST_AND_HITS
+    total = len(lengths) * (rounds * len(VARIANTS) + min(rounds, recomputes)) + restarts * _FIRST_AND_HITS
     with running(settings, model, _arguments(model, lengths)) as stack, steps(total) as (say, step):
         turns = [Turn2(stack, model, Prompts.of(length), step, recomputes) for length in lengths]
 
@@ -69,7 +69,7 @@ def ttft_with_peers(
         raise SettingsError(f"there is no peer {unknown[0]}: choose {', '.join(PEERS)}")
     chosen = [PEERS[name] for name in names]
     a_visit = rounds * len(VARIANTS) + sum(rounds * (3 if peer.stores else 0) + 1 for peer in chosen)
-    total = len(lengths) * (visits * a_visit + (visits - 1) * _FIRST_AND_HITS + recomputes)
+    total = len(lengths) * (visits * a_visit + (visits - 1) * _FIRST_AND_HITS + min(visits * rounds, recomputes))
     arguments = _arguments(model, lengths)
     rows, flags = [], {}
     with running(settings, model, arguments, start=False) as stack, steps(total) as (say, step):
@@ -160,26 +160,33 @@ def _print_ttft(rows: list[dict[str, Any]]) -> None:
         "÷ memory hit",
         "95 %",
         "recomputed ÷",
+        "95 %",
         "tok/s",
         "MB read",
         "of the drive",
         "overlap",
         "same",
     ]
-    table = Table(Column("context", justify="right"), "variant", *(Column(name, justify="right") for name in names))
+    widest = max(len(row["variant"]) for row in rows)
+    first = Column("context", justify="right"), Column("variant", min_width=widest)
+    table = Table(*first, *(Column(name, justify="right") for name in names))
     reasons = []
     for row in rows:
         if row["ttft_s"] is None:
-            table.add_row(f"{row['tokens']:,}", row["variant"], "–", *[""] * 8, _same(row))
+            table.add_row(f"{row['tokens']:,}", row["variant"], "–", *[""] * 9, _same(row))
             reasons.append(f"{row['variant']}: {row['reason']}")
             continue
         floor = _of(rows, row, floor_of(row["variant"]))
         recomputed = _of(rows, row, "recompute")
-        ratio, within = "", ""
+        ratio, within, sooner, sooner_within = "", "", "", ""
         if floor is not None and floor["ttft_s"] is not None:
-            middle, bounds = over_floor(row, floor)
+            middle, bounds = quotient(row, floor)
             ratio = f"{middle:.3f}"
             within = interval(bounds or ())
+        if recomputed is not None:
+            middle, bounds = quotient(recomputed, row)
+            sooner = f"{middle:.1f}×"
+            sooner_within = interval(bounds or (), 1)
         table.add_row(
             f"{row['tokens']:,}",
             row["variant"],
@@ -187,7 +194,8 @@ def _print_ttft(rows: list[dict[str, Any]]) -> None:
             f"{row['before_match_s'] * 1e3:.1f}" if row["before_match_s"] is not None else "",
             ratio,
             within,
-            f"{recomputed['ttft_s'] / row['ttft_s']:.1f}×" if recomputed is not None else "",
+            sooner,
+            sooner_within,
             f"{row['tokens_per_s']:.1f}",
             f"{row['bytes_read'] / 1e6:.0f}" if row["bytes_read"] else "",
             f"{row['device_share']:.0%}" if row["device_share"] else "",

@@ -7,6 +7,7 @@ import asyncio
 from agentstate.local import LocalStack
 from benchmarks.burst import Burst
 from benchmarks.throughput import Load, Throughput, Variant
+from benchmarks.ttft import VARIANTS, Prompts, Turn2
 
 
 def test_throughput_is_measured_while_pages_are_written(stack: LocalStack) -> None:
@@ -31,6 +32,33 @@ def test_a_burst_restores_every_session_and_hits_it_then(stack: LocalStack) -> N
     assert row["sessions"] == 3
     assert row["bytes_read"] >= 3 * 3 * page_bytes(stack)
     assert len(row["last_ttft_all_s"]) == len(row["bound_all_s"]) == 2
+
+
+def test_turn_2_has_every_variant_in_every_round_and_recomputations_in_those_asked_for(stack: LocalStack) -> None:
+    done: list[int] = []
+    turn = Turn2(stack, "smollm2", Prompts.of(512), lambda: done.append(1), recomputes=1)
+
+    async def measure() -> None:
+        await turn.ingest()
+        for number in range(2):
+            await turn.round(number)
+
+    asyncio.run(measure())
+    rows = {row["variant"]: row for row in turn.rows()}
+    assert {variant: len(row["ttft_all_s"]) for variant, row in rows.items()} == {
+        "recompute": 1,
+        **dict.fromkeys(VARIANTS, 2),
+    }
+    assert len(done) == 1 + 2 * len(VARIANTS)
+    assert {variant: row["restored_tokens"] for variant, row in rows.items()} == {
+        "recompute": 0,
+        "memory_hit": 0,
+        "restore_cold": 512,
+        "restore_host_prefetch": 512,
+        "restore_device_prefetch": 0,
+        "api_resume": 512,
+    }
+    assert all(row["identical"] for row in rows.values())
 
 
 def page_bytes(stack: LocalStack) -> int:

@@ -192,5 +192,5 @@ def test_a_report_has_each_peer_against_its_own_hit_and_says_why_one_is_missing(
     results.write(tmp_path / "raw" / "ttft.json", results.record("ttft", {}, rows, [PYTHON]))
     report.write(tmp_path / "raw", tmp_path / "performance.md")
     page = (tmp_path / "performance.md").read_text()
-    assert "| 200 | scripted: cold | 0.500 | 0.0500 |  | 2.000 |  |" in page
+    assert "| 200 | scripted: cold | 0.500 | 0.0500 |  |  | 2.000 |  |" in page
     assert "| 200 | LMCache | not set up |" in page

@@ -24,7 +24,7 @@ from agentstate.commands.pages import pages
 from agentstate.database import Database, instant
 from agentstate.errors import AgentStateError, EngineError, SettingsError
 from agentstate.sessions import DEFAULT_TENANT
-from agentstate.settings import Settings
+from agentstate.settings import ENGINE_LIMITS, ENGINE_PLACES, Settings
 
 app = typer.Typer(
     help="Suspendable LLM agents on SGLang. Settings are AGENTSTATE_* variables; `agentstate settings` lists them.",
@@ -172,11 +172,20 @@ def bench_pages(context: typer.Context) -> None:
 
 @app.command(
     context_settings=_PASSED_ON,
-    epilog="Example: agentstate engine --model-path Qwen/Qwen2.5-7B-Instruct --port 30000",
+    epilog="\n\n".join(
+        [
+            "Example: agentstate engine --model-path Qwen/Qwen2.5-7B-Instruct --port 30000",
+            "Settings, with their values in `agentstate settings`:",
+            *(
+                f"AGENTSTATE_{name.upper()}: {Settings.model_fields[name].description}"
+                for name in ENGINE_PLACES + ENGINE_LIMITS
+            ),
+        ]
+    ),
 )
 def engine(context: typer.Context) -> None:
     """Start SGLang with AgentState. Every argument is SGLang's and is passed through; where to keep pages, how much
-    memory to stage them in and which database to tell are settings (`agentstate settings`)."""
+    memory to stage them in and which database to tell are settings, in environment variables."""
     command, environment = launcher.engine_command(Settings(), context.args, os.environ)
     os.execve(command[0], command, environment)
 

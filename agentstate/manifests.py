@@ -108,6 +108,14 @@ def save(connection: Connection, manifest: Manifest) -> None:
     )
 
 
+def cut(connection: Connection, manifest: Manifest) -> None:
+    """Make a manifest that is there say less, as ``manifest`` does: its pages are gone. It stays as old as it is, since
+    nothing has been stored."""
+    same = (manifests.c[name] == getattr(manifest, name) for name in ("session_id", "fingerprint", "rank", "node"))
+    less = {name: getattr(manifest, name) for name in ("tokens", "keys", "nbytes", "lost_tokens")}
+    connection.execute(sa.update(manifests).where(*same).values(less))
+
+
 def load(connection: Connection, session_id: str, fingerprint: str, rank: int, node: str) -> Manifest | None:
     """What a node has stored of a session for one fingerprint and rank, or None. Does not look at the pages."""
     row = connection.execute(

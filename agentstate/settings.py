@@ -14,6 +14,21 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from agentstate.errors import SettingsError
 
 MIB = 1024 * 1024
+# What an engine reads: where it finds things, and how it works.
+ENGINE_PLACES = ("home", "database_url", "pages_dir", "control_address", "engine_base_url", "engine_python")
+ENGINE_LIMITS = (
+    "pages_quota",
+    "pages_free_share",
+    "staging_bytes",
+    "spill_staging_bytes",
+    "spill_queue_bytes",
+    "read_backend",
+    "read_threads",
+    "read_timeout_s",
+    "break_even",
+    "prefetch_ttl_s",
+    "heartbeat_interval_s",
+)
 
 
 class Settings(BaseSettings):
@@ -91,6 +106,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Threads of an engine rank that read pages. By default 4, or 2 where they read straight into the "
         "KV pool: more would slow the forward beside them by more than they gain.",
+    )
+    read_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="How long a forward waits for a layer of pages before its requests are recomputed. With tensor "
+        "parallelism, and for models with more than full attention, as long as it takes.",
     )
     read_backend: Literal["posix", "kvikio"] = Field(
         "posix",

@@ -10,12 +10,15 @@ class Arrivals:
     their layers, and a forward waits for them.
 
     A layer that failed does not raise into the forward that waits for it, which must not run into an error on one
-    rank alone: `finish` tells afterwards.
+    rank alone: `finish` tells afterwards. A batch is given up, and nobody waits for it any more, when one of its layers
+    has been waited for during ``timeout_s``; None is for ever.
     """
 
-    def __init__(self, layers: int):
+    def __init__(self, layers: int, timeout_s: float | None = None):
         self.futures: dict[int, list[Future[None]]] = {}
         self._layers = layers
+        self._timeout_s = timeout_s
+        self._given_up: set[int] = set()
         self._next = 0
         self._awaited = -1
 
@@ -39,21 +42,45 @@ class Arrivals:
         self._awaited = batch
 
     def wait_until(self, layer: int) -> None:
-        """Return once a layer has arrived or failed."""
+        """Return once a layer has arrived or failed, or its batch is given up."""
         if (layers := self.futures.get(self._awaited)) is not None:
-            layers[layer].exception()
+            self._arrived(self._awaited, layers[layer])
+
+    def _arrived(self, batch: int, layer: Future[None]) -> bool:
+        if batch in self._given_up:
+            return False
+        try:
+            return layer.exception(self._timeout_s) is None
+        except TimeoutError:
+            self._given_up.add(batch)
+            return False
+
+    def given_up(self, batch: int) -> bool:
+        """Whether nobody waits for the batch any more."""
+        return batch in self._given_up
 
     def landed(self, batch: int) -> bool:
-        """Whether `finish` would not wait."""
+        """Whether all layers of a batch have arrived or failed."""
         return all(layer.done() for layer in self.futures.get(batch, ()))
 
     def finish(self, batch: int) -> bool:
-        """Wait for the batch and forget it: whether all of its layers arrived. A batch that is not known has."""
-        complete = all([layer.exception() is None for layer in self.futures.get(batch, ())])
-        self.futures.pop(batch, None)
+        """Wait for the batch and forget it: whether all of its layers arrived in time. A batch that is not known has.
+        One that is given up is forgotten when it has `landed` all the same."""
+        complete = all([self._arrived(batch, layer) for layer in self.futures.get(batch, ())])
+        if batch not in self._given_up:
+            self.futures.pop(batch, None)
         return complete
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a batch that was given up has not landed yet."""
+        for batch in [batch for batch in self._given_up if self.landed(batch)]:
+            self._given_up.remove(batch)
+            self.futures.pop(batch, None)
+        return bool(self._given_up)
 
     def reset(self) -> None:
         """Forget everything and number from 0 again."""
         self.futures.clear()
+        self._given_up.clear()
         self._next, self._awaited = 0, -1

@@ -116,7 +116,7 @@ class Catalog:
                 for manifest, short in cut:
                     # A session that was deleted since must not come back.
                     if self._load(connection, manifest.session_id) == manifest:
-                        manifests.save(connection, short)
+                        manifests.cut(connection, short)
         self._lost_before = lost
 
     def _run(self) -> None:

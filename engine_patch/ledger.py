@@ -67,11 +67,16 @@ class Ledger:
         if min(standing.settled, standing.saved) < standing.requests:
             return self._answer(KvState.PENDING, standing.durable)
         # What was stored then may have been evicted since.
-        return self.remembered(standing.keys, self._stored(standing.keys[: standing.durable]))
+        return self.remembered(self._stored(standing.keys[: standing.durable]), len(standing.keys))
 
-    def remembered(self, keys: Sequence[bytes], stored: int) -> dict[str, object]:
-        """The answer of a ``flush`` for a chain of which ``stored`` pages are still here."""
-        return self._answer(_state(stored, len(keys)), stored)
+    def remembered(self, stored: int, pages: int) -> dict[str, object]:
+        """The answer of a ``flush`` for a session of so many ``pages``, of which ``stored`` are still here."""
+        return self._answer(_state(stored, pages), stored)
+
+    def forget(self, session_id: str) -> None:
+        """What is known of the session is true no more."""
+        with self._mutex:
+            self._standings.pop(session_id, None)
 
     def chain(self, session_id: str) -> list[bytes] | None:
         """The stored pages of the session's newest settled request, or None when there is none."""

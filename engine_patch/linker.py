@@ -18,7 +18,7 @@ from agentstate.engines import Engine
 from agentstate.errors import EngineError
 from agentstate.manifests import Manifest, split_keys
 from agentstate.pages import PageStore, Quota, fingerprint, weights_digest
-from agentstate.settings import Settings
+from agentstate.settings import ENGINE_LIMITS, Settings
 from engine_patch.break_even import BreakEven
 from engine_patch.catalog import Catalog
 from engine_patch.control import ControlEndpoint
@@ -26,6 +26,7 @@ from engine_patch.device_tier import DeviceTier, Progress
 from engine_patch.ledger import Ledger
 from engine_patch.metrics import Metrics
 from engine_patch.pools import DevicePool, device_pools
+from engine_patch.quarantine import Quarantine
 from engine_patch.restore import Finished, Restored, Source
 from engine_patch.sglang_api import (
     SUPPORTED,
@@ -61,6 +62,7 @@ class AgentStateLinker(UnifiedCacheLinker):
     ):
         settings = Settings()
         self._prefetch_ttl_s = settings.prefetch_ttl_s
+        self.read_timeout_s = settings.read_timeout_s
         self._break_even = BreakEven()
         self._computes = settings.break_even
         self._cached = 0
@@ -82,7 +84,11 @@ class AgentStateLinker(UnifiedCacheLinker):
             directory = settings.pages_path.absolute() / own.hex()[:32] / f"rank{rank}"
             return PageStore(directory, own, pages.geometry, quota[pool.name])
 
-        self._pools = StoredPools(pools, open_store, settings)
+        allocator = params.token_to_kv_pool_allocator
+        # Else ranks would have to give up alike, or pages of more than one kind would have to be held.
+        gives_up = get_parallel().tp_size == 1 and len(pools) == 1 and Quarantine.works(allocator)
+        self._quarantine = Quarantine(allocator)
+        self._pools = StoredPools(pools, open_store, settings, settings.read_timeout_s if gives_up else None)
         self.layer_done_counter = self._pools.gate
         self.pools = self._pools.device_pages
         if PoolName.MAMBA in self.pools:
@@ -122,13 +128,14 @@ class AgentStateLinker(UnifiedCacheLinker):
         )
         self._metrics = Metrics(self._engine) if get_observability().enable_metrics else None
         logger.info(
-            "agentstate: rank %d, pages of %d tokens in %s: %s; database %s, control %s",
+            "agentstate: rank %d, pages of %d tokens in %s: %s; database %s, control %s; %s",
             rank,
             self.page_size,
             settings.pages_path.absolute(),
             self._pools.describe(),
             database.url,
             self._control.address,
+            ", ".join(f"{name} {getattr(settings, name)}" for name in ENGINE_LIMITS),
         )
 
     def retire(self, reason: str) -> None:
@@ -144,8 +151,9 @@ class AgentStateLinker(UnifiedCacheLinker):
         self._cached = cached
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
-        """Every restorable prefix length, in pages; none where computing the longest one is faster (`BreakEven`)."""
-        if self._off is not None:
+        """Every restorable prefix length, in pages; none where computing the longest one is faster (`BreakEven`), or
+        while the drive does not answer."""
+        if self._off is not None or self._pools.stuck:
             return []
         full = next(transfer for transfer in transfers if transfer.name == PoolName.KV)
         keys = keys_of(full)
@@ -175,8 +183,10 @@ class AgentStateLinker(UnifiedCacheLinker):
     def finish(self, counter_index: int) -> Finished:
         """Wait like `finish_layer_wise_loading`, and tell which requests failed, instead of whether one did, and what
         was restored."""
-        failed, restored = self._pools.finish(counter_index)
-        if restored is not None:
+        found = self._pools.finish(counter_index)
+        if found.writing is not None:
+            self._quarantine.hold(found.writing, lambda: self._pools.landed(counter_index))
+        if (restored := found.restored) is not None:
             logger.info(
                 "agentstate: restored %d tokens, %.1f MB in %.1f ms (%.2f GB/s), source %s, for %d request(s)",
                 restored.pages * self.page_size,
@@ -186,7 +196,9 @@ class AgentStateLinker(UnifiedCacheLinker):
                 " and ".join(sorted(restored.sources)),
                 restored.requests,
             )
-        return Finished(failed, restored)
+            if self._metrics is not None:
+                self._metrics.restored(restored)
+        return found
 
     def stepped(self, parts: Sequence[tuple[int, int]], seconds: float, restored: Restored | None) -> None:
         """A step of the engine took ``seconds`` to compute, of each of its requests, so many new tokens after so many
@@ -209,6 +221,8 @@ class AgentStateLinker(UnifiedCacheLinker):
         """A request of a session has ended with the tokens of ``key`` in the tree: publish its manifest as soon as
         its pages are. Its keys are computed on the spilling thread, not the scheduler's."""
         if self._off is not None:
+            # What is stored is not its newest request's any more.
+            self._ledger.forget(session_id)
             return
         request = self._ledger.finished(session_id)
 
@@ -230,8 +244,16 @@ class AgentStateLinker(UnifiedCacheLinker):
             self._pools.read_ahead(rid, [bytes.fromhex(key) for key in keys])
 
     def tidy(self, waiting: Callable[[], Collection[str]]) -> None:
-        """Let go of what was read for requests that are not ``waiting`` any more."""
+        """Let go of what was read for requests that are not ``waiting`` any more, and of device pages that the drive
+        writes to no more."""
         self._pools.tidy(waiting)
+        if self._quarantine:
+            self._quarantine.tidy()
+
+    @property
+    def holds_pages(self) -> bool:
+        """Whether there are device pages that nobody has and nobody may get."""
+        return bool(self._quarantine)
 
     def load_ahead(self, rid: str, keys: list[bytes], slots: torch.Tensor) -> int:
         """Load pages for no request, into slots that the caller owns: the number of a batch, to ask `landed` and
@@ -253,11 +275,14 @@ class AgentStateLinker(UnifiedCacheLinker):
     def reset(self) -> None:
         """Quiesce for a flush of the device cache. What is stored stays stored."""
         self._pools.reset()
+        self._quarantine.tidy()
 
     def close(self) -> None:
         self._control.close()
-        self._pools.close(_DRAIN_S)
+        self._pools.finish_spilling(_DRAIN_S)
+        # While the stores are open: it asks them what manifests may say.
         self._catalog.close()
+        self._pools.close()
 
     # What the control endpoint asks for.
 
@@ -274,8 +299,10 @@ class AgentStateLinker(UnifiedCacheLinker):
 
     def _standing(self, session_id: str) -> dict[str, Any]:
         standing = self._ledger.standing(session_id)
-        if standing is None and (keys := self._chain(session_id)):
-            return self._ledger.remembered(keys, self._pools.durable(keys))
+        if standing is None and self._off is None and (manifest := self._catalog.load(session_id)) is not None:
+            keys = manifest.page_keys()
+            lost = manifest.lost_tokens // self.page_size
+            return self._ledger.remembered(self._pools.durable(keys), len(keys) + lost)
         return standing or {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0}
 
     def _chain(self, session_id: str) -> list[bytes]:
@@ -298,13 +325,22 @@ class AgentStateLinker(UnifiedCacheLinker):
         whole = "warm" if len(keys) == len(chain) else "partial"
         if not keys:
             return lambda: self._answer("cold", 0, tier)
-        if tier == "device" and self.device_tier is not None and self.device_tier.knows(session_id):
-            progress = self.device_tier.prefetch(session_id, keys)
+        device = self.device_tier.prefetch(session_id, keys) if tier == "device" and self.device_tier else None
+        if device is not None:
             states = {Progress.RUNNING: "pending", Progress.DONE: whole, Progress.FAILED: "cold"}
-            return lambda: self._answer(states[progress()], len(keys), tier)
-        if not self._pools.prefetch(session_id, keys, self._prefetch_ttl_s):
-            return lambda: self._answer("cold", 0, "host")
-        return lambda: self._answer(whole if self._pools.staged(session_id) else "pending", len(keys), "host")
+            return lambda: self._answer(states[device()], len(keys), tier)
+        staged = self._pools.prefetch(session_id, keys, self._prefetch_ttl_s)
+
+        def answer() -> dict[str, Any]:
+            if (share := staged()) is None:
+                return self._answer("pending", len(keys), "host")
+            if share == 1:
+                return self._answer(whole, len(keys), "host")
+            # A part of every page, by layers: so much less of it is left to be read.
+            pages = int(share * len(keys))
+            return self._answer("partial" if pages else "cold", pages, "host")
+
+        return answer
 
     def _demote(self, session_id: str) -> dict[str, Any]:
         if self.device_tier is None:
@@ -373,7 +409,7 @@ def _fingerprint_fields(page_size: int, pools: list[DevicePool]) -> dict[str, An
     return dict(
         sglang=SUPPORTED,
         weights=weights_digest(_checkpoint(model.model_path, model.revision)),
-        loader=str(model.model_loader_extra_config),
+        loader=[str(model.load_format), str(model.model_loader_extra_config)],
         quantization_params=str(model.quantization_param_path),
         rl_quantization=str(model.rl_quant_profile),
         model_overrides=str(model.json_model_override_args),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 from agentstate.engines import Engine
+from engine_patch.restore import Restored
 
 # What of `AgentStateLinker.stat` is told, by its place there: the metric's name, and what it is.
 _COUNTERS = {
@@ -23,6 +25,7 @@ _COUNTERS = {
     ("restore", "first_layer_s"): ("first_layer_seconds", "Time until the first layer of a restore was there."),
     ("restore", "pages_failed"): ("failed_pages", "Pages that were read and not used: damaged or unreadable."),
     ("restore", "requests_failed"): ("recomputed_requests", "Requests recomputed because a page failed."),
+    ("restore", "timed_out"): ("timed_out_restores", "Restores given up because the drive did not answer."),
     ("restore", "forward_wait_s"): ("forward_wait_seconds", "Time in which forwards waited for a layer."),
     ("break_even", "computed"): ("break_even_requests", "Requests computed because restoring would take longer."),
     ("store", "pages_evicted"): ("evicted_pages", "Pages that were evicted for room."),
@@ -38,6 +41,13 @@ _GAUGES = {
     ("spill", "waiting"): ("waiting_spills", "Offers and manifests that wait for the spilling thread."),
     ("staged_bytes",): ("staged_bytes", "Staging memory with pages that were read and are not yet on the device."),
 }
+# Of restores, all pools together: the name, what it is, and of which powers of ten the
+# buckets' bounds are 1, 2 and 5 times.
+_HISTOGRAMS = (
+    ("restore_duration_seconds", "Time in which the pages of a batch were restored.", range(-3, 2)),
+    ("restore_bytes_per_second", "How fast the pages of a batch were restored.", range(7, 11)),
+    ("layer_wait_seconds", "How long a forward waited for a layer that was restored.", range(-5, 1)),
+)
 
 
 class Metrics:
@@ -45,7 +55,7 @@ class Metrics:
 
     def __init__(self, engine: Engine):
         # Late: SGLang names the directory that its processes share their samples through before anyone imports it.
-        from prometheus_client import Counter, Gauge
+        from prometheus_client import Counter, Gauge, Histogram
 
         self._labels = {"model_name": engine.model, "tp_rank": str(engine.rank)}
         names = [*self._labels, "pool"]
@@ -56,10 +66,30 @@ class Metrics:
             place: Gauge(f"agentstate:{name}", text, names, multiprocess_mode="mostrecent")
             for place, (name, text) in _GAUGES.items()
         }
+        self._restore_seconds, self._restore_rate, self._layer_wait = (
+            Histogram(
+                f"agentstate:{name}",
+                text,
+                list(self._labels),
+                buckets=[step * 10.0**power for power in powers for step in (1, 2, 5)],
+            ).labels(**self._labels)
+            for name, text, powers in _HISTOGRAMS
+        )
         self._told: dict[tuple[str, ...], float] = {}
+        self._restored: deque[Restored] = deque()
+
+    def restored(self, restored: Restored) -> None:
+        """A batch has been restored. To be told with the next `update`: the scheduler must not wait for that."""
+        self._restored.append(restored)
 
     def update(self, stat: dict[str, Any]) -> None:
         """Tell what has changed since the last time."""
+        while self._restored:
+            restored = self._restored.popleft()
+            self._restore_seconds.observe(restored.seconds)
+            self._restore_rate.observe(restored.n_bytes / restored.seconds)
+            for wait_s in restored.layer_waits_s:
+                self._layer_wait.observe(wait_s)
         for pool, of_pool in _pools(stat):
             for place, counter in self._counters.items():
                 now, before = _at(of_pool, place), self._told.get((pool, *place), 0)

@@ -26,6 +26,7 @@ def register() -> None:
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _around_next_batch, sgl.HookType.AROUND
     )
+    sgl.HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.on_idle", _while_idle, sgl.HookType.AROUND)
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler._prefetch_kvcache", _while_queueing, sgl.HookType.AROUND
     )
@@ -145,7 +146,10 @@ def _around_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
     if not isinstance(scheduler.tree_cache, _cache_class()):
         return original(scheduler, *args, **kwargs)
     scheduler.tree_cache.before_next_batch(scheduler)
-    plan = original(scheduler, *args, **kwargs)
-    if plan.batch_to_run is None:
-        scheduler.tree_cache.without_next_batch(scheduler)
-    return plan
+    with scheduler.tree_cache.device_tier.held_back(scheduler):
+        return original(scheduler, *args, **kwargs)
+
+
+def _while_idle(original: Any, scheduler: Any) -> None:
+    if not (isinstance(scheduler.tree_cache, _cache_class()) and scheduler.tree_cache.keeps_from_idling()):
+        original(scheduler)

@@ -23,9 +23,17 @@ class PrefetchStats:
 
 @dataclass
 class _Ahead:
+    """A stream that somebody asked for. ``used`` is whether it is a request's by now, None while it is neither that
+    nor given up."""
+
     stream: Stream
     position: dict[bytes, int]
     expires_s: float | None
+    used: bool | None = None
+
+    def share(self) -> float | None:
+        """Which share of it is in memory once there will not be more; None until then."""
+        return self.stream.staged if self.used is None else float(self.used)
 
 
 class Prefetches:
@@ -50,15 +58,18 @@ class Prefetches:
             if rid not in self._requests and self._covering(keys) is None:
                 self._begin(self._requests, rid, keys, None)
 
-    def for_session(self, session_id: str, keys: Sequence[bytes], expires_in_s: float) -> bool:
-        """Begin to read ``keys``, a session's chain, or go on with that; False when they are not stored (any more)."""
+    def for_session(self, session_id: str, keys: Sequence[bytes], expires_in_s: float) -> Callable[[], float | None]:
+        """Begin to read ``keys``, a session's chain, or go on with that: what tells which share of it is in memory
+        once there will not be more, because it is all there, or the memory is full; None until then. All of it is
+        where it is wanted when a request has it, and nothing when it was given up, or is not stored (any more)."""
         with self._mutex:
             ahead = self._sessions.get(session_id)
             if ahead is not None and list(ahead.position) == list(keys):
                 ahead.expires_s = self._clock() + expires_in_s
-                return True
+                return ahead.share
             self._give_up(self._sessions, session_id)
-            return self._begin(self._sessions, session_id, keys, self._clock() + expires_in_s)
+            ahead = self._begin(self._sessions, session_id, keys, self._clock() + expires_in_s)
+            return (lambda: 0.0) if ahead is None else ahead.share
 
     def covers(self, keys: Sequence[bytes]) -> bool:
         """Whether `take` would find a stream."""
@@ -74,6 +85,7 @@ class Prefetches:
                 return None
             group, owner = found
             ahead = group.pop(owner)
+            ahead.used = True
             self.stats.used += 1
             return ahead.stream, ahead.position[keys[0]]
 
@@ -90,12 +102,6 @@ class Prefetches:
         """How many streams there are."""
         return len(self._requests) + len(self._sessions)
 
-    def staged(self, session_id: str) -> bool:
-        """Whether everything of a session's prefetch that fits the memory has been read, or has been used."""
-        with self._mutex:
-            ahead = self._sessions.get(session_id)
-        return ahead is None or ahead.stream.idle
-
     def clear(self) -> None:
         """Give up everything."""
         with self._mutex:
@@ -103,15 +109,17 @@ class Prefetches:
                 for owner in list(group):
                     self._give_up(group, owner)
 
-    def _begin(self, group: dict[str, _Ahead], owner: str, keys: Sequence[bytes], expires_s: float | None) -> bool:
+    def _begin(
+        self, group: dict[str, _Ahead], owner: str, keys: Sequence[bytes], expires_s: float | None
+    ) -> _Ahead | None:
         try:
             hold = self._store.hold(keys)
         except KeyError:
-            return False
+            return None
         position = {key: page for page, key in enumerate(keys)}
-        group[owner] = _Ahead(self._reader.open(hold), position, expires_s)
+        ahead = group[owner] = _Ahead(self._reader.open(hold), position, expires_s)
         self.stats.issued += 1
-        return True
+        return ahead
 
     def _covering(self, keys: Sequence[bytes]) -> tuple[dict[str, _Ahead], str] | None:
         for group in (self._requests, self._sessions):
@@ -125,5 +133,6 @@ class Prefetches:
     def _give_up(self, group: dict[str, _Ahead], owner: str) -> None:
         ahead = group.pop(owner, None)
         if ahead is not None:
+            ahead.used = False
             ahead.stream.close()
             self.stats.wasted += 1

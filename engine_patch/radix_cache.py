@@ -11,7 +11,9 @@ cannot be made new (`_can_be_renewed`) is aborted with 503, as stock SGLang abor
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 
 logger = logging.getLogger(__name__)
+
+_POLL_S = 0.001
 
 
 class _LinkerWrapper(UnifiedCacheLinkerWrapper):
@@ -65,10 +69,10 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         if not rids:
             return []
         index, self.inflight_load_index = self.inflight_load_index, -1
-        failed, restored = self.cache_linker.finish(index)
-        if restored is not None and not failed:
-            self.landed.update(dict.fromkeys(rids, restored))
-        landed = torch.tensor([rid not in failed for rid in rids], dtype=torch.int)
+        found = self.cache_linker.finish(index)
+        if found.restored is not None and not found.failed:
+            self.landed.update(dict.fromkeys(rids, found.restored))
+        landed = torch.tensor([rid not in found.failed for rid in rids], dtype=torch.int)
         self.cache._all_reduce_attn_groups(landed, torch.distributed.ReduceOp.MIN)
         for rid in rids:
             self.private_load_indices.pop(rid, None)
@@ -84,6 +88,8 @@ class AgentStateRadixCache(UnifiedRadixCache):
         super().__init__(params)
         # Requests whose restore failed, until they are queued again.
         self._recomputing: list[_Recomputation] = []
+        # SGLang sends embeddings also of a request that is marked as sent.
+        self._generates = True
         self._lost = 0
 
     def init_cache_linker(self, cache_linker: AgentStateLinker) -> None:
@@ -110,21 +116,32 @@ class AgentStateRadixCache(UnifiedRadixCache):
 
     def read_ahead(self, scheduler: Scheduler, req: Req) -> None:
         """Begin to read what a request will load, now that it is being queued behind others."""
-        if scheduler.waiting_queue or scheduler.chunked_req or not scheduler.running_batch.is_empty():
+        busy = scheduler.waiting_queue or scheduler.chunked_req or not scheduler.running_batch.is_empty()
+        if busy and not self.device_tier.brings(req):
             req.init_next_round_input(self, cow_mamba=False)
-            if (found := self.linker.hit_markers.get(req.rid)) is not None:
+            # When it is admitted it is matched again, and need not hit what is stored then.
+            if (found := self.linker.hit_markers.pop(req.rid, None)) is not None:
                 self.linker.cache_linker.read_ahead(req.rid, found.tail_hashes)
 
     def before_next_batch(self, scheduler: Scheduler) -> None:
         """Everything that is done between two batches."""
+        self._generates = scheduler.is_generation
         if self.linker.unlocked:
             # A request that found no room is not tried again before one that runs has ended, and the room that it
             # lacked may have been locked until it was stored.
             self.linker.unlocked = False
             scheduler.running_batch.batch_is_full = False
         self.requeue_failed(scheduler)
-        self.device_tier.run()
+        self.device_tier.run(scheduler)
         self.linker.cache_linker.tidy(lambda: {req.rid for req in scheduler.waiting_queue})
+
+    def keeps_from_idling(self) -> bool:
+        """Whether device memory is neither free nor in the tree, because a drive writes to it: waits a moment then.
+        An idle SGLang counts its memory, and ends when some is missing."""
+        waits = self.device_tier.busy or self.linker.cache_linker.holds_pages
+        if waits:
+            time.sleep(_POLL_S)
+        return waits
 
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
         """Mark the requests whose restore failed (see the module's docstring), and return those that the caller must
@@ -132,7 +149,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         rids = set(self.linker.finish_loads())
         failed = [req for req in reqs if req.rid in rids]
         for req in failed:
-            if _can_be_renewed(req):
+            if self._generates and _can_be_renewed(req):
                 self._recomputing.append(_Recomputation(req, req.retracted_stain))
                 req.finished_output = True
             req.skip_radix_cache_insert = True
@@ -144,11 +161,6 @@ class AgentStateRadixCache(UnifiedRadixCache):
         landed = [found for req in batch.reqs if (found := self.linker.landed.pop(req.rid, None)) is not None]
         parts = list(zip(batch.prefix_lens, batch.extend_lens, strict=False))
         self.linker.cache_linker.stepped(parts, seconds, landed[0] if landed else None)
-
-    def without_next_batch(self, scheduler: Scheduler) -> None:
-        """There is nothing to run; a result that is still to be processed comes first."""
-        if not getattr(scheduler, "result_queue", ()):
-            self.device_tier.settle()
 
     def requeue_failed(self, scheduler: Scheduler) -> None:
         """Queue again what no batch holds any more."""
@@ -180,7 +192,9 @@ class AgentStateRadixCache(UnifiedRadixCache):
         """Remember an abort of a request that is in no queue just now: it is carried out when it is back in one."""
         for item in self._recomputing:
             if abort.abort_all or item.req.rid.startswith(abort.rid):
-                item.abort = abort
+                # Of this request alone: others that come until then are not meant.
+                item.abort = copy(abort)
+                item.abort.rid, item.abort.abort_all = item.req.rid, False
 
 
 @dataclass

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class RestoreStats:
     """Counters since the engine started. Of ``bytes_read``, ``bytes_straight`` were read to where they are needed and
-    passed no staging. ``pages_failed`` were read and not used: damaged, or not readable.
+    passed no staging. ``pages_failed`` were read and not used: damaged, or not readable; ``timed_out`` are the batches
+    that were given up because the drive did not answer.
     ``first_layer_s`` is how long it took until the first layer of a batch was there, of ``seconds`` in all, and
     ``forward_wait_s`` how long forwards waited for a layer."""
 
@@ -41,6 +42,7 @@ class RestoreStats:
     forward_wait_s: float = 0.0
     pages_failed: int = 0
     requests_failed: int = 0
+    timed_out: int = 0
 
 
 class Source(StrEnum):
@@ -56,7 +58,8 @@ class Source(StrEnum):
 @dataclass(frozen=True)
 class Restored:
     """What one batch brought back: ``pages`` for ``requests``, ``n_bytes`` as they were read, in ``seconds``, of which
-    the forward waited ``waited_s``. Not counted are the pages of requests that failed."""
+    the forward waited ``waited_s``, and for each layer ``layer_waits_s``. Not counted are the pages of requests that
+    failed."""
 
     requests: int
     pages: int
@@ -64,13 +67,16 @@ class Restored:
     seconds: float
     sources: frozenset[Source]
     waited_s: float = 0.0
+    layer_waits_s: tuple[float, ...] = ()
 
 
 class Finished(NamedTuple):
-    """The rids whose pages must not be used, and what was restored; None when that is nothing."""
+    """The rids whose pages must not be used, and what was restored; None when that is nothing. ``writing`` are the
+    device pages of a batch that was given up, to which the drive may still write."""
 
     failed: set[str]
     restored: Restored | None = None
+    writing: torch.Tensor | None = None
 
 
 @dataclass
@@ -117,6 +123,13 @@ class _Batch:
     restored: Restored | None = None
 
 
+_Queue = queue.Queue[tuple[int, _Batch] | None]
+
+
+class _GivenUp(Exception):
+    """Nobody waits for the batch any more."""
+
+
 class Restorer:
     """Loads for the scheduler: queued a request at a time, started a batch at a time, finished after its forward.
 
@@ -131,19 +144,25 @@ class Restorer:
     The memory of a chunk is read into again when its own copies are over.
     """
 
-    def __init__(self, store: PageStore, pages: DevicePages, reader: LayerwiseReader):
+    def __init__(self, store: PageStore, pages: DevicePages, reader: LayerwiseReader, timeout_s: float | None = None):
         self.stats = RestoreStats()
-        self.arrivals = Arrivals(pages.geometry.layers)
+        self.arrivals = Arrivals(pages.geometry.layers, timeout_s)
         self.prefetches = Prefetches(store, reader)
         self._store = store
         self._pages = pages
         self._reader = reader
         self._pinned = PinnedMemory(reader.staging, pages.device)
+        self._counting = threading.Lock()
         self._pending: dict[str, _Load] = {}
         self._batches: dict[int, _Batch] = {}
-        self._queue: queue.Queue[tuple[int, _Batch] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, name="agentstate-restore", daemon=True)
-        self._thread.start()
+        # What is loaded ahead has a thread of its own: a forward must not wait for it.
+        self._queues: dict[bool, _Queue] = {ahead: queue.Queue() for ahead in (False, True)}
+        self._threads = [
+            threading.Thread(target=self._run, args=(batches,), name="agentstate-restore", daemon=True)
+            for batches in self._queues.values()
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor, source: Source = Source.COLD) -> None:
         """Queue ``keys`` for the device pages ``numbers``. Reading begins now, if it has not begun before: then
@@ -164,9 +183,9 @@ class Restorer:
             load.close()
         return load is not None
 
-    def start(self, ready: Sequence[torch.cuda.Event] = ()) -> int:
+    def start(self, ready: Sequence[torch.cuda.Event] = (), *, ahead: bool = False) -> int:
         """Start writing everything queued to the device as one batch: its index in ``arrivals``, or -1 when nothing
-        was queued.
+        was queued. What is ``ahead`` of any request is in no other batch's way.
 
         ``ready`` are the events after which the device pages may be written: a forward that was launched before may
         still write a last token into a page that has been freed and given to this batch.
@@ -177,7 +196,7 @@ class Restorer:
         self._pending = {}
         index = self.arrivals.begin()
         self._batches[index] = batch
-        self._queue.put((index, batch))
+        self._queues[ahead].put((index, batch))
         return index
 
     def landed(self, index: int) -> bool:
@@ -185,21 +204,30 @@ class Restorer:
         return self.arrivals.landed(index)
 
     def finish(self, index: int) -> Finished:
-        """Wait until batch ``index`` stops writing to the device, and tell what became of it."""
+        """Wait until batch ``index`` stops writing to the device, or is given up, and tell what became of it."""
         complete = self.arrivals.finish(index)
         batch = self._batches.pop(index, None)
         if batch is None:
             return Finished(set())
         failed = batch.failed if complete else {load.rid for load in batch.loads}
         self.stats.requests_failed += len(failed)
-        return Finished(failed, batch.restored if complete else None)
+        if self.arrivals.landed(index):
+            return Finished(failed, batch.restored if complete else None)
+        self.stats.timed_out += 1
+        logger.error(
+            "agentstate: the drive has not answered in time; %d request(s) are recomputed, and nothing is restored "
+            "until it does (AGENTSTATE_READ_TIMEOUT_S)",
+            len(failed),
+        )
+        return Finished(failed, None, torch.cat([load.numbers for load in batch.loads]))
 
     def reset(self) -> None:
         """Forget what is queued and wait for what runs."""
         for rid in list(self._pending):
             self.cancel(rid)
         self.prefetches.clear()
-        self._queue.join()
+        for batches in self._queues.values():
+            batches.join()
         self._batches.clear()
         self.arrivals.reset()
 
@@ -207,13 +235,15 @@ class Restorer:
         for rid in list(self._pending):
             self.cancel(rid)
         self.prefetches.clear()
-        self._queue.put(None)
-        self._thread.join()
+        for batches in self._queues.values():
+            batches.put(None)
+        for thread in self._threads:
+            thread.join()
         self._reader.close()
         self._pinned.close()
 
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
+    def _run(self, batches: _Queue) -> None:
+        while (item := batches.get()) is not None:
             index, batch = item
             try:
                 with ExitStack() as closing:
@@ -223,13 +253,14 @@ class Restorer:
                     closing.callback(self._pages.inbound.finish)
                     self._restore(index, batch)
             except Exception as error:
-                logger.exception("agentstate: a restore failed; its requests are recomputed")
-                self._abandon(batch)
+                if not isinstance(error, _GivenUp):
+                    logger.exception("agentstate: a restore failed; its requests are recomputed")
+                    self._abandon(batch)
                 # Not before everything is closed: after this the device pages are someone else's.
                 self.arrivals.fail(index, error)
             finally:
-                self._queue.task_done()
-        self._queue.task_done()
+                batches.task_done()
+        batches.task_done()
 
     def _abandon(self, batch: _Batch) -> None:
         """Let the requests of a batch not match the same pages again, or they would fail for ever."""
@@ -240,7 +271,7 @@ class Restorer:
             logger.exception("agentstate: pages that could not be restored could not be dropped")
 
     def _restore(self, index: int, batch: _Batch) -> None:
-        started, n_bytes = time.perf_counter(), 0
+        started, n_bytes, straight, first_layer_s = time.perf_counter(), 0, 0, 0.0
         batch.failed.update(load.rid for load in batch.loads if load.stream is None)
         loads = [(load, load.stream) for load in batch.loads if load.stream is not None]
         self._pages.inbound.after(batch.ready)
@@ -249,16 +280,18 @@ class Restorer:
         for layer in range(self._pages.geometry.layers):
             for load, stream in loads:
                 for chunk in stream.layer(layer):
+                    if self.arrivals.given_up(index):
+                        raise _GivenUp
                     n_bytes += chunk.n_bytes
-                    if not chunk.parts:
-                        self.stats.bytes_straight += chunk.n_bytes
+                    straight += 0 if chunk.parts else chunk.n_bytes
                     self._land(batch, load, chunk)
             self._pages.inbound.finish()
             if layer == 0:
-                self.stats.first_layer_s += time.perf_counter() - started
+                first_layer_s = time.perf_counter() - started
             if layer == self._pages.geometry.layers - 1:
                 # Before whoever waits for the batch goes on.
-                batch.restored = self._record(batch, n_bytes, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                batch.restored = self._record(batch, n_bytes, straight, first_layer_s, seconds)
             self.arrivals.complete(index, layer)
 
     def _land(self, batch: _Batch, load: _Load, chunk: Chunk) -> None:
@@ -295,13 +328,19 @@ class Restorer:
         for page in pages:
             if load.keys[page] in self._store:
                 self._store.drop(load.keys[page])
-                self.stats.pages_failed += 1
+                with self._counting:
+                    self.stats.pages_failed += 1
 
-    def _record(self, batch: _Batch, n_bytes: int, seconds: float) -> Restored | None:
+    def _record(
+        self, batch: _Batch, n_bytes: int, straight: int, first_layer_s: float, seconds: float
+    ) -> Restored | None:
         good = [load for load in batch.loads if load.rid not in batch.failed]
         pages = sum(len(load.keys) for load in good)
-        self.stats.restores += 1
-        self.stats.pages_restored += pages
-        self.stats.bytes_read += n_bytes
-        self.stats.seconds += seconds
+        with self._counting:
+            self.stats.restores += 1
+            self.stats.pages_restored += pages
+            self.stats.bytes_read += n_bytes
+            self.stats.bytes_straight += straight
+            self.stats.first_layer_s += first_layer_s
+            self.stats.seconds += seconds
         return Restored(len(good), pages, n_bytes, seconds, frozenset(load.source for load in good)) if good else None

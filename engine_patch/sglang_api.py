@@ -32,6 +32,8 @@ from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST  # noqa: E402
 from sglang.srt.entrypoints.warmup import warmup  # noqa: E402
 from sglang.srt.managers.io_struct import GenerateReqInput  # noqa: E402
 from sglang.srt.managers.schedule_batch import FINISH_ABORT  # noqa: E402
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS  # noqa: E402
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator  # noqa: E402
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams  # noqa: E402
 from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer  # noqa: E402
@@ -60,6 +62,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: E40
 from sglang.srt.runtime_context import get_memory, get_model, get_observability, get_parallel, get_serving  # noqa: E402
 
 __all__ = [
+    "CLIP_MAX_NEW_TOKENS",
     "FAKE_BOOTSTRAP_HOST",
     "FINISH_ABORT",
     "SUPPORTED",
@@ -75,6 +78,7 @@ __all__ = [
     "MLATokenToKVPool",
     "MambaPool",
     "MatchPrefixParams",
+    "PagedTokenToKVPoolAllocator",
     "PoolName",
     "PoolTransfer",
     "RadixKey",

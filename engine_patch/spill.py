@@ -109,7 +109,7 @@ class Spiller:
         self._queue.join()
 
     def close(self, within_s: float = math.inf) -> None:
-        """Store what is queued; what cannot be begun within so many seconds is not."""
+        """Store what is queued; what cannot be begun within so many seconds, an extent at a time, is not."""
         self._until_s = time.monotonic() + within_s
         self._queue.put(None)
         self._thread.join()
@@ -166,27 +166,33 @@ class Spiller:
         new = [i for i, is_stored in zip(unknown, stored, strict=True) if not is_stored]
         publishing: list[tuple[int, Future[None]]] = []
         failure: Exception | None = None
+        late = 0
         try:
             if new:
                 self._pages.outbound.after(offer.ready)
             for start in range(0, len(new), self._writer.pages_an_extent):
+                if start and time.monotonic() > self._until_s:
+                    late = len(new) - start
+                    break
                 run = new[start : start + self._writer.pages_an_extent]
                 keys = [offer.keys[i] for i in run]
                 publishing.append((len(run), self._writer.write(keys, partial(self._fill, offer.numbers[run]))))
                 self._on_their_way.update(keys)
         except Exception as error:
             failure = error
-        self._writer.after(partial(self._conclude, offer, skipped, len(new), publishing, failure))
+        self._writer.after(partial(self._conclude, offer, skipped, len(new), late, publishing, failure))
 
     def _conclude(
         self,
         offer: _Offer,
         skipped: bool,
         new: int,
+        late: int,
         publishing: Sequence[tuple[int, Future[None]]],
         failure: Exception | None,
     ) -> None:
-        """Count and answer an offer, on the publishing thread. ``new`` of its pages were to be written."""
+        """Count and answer an offer, on the publishing thread. ``new`` of its pages were to be written; there was no
+        time left for the last ``late`` of them."""
         try:
             spilled = 0
             for pages, published in publishing:
@@ -196,10 +202,9 @@ class Spiller:
                     failure = failure or error
             self.stats.pages_spilled += spilled
             self.stats.bytes_spilled += spilled * self._store.geometry.page_bytes
-            self.stats.pages_failed += new - spilled
-            if skipped:
-                self.stats.pages_skipped += len(offer.keys)
-            else:
+            self.stats.pages_failed += new - late - spilled
+            self.stats.pages_skipped += len(offer.keys) if skipped else late
+            if not skipped:
                 self.stats.pages_known += len(offer.keys) - new
             if isinstance(failure, PageStoreFull):
                 logger.warning("agentstate: %s; they are recomputed when they are needed", failure)

@@ -43,7 +43,8 @@ class LayerGate:
     def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]]):
         self.consumer_index = -1
         self.waited_s = 0.0
-        self._waits_s: dict[int, float] = {}
+        # Of each batch that is not over, by layer.
+        self._waits_s: dict[int, dict[int, float]] = {}
         self._routes = routes
         self._arrivals = {arrivals for route in routes.values() for arrivals, _ in route}
 
@@ -60,11 +61,12 @@ class LayerGate:
             arrivals.wait_until(layer)
         waited_s = time.perf_counter() - started
         self.waited_s += waited_s
-        self._waits_s[index] = self._waits_s.get(index, 0.0) + waited_s
+        waits_s = self._waits_s.setdefault(index, {})
+        waits_s[threshold] = waits_s.get(threshold, 0.0) + waited_s
 
-    def waited_for(self, index: int) -> float:
-        """How many seconds forwards waited for a batch; to be asked once, when it is over."""
-        return self._waits_s.pop(index, 0.0)
+    def waited_for(self, index: int) -> tuple[float, ...]:
+        """How many seconds forwards waited for each layer of a batch; to be asked once, when it is over."""
+        return tuple(self._waits_s.pop(index, {}).values())
 
     def reset(self) -> None:
         """Forget the batches that were not over: their numbers are given again."""
@@ -72,7 +74,9 @@ class LayerGate:
 
 
 class _StoredPool:
-    def __init__(self, pool: DevicePool, open_store: OpenStore, settings: Settings, share: int):
+    def __init__(
+        self, pool: DevicePool, open_store: OpenStore, settings: Settings, share: int, timeout_s: float | None
+    ):
         self.name = pool.name
         self.model_layers = pool.model_layers
         self.window_pages = pool.window_pages
@@ -88,7 +92,7 @@ class _StoredPool:
             chunk_bytes=_CHUNK_BYTES,
             backend=read_backend(settings.read_backend, self.pages.device),
         )
-        self.restorer = Restorer(self.store, self.pages, self.reader)
+        self.restorer = Restorer(self.store, self.pages, self.reader, timeout_s)
 
     def needed(self, keys: Sequence[bytes]) -> Sequence[bytes]:
         """Those of a chain without which it cannot be gone on from its end."""
@@ -107,13 +111,20 @@ class _StoredPool:
 
 class StoredPools:
     """``pools``, full attention first, each with a store that ``open_store`` opens. Memory for staging is shared out
-    evenly. Without pools it is a place where nothing is stored and nothing is found.
+    evenly. Without pools it is a place where nothing is stored and nothing is found. A forward waits for a layer for
+    ``timeout_s`` at the most.
 
     Every request loads from every pool, so that all pools count their batches alike: one index serves them all.
     """
 
-    def __init__(self, pools: Sequence[DevicePool], open_store: OpenStore, settings: Settings):
-        self._pools = [_StoredPool(pool, open_store, settings, len(pools)) for pool in pools]
+    def __init__(
+        self,
+        pools: Sequence[DevicePool],
+        open_store: OpenStore,
+        settings: Settings,
+        timeout_s: float | None = None,
+    ):
+        self._pools = [_StoredPool(pool, open_store, settings, len(pools), timeout_s) for pool in pools]
         routes: dict[int, list[tuple[Arrivals, int]]] = {}
         for pool in self._pools:
             for position, layer in enumerate(pool.model_layers):
@@ -158,15 +169,16 @@ class StoredPools:
         for pool in self._pools:
             pool.restorer.prefetches.for_request(rid, pool.needed(keys))
 
-    def prefetch(self, session_id: str, keys: Sequence[bytes], ttl_s: float) -> bool:
-        """Begin to read a session's stored chain to host memory, and keep it for so long."""
-        return bool(self._pools) and all(
-            [pool.restorer.prefetches.for_session(session_id, pool.needed(keys), ttl_s) for pool in self._pools]
-        )
+    def prefetch(self, session_id: str, keys: Sequence[bytes], ttl_s: float) -> Callable[[], float | None]:
+        """Begin to read a session's stored chain to host memory, and keep it for so long: what tells which share of it
+        is there, of the pool that has least, once there will not be more; None until then."""
+        shares = [pool.restorer.prefetches.for_session(session_id, pool.needed(keys), ttl_s) for pool in self._pools]
 
-    def staged(self, session_id: str) -> bool:
-        """Whether a session's prefetch has read what fits the memory."""
-        return all(pool.restorer.prefetches.staged(session_id) for pool in self._pools)
+        def share() -> float | None:
+            known = [share() for share in shares]
+            return None if None in known else min((part for part in known if part is not None), default=0.0)
+
+        return share
 
     def tidy(self, waiting: Callable[[], Collection[str]]) -> None:
         """Give up what was read for requests that are not waiting any more, and what has expired."""
@@ -202,11 +214,16 @@ class StoredPools:
         own."""
         pool = self._pools[0]
         pool.restorer.queue(rid, keys, pool.pages.page_numbers(slots), Source.DEVICE)
-        return pool.restorer.start(ready)
+        return pool.restorer.start(ready, ahead=True)
 
     def landed(self, index: int) -> bool:
-        """Whether such a batch has been written."""
+        """Whether a batch of full attention has stopped writing to the device."""
         return self._pools[0].restorer.landed(index)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a drive has not answered in time, and does not yet."""
+        return any(pool.restorer.arrivals.stuck for pool in self._pools)
 
     def load(self, rid: str, transfers: Sequence[PoolTransfer]) -> bool:
         """Queue a request's pages in every pool; False, and nothing queued, unless all pools are given."""
@@ -232,7 +249,7 @@ class StoredPools:
         all of them together; its pages are those of full attention."""
         finished = [pool.restorer.finish(index) for pool in self._pools]
         restored = [of_pool.restored for of_pool in finished if of_pool.restored is not None]
-        waited_s = self.gate.waited_for(index)
+        waits_s = self.gate.waited_for(index)
         return Finished(
             set().union(*(of_pool.failed for of_pool in finished)),
             dataclasses.replace(
@@ -240,10 +257,12 @@ class StoredPools:
                 n_bytes=sum(of_pool.n_bytes for of_pool in restored),
                 seconds=max(of_pool.seconds for of_pool in restored),
                 sources=frozenset().union(*(of_pool.sources for of_pool in restored)),
-                waited_s=waited_s,
+                waited_s=sum(waits_s),
+                layer_waits_s=waits_s,
             )
             if restored
             else None,
+            next((of_pool.writing for of_pool in finished if of_pool.writing is not None), None),
         )
 
     def staged_for(self, keys: Sequence[bytes]) -> bool:
@@ -291,11 +310,14 @@ class StoredPools:
             pool.spiller.drain()
             pool.spiller.results.clear()
 
-    def close(self, within_s: float) -> None:
-        """Store what is queued, as far as that can be done in so many seconds, and close everything."""
+    def finish_spilling(self, within_s: float) -> None:
+        """Store what is queued, as far as that can be done in so many seconds, and nothing more from then on."""
         until = time.monotonic() + within_s
         for pool in self._pools:
             pool.spiller.close(max(0.0, until - time.monotonic()))
+
+    def close(self) -> None:
+        """After `finish_spilling`."""
         for pool in self._pools:
             pool.restorer.close()
             pool.store.close()

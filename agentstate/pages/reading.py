@@ -252,11 +252,14 @@ class Stream:
         return layer + 1, self._others[run]
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing is being read for it: everything has been, or all the memory it may have is full."""
+    def staged(self) -> float | None:
+        """Which share of it, by chunks, has been read once nothing is being read for it: everything has been, or all
+        the memory that it may have is full. None until then."""
         with self._reader._lock:
             more = self.wants is not None and len(self._reader._free) > self._reader._kept_back
-            return not (more or self._to_open) and all(reading.done() for reading, _ in self.ahead)
+            if more or self._to_open or not all(reading.done() for reading, _ in self.ahead):
+                return None
+            return self._taken / self._total
 
     def job(self, free: _Free | None) -> Callable[[], None] | None:
         """The next thing to do for this stream, if there is one; reading takes a buffer from ``free``. The caller has

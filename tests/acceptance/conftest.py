@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from compiler import c_compiler
 from prompts import EXACT, Generator
 
 from agentstate.local import LocalStack, free_port
@@ -32,6 +34,15 @@ def make_stack(engine_python: Path) -> Callable[[Path, Path], LocalStack]:
 
 
 @pytest.fixture(scope="session")
+def slow_reads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which an engine's reads are as slow as the file SPEED says, in bytes a second a read."""
+    directory = tmp_path_factory.mktemp("slow")
+    shim, source = directory / "slow_reads.so", Path(__file__).with_name("slow_reads.c")
+    subprocess.run([c_compiler(), "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl"], check=True)
+    return {"LD_PRELOAD": str(shim), "SPEED": str(directory / "speed")}
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     checkpoint = Settings().cache_dir / "smollm2-135m-instruct"
     if not (checkpoint / "config.json").exists():
@@ -46,7 +57,7 @@ def stack(
     with closing(make_stack(tmp_path_factory.mktemp("stack"), smollm2)) as stack:
         stack.start_service()
         # Chunks are small, so that restores also meet chunked prefills.
-        stack.start_engine(*EXACT, "--chunked-prefill-size", "512")
+        stack.start_engine(*EXACT, "--chunked-prefill-size", "512", "--enable-metrics")
         yield stack
 
 

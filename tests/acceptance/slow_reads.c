@@ -1,15 +1,20 @@
-/* Preloaded into an engine, this makes its drive slow: a read of pages takes as long as BYTES_A_SECOND say, at least. */
+/* Preloaded into an engine, this makes its drive slow: a read of pages takes as long as the bytes a second say that are in
+   the file SPEED, at least. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 static void wait_for(ssize_t n_bytes) {
-    const char *speed = getenv("BYTES_A_SECOND");
-    if (n_bytes > 0 && speed != NULL) usleep(1e6 * n_bytes / atof(speed));
+    double speed;
+    FILE *file = fopen(getenv("SPEED"), "r");
+    if (file == NULL) return;
+    if (fscanf(file, "%lf", &speed) == 1 && n_bytes > 0) usleep(1e6 * n_bytes / speed);
+    fclose(file);
 }
 
 #define SLOW(name, parameters, arguments)                                                 \

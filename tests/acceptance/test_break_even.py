@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from compiler import c_compiler
 from prompts import EXACT, PAGE, Generator, prompt
 
 from agentstate.local import LocalStack
@@ -17,14 +15,12 @@ _BYTES_A_SECOND = 6_000_000
 
 
 def test_what_is_computed_sooner_than_read_is_computed(
-    tmp_path: Path, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path
+    tmp_path: Path, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path, slow_reads: dict[str, str]
 ) -> None:
-    shim = tmp_path / "slow_reads.so"
-    source = Path(__file__).with_name("slow_reads.c")
-    subprocess.run([c_compiler(), "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl"], check=True)
+    Path(slow_reads["SPEED"]).write_text(str(_BYTES_A_SECOND))
     texts = [prompt(7000 + i, (1 + i % 5) * PAGE + 3 + 7 * i) for i in range(16)]
     with closing(make_stack(tmp_path / "stack", smollm2)) as stack:
-        stack.environment = {**stack.environment, "LD_PRELOAD": str(shim), "BYTES_A_SECOND": str(_BYTES_A_SECOND)}
+        stack.environment = {**stack.environment, **slow_reads}
         stack.start_service()
         stack.start_engine(*EXACT)
         generate = Generator(stack.engine_url)

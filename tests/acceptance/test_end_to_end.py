@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from prompts import EXACT, PAGE, Generator, prompt
+from prompts import PAGE, Generator, prompt
 
 from agentstate.client import Client, message
 from agentstate.local import LocalStack
@@ -190,7 +193,7 @@ def test_an_agent_goes_on_after_its_engine_was_killed(stack: LocalStack, generat
         assert outcome is not None
         assert (outcome["state"], outcome["tokens"]) == ("durable", 16 * PAGE)
         stack.kill_engine()
-        stack.start_engine(*EXACT, "--chunked-prefill-size", "512")
+        stack.start_engine(*stack.engine_arguments)
         turn = service.resume(session.id)
         assert turn.kv.valid and turn.kv.tokens == 16 * PAGE
         assert turn.engine is not None
@@ -199,6 +202,52 @@ def test_an_agent_goes_on_after_its_engine_was_killed(stack: LocalStack, generat
         # A session of the engine that died is still answered for, from its manifest.
         kept = service.suspend(session.id, turn.lease, durable_timeout_ms=5000).kv
         assert (kept.state, kept.tokens, kept.bytes) == ("durable", 16 * PAGE, outcome["bytes"])
+
+
+def test_an_engine_that_is_told_to_end_stores_what_it_has_first(stack: LocalStack, generate: Generator) -> None:
+    text = prompt(17, 24 * PAGE + 20)
+    with Client(stack.service_url) as service:
+        session = service.create_session(stack.model)
+        turn = service.resume(session.id)
+        assert turn.engine is not None
+        right = generate(text, **turn.engine.extra_body)
+        stack.stop_engine()
+        stack.start_engine(*stack.engine_arguments)
+        # Its manifest was written too.
+        kept = service.suspend(session.id, turn.lease, durable_timeout_ms=5000).kv
+        assert (kept.state, kept.tokens) == ("durable", 24 * PAGE)
+    answer = generate(text)
+    assert (answer.restored, answer.tokens) == (24 * PAGE, right.tokens)
+
+
+def test_what_an_engine_does_is_in_its_metrics_and_its_log(stack: LocalStack, generate: Generator) -> None:
+    text = prompt(18, 7 * PAGE + 20)
+    generate(text)
+    spilled(stack)
+    stack.flush_device()
+    assert generate(text).restored == 7 * PAGE
+    restored = stack.stat()["restore"]
+
+    def told() -> dict[str, float]:
+        lines = httpx.get(f"{stack.engine_url}/metrics").text.splitlines()
+        samples = (line.rpartition(" ") for line in lines if line.startswith("agentstate:"))
+        return {name.partition("{")[0]: float(value) for name, _, value in samples}
+
+    deadline = time.monotonic() + 30
+    while (samples := told()).get("agentstate:restores_total") != restored["restores"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert samples["agentstate:restored_pages_total"] == restored["pages_restored"]
+    assert samples["agentstate:restore_duration_seconds_count"] == restored["restores"]
+    assert samples["agentstate:restore_duration_seconds_sum"] == pytest.approx(restored["seconds"])
+    assert samples["agentstate:restore_bytes_per_second_count"] == restored["restores"]
+    assert samples["agentstate:layer_wait_seconds_count"] == 30 * restored["restores"]
+    assert samples["agentstate:spilled_bytes_total"] > 0
+    log = (stack.home / "engine.log").read_text()
+    assert re.search(
+        rf"restored {7 * PAGE} tokens, [\d.]+ MB in [\d.]+ ms \([\d.]+ GB/s\), source cold, for 1 request", log
+    )
+    assert re.search(r"rank 0, pages of 64 tokens in .*staging_bytes \d+.*read_timeout_s 30.0", log)
 
 
 def test_every_extent_on_disk_is_whole(stack: LocalStack) -> None:

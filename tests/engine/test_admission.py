@@ -15,7 +15,7 @@ from engine_patch.radix_cache import AgentStateRadixCache, _LinkerWrapper
 def cache() -> AgentStateRadixCache:
     cache = AgentStateRadixCache.__new__(AgentStateRadixCache)
     cache._recomputing = []
-    cache.device_tier = SimpleNamespace(run=lambda: None)
+    cache.device_tier = SimpleNamespace(run=lambda scheduler: None)
     tree: Any = SimpleNamespace(
         tree_core=SimpleNamespace(finish_external_linker_offload=lambda *args: None),
         dec_lock_ref=lambda *args: None,
@@ -32,7 +32,8 @@ def cache() -> AgentStateRadixCache:
 def test_a_request_that_found_no_room_is_tried_again_when_pages_are_unlocked(
     cache: AgentStateRadixCache, stored: bool
 ) -> None:
-    scheduler: Any = SimpleNamespace(running_batch=SimpleNamespace(batch_is_full=True), waiting_queue=[])
+    batch = SimpleNamespace(batch_is_full=True)
+    scheduler: Any = SimpleNamespace(running_batch=batch, waiting_queue=[], is_generation=True)
     cache.linker.commit_completed_offloads([])
     cache.before_next_batch(scheduler)
     assert scheduler.running_batch.batch_is_full

@@ -55,3 +55,32 @@ def test_after_a_reset_nothing_is_known() -> None:
     arrivals.reset()
     arrivals.wait_until(0)
     assert arrivals.begin() == 0
+
+
+def test_a_batch_that_does_not_arrive_in_time_is_given_up() -> None:
+    arrivals = Arrivals(2, timeout_s=0.01)
+    batch, other = arrivals.begin(), arrivals.begin()
+    arrivals.set_consumer(batch)
+    arrivals.complete(batch, 0)
+    for layer in range(2):
+        arrivals.wait_until(layer)
+    assert arrivals.given_up(batch)
+    # It arrives after all, when a forward has run without it.
+    assert (arrivals.stuck, arrivals.finish(batch), arrivals.landed(batch)) == (True, False, False)
+    arrivals.complete(batch, 1)
+    assert arrivals.landed(batch)
+    assert not arrivals.stuck
+    assert not arrivals.given_up(batch)
+    for layer in range(2):
+        arrivals.complete(other, layer)
+    assert arrivals.finish(other)
+
+
+def test_one_that_arrives_between_its_forward_and_its_end_has_not_arrived_in_time() -> None:
+    arrivals = Arrivals(1, timeout_s=0.01)
+    batch = arrivals.begin()
+    arrivals.set_consumer(batch)
+    arrivals.wait_until(0)
+    arrivals.complete(batch, 0)
+    assert not arrivals.finish(batch)
+    assert not arrivals.stuck

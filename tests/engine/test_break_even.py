@@ -35,10 +35,11 @@ def linker(tmp_path: Path) -> Iterator[AgentStateLinker]:
         [pool], lambda pool, pages: PageStore(tmp_path, fingerprint(pool=pool.name), pages.geometry), settings
     )
     linker._off, linker._computes, linker._break_even, linker._cached = None, True, BreakEven(), 0
-    linker.page_size = PAGE_SIZE
+    linker.page_size, linker._metrics = PAGE_SIZE, None
     write(linker._pools._pools[0].store, keys(*range(LONG)))
     yield linker
-    linker._pools.close(60)
+    linker._pools.finish_spilling(60)
+    linker._pools.close()
 
 
 def transfer(pages: int, first_slot: int = 0) -> PoolTransfer:
@@ -58,7 +59,7 @@ def teach(linker: AgentStateLinker, fixed_s: float) -> None:
         linker.stepped([(64 * (number % 5), new)], STEP_S + TOKEN_S * new, None)
     for number in range(40):
         assert linker.load(f"r{number}", [transfer(1 + number % LONG, first_slot=1)])
-        failed, restored = linker.finish(linker.start_layer_wise_loading())
+        failed, restored, _ = linker.finish(linker.start_layer_wise_loading())
         assert not failed and restored is not None
         waited_s = fixed_s * (1 + 1e-6 * restored.n_bytes)
         plain_s = STEP_S + TOKEN_S * 8

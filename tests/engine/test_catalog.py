@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from contents import keys
 from sqlalchemy.engine import Connection
 
@@ -302,6 +303,7 @@ def test_manifests_are_cut_when_the_store_has_lost_what_they_list(database: Swit
     )
     until(lambda: len(registered(database)) == 1)
     before = [catalog.load("a"), catalog.load("b")]
+    ages = updated(database)
     assert [len(found.page_keys()) for found in before if found] == there
     lost[0] = 2
     until(lambda: (found := catalog.load("a")) is not None and found.tokens == 64)
@@ -310,6 +312,14 @@ def test_manifests_are_cut_when_the_store_has_lost_what_they_list(database: Swit
     assert short is not None
     assert (short.page_keys(), short.nbytes, short.lost_tokens) == (keys(1), 10, 128)
     assert catalog.load("b") == before[1]
+    # It is not newer for that: nothing was stored.
+    assert updated(database) == ages
+
+
+def updated(database: Switched) -> dict[str, int]:
+    with database.read() as connection:
+        rows = connection.execute(sa.text("SELECT session_id, updated_us FROM manifests"))
+        return dict(tuple(row) for row in rows)
 
 
 def test_a_session_that_is_deleted_while_manifests_are_looked_at_does_not_come_back(

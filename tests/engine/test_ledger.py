@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from contents import key, keys
+from contents import keys
 
 from agentstate.manifests import Manifest
 from engine_patch import ledger as module
@@ -96,6 +96,20 @@ def test_a_session_may_become_shorter(ledger: Ledger) -> None:
     assert ledger.standing("s") == answer("durable", 2)
 
 
+def test_what_was_lost_before_counts_too(ledger: Ledger) -> None:
+    assert ledger.remembered(2, 2) == answer("durable", 2)
+    assert ledger.remembered(2, 5) == answer("partial", 2)
+    assert ledger.remembered(0, 5) == answer("lost", 0)
+
+
+def test_what_is_forgotten_is_not_known(ledger: Ledger) -> None:
+    ledger.settled("s", ledger.finished("s"), keys(1), 1)
+    ledger.forget("s")
+    assert ledger.standing("s") is None
+    assert ledger.chain("s") is None
+    ledger.forget("never heard of")
+
+
 def test_sessions_do_not_mix(ledger: Ledger) -> None:
     ledger.settled("a", ledger.finished("a"), keys(1), 1)
     assert ledger.finished("b") == 1
@@ -127,7 +141,7 @@ def test_a_session_that_was_forgotten_before_it_settled_is_not_durable_before_it
 
 @pytest.mark.parametrize(("stored", "state"), [(0, "lost"), (1, "partial"), (2, "durable")], ids=str)
 def test_a_session_of_an_earlier_process_is_as_durable_as_its_pages(ledger: Ledger, stored: int, state: str) -> None:
-    assert ledger.remembered([key(1), key(2)], stored) == answer(state, stored)
+    assert ledger.remembered(stored, 2) == answer(state, stored)
 
 
 def test_what_has_been_evicted_since_is_not_durable() -> None:

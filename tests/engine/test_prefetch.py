@@ -71,7 +71,7 @@ def test_a_stream_is_taken_by_whoever_needs_its_pages(ahead: Prefetches) -> None
 
 
 def test_what_is_being_read_is_not_read_twice(ahead: Prefetches) -> None:
-    assert ahead.for_session("ses", keys(*range(8)), 10)
+    ahead.for_session("ses", keys(*range(8)), 10)
     ahead.for_request("a", keys(2, 3))
     ahead.for_request("b", keys(*range(8)))
     assert ahead.stats.issued == 1
@@ -81,7 +81,7 @@ def test_what_is_being_read_is_not_read_twice(ahead: Prefetches) -> None:
 
 
 def test_what_is_not_stored_is_not_begun(ahead: Prefetches) -> None:
-    assert not ahead.for_session("ses", keys(1, 99), 10)
+    assert ahead.for_session("ses", keys(1, 99), 10)() == 0
     ahead.for_request("a", keys(99))
     assert ahead.stats.issued == 0
 
@@ -99,11 +99,12 @@ def test_a_request_that_leaves_the_queue_frees_its_memory(ahead: Prefetches, rea
 def test_a_prefetch_of_a_session_expires(ahead: Prefetches, reader: LayerwiseReader) -> None:
     clock = Clock()
     ahead._clock = clock
-    assert ahead.for_session("ses", keys(0, 1), 10)
-    assert ahead.for_session("ses", keys(0, 1), 10), "the same again goes on"
-    assert ahead.stats.issued == 1
-    assert ahead.for_session("ses", keys(0, 1, 2), 10), "another one takes the place of the older"
-    settled(lambda: ahead.staged("ses"))
+    first = ahead.for_session("ses", keys(0, 1), 10)
+    ahead.for_session("ses", keys(0, 1), 10)
+    assert ahead.stats.issued == 1, "the same again goes on"
+    second = ahead.for_session("ses", keys(0, 1, 2), 10)
+    assert first() == 0, "another one takes the place of the older"
+    settled(lambda: second() == 1)
     clock.now = 9
     ahead.tidy(())
     assert reader.staged_bytes > 0
@@ -111,14 +112,33 @@ def test_a_prefetch_of_a_session_expires(ahead: Prefetches, reader: LayerwiseRea
     ahead.tidy(())
     assert reader.staged_bytes == 0
     assert ahead.stats.wasted == 2
+    assert second() == 0
+
+
+def test_a_prefetch_tells_how_much_of_it_the_memory_holds(rank: Rank) -> None:
+    rank.write(keys(*range(8)))
+    # Two buffers, one of them kept back, for a layer each.
+    reader = LayerwiseReader(rank.store.geometry, staging_bytes=2 * 40_960, threads=1)
+    ahead = Prefetches(rank.store, reader, Clock())
+    share = ahead.for_session("ses", keys(*range(8)), 10)
+    settled(lambda: share() is not None)
+    assert share() == 1 / LAYERS
+    # There is nothing left for another one.
+    assert ahead.for_session("other", keys(*range(8)), 10)() in (0, None)
+    found = ahead.take(keys(*range(8)))
+    assert found is not None
+    assert share() == 1, "a request has it"
+    found[0].close()
+    ahead.clear()
+    reader.close()
 
 
 def test_a_restore_joins_what_was_read_ahead_also_in_its_middle(rank: Rank, reader: LayerwiseReader) -> None:
     rank.write(keys(*range(8)))
     restorer = Restorer(rank.store, rank.pages, reader)
     for names in ([0, 1, 2, 3, 4, 5, 6, 7], [2, 3, 4], [7]):
-        assert restorer.prefetches.for_session("ses", keys(*range(8)), 10)
-        settled(lambda: restorer.prefetches.staged("ses"))
+        share = restorer.prefetches.for_session("ses", keys(*range(8)), 10)
+        settled(lambda share=share: share() == 1)
         before = restorer.prefetches.stats.used
         assert restored(rank, restorer, names) == set()
         assert restorer.prefetches.stats.used == before + 1
@@ -135,10 +155,10 @@ def test_a_page_outside_of_the_request_that_joined_does_not_fail_it(rank: Rank, 
     with segment.extent.path.open("r+b") as file:
         file.seek(offset)
         file.write(b"\xff" * 8)
-    assert restorer.prefetches.for_session("ses", keys(*range(8)), 10)
+    restorer.prefetches.for_session("ses", keys(*range(8)), 10)
     assert restored(rank, restorer, [2, 3, 4]) == set()
     assert keys(1)[0] in rank.store, "whoever needs it finds out"
-    assert restorer.prefetches.for_session("ses", keys(*range(8)), 10)
+    restorer.prefetches.for_session("ses", keys(*range(8)), 10)
     assert restored(rank, restorer, [0, 1]) == {"r"}
     assert keys(1)[0] not in rank.store
     restorer.close()

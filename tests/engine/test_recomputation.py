@@ -63,7 +63,7 @@ class Scheduler(SimpleNamespace):
 @pytest.fixture
 def cache() -> AgentStateRadixCache:
     cache = AgentStateRadixCache.__new__(AgentStateRadixCache)
-    cache._recomputing = []
+    cache._recomputing, cache._generates = [], True
     return cache
 
 
@@ -151,13 +151,34 @@ def test_an_abort_on_the_way_is_carried_out_once_the_request_is_in_the_queue(
 ) -> None:
     gone, other = Request("gone-1"), Request("other")
     fail(cache, gone, other)
-    abort = SimpleNamespace(abort_all=False, rid="gone")
-    cache.note_abort(abort)
+    cache.note_abort(SimpleNamespace(abort_all=False, rid="gone", abort_message="of this test"))
     finish(gone)
     finish(other)
     cache.requeue_failed(scheduler)
     assert scheduler.waiting_queue == [gone, other]
-    assert scheduler.aborted == [abort]
+    assert scheduler.aborted == [SimpleNamespace(abort_all=False, rid="gone-1", abort_message="of this test")]
+
+
+def test_an_abort_of_all_does_not_abort_those_that_came_later(
+    cache: AgentStateRadixCache, scheduler: Scheduler
+) -> None:
+    first, second = Request("a"), Request("b")
+    fail(cache, first, second)
+    cache.note_abort(SimpleNamespace(abort_all=True, rid=""))
+    scheduler.waiting_queue.append(Request("came later"))
+    finish(first)
+    finish(second)
+    cache.requeue_failed(scheduler)
+    assert [(abort.abort_all, abort.rid) for abort in scheduler.aborted] == [(False, "a"), (False, "b")]
+
+
+def test_embeddings_are_aborted_because_they_would_be_sent(cache: AgentStateRadixCache, scheduler: Scheduler) -> None:
+    cache._generates = False
+    req = Request("r")
+    assert fail(cache, req) == [req]
+    finish(req)
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == []
 
 
 def test_what_a_pause_has_queued_already_is_not_queued_twice(cache: AgentStateRadixCache, scheduler: Scheduler) -> None:

@@ -12,7 +12,7 @@ import torch
 from contents import content, expected, key, keys, read, reader_for
 from device import Rank, page_of
 
-from engine_patch.restore import Restorer, RestoreStats, Source
+from engine_patch.restore import Finished, Restorer, RestoreStats, Source
 
 
 @pytest.fixture(params=[False, True], ids=["through staging", "straight"])
@@ -133,11 +133,11 @@ def test_what_failed_is_not_told_as_restored(rank: Rank, restorer: Restorer) -> 
     flip(rank, 1, layer=2)
     queue(restorer, "a", [0, 1], [10, 11])
     queue(restorer, "b", [4, 5, 6], [14, 15, 16])
-    failed, restored = restorer.finish(restorer.start())
+    failed, restored, _ = restorer.finish(restorer.start())
     assert failed == {"a"}
     assert restored is not None and (restored.requests, restored.pages) == (1, 3)
     queue(restorer, "a", [0, 1], [10, 11])
-    assert restorer.finish(restorer.start()) == ({"a"}, None)
+    assert restorer.finish(restorer.start()) == Finished({"a"})
 
 
 def test_nothing_queued_is_nothing_started(restorer: Restorer) -> None:
@@ -369,6 +369,67 @@ def test_nothing_writes_to_the_device_once_a_batch_is_over(rank: Rank, monkeypat
     released.set()
     assert restorer.finish(index).failed == {"a"}
     assert rank.store.prefix_length(keys(0, 1, 2, 3)) == 0
+    restorer.close()
+
+
+def test_a_drive_that_does_not_answer_is_not_waited_for(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank.write(keys(0, 1, 2, 3))
+    answers = threading.Event()
+    real = os.preadv
+
+    def hangs(fd: int, buffers: list[object], offset: int) -> int:
+        if offset:  # headers are read
+            assert answers.wait(30)
+        return real(fd, buffers, offset)
+
+    restorer = Restorer(rank.store, rank.pages, reader_for(rank.store.geometry, 1), timeout_s=0.05)
+    monkeypatch.setattr(os, "preadv", hangs)
+    queue(restorer, "a", [0, 1], [10, 11])
+    queue(restorer, "b", [2, 3], [12, 13])
+    index = restorer.start()
+    found = restorer.finish(index)
+    assert (found.failed, found.restored) == ({"a", "b"}, None)
+    assert found.writing is not None
+    assert found.writing.tolist() == [10, 11, 12, 13]
+    assert restorer.arrivals.stuck
+    assert not restorer.landed(index)
+    assert (restorer.stats.timed_out, restorer.stats.requests_failed) == (1, 2)
+    answers.set()
+    deadline = time.monotonic() + 30
+    while restorer.arrivals.stuck:
+        assert time.monotonic() < deadline
+    # Nothing is wrong with the pages, and what is restored next is right.
+    assert rank.store.prefix_length(keys(0, 1, 2, 3)) == 4
+    queue(restorer, "a", [0, 1], [10, 11])
+    assert run(restorer) == set()
+    assert is_restored(rank, key(1), 11)
+    assert (restorer.stats.restores, restorer.stats.pages_failed) == (1, 0)
+    restorer.close()
+
+
+def test_what_is_loaded_ahead_is_in_no_requests_way(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank.write(keys(0))
+    rank.write(keys(1))
+    inode = rank.store.hold(keys(0)).segments[0].extent.path.stat().st_ino
+    answers = threading.Event()
+    real = os.preadv
+
+    def hangs(fd: int, buffers: list[object], offset: int) -> int:
+        if offset and os.fstat(fd).st_ino == inode:
+            assert answers.wait(30)
+        return real(fd, buffers, offset)
+
+    restorer = Restorer(rank.store, rank.pages, reader_for(rank.store.geometry, 2))
+    monkeypatch.setattr(os, "preadv", hangs)
+    queue(restorer, "a prefetch", [0], [10])
+    ahead = restorer.start(ahead=True)
+    queue(restorer, "a", [1], [11])
+    assert run(restorer) == set()
+    assert is_restored(rank, key(1), 11)
+    assert not restorer.landed(ahead)
+    answers.set()
+    assert restorer.finish(ahead).failed == set()
+    assert is_restored(rank, key(0), 10)
     restorer.close()
 
 

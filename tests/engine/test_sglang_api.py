@@ -16,6 +16,7 @@ from sglang.srt.layers.attention.attention_registry import register_attention_ba
 from sglang.srt.layers.attention.mamba import causal_conv1d
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import Req, ReqKvInfo, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
@@ -83,6 +84,13 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.UnifiedTreeCore.collect_full_device_indices, "self from_node_id until_node_id"),
     (Req.init_next_round_input, "self tree_cache * cow_mamba"),
     (Scheduler._prefetch_kvcache, "self req"),
+    (Scheduler.abort_request, "self recv_req"),
+    (Scheduler.on_idle, "self"),
+    (sgl.PagedTokenToKVPoolAllocator.alloc, "self need_size"),
+    (sgl.PagedTokenToKVPoolAllocator.available_size, "self"),
+    (sgl.PagedTokenToKVPoolAllocator.free, "self free_index"),
+    (sgl.PagedTokenToKVPoolAllocator._release_page_ids, "self page_ids"),
+    (sgl.UnifiedRadixCache.evictable_size, "self"),
     (Scheduler._record_step_counters, "self batch result"),
     (AttentionBackendRegistry.register, "backend_name handler_func"),
     (register_attention_backend, "name"),
@@ -140,9 +148,13 @@ ATTRIBUTES: dict[type, str] = {
     Req: "rid session_id extra_key cache_salt kv full_untruncated_fill_ids skip_radix_cache_insert "
     "discard_output_reason finished_output finished_reason finished_len to_finish is_retracted retracted_stain "
     "retraction_count cached_tokens cached_tokens_device cached_tokens_host cached_tokens_storage "
-    "_cache_breakdown_computed",
-    ReqKvInfo: "holds_kv cache_inserted_len",
-    Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us",
+    "_cache_breakdown_computed origin_input_ids output_ids sampling_params multimodal_inputs session",
+    ReqKvInfo: "holds_kv cache_inserted_len kv_allocated_len",
+    Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us result_queue "
+    "is_generation page_size",
+    AbortReq: "rid abort_all",
+    sgl.PagedTokenToKVPoolAllocator: "device",
+    SamplingParams: "max_new_tokens",
     ScheduleBatch: "reqs prefix_lens extend_lens batch_is_full",
     MatchResult: "device_prefix_len",
     unified_tree_core.UnifiedTreeNode: "id parent children last_access_time external_cache_stored hash_value",
@@ -165,7 +177,8 @@ ATTRIBUTES: dict[type, str] = {
     ServerArgs: "host port attention_backend page_size dtype disable_cuda_graph radix_cache_backend "
     "disable_radix_cache enable_hierarchical_cache enable_lmcache enable_unified_cache_external_linker "
     "unified_cache_external_linker_backend unified_cache_external_linker_config speculative_algorithm "
-    "disaggregation_mode enable_streaming_session pp_size dp_size model_path served_model_name "
+    "disaggregation_mode enable_streaming_session pp_size dp_size dcp_size attn_cp_size enable_lora lora_paths "
+    "model_path served_model_name load_format "
     "json_model_override_args quantization warmups skip_server_warmup",
     TokenizerManager: "is_generation max_req_input_len model_config",
 }
@@ -231,6 +244,10 @@ def test_the_linker_takes_what_sglang_constructs_linkers_with() -> None:
         sgl.UnifiedCacheLinker.__doc__ or ""
     )
     inspect.signature(AgentStateLinker).bind(None, None, components=None, extra_config=None, forward_stream=None)
+
+
+def test_an_answer_without_end_is_reckoned_with_as_so_many_tokens() -> None:
+    assert 0 < sgl.CLIP_MAX_NEW_TOKENS < 1 << 20
 
 
 def test_the_members_of_enumerations_exist() -> None:
@@ -316,7 +333,7 @@ def test_every_symbol_of_the_api_module_is_known_by_how_it_is_used() -> None:
     known = {symbol.__qualname__.split(".")[0] for symbol, _ in CALLED}
     known |= {stock.__name__ for _, stock, _, _ in OVERRIDDEN} | {owner.__name__ for owner in ATTRIBUTES}
     tested_apart = {"SUPPORTED", "ComponentType", "HookType", "PoolName", "add_attention_backend_choices"}
-    tested_apart |= {"FAKE_BOOTSTRAP_HOST"}
+    tested_apart |= {"FAKE_BOOTSTRAP_HOST", "CLIP_MAX_NEW_TOKENS"}
     unknown = set(sgl.__all__) - known - tested_apart
     assert not unknown, f"nothing here fails when these change: {sorted(unknown)}"
 

@@ -328,3 +328,23 @@ def test_closing_in_time_leaves_out_what_cannot_be_begun(rank: Rank) -> None:
     closing.join()
     assert list(spiller.results) == [True, False]
     assert spiller.stats.pages_skipped == 1
+
+
+def test_closing_in_time_leaves_out_what_is_left_of_a_large_offer(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, rank.store.draft_bytes(5), 1 << 30)
+    an_extent = spiller._writer.pages_an_extent
+    real, gate = rank.pages.gather, Gate()
+    monkeypatch.setattr(rank.pages, "gather", lambda *given: (gate.synchronize(), real(*given)))
+    spiller.offer(keys(*range(PAGES)), torch.arange(PAGES))
+    assert gate.waited_for.wait(60)
+    closing = threading.Thread(target=spiller.close, args=(0.0,))
+    closing.start()
+    while spiller._until_s > time.monotonic():
+        time.sleep(0.001)
+    gate.open.set()
+    closing.join()
+    assert list(spiller.results) == [False]
+    assert rank.store.prefix_length(keys(*range(PAGES))) == an_extent < PAGES
+    stats = spiller.stats
+    assert (stats.pages_spilled, stats.pages_skipped, stats.pages_failed) == (an_extent, PAGES - an_extent, 0)

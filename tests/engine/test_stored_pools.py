@@ -62,7 +62,8 @@ def opened(stage: Stage) -> Iterator[Callable[..., StoredPools]]:
 
     yield open
     for one in pools:
-        one.close(60)
+        one.finish_spilling(60)
+        one.close()
 
 
 def slots(*numbers: int, size: int = PAGE_SIZE) -> torch.Tensor:
@@ -180,7 +181,7 @@ def test_what_a_node_has_in_each_pool_is_stored_and_comes_back(
     pools.gate.set_consumer(index)
     for layer in range(12):
         pools.gate.wait_until(layer)
-    failed, restored = pools.finish(index)
+    failed, restored, _ = pools.finish(index)
     assert failed == set()
     # Of all pools, once; its pages are those of full attention.
     assert restored is not None and (restored.requests, restored.pages) == (1, 3)

@@ -68,6 +68,13 @@ def test_settings_lists_every_variable(home: Path) -> None:
     assert str(home) in shown
 
 
+def test_the_help_of_an_engine_lists_what_it_reads() -> None:
+    shown = run("engine", "--help", COLUMNS="200").stdout
+    for name in ("PAGES_DIR", "DATABASE_URL", "PAGES_QUOTA", "STAGING_BYTES", "READ_TIMEOUT_S", "PREFETCH_TTL_S"):
+        assert f"AGENTSTATE_{name}: " in shown
+    assert "AGENTSTATE_LEASE_TTL_S" not in shown
+
+
 def test_settings_hides_a_password(home: Path) -> None:
     shown = run("settings", AGENTSTATE_DATABASE_URL="postgresql://user:secret@host/db", COLUMNS="200").stdout
     assert "secret" not in shown

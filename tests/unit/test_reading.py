@@ -135,7 +135,7 @@ def test_what_is_read_ahead_is_there_when_the_stream_is_consumed(
 ) -> None:
     reader = LayerwiseReader(store.geometry, staging_bytes=64 << 20, threads=1)
     stream = reader.open(store.hold(keys(0, 1)))
-    while not stream.idle:
+    while stream.staged is None:
         time.sleep(0.001)
     assert reader.staged_bytes == len(stream.ahead) * reader.chunk_bytes > 0
     monkeypatch.setattr(os, "preadv", None)
@@ -197,7 +197,7 @@ def test_what_has_a_destination_is_read_there(store: PageStore, own: range, chun
     memory, destination = landing(20, [range(5, 9), range(2), range(14, 20)], own)
     numbers = [5, 6, 7, 8, 0, 1, 14, 15, 16, 17, 18, 19][: len(own)]
     with reader.open(store.hold(keys(*range(12)))) as stream:
-        while ahead and not stream.idle:
+        while ahead and stream.staged is None:
             time.sleep(0.001)
         stream.hurry(destination)
         staged = 0

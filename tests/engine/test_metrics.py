@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import prometheus_client
+import pytest
+
+from agentstate.engines import Engine
+from engine_patch.metrics import Metrics
+from engine_patch.restore import Restored, Source
+
+LABELS = {"model_name": "m", "tp_rank": "1"}
+
+
+@pytest.fixture(scope="module")
+def metrics() -> Metrics:
+    """One for all tests: it registers itself with the process."""
+    engine = Engine(
+        id="eng_1",
+        node="n",
+        rank=1,
+        control_address="tcp://h:1",
+        base_url="http://h",
+        model="m",
+        fingerprint="f",
+        pages_dir="/p",
+    )
+    return Metrics(engine)
+
+
+def sample(name: str, **labels: str) -> float | None:
+    return prometheus_client.REGISTRY.get_sample_value(f"agentstate:{name}", {**LABELS, **labels})
+
+
+def stat(**pools: dict[str, dict[str, float]]) -> dict[str, object]:
+    return {"restore": {"pages_restored": 7}, "store": {"pages": 9}, "staged_bytes": 5, "pools": pools}
+
+
+def test_counters_grow_by_what_has_been_counted_since_and_gauges_are_as_they_are(metrics: Metrics) -> None:
+    metrics.update(stat())
+    assert sample("restored_pages_total", pool="kv") == 7
+    assert (sample("stored_pages", pool="kv"), sample("staged_bytes", pool="kv")) == (9, 5)
+    metrics.update({**stat(swa={"restore": {"pages_restored": 2}}), "restore": {"pages_restored": 10}})
+    assert sample("restored_pages_total", pool="kv") == 10
+    assert sample("restored_pages_total", pool="swa") == 2
+
+
+def test_every_restore_is_in_the_histograms(metrics: Metrics) -> None:
+    before = sample("restore_duration_seconds_count") or 0
+    metrics.restored(Restored(1, 4, 3_000_000_000, 1.5, frozenset({Source.COLD}), 0.03, (0.03, 0.0)))
+    metrics.restored(Restored(1, 1, 30_000_000, 0.01, frozenset({Source.HOST})))
+    metrics.update(stat())
+    assert sample("restore_duration_seconds_count") == before + 2
+    assert sample("restore_duration_seconds_bucket", le="0.01") == 1
+    assert sample("restore_duration_seconds_bucket", le="2.0") == 2
+    assert sample("restore_bytes_per_second_sum") == pytest.approx(5e9)
+    assert (sample("layer_wait_seconds_count"), sample("layer_wait_seconds_sum")) == (2, 0.03)
+    metrics.update(stat())
+    assert sample("restore_duration_seconds_count") == before + 2

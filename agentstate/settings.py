@@ -110,6 +110,7 @@ class Settings(BaseSettings):
     read_timeout_s: float = Field(
         30.0,
         gt=0,
+        le=86_400,
         description="How long a forward waits for a layer of pages before its requests are recomputed. With tensor "
         "parallelism, and for models with more than full attention, as long as it takes.",
     )

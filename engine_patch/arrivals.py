@@ -24,6 +24,9 @@ class Arrivals:
 
     def begin(self) -> int:
         """The number of a new batch."""
+        for batch in [batch for batch in self._given_up if self.landed(batch)]:
+            self._given_up.remove(batch)
+            self.futures.pop(batch, None)
         number, self._next = self._next, self._next + 1
         self.futures[number] = [Future() for _ in range(self._layers)]
         return number
@@ -65,7 +68,7 @@ class Arrivals:
 
     def finish(self, batch: int) -> bool:
         """Wait for the batch and forget it: whether all of its layers arrived in time. A batch that is not known has.
-        One that is given up is forgotten when it has `landed` all the same."""
+        One that is given up is forgotten when it has `landed` all the same, and another one begins."""
         complete = all([self._arrived(batch, layer) for layer in self.futures.get(batch, ())])
         if batch not in self._given_up:
             self.futures.pop(batch, None)
@@ -74,10 +77,7 @@ class Arrivals:
     @property
     def stuck(self) -> bool:
         """Whether a batch that was given up has not landed yet."""
-        for batch in [batch for batch in self._given_up if self.landed(batch)]:
-            self._given_up.remove(batch)
-            self.futures.pop(batch, None)
-        return bool(self._given_up)
+        return not all(self.landed(batch) for batch in tuple(self._given_up))
 
     def reset(self) -> None:
         """Forget everything and number from 0 again."""

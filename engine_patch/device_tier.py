@@ -204,7 +204,7 @@ class DeviceTier:
             raise
 
     def _begin(self, prefetch: _Prefetch, reserved: int) -> bool:
-        """False when there is too little memory without the ``reserved`` tokens of it."""
+        """False when there is too little memory without the ``reserved`` tokens of it, or nothing can be restored."""
         cache, page_size = self._cache, self._cache.page_size
         found = cache.match_prefix(MatchPrefixParams(key=prefetch.key))
         missing = prefetch.keys[found.device_prefix_len // page_size :]
@@ -217,7 +217,7 @@ class DeviceTier:
         slots = None
         try:
             free = allocator.available_size()
-            if free + cache.evictable_size() >= need + reserved:
+            if self._linker.restores and free + cache.evictable_size() >= need + reserved:
                 if free < need:
                     cache.evict(EvictParams(num_tokens=need - free))
                 slots = allocator.alloc(need)
@@ -281,6 +281,7 @@ class DeviceTier:
                 )
                 arrival.prefetch.progress = Progress.DONE
             self._cache.dec_lock_ref(arrival.node, arrival.lock)
+            self._cache.linker.unlocked = True
 
 
 def _may_be_needed(scheduler: Scheduler) -> int:

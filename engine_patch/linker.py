@@ -127,6 +127,8 @@ class AgentStateLinker(UnifiedCacheLinker):
             n_bytes=self._pools.n_bytes,
         )
         self._metrics = Metrics(self._engine) if get_observability().enable_metrics else None
+        limits = {name: getattr(settings, name) for name in ENGINE_LIMITS}
+        limits |= {} if gives_up else {"read_timeout_s": None}
         logger.info(
             "agentstate: rank %d, pages of %d tokens in %s: %s; database %s, control %s; %s",
             rank,
@@ -135,7 +137,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             self._pools.describe(),
             database.url,
             self._control.address,
-            ", ".join(f"{name} {getattr(settings, name)}" for name in ENGINE_LIMITS),
+            ", ".join(f"{name} {value}" for name, value in limits.items()),
         )
 
     def retire(self, reason: str) -> None:
@@ -153,7 +155,7 @@ class AgentStateLinker(UnifiedCacheLinker):
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every restorable prefix length, in pages; none where computing the longest one is faster (`BreakEven`), or
         while the drive does not answer."""
-        if self._off is not None or self._pools.stuck:
+        if not self.restores:
             return []
         full = next(transfer for transfer in transfers if transfer.name == PoolName.KV)
         keys = keys_of(full)
@@ -229,7 +231,10 @@ class AgentStateLinker(UnifiedCacheLinker):
         def settle() -> None:
             keys = [bytes.fromhex(text) for text in get_storage_hash_str(key, page_size=self.page_size)]
             durable = self._pools.durable(keys, use=True)
-            self._ledger.settled(session_id, request, keys, durable)
+            if self._off is None:
+                self._ledger.settled(session_id, request, keys, durable)
+            else:
+                self._ledger.forget(session_id)
             self._pools.need([keys[:durable]])
             self._pools.merge(keys[:durable])
             self._catalog.save(self._manifest(session_id, keys, durable))
@@ -243,12 +248,16 @@ class AgentStateLinker(UnifiedCacheLinker):
         if self._off is None:
             self._pools.read_ahead(rid, [bytes.fromhex(key) for key in keys])
 
-    def tidy(self, waiting: Callable[[], Collection[str]]) -> None:
+    def tidy(self, waiting: Callable[[], Collection[str]]) -> bool:
         """Let go of what was read for requests that are not ``waiting`` any more, and of device pages that the drive
-        writes to no more."""
+        writes to no more: whether there were such."""
         self._pools.tidy(waiting)
-        if self._quarantine:
-            self._quarantine.tidy()
+        return self._quarantine.tidy()
+
+    @property
+    def restores(self) -> bool:
+        """Whether anything can be restored: not once it is retired, nor while the drive does not answer."""
+        return self._off is None and not self._pools.stuck
 
     @property
     def holds_pages(self) -> bool:
@@ -271,6 +280,10 @@ class AgentStateLinker(UnifiedCacheLinker):
     def lost(self) -> int:
         """How many pages that were stored have been lost since the start."""
         return self._pools.lost
+
+    def drain(self) -> None:
+        """Wait until nothing reads or writes device memory."""
+        self._pools.drain()
 
     def reset(self) -> None:
         """Quiesce for a flush of the device cache. What is stored stays stored."""

@@ -41,6 +41,12 @@ def register() -> None:
         _before_weight_update,
         sgl.HookType.AROUND,
     )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        ".release_memory_occupation",
+        _before_memory_release,
+        sgl.HookType.AROUND,
+    )
 
 
 def platform() -> str | None:
@@ -122,6 +128,14 @@ def _before_weight_update(original: Any, updater: Any, *args: Any, **kwargs: Any
     return original(updater, *args, **kwargs)
 
 
+def _before_memory_release(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
+    """SGLang takes the memory of the KV pool away and then empties the cache: nothing may use it any more by then."""
+    cache = getattr(updater.scheduler, "tree_cache", None)
+    if isinstance(cache, _cache_class()):
+        cache.linker.cache_linker.drain()
+    return original(updater, *args, **kwargs)
+
+
 def _before_abort(original: Any, scheduler: Any, abort: Any) -> Any:
     if isinstance(scheduler.tree_cache, _cache_class()):
         scheduler.tree_cache.note_abort(abort)
@@ -151,5 +165,7 @@ def _around_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
 
 
 def _while_idle(original: Any, scheduler: Any) -> None:
-    if not (isinstance(scheduler.tree_cache, _cache_class()) and scheduler.tree_cache.keeps_from_idling()):
+    if isinstance(scheduler.tree_cache, _cache_class()) and scheduler.tree_cache.keeps_from_idling():
+        scheduler.maybe_send_health_check_signal()
+    else:
         original(scheduler)

@@ -134,5 +134,6 @@ class Prefetches:
         ahead = group.pop(owner, None)
         if ahead is not None:
             ahead.used = False
-            ahead.stream.close()
+            # Whoever asks for it must not wait for a drive.
+            ahead.stream.discard()
             self.stats.wasted += 1

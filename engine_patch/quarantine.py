@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from engine_patch.sglang_api import PagedTokenToKVPoolAllocator
+from engine_patch.sglang_api import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
+
+# The one method through which all pages come back, by their numbers; with pages of one token those are its slots.
+_WAY_BACK = {PagedTokenToKVPoolAllocator: "_release_page_ids", TokenToKVPoolAllocator: "free"}
 
 
 class Quarantine:
@@ -19,6 +22,7 @@ class Quarantine:
 
     def __init__(self, allocator: Any):
         self._allocator = allocator
+        self._way_back = _WAY_BACK.get(type(allocator), "")
         # What is held, each with what tells whether that may end; and what has come back of it.
         self._held: list[tuple[torch.Tensor, Callable[[], bool]]] = []
         self._returned: list[torch.Tensor] = []
@@ -26,7 +30,7 @@ class Quarantine:
     @staticmethod
     def works(allocator: Any) -> bool:
         """Whether all pages come back to ``allocator`` by one way."""
-        return type(allocator) is PagedTokenToKVPoolAllocator
+        return type(allocator) in _WAY_BACK
 
     def __bool__(self) -> bool:
         """Whether any pages are held."""
@@ -35,17 +39,18 @@ class Quarantine:
     def hold(self, pages: torch.Tensor, over: Callable[[], bool]) -> None:
         """Hold these page numbers, which are in use now, until ``over`` says true."""
         self._held.append((pages.to(self._allocator.device), over))
-        self._allocator._release_page_ids = self._release
+        setattr(self._allocator, self._way_back, self._release)
 
-    def tidy(self) -> None:
-        """Give back what need not be held any more."""
+    def tidy(self) -> bool:
+        """Give back what need not be held any more: whether there was any."""
         if not any(over() for _, over in self._held):
-            return
+            return False
         self._held = [(pages, over) for pages, over in self._held if not over()]
         returned, self._returned = self._returned, []
         self._release(*returned)
         if not self._held:
-            del self._allocator._release_page_ids
+            delattr(self._allocator, self._way_back)
+        return True
 
     def _release(self, *page_ids: torch.Tensor) -> None:
         for ids in page_ids:
@@ -53,4 +58,4 @@ class Quarantine:
             for pages, _ in self._held:
                 held |= torch.isin(ids, pages.to(ids.dtype))
             self._returned.append(ids[held])
-            PagedTokenToKVPoolAllocator._release_page_ids(self._allocator, ids[~held])
+            getattr(type(self._allocator), self._way_back)(self._allocator, ids[~held])

@@ -52,7 +52,7 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         super().__init__(cache, cache_linker)
         # What was restored for requests whose step has not been timed yet.
         self.landed: dict[str, Restored] = {}
-        # Whether device pages have become evictable, because they are stored now, since someone last looked.
+        # Whether device pages have become evictable, because they are stored now, or free, since someone last looked.
         self.unlocked = False
 
     def commit_completed_offloads(self, successes: Sequence[bool]) -> None:
@@ -133,7 +133,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             scheduler.running_batch.batch_is_full = False
         self.requeue_failed(scheduler)
         self.device_tier.run(scheduler)
-        self.linker.cache_linker.tidy(lambda: {req.rid for req in scheduler.waiting_queue})
+        self.linker.unlocked |= self.linker.cache_linker.tidy(lambda: {req.rid for req in scheduler.waiting_queue})
 
     def keeps_from_idling(self) -> bool:
         """Whether device memory is neither free nor in the tree, because a drive writes to it: waits a moment then.

@@ -179,8 +179,8 @@ class Restorer:
 
     def cancel(self, rid: str) -> bool:
         load = self._pending.pop(rid, None)
-        if load is not None:
-            load.close()
+        if load is not None and load.stream is not None:
+            load.stream.discard()
         return load is not None
 
     def start(self, ready: Sequence[torch.cuda.Event] = (), *, ahead: bool = False) -> int:
@@ -221,13 +221,17 @@ class Restorer:
         )
         return Finished(failed, None, torch.cat([load.numbers for load in batch.loads]))
 
+    def drain(self) -> None:
+        """Wait for what runs."""
+        for batches in self._queues.values():
+            batches.join()
+
     def reset(self) -> None:
         """Forget what is queued and wait for what runs."""
         for rid in list(self._pending):
             self.cancel(rid)
         self.prefetches.clear()
-        for batches in self._queues.values():
-            batches.join()
+        self.drain()
         self._batches.clear()
         self.arrivals.reset()
 

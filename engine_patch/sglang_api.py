@@ -34,6 +34,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput  # noqa: E402
 from sglang.srt.managers.schedule_batch import FINISH_ABORT  # noqa: E402
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS  # noqa: E402
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator  # noqa: E402
+from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator  # noqa: E402
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams  # noqa: E402
 from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer  # noqa: E402
@@ -83,6 +84,7 @@ __all__ = [
     "PoolTransfer",
     "RadixKey",
     "SWAKVPool",
+    "TokenToKVPoolAllocator",
     "UnifiedCacheLinker",
     "UnifiedCacheLinkerWrapper",
     "UnifiedRadixCache",

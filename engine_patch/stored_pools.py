@@ -300,6 +300,12 @@ class StoredPools:
         if self._pools:
             self._pools[0].spiller.then(action)
 
+    def drain(self) -> None:
+        """Wait until nothing reads or writes device memory."""
+        for pool in self._pools:
+            pool.restorer.drain()
+            pool.spiller.drain()
+
     def reset(self) -> None:
         self.gate.reset()
         for pool in self._pools:

@@ -22,7 +22,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -117,6 +117,7 @@ class LayerwiseReader:
         )
         self._kept_back = max(1, count // 8)
         self._streams: list[Stream] = []
+        self._closer = ThreadPoolExecutor(1, thread_name_prefix="agentstate-close")
         self._lock = threading.Lock()
         # There may be something to do. A buffer that comes back wakes one thread: waking all costs as much as a read.
         self._work_to_do = threading.Condition(self._lock)
@@ -200,7 +201,8 @@ class LayerwiseReader:
             yield tuple(run)
 
     def close(self) -> None:
-        """End the threads. Every stream is closed before."""
+        """End the threads. Every stream is closed before, or discarded."""
+        self._closer.shutdown()
         with self._lock:
             self._closing = True
             self._work_to_do.notify_all()
@@ -393,14 +395,27 @@ class Stream:
 
     def close(self) -> None:
         """Stop reading and let go of everything, the hold too. At any time, also twice."""
+        if self._stop():
+            self._let_go()
+
+    def discard(self) -> None:
+        """Close, without waiting for what is being read just now."""
+        if self._stop():
+            self._reader._closer.submit(self._let_go)
+
+    def _stop(self) -> bool:
+        """Take up nothing more; False when that has been said before."""
         with self._reader._lock:
             if self._closed:
-                return
+                return False
             self._closed = True
             self._reader._streams.remove(self)
             self._to_open.clear()
             self._taken = self._total
             self._reading_begun.notify_all()
+            return True
+
+    def _let_go(self) -> None:
         # No thread may read on when the files are closed.
         for reading, _ in self.ahead:
             reading.exception()

@@ -22,7 +22,7 @@ def cache() -> AgentStateRadixCache:
     )
     cache.linker = _LinkerWrapper.__new__(_LinkerWrapper)
     cache.linker.cache, cache.linker.unlocked = tree, False
-    cache.linker.cache_linker = SimpleNamespace(tidy=lambda waiting: None)
+    cache.linker.cache_linker = SimpleNamespace(tidy=lambda waiting: False)
     offload = SimpleNamespace(publish_node_ids=[1], lock_node_id=1, lock_params=None)
     cache.linker.pending_offloads = [offload, offload]
     return cache
@@ -44,3 +44,13 @@ def test_a_request_that_found_no_room_is_tried_again_when_pages_are_unlocked(
     scheduler.running_batch.batch_is_full = True
     cache.before_next_batch(scheduler)
     assert scheduler.running_batch.batch_is_full
+
+
+def test_it_is_tried_again_when_pages_that_were_held_come_back(cache: AgentStateRadixCache) -> None:
+    scheduler: Any = SimpleNamespace(
+        running_batch=SimpleNamespace(batch_is_full=True), waiting_queue=[], is_generation=True
+    )
+    cache.linker.cache_linker.tidy = lambda waiting: True
+    cache.before_next_batch(scheduler)
+    cache.before_next_batch(scheduler)
+    assert not scheduler.running_batch.batch_is_full

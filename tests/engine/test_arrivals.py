@@ -70,6 +70,7 @@ def test_a_batch_that_does_not_arrive_in_time_is_given_up() -> None:
     arrivals.complete(batch, 1)
     assert arrivals.landed(batch)
     assert not arrivals.stuck
+    arrivals.begin()
     assert not arrivals.given_up(batch)
     for layer in range(2):
         arrivals.complete(other, layer)

@@ -72,6 +72,7 @@ class Cache:
 
 class Linker:
     read_timeout_s = 60.0
+    restores = True
 
     def __init__(self) -> None:
         self.loads: list[list[bytes]] = []
@@ -145,6 +146,8 @@ def test_a_session_is_brought_back_into_the_tree() -> None:
     tier._linker.has_landed = True
     tier.run(scheduler())
     assert (progress(), tier.busy, cache.locks) == (Progress.DONE, False, 0)
+    # Requests that found no room are tried again.
+    assert cache.linker.unlocked
     (inserted,) = cache.inserted
     assert inserted.key.token_ids == key.token_ids
 
@@ -203,6 +206,17 @@ def test_of_an_answer_without_end_as_much_is_reserved_as_sglang_reckons_with() -
         told = tier.prefetch("s", pages_of(key))
         tier.run(scheduler(running_request(prompt=20, answered=5, most=1 << 30)))
         assert told() is progress
+
+
+def test_nothing_is_brought_while_nothing_can_be_restored() -> None:
+    """Its drive does not answer, or its pages are of weights that have been replaced since it was asked."""
+    cache = Cache(free=0, evictable=32)
+    tier, key = tier_of(cache), key_of(16)
+    tier._linker.restores = False
+    tier.remember("s", key)
+    progress = tier.prefetch("s", pages_of(key))
+    tier.run(scheduler())
+    assert (progress(), cache.evictable, cache.locks) == (Progress.FAILED, 32, 0)
 
 
 def test_a_prefetch_that_breaks_down_gives_everything_back() -> None:

@@ -97,11 +97,20 @@ def test_an_engine_does_not_count_its_memory_while_a_drive_writes_to_some_of_it(
     idle: list[Any] = []
     linker = SimpleNamespace(cache_linker=SimpleNamespace(holds_pages=holds))
     engine = scheduler(device_tier=SimpleNamespace(busy=busy), linker=linker)
+    healthy: list[str] = []
+    engine.maybe_send_health_check_signal = lambda: healthy.append("it lives")
     plugin._while_idle(idle.append, engine)
-    assert idle == ([] if busy or holds else [engine])
+    assert (idle, healthy) == (([], ["it lives"]) if busy or holds else ([engine], []))
     other = SimpleNamespace(tree_cache=object())
     plugin._while_idle(idle.append, other)
     assert idle[-1:] == [other]
+
+
+def test_the_kv_pool_is_at_rest_before_its_memory_is_taken_away() -> None:
+    log: list[str] = []
+    engine = scheduler(linker=SimpleNamespace(cache_linker=SimpleNamespace(drain=lambda: log.append("at rest"))))
+    plugin._before_memory_release(lambda updater, request: log.append(request), SimpleNamespace(scheduler=engine), "go")
+    assert log == ["at rest", "go"]
 
 
 def test_weights_that_are_updated_in_place_end_the_storing() -> None:

@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 
 from engine_patch.quarantine import Quarantine
-from engine_patch.sglang_api import PagedTokenToKVPoolAllocator
+from engine_patch.sglang_api import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 
 PAGE_SIZE, PAGES = 4, 8
 
@@ -37,10 +36,10 @@ def test_what_is_held_is_not_given_out_before_its_time(allocator: PagedTokenToKV
     allocator.free(torch.cat([slots, others]))
     assert allocator.available_size() == (PAGES - 2) * PAGE_SIZE
     assert not set(everything(allocator)) & set(pages[1:].tolist())
-    quarantine.tidy()
+    assert not quarantine.tidy()
     assert quarantine
     over = True
-    quarantine.tidy()
+    assert quarantine.tidy()
     assert not quarantine
     assert everything(allocator) == list(range(1, PAGES + 1))
 
@@ -92,5 +91,25 @@ def test_pages_that_have_not_come_back_yet_come_back_as_ever(allocator: PagedTok
 
 
 def test_it_works_where_all_pages_come_back_by_one_way(allocator: PagedTokenToKVPoolAllocator) -> None:
+    class Another(PagedTokenToKVPoolAllocator):
+        """Whose ways are not known."""
+
     assert Quarantine.works(allocator)
-    assert not Quarantine.works(TokenToKVPoolAllocator(8, torch.float32, "cpu", None, False))
+    assert not Quarantine.works(Another(8, 4, torch.float32, "cpu", None, False))
+
+
+@pytest.mark.parametrize("need_sort", [False, True])
+def test_pages_may_be_of_one_token(need_sort: bool) -> None:
+    allocator = TokenToKVPoolAllocator(8, torch.float32, "cpu", None, need_sort)
+    quarantine, over = Quarantine(allocator), False
+    assert Quarantine.works(allocator)
+    slots = allocator.alloc(5)
+    quarantine.hold(slots[:3], lambda: over)
+    allocator.free_group_begin()
+    allocator.free(slots[:2])
+    allocator.free_group_end()
+    allocator.free_segment(slots[2:], start_pos=0)
+    assert allocator.available_size() == 8 - 3
+    over = True
+    assert quarantine.tidy()
+    assert sorted(allocator.alloc(8).tolist()) == list(range(1, 9))

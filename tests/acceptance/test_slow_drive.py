@@ -41,6 +41,20 @@ def speed(slow_reads: dict[str, str]) -> Iterator[Callable[[float], object]]:
     path.write_text(str(_FAST))
 
 
+def prefetching(stack: LocalStack, session: str) -> tuple[threading.Thread, list[dict[str, Any]]]:
+    """A prefetch to the device that is under way, and where its answer will be."""
+    control, answers = stack.control(), []
+
+    def prefetch() -> None:
+        answers.append(control.call("prefetch", 60, session=session, tier="device", timeout_ms=60_000))
+
+    asking = threading.Thread(target=prefetch)
+    asking.start()
+    time.sleep(0.3)
+    assert not answers, "it is over already"
+    return asking, answers
+
+
 def test_a_request_joins_what_is_on_its_way_to_the_device(
     slow_stack: LocalStack, speed: Callable[[float], object]
 ) -> None:
@@ -49,17 +63,9 @@ def test_a_request_joins_what_is_on_its_way_to_the_device(
     right = generate(text, session_id="ses_joined")
     slow_stack.settle()
     slow_stack.flush_device()
-    control, answers = slow_stack.control(), []
     before = slow_stack.stat()["restore"]["restores"]
     speed(_SLOW)
-
-    def prefetch() -> None:
-        answers.append(control.call("prefetch", 60, session="ses_joined", tier="device", timeout_ms=60_000))
-
-    asking = threading.Thread(target=prefetch)
-    asking.start()
-    time.sleep(0.3)
-    assert not answers, "it is over before anyone could join it"
+    asking, answers = prefetching(slow_stack, "ses_joined")
     found: list[Any] = []
     joining = threading.Thread(target=lambda: found.append(generate(text, session_id="ses_joined")))
     joining.start()
@@ -72,6 +78,26 @@ def test_a_request_joins_what_is_on_its_way_to_the_device(
     assert (answers[0]["state"], answers[0]["tier"]) == ("warm", "device")
     assert (found[0].tokens, found[0].cached, found[0].restored) == (right.tokens, 10 * PAGE, 0)
     assert slow_stack.stat()["restore"]["restores"] == before + 1
+
+
+def test_the_device_is_cleared_while_pages_are_on_their_way(
+    slow_stack: LocalStack, speed: Callable[[float], object]
+) -> None:
+    generate = Generator(slow_stack.engine_url)
+    text = prompt(304, 10 * PAGE + 9)
+    right = generate(text, session_id="ses_cleared")
+    slow_stack.settle()
+    slow_stack.flush_device()
+    speed(_SLOW)
+    asking, answers = prefetching(slow_stack, "ses_cleared")
+    slow_stack.flush_device()
+    asking.join()
+    assert answers[0]["state"] == "cold"
+    speed(_FAST)
+    restored = generate(text)
+    assert (restored.tokens, restored.restored) == (right.tokens, 10 * PAGE)
+    time.sleep(0.5)  # an idle engine counts its memory
+    assert generate(text).cached == 10 * PAGE
 
 
 def test_a_request_whose_pages_do_not_come_is_recomputed(

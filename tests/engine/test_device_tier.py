@@ -185,27 +185,22 @@ def test_nothing_is_evicted_when_that_would_not_be_enough() -> None:
     assert (cache.evictable, cache.locks, tier.busy) == (8, 0, False)
 
 
-def test_what_running_requests_may_need_is_left_to_them() -> None:
-    key = key_of(16)
-    for free, progress in ((16 + 10 + PAGE_SIZE, Progress.RUNNING), (16 + 9 + PAGE_SIZE, Progress.FAILED)):
-        cache = Cache(free=free - 8, evictable=8)
-        tier = tier_of(cache)
-        tier.remember("s", key)
-        told = tier.prefetch("s", pages_of(key))
-        tier.run(scheduler(running_request(prompt=20, answered=5, most=15)))
-        assert told() is progress
-        assert cache.locks == (progress is Progress.RUNNING)
-
-
-def test_of_an_answer_without_end_as_much_is_reserved_as_sglang_reckons_with() -> None:
-    key = key_of(16)
-    need = 16 + CLIP_MAX_NEW_TOKENS + PAGE_SIZE
-    for free, progress in ((need, Progress.RUNNING), (need - 1, Progress.FAILED)):
-        tier = tier_of(Cache(free=free, evictable=0))
-        tier.remember("s", key)
-        told = tier.prefetch("s", pages_of(key))
-        tier.run(scheduler(running_request(prompt=20, answered=5, most=1 << 30)))
-        assert told() is progress
+@pytest.mark.parametrize(
+    ("most", "may_need"),
+    # Of an answer without end as much is reserved as SGLang reckons with.
+    [(15, 10), (1 << 30, CLIP_MAX_NEW_TOKENS)],
+)
+@pytest.mark.parametrize(("short", "progress"), [(0, Progress.RUNNING), (1, Progress.FAILED)])
+def test_what_running_requests_may_need_is_left_to_them(
+    most: int, may_need: int, short: int, progress: Progress
+) -> None:
+    cache, key = Cache(free=16 + may_need + PAGE_SIZE - short - 8, evictable=8), key_of(16)
+    tier = tier_of(cache)
+    tier.remember("s", key)
+    told = tier.prefetch("s", pages_of(key))
+    tier.run(scheduler(running_request(prompt=20, answered=5, most=most)))
+    assert told() is progress
+    assert cache.locks == (progress is Progress.RUNNING)
 
 
 def test_nothing_is_brought_while_nothing_can_be_restored() -> None:

@@ -313,12 +313,8 @@ def test_small_extents_of_a_chain_are_merged_when_nothing_waits(rank: Rank) -> N
     assert list(spiller.results) == [True] * 10
 
 
-def test_closing_in_time_leaves_out_what_cannot_be_begun(rank: Rank) -> None:
-    fill(rank.tensors)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
-    gate = Gate()
-    spiller.offer(keys(0), numbers(0), ready=[gate])
-    spiller.offer(keys(1), numbers(1))
+def close_at_once(spiller: Spiller, gate: Gate) -> None:
+    """Tell it to close while ``gate`` keeps it, and open the gate when its time is up."""
     assert gate.waited_for.wait(60)
     closing = threading.Thread(target=spiller.close, args=(0.0,))
     closing.start()
@@ -326,6 +322,15 @@ def test_closing_in_time_leaves_out_what_cannot_be_begun(rank: Rank) -> None:
         time.sleep(0.001)
     gate.open.set()
     closing.join()
+
+
+def test_closing_in_time_leaves_out_what_cannot_be_begun(rank: Rank) -> None:
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
+    gate = Gate()
+    spiller.offer(keys(0), numbers(0), ready=[gate])
+    spiller.offer(keys(1), numbers(1))
+    close_at_once(spiller, gate)
     assert list(spiller.results) == [True, False]
     assert spiller.stats.pages_skipped == 1
 
@@ -337,13 +342,7 @@ def test_closing_in_time_leaves_out_what_is_left_of_a_large_offer(rank: Rank, mo
     real, gate = rank.pages.gather, Gate()
     monkeypatch.setattr(rank.pages, "gather", lambda *given: (gate.synchronize(), real(*given)))
     spiller.offer(keys(*range(PAGES)), torch.arange(PAGES))
-    assert gate.waited_for.wait(60)
-    closing = threading.Thread(target=spiller.close, args=(0.0,))
-    closing.start()
-    while spiller._until_s > time.monotonic():
-        time.sleep(0.001)
-    gate.open.set()
-    closing.join()
+    close_at_once(spiller, gate)
     assert list(spiller.results) == [False]
     assert rank.store.prefix_length(keys(*range(PAGES))) == an_extent < PAGES
     stats = spiller.stats

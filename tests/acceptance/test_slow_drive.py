@@ -14,8 +14,8 @@ from prompts import EXACT, PAGE, Generator, prompt
 
 from agentstate.local import LocalStack
 
-_FAST, _SLOW, _STUCK = 1e12, 12e6, 50e3
-_TIMEOUT_S = 4
+_FAST, _SLOW, _STUCK = 1e12, 5e6, 40e3
+_TIMEOUT_S = 8
 
 
 @pytest.fixture(scope="module")

@@ -86,12 +86,16 @@ def split_keys(keys: bytes) -> list[bytes]:
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 
+# There is one manifest of each.
+_KEY = ("session_id", "fingerprint", "rank", "node")
+
+
 def save(connection: Connection, manifest: Manifest) -> None:
     """Store ``manifest``, replacing the one of the same session, fingerprint, rank and node.
 
     The last writer wins, also with a shorter manifest. The session need not exist in SQL.
     """
-    key = {name: getattr(manifest, name) for name in ("session_id", "fingerprint", "rank", "node")}
+    key = {name: getattr(manifest, name) for name in _KEY}
     content = {
         "engine_id": manifest.engine_id,
         "page_size": manifest.page_size,
@@ -111,7 +115,7 @@ def save(connection: Connection, manifest: Manifest) -> None:
 def cut(connection: Connection, manifest: Manifest) -> None:
     """Make a manifest that is there say less, as ``manifest`` does: its pages are gone. It stays as old as it is, since
     nothing has been stored."""
-    same = (manifests.c[name] == getattr(manifest, name) for name in ("session_id", "fingerprint", "rank", "node"))
+    same = (manifests.c[name] == getattr(manifest, name) for name in _KEY)
     less = {name: getattr(manifest, name) for name in ("tokens", "keys", "nbytes", "lost_tokens")}
     connection.execute(sa.update(manifests).where(*same).values(less))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, results
-from benchmarks.ttft import floor_of, interval, quotient
+from benchmarks.ttft import compared, floor_of, interval
 
 Result = dict[str, Any]
 _CONTENTS = {
@@ -81,19 +81,14 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
                 table.append([f"{tokens:,}", plots.label(row["variant"]), row.get("reason", "not run"), *[""] * 10])
                 continue
             beside = {**timed, **_timed(result["rows"], model)}
-            floor, recomputed = (beside.get((tokens, other)) for other in (floor_of(row["variant"]), "recompute"))
-            ratio, bounds = quotient(row, floor) if floor else (None, None)
-            sooner, sooner_bounds = quotient(recomputed, row) if recomputed else (None, None)
             table.append(
                 [
                     f"{tokens:,}",
                     plots.label(row["variant"]),
                     f"{own_s:.3f}",
                     _maybe(row.get("before_match_s"), "{:.4f}"),
-                    _maybe(sooner, "{:.1f}×"),
-                    interval(sooner_bounds or (), 1),
-                    _maybe(ratio, "{:.3f}"),
-                    interval(bounds or ()),
+                    *compared(beside.get((tokens, "recompute")), row, 1, "×"),
+                    *compared(row, beside.get((tokens, floor_of(row["variant"]))), 3),
                     _maybe(row.get("tokens_per_s"), "{:.1f}"),
                     _maybe(row.get("bytes_read"), "{:,}"),
                     _maybe(row.get("device_share"), "{:.0%}"),

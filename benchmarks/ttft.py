@@ -266,6 +266,15 @@ def quotient(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, tuple[f
     return middle, (low, high) if len(own) > 1 else None
 
 
+def compared(row: dict[str, Any] | None, other: dict[str, Any] | None, digits: int, unit: str = "") -> tuple[str, str]:
+    """The cells of a `quotient`, in ``unit``, and of its interval; empty where one of the two was not measured, or
+    where there is no interval."""
+    if row is None or other is None or row["ttft_s"] is None or other["ttft_s"] is None:
+        return "", ""
+    middle, bounds = quotient(row, other)
+    return f"{middle:.{digits}f}{unit}", interval(bounds or (), digits)
+
+
 def paired_ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """The median of the ratios of pairs, and its 95 % interval by bootstrap."""
     ratios = [a / b for a, b in zip(over, under, strict=True)]
@@ -275,5 +284,5 @@ def paired_ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -
 
 
 def interval(bounds: Sequence[float], digits: int = 3) -> str:
-    """The cell of an interval in a table; empty where there is none."""
+    """The cell of an interval in a table."""
     return "–".join(f"{bound:.{digits}f}" for bound in bounds)

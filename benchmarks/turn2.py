@@ -19,7 +19,7 @@ from benchmarks.peers.servers import SERVERS, LMCache
 from benchmarks.soak import Soak
 from benchmarks.stacks import SMOLLM2, checkpoint_of, running, steps
 from benchmarks.terminal import console
-from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, floor_of, interval, quotient
+from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, compared, floor_of
 
 PEERS = {server.name.replace("_", "-"): server for server in SERVERS}
 """What they are called on the command line."""
@@ -176,26 +176,13 @@ def _print_ttft(rows: list[dict[str, Any]]) -> None:
             table.add_row(f"{row['tokens']:,}", row["variant"], "–", *[""] * 9, _same(row))
             reasons.append(f"{row['variant']}: {row['reason']}")
             continue
-        floor = _of(rows, row, floor_of(row["variant"]))
-        recomputed = _of(rows, row, "recompute")
-        ratio, within, sooner, sooner_within = "", "", "", ""
-        if floor is not None and floor["ttft_s"] is not None:
-            middle, bounds = quotient(row, floor)
-            ratio = f"{middle:.3f}"
-            within = interval(bounds or ())
-        if recomputed is not None:
-            middle, bounds = quotient(recomputed, row)
-            sooner = f"{middle:.1f}×"
-            sooner_within = interval(bounds or (), 1)
         table.add_row(
             f"{row['tokens']:,}",
             row["variant"],
             f"{row['ttft_s']:.3f}",
             f"{row['before_match_s'] * 1e3:.1f}" if row["before_match_s"] is not None else "",
-            ratio,
-            within,
-            sooner,
-            sooner_within,
+            *compared(row, _of(rows, row, floor_of(row["variant"])), 3),
+            *compared(_of(rows, row, "recompute"), row, 1, "×"),
             f"{row['tokens_per_s']:.1f}",
             f"{row['bytes_read'] / 1e6:.0f}" if row["bytes_read"] else "",
             f"{row['device_share']:.0%}" if row["device_share"] else "",

@@ -8,9 +8,11 @@ one flag that a user sets is completed here, when SGLang resolves its arguments,
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 BACKEND = "agentstate"
+_POLL_S = 0.001
 
 
 def register() -> None:
@@ -120,25 +122,29 @@ def _cache_class() -> type:
     return AgentStateRadixCache
 
 
+def _ours(scheduler: Any) -> Any:
+    """The scheduler's radix cache, or None when it is another one's."""
+    cache = getattr(scheduler, "tree_cache", None)
+    return cache if isinstance(cache, _cache_class()) else None
+
+
 def _before_weight_update(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
     """Weights loaded into a running engine leave its checkpoint, and so its fingerprint, behind."""
-    cache = getattr(updater.scheduler, "tree_cache", None)
-    if isinstance(cache, _cache_class()):
+    if (cache := _ours(updater.scheduler)) is not None:
         cache.linker.cache_linker.retire("its weights were updated in place; restart it to store pages again")
     return original(updater, *args, **kwargs)
 
 
 def _before_memory_release(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
     """SGLang takes the memory of the KV pool away and then empties the cache: nothing may use it any more by then."""
-    cache = getattr(updater.scheduler, "tree_cache", None)
-    if isinstance(cache, _cache_class()):
+    if (cache := _ours(updater.scheduler)) is not None:
         cache.linker.cache_linker.drain()
     return original(updater, *args, **kwargs)
 
 
 def _before_abort(original: Any, scheduler: Any, abort: Any) -> Any:
-    if isinstance(scheduler.tree_cache, _cache_class()):
-        scheduler.tree_cache.note_abort(abort)
+    if (cache := _ours(scheduler)) is not None:
+        cache.note_abort(abort)
     return original(scheduler, abort)
 
 
@@ -146,26 +152,28 @@ def _around_step_counters(original: Any, scheduler: Any, batch: Any, result: Any
     """SGLang counts the time of its prefills, without pauses and without counting twice what overlaps."""
     before_us = scheduler.total_prefill_busy_us
     original(scheduler, batch, result)
-    if (busy_us := scheduler.total_prefill_busy_us - before_us) and isinstance(scheduler.tree_cache, _cache_class()):
-        scheduler.tree_cache.prefilled(batch, busy_us / 1e6)
+    if (busy_us := scheduler.total_prefill_busy_us - before_us) and (cache := _ours(scheduler)) is not None:
+        cache.prefilled(batch, busy_us / 1e6)
 
 
 def _while_queueing(original: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(scheduler.tree_cache, _cache_class()):
-        scheduler.tree_cache.read_ahead(scheduler, req)
+    if (cache := _ours(scheduler)) is not None:
+        cache.read_ahead(scheduler, req)
     return original(scheduler, req, *args, **kwargs)
 
 
 def _around_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(scheduler.tree_cache, _cache_class()):
+    if (cache := _ours(scheduler)) is None:
         return original(scheduler, *args, **kwargs)
-    scheduler.tree_cache.before_next_batch(scheduler)
-    with scheduler.tree_cache.device_tier.held_back(scheduler):
+    cache.before_next_batch(scheduler)
+    with cache.device_tier.held_back(scheduler):
         return original(scheduler, *args, **kwargs)
 
 
 def _while_idle(original: Any, scheduler: Any) -> None:
-    if isinstance(scheduler.tree_cache, _cache_class()) and scheduler.tree_cache.keeps_from_idling():
+    """An idle SGLang counts its memory, and ends when some is missing."""
+    if (cache := _ours(scheduler)) is not None and cache.misses_memory:
         scheduler.maybe_send_health_check_signal()
+        time.sleep(_POLL_S)
     else:
         original(scheduler)

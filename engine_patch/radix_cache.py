@@ -11,7 +11,6 @@ cannot be made new (`_can_be_renewed`) is aborted with 503, as stock SGLang abor
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 
 logger = logging.getLogger(__name__)
-
-_POLL_S = 0.001
 
 
 class _LinkerWrapper(UnifiedCacheLinkerWrapper):
@@ -135,13 +132,10 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.device_tier.run(scheduler)
         self.linker.unlocked |= self.linker.cache_linker.tidy(lambda: {req.rid for req in scheduler.waiting_queue})
 
-    def keeps_from_idling(self) -> bool:
-        """Whether device memory is neither free nor in the tree, because a drive writes to it: waits a moment then.
-        An idle SGLang counts its memory, and ends when some is missing."""
-        waits = self.device_tier.busy or self.linker.cache_linker.holds_pages
-        if waits:
-            time.sleep(_POLL_S)
-        return waits
+    @property
+    def misses_memory(self) -> bool:
+        """Whether device memory is neither free nor in the tree, because a drive writes to it."""
+        return self.device_tier.busy or self.linker.cache_linker.holds_pages
 
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
         """Mark the requests whose restore failed (see the module's docstring), and return those that the caller must

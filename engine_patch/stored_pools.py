@@ -172,11 +172,11 @@ class StoredPools:
     def prefetch(self, session_id: str, keys: Sequence[bytes], ttl_s: float) -> Callable[[], float | None]:
         """Begin to read a session's stored chain to host memory, and keep it for so long: what tells which share of it
         is there, of the pool that has least, once there will not be more; None until then."""
-        shares = [pool.restorer.prefetches.for_session(session_id, pool.needed(keys), ttl_s) for pool in self._pools]
+        of_pools = [pool.restorer.prefetches.for_session(session_id, pool.needed(keys), ttl_s) for pool in self._pools]
 
         def share() -> float | None:
-            known = [share() for share in shares]
-            return None if None in known else min((part for part in known if part is not None), default=0.0)
+            shares = [of_pool() for of_pool in of_pools]
+            return None if None in shares else min(shares, default=0.0)
 
         return share
 

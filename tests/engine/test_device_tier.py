@@ -175,14 +175,20 @@ def test_pages_of_a_session_that_has_gone_on_are_brought() -> None:
     assert tier._linker.loads == [pages_of(key_of(16))]
 
 
-def test_nothing_is_evicted_when_that_would_not_be_enough() -> None:
-    cache = Cache(free=4, evictable=8)
+@pytest.mark.parametrize(
+    ("free", "evictable", "restores"),
+    # Too little memory; a drive that does not answer, or weights that have been replaced since it was asked.
+    [(4, 8, True), (0, 32, False)],
+)
+def test_nothing_is_evicted_for_what_cannot_be_brought(free: int, evictable: int, restores: bool) -> None:
+    cache = Cache(free=free, evictable=evictable)
     tier, key = tier_of(cache), key_of(16)
+    tier._linker.restores = restores
     tier.remember("s", key)
     progress = tier.prefetch("s", pages_of(key))
     tier.run(scheduler())
     assert progress() is Progress.FAILED
-    assert (cache.evictable, cache.locks, tier.busy) == (8, 0, False)
+    assert (cache.evictable, cache.locks, tier.busy) == (evictable, 0, False)
 
 
 @pytest.mark.parametrize(
@@ -201,17 +207,6 @@ def test_what_running_requests_may_need_is_left_to_them(
     tier.run(scheduler(running_request(prompt=20, answered=5, most=most)))
     assert told() is progress
     assert cache.locks == (progress is Progress.RUNNING)
-
-
-def test_nothing_is_brought_while_nothing_can_be_restored() -> None:
-    """Its drive does not answer, or its pages are of weights that have been replaced since it was asked."""
-    cache = Cache(free=0, evictable=32)
-    tier, key = tier_of(cache), key_of(16)
-    tier._linker.restores = False
-    tier.remember("s", key)
-    progress = tier.prefetch("s", pages_of(key))
-    tier.run(scheduler())
-    assert (progress(), cache.evictable, cache.locks) == (Progress.FAILED, 32, 0)
 
 
 def test_a_prefetch_that_breaks_down_gives_everything_back() -> None:

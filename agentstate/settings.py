@@ -24,8 +24,9 @@ ENGINE_LIMITS = (
     "spill_queue_bytes",
     "read_backend",
     "read_threads",
-    "read_timeout_s",
+    "drive_timeout_s",
     "break_even",
+    "read_ahead",
     "prefetch_ttl_s",
     "heartbeat_interval_s",
 )
@@ -96,7 +97,8 @@ class Settings(BaseSettings):
     spill_queue_bytes: ByteSize = Field(
         ByteSize(1024 * MIB),
         gt=0,
-        description="Pages that may wait for being written, a rank; what comes beyond it is not stored for now.",
+        description="Pages that may wait for being written, a rank, and never more than half of its KV pool or a "
+        "quarter of its recurrent states: what is beyond it is not stored for now.",
     )
     spill_staging_bytes: ByteSize = Field(
         ByteSize(256 * MIB), gt=0, description="Host memory of an engine rank for spilling pages."
@@ -107,12 +109,12 @@ class Settings(BaseSettings):
         description="Threads of an engine rank that read pages. By default 4, or 2 where they read straight into the "
         "KV pool: more would slow the forward beside them by more than they gain.",
     )
-    read_timeout_s: float = Field(
+    drive_timeout_s: float = Field(
         30.0,
         gt=0,
         le=86_400,
-        description="How long a forward waits for a layer of pages before its requests are recomputed. With tensor "
-        "parallelism, and for models with more than full attention, as long as it takes.",
+        description="How long the pages' drive may not answer. Then requests whose forward waits for a layer are "
+        "recomputed, and what waits to be written is not stored.",
     )
     read_backend: Literal["posix", "kvikio"] = Field(
         "posix",
@@ -122,6 +124,10 @@ class Settings(BaseSettings):
         True,
         description="Whether an engine computes short prefixes that it has stored where it has measured that to be "
         "faster than restoring them: on or off.",
+    )
+    read_ahead: bool = Field(
+        True,
+        description="Whether the pages of a request that waits in the queue are read before its turn comes: on or off.",
     )
     prefetch_ttl_s: float = Field(
         60.0, gt=0, description="How long pages that were prefetched to host memory are kept for the next request."

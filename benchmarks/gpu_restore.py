@@ -122,7 +122,7 @@ def _random(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 def _spill(store: PageStore, pages: DevicePages, keys: list[bytes], numbers: torch.Tensor, staging_bytes: int) -> float:
     torch.cuda.synchronize(pages.device)
-    spiller = Spiller(store, pages, staging_bytes, 1 << 60)
+    spiller = Spiller(store, pages, staging_bytes)
     started_s = time.perf_counter()
     spiller.offer(keys, numbers)
     spiller.drain()

@@ -120,7 +120,8 @@ class Throughput:
             after = self._spilled()
         if variant is Variant.OFF:
             return tokens_per_s, 0
-        if after["pages_spilled"] == before["pages_spilled"] or after["pages_skipped"] > before["pages_skipped"]:
+        left_out = sum(after[name] - before[name] for name in ("pages_refused", "pages_skipped"))
+        if after["pages_spilled"] == before["pages_spilled"] or left_out:
             raise EngineError(f"not everything was spilled: {before} before the load {load.name}, {after} after it")
         return tokens_per_s, after["bytes_spilled"] - before["bytes_spilled"]
 

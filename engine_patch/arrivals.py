@@ -11,7 +11,7 @@ class Arrivals:
 
     A layer that failed does not raise into the forward that waits for it, which must not run into an error on one
     rank alone: `finish` tells afterwards. A batch is given up, and nobody waits for it any more, when one of its layers
-    has been waited for during ``timeout_s``; None is for ever.
+    has been waited for during ``timeout_s``, None being for ever, or when somebody says so.
     """
 
     def __init__(self, layers: int, timeout_s: float | None = None):
@@ -55,8 +55,12 @@ class Arrivals:
         try:
             return layer.exception(self._timeout_s) is None
         except TimeoutError:
-            self._given_up.add(batch)
+            self.give_up(batch)
             return False
+
+    def give_up(self, batch: int) -> None:
+        """Nobody is to wait for the batch any more."""
+        self._given_up.add(batch)
 
     def given_up(self, batch: int) -> bool:
         """Whether nobody waits for the batch any more."""
@@ -67,8 +71,9 @@ class Arrivals:
         return all(layer.done() for layer in self.futures.get(batch, ()))
 
     def finish(self, batch: int) -> bool:
-        """Wait for the batch and forget it: whether all of its layers arrived in time. A batch that is not known has.
-        One that is given up is forgotten when it has `landed` all the same, and another one begins."""
+        """Wait for the batch and forget it: whether all of its layers arrived and nobody gave it up. A batch that is
+        not known is complete. One that is given up is forgotten when it has `landed` all the same, and another one
+        begins."""
         complete = all([self._arrived(batch, layer) for layer in self.futures.get(batch, ())])
         if batch not in self._given_up:
             self.futures.pop(batch, None)

@@ -227,7 +227,7 @@ class DeviceTier:
             indices = cache.tree_core.collect_full_device_indices(found.last_device_node, root)
             prefix = indices[: found.device_prefix_len]
             batch = self._linker.load_ahead("a prefetch", missing, slots)
-            until_s = time.monotonic() + self._linker.read_timeout_s
+            until_s = time.monotonic() + self._linker.drive_timeout_s
             self._arrivals.append(_Arrival(prefetch, batch, prefix, slots, found.last_device_node, lock, until_s))
             lock = slots = None
         finally:

@@ -26,7 +26,6 @@ from engine_patch.device_tier import DeviceTier, Progress
 from engine_patch.ledger import Ledger
 from engine_patch.metrics import Metrics
 from engine_patch.pools import DevicePool, device_pools
-from engine_patch.quarantine import Quarantine
 from engine_patch.restore import Finished, Restored, Source
 from engine_patch.sglang_api import (
     SUPPORTED,
@@ -62,9 +61,10 @@ class AgentStateLinker(UnifiedCacheLinker):
     ):
         settings = Settings()
         self._prefetch_ttl_s = settings.prefetch_ttl_s
-        self.read_timeout_s = settings.read_timeout_s
+        self.drive_timeout_s = settings.drive_timeout_s
         self._break_even = BreakEven()
         self._computes = settings.break_even
+        self.reads_ahead = settings.read_ahead
         self._cached = 0
         self._off: str | None = None
         self.forward_stream = forward_stream
@@ -84,11 +84,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             directory = settings.pages_path.absolute() / own.hex()[:32] / f"rank{rank}"
             return PageStore(directory, own, pages.geometry, quota[pool.name])
 
-        allocator = params.token_to_kv_pool_allocator
-        # Else ranks would have to give up alike, or pages of more than one kind would have to be held.
-        gives_up = get_parallel().tp_size == 1 and len(pools) == 1 and Quarantine.works(allocator)
-        self._quarantine = Quarantine(allocator)
-        self._pools = StoredPools(pools, open_store, settings, settings.read_timeout_s if gives_up else None)
+        self._pools = StoredPools(pools, open_store, settings)
         self.layer_done_counter = self._pools.gate
         self.pools = self._pools.device_pages
         if PoolName.MAMBA in self.pools:
@@ -128,7 +124,6 @@ class AgentStateLinker(UnifiedCacheLinker):
         )
         self._metrics = Metrics(self._engine) if get_observability().enable_metrics else None
         limits = {name: getattr(settings, name) for name in ENGINE_LIMITS}
-        limits |= {} if gives_up else {"read_timeout_s": None}
         logger.info(
             "agentstate: rank %d, pages of %d tokens in %s: %s; database %s, control %s; %s",
             rank,
@@ -180,27 +175,40 @@ class AgentStateLinker(UnifiedCacheLinker):
         return self._pools.start(self._device_events())
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
-        return not self.finish(counter_index).failed
+        found = self.finish(counter_index)
+        if found.writing:
+            self.hold(found)
+        return not found.failed
 
     def finish(self, counter_index: int) -> Finished:
         """Wait like `finish_layer_wise_loading`, and tell which requests failed, instead of whether one did, and what
         was restored."""
         found = self._pools.finish(counter_index)
-        if found.writing is not None:
-            self._quarantine.hold(found.writing, lambda: self._pools.landed(counter_index))
         if (restored := found.restored) is not None:
-            logger.info(
-                "agentstate: restored %d tokens, %.1f MB in %.1f ms (%.2f GB/s), source %s, for %d request(s)",
-                restored.pages * self.page_size,
-                restored.n_bytes / 1e6,
-                restored.seconds * 1e3,
-                restored.n_bytes / 1e9 / restored.seconds,
-                " and ".join(sorted(restored.sources)),
-                restored.requests,
-            )
+            for rid, share in restored.shares.items():
+                logger.info(
+                    "agentstate: restored %d tokens for %s, %.1f MB in %.1f ms (%.2f GB/s), source %s",
+                    share.pages * self.page_size,
+                    rid,
+                    share.n_bytes / 1e6,
+                    restored.seconds * 1e3,
+                    share.n_bytes / 1e9 / restored.seconds,
+                    " and ".join(sorted(share.sources)),
+                )
             if self._metrics is not None:
                 self._metrics.restored(restored)
         return found
+
+    def hold(self, found: Finished) -> None:
+        """Let nobody have the device pages of a batch, because some rank's drive may still write to its own, before
+        `let_go`."""
+        logger.warning("agentstate: device pages that a drive may still write to are held until it has answered")
+        self._pools.hold(found.numbers)
+
+    def let_go(self) -> None:
+        """Give back the device pages that are held."""
+        logger.warning("agentstate: the drive has answered; no device pages are held any more")
+        self._pools.let_go()
 
     def stepped(self, parts: Sequence[tuple[int, int]], seconds: float, restored: Restored | None) -> None:
         """A step of the engine took ``seconds`` to compute, of each of its requests, so many new tokens after so many
@@ -211,7 +219,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             self._break_even.restored(parts, seconds, restored.n_bytes, restored.waited_s)
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        return self._off is None and self._pools.offer(transfers, self._device_events())
+        return self._off is None and self._pools.offer(transfers, self._device_events)
 
     def num_completed_offloads(self) -> int:
         return self._pools.results
@@ -248,21 +256,24 @@ class AgentStateLinker(UnifiedCacheLinker):
         if self._off is None:
             self._pools.read_ahead(rid, [bytes.fromhex(key) for key in keys])
 
-    def tidy(self, waiting: Callable[[], Collection[str]]) -> bool:
-        """Let go of what was read for requests that are not ``waiting`` any more, and of device pages that the drive
-        writes to no more: whether there were such."""
+    def tidy(self, waiting: Callable[[], Collection[str]]) -> None:
+        """Let go of what was read for requests that are not ``waiting`` any more."""
         self._pools.tidy(waiting)
-        return self._quarantine.tidy()
 
     @property
     def restores(self) -> bool:
         """Whether anything can be restored: not once it is retired, nor while the drive does not answer."""
-        return self._off is None and not self._pools.stuck
+        return self._off is None and not self.stuck
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the drive has not answered in time, and does not yet: it may still write to device pages."""
+        return self._pools.stuck
 
     @property
     def holds_pages(self) -> bool:
-        """Whether there are device pages that nobody has and nobody may get."""
-        return bool(self._quarantine)
+        """Whether there are device pages that nobody may get."""
+        return self._pools.holds
 
     def load_ahead(self, rid: str, keys: list[bytes], slots: torch.Tensor) -> int:
         """Load pages for no request, into slots that the caller owns: the number of a batch, to ask `landed` and
@@ -288,7 +299,8 @@ class AgentStateLinker(UnifiedCacheLinker):
     def reset(self) -> None:
         """Quiesce for a flush of the device cache. What is stored stays stored."""
         self._pools.reset()
-        self._quarantine.tidy()
+        if self.holds_pages:
+            self.let_go()
 
     def close(self) -> None:
         self._control.close()

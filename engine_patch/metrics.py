@@ -14,7 +14,11 @@ _COUNTERS = {
     ("spill", "pages_spilled"): ("spilled_pages", "Pages written to the page store."),
     ("spill", "bytes_spilled"): ("spilled_bytes", "Bytes of KV written to the page store."),
     ("spill", "pages_known"): ("known_pages", "Pages offered again that were stored already."),
-    ("spill", "pages_skipped"): ("skipped_pages", "Pages not written because too much waited to be written."),
+    ("spill", "pages_refused"): ("refused_pages", "Pages not stored because too much waited to be written."),
+    ("spill", "pages_skipped"): (
+        "skipped_pages",
+        "Pages not stored because the drive did not answer, or spilling was off.",
+    ),
     ("spill", "pages_failed"): ("unwritten_pages", "Pages that could not be written."),
     ("spill", "extents_merged"): ("merged_extents", "Small extents that were replaced by larger ones."),
     ("restore", "restores"): ("restores", "Batches of requests whose pages were restored."),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from agentstate.errors import EngineError
+from engine_patch.quarantine import Quarantine
 from engine_patch.sglang_api import (
     ComponentType,
     HybridLinearKVPool,
@@ -35,7 +36,8 @@ class DevicePool:
 
     Its layer ``i`` is the model's layer ``model_layers[i]``. ``window_pages`` is how many pages before the end of a
     prefix are needed to go on from there; None means all of them, as full attention does. ``dtypes`` are the KV
-    dtypes as the engine understands the bytes, which the tensors may hold as another type.
+    dtypes as the engine understands the bytes, which the tensors may hold as another type. ``allocator`` is SGLang's,
+    which gives out its pages, unless they cannot be held (`Quarantine`).
     """
 
     name: PoolName
@@ -44,10 +46,11 @@ class DevicePool:
     model_layers: tuple[int, ...]
     dtypes: tuple[str, ...]
     window_pages: int | None = None
+    allocator: Any = None
 
     @cached_property
     def pages(self) -> DevicePages:
-        return DevicePages(self.tensors, self.page_size)
+        return DevicePages(self.tensors, self.page_size, straight=Quarantine.works(self.allocator))
 
     def layout(self) -> list[Any]:
         """What decides how its bytes are laid out and read, as JSON values."""
@@ -61,7 +64,8 @@ def device_pools(params: Any, components: Iterable[ComponentType]) -> list[Devic
     ``params`` and ``components`` are what SGLang constructs a linker with. Raises EngineError, with the reason, when
     the model keeps anything that is not known here.
     """
-    kvcache = params.token_to_kv_pool_allocator.get_kvcache()
+    allocator = params.token_to_kv_pool_allocator
+    kvcache = allocator.get_kvcache()
     requests = params.req_to_token_pool
     kinds = set(components)
     if type(kvcache) is SWAKVPool and kinds == {ComponentType.FULL, ComponentType.SWA}:
@@ -70,17 +74,17 @@ def device_pools(params: Any, components: Iterable[ComponentType]) -> list[Devic
         window_pages = -(-params.swa_retain_window // params.page_size)
         full, sliding = (_layers_of(kvcache, is_sliding) for is_sliding in (False, True))
         return [
-            _attention(PoolName.KV, kvcache.full_kv_pool, params.page_size, full),
-            _attention(PoolName.SWA, kvcache.swa_kv_pool, params.page_size, sliding, window_pages),
+            _attention(PoolName.KV, kvcache.full_kv_pool, allocator.full_attn_allocator, full),
+            _attention(PoolName.SWA, kvcache.swa_kv_pool, allocator.swa_attn_allocator, sliding, window_pages),
         ]
     if type(kvcache) is HybridLinearKVPool and kinds == {ComponentType.FULL, ComponentType.MAMBA}:
         full = tuple(kvcache.full_attention_layer_id_mapping)
         return [
-            _attention(PoolName.KV, kvcache.full_kv_pool, params.page_size, full),
+            _attention(PoolName.KV, kvcache.full_kv_pool, allocator, full),
             _state(requests),
         ]
     if kinds == {ComponentType.FULL}:
-        return [_attention(PoolName.KV, kvcache, params.page_size, None)]
+        return [_attention(PoolName.KV, kvcache, allocator, None)]
     names = " and ".join(sorted(kind.name for kind in kinds))
     raise EngineError(f"a {type(kvcache).__name__} with {names} state is not known")
 
@@ -92,7 +96,7 @@ def _layers_of(kvcache: Any, is_sliding: bool) -> tuple[int, ...]:
 
 
 def _attention(
-    name: PoolName, pool: Any, page_size: int, layers: tuple[int, ...] | None, window_pages: int | None = None
+    name: PoolName, pool: Any, allocator: Any, layers: tuple[int, ...] | None, window_pages: int | None = None
 ) -> DevicePool:
     tensors: Layers = []
     if type(pool) is MHATokenToKVPool:
@@ -109,7 +113,7 @@ def _attention(
     numbered = layers if layers is not None else tuple(range(len(tensors)))
     if len(numbered) != len(tensors):
         raise EngineError(f"a {type(pool).__name__} has {len(tensors)} layers for {len(numbered)} of the model's")
-    return DevicePool(name, tensors, page_size, numbered, (str(pool.dtype),), window_pages)
+    return DevicePool(name, tensors, allocator.page_size, numbered, (str(pool.dtype),), window_pages, allocator)
 
 
 def _state(requests: Any) -> DevicePool:
@@ -134,7 +138,8 @@ def _state(requests: Any) -> DevicePool:
     tensors: Layers = [tuple(state[layer] for state in states) for layer in range(len(pool.mamba_layer_ids))]
     _require_rows(tensors, pool.size + 1, type(pool).__name__)
     dtypes = tuple(str(state.dtype) for state in states)
-    return DevicePool(PoolName.MAMBA, tensors, 1, tuple(pool.mamba_layer_ids), dtypes, window_pages=1)
+    layers = tuple(pool.mamba_layer_ids)
+    return DevicePool(PoolName.MAMBA, tensors, 1, layers, dtypes, window_pages=1)
 
 
 def _require_rows(tensors: Sequence[tuple[torch.Tensor, ...]], rows: int, pool: str) -> None:

@@ -1,8 +1,11 @@
-"""Device pages that must not be given out: a read that nobody waits for any more may still write to them."""
+"""Device pages that must not be given out: a read that nobody waits for any more may still write to them.
+
+Only reads straight into the KV pool do so, and only with allocators of attention are they made: a pool of recurrent
+states has just enough of them for the requests that it admits, so that none can be held.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +26,8 @@ class Quarantine:
     def __init__(self, allocator: Any):
         self._allocator = allocator
         self._way_back = _WAY_BACK.get(type(allocator), "")
-        # What is held, each with what tells whether that may end; and what has come back of it.
-        self._held: list[tuple[torch.Tensor, Callable[[], bool]]] = []
+        # What is held, and what has come back of it.
+        self._held: torch.Tensor | None = None
         self._returned: list[torch.Tensor] = []
 
     @staticmethod
@@ -34,28 +37,27 @@ class Quarantine:
 
     def __bool__(self) -> bool:
         """Whether any pages are held."""
-        return bool(self._held)
+        return self._held is not None
 
-    def hold(self, pages: torch.Tensor, over: Callable[[], bool]) -> None:
-        """Hold these page numbers, which are in use now, until ``over`` says true."""
-        self._held.append((pages.to(self._allocator.device), over))
+    def hold(self, pages: torch.Tensor) -> None:
+        """Hold these page numbers, which are in use now, until they are all let go."""
+        pages = pages.to(self._allocator.device)
+        self._held = pages if self._held is None else torch.cat([self._held, pages])
         setattr(self._allocator, self._way_back, self._release)
 
-    def tidy(self) -> bool:
-        """Give back what need not be held any more: whether there was any."""
-        if not any(over() for _, over in self._held):
-            return False
-        self._held = [(pages, over) for pages, over in self._held if not over()]
-        returned, self._returned = self._returned, []
-        self._release(*returned)
-        if not self._held:
-            delattr(self._allocator, self._way_back)
-        return True
+    def let_go(self) -> None:
+        """Give back what is held, now or when it comes back."""
+        if self._held is None:
+            return
+        delattr(self._allocator, self._way_back)
+        returned, self._returned, self._held = self._returned, [], None
+        if returned:
+            getattr(self._allocator, self._way_back)(torch.cat(returned))
 
     def _release(self, *page_ids: torch.Tensor) -> None:
         for ids in page_ids:
-            held = torch.zeros_like(ids, dtype=torch.bool)
-            for pages, _ in self._held:
-                held |= torch.isin(ids, pages.to(ids.dtype))
-            self._returned.append(ids[held])
-            getattr(type(self._allocator), self._way_back)(self._allocator, ids[~held])
+            held = torch.isin(ids, self._held.to(ids.dtype))
+            if held.any():
+                self._returned.append(ids[held])
+                ids = ids[~held]
+            getattr(type(self._allocator), self._way_back)(self._allocator, ids)

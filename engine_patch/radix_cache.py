@@ -11,7 +11,7 @@ cannot be made new (`_can_be_renewed`) is aborted with 503, as stock SGLang abor
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -67,13 +67,30 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
             return []
         index, self.inflight_load_index = self.inflight_load_index, -1
         found = self.cache_linker.finish(index)
-        if found.restored is not None and not found.failed:
+        over, *landed = self._on_all_ranks([not found.writing, *(rid not in found.failed for rid in rids)])
+        if not over:
+            # Ranks give out pages alike.
+            self.cache_linker.hold(found)
+        if found.restored is not None and all(landed):
             self.landed.update(dict.fromkeys(rids, found.restored))
-        landed = torch.tensor([rid not in found.failed for rid in rids], dtype=torch.int)
-        self.cache._all_reduce_attn_groups(landed, torch.distributed.ReduceOp.MIN)
         for rid in rids:
             self.private_load_indices.pop(rid, None)
-        return [rid for rid, good in zip(rids, landed.tolist(), strict=True) if not good]
+        return [rid for rid, good in zip(rids, landed, strict=True) if not good]
+
+    def tidy(self, waiting: Callable[[], Collection[str]]) -> None:
+        """Let go of what was read for requests that are not ``waiting`` any more, and of the device pages to which no
+        rank's drive writes any more. At the same step on every rank."""
+        linker = self.cache_linker
+        linker.tidy(waiting)
+        if linker.holds_pages and all(self._on_all_ranks([not linker.stuck])):
+            linker.let_go()
+            self.unlocked = True
+
+    def _on_all_ranks(self, local: Sequence[bool]) -> list[bool]:
+        """Which of these is so on every rank, all of which ask."""
+        both = torch.tensor(local, dtype=torch.int)
+        self.cache._all_reduce_attn_groups(both, torch.distributed.ReduceOp.MIN)
+        return [bool(one) for one in both.tolist()]
 
 
 class AgentStateRadixCache(UnifiedRadixCache):
@@ -113,6 +130,8 @@ class AgentStateRadixCache(UnifiedRadixCache):
 
     def read_ahead(self, scheduler: Scheduler, req: Req) -> None:
         """Begin to read what a request will load, now that it is being queued behind others."""
+        if not self.linker.cache_linker.reads_ahead:
+            return
         busy = scheduler.waiting_queue or scheduler.chunked_req or not scheduler.running_batch.is_empty()
         if busy and not self.device_tier.brings(req):
             req.init_next_round_input(self, cow_mamba=False)
@@ -130,7 +149,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             scheduler.running_batch.batch_is_full = False
         self.requeue_failed(scheduler)
         self.device_tier.run(scheduler)
-        self.linker.unlocked |= self.linker.cache_linker.tidy(lambda: {req.rid for req in scheduler.waiting_queue})
+        self.linker.tidy(lambda: {req.rid for req in scheduler.waiting_queue})
 
     @property
     def misses_memory(self) -> bool:

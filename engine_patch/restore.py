@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -55,34 +55,48 @@ class Source(StrEnum):
     DEVICE = "device"
 
 
-@dataclass(frozen=True)
-class Restored:
-    """What one batch brought back: ``pages`` for ``requests``, ``n_bytes`` as they were read, in ``seconds``, of which
-    the forward waited ``waited_s``, and for each layer ``layer_waits_s``. Not counted are the pages of requests that
-    failed."""
+class Share(NamedTuple):
+    """What one request got back: ``n_bytes`` as they were read, from one source a pool."""
 
-    requests: int
     pages: int
     n_bytes: int
-    seconds: float
     sources: frozenset[Source]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What one batch brought back to each of its requests that did not fail, by rid, in ``seconds``, of which the
+    forward waited ``waited_s``, and for each layer ``layer_waits_s``."""
+
+    shares: Mapping[str, Share]
+    seconds: float
     waited_s: float = 0.0
     layer_waits_s: tuple[float, ...] = ()
 
+    @property
+    def n_bytes(self) -> int:
+        return sum(share.n_bytes for share in self.shares.values())
+
+    @property
+    def sources(self) -> frozenset[Source]:
+        return frozenset().union(*(share.sources for share in self.shares.values()))
+
 
 class Finished(NamedTuple):
-    """The rids whose pages must not be used, and what was restored; None when that is nothing. ``writing`` are the
-    device pages of a batch that was given up, to which the drive may still write."""
+    """The rids whose pages must not be used, and what was restored; None when that is nothing. ``numbers`` are the
+    batch's device pages, a tensor a pool; ``writing`` is whether the drive may still write to them: when they are
+    `addressable` and the batch was given up."""
 
     failed: set[str]
     restored: Restored | None = None
-    writing: torch.Tensor | None = None
+    numbers: tuple[torch.Tensor, ...] = ()
+    writing: bool = False
 
 
 @dataclass
 class _Load:
     """One request's restore: its pages are those of ``stream`` from ``offset`` on. ``stream`` is None when a page went
-    missing between the match and now."""
+    missing between the match and now. Of the ``n_bytes`` that have been read, ``straight`` passed no staging."""
 
     rid: str
     keys: list[bytes]
@@ -90,6 +104,8 @@ class _Load:
     stream: Stream | None
     source: Source
     offset: int = 0
+    n_bytes: int = 0
+    straight: int = 0
 
     def own(self, first: int, count: int) -> slice:
         """Which of ``count`` pages of the stream, from ``first`` on, are the request's."""
@@ -121,6 +137,8 @@ class _Batch:
     ready: Sequence[torch.cuda.Event]
     failed: set[str] = field(default_factory=set)
     restored: Restored | None = None
+    # Held while pages are copied to the device: none are any more once the batch is given up and this was free.
+    landing: threading.Lock = field(default_factory=threading.Lock)
 
 
 _Queue = queue.Queue[tuple[int, _Batch] | None]
@@ -211,15 +229,17 @@ class Restorer:
             return Finished(set())
         failed = batch.failed if complete else {load.rid for load in batch.loads}
         self.stats.requests_failed += len(failed)
-        if self.arrivals.landed(index):
-            return Finished(failed, batch.restored if complete else None)
-        self.stats.timed_out += 1
-        logger.error(
-            "agentstate: the drive has not answered in time; %d request(s) are recomputed, and nothing is restored "
-            "until it does (AGENTSTATE_READ_TIMEOUT_S)",
-            len(failed),
-        )
-        return Finished(failed, None, torch.cat([load.numbers for load in batch.loads]))
+        if late := not self.arrivals.landed(index):
+            self.stats.timed_out += 1
+            logger.error(
+                "agentstate: the drive has not answered in time; %d request(s) are recomputed, and nothing is restored "
+                "until it does (AGENTSTATE_DRIVE_TIMEOUT_S)",
+                len(failed),
+            )
+            with batch.landing:
+                self._pages.inbound.finish()
+        numbers = torch.cat([load.numbers for load in batch.loads])
+        return Finished(failed, batch.restored if complete else None, (numbers,), late and self._pages.addressable)
 
     def drain(self) -> None:
         """Wait for what runs."""
@@ -275,7 +295,7 @@ class Restorer:
             logger.exception("agentstate: pages that could not be restored could not be dropped")
 
     def _restore(self, index: int, batch: _Batch) -> None:
-        started, n_bytes, straight, first_layer_s = time.perf_counter(), 0, 0, 0.0
+        started, first_layer_s = time.perf_counter(), 0.0
         batch.failed.update(load.rid for load in batch.loads if load.stream is None)
         loads = [(load, load.stream) for load in batch.loads if load.stream is not None]
         self._pages.inbound.after(batch.ready)
@@ -284,21 +304,24 @@ class Restorer:
         for layer in range(self._pages.geometry.layers):
             for load, stream in loads:
                 for chunk in stream.layer(layer):
-                    if self.arrivals.given_up(index):
-                        raise _GivenUp
-                    n_bytes += chunk.n_bytes
-                    straight += 0 if chunk.parts else chunk.n_bytes
-                    self._land(batch, load, chunk)
+                    self._require_wanted(index)
+                    self._land(index, batch, load, chunk)
+                    load.n_bytes += chunk.n_bytes
+                    load.straight += 0 if chunk.parts else chunk.n_bytes
             self._pages.inbound.finish()
             if layer == 0:
                 first_layer_s = time.perf_counter() - started
             if layer == self._pages.geometry.layers - 1:
                 # Before whoever waits for the batch goes on.
                 seconds = time.perf_counter() - started
-                batch.restored = self._record(batch, n_bytes, straight, first_layer_s, seconds)
+                batch.restored = self._record(batch, first_layer_s, seconds)
             self.arrivals.complete(index, layer)
 
-    def _land(self, batch: _Batch, load: _Load, chunk: Chunk) -> None:
+    def _require_wanted(self, index: int) -> None:
+        if self.arrivals.given_up(index):
+            raise _GivenUp
+
+    def _land(self, index: int, batch: _Batch, load: _Load, chunk: Chunk) -> None:
         """Write what a chunk has of the request's pages to the device, unless one must not be used."""
         # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
         own = range(len(load.keys))
@@ -306,13 +329,15 @@ class Restorer:
             self._reject(batch, load, wrong, chunk)
         if load.rid in batch.failed:
             return
-        for segment, _, arrays in chunk.parts:
-            rows = load.own(segment.first, segment.pages)
-            if rows.start < rows.stop:
-                first = segment.first - load.offset
-                numbers = load.numbers[first + rows.start : first + rows.stop]
-                self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays])
-        chunk.keep_until = self._pages.inbound.fence()
+        with batch.landing:
+            self._require_wanted(index)
+            for segment, _, arrays in chunk.parts:
+                rows = load.own(segment.first, segment.pages)
+                if rows.start < rows.stop:
+                    first = segment.first - load.offset
+                    numbers = load.numbers[first + rows.start : first + rows.stop]
+                    self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays])
+            chunk.keep_until = self._pages.inbound.fence()
 
     def _reject(self, batch: _Batch, load: _Load, wrong: list[int], chunk: Chunk) -> None:
         batch.failed.add(load.rid)
@@ -335,16 +360,17 @@ class Restorer:
                 with self._counting:
                     self.stats.pages_failed += 1
 
-    def _record(
-        self, batch: _Batch, n_bytes: int, straight: int, first_layer_s: float, seconds: float
-    ) -> Restored | None:
-        good = [load for load in batch.loads if load.rid not in batch.failed]
-        pages = sum(len(load.keys) for load in good)
+    def _record(self, batch: _Batch, first_layer_s: float, seconds: float) -> Restored | None:
+        shares = {
+            load.rid: Share(len(load.keys), load.n_bytes, frozenset({load.source}))
+            for load in batch.loads
+            if load.rid not in batch.failed
+        }
         with self._counting:
             self.stats.restores += 1
-            self.stats.pages_restored += pages
-            self.stats.bytes_read += n_bytes
-            self.stats.bytes_straight += straight
+            self.stats.pages_restored += sum(share.pages for share in shares.values())
+            self.stats.bytes_read += sum(load.n_bytes for load in batch.loads)
+            self.stats.bytes_straight += sum(load.straight for load in batch.loads)
             self.stats.first_layer_s += first_layer_s
             self.stats.seconds += seconds
-        return Restored(len(good), pages, n_bytes, seconds, frozenset(load.source for load in good)) if good else None
+        return Restored(shares, seconds) if shares else None

@@ -29,13 +29,14 @@ _MERGE_STAGING_BYTES = 8 << 20
 
 @dataclass
 class SpillStats:
-    """Counters since the engine started. ``pages_known`` were offered again and not written again; ``pages_skipped``
-    were not written because too much was waiting already, or spilling was off; ``extents_merged`` were replaced by
-    larger ones."""
+    """Counters since the engine started. ``pages_known`` were offered again and not written again; ``pages_refused``
+    were not taken because too much was waiting already; ``pages_skipped`` were not written because the drive did not
+    answer, or spilling was off; ``extents_merged`` were replaced by larger ones."""
 
     pages_spilled: int = 0
     bytes_spilled: int = 0
     pages_known: int = 0
+    pages_refused: int = 0
     pages_skipped: int = 0
     pages_failed: int = 0
     extents_merged: int = 0
@@ -47,6 +48,13 @@ class _Offer:
     numbers: torch.Tensor
     ready: Sequence[torch.cuda.Event]
     skipped: bool
+    # Whether its device pages are being read, and whether its result is in: after that they are not.
+    copying: bool = False
+    answered: bool = False
+
+
+class _GivenUp(Exception):
+    """The offer has been answered, and its device pages need not be what they were."""
 
 
 class Spiller:
@@ -55,21 +63,25 @@ class Spiller:
     page counts.
 
     Every offer gets one entry in ``results``, in the order of the offers, never earlier: the tree takes a result for
-    its oldest offer, and unlocks that one's device pages. The copy out of the device is bounded by ``staging_bytes``;
-    what waits, and so the device memory that is locked, by ``queue_bytes``: an offer beyond it is not stored, so that
-    a slow disk costs what it cannot hold and not the engine's memory. The tree offers it again. Neither is stored what
-    is offered while ``on`` is false.
+    its oldest offer, and unlocks that one's device pages. The copy out of the device is bounded by ``staging_bytes``.
+    Not stored is what is offered while ``on`` is false, nor, as far as it has not been copied yet, what waits when the
+    drive has not taken anything for ``timeout_s``: all of that is answered then, by whoever asks how much is
+    `answered`. The tree offers it again.
     """
 
-    def __init__(self, store: PageStore, pages: DevicePages, staging_bytes: int, queue_bytes: int):
+    def __init__(self, store: PageStore, pages: DevicePages, staging_bytes: int, timeout_s: float = math.inf):
         self.stats = SpillStats()
         self.on = True
         self.results: deque[bool] = deque()
+        self._timeout_s = timeout_s
+        # What is not answered yet, in order; how many offers are not concluded, answered or not; and when the drive
+        # has last taken something of them.
+        self._unanswered: deque[_Offer] = deque()
+        self._unconcluded = 0
+        self._moved_s = time.monotonic()
+        self._answering = threading.Lock()
         self._store = store
         self._pages = pages
-        self._queue_pages = max(1, queue_bytes // store.geometry.page_bytes)
-        # Two counts, each written by one thread only.
-        self._accepted_pages = self._done_pages = 0
         self._writer = Writer(store, staging_bytes)
         self._pinned = PinnedMemory(self._writer.staging, pages.device)
         # Copied and not yet published.
@@ -85,11 +97,50 @@ class Spiller:
     def offer(self, keys: list[bytes], numbers: torch.Tensor, ready: Sequence[torch.cuda.Event] = ()) -> None:
         """Queue pages for writing: ``numbers`` are their page numbers on the device, which the caller keeps unchanged
         until the result is in. ``ready`` are the events after which the device pages may be read."""
-        # Decided here, and answered in turn: with several ranks, each must give a result for every offer.
-        waiting = self._accepted_pages - self._done_pages
-        skipped = not self.on or (waiting > 0 and waiting + len(keys) > self._queue_pages)
-        self._accepted_pages += 0 if skipped else len(keys)
-        self._queue.put(_Offer(keys, numbers, ready, skipped))
+        # Decided here, and answered in turn: ranks are not told at the same time, and each must answer every offer.
+        offer = _Offer(keys, numbers, ready, skipped=not self.on)
+        with self._answering:
+            if not self._unanswered and self._hangs():
+                # Not even queued: as long as the drive hangs, nothing would take it out.
+                self.results.append(False)
+                self.stats.pages_skipped += len(keys)
+                return
+            if not self._unconcluded:
+                self._moved()
+            self._unconcluded += 1
+            self._unanswered.append(offer)
+        self._queue.put(offer)
+
+    def answered(self) -> int:
+        """How many results are in."""
+        if self._unanswered and self._hangs():
+            self._give_up()
+        return len(self.results)
+
+    def _give_up(self) -> None:
+        given_up = 0
+        with self._answering:
+            while self._unanswered and self._hangs() and not self._unanswered[0].copying:
+                self._answer(self._unanswered[0], False)
+                given_up += 1
+        if given_up:
+            logger.error(
+                "agentstate: the drive has taken nothing for %g s; %d offer(s) are not waited for, and of what comes "
+                "nothing is stored until it goes on (AGENTSTATE_DRIVE_TIMEOUT_S)",
+                self._timeout_s,
+                given_up,
+            )
+
+    def _hangs(self) -> bool:
+        return self._unconcluded > 0 and time.monotonic() - self._moved_s > self._timeout_s
+
+    def _answer(self, offer: _Offer, stored: bool) -> None:
+        offer.answered = True
+        self._unanswered.popleft()
+        self.results.append(stored)
+
+    def _moved(self) -> None:
+        self._moved_s = time.monotonic()
 
     def then(self, action: Callable[[], None]) -> None:
         """Run ``action`` on a spilling thread once everything offered so far is stored or has failed."""
@@ -159,12 +210,12 @@ class Spiller:
 
     def _store_offer(self, offer: _Offer) -> None:
         """Copy what is new of an offer, and have it concluded when that is published."""
-        skipped = offer.skipped or time.monotonic() > self._until_s
+        skipped = offer.skipped or offer.answered or time.monotonic() > self._until_s
         # In this order: what is published in the meantime is on its way no more, and is stored.
         unknown = [] if skipped else [i for i, key in enumerate(offer.keys) if key not in self._on_their_way]
         stored = self._store.stored([offer.keys[i] for i in unknown])
         new = [i for i, is_stored in zip(unknown, stored, strict=True) if not is_stored]
-        publishing: list[tuple[int, Future[None]]] = []
+        publishing: list[tuple[list[bytes], Future[None]]] = []
         failure: Exception | None = None
         late = 0
         try:
@@ -176,8 +227,12 @@ class Spiller:
                     break
                 run = new[start : start + self._writer.pages_an_extent]
                 keys = [offer.keys[i] for i in run]
-                publishing.append((len(run), self._writer.write(keys, partial(self._fill, offer.numbers[run]))))
+                published = self._writer.write(keys, partial(self._fill, offer, offer.numbers[run]))
+                published.add_done_callback(lambda _: self._moved())
+                publishing.append((keys, published))
                 self._on_their_way.update(keys)
+        except _GivenUp:
+            late = len(new) - start
         except Exception as error:
             failure = error
         self._writer.after(partial(self._conclude, offer, skipped, len(new), late, publishing, failure))
@@ -188,43 +243,52 @@ class Spiller:
         skipped: bool,
         new: int,
         late: int,
-        publishing: Sequence[tuple[int, Future[None]]],
+        publishing: Sequence[tuple[list[bytes], Future[None]]],
         failure: Exception | None,
     ) -> None:
         """Count and answer an offer, on the publishing thread. ``new`` of its pages were to be written; there was no
         time left for the last ``late`` of them."""
+        stored = False
         try:
             spilled = 0
-            for pages, published in publishing:
+            for keys, published in publishing:
                 if (error := published.exception()) is None:
-                    spilled += pages
+                    spilled += len(keys)
                 else:
                     failure = failure or error
+                self._on_their_way.difference_update(keys)
             self.stats.pages_spilled += spilled
             self.stats.bytes_spilled += spilled * self._store.geometry.page_bytes
             self.stats.pages_failed += new - late - spilled
-            self.stats.pages_skipped += len(offer.keys) if skipped else late
             if not skipped:
                 self.stats.pages_known += len(offer.keys) - new
+            # Also what was on its way for an earlier offer must have arrived.
+            stored = not skipped and all(self._store.stored(offer.keys))
             if isinstance(failure, PageStoreFull):
                 logger.warning("agentstate: %s; they are recomputed when they are needed", failure)
             elif failure is not None:
                 logger.error(
                     "agentstate: spilling failed; the pages are recomputed when they are needed", exc_info=failure
                 )
-            self._on_their_way.difference_update(offer.keys)
-            # Also what was on its way for an earlier offer must have arrived.
-            self.results.append(not skipped and all(self._store.stored(offer.keys)))
         finally:
-            if not offer.skipped:
-                self._done_pages += len(offer.keys)
+            with self._answering:
+                self.stats.pages_skipped += len(offer.keys) if skipped else late
+                self._unconcluded -= 1
+                self._moved()
+                if not offer.answered:
+                    self._answer(offer, stored)
             self._queue.task_done()
 
-    def _fill(self, numbers: torch.Tensor, draft: ExtentDraft) -> None:
+    def _fill(self, offer: _Offer, numbers: torch.Tensor, draft: ExtentDraft) -> None:
         components = range(len(draft.geometry.component_bytes))
+        with self._answering:
+            if offer.answered:
+                raise _GivenUp
+            offer.copying = True
         try:
             for layer in range(draft.geometry.layers):
                 self._pages.gather(layer, numbers, [draft.component(layer, c) for c in components])
         finally:
             # Nothing may arrive in the buffer any more when it is checksummed, or used for something else.
             self._pages.outbound.finish()
+            offer.copying = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -20,8 +21,9 @@ from agentstate.pages.store import StoreStats
 from agentstate.settings import Settings
 from engine_patch.arrivals import Arrivals
 from engine_patch.pools import DevicePool
-from engine_patch.restore import Finished, Restorer, RestoreStats, Source
-from engine_patch.sglang_api import PoolTransfer
+from engine_patch.quarantine import Quarantine
+from engine_patch.restore import Finished, Restored, Restorer, RestoreStats, Share, Source
+from engine_patch.sglang_api import PoolName, PoolTransfer
 from engine_patch.spill import Spiller, SpillStats
 from engine_patch.staging import read_backend
 from engine_patch.transfer import DevicePages
@@ -54,11 +56,16 @@ class LayerGate:
             arrivals.set_consumer(index)
 
     def wait_until(self, threshold: int) -> None:
-        if (index := self.consumer_index) < 0:
+        index, route = self.consumer_index, self._routes.get(threshold, ())
+        if not any(index in arrivals.futures for arrivals, _ in route):
             return
         started = time.perf_counter()
-        for arrivals, layer in self._routes.get(threshold, ()):
+        for arrivals, layer in route:
             arrivals.wait_until(layer)
+            if arrivals.given_up(index):
+                # What one pool has not, nobody waits for in the others.
+                for other in self._arrivals:
+                    other.give_up(index)
         waited_s = time.perf_counter() - started
         self.waited_s += waited_s
         waits_s = self._waits_s.setdefault(index, {})
@@ -74,17 +81,22 @@ class LayerGate:
 
 
 class _StoredPool:
-    def __init__(
-        self, pool: DevicePool, open_store: OpenStore, settings: Settings, share: int, timeout_s: float | None
-    ):
+    def __init__(self, pool: DevicePool, open_store: OpenStore, settings: Settings, share: int):
         self.name = pool.name
         self.model_layers = pool.model_layers
         self.window_pages = pool.window_pages
         self.pages = pool.pages
         self.store = open_store(pool, self.pages)
         self.spiller = Spiller(
-            self.store, self.pages, settings.spill_staging_bytes // share, settings.spill_queue_bytes // share
+            self.store,
+            self.pages,
+            settings.spill_staging_bytes // share,
+            settings.drive_timeout_s,
         )
+        # What waits to be stored is locked on the device. Of recurrent states SGLang has hardly more than its requests
+        # need, and ends when there is none.
+        queue_pages = settings.spill_queue_bytes // share // self.pages.geometry.page_bytes
+        self.most_waiting = max(1, min(queue_pages, len(self.pages) // (4 if pool.name is PoolName.MAMBA else 2)))
         self.reader = LayerwiseReader(
             self.pages.geometry,
             staging_bytes=settings.staging_bytes // share,
@@ -92,7 +104,9 @@ class _StoredPool:
             chunk_bytes=_CHUNK_BYTES,
             backend=read_backend(settings.read_backend, self.pages.device),
         )
-        self.restorer = Restorer(self.store, self.pages, self.reader, timeout_s)
+        self.restorer = Restorer(self.store, self.pages, self.reader, settings.drive_timeout_s)
+        self.allocator = pool.allocator
+        self.quarantine = Quarantine(pool.allocator)
 
     def needed(self, keys: Sequence[bytes]) -> Sequence[bytes]:
         """Those of a chain without which it cannot be gone on from its end."""
@@ -111,26 +125,24 @@ class _StoredPool:
 
 class StoredPools:
     """``pools``, full attention first, each with a store that ``open_store`` opens. Memory for staging is shared out
-    evenly. Without pools it is a place where nothing is stored and nothing is found. A forward waits for a layer for
-    ``timeout_s`` at the most.
+    evenly. Without pools it is a place where nothing is stored and nothing is found.
 
     Every request loads from every pool, so that all pools count their batches alike: one index serves them all.
     """
 
-    def __init__(
-        self,
-        pools: Sequence[DevicePool],
-        open_store: OpenStore,
-        settings: Settings,
-        timeout_s: float | None = None,
-    ):
-        self._pools = [_StoredPool(pool, open_store, settings, len(pools), timeout_s) for pool in pools]
+    def __init__(self, pools: Sequence[DevicePool], open_store: OpenStore, settings: Settings):
+        self._pools = [_StoredPool(pool, open_store, settings, len(pools)) for pool in pools]
         routes: dict[int, list[tuple[Arrivals, int]]] = {}
         for pool in self._pools:
             for position, layer in enumerate(pool.model_layers):
                 routes.setdefault(layer, []).append((pool.restorer.arrivals, position))
         self.gate = LayerGate(routes)
         self.device_pages = {pool.name: pool.pages for pool in self._pools}
+        # How many pages of each pool were offered, for every offer whose result has not been taken.
+        self._waiting: deque[tuple[int, ...]] = deque()
+        # Whether an offer has been refused since one was last answered, and how many pages have been since the start.
+        self._full = False
+        self._refused = 0
 
     @property
     def device(self) -> torch.device:
@@ -225,6 +237,22 @@ class StoredPools:
         """Whether a drive has not answered in time, and does not yet."""
         return any(pool.restorer.arrivals.stuck for pool in self._pools)
 
+    def hold(self, numbers: Sequence[torch.Tensor]) -> None:
+        """Let nobody have those of these device pages, a tensor a pool, that can be held, before `let_go`."""
+        for pool, of_pool in zip(self._pools, numbers, strict=True):
+            if Quarantine.works(pool.allocator):
+                pool.quarantine.hold(of_pool)
+
+    def let_go(self) -> None:
+        """Give back the device pages that are held."""
+        for pool in self._pools:
+            pool.quarantine.let_go()
+
+    @property
+    def holds(self) -> bool:
+        """Whether device pages are held."""
+        return any(pool.quarantine for pool in self._pools)
+
     def load(self, rid: str, transfers: Sequence[PoolTransfer]) -> bool:
         """Queue a request's pages in every pool; False, and nothing queued, unless all pools are given."""
         given = {transfer.name: transfer for transfer in transfers}
@@ -248,21 +276,19 @@ class StoredPools:
         """Wait for the batch: the requests that must not be used, because of whichever pool, and what was restored in
         all of them together; its pages are those of full attention."""
         finished = [pool.restorer.finish(index) for pool in self._pools]
-        restored = [of_pool.restored for of_pool in finished if of_pool.restored is not None]
+        failed = set().union(*(of_pool.failed for of_pool in finished))
+        of_pools = [of_pool.restored for of_pool in finished if of_pool.restored is not None]
         waits_s = self.gate.waited_for(index)
+        shares = {
+            rid: _together([restored.shares[rid] for restored in of_pools])
+            for rid in (of_pools[0].shares if of_pools else ())
+            if rid not in failed
+        }
         return Finished(
-            set().union(*(of_pool.failed for of_pool in finished)),
-            dataclasses.replace(
-                restored[0],
-                n_bytes=sum(of_pool.n_bytes for of_pool in restored),
-                seconds=max(of_pool.seconds for of_pool in restored),
-                sources=frozenset().union(*(of_pool.sources for of_pool in restored)),
-                waited_s=sum(waits_s),
-                layer_waits_s=waits_s,
-            )
-            if restored
-            else None,
-            next((of_pool.writing for of_pool in finished if of_pool.writing is not None), None),
+            failed,
+            Restored(shares, max(restored.seconds for restored in of_pools), sum(waits_s), waits_s) if shares else None,
+            tuple(chain.from_iterable(of_pool.numbers for of_pool in finished)),
+            any(of_pool.writing for of_pool in finished),
         )
 
     def staged_for(self, keys: Sequence[bytes]) -> bool:
@@ -274,22 +300,39 @@ class StoredPools:
         for pool in self._pools:
             pool.spiller.on = on
 
-    def offer(self, transfers: Sequence[PoolTransfer], ready: Sequence[torch.cuda.Event]) -> bool:
-        """Queue a tree node's pages for writing, those of each pool that it has. One result follows for all."""
+    def offer(self, transfers: Sequence[PoolTransfer], ready: Callable[[], Sequence[torch.cuda.Event]]) -> bool:
+        """Queue a tree node's pages for writing, those of each pool that it has; they may be read after ``ready``. One
+        result follows for all. False, and nothing queued, when too much waits already: what a drive does not take costs
+        what is not stored, and not the engine's memory. Then so are all others, until an answer has been taken: a chain
+        has no holes, and of a long one not every node is tried in vain. That is so on all ranks or on none."""
+        given = {transfer.name: transfer for transfer in transfers}
         if not self._pools:
             return False
-        given = {transfer.name: transfer for transfer in transfers}
-        for pool in self._pools:
-            keys, numbers = _offered(pool, given.get(pool.name))
-            pool.spiller.offer(keys, numbers, ready)
+        if not self._full:
+            offered = [_offered(pool, given.get(pool.name)) for pool in self._pools]
+            pages = tuple(len(keys) for keys, _ in offered)
+            self._full = bool(self._waiting) and any(
+                new and sum(before) + new > pool.most_waiting
+                for pool, new, before in zip(self._pools, pages, zip(*self._waiting, strict=True), strict=True)
+            )
+        if self._full:
+            full = given.get(self._pools[0].name)
+            self._refused += len(full.keys) if full is not None else 0
+            return False
+        self._waiting.append(pages)
+        events = ready()
+        for pool, (keys, numbers) in zip(self._pools, offered, strict=True):
+            pool.spiller.offer(keys, numbers, events)
         return True
 
     @property
     def results(self) -> int:
         """Offers whose result is in, in every pool."""
-        return min((len(pool.spiller.results) for pool in self._pools), default=0)
+        return min((pool.spiller.answered() for pool in self._pools), default=0)
 
     def pop_result(self) -> bool:
+        self._waiting.popleft()
+        self._full = False
         return all([pool.spiller.results.popleft() for pool in self._pools])
 
     def then(self, action: Callable[[], None]) -> None:
@@ -315,6 +358,8 @@ class StoredPools:
         for pool in self._pools:
             pool.spiller.drain()
             pool.spiller.results.clear()
+        self._waiting.clear()
+        self._full = False
 
     def finish_spilling(self, within_s: float) -> None:
         """Store what is queued, as far as that can be done in so many seconds, and nothing more from then on."""
@@ -347,6 +392,7 @@ class StoredPools:
         full, *windowed = self._pools
         stat = full.stat()
         stat["restore"]["forward_wait_s"] = self.gate.waited_s
+        stat["spill"]["pages_refused"] = self._refused
         stat["spill"]["waiting"] = sum(pool.spiller.waiting for pool in self._pools)
         return {**stat, "pools": {pool.name.value: pool.stat() for pool in windowed}}
 
@@ -364,6 +410,12 @@ def _offered(pool: _StoredPool, transfer: PoolTransfer | None) -> tuple[list[byt
     # What has left the window may have left the pool: its slots are those of the pool's empty first page.
     held = pool.pages.held_pages(transfer.device_indices)
     return [keys[position] for position, _ in held], torch.tensor([number for _, number in held], dtype=torch.int64)
+
+
+def _together(shares: Sequence[Share]) -> Share:
+    """What a request got back from each pool, full attention first, whose pages count."""
+    sources = frozenset().union(*(share.sources for share in shares))
+    return Share(shares[0].pages, sum(share.n_bytes for share in shares), sources)
 
 
 def _after(spiller: Spiller, action: Callable[[], None]) -> Callable[[], None]:

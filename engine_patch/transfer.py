@@ -64,21 +64,25 @@ class DevicePages:
     (slots, ...) with a token a row. Pages are aligned in them: page ``p`` is the rows
     ``[p * page_size, (p + 1) * page_size)``. Copies out of them are queued on the lane ``outbound``, copies into them
     on ``inbound``; a GPU makes both at once. On a CPU NumPy makes them, which unlike torch starts no thread pool
-    beside the forward's. ``addressable`` says whether a file can be read straight to them (`memory`). Raises
-    ValueError for tensors that are not laid out so.
+    beside the forward's. ``addressable`` says whether a file can be read straight to them (`memory`), which is never
+    so without ``straight``. Raises ValueError for tensors that are not laid out so.
     """
 
-    def __init__(self, layers: Sequence[Sequence[torch.Tensor]], page_size: int):
+    def __init__(self, layers: Sequence[Sequence[torch.Tensor]], page_size: int, *, straight: bool = True):
         self._rows = [[_page_rows(tensor, page_size) for tensor in layer] for layer in layers]
         shapes = {tuple(rows.shape[1] for rows in layer) for layer in self._rows}
         if len(shapes) != 1:
             raise ValueError(f"layers of different page sizes, in bytes: {sorted(shapes)}")
         self.geometry = Geometry(len(layers), page_size, next(iter(shapes)))
         self.device = layers[0][0].device
-        self.addressable = self.device.type == "cpu" and not any(
+        aligned = not any(
             rows.data_ptr() % ALIGNMENT or rows.shape[1] % ALIGNMENT for layer in self._rows for rows in layer
         )
+        self.addressable = straight and aligned and self.device.type == "cpu"
         self.outbound, self.inbound = CopyLane(self.device), CopyLane(self.device)
+
+    def __len__(self) -> int:
+        return len(self._rows[0][0])
 
     def page_numbers(self, slots: torch.Tensor) -> torch.Tensor:
         """The page numbers, int64 on the host, of ``slots``, a whole number of pages of row indices.
@@ -102,9 +106,8 @@ class DevicePages:
         return list(zip(positions.tolist(), self._existing(numbers[positions]).tolist(), strict=True))
 
     def _existing(self, numbers: torch.Tensor) -> torch.Tensor:
-        pages = len(self._rows[0][0])
-        if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < pages):
-            raise ValueError(f"page numbers {numbers.tolist()} are not all on a device of {pages} pages")
+        if len(numbers) and not (int(numbers.min()) >= 0 and int(numbers.max()) < len(self)):
+            raise ValueError(f"page numbers {numbers.tolist()} are not all on a device of {len(self)} pages")
         return numbers
 
     def gather(self, layer: int, numbers: torch.Tensor, out: Sequence[np.ndarray]) -> None:

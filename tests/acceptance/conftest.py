@@ -34,10 +34,10 @@ def make_stack(engine_python: Path) -> Callable[[Path, Path], LocalStack]:
 
 
 @pytest.fixture(scope="session")
-def slow_reads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which an engine's reads are as slow as the file SPEED says, in bytes a second a read."""
+def slow_drive(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which an engine's drive is as slow as the file SPEED says (see slow_drive.c)."""
     directory = tmp_path_factory.mktemp("slow")
-    shim, source = directory / "slow_reads.so", Path(__file__).with_name("slow_reads.c")
+    shim, source = directory / "slow_drive.so", Path(__file__).with_name("slow_drive.c")
     subprocess.run([c_compiler(), "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl"], check=True)
     return {"LD_PRELOAD": str(shim), "SPEED": str(directory / "speed")}
 

@@ -15,12 +15,12 @@ _BYTES_A_SECOND = 6_000_000
 
 
 def test_what_is_computed_sooner_than_read_is_computed(
-    tmp_path: Path, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path, slow_reads: dict[str, str]
+    tmp_path: Path, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path, slow_drive: dict[str, str]
 ) -> None:
-    Path(slow_reads["SPEED"]).write_text(str(_BYTES_A_SECOND))
+    Path(slow_drive["SPEED"]).write_text(f"{_BYTES_A_SECOND} extents")
     texts = [prompt(7000 + i, (1 + i % 5) * PAGE + 3 + 7 * i) for i in range(16)]
     with closing(make_stack(tmp_path / "stack", smollm2)) as stack:
-        stack.environment = {**stack.environment, **slow_reads}
+        stack.environment = {**stack.environment, **slow_drive}
         stack.start_service()
         stack.start_engine(*EXACT)
         generate = Generator(stack.engine_url)

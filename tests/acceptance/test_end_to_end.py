@@ -244,10 +244,9 @@ def test_what_an_engine_does_is_in_its_metrics_and_its_log(stack: LocalStack, ge
     assert samples["agentstate:layer_wait_seconds_count"] == 30 * restored["restores"]
     assert samples["agentstate:spilled_bytes_total"] > 0
     log = (stack.home / "engine.log").read_text()
-    assert re.search(
-        rf"restored {7 * PAGE} tokens, [\d.]+ MB in [\d.]+ ms \([\d.]+ GB/s\), source cold, for 1 request", log
-    )
-    assert re.search(r"rank 0, pages of 64 tokens in .*staging_bytes \d+.*read_timeout_s 30.0", log)
+    line = rf"restored {7 * PAGE} tokens for \w+, [\d.]+ MB in [\d.]+ ms \([\d.]+ GB/s\), source cold\n"
+    assert re.search(line, log)
+    assert re.search(r"rank 0, pages of 64 tokens in .*staging_bytes \d+.*drive_timeout_s 30.0", log)
 
 
 def test_every_extent_on_disk_is_whole(stack: LocalStack) -> None:

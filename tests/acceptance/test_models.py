@@ -17,6 +17,7 @@ from prompts import Generated, Generator
 
 from agentstate.control import ControlClient
 from agentstate.local import LocalStack
+from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.files import read_header
 from agentstate.pages.inventory import store_directories
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.timeout(600)
 
 PAGE = 64
 QUESTION = 7 * PAGE + 20
+IMPATIENT = {"AGENTSTATE_DRIVE_TIMEOUT_S": "3"}
 FLAGS = ("--skip-tokenizer-init", "--dtype", "float32", "--max-total-tokens", "8192", "--chunked-prefill-size", "1024")
 
 Start = Callable[..., LocalStack]
@@ -38,12 +40,28 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, engine_python: Path) -
 
 
 @pytest.fixture
-def start(tmp_path: Path, checkpoints: Path, make_stack: Callable[[Path, Path], LocalStack]) -> Iterator[Start]:
+def drive(slow_drive: dict[str, str]) -> Iterator[Path]:
+    """What it says is how fast the engine's drive is: see slow_drive.c."""
+    path = Path(slow_drive["SPEED"])
+    path.write_text("1e12")
+    yield path
+    path.write_text("1e12")
+
+
+@pytest.fixture
+def start(
+    tmp_path: Path,
+    checkpoints: Path,
+    make_stack: Callable[[Path, Path], LocalStack],
+    slow_drive: dict[str, str],
+    drive: Path,
+) -> Iterator[Start]:
     """Starts an engine with a model of a kind, and a service beside it; both end with the test."""
     with ExitStack() as running:
 
-        def start(kind: str, *flags: str) -> LocalStack:
+        def start(kind: str, *flags: str, **environment: str) -> LocalStack:
             stack = running.enter_context(closing(make_stack(tmp_path / "stack", checkpoints / kind)))
+            stack.environment = {**stack.environment, **slow_drive, **environment}
             stack.start_service()
             stack.start_engine(*FLAGS, *flags)
             return stack
@@ -95,15 +113,20 @@ def resumes_like_never_suspended(stack: LocalStack) -> None:
     assert (resumed.tokens, resumed.cached, resumed.restored) == (wanted.tokens, wanted.cached, wanted.cached)
 
 
+def extents(stack: LocalStack, store: str) -> dict[Path, ExtentHeader]:
+    """Those of the stores whose directory has that name, the newest first."""
+    paths = (stack.home / "pages").glob(f"*/{store}/extents/*.ext")
+    return {path: read_header(path) for path in sorted(paths, key=lambda path: path.name, reverse=True)}
+
+
 def recomputes_what_was_damaged(stack: LocalStack, store: str, layers: int, slot: int) -> Generated:
     """With a bit flipped in the page at ``slot`` of the newest extent that is so long, in the store of so many layers
     whose directory has that name. What the resumed turn found."""
     wanted = Agent(stack, 3, cache_salt="never damaged").second_turn()
     agent = Agent(stack, 3)
     suspend(stack)
-    paths = [path for path in (stack.home / "pages").glob(f"*/{store}/extents/*.ext")]
-    headers = {path: read_header(path) for path in sorted(paths, key=lambda path: path.name, reverse=True)}
-    path, header = next((p, h) for p, h in headers.items() if h.geometry.layers == layers and len(h.keys) > slot)
+    found = extents(stack, store).items()
+    path, header = next((p, h) for p, h in found if h.geometry.layers == layers and len(h.keys) > slot)
     offset, length = header.layout.component_range(layers - 1, 0, slot, 1)
     with path.open("r+b") as file:
         file.seek(offset + length // 2)
@@ -114,6 +137,34 @@ def recomputes_what_was_damaged(stack: LocalStack, store: str, layers: int, slot
     assert resumed.tokens == wanted.tokens
     assert resumed.cached < wanted.cached
     return resumed
+
+
+def recomputes_what_does_not_come(stack: LocalStack, drive: Path, store: str, layers: int) -> None:
+    """With a drive that does not answer when it is asked for pages of the store of so many layers whose directory has
+    that name."""
+    wanted, another = (Agent(stack, seed, cache_salt="never suspended").second_turn() for seed in (5, 7))
+    agent, other = Agent(stack, 5), Agent(stack, 7)
+    suspend(stack)
+    (hanging,) = {path.parents[1] for path, header in extents(stack, store).items() if header.geometry.layers == layers}
+    drive.write_text(f"0 {hanging}")
+    recomputed = agent.second_turn()
+    assert (recomputed.tokens, recomputed.cached) == (wanted.tokens, 0)
+    # Nobody waits for it again, and what is in memory is of use as ever.
+    computed = other.second_turn()
+    assert (computed.tokens, computed.cached) == (another.tokens, 0)
+    assert agent.second_turn().tokens == wanted.tokens
+    stats = ask_ranks(stack, "stat")
+    given_up = sum(pool["restore"]["timed_out"] for stat in stats for pool in (stat, *stat["pools"].values()))
+    assert given_up == 1
+    assert {stat["restore"]["requests_failed"] for stat in stats} <= {0, 1}
+    drive.write_text("1e12")
+    suspend(stack)
+    restored = agent.second_turn()
+    assert (restored.tokens, restored.restored) == (wanted.tokens, wanted.cached)
+    assert all(stat["restore"]["pages_failed"] == 0 for stat in ask_ranks(stack, "stat"))
+    # An idle engine counts its memory, and ends when some is missing.
+    time.sleep(1)
+    assert other.second_turn().tokens == another.tokens
 
 
 def test_fp8(start: Start) -> None:
@@ -132,6 +183,42 @@ def test_a_sliding_window(start: Start) -> None:
     stat = stack.stat()
     assert stat["restore"]["pages_failed"] == 0
     assert stat["pools"]["swa"]["restore"]["pages_failed"] == 1
+
+
+def test_a_sliding_window_that_does_not_come(start: Start, drive: Path) -> None:
+    recomputes_what_does_not_come(start("sliding", **IMPATIENT), drive, "rank0", layers=3)
+
+
+def test_recurrent_state_that_does_not_come(start: Start, drive: Path) -> None:
+    recomputes_what_does_not_come(start("conv", "--page-size", "1", **IMPATIENT), drive, "rank0", layers=3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "conv"])
+def test_a_drive_that_takes_nothing(start: Start, drive: Path, kind: str) -> None:
+    """The engine serves more than its memory holds, though it can store nothing; SGLang ends when the recurrent states
+    that are not locked run out."""
+    few = ("--max-running-requests", "2", "--max-mamba-cache-size", "16", "--page-size", "1")
+    stack = start(kind, *(few if kind == "conv" else ()), **IMPATIENT)
+    wanted = Agent(stack, 5, cache_salt="never suspended").second_turn()
+    suspend(stack)
+    drive.write_text("0 partial")
+    for seed in range(20, 40):
+        Agent(stack, seed).second_turn()
+    assert Agent(stack, 5).second_turn().tokens == wanted.tokens
+    # What had waited is answered by now, and nothing is locked.
+    time.sleep(4)
+    for seed in range(40, 60):
+        Agent(stack, seed).second_turn()
+    spill = stack.stat()["spill"]
+    assert spill["waiting"] and spill["pages_refused"] + spill["pages_skipped"]
+    assert "the drive has taken nothing for 3 s" in (stack.home / "engine.log").read_text()
+    drive.write_text("1e12")
+    resumes_like_never_suspended(stack)
+
+
+def test_a_rank_whose_pages_do_not_come(start: Start, drive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    recomputes_what_does_not_come(start("llama", "--tp", "2", **IMPATIENT), drive, "rank1", layers=4)
 
 
 def test_recurrent_state(start: Start) -> None:

@@ -14,7 +14,7 @@ from prompts import EXACT, PAGE, Generator, prompt
 
 from agentstate.local import LocalStack
 
-_FAST, _SLOW, _STUCK = 1e12, 5e6, 40e3
+_FAST, _SLOW, _STUCK = 1e12, 5e6, 0
 _TIMEOUT_S = 8
 
 
@@ -23,21 +23,21 @@ def slow_stack(
     tmp_path_factory: pytest.TempPathFactory,
     make_stack: Callable[[Path, Path], LocalStack],
     smollm2: Path,
-    slow_reads: dict[str, str],
+    slow_drive: dict[str, str],
 ) -> Iterator[LocalStack]:
-    Path(slow_reads["SPEED"]).write_text(str(_FAST))
+    Path(slow_drive["SPEED"]).write_text(str(_FAST))
     with closing(make_stack(tmp_path_factory.mktemp("slow_stack"), smollm2)) as stack:
-        own = {"AGENTSTATE_READ_TIMEOUT_S": str(_TIMEOUT_S), "AGENTSTATE_BREAK_EVEN": "off"}
-        stack.environment = {**stack.environment, **slow_reads, **own}
+        own = {"AGENTSTATE_DRIVE_TIMEOUT_S": str(_TIMEOUT_S), "AGENTSTATE_BREAK_EVEN": "off"}
+        stack.environment = {**stack.environment, **slow_drive, **own}
         stack.start_service()
         stack.start_engine(*EXACT)
         yield stack
 
 
 @pytest.fixture
-def speed(slow_reads: dict[str, str]) -> Iterator[Callable[[float], object]]:
-    path = Path(slow_reads["SPEED"])
-    yield lambda bytes_a_second: path.write_text(str(bytes_a_second))
+def speed(slow_drive: dict[str, str]) -> Iterator[Callable[[float], object]]:
+    path = Path(slow_drive["SPEED"])
+    yield lambda bytes_a_second: path.write_text(f"{bytes_a_second} extents")
     path.write_text(str(_FAST))
 
 

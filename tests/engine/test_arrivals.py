@@ -77,6 +77,18 @@ def test_a_batch_that_does_not_arrive_in_time_is_given_up() -> None:
     assert arrivals.finish(other)
 
 
+def test_a_batch_can_be_given_up_before_its_time() -> None:
+    arrivals = Arrivals(1)
+    batch = arrivals.begin()
+    arrivals.set_consumer(batch)
+    arrivals.give_up(batch)
+    arrivals.wait_until(0)
+    assert arrivals.stuck
+    assert not arrivals.finish(batch)
+    arrivals.complete(batch, 0)
+    assert not arrivals.stuck
+
+
 def test_one_that_arrives_between_its_forward_and_its_end_has_not_arrived_in_time() -> None:
     arrivals = Arrivals(1, timeout_s=0.01)
     batch = arrivals.begin()

@@ -59,7 +59,7 @@ def teach(linker: AgentStateLinker, fixed_s: float) -> None:
         linker.stepped([(64 * (number % 5), new)], STEP_S + TOKEN_S * new, None)
     for number in range(40):
         assert linker.load(f"r{number}", [transfer(1 + number % LONG, first_slot=1)])
-        failed, restored, _ = linker.finish(linker.start_layer_wise_loading())
+        failed, restored, *_ = linker.finish(linker.start_layer_wise_loading())
         assert not failed and restored is not None
         waited_s = fixed_s * (1 + 1e-6 * restored.n_bytes)
         plain_s = STEP_S + TOKEN_S * 8

@@ -71,7 +71,7 @@ class Cache:
 
 
 class Linker:
-    read_timeout_s = 60.0
+    drive_timeout_s = 60.0
     restores = True
 
     def __init__(self) -> None:

@@ -65,10 +65,15 @@ def hybrid(requests: Any, dtype: torch.dtype = torch.float32, **fields: Any) -> 
     return HybridLinearKVPool(dtype=dtype, **MHA | layers | fields)
 
 
+def allocator_of(kvcache: Any) -> Any:
+    parts = {name: SimpleNamespace(page_size=PAGE_SIZE) for name in ("full_attn_allocator", "swa_attn_allocator")}
+    return SimpleNamespace(get_kvcache=lambda: kvcache, page_size=PAGE_SIZE, **parts)
+
+
 def found(kvcache: Any, components: Iterable[ComponentType], requests: Any = None, **params: Any) -> list[DevicePool]:
     given = {
         "page_size": PAGE_SIZE,
-        "token_to_kv_pool_allocator": SimpleNamespace(get_kvcache=lambda: kvcache),
+        "token_to_kv_pool_allocator": allocator_of(kvcache),
         "req_to_token_pool": requests,
         "swa_gates_prefix_match": True,
         "swa_retain_window": None,
@@ -89,7 +94,10 @@ def test_full_attention_is_one_pool_of_keys_and_values(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_latent_attention_is_one_pool_of_latents(dtype: torch.dtype) -> None:
-    (pool,) = found(mla(dtype), [FULL])
+    kvcache = mla(dtype)
+    allocator = allocator_of(kvcache)
+    (pool,) = found(kvcache, [FULL], token_to_kv_pool_allocator=allocator)
+    assert pool.allocator is allocator
     assert pool.pages.geometry.component_bytes == (PAGE_SIZE * 20 * dtype.itemsize,)
 
 
@@ -101,7 +109,10 @@ def test_dtypes_of_the_same_size_have_different_layouts() -> None:
 @pytest.mark.parametrize(("window", "pages"), [(1, 1), (4, 1), (5, 2), (127, 32)])
 def test_a_sliding_window_has_a_pool_of_its_own(window: int, pages: int) -> None:
     kvcache = sliding()
-    full, windowed = found(kvcache, [FULL, SWA], swa_retain_window=window)
+    allocator = allocator_of(kvcache)
+    full, windowed = found(kvcache, [FULL, SWA], swa_retain_window=window, token_to_kv_pool_allocator=allocator)
+    assert full.allocator is allocator.full_attn_allocator
+    assert windowed.allocator is allocator.swa_attn_allocator
     assert (full.name, full.model_layers, full.window_pages) == (PoolName.KV, (1, 4), None)
     assert (windowed.name, windowed.model_layers, windowed.window_pages) == (PoolName.SWA, (3, 0, 2), pages)
     assert full.tensors[1][0] is kvcache.full_kv_pool.k_buffer[1]
@@ -114,6 +125,7 @@ def test_recurrent_state_is_a_pool_of_rows_that_are_states() -> None:
     full, state = found(hybrid(pools), [FULL, MAMBA], pools)
     assert (full.name, full.model_layers) == (PoolName.KV, (1, 3))
     assert (state.name, state.model_layers, state.window_pages) == (PoolName.MAMBA, (0, 2), 1)
+    assert state.allocator is None
     cache = pools.mamba_pool.mamba_cache
     cache.temporal[1, 5], cache.conv[0][1, 5] = 3.0, 4.0
     temporal, convolution = (tensor[5] for tensor in state.tensors[1])

@@ -12,7 +12,7 @@ import torch
 from contents import content, expected, key, keys, read, reader_for
 from device import Rank, page_of
 
-from engine_patch.restore import Finished, Restorer, RestoreStats, Source
+from engine_patch.restore import Restorer, RestoreStats, Source
 
 
 @pytest.fixture(params=[False, True], ids=["through staging", "straight"])
@@ -122,8 +122,13 @@ def test_a_batch_tells_what_it_brought_back_and_from_where(rank: Rank, restorer:
     queue(restorer, "b", [4, 5], [14, 15])
     restored = restorer.finish(restorer.start()).restored
     assert restored is not None
-    assert (restored.requests, restored.pages, restored.sources) == (2, 5, {Source.COLD, Source.HOST})
-    assert restored.n_bytes >= 5 * rank.store.geometry.page_bytes
+    assert {rid: (share.pages, share.sources) for rid, share in restored.shares.items()} == {
+        "a": (3, {Source.COLD}),
+        "b": (2, {Source.HOST}),
+    }
+    assert all(share.n_bytes >= share.pages * rank.store.geometry.page_bytes for share in restored.shares.values())
+    assert restored.n_bytes == sum(share.n_bytes for share in restored.shares.values())
+    assert restored.sources == {Source.COLD, Source.HOST}
     restorer.queue("a prefetch", keys(6), torch.tensor([3]), Source.DEVICE)
     restored = restorer.finish(restorer.start()).restored
     assert restored is not None and restored.sources == {Source.DEVICE}
@@ -133,11 +138,13 @@ def test_what_failed_is_not_told_as_restored(rank: Rank, restorer: Restorer) -> 
     flip(rank, 1, layer=2)
     queue(restorer, "a", [0, 1], [10, 11])
     queue(restorer, "b", [4, 5, 6], [14, 15, 16])
-    failed, restored, _ = restorer.finish(restorer.start())
-    assert failed == {"a"}
-    assert restored is not None and (restored.requests, restored.pages) == (1, 3)
+    found = restorer.finish(restorer.start())
+    assert found.failed == {"a"}
+    assert found.restored is not None
+    assert {rid: share.pages for rid, share in found.restored.shares.items()} == {"b": 3}
     queue(restorer, "a", [0, 1], [10, 11])
-    assert restorer.finish(restorer.start()) == Finished({"a"})
+    found = restorer.finish(restorer.start())
+    assert (found.failed, found.restored, found.writing) == ({"a"}, None, False)
 
 
 def test_nothing_queued_is_nothing_started(restorer: Restorer) -> None:
@@ -389,8 +396,8 @@ def test_a_drive_that_does_not_answer_is_not_waited_for(rank: Rank, monkeypatch:
     index = restorer.start()
     found = restorer.finish(index)
     assert (found.failed, found.restored) == ({"a", "b"}, None)
-    assert found.writing is not None
-    assert found.writing.tolist() == [10, 11, 12, 13]
+    assert found.writing is rank.pages.addressable
+    assert [pages.tolist() for pages in found.numbers] == [[10, 11, 12, 13]]
     assert restorer.arrivals.stuck
     assert not restorer.landed(index)
     assert (restorer.stats.timed_out, restorer.stats.requests_failed) == (1, 2)

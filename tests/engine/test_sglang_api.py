@@ -22,6 +22,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.mem_cache import memory_pool
+from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
@@ -156,7 +157,9 @@ ATTRIBUTES: dict[type, str] = {
     Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us result_queue "
     "is_generation page_size",
     AbortReq: "rid abort_all",
-    sgl.PagedTokenToKVPoolAllocator: "device",
+    sgl.PagedTokenToKVPoolAllocator: "device page_size",
+    sgl.TokenToKVPoolAllocator: "device page_size",
+    SWATokenToKVPoolAllocator: "full_attn_allocator swa_attn_allocator page_size",
     SamplingParams: "max_new_tokens",
     ScheduleBatch: "reqs prefix_lens extend_lens batch_is_full",
     MatchResult: "device_prefix_len",

@@ -21,7 +21,7 @@ Stored = list[list[list[bytes]]]
 @pytest.fixture
 def spiller(rank: Rank) -> Iterator[Spiller]:
     fill(rank.tensors)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20)
     yield spiller
     spiller.close()
 
@@ -67,7 +67,7 @@ def test_offered_pages_are_stored_bit_for_bit(rank: Rank, spiller: Spiller, page
 def test_an_offer_that_exceeds_the_staging_becomes_several_extents(rank: Rank) -> None:
     fill(rank.tensors)
     staging = rank.store.draft_bytes(5)
-    spiller = Spiller(rank.store, rank.pages, staging, 1 << 30)
+    spiller = Spiller(rank.store, rank.pages, staging)
     everything = list(range(PAGES))
     spiller.offer(keys(*everything), torch.tensor(everything))
     spiller.close()
@@ -168,7 +168,7 @@ def test_a_full_disk_is_a_result_and_not_the_end(rank: Rank, spiller: Spiller) -
     ids=["ENOSPC", "EIO"],
 )
 def test_every_offered_page_is_counted_once(rank: Rank, number: int) -> None:
-    spiller = Spiller(rank.store, rank.pages, rank.store.draft_bytes(1), 1 << 30)
+    spiller = Spiller(rank.store, rank.pages, rank.store.draft_bytes(1))
     spiller.offer(keys(0), numbers(0))
     spiller.drain()
     per_draft = rank.store.pages_within(rank.store.draft_bytes(1))
@@ -236,7 +236,7 @@ def test_an_action_that_fails_is_no_result_and_not_the_end(rank: Rank, spiller: 
 
 def test_closing_stores_what_was_offered(rank: Rank) -> None:
     fill(rank.tensors)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20)
     for page in range(4):
         spiller.offer(keys(page), numbers(page))
     spiller.close()
@@ -257,37 +257,9 @@ def test_what_is_offered_while_spilling_is_off_is_stored_when_it_is_offered_agai
     assert rank.store.stats.pages == 2
 
 
-def test_what_is_offered_beyond_the_queue_is_skipped_in_its_turn(rank: Rank) -> None:
-    """A slow disk locks no more device memory than that, and every offer has its result."""
-    fill(rank.tensors)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20, 3 * rank.store.geometry.page_bytes)
-    gate = Gate()
-    spiller.offer(keys(0, 1), numbers(0, 1), ready=[gate])
-    spiller.offer(keys(2), numbers(2))
-    spiller.offer(keys(3), numbers(3))
-    assert gate.waited_for.wait(60)
-    assert list(spiller.results) == []
-    gate.open.set()
-    spiller.drain()
-    assert list(spiller.results) == [True, True, False]
-    assert (spiller.stats.pages_spilled, spiller.stats.pages_skipped, spiller.stats.pages_failed) == (3, 1, 0)
-    spiller.offer(keys(3), numbers(3))
-    spiller.close()
-    assert list(spiller.results)[-1] is True
-    assert stored(rank, keys(0, 1, 2, 3)) == rank.device_pages([0, 1, 2, 3])
-
-
-def test_an_offer_larger_than_the_queue_is_stored_when_nothing_waits(rank: Rank) -> None:
-    fill(rank.tensors)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1)
-    spiller.offer(keys(0, 1, 2), numbers(0, 1, 2))
-    spiller.close()
-    assert list(spiller.results) == [True]
-
-
 def test_pages_are_not_copied_when_there_is_no_room_for_them(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     rank.store.quota = Quota(max_bytes=1)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20)
     monkeypatch.setattr(rank.pages, "gather", None)
     spiller.offer(keys(0), numbers(0))
     spiller.close()
@@ -297,7 +269,7 @@ def test_pages_are_not_copied_when_there_is_no_room_for_them(rank: Rank, monkeyp
 
 def test_small_extents_of_a_chain_are_merged_when_nothing_waits(rank: Rank) -> None:
     fill(rank.tensors)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20)
     for page in range(9):
         spiller.offer(keys(page), numbers(page))
     spiller.merge(keys(*range(9)))
@@ -326,7 +298,7 @@ def close_at_once(spiller: Spiller, gate: Gate) -> None:
 
 def test_closing_in_time_leaves_out_what_cannot_be_begun(rank: Rank) -> None:
     fill(rank.tensors)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20, 1 << 30)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20)
     gate = Gate()
     spiller.offer(keys(0), numbers(0), ready=[gate])
     spiller.offer(keys(1), numbers(1))
@@ -337,7 +309,7 @@ def test_closing_in_time_leaves_out_what_cannot_be_begun(rank: Rank) -> None:
 
 def test_closing_in_time_leaves_out_what_is_left_of_a_large_offer(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(rank.tensors)
-    spiller = Spiller(rank.store, rank.pages, rank.store.draft_bytes(5), 1 << 30)
+    spiller = Spiller(rank.store, rank.pages, rank.store.draft_bytes(5))
     an_extent = spiller._writer.pages_an_extent
     real, gate = rank.pages.gather, Gate()
     monkeypatch.setattr(rank.pages, "gather", lambda *given: (gate.synchronize(), real(*given)))
@@ -347,3 +319,133 @@ def test_closing_in_time_leaves_out_what_is_left_of_a_large_offer(rank: Rank, mo
     assert rank.store.prefix_length(keys(*range(PAGES))) == an_extent < PAGES
     stats = spiller.stats
     assert (stats.pages_spilled, stats.pages_skipped, stats.pages_failed) == (an_extent, PAGES - an_extent, 0)
+
+
+class Hanging:
+    """A store that takes nothing before it is told to."""
+
+    def __init__(self, rank: Rank, monkeypatch: pytest.MonkeyPatch):
+        self.called, self.goes_on = threading.Event(), threading.Event()
+        publish = rank.store.publish
+
+        def hang(draft: Any) -> None:
+            self.called.set()
+            assert self.goes_on.wait(60)
+            publish(draft)
+
+        monkeypatch.setattr(rank.store, "publish", hang)
+
+
+def answered(spiller: Spiller, count: int) -> list[bool]:
+    deadline = time.monotonic() + 60
+    while spiller.answered() < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return list(spiller.results)
+
+
+def test_a_drive_that_takes_nothing_locks_nothing(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(rank.tensors)
+    right = rank.device_pages([1, 2])
+    hanging = Hanging(rank, monkeypatch)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=0.2)
+    spiller.offer(keys(1, 2), numbers(1, 2))
+    assert hanging.called.wait(60)
+    # Both drafts are being published or wait for it: what is offered now is not copied before one of them is over.
+    for page in (3, 4, 5):
+        spiller.offer(keys(page), numbers(page))
+    assert spiller.answered() == 0
+    assert answered(spiller, 4) == [False] * 4
+    # While it hangs, it is known to.
+    spiller.offer(keys(6), numbers(6))
+    assert spiller.answered() == 5
+    # All of these pages may be anything now.
+    fill(rank.tensors, seed=7)
+    hanging.goes_on.set()
+    spiller.drain()
+    assert list(spiller.results) == [False] * 5
+    assert stored(rank, keys(1, 2)) == right
+    assert [key(page) in rank.store for page in (4, 5, 6)] == [False, False, False]
+    assert spiller.stats.pages_skipped >= 3
+    # What had not been stored is, when it is offered again.
+    spiller.offer(keys(*range(1, 7)), numbers(*range(1, 7)))
+    spiller.drain()
+    assert answered(spiller, 6)[-1]
+    assert stored(rank, keys(5, 6)) == rank.device_pages([5, 6])
+    assert stored(rank, keys(1, 2)) == right
+    spiller.close()
+
+
+def test_a_slow_drive_is_waited_for(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it takes anything: it may take longer for all that waits than it may take for one."""
+    fill(rank.tensors)
+    publish = rank.store.publish
+
+    def slow(draft: Any) -> None:
+        time.sleep(0.15)
+        publish(draft)
+
+    monkeypatch.setattr(rank.store, "publish", slow)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=1)
+    for page in range(12):
+        spiller.offer(keys(page), numbers(page))
+    assert answered(spiller, 12) == [True] * 12
+    spiller.close()
+
+
+def test_pages_that_are_being_copied_stay_locked(rank: Rank) -> None:
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=0.05)
+    copying, goes_on = threading.Event(), threading.Event()
+    gather = rank.pages.gather
+
+    def slow(*args: Any) -> None:
+        copying.set()
+        assert goes_on.wait(60)
+        gather(*args)
+
+    rank.pages.gather = slow  # type: ignore[method-assign]
+    spiller.offer(keys(1), numbers(1))
+    spiller.offer(keys(2), numbers(2))
+    assert copying.wait(60)
+    time.sleep(0.2)
+    assert spiller.answered() == 0
+    goes_on.set()
+    spiller.drain()
+    assert answered(spiller, 2) == [True, True]
+    spiller.close()
+
+
+def test_what_else_is_done_meanwhile_is_not_held_against_the_drive(rank: Rank) -> None:
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=0.5)
+    goes_on = threading.Event()
+    spiller.then(lambda: goes_on.wait(60))
+    time.sleep(0.6)
+    spiller.offer(keys(1), numbers(1))
+    assert spiller.answered() == 0
+    goes_on.set()
+    spiller.drain()
+    assert answered(spiller, 1) == [True]
+    spiller.close()
+
+
+def test_an_answer_is_given_whatever_happens(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are told apart by their order alone."""
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20)
+    stored = rank.store.stored
+
+    def breaks(pages: Any) -> Any:
+        if threading.current_thread() is not spiller._thread:
+            raise RuntimeError("from the test")
+        return stored(pages)
+
+    monkeypatch.setattr(rank.store, "stored", breaks)
+    spiller.offer(keys(1), numbers(1))
+    spiller.drain()
+    monkeypatch.undo()
+    spiller.offer(keys(2), numbers(2))
+    spiller.drain()
+    assert list(spiller.results) == [False, True]
+    spiller.close()

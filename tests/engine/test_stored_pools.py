@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from contents import key, keys, write
-from device import PAGE_SIZE, PAGES, fill, kv_tensors, page_of
+from device import PAGE_SIZE, PAGES, aligned_kv_tensors, as_bytes, fill, kv_tensors, page_of
 
 from agentstate.pages import PageStore, Quota, fingerprint
 from agentstate.settings import Settings
 from engine_patch.pools import DevicePool
-from engine_patch.sglang_api import PoolName, PoolTransfer
+from engine_patch.sglang_api import PagedTokenToKVPoolAllocator, PoolName, PoolTransfer
 from engine_patch.stored_pools import LayerGate, StoredPools
 from engine_patch.transfer import DevicePages
 
@@ -26,19 +30,33 @@ class Stage:
 
     def __init__(self, directory: Path):
         self.full, self.window = kv_tensors(), kv_tensors(components=1)
-        self.state = [(torch.zeros(9, 3, 5),) for _ in range(3)]
+        self.state = [(torch.zeros(33, 3, 5),) for _ in range(3)]
         for tensors in (self.full, self.window, self.state):
             fill(tensors)
         self.stores: dict[PoolName, PageStore] = {}
+        self.drive_timeout_s = 60.0
+        self.spill_queue_bytes = 1 << 30
+        self.allocators: dict[PoolName, Any] = {
+            PoolName.KV: PagedTokenToKVPoolAllocator(PAGES * PAGE_SIZE, PAGE_SIZE, torch.float32, "cpu", None, False),
+            PoolName.SWA: PagedTokenToKVPoolAllocator(PAGES * PAGE_SIZE, PAGE_SIZE, torch.float32, "cpu", None, False),
+        }
         self._directory = directory
 
     def open(self, *names: PoolName) -> StoredPools:
+        f32 = ("float32",)
         known = {
-            PoolName.KV: DevicePool(PoolName.KV, self.full, PAGE_SIZE, (1, 3, 5), ("float32",)),
-            PoolName.SWA: DevicePool(PoolName.SWA, self.window, PAGE_SIZE, (0, 2, 4), ("float32",), WINDOW),
-            PoolName.MAMBA: DevicePool(PoolName.MAMBA, self.state, 1, (6, 7, 8), ("float32",), 1),
+            PoolName.KV: DevicePool(PoolName.KV, self.full, PAGE_SIZE, (1, 3, 5), f32),
+            PoolName.SWA: DevicePool(PoolName.SWA, self.window, PAGE_SIZE, (0, 2, 4), f32, WINDOW),
+            PoolName.MAMBA: DevicePool(PoolName.MAMBA, self.state, 1, (6, 7, 8), f32, 1),
         }
-        settings = Settings(staging_bytes=1 << 20, spill_staging_bytes=1 << 20, read_threads=1)
+        known = {name: replace(pool, allocator=self.allocators.get(name)) for name, pool in known.items()}
+        settings = Settings(
+            staging_bytes=1 << 20,
+            spill_staging_bytes=1 << 20,
+            read_threads=1,
+            drive_timeout_s=self.drive_timeout_s,
+            spill_queue_bytes=self.spill_queue_bytes,
+        )
         return StoredPools([known[name] for name in names], self._open_store, settings)
 
     def _open_store(self, pool: DevicePool, pages: DevicePages) -> PageStore:
@@ -76,7 +94,7 @@ def transfer(name: PoolName, pages: Sequence[object], indices: torch.Tensor) -> 
 
 def offered(pools: StoredPools, *transfers: PoolTransfer) -> bool:
     """Offer a node, wait for it: its result."""
-    assert pools.offer(transfers, ())
+    assert pools.offer(transfers, tuple)
     done = threading.Event()
     pools.then(done.set)
     assert done.wait(60)
@@ -181,10 +199,13 @@ def test_what_a_node_has_in_each_pool_is_stored_and_comes_back(
     pools.gate.set_consumer(index)
     for layer in range(12):
         pools.gate.wait_until(layer)
-    failed, restored, _ = pools.finish(index)
-    assert failed == set()
+    found = pools.finish(index)
+    restored = found.restored
+    assert (found.failed, found.writing) == (set(), False)
+    assert [numbers.tolist() for numbers in found.numbers] == [[10, 11, 12], [1, 2], [7]]
     # Of all pools, once; its pages are those of full attention.
-    assert restored is not None and (restored.requests, restored.pages) == (1, 3)
+    assert restored is not None
+    assert {rid: share.pages for rid, share in restored.shares.items()} == {"r": 3}
     assert restored.n_bytes >= pools.n_bytes(3)
     assert 0 < restored.waited_s <= pools.gate.waited_s
     assert [page_of(stage.full, n)[layer] for n in (10, 11, 12) for layer in range(3)] == [
@@ -192,7 +213,7 @@ def test_what_a_node_has_in_each_pool_is_stored_and_comes_back(
     ]
     assert [page_of(stage.window, n) for n in (1, 2)] == window
     assert all(
-        torch.equal(tensor[7], kept)
+        torch.equal(as_bytes(tensor[7]), as_bytes(kept))
         for layer, kept_layer in zip(stage.state, state, strict=True)
         for tensor, kept in zip(layer, kept_layer, strict=True)
     )
@@ -242,12 +263,132 @@ def test_one_bad_page_in_one_pool_fails_its_request(stage: Stage, opened: Callab
         assert pools.load(
             f"r{page}", [transfer(name, [page], slots(10 + page)) for name in (PoolName.KV, PoolName.SWA)]
         )
-    assert pools.finish(pools.start(())).failed == {"r2"}
+    found = pools.finish(pools.start(()))
+    assert found.failed == {"r2"}
+    assert found.restored is not None and list(found.restored.shares) == ["r1"]
     assert pools.restorable(keys(2)) == []
     assert pools.restorable(keys(1)) == [1]
     stat = pools.stat()
     assert stat["restore"]["pages_failed"] == 0
     assert stat["pools"]["swa"]["restore"]["pages_failed"] == 1
+
+
+@pytest.mark.parametrize("straight", [False, True], ids=["through staging", "straight"])
+@pytest.mark.parametrize("hanging", [PoolName.KV, PoolName.SWA, PoolName.MAMBA])
+def test_what_one_pool_waits_for_in_vain_is_given_up_in_all(
+    stage: Stage,
+    opened: Callable[..., StoredPools],
+    monkeypatch: pytest.MonkeyPatch,
+    hanging: PoolName,
+    straight: bool,
+) -> None:
+    stage.drive_timeout_s = 0.05
+    if straight:
+        stage.full, stage.window = aligned_kv_tensors(), aligned_kv_tensors()
+    pools = opened(PoolName.KV, PoolName.SWA, PoolName.MAMBA)
+    assert [pages.addressable for pages in pools.device_pages.values()] == [straight, straight, False]
+    for name, pages in ((PoolName.KV, keys(1, 2)), (PoolName.SWA, keys(1, 2)), (PoolName.MAMBA, keys(2))):
+        write(stage.stores[name], pages)
+    inode = stage.stores[hanging].hold(keys(2)).segments[0].extent.path.stat().st_ino
+    answers = threading.Event()
+    real = os.preadv
+
+    def hangs(fd: int, buffers: list[object], offset: int) -> int:
+        if offset and os.fstat(fd).st_ino == inode:  # headers are read
+            assert answers.wait(30)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", hangs)
+    attention = {name: stage.allocators[name] for name in (PoolName.KV, PoolName.SWA)}
+    free = {name: allocator.available_size() for name, allocator in attention.items()}
+    device = {name: allocator.alloc(2 * PAGE_SIZE) for name, allocator in attention.items()}
+    loads = [transfer(name, [1, 2], device[name]) for name in attention]
+    assert pools.load("r", [*loads, transfer(PoolName.MAMBA, [2], torch.tensor([3]))])
+    index = pools.start(())
+    pools.gate.set_consumer(index)
+    for layer in range(9):
+        pools.gate.wait_until(layer)
+    found = pools.finish(index)
+    written = straight and hanging is not PoolName.MAMBA
+    assert (found.failed, found.restored, found.writing) == ({"r"}, None, written)
+    assert pools.stuck
+    if written:
+        pools.hold(found.numbers)
+    assert pools.holds is written
+    for name, allocator in attention.items():
+        allocator.free(device[name])
+        assert allocator.available_size() == free[name] - (2 * PAGE_SIZE if written else 0)
+    tensors = [tensor for layers in (stage.full, stage.window, stage.state) for layer in layers for tensor in layer]
+    before = [as_bytes(tensor).clone() for tensor in tensors]
+    answers.set()
+    deadline = time.monotonic() + 30
+    while pools.stuck:
+        assert time.monotonic() < deadline
+    # What nobody waits for any more is written nowhere, but where the drive itself had been told to write it.
+    changed = [not torch.equal(as_bytes(tensor), kept) for tensor, kept in zip(tensors, before, strict=True)]
+    assert any(changed) is written
+    pools.let_go()
+    assert not pools.holds
+    assert {name: allocator.available_size() for name, allocator in attention.items()} == free
+
+
+def test_files_are_read_straight_only_to_pages_that_can_be_held() -> None:
+    pools = [
+        DevicePool(PoolName.KV, aligned_kv_tensors(), PAGE_SIZE, (0, 1, 2), ("float32",), None, allocator)
+        for allocator in (Stage(Path()).allocators[PoolName.KV], None)
+    ]
+    assert [pool.pages.addressable for pool in pools] == [True, False]
+
+
+def test_a_batch_that_is_over_is_waited_for_no_more(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    """SGLang goes on naming it to later forwards."""
+    pools = opened(PoolName.KV)
+    write(stage.stores[PoolName.KV], keys(1))
+    assert pools.load("r", [transfer(PoolName.KV, [1], slots(3))])
+    index = pools.start(())
+    pools.gate.set_consumer(index)
+    pools.gate.wait_until(1)
+    restored = pools.finish(index).restored
+    assert restored is not None and len(restored.layer_waits_s) == 1
+    pools.gate.wait_until(1)
+    assert pools.gate.waited_for(index) == ()
+
+
+@pytest.mark.parametrize("name", [PoolName.KV, PoolName.SWA, PoolName.MAMBA])
+def test_what_is_offered_while_too_much_waits_is_refused_at_once(
+    stage: Stage, opened: Callable[..., StoredPools], monkeypatch: pytest.MonkeyPatch, name: PoolName
+) -> None:
+    """A drive that takes nothing locks half of the device memory at the most, and a quarter of the states."""
+    pools = opened(PoolName.KV, PoolName.SWA, PoolName.MAMBA)
+    goes_on = threading.Event()
+    publish = stage.stores[name].publish
+    monkeypatch.setattr(stage.stores[name], "publish", lambda draft: (goes_on.wait(60), publish(draft)))
+    most = (len(stage.state[0][0]) // 4) if name is PoolName.MAMBA else PAGES // 2
+    taken, page = 0, 0
+    size = 1 if name is PoolName.MAMBA else PAGE_SIZE
+    while pools.offer([transfer(name, [page], slots(1 + page % 7, size=size))], tuple):
+        taken, page = taken + 1, page + 1
+        assert taken < 100
+    assert taken == most
+    # Nor is another one taken, which there would be room for: it may come after the one that was refused.
+    assert not pools.offer([transfer(PoolName.KV, [98], slots(1))], tuple)
+    assert pools.stat()["spill"]["pages_refused"] == (2 if name is PoolName.KV else 1)
+    goes_on.set()
+    deadline = time.monotonic() + 30
+    while pools.results < taken:
+        assert time.monotonic() < deadline
+    # As soon as the tree has taken a result, there is room.
+    assert pools.pop_result()
+    assert offered(pools, transfer(PoolName.KV, [99], slots(1)))
+
+
+def test_an_offer_that_is_larger_than_all_that_may_wait_is_taken_when_nothing_does(
+    stage: Stage, opened: Callable[..., StoredPools]
+) -> None:
+    stage.spill_queue_bytes = 1
+    pools = opened(PoolName.KV)
+    assert offered(pools, transfer(PoolName.KV, [1, 2, 3], slots(1, 2, 3)))
+    assert held_by(stage.stores[PoolName.KV]) == keys(1, 2, 3)
 
 
 def test_a_load_that_misses_a_pool_is_refused(stage: Stage, opened: Callable[..., StoredPools]) -> None:
@@ -275,7 +416,7 @@ def test_an_action_follows_what_was_offered_to_every_pool(stage: Stage, opened: 
                 transfer(PoolName.SWA, [page], slots(page)),
                 transfer(PoolName.MAMBA, [page], torch.tensor([page])),
             ],
-            (),
+            tuple,
         )
         pools.then(lambda page=page: seen.append(pools.restorable(keys(*range(1, page + 1)))))
     pools.reset()
@@ -285,7 +426,7 @@ def test_an_action_follows_what_was_offered_to_every_pool(stage: Stage, opened: 
 def test_without_pools_nothing_is_stored_and_nothing_is_found(opened: Callable[..., StoredPools]) -> None:
     pools = opened()
     pages = transfer(PoolName.KV, [1], slots(1))
-    assert not pools.offer([pages], ())
+    assert not pools.offer([pages], tuple)
     assert not pools.load("r", [pages])
     assert pools.restorable(keys(1)) == []
     assert pools.start(()) == -1

@@ -32,7 +32,7 @@ class Stage:
         self.source, self.target = kv_tensors(geometry, dtype, PAGES, seed=2), kv_tensors(geometry, dtype, PAGES)
         source, target = DevicePages(self.source, self.size), DevicePages(self.target, self.size)
         self.store = PageStore(directory, MARK, source.geometry)
-        spiller = Spiller(self.store, source, 4 << 20, 1 << 30)
+        spiller = Spiller(self.store, source, 4 << 20)
         written = torch.cuda.Event()
         written.record()
         for offer in ([0, 1, 2, 3, 4], [9, 7, 5], [6, 8], [10, 11, 12, 13, 14, 15]):

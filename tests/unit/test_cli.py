@@ -70,7 +70,7 @@ def test_settings_lists_every_variable(home: Path) -> None:
 
 def test_the_help_of_an_engine_lists_what_it_reads() -> None:
     shown = run("engine", "--help", COLUMNS="200").stdout
-    for name in ("PAGES_DIR", "DATABASE_URL", "PAGES_QUOTA", "STAGING_BYTES", "READ_TIMEOUT_S", "PREFETCH_TTL_S"):
+    for name in ("PAGES_DIR", "DATABASE_URL", "PAGES_QUOTA", "STAGING_BYTES", "DRIVE_TIMEOUT_S", "PREFETCH_TTL_S"):
         assert f"AGENTSTATE_{name}: " in shown
     assert "AGENTSTATE_LEASE_TTL_S" not in shown
 

@@ -213,6 +213,13 @@ def test_a_drive_that_takes_nothing(start: Start, drive: Path, kind: str) -> Non
     assert spill["waiting"] and spill["pages_refused"] + spill["pages_skipped"]
     assert "the drive has taken nothing for 3 s" in (stack.home / "engine.log").read_text()
     drive.write_text("1e12")
+    # What was not stored is in memory, and is offered again with the next request of its chain.
+    agent = Agent(stack, 59)
+    wanted = agent.second_turn()
+    assert wanted.cached and not wanted.restored
+    suspend(stack)
+    resumed = agent.second_turn()
+    assert (resumed.tokens, resumed.restored) == (wanted.tokens, wanted.cached)
     resumes_like_never_suspended(stack)
 
 

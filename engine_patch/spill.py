@@ -53,6 +53,40 @@ class _Offer:
     answered: bool = False
 
 
+class Waiting:
+    """How many pages of each pool the tree has offered and has had no answer for yet: they are locked on the device, so
+    that there must not be more than ``most`` of them, or what a drive does not take would cost the engine's memory.
+
+    It counts what the tree does, which is the same on all ranks, and not how far a rank's drive is.
+    """
+
+    def __init__(self, most: Sequence[int]):
+        self.full = False
+        self._most = most
+        self._offers: deque[Sequence[int]] = deque()
+
+    def take(self, pages: Sequence[int]) -> bool:
+        """Count an offer, unless it is too large for what waits already. After one that is, all others are too, and
+        ``full`` says so, until an answer has been taken: a chain is to have no holes, and of a long one not every node
+        is to be tried."""
+        if self._offers and not self.full:
+            before = [sum(counts) for counts in zip(*self._offers, strict=True)]
+            self.full = any(new and old + new > most for new, old, most in zip(pages, before, self._most, strict=True))
+        if not self.full:
+            self._offers.append(pages)
+        return not self.full
+
+    def answered(self) -> None:
+        """The tree has taken the answer for its oldest offer."""
+        self._offers.popleft()
+        self.full = False
+
+    def clear(self) -> None:
+        """The tree expects no answers any more."""
+        self._offers.clear()
+        self.full = False
+
+
 class _GivenUp(Exception):
     """The offer has been answered, and its device pages need not be what they were."""
 

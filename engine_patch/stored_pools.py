@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -24,7 +23,7 @@ from engine_patch.pools import DevicePool
 from engine_patch.quarantine import Quarantine
 from engine_patch.restore import Finished, Restored, Restorer, RestoreStats, Share, Source
 from engine_patch.sglang_api import PoolName, PoolTransfer
-from engine_patch.spill import Spiller, SpillStats
+from engine_patch.spill import Spiller, SpillStats, Waiting
 from engine_patch.staging import read_backend
 from engine_patch.transfer import DevicePages
 
@@ -87,14 +86,8 @@ class _StoredPool:
         self.window_pages = pool.window_pages
         self.pages = pool.pages
         self.store = open_store(pool, self.pages)
-        self.spiller = Spiller(
-            self.store,
-            self.pages,
-            settings.spill_staging_bytes // share,
-            settings.drive_timeout_s,
-        )
-        # What waits to be stored is locked on the device. Of recurrent states SGLang has hardly more than its requests
-        # need, and ends when there is none.
+        self.spiller = Spiller(self.store, self.pages, settings.spill_staging_bytes // share, settings.drive_timeout_s)
+        # Of recurrent states SGLang has hardly more than its requests need, and ends when there is none.
         queue_pages = settings.spill_queue_bytes // share // self.pages.geometry.page_bytes
         self.most_waiting = max(1, min(queue_pages, len(self.pages) // (4 if pool.name is PoolName.MAMBA else 2)))
         self.reader = LayerwiseReader(
@@ -105,8 +98,7 @@ class _StoredPool:
             backend=read_backend(settings.read_backend, self.pages.device),
         )
         self.restorer = Restorer(self.store, self.pages, self.reader, settings.drive_timeout_s)
-        self.allocator = pool.allocator
-        self.quarantine = Quarantine(pool.allocator)
+        self.quarantine = Quarantine(pool.allocator) if Quarantine.works(pool.allocator) else None
 
     def needed(self, keys: Sequence[bytes]) -> Sequence[bytes]:
         """Those of a chain without which it cannot be gone on from its end."""
@@ -138,11 +130,8 @@ class StoredPools:
                 routes.setdefault(layer, []).append((pool.restorer.arrivals, position))
         self.gate = LayerGate(routes)
         self.device_pages = {pool.name: pool.pages for pool in self._pools}
-        # How many pages of each pool were offered, for every offer whose result has not been taken.
-        self._waiting: deque[tuple[int, ...]] = deque()
-        # Whether an offer has been refused since one was last answered, and how many pages have been since the start.
-        self._full = False
-        self._refused = 0
+        self._waiting = Waiting([pool.most_waiting for pool in self._pools])
+        self._pages_refused = 0
 
     @property
     def device(self) -> torch.device:
@@ -240,13 +229,14 @@ class StoredPools:
     def hold(self, numbers: Sequence[torch.Tensor]) -> None:
         """Let nobody have those of these device pages, a tensor a pool, that can be held, before `let_go`."""
         for pool, of_pool in zip(self._pools, numbers, strict=True):
-            if Quarantine.works(pool.allocator):
+            if pool.quarantine is not None:
                 pool.quarantine.hold(of_pool)
 
     def let_go(self) -> None:
         """Give back the device pages that are held."""
         for pool in self._pools:
-            pool.quarantine.let_go()
+            if pool.quarantine is not None:
+                pool.quarantine.let_go()
 
     @property
     def holds(self) -> bool:
@@ -302,24 +292,16 @@ class StoredPools:
 
     def offer(self, transfers: Sequence[PoolTransfer], ready: Callable[[], Sequence[torch.cuda.Event]]) -> bool:
         """Queue a tree node's pages for writing, those of each pool that it has; they may be read after ``ready``. One
-        result follows for all. False, and nothing queued, when too much waits already: what a drive does not take costs
-        what is not stored, and not the engine's memory. Then so are all others, until an answer has been taken: a chain
-        has no holes, and of a long one not every node is tried in vain. That is so on all ranks or on none."""
-        given = {transfer.name: transfer for transfer in transfers}
+        result follows for all. False, and nothing queued, when too much waits already, which it does on all ranks or
+        on none (`Waiting`)."""
         if not self._pools:
             return False
-        if not self._full:
-            offered = [_offered(pool, given.get(pool.name)) for pool in self._pools]
-            pages = tuple(len(keys) for keys, _ in offered)
-            self._full = bool(self._waiting) and any(
-                new and sum(before) + new > pool.most_waiting
-                for pool, new, before in zip(self._pools, pages, zip(*self._waiting, strict=True), strict=True)
-            )
-        if self._full:
+        given = {transfer.name: transfer for transfer in transfers}
+        offered = [] if self._waiting.full else [_offered(pool, given.get(pool.name)) for pool in self._pools]
+        if not offered or not self._waiting.take([len(keys) for keys, _ in offered]):
             full = given.get(self._pools[0].name)
-            self._refused += len(full.keys) if full is not None else 0
+            self._pages_refused += len(full.keys) if full is not None else 0
             return False
-        self._waiting.append(pages)
         events = ready()
         for pool, (keys, numbers) in zip(self._pools, offered, strict=True):
             pool.spiller.offer(keys, numbers, events)
@@ -331,8 +313,7 @@ class StoredPools:
         return min((pool.spiller.answered() for pool in self._pools), default=0)
 
     def pop_result(self) -> bool:
-        self._waiting.popleft()
-        self._full = False
+        self._waiting.answered()
         return all([pool.spiller.results.popleft() for pool in self._pools])
 
     def then(self, action: Callable[[], None]) -> None:
@@ -359,7 +340,6 @@ class StoredPools:
             pool.spiller.drain()
             pool.spiller.results.clear()
         self._waiting.clear()
-        self._full = False
 
     def finish_spilling(self, within_s: float) -> None:
         """Store what is queued, as far as that can be done in so many seconds, and nothing more from then on."""
@@ -392,7 +372,7 @@ class StoredPools:
         full, *windowed = self._pools
         stat = full.stat()
         stat["restore"]["forward_wait_s"] = self.gate.waited_s
-        stat["spill"]["pages_refused"] = self._refused
+        stat["spill"]["pages_refused"] = self._pages_refused
         stat["spill"]["waiting"] = sum(pool.spiller.waiting for pool in self._pools)
         return {**stat, "pools": {pool.name.value: pool.stat() for pool in windowed}}
 

@@ -97,8 +97,8 @@ class Settings(BaseSettings):
     spill_queue_bytes: ByteSize = Field(
         ByteSize(1024 * MIB),
         gt=0,
-        description="Pages that may wait for being written, a rank, and never more than half of its KV pool or a "
-        "quarter of its recurrent states: what is beyond it is not stored for now.",
+        description="Pages that may wait for being written, a rank; also no more than half of each KV pool and a "
+        "quarter of the recurrent states. What is beyond it is not stored for now. The same on all ranks.",
     )
     spill_staging_bytes: ByteSize = Field(
         ByteSize(256 * MIB), gt=0, description="Host memory of an engine rank for spilling pages."
@@ -113,8 +113,8 @@ class Settings(BaseSettings):
         30.0,
         gt=0,
         le=86_400,
-        description="How long the pages' drive may not answer. Then requests whose forward waits for a layer are "
-        "recomputed, and what waits to be written is not stored.",
+        description="How long the pages' drive may take for a layer that a forward waits for, or for an extent. Then "
+        "requests that wait are recomputed, and what waits to be written is not stored.",
     )
     read_backend: Literal["posix", "kvikio"] = Field(
         "posix",
@@ -127,7 +127,8 @@ class Settings(BaseSettings):
     )
     read_ahead: bool = Field(
         True,
-        description="Whether the pages of a request that waits in the queue are read before its turn comes: on or off.",
+        description="Whether the pages of a request that waits in the queue are read before its turn comes: on or off, "
+        "the same on all ranks.",
     )
     prefetch_ttl_s: float = Field(
         60.0, gt=0, description="How long pages that were prefetched to host memory are kept for the next request."

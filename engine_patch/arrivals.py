@@ -58,6 +58,10 @@ class Arrivals:
             self.give_up(batch)
             return False
 
+    def awaited(self, batch: int) -> bool:
+        """Whether a forward would wait for a layer of the batch that has not arrived."""
+        return batch in self.futures and batch not in self._given_up
+
     def give_up(self, batch: int) -> None:
         """Nobody is to wait for the batch any more."""
         self._given_up.add(batch)

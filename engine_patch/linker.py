@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -91,6 +92,9 @@ class AgentStateLinker(UnifiedCacheLinker):
             # The state has readers of its own, which do not come by the KV pool.
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
         self._ledger = Ledger(self.page_size, self._pools.n_bytes, self._pools.durable)
+        # Of each session, the newest request whose pages are not stored yet: its ticket and its tokens.
+        self._unsettled: dict[str, tuple[object, RadixKey]] = {}
+        self._settling = threading.Lock()
         self.device_tier: DeviceTier | None = None
         self._control = ControlEndpoint(
             settings.control_address,
@@ -234,9 +238,18 @@ class AgentStateLinker(UnifiedCacheLinker):
             # What is stored is not its newest request's any more.
             self._ledger.forget(session_id)
             return
-        request = self._ledger.finished(session_id)
+        request, ticket = self._ledger.finished(session_id), object()
+        with self._settling:
+            self._unsettled[session_id] = ticket, key
 
         def settle() -> None:
+            with self._settling:
+                newest, key = self._unsettled.get(session_id, (None, None))
+                if newest is not ticket:
+                    # The manifest is that of the newest request, whose turn is still to come. So a drive that hangs
+                    # keeps the tokens of one request a session, and not of all.
+                    return
+                del self._unsettled[session_id]
             keys = [bytes.fromhex(text) for text in get_storage_hash_str(key, page_size=self.page_size)]
             durable = self._pools.durable(keys, use=True)
             if self._off is None:

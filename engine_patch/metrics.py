@@ -17,7 +17,7 @@ _COUNTERS = {
     ("spill", "pages_refused"): ("refused_pages", "Pages not stored because too much waited to be written."),
     ("spill", "pages_skipped"): (
         "skipped_pages",
-        "Pages not stored because the drive did not answer, or spilling was off.",
+        "Pages not stored because the drive hung, or spilling was off.",
     ),
     ("spill", "pages_failed"): ("unwritten_pages", "Pages that could not be written."),
     ("spill", "extents_merged"): ("merged_extents", "Small extents that were replaced by larger ones."),
@@ -28,7 +28,10 @@ _COUNTERS = {
     ("restore", "seconds"): ("restore_seconds", "Time in which pages were restored."),
     ("restore", "first_layer_s"): ("first_layer_seconds", "Time until the first layer of a restore was there."),
     ("restore", "pages_failed"): ("failed_pages", "Pages that were read and not used: damaged or unreadable."),
-    ("restore", "requests_failed"): ("recomputed_requests", "Requests recomputed because a page failed."),
+    ("restore", "requests_failed"): (
+        "recomputed_requests",
+        "Requests recomputed because a page failed or did not come.",
+    ),
     ("restore", "timed_out"): ("timed_out_restores", "Restores given up because the drive did not answer."),
     ("restore", "forward_wait_s"): ("forward_wait_seconds", "Time in which forwards waited for a layer."),
     ("break_even", "computed"): ("break_even_requests", "Requests computed because restoring would take longer."),

@@ -37,7 +37,7 @@ class DevicePool:
     Its layer ``i`` is the model's layer ``model_layers[i]``. ``window_pages`` is how many pages before the end of a
     prefix are needed to go on from there; None means all of them, as full attention does. ``dtypes`` are the KV
     dtypes as the engine understands the bytes, which the tensors may hold as another type. ``allocator`` is SGLang's,
-    which gives out its pages, unless they cannot be held (`Quarantine`).
+    which gives out its pages; None for recurrent states, which cannot be held (`Quarantine`).
     """
 
     name: PoolName

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class RestoreStats:
     """Counters since the engine started. Of ``bytes_read``, ``bytes_straight`` were read to where they are needed and
     passed no staging. ``pages_failed`` were read and not used: damaged, or not readable; ``timed_out`` are the batches
-    that were given up because the drive did not answer.
+    that had not arrived yet when they were given up, because a drive did not answer.
     ``first_layer_s`` is how long it took until the first layer of a batch was there, of ``seconds`` in all, and
     ``forward_wait_s`` how long forwards waited for a layer."""
 

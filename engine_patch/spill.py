@@ -23,20 +23,21 @@ from engine_patch.transfer import DevicePages
 logger = logging.getLogger(__name__)
 
 
+# How much longer than it is given to begin something, `close` waits for what has begun.
+_GRACE_S = 1.0
 # Reading what is merged needs little: it happens when nothing else is to be done.
 _MERGE_STAGING_BYTES = 8 << 20
 
 
 @dataclass
 class SpillStats:
-    """Counters since the engine started. ``pages_known`` were offered again and not written again; ``pages_refused``
-    were not taken because too much was waiting already; ``pages_skipped`` were not written because the drive did not
-    answer, or spilling was off; ``extents_merged`` were replaced by larger ones."""
+    """Counters since the engine started. ``pages_known`` were offered again and not written again; ``pages_skipped``
+    were not written because the drive did not answer, spilling was off, or the engine ended; ``extents_merged`` were
+    replaced by larger ones."""
 
     pages_spilled: int = 0
     bytes_spilled: int = 0
     pages_known: int = 0
-    pages_refused: int = 0
     pages_skipped: int = 0
     pages_failed: int = 0
     extents_merged: int = 0
@@ -54,8 +55,9 @@ class _Offer:
 
 
 class Waiting:
-    """How many pages of each pool the tree has offered and has had no answer for yet: they are locked on the device, so
-    that there must not be more than ``most`` of them, or what a drive does not take would cost the engine's memory.
+    """How many pages of each pool the tree has offered and has had no answer for yet. They are locked on the device,
+    with what is before them on their chains, so that no more than ``most`` may wait unless a single offer is larger:
+    what a drive does not take is to cost what is not stored, and not the engine's memory.
 
     It counts what the tree does, which is the same on all ranks, and not how far a rank's drive is.
     """
@@ -98,9 +100,10 @@ class Spiller:
 
     Every offer gets one entry in ``results``, in the order of the offers, never earlier: the tree takes a result for
     its oldest offer, and unlocks that one's device pages. The copy out of the device is bounded by ``staging_bytes``.
-    Not stored is what is offered while ``on`` is false, nor, as far as it has not been copied yet, what waits when the
-    drive has not taken anything for ``timeout_s``: all of that is answered then, by whoever asks how much is
-    `answered`. The tree offers it again.
+    What is offered while ``on`` is false is answered as not stored. So is everything that has no answer when the drive
+    has taken no extent for ``timeout_s``, but for what is being copied at that moment, and what is offered from then
+    on until it takes one: the copies that have been made are written all the same, the others are not made. The tree
+    offers it again.
     """
 
     def __init__(self, store: PageStore, pages: DevicePages, staging_bytes: int, timeout_s: float = math.inf):
@@ -146,7 +149,7 @@ class Spiller:
         self._queue.put(offer)
 
     def answered(self) -> int:
-        """How many results are in."""
+        """How many results are in; to be asked often, because it gives them for what a drive that hangs keeps."""
         if self._unanswered and self._hangs():
             self._give_up()
         return len(self.results)
@@ -193,14 +196,24 @@ class Spiller:
         """Wait until everything queued so far is done."""
         self._queue.join()
 
-    def close(self, within_s: float = math.inf) -> None:
-        """Store what is queued; what cannot be begun within so many seconds, an extent at a time, is not."""
+    def close(self, within_s: float = math.inf) -> bool:
+        """Store what is queued; what cannot be begun within so many seconds, an extent at a time, is not. False, and
+        nothing is closed, when something still waits for the drive a little later."""
         self._until_s = time.monotonic() + within_s
         self._queue.put(None)
-        self._thread.join()
+        patience_s = None if within_s == math.inf else within_s + _GRACE_S
+        self._thread.join(patience_s)
+        try:
+            if self._thread.is_alive():
+                raise TimeoutError
+            self._writer.after(lambda: None).result(patience_s)
+        except TimeoutError:
+            logger.error("agentstate: the drive does not answer; what waits to be stored is left")
+            return False
         self._writer.close()
         self._merge_reader.close()
         self._pinned.close()
+        return True
 
     def _run(self) -> None:
         while (item := self._next()) is not None:
@@ -239,20 +252,22 @@ class Spiller:
         except Exception:
             logger.exception("agentstate: merging failed; the extents stay as they are")
         self.stats.extents_merged += replaced
+        self._moved()
         if not replaced:
             del self._chains[last]
 
     def _store_offer(self, offer: _Offer) -> None:
         """Copy what is new of an offer, and have it concluded when that is published."""
         skipped = offer.skipped or offer.answered or time.monotonic() > self._until_s
-        # In this order: what is published in the meantime is on its way no more, and is stored.
-        unknown = [] if skipped else [i for i, key in enumerate(offer.keys) if key not in self._on_their_way]
-        stored = self._store.stored([offer.keys[i] for i in unknown])
-        new = [i for i, is_stored in zip(unknown, stored, strict=True) if not is_stored]
+        new: list[int] = []
         publishing: list[tuple[list[bytes], Future[None]]] = []
         failure: Exception | None = None
         late = 0
         try:
+            # In this order: what is published in the meantime is on its way no more, and is stored.
+            unknown = [] if skipped else [i for i, key in enumerate(offer.keys) if key not in self._on_their_way]
+            stored = self._store.stored([offer.keys[i] for i in unknown])
+            new = [i for i, is_stored in zip(unknown, stored, strict=True) if not is_stored]
             if new:
                 self._pages.outbound.after(offer.ready)
             for start in range(0, len(new), self._writer.pages_an_extent):
@@ -280,8 +295,8 @@ class Spiller:
         publishing: Sequence[tuple[list[bytes], Future[None]]],
         failure: Exception | None,
     ) -> None:
-        """Count and answer an offer, on the publishing thread. ``new`` of its pages were to be written; there was no
-        time left for the last ``late`` of them."""
+        """Count and answer an offer, on the publishing thread. ``new`` of its pages were to be written; it was too late
+        for the last ``late`` of them."""
         stored = False
         try:
             spilled = 0
@@ -304,6 +319,8 @@ class Spiller:
                 logger.error(
                     "agentstate: spilling failed; the pages are recomputed when they are needed", exc_info=failure
                 )
+        except Exception:
+            logger.exception("agentstate: an offer could not be concluded; its pages count as not stored")
         finally:
             with self._answering:
                 self.stats.pages_skipped += len(offer.keys) if skipped else late

@@ -56,19 +56,22 @@ class LayerGate:
 
     def wait_until(self, threshold: int) -> None:
         index, route = self.consumer_index, self._routes.get(threshold, ())
-        if not any(index in arrivals.futures for arrivals, _ in route):
+        if not any(arrivals.awaited(index) for arrivals, _ in route):
             return
         started = time.perf_counter()
         for arrivals, layer in route:
             arrivals.wait_until(layer)
             if arrivals.given_up(index):
-                # What one pool has not, nobody waits for in the others.
-                for other in self._arrivals:
-                    other.give_up(index)
+                self.give_up(index)
         waited_s = time.perf_counter() - started
         self.waited_s += waited_s
         waits_s = self._waits_s.setdefault(index, {})
         waits_s[threshold] = waits_s.get(threshold, 0.0) + waited_s
+
+    def give_up(self, index: int) -> None:
+        """What one pool has waited for in vain, nobody is to wait for in the others."""
+        for arrivals in self._arrivals:
+            arrivals.give_up(index)
 
     def waited_for(self, index: int) -> tuple[float, ...]:
         """How many seconds forwards waited for each layer of a batch; to be asked once, when it is over."""
@@ -98,6 +101,8 @@ class _StoredPool:
             backend=read_backend(settings.read_backend, self.pages.device),
         )
         self.restorer = Restorer(self.store, self.pages, self.reader, settings.drive_timeout_s)
+        # Whether nothing is spilled any more.
+        self.ended = False
         self.quarantine = Quarantine(pool.allocator) if Quarantine.works(pool.allocator) else None
 
     def needed(self, keys: Sequence[bytes]) -> Sequence[bytes]:
@@ -265,7 +270,11 @@ class StoredPools:
     def finish(self, index: int) -> Finished:
         """Wait for the batch: the requests that must not be used, because of whichever pool, and what was restored in
         all of them together; its pages are those of full attention."""
-        finished = [pool.restorer.finish(index) for pool in self._pools]
+        finished = []
+        for pool in self._pools:
+            finished.append(pool.restorer.finish(index))
+            if pool.restorer.arrivals.given_up(index):
+                self.gate.give_up(index)
         failed = set().union(*(of_pool.failed for of_pool in finished))
         of_pools = [of_pool.restored for of_pool in finished if of_pool.restored is not None]
         waits_s = self.gate.waited_for(index)
@@ -291,9 +300,9 @@ class StoredPools:
             pool.spiller.on = on
 
     def offer(self, transfers: Sequence[PoolTransfer], ready: Callable[[], Sequence[torch.cuda.Event]]) -> bool:
-        """Queue a tree node's pages for writing, those of each pool that it has; they may be read after ``ready``. One
-        result follows for all. False, and nothing queued, when too much waits already, which it does on all ranks or
-        on none (`Waiting`)."""
+        """Queue a tree node's pages for writing, those of each pool that it has; ``ready`` tells the events after which
+        they may be read. One result follows for all. False, and nothing queued, when too much waits already, which it
+        does on all ranks or on none (`Waiting`)."""
         if not self._pools:
             return False
         given = {transfer.name: transfer for transfer in transfers}
@@ -309,7 +318,7 @@ class StoredPools:
 
     @property
     def results(self) -> int:
-        """Offers whose result is in, in every pool."""
+        """Offers whose result is in, in every pool; to be asked often (`Spiller.answered`)."""
         return min((pool.spiller.answered() for pool in self._pools), default=0)
 
     def pop_result(self) -> bool:
@@ -325,7 +334,7 @@ class StoredPools:
             self._pools[0].spiller.then(action)
 
     def drain(self) -> None:
-        """Wait until nothing reads or writes device memory."""
+        """Wait until nothing reads or writes device memory, as long as a drive takes for that."""
         for pool in self._pools:
             pool.restorer.drain()
             pool.spiller.drain()
@@ -345,13 +354,14 @@ class StoredPools:
         """Store what is queued, as far as that can be done in so many seconds, and nothing more from then on."""
         until = time.monotonic() + within_s
         for pool in self._pools:
-            pool.spiller.close(max(0.0, until - time.monotonic()))
+            pool.ended = pool.spiller.close(max(0.0, until - time.monotonic()))
 
     def close(self) -> None:
-        """After `finish_spilling`."""
+        """After `finish_spilling`. A store that a drive still writes to is left as it is."""
         for pool in self._pools:
             pool.restorer.close()
-            pool.store.close()
+            if pool.ended:
+                pool.store.close()
 
     def describe(self) -> str:
         """For the log: what a page of each pool takes, and how many are stored."""
@@ -365,7 +375,7 @@ class StoredPools:
         if not self._pools:
             return {
                 "store": dataclasses.asdict(StoreStats()),
-                "spill": {**dataclasses.asdict(SpillStats()), "waiting": 0},
+                "spill": {**dataclasses.asdict(SpillStats()), "pages_refused": 0, "waiting": 0},
                 "restore": dataclasses.asdict(RestoreStats()),
                 "pools": {},
             }

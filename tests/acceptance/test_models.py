@@ -213,6 +213,7 @@ def test_a_drive_that_takes_nothing(start: Start, drive: Path, kind: str) -> Non
     assert spill["waiting"] and spill["pages_refused"] + spill["pages_skipped"]
     assert "the drive has taken nothing for 3 s" in (stack.home / "engine.log").read_text()
     drive.write_text("1e12")
+    stack.settle()
     # What was not stored is in memory, and is offered again with the next request of its chain.
     agent = Agent(stack, 59)
     wanted = agent.second_turn()

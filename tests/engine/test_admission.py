@@ -47,6 +47,20 @@ def test_a_request_that_found_no_room_is_tried_again_when_pages_are_unlocked(
     assert scheduler.running_batch.batch_is_full
 
 
+@pytest.mark.parametrize("reads_ahead", [False, True])
+def test_a_request_that_is_queued_behind_others_is_matched_to_be_read_ahead(
+    cache: AgentStateRadixCache, reads_ahead: bool
+) -> None:
+    matched: list[Any] = []
+    linker: Any = cache.linker.cache_linker
+    linker.reads_ahead = reads_ahead
+    cache.device_tier.brings = lambda req: False
+    cache.linker.hit_markers = {}
+    req: Any = SimpleNamespace(rid="r", init_next_round_input=lambda tree, cow_mamba: matched.append(tree))
+    cache.read_ahead(SimpleNamespace(waiting_queue=["another"], chunked_req=None), req)
+    assert matched == ([cache] if reads_ahead else [])
+
+
 def test_it_is_tried_again_when_pages_that_were_held_come_back(cache: AgentStateRadixCache) -> None:
     scheduler: Any = SimpleNamespace(
         running_batch=SimpleNamespace(batch_is_full=True), waiting_queue=[], is_generation=True

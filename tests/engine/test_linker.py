@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from agentstate.manifests import Manifest
 from engine_patch.device_tier import Progress
 from engine_patch.ledger import Ledger
 from engine_patch.linker import AgentStateLinker
+from engine_patch.sglang_api import RadixKey
 
 PAGE_SIZE = 4
 
@@ -49,6 +52,7 @@ def log() -> list[str]:
 def linker(log: list[str]) -> AgentStateLinker:
     linker = AgentStateLinker.__new__(AgentStateLinker)
     linker.page_size, linker._off, linker.device_tier, linker._prefetch_ttl_s = PAGE_SIZE, None, None, 60
+    linker._unsettled, linker._settling = {}, threading.Lock()
     linker._pools = Pools(8, log)
     linker._ledger = Ledger(PAGE_SIZE, linker._pools.n_bytes, linker._pools.durable)
     linker._catalog = SimpleNamespace(load=lambda session: None, close=lambda: log.append("manifests are written"))
@@ -102,6 +106,23 @@ def test_what_the_device_cannot_take_goes_to_host_memory(linker: AgentStateLinke
     assert linker._prefetch("s", "device", packed)()["tier"] == "host"
     linker.device_tier = SimpleNamespace(prefetch=lambda session, chain: lambda: Progress.DONE)
     assert linker._prefetch("s", "device", packed)()["tier"] == "device"
+
+
+def test_what_waits_for_the_drive_is_one_request_a_session(linker: AgentStateLinker) -> None:
+    queued: list[Any] = []
+    saved: list[str] = []
+    pools: Any = linker._pools
+    pools.then, pools.need, pools.merge = queued.append, lambda chains: None, lambda chain: None
+    linker._catalog.save = lambda manifest: saved.append(manifest.session_id)
+    linker._manifest = lambda session_id, chain, durable: SimpleNamespace(session_id=session_id)
+    key = RadixKey(array("q", range(2 * PAGE_SIZE)), None)
+    for session_id in ("a", "b", "a", "a"):
+        linker.request_finished(session_id, key)
+    assert len(linker._unsettled) == 2
+    for settle in queued:
+        settle()
+    assert saved == ["b", "a"]
+    assert not linker._unsettled
 
 
 def test_manifests_are_written_while_the_stores_can_be_asked(linker: AgentStateLinker, log: list[str]) -> None:

@@ -348,10 +348,10 @@ def test_a_drive_that_takes_nothing_locks_nothing(rank: Rank, monkeypatch: pytes
     fill(rank.tensors)
     right = rank.device_pages([1, 2])
     hanging = Hanging(rank, monkeypatch)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=0.2)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=1)
     spiller.offer(keys(1, 2), numbers(1, 2))
     assert hanging.called.wait(60)
-    # Both drafts are being published or wait for it: what is offered now is not copied before one of them is over.
+    # One draft is being published. Another one takes the next offer, and the others are not copied before one is over.
     for page in (3, 4, 5):
         spiller.offer(keys(page), numbers(page))
     assert spiller.answered() == 0
@@ -382,15 +382,31 @@ def test_a_slow_drive_is_waited_for(rank: Rank, monkeypatch: pytest.MonkeyPatch)
     publish = rank.store.publish
 
     def slow(draft: Any) -> None:
-        time.sleep(0.15)
+        time.sleep(0.5)
         publish(draft)
 
     monkeypatch.setattr(rank.store, "publish", slow)
-    spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=1)
-    for page in range(12):
-        spiller.offer(keys(page), numbers(page))
-    assert answered(spiller, 12) == [True] * 12
+    # Of single pages, and one of several extents, which takes longer than that.
+    spiller = Spiller(rank.store, rank.pages, 2 * rank.store.draft_bytes(1), timeout_s=1.5)
+    assert 3 * spiller._writer.pages_an_extent < PAGES
+    spiller.offer(keys(*range(PAGES)), numbers(*range(PAGES)))
+    for page in range(PAGES, PAGES + 4):
+        spiller.offer(keys(page), numbers(page - PAGES))
+    assert answered(spiller, 5) == [True] * 5
     spiller.close()
+
+
+def test_an_engine_ends_though_its_drive_hangs(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(rank.tensors)
+    hanging = Hanging(rank, monkeypatch)
+    monkeypatch.setattr("engine_patch.spill._GRACE_S", 0.1)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20)
+    spiller.offer(keys(1), numbers(1))
+    assert hanging.called.wait(60)
+    assert not spiller.close(0.1)
+    hanging.goes_on.set()
+    spiller.drain()
+    assert key(1) in rank.store
 
 
 def test_pages_that_are_being_copied_stay_locked(rank: Rank) -> None:
@@ -416,7 +432,7 @@ def test_pages_that_are_being_copied_stay_locked(rank: Rank) -> None:
     spiller.close()
 
 
-def test_what_else_is_done_meanwhile_is_not_held_against_the_drive(rank: Rank) -> None:
+def test_time_without_offers_is_not_held_against_the_drive(rank: Rank) -> None:
     fill(rank.tensors)
     spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=0.5)
     goes_on = threading.Event()
@@ -430,7 +446,7 @@ def test_what_else_is_done_meanwhile_is_not_held_against_the_drive(rank: Rank) -
     spiller.close()
 
 
-def test_an_answer_is_given_whatever_happens(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_offer_that_cannot_be_concluded_is_answered(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results are told apart by their order alone."""
     fill(rank.tensors)
     spiller = Spiller(rank.store, rank.pages, 1 << 20)

@@ -282,7 +282,7 @@ def test_what_one_pool_waits_for_in_vain_is_given_up_in_all(
     hanging: PoolName,
     straight: bool,
 ) -> None:
-    stage.drive_timeout_s = 0.05
+    stage.drive_timeout_s = 0.5
     if straight:
         stage.full, stage.window = aligned_kv_tensors(), aligned_kv_tensors()
     pools = opened(PoolName.KV, PoolName.SWA, PoolName.MAMBA)
@@ -380,6 +380,16 @@ def test_what_is_offered_while_too_much_waits_is_refused_at_once(
     # As soon as the tree has taken a result, there is room.
     assert pools.pop_result()
     assert offered(pools, transfer(PoolName.KV, [99], slots(1)))
+
+
+def test_after_a_reset_nothing_waits(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    stage.spill_queue_bytes = 1
+    pools = opened(PoolName.KV)
+    assert pools.offer([transfer(PoolName.KV, [1], slots(1))], tuple)
+    assert not pools.offer([transfer(PoolName.KV, [2], slots(2))], tuple)
+    pools.reset()
+    assert pools.results == 0
+    assert offered(pools, transfer(PoolName.KV, [2], slots(2)))
 
 
 def test_an_offer_that_is_larger_than_all_that_may_wait_is_taken_when_nothing_does(

@@ -42,6 +42,15 @@ def slow_drive(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"LD_PRELOAD": str(shim), "SPEED": str(directory / "speed")}
 
 
+@pytest.fixture
+def drive(slow_drive: dict[str, str]) -> Iterator[Path]:
+    """What it says is how fast the engine's drive is: see slow_drive.c."""
+    path = Path(slow_drive["SPEED"])
+    path.write_text("1e12")
+    yield path
+    path.write_text("1e12")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     checkpoint = Settings().cache_dir / "smollm2-135m-instruct"

@@ -40,15 +40,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, engine_python: Path) -
 
 
 @pytest.fixture
-def drive(slow_drive: dict[str, str]) -> Iterator[Path]:
-    """What it says is how fast the engine's drive is: see slow_drive.c."""
-    path = Path(slow_drive["SPEED"])
-    path.write_text("1e12")
-    yield path
-    path.write_text("1e12")
-
-
-@pytest.fixture
 def start(
     tmp_path: Path,
     checkpoints: Path,

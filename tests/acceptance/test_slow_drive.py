@@ -35,10 +35,8 @@ def slow_stack(
 
 
 @pytest.fixture
-def speed(slow_drive: dict[str, str]) -> Iterator[Callable[[float], object]]:
-    path = Path(slow_drive["SPEED"])
-    yield lambda bytes_a_second: path.write_text(f"{bytes_a_second} extents")
-    path.write_text(str(_FAST))
+def speed(drive: Path) -> Callable[[float], object]:
+    return lambda bytes_a_second: drive.write_text(f"{bytes_a_second} extents")
 
 
 def prefetching(stack: LocalStack, session: str) -> tuple[threading.Thread, list[dict[str, Any]]]:

@@ -18,7 +18,7 @@ MIB = 1024 * 1024
 ENGINE_PLACES = ("home", "database_url", "pages_dir", "control_address", "engine_base_url", "engine_python")
 ENGINE_LIMITS = (
     "pages_quota",
-    "pages_free_share",
+    "pages_free_fraction",
     "staging_bytes",
     "spill_staging_bytes",
     "spill_queue_bytes",
@@ -91,8 +91,8 @@ class Settings(BaseSettings):
         gt=0,
         description="Most that an engine keeps of its pages, divided among its ranks. Empty: until the disk is full.",
     )
-    pages_free_share: float = Field(
-        0.05, ge=0, lt=1, description="Share of the pages' disk that is kept free; what was used least is evicted."
+    pages_free_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Fraction of the pages' disk that is kept free; what was used least is evicted."
     )
     spill_queue_bytes: ByteSize = Field(
         ByteSize(1024 * MIB),

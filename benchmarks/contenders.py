@@ -189,7 +189,7 @@ class AgentStateStore(Contender):
                 device.gather(layer, component, first, draft.component(layer, component))
 
     def read(self, device: DeviceMemory) -> None:
-        with self._reader.open(self._store.hold(self._keys)) as stream:
+        with self._reader.open(self._store.pin(self._keys)) as stream:
             if self._straight:
                 stream.hurry(Destination(range(len(self._keys)), device.memory))
             for chunk in stream:

@@ -10,22 +10,22 @@ class Arrivals:
     their layers, and a forward waits for them.
 
     A layer that failed does not raise into the forward that waits for it, which must not run into an error on one
-    rank alone: `finish` tells afterwards. A batch is given up, and nobody waits for it any more, when one of its layers
-    has been waited for during ``timeout_s``, None being for ever, or when somebody says so.
+    rank alone: `finish` tells afterwards. A batch is abandoned when a layer takes longer than ``timeout_s`` (None: no
+    limit), or when somebody says so; waiters then return at once.
     """
 
     def __init__(self, layers: int, timeout_s: float | None = None):
         self.futures: dict[int, list[Future[None]]] = {}
         self._layers = layers
         self._timeout_s = timeout_s
-        self._given_up: set[int] = set()
+        self._abandoned: set[int] = set()
         self._next = 0
         self._awaited = -1
 
     def begin(self) -> int:
         """The number of a new batch."""
-        for batch in [batch for batch in self._given_up if self.landed(batch)]:
-            self._given_up.remove(batch)
+        for batch in [batch for batch in self._abandoned if self.landed(batch)]:
+            self._abandoned.remove(batch)
             self.futures.pop(batch, None)
         number, self._next = self._next, self._next + 1
         self.futures[number] = [Future() for _ in range(self._layers)]
@@ -45,51 +45,51 @@ class Arrivals:
         self._awaited = batch
 
     def wait_until(self, layer: int) -> None:
-        """Return once a layer has arrived or failed, or its batch is given up."""
+        """Return once a layer has arrived or failed, or its batch is abandoned."""
         if (layers := self.futures.get(self._awaited)) is not None:
             self._arrived(self._awaited, layers[layer])
 
     def _arrived(self, batch: int, layer: Future[None]) -> bool:
-        if batch in self._given_up:
+        if batch in self._abandoned:
             return False
         try:
             return layer.exception(self._timeout_s) is None
         except TimeoutError:
-            self.give_up(batch)
+            self.abandon(batch)
             return False
 
     def awaited(self, batch: int) -> bool:
         """Whether a forward would wait for a layer of the batch that has not arrived."""
-        return batch in self.futures and batch not in self._given_up
+        return batch in self.futures and batch not in self._abandoned
 
-    def give_up(self, batch: int) -> None:
+    def abandon(self, batch: int) -> None:
         """Nobody is to wait for the batch any more."""
-        self._given_up.add(batch)
+        self._abandoned.add(batch)
 
-    def given_up(self, batch: int) -> bool:
+    def abandoned(self, batch: int) -> bool:
         """Whether nobody waits for the batch any more."""
-        return batch in self._given_up
+        return batch in self._abandoned
 
     def landed(self, batch: int) -> bool:
         """Whether all layers of a batch have arrived or failed."""
         return all(layer.done() for layer in self.futures.get(batch, ()))
 
     def finish(self, batch: int) -> bool:
-        """Wait for the batch and forget it: whether all of its layers arrived and nobody gave it up. A batch that is
-        not known is complete. One that is given up is forgotten when it has `landed` all the same, and another one
+        """Wait for the batch and forget it: whether all of its layers arrived and nobody abandoned it. A batch that is
+        not known is complete. One that is abandoned is forgotten when it has `landed` all the same, and another one
         begins."""
         complete = all([self._arrived(batch, layer) for layer in self.futures.get(batch, ())])
-        if batch not in self._given_up:
+        if batch not in self._abandoned:
             self.futures.pop(batch, None)
         return complete
 
     @property
     def stuck(self) -> bool:
-        """Whether a batch that was given up has not landed yet."""
-        return not all(self.landed(batch) for batch in tuple(self._given_up))
+        """Whether a batch that was abandoned has not landed yet."""
+        return not all(self.landed(batch) for batch in tuple(self._abandoned))
 
     def reset(self) -> None:
         """Forget everything and number from 0 again."""
         self.futures.clear()
-        self._given_up.clear()
+        self._abandoned.clear()
         self._next, self._awaited = 0, -1

@@ -54,7 +54,7 @@ class Catalog:
         self._engine = engine
         self._heartbeat_s = heartbeat_s
         self._saved = saved
-        self._waiting: dict[str, Manifest] = {}
+        self._unsaved: dict[str, Manifest] = {}
         self._changed = threading.Condition()
         self._closing = self._closed = self._failing = False
         self._schema_checked = False
@@ -64,7 +64,7 @@ class Catalog:
     def save(self, manifest: Manifest) -> None:
         """Queue a manifest; a newer one of the same session takes the place of one that still waits."""
         with self._changed:
-            self._waiting[manifest.session_id] = manifest
+            self._unsaved[manifest.session_id] = manifest
             self._changed.notify()
 
     def load(self, session_id: str) -> Manifest | None:
@@ -90,7 +90,7 @@ class Catalog:
         with self._database.read() as connection:
             chains = list(manifests.chains(connection, self._engine.fingerprint, self._engine.rank))
         with self._changed:
-            chains += [manifest.page_keys() for manifest in self._waiting.values()]
+            chains += [manifest.page_keys() for manifest in self._unsaved.values()]
         self._needed(chains)
         self._told_s = time.monotonic()
 
@@ -123,7 +123,7 @@ class Catalog:
         while not self._closed:
             with self._changed:
                 self._changed.wait_for(self._has_work, self._heartbeat_s)
-                batch, self._waiting = self._waiting, {}
+                batch, self._unsaved = self._unsaved, {}
                 closing = self._closing
             try:
                 self._write(batch, closing)
@@ -139,12 +139,12 @@ class Catalog:
                     logger.warning("agentstate: manifests wait for the database: %s", error)
                 self._failing = True
                 with self._changed:
-                    self._waiting = batch | self._waiting
+                    self._unsaved = batch | self._unsaved
             self._closed = closing
 
     def _has_work(self) -> bool:
         # After a failure even waiting manifests wait for the next heartbeat.
-        return self._closing or (bool(self._waiting) and not self._failing)
+        return self._closing or (bool(self._unsaved) and not self._failing)
 
     def _write(self, batch: dict[str, Manifest], closing: bool) -> None:
         """Say that the engine lives, then save ``batch``, from which everything that is done with is taken."""

@@ -20,7 +20,7 @@ _IDLE_MS = 200  # how long `close` may have to wait
 _TICK_S = 1.0
 
 
-class _Waiting(NamedTuple):
+class _Waiter(NamedTuple):
     peer: list[bytes]
     answer: Callable[[], dict[str, Any]]
     deadline_s: float
@@ -62,7 +62,7 @@ class ControlEndpoint:
                 f"the control endpoint {address} cannot be bound ({error}): set AGENTSTATE_CONTROL_ADDRESS"
             ) from error
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._waiting: list[_Waiting] = []
+        self._waiters: list[_Waiter] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="agentstate-control", daemon=True)
         self._thread.start()
@@ -75,10 +75,10 @@ class ControlEndpoint:
     def _run(self) -> None:
         next_tick_s = time.monotonic() + _TICK_S
         while not self._closing.is_set():
-            if self._socket.poll(_POLL_MS if self._waiting else _IDLE_MS):
+            if self._socket.poll(_POLL_MS if self._waiters else _IDLE_MS):
                 *peer, request = self._socket.recv_multipart()
                 self._answer(peer, request)
-            self._waiting = [waiting for waiting in self._waiting if not self._settle(waiting)]
+            self._waiters = [waiting for waiting in self._waiters if not self._settle(waiting)]
             if time.monotonic() >= next_tick_s:
                 next_tick_s = time.monotonic() + _TICK_S
                 try:
@@ -94,10 +94,10 @@ class ControlEndpoint:
             match request.get("verb"):
                 case "flush":
                     session = str(request["session"])
-                    self._waiting.append(_Waiting(peer, lambda: self._standing(session), deadline_s))
+                    self._waiters.append(_Waiter(peer, lambda: self._standing(session), deadline_s))
                 case "prefetch":
                     begun = self._prefetch(str(request["session"]), str(request["tier"]), request.get("keys"))
-                    self._waiting.append(_Waiting(peer, begun, deadline_s))
+                    self._waiters.append(_Waiter(peer, begun, deadline_s))
                 case "demote":
                     self._send(peer, {"ok": True, **self._demote(str(request["session"]))})
                 case "spill":
@@ -114,7 +114,7 @@ class ControlEndpoint:
             logger.exception("agentstate: a control request failed")
             self._send(peer, {"ok": False, "error": str(error)})
 
-    def _settle(self, waiting: _Waiting) -> bool:
+    def _settle(self, waiting: _Waiter) -> bool:
         """Answer what is final or whose time is up."""
         try:
             answer = waiting.answer()

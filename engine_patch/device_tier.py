@@ -124,7 +124,7 @@ class DeviceTier:
         return any(now < arrival.until_s and arrival.brings(req) for arrival in self._arrivals)
 
     @contextmanager
-    def held_back(self, scheduler: Scheduler) -> Iterator[None]:
+    def deferring(self, scheduler: Scheduler) -> Iterator[None]:
         """Within it the scheduler does not see those waiting requests whose pages are on their way: they join what
         brings them, instead of reading the same again."""
         before = scheduler.waiting_queue
@@ -226,7 +226,7 @@ class DeviceTier:
             root = cache.root_node_handle(prefetch.key.extra_key)
             indices = cache.tree_core.collect_full_device_indices(found.last_device_node, root)
             prefix = indices[: found.device_prefix_len]
-            batch = self._linker.load_ahead("a prefetch", missing, slots)
+            batch = self._linker.preload("a prefetch", missing, slots)
             until_s = time.monotonic() + self._linker.drive_timeout_s
             self._arrivals.append(_Arrival(prefetch, batch, prefix, slots, found.last_device_node, lock, until_s))
             lock = slots = None

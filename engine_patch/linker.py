@@ -181,7 +181,7 @@ class AgentStateLinker(UnifiedCacheLinker):
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
         found = self.finish(counter_index)
         if found.writing:
-            self.hold(found)
+            self.quarantine(found)
         return not found.failed
 
     def finish(self, counter_index: int) -> Finished:
@@ -189,30 +189,30 @@ class AgentStateLinker(UnifiedCacheLinker):
         was restored."""
         found = self._pools.finish(counter_index)
         if (restored := found.restored) is not None:
-            for rid, share in restored.shares.items():
+            for rid, of_request in restored.requests.items():
                 logger.info(
                     "agentstate: restored %d tokens for %s, %.1f MB in %.1f ms (%.2f GB/s), source %s",
-                    share.pages * self.page_size,
+                    of_request.pages * self.page_size,
                     rid,
-                    share.n_bytes / 1e6,
+                    of_request.n_bytes / 1e6,
                     restored.seconds * 1e3,
-                    share.n_bytes / 1e9 / restored.seconds,
-                    " and ".join(sorted(share.sources)),
+                    of_request.n_bytes / 1e9 / restored.seconds,
+                    " and ".join(sorted(of_request.sources)),
                 )
             if self._metrics is not None:
                 self._metrics.restored(restored)
         return found
 
-    def hold(self, found: Finished) -> None:
-        """Let nobody have the device pages of a batch, because some rank's drive may still write to its own, before
-        `let_go`."""
-        logger.warning("agentstate: device pages that a drive may still write to are held until it has answered")
-        self._pools.hold(found.numbers)
+    def quarantine(self, found: Finished) -> None:
+        """Quarantine a batch's device pages until `release_quarantine`: a pending read on some rank may still write to
+        them."""
+        logger.warning("agentstate: device pages that a drive may still write to are quarantined until it answers")
+        self._pools.quarantine(found.numbers)
 
-    def let_go(self) -> None:
-        """Give back the device pages that are held."""
-        logger.warning("agentstate: the drive has answered; no device pages are held any more")
-        self._pools.let_go()
+    def release_quarantine(self) -> None:
+        """End the quarantine of device pages."""
+        logger.warning("agentstate: the drive has answered; the quarantine of device pages is over")
+        self._pools.release_quarantine()
 
     def stepped(self, parts: Sequence[tuple[int, int]], seconds: float, restored: Restored | None) -> None:
         """A step of the engine took ``seconds`` to compute, of each of its requests, so many new tokens after so many
@@ -284,14 +284,14 @@ class AgentStateLinker(UnifiedCacheLinker):
         return self._pools.stuck
 
     @property
-    def holds_pages(self) -> bool:
-        """Whether there are device pages that nobody may get."""
-        return self._pools.holds
+    def quarantines_pages(self) -> bool:
+        """Whether device pages are in quarantine."""
+        return self._pools.quarantines
 
-    def load_ahead(self, rid: str, keys: list[bytes], slots: torch.Tensor) -> int:
+    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor) -> int:
         """Load pages for no request, into slots that the caller owns: the number of a batch, to ask `landed` and
         `finish` with."""
-        return self._pools.load_ahead(rid, keys, slots, self._device_events())
+        return self._pools.preload(rid, keys, slots, self._device_events())
 
     def landed(self, batch: int) -> bool:
         return self._pools.landed(batch)
@@ -312,8 +312,8 @@ class AgentStateLinker(UnifiedCacheLinker):
     def reset(self) -> None:
         """Quiesce for a flush of the device cache. What is stored stays stored."""
         self._pools.reset()
-        if self.holds_pages:
-            self.let_go()
+        if self.quarantines_pages:
+            self.release_quarantine()
 
     def close(self) -> None:
         self._control.close()
@@ -370,12 +370,12 @@ class AgentStateLinker(UnifiedCacheLinker):
         staged = self._pools.prefetch(session_id, keys, self._prefetch_ttl_s)
 
         def answer() -> dict[str, Any]:
-            if (share := staged()) is None:
+            if (fraction := staged()) is None:
                 return self._answer("pending", len(keys), "host")
-            if share == 1:
+            if fraction == 1:
                 return self._answer(whole, len(keys), "host")
             # A part of every page, by layers: so much less of it is left to be read.
-            pages = int(share * len(keys))
+            pages = int(fraction * len(keys))
             return self._answer("partial" if pages else "cold", pages, "host")
 
         return answer
@@ -431,7 +431,7 @@ def _quota(settings: Settings, pools: list[DevicePool]) -> dict[PoolName, Quota]
     return {
         name: Quota(
             None if settings.pages_quota is None else settings.pages_quota * size // sum(sizes.values()) // ranks,
-            settings.pages_free_share,
+            settings.pages_free_fraction,
         )
         for name, size in sizes.items()
     }

@@ -32,7 +32,7 @@ _COUNTERS = {
         "recomputed_requests",
         "Requests recomputed because a page failed or did not come.",
     ),
-    ("restore", "timed_out"): ("timed_out_restores", "Restores given up because the drive did not answer."),
+    ("restore", "timed_out"): ("timed_out_restores", "Restores abandoned because the drive did not answer."),
     ("restore", "forward_wait_s"): ("forward_wait_seconds", "Time in which forwards waited for a layer."),
     ("break_even", "computed"): ("break_even_requests", "Requests computed because restoring would take longer."),
     ("store", "pages_evicted"): ("evicted_pages", "Pages that were evicted for room."),
@@ -40,7 +40,7 @@ _COUNTERS = {
     ("store", "pages_dropped"): ("dropped_pages", "Pages that were dropped because they were wrong."),
     ("prefetch", "issued"): ("prefetches", "Reads begun before their request had device memory."),
     ("prefetch", "used"): ("used_prefetches", "Of these, those that a request used."),
-    ("prefetch", "wasted"): ("wasted_prefetches", "Of these, those that expired or were given up."),
+    ("prefetch", "wasted"): ("wasted_prefetches", "Of these, those that expired or were abandoned."),
 }
 _GAUGES = {
     ("store", "pages"): ("stored_pages", "Pages in the page store."),

@@ -166,7 +166,7 @@ def _around_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
     if (cache := _ours(scheduler)) is None:
         return original(scheduler, *args, **kwargs)
     cache.before_next_batch(scheduler)
-    with cache.device_tier.held_back(scheduler):
+    with cache.device_tier.deferring(scheduler):
         return original(scheduler, *args, **kwargs)
 
 

@@ -14,7 +14,7 @@ from agentstate.pages import LayerwiseReader, PageStore, Stream
 @dataclass
 class PrefetchStats:
     """Counters since the engine started: reads begun ahead of admission, those that a request then used, and those
-    that expired or were given up unused."""
+    that expired or were abandoned unused."""
 
     issued: int = 0
     used: int = 0
@@ -22,24 +22,24 @@ class PrefetchStats:
 
 
 @dataclass
-class _Ahead:
+class _ReadAhead:
     """A stream that somebody asked for. ``used`` is whether it is a request's by now, None while it is neither that
-    nor given up."""
+    nor abandoned."""
 
     stream: Stream
     position: dict[bytes, int]
     expires_s: float | None
     used: bool | None = None
 
-    def share(self) -> float | None:
-        """Which share of it is in memory once there will not be more; None until then."""
+    def fraction(self) -> float | None:
+        """Which fraction of it is in memory once there will not be more; None until then."""
         return self.stream.staged if self.used is None else float(self.used)
 
 
 class Prefetches:
     """Streams by who asked for them: a waiting request by its rid, a session by its id.
 
-    A stream takes staging memory as the reader grants it and keeps it until it is used or given up, so every one has
+    A stream takes staging memory as the reader grants it and keeps it until it is used or abandoned, so every one has
     an end: that of a request when the request leaves the queue, that of a session by time. Thread-safe.
     """
 
@@ -49,8 +49,8 @@ class Prefetches:
         self._reader = reader
         self._clock = clock
         self._mutex = threading.Lock()
-        self._requests: dict[str, _Ahead] = {}
-        self._sessions: dict[str, _Ahead] = {}
+        self._requests: dict[str, _ReadAhead] = {}
+        self._sessions: dict[str, _ReadAhead] = {}
 
     def for_request(self, rid: str, keys: Sequence[bytes]) -> None:
         """Begin to read ``keys`` for a request that has just been queued, unless they are being read already."""
@@ -59,17 +59,17 @@ class Prefetches:
                 self._begin(self._requests, rid, keys, None)
 
     def for_session(self, session_id: str, keys: Sequence[bytes], expires_in_s: float) -> Callable[[], float | None]:
-        """Begin to read ``keys``, a session's chain, or go on with that: what tells which share of it is in memory
+        """Begin to read ``keys``, a session's chain, or go on with that: what tells which fraction of it is in memory
         once there will not be more, because it is all there, or the memory is full; None until then. All of it is
-        where it is wanted when a request has it, and nothing when it was given up, or is not stored (any more)."""
+        where it is wanted when a request has it, and nothing when it was abandoned, or is not stored (any more)."""
         with self._mutex:
             ahead = self._sessions.get(session_id)
             if ahead is not None and list(ahead.position) == list(keys):
                 ahead.expires_s = self._clock() + expires_in_s
-                return ahead.share
-            self._give_up(self._sessions, session_id)
+                return ahead.fraction
+            self._abandon(self._sessions, session_id)
             ahead = self._begin(self._sessions, session_id, keys, self._clock() + expires_in_s)
-            return (lambda: 0.0) if ahead is None else ahead.share
+            return (lambda: 0.0) if ahead is None else ahead.fraction
 
     def covers(self, keys: Sequence[bytes]) -> bool:
         """Whether `take` would find a stream."""
@@ -90,38 +90,38 @@ class Prefetches:
             return ahead.stream, ahead.position[keys[0]]
 
     def tidy(self, waiting: Collection[str]) -> None:
-        """Give up what was read for requests that are not ``waiting`` any more, and what has expired."""
+        """Abandon what was read for requests that are not ``waiting`` any more, and what has expired."""
         with self._mutex:
             for rid in [rid for rid in self._requests if rid not in waiting]:
-                self._give_up(self._requests, rid)
+                self._abandon(self._requests, rid)
             now = self._clock()
             for session in [name for name, ahead in self._sessions.items() if ahead.expires_s <= now]:
-                self._give_up(self._sessions, session)
+                self._abandon(self._sessions, session)
 
     def __len__(self) -> int:
         """How many streams there are."""
         return len(self._requests) + len(self._sessions)
 
     def clear(self) -> None:
-        """Give up everything."""
+        """Abandon everything."""
         with self._mutex:
             for group in (self._requests, self._sessions):
                 for owner in list(group):
-                    self._give_up(group, owner)
+                    self._abandon(group, owner)
 
     def _begin(
-        self, group: dict[str, _Ahead], owner: str, keys: Sequence[bytes], expires_s: float | None
-    ) -> _Ahead | None:
+        self, group: dict[str, _ReadAhead], owner: str, keys: Sequence[bytes], expires_s: float | None
+    ) -> _ReadAhead | None:
         try:
-            hold = self._store.hold(keys)
+            pin = self._store.pin(keys)
         except KeyError:
             return None
         position = {key: page for page, key in enumerate(keys)}
-        ahead = group[owner] = _Ahead(self._reader.open(hold), position, expires_s)
+        ahead = group[owner] = _ReadAhead(self._reader.open(pin), position, expires_s)
         self.stats.issued += 1
         return ahead
 
-    def _covering(self, keys: Sequence[bytes]) -> tuple[dict[str, _Ahead], str] | None:
+    def _covering(self, keys: Sequence[bytes]) -> tuple[dict[str, _ReadAhead], str] | None:
         for group in (self._requests, self._sessions):
             for owner, ahead in group.items():
                 first = ahead.position.get(keys[0])
@@ -130,7 +130,7 @@ class Prefetches:
                     return group, owner
         return None
 
-    def _give_up(self, group: dict[str, _Ahead], owner: str) -> None:
+    def _abandon(self, group: dict[str, _ReadAhead], owner: str) -> None:
         ahead = group.pop(owner, None)
         if ahead is not None:
             ahead.used = False

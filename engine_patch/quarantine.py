@@ -1,7 +1,7 @@
-"""Device pages that must not be given out: a read that nobody waits for any more may still write to them.
+"""Device pages that must not be given out: a read that was abandoned may still write to them.
 
 Only reads straight into the KV pool do so, and only with allocators of attention are they made: a pool of recurrent
-states has just enough of them for the requests that it admits, so that none can be held.
+states has just enough of them for the requests that it admits, so that none can be kept from them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 
 from engine_patch.sglang_api import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 
-# The one method through which all pages come back, by their numbers; with pages of one token those are its slots.
+# The allocator method that every free ends in. It takes page ids; with pages of one token those are slots.
 _WAY_BACK = {PagedTokenToKVPoolAllocator: "_release_page_ids", TokenToKVPoolAllocator: "free"}
 
 
 class Quarantine:
-    """Stands between an ``allocator`` and the pages that it gets back, while there are pages to be held.
+    """Stands between an ``allocator`` and the pages that it gets back, while some are in quarantine.
 
     A read cannot be called off: it writes, whenever the drive answers, to where it was told to. All methods are for the
     scheduler's thread.
@@ -26,8 +26,8 @@ class Quarantine:
     def __init__(self, allocator: Any):
         self._allocator = allocator
         self._way_back = _WAY_BACK.get(type(allocator), "")
-        # What is held, and what has come back of it.
-        self._held: torch.Tensor | None = None
+        # What is in quarantine, and what has come back of it.
+        self._quarantined: torch.Tensor | None = None
         self._returned: list[torch.Tensor] = []
 
     @staticmethod
@@ -36,28 +36,28 @@ class Quarantine:
         return type(allocator) in _WAY_BACK
 
     def __bool__(self) -> bool:
-        """Whether any pages are held."""
-        return self._held is not None
+        """Whether any pages are in quarantine."""
+        return self._quarantined is not None
 
-    def hold(self, pages: torch.Tensor) -> None:
-        """Hold these page numbers, which are in use now, until they are all let go."""
+    def add(self, pages: torch.Tensor) -> None:
+        """Quarantine these page numbers, which are in use now, until `release`."""
         pages = pages.to(self._allocator.device)
-        self._held = pages if self._held is None else torch.cat([self._held, pages])
+        self._quarantined = pages if self._quarantined is None else torch.cat([self._quarantined, pages])
         setattr(self._allocator, self._way_back, self._release)
 
-    def let_go(self) -> None:
-        """Give back what is held, now or when it comes back."""
-        if self._held is None:
+    def release(self) -> None:
+        """End the quarantine: what has come back is free, and what comes back later is too."""
+        if self._quarantined is None:
             return
         delattr(self._allocator, self._way_back)
-        returned, self._returned, self._held = self._returned, [], None
+        returned, self._returned, self._quarantined = self._returned, [], None
         if returned:
             getattr(self._allocator, self._way_back)(torch.cat(returned))
 
     def _release(self, *page_ids: torch.Tensor) -> None:
         for ids in page_ids:
-            held = torch.isin(ids, self._held.to(ids.dtype))
-            if held.any():
-                self._returned.append(ids[held])
-                ids = ids[~held]
+            inside = torch.isin(ids, self._quarantined.to(ids.dtype))
+            if inside.any():
+                self._returned.append(ids[inside])
+                ids = ids[~inside]
             getattr(type(self._allocator), self._way_back)(self._allocator, ids)

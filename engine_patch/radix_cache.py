@@ -70,7 +70,7 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         over, *landed = self._on_all_ranks([not found.writing, *(rid not in found.failed for rid in rids)])
         if not over:
             # Ranks give out pages alike.
-            self.cache_linker.hold(found)
+            self.cache_linker.quarantine(found)
         if found.restored is not None and all(landed):
             self.landed.update(dict.fromkeys(rids, found.restored))
         for rid in rids:
@@ -82,8 +82,8 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         rank's drive writes any more. At the same step on every rank."""
         linker = self.cache_linker
         linker.tidy(waiting)
-        if linker.holds_pages and all(self._on_all_ranks([not linker.stuck])):
-            linker.let_go()
+        if linker.quarantines_pages and all(self._on_all_ranks([not linker.stuck])):
+            linker.release_quarantine()
             self.unlocked = True
 
     def _on_all_ranks(self, local: Sequence[bool]) -> list[bool]:
@@ -154,7 +154,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
     @property
     def misses_memory(self) -> bool:
         """Whether device memory is neither free nor in the tree, because a drive writes to it."""
-        return self.device_tier.busy or self.linker.cache_linker.holds_pages
+        return self.device_tier.busy or self.linker.cache_linker.quarantines_pages
 
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
         """Mark the requests whose restore failed (see the module's docstring), and return those that the caller must

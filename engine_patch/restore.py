@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class RestoreStats:
     """Counters since the engine started. Of ``bytes_read``, ``bytes_straight`` were read to where they are needed and
     passed no staging. ``pages_failed`` were read and not used: damaged, or not readable; ``timed_out`` are the batches
-    that had not arrived yet when they were given up, because a drive did not answer.
+    that had not arrived yet when they were abandoned, because a drive did not answer.
     ``first_layer_s`` is how long it took until the first layer of a batch was there, of ``seconds`` in all, and
     ``forward_wait_s`` how long forwards waited for a layer."""
 
@@ -55,7 +55,7 @@ class Source(StrEnum):
     DEVICE = "device"
 
 
-class Share(NamedTuple):
+class RestoredRequest(NamedTuple):
     """What one request got back: ``n_bytes`` as they were read, from one source a pool."""
 
     pages: int
@@ -68,24 +68,24 @@ class Restored:
     """What one batch brought back to each of its requests that did not fail, by rid, in ``seconds``, of which the
     forward waited ``waited_s``, and for each layer ``layer_waits_s``."""
 
-    shares: Mapping[str, Share]
+    requests: Mapping[str, RestoredRequest]
     seconds: float
     waited_s: float = 0.0
     layer_waits_s: tuple[float, ...] = ()
 
     @property
     def n_bytes(self) -> int:
-        return sum(share.n_bytes for share in self.shares.values())
+        return sum(of_request.n_bytes for of_request in self.requests.values())
 
     @property
     def sources(self) -> frozenset[Source]:
-        return frozenset().union(*(share.sources for share in self.shares.values()))
+        return frozenset().union(*(of_request.sources for of_request in self.requests.values()))
 
 
 class Finished(NamedTuple):
     """The rids whose pages must not be used, and what was restored; None when that is nothing. ``numbers`` are the
     batch's device pages, a tensor a pool; ``writing`` is whether the drive may still write to them: when they are
-    `addressable` and the batch was given up."""
+    `addressable` and the batch was abandoned."""
 
     failed: set[str]
     restored: Restored | None = None
@@ -137,14 +137,14 @@ class _Batch:
     ready: Sequence[torch.cuda.Event]
     failed: set[str] = field(default_factory=set)
     restored: Restored | None = None
-    # Held while pages are copied to the device: none are any more once the batch is given up and this was free.
+    # Held while pages are copied to the device: none are any more once the batch is abandoned and this was free.
     landing: threading.Lock = field(default_factory=threading.Lock)
 
 
 _Queue = queue.Queue[tuple[int, _Batch] | None]
 
 
-class _GivenUp(Exception):
+class _Abandoned(Exception):
     """Nobody waits for the batch any more."""
 
 
@@ -190,7 +190,7 @@ class Restorer:
             self._pending[rid] = _Load(rid, keys, numbers, stream, Source.HOST, offset)
             return
         try:
-            stream = self._reader.open(self._store.hold(keys))
+            stream = self._reader.open(self._store.pin(keys))
         except KeyError:
             stream = None
         self._pending[rid] = _Load(rid, keys, numbers, stream, source)
@@ -222,7 +222,7 @@ class Restorer:
         return self.arrivals.landed(index)
 
     def finish(self, index: int) -> Finished:
-        """Wait until batch ``index`` stops writing to the device, or is given up, and tell what became of it."""
+        """Wait until batch ``index`` stops writing to the device, or is abandoned, and tell what became of it."""
         complete = self.arrivals.finish(index)
         batch = self._batches.pop(index, None)
         if batch is None:
@@ -277,16 +277,16 @@ class Restorer:
                     closing.callback(self._pages.inbound.finish)
                     self._restore(index, batch)
             except Exception as error:
-                if not isinstance(error, _GivenUp):
+                if not isinstance(error, _Abandoned):
                     logger.exception("agentstate: a restore failed; its requests are recomputed")
-                    self._abandon(batch)
+                    self._drop_all(batch)
                 # Not before everything is closed: after this the device pages are someone else's.
                 self.arrivals.fail(index, error)
             finally:
                 batches.task_done()
         batches.task_done()
 
-    def _abandon(self, batch: _Batch) -> None:
+    def _drop_all(self, batch: _Batch) -> None:
         """Let the requests of a batch not match the same pages again, or they would fail for ever."""
         try:
             for load in batch.loads:
@@ -318,8 +318,8 @@ class Restorer:
             self.arrivals.complete(index, layer)
 
     def _require_wanted(self, index: int) -> None:
-        if self.arrivals.given_up(index):
-            raise _GivenUp
+        if self.arrivals.abandoned(index):
+            raise _Abandoned
 
     def _land(self, index: int, batch: _Batch, load: _Load, chunk: Chunk) -> None:
         """Write what a chunk has of the request's pages to the device, unless one must not be used."""
@@ -361,16 +361,16 @@ class Restorer:
                     self.stats.pages_failed += 1
 
     def _record(self, batch: _Batch, first_layer_s: float, seconds: float) -> Restored | None:
-        shares = {
-            load.rid: Share(len(load.keys), load.n_bytes, frozenset({load.source}))
+        requests = {
+            load.rid: RestoredRequest(len(load.keys), load.n_bytes, frozenset({load.source}))
             for load in batch.loads
             if load.rid not in batch.failed
         }
         with self._counting:
             self.stats.restores += 1
-            self.stats.pages_restored += sum(share.pages for share in shares.values())
+            self.stats.pages_restored += sum(of_request.pages for of_request in requests.values())
             self.stats.bytes_read += sum(load.n_bytes for load in batch.loads)
             self.stats.bytes_straight += sum(load.straight for load in batch.loads)
             self.stats.first_layer_s += first_layer_s
             self.stats.seconds += seconds
-        return Restored(shares, seconds) if shares else None
+        return Restored(requests, seconds) if requests else None

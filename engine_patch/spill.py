@@ -54,7 +54,7 @@ class _Offer:
     answered: bool = False
 
 
-class Waiting:
+class OfferBudget:
     """How many pages of each pool the tree has offered and has had no answer for yet. They are locked on the device,
     with what is before them on their chains, so that no more than ``most`` may wait unless a single offer is larger:
     what a drive does not take is to cost what is not stored, and not the engine's memory.
@@ -89,7 +89,7 @@ class Waiting:
         self.full = False
 
 
-class _GivenUp(Exception):
+class _Abandoned(Exception):
     """The offer has been answered, and its device pages need not be what they were."""
 
 
@@ -151,21 +151,21 @@ class Spiller:
     def answered(self) -> int:
         """How many results are in; to be asked often, because it gives them for what a drive that hangs keeps."""
         if self._unanswered and self._hangs():
-            self._give_up()
+            self._abandon()
         return len(self.results)
 
-    def _give_up(self) -> None:
-        given_up = 0
+    def _abandon(self) -> None:
+        abandoned = 0
         with self._answering:
             while self._unanswered and self._hangs() and not self._unanswered[0].copying:
                 self._answer(self._unanswered[0], False)
-                given_up += 1
-        if given_up:
+                abandoned += 1
+        if abandoned:
             logger.error(
                 "agentstate: the drive has taken nothing for %g s; %d offer(s) are not waited for, and of what comes "
                 "nothing is stored until it goes on (AGENTSTATE_DRIVE_TIMEOUT_S)",
                 self._timeout_s,
-                given_up,
+                abandoned,
             )
 
     def _hangs(self) -> bool:
@@ -280,7 +280,7 @@ class Spiller:
                 published.add_done_callback(lambda _: self._moved())
                 publishing.append((keys, published))
                 self._on_their_way.update(keys)
-        except _GivenUp:
+        except _Abandoned:
             late = len(new) - start
         except Exception as error:
             failure = error
@@ -334,7 +334,7 @@ class Spiller:
         components = range(len(draft.geometry.component_bytes))
         with self._answering:
             if offer.answered:
-                raise _GivenUp
+                raise _Abandoned
             offer.copying = True
         try:
             for layer in range(draft.geometry.layers):

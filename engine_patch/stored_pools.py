@@ -21,9 +21,9 @@ from agentstate.settings import Settings
 from engine_patch.arrivals import Arrivals
 from engine_patch.pools import DevicePool
 from engine_patch.quarantine import Quarantine
-from engine_patch.restore import Finished, Restored, Restorer, RestoreStats, Share, Source
+from engine_patch.restore import Finished, Restored, RestoredRequest, Restorer, RestoreStats, Source
 from engine_patch.sglang_api import PoolName, PoolTransfer
-from engine_patch.spill import Spiller, SpillStats, Waiting
+from engine_patch.spill import OfferBudget, Spiller, SpillStats
 from engine_patch.staging import read_backend
 from engine_patch.transfer import DevicePages
 
@@ -61,17 +61,17 @@ class LayerGate:
         started = time.perf_counter()
         for arrivals, layer in route:
             arrivals.wait_until(layer)
-            if arrivals.given_up(index):
-                self.give_up(index)
+            if arrivals.abandoned(index):
+                self.abandon(index)
         waited_s = time.perf_counter() - started
         self.waited_s += waited_s
         waits_s = self._waits_s.setdefault(index, {})
         waits_s[threshold] = waits_s.get(threshold, 0.0) + waited_s
 
-    def give_up(self, index: int) -> None:
+    def abandon(self, index: int) -> None:
         """What one pool has waited for in vain, nobody is to wait for in the others."""
         for arrivals in self._arrivals:
-            arrivals.give_up(index)
+            arrivals.abandon(index)
 
     def waited_for(self, index: int) -> tuple[float, ...]:
         """How many seconds forwards waited for each layer of a batch; to be asked once, when it is over."""
@@ -83,19 +83,19 @@ class LayerGate:
 
 
 class _StoredPool:
-    def __init__(self, pool: DevicePool, open_store: OpenStore, settings: Settings, share: int):
+    def __init__(self, pool: DevicePool, open_store: OpenStore, settings: Settings, parts: int):
         self.name = pool.name
         self.model_layers = pool.model_layers
         self.window_pages = pool.window_pages
         self.pages = pool.pages
         self.store = open_store(pool, self.pages)
-        self.spiller = Spiller(self.store, self.pages, settings.spill_staging_bytes // share, settings.drive_timeout_s)
+        self.spiller = Spiller(self.store, self.pages, settings.spill_staging_bytes // parts, settings.drive_timeout_s)
         # Of recurrent states SGLang has hardly more than its requests need, and ends when there is none.
-        queue_pages = settings.spill_queue_bytes // share // self.pages.geometry.page_bytes
+        queue_pages = settings.spill_queue_bytes // parts // self.pages.geometry.page_bytes
         self.most_waiting = max(1, min(queue_pages, len(self.pages) // (4 if pool.name is PoolName.MAMBA else 2)))
         self.reader = LayerwiseReader(
             self.pages.geometry,
-            staging_bytes=settings.staging_bytes // share,
+            staging_bytes=settings.staging_bytes // parts,
             threads=settings.read_threads or (_READ_THREADS_BESIDE if self.pages.addressable else READ_THREADS),
             chunk_bytes=_CHUNK_BYTES,
             backend=read_backend(settings.read_backend, self.pages.device),
@@ -135,7 +135,7 @@ class StoredPools:
                 routes.setdefault(layer, []).append((pool.restorer.arrivals, position))
         self.gate = LayerGate(routes)
         self.device_pages = {pool.name: pool.pages for pool in self._pools}
-        self._waiting = Waiting([pool.most_waiting for pool in self._pools])
+        self._budget = OfferBudget([pool.most_waiting for pool in self._pools])
         self._pages_refused = 0
 
     @property
@@ -176,18 +176,18 @@ class StoredPools:
             pool.restorer.prefetches.for_request(rid, pool.needed(keys))
 
     def prefetch(self, session_id: str, keys: Sequence[bytes], ttl_s: float) -> Callable[[], float | None]:
-        """Begin to read a session's stored chain to host memory, and keep it for so long: what tells which share of it
-        is there, of the pool that has least, once there will not be more; None until then."""
+        """Begin to read a session's stored chain to host memory, and keep it for so long. Returns what tells the
+        fraction of it that is there, of the pool that has least, once there will not be more; None until then."""
         of_pools = [pool.restorer.prefetches.for_session(session_id, pool.needed(keys), ttl_s) for pool in self._pools]
 
-        def share() -> float | None:
-            shares = [of_pool() for of_pool in of_pools]
-            return None if None in shares else min(shares, default=0.0)
+        def fraction() -> float | None:
+            fractions = [of_pool() for of_pool in of_pools]
+            return None if None in fractions else min(fractions, default=0.0)
 
-        return share
+        return fraction
 
     def tidy(self, waiting: Callable[[], Collection[str]]) -> None:
-        """Give up what was read for requests that are not waiting any more, and what has expired."""
+        """Abandon what was read for requests that are not waiting any more, and what has expired."""
         for pool in self._pools:
             if pool.restorer.prefetches:
                 pool.restorer.prefetches.tidy(waiting())
@@ -215,7 +215,7 @@ class StoredPools:
         """How many of them a live manifest needed."""
         return sum(pool.store.stats.pages_evicted_needed + pool.store.stats.pages_dropped for pool in self._pools)
 
-    def load_ahead(self, rid: str, keys: list[bytes], slots: torch.Tensor, ready: Sequence[torch.cuda.Event]) -> int:
+    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor, ready: Sequence[torch.cuda.Event]) -> int:
         """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
         own."""
         pool = self._pools[0]
@@ -231,21 +231,21 @@ class StoredPools:
         """Whether a drive has not answered in time, and does not yet."""
         return any(pool.restorer.arrivals.stuck for pool in self._pools)
 
-    def hold(self, numbers: Sequence[torch.Tensor]) -> None:
-        """Let nobody have those of these device pages, a tensor a pool, that can be held, before `let_go`."""
+    def quarantine(self, numbers: Sequence[torch.Tensor]) -> None:
+        """Quarantine those of these device pages, a tensor a pool, for which that works."""
         for pool, of_pool in zip(self._pools, numbers, strict=True):
             if pool.quarantine is not None:
-                pool.quarantine.hold(of_pool)
+                pool.quarantine.add(of_pool)
 
-    def let_go(self) -> None:
-        """Give back the device pages that are held."""
+    def release_quarantine(self) -> None:
+        """End the quarantine of device pages."""
         for pool in self._pools:
             if pool.quarantine is not None:
-                pool.quarantine.let_go()
+                pool.quarantine.release()
 
     @property
-    def holds(self) -> bool:
-        """Whether device pages are held."""
+    def quarantines(self) -> bool:
+        """Whether device pages are in quarantine."""
         return any(pool.quarantine for pool in self._pools)
 
     def load(self, rid: str, transfers: Sequence[PoolTransfer]) -> bool:
@@ -273,19 +273,21 @@ class StoredPools:
         finished = []
         for pool in self._pools:
             finished.append(pool.restorer.finish(index))
-            if pool.restorer.arrivals.given_up(index):
-                self.gate.give_up(index)
+            if pool.restorer.arrivals.abandoned(index):
+                self.gate.abandon(index)
         failed = set().union(*(of_pool.failed for of_pool in finished))
         of_pools = [of_pool.restored for of_pool in finished if of_pool.restored is not None]
         waits_s = self.gate.waited_for(index)
-        shares = {
-            rid: _together([restored.shares[rid] for restored in of_pools])
-            for rid in (of_pools[0].shares if of_pools else ())
+        requests = {
+            rid: _together([restored.requests[rid] for restored in of_pools])
+            for rid in (of_pools[0].requests if of_pools else ())
             if rid not in failed
         }
         return Finished(
             failed,
-            Restored(shares, max(restored.seconds for restored in of_pools), sum(waits_s), waits_s) if shares else None,
+            Restored(requests, max(restored.seconds for restored in of_pools), sum(waits_s), waits_s)
+            if requests
+            else None,
             tuple(chain.from_iterable(of_pool.numbers for of_pool in finished)),
             any(of_pool.writing for of_pool in finished),
         )
@@ -306,8 +308,8 @@ class StoredPools:
         if not self._pools:
             return False
         given = {transfer.name: transfer for transfer in transfers}
-        offered = [] if self._waiting.full else [_offered(pool, given.get(pool.name)) for pool in self._pools]
-        if not offered or not self._waiting.take([len(keys) for keys, _ in offered]):
+        offered = [] if self._budget.full else [_offered(pool, given.get(pool.name)) for pool in self._pools]
+        if not offered or not self._budget.take([len(keys) for keys, _ in offered]):
             full = given.get(self._pools[0].name)
             self._pages_refused += len(full.keys) if full is not None else 0
             return False
@@ -322,7 +324,7 @@ class StoredPools:
         return min((pool.spiller.answered() for pool in self._pools), default=0)
 
     def pop_result(self) -> bool:
-        self._waiting.answered()
+        self._budget.answered()
         return all([pool.spiller.results.popleft() for pool in self._pools])
 
     def then(self, action: Callable[[], None]) -> None:
@@ -348,7 +350,7 @@ class StoredPools:
         for pool in self._pools:
             pool.spiller.drain()
             pool.spiller.results.clear()
-        self._waiting.clear()
+        self._budget.clear()
 
     def finish_spilling(self, within_s: float) -> None:
         """Store what is queued, as far as that can be done in so many seconds, and nothing more from then on."""
@@ -402,10 +404,10 @@ def _offered(pool: _StoredPool, transfer: PoolTransfer | None) -> tuple[list[byt
     return [keys[position] for position, _ in held], torch.tensor([number for _, number in held], dtype=torch.int64)
 
 
-def _together(shares: Sequence[Share]) -> Share:
+def _together(of_pools: Sequence[RestoredRequest]) -> RestoredRequest:
     """What a request got back from each pool, full attention first, whose pages count."""
-    sources = frozenset().union(*(share.sources for share in shares))
-    return Share(shares[0].pages, sum(share.n_bytes for share in shares), sources)
+    sources = frozenset().union(*(of_pool.sources for of_pool in of_pools))
+    return RestoredRequest(of_pools[0].pages, sum(of_pool.n_bytes for of_pool in of_pools), sources)
 
 
 def _after(spiller: Spiller, action: Callable[[], None]) -> Callable[[], None]:

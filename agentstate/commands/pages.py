@@ -109,16 +109,16 @@ def du(directory: PagesDir = None, as_json: AsJson = False) -> None:
     for store in inventory.store_directories(root):
         usage = inventory.usage(store)
         rows.append({"fingerprint": store.parent.name, "rank": store.name, **vars(usage), "total": usage.total})
-    free_share = None
+    free_fraction = None
     if root.exists():
         disk = os.statvfs(root)
-        free_share = round(disk.f_bavail / disk.f_blocks, 4)
+        free_fraction = round(disk.f_bavail / disk.f_blocks, 4)
     if as_json:
-        print(json.dumps({"stores": rows, "disk_free_share": free_share}))
+        print(json.dumps({"stores": rows, "disk_free_fraction": free_fraction}))
         return
     _show_rows(rows, as_json=False)
-    if free_share is not None:
-        print(f"{free_share:.1%} of the disk is free")
+    if free_fraction is not None:
+        print(f"{free_fraction:.1%} of the disk is free")
 
 
 @pages.command()

@@ -1,10 +1,11 @@
 """The page store: KV pages in extent files on a local disk, one store a rank of an engine.
 
 `PageStore` is the room's whole surface for one rank: which pages are stored (`prefix_length`), writing a run of them
-(`draft`, `publish`), finding them again and keeping them where they are (`hold`), and what to do when space runs out
-(`Quota`, `need`, `pin`). `Writer` fills one extent while the one before it is published. `LayerwiseReader` opens a
-`Stream` of what is held, layer by layer, through a bounded staging memory that a `ReadBackend` reads into, or straight
-to a `Destination`; every `Chunk` says which of its pages may be used. `merge` makes one extent of many small ones.
+(`draft`, `publish`), finding them again and keeping them where they are (`pin`), and what to do when space runs out
+(`Quota`, `need`, `pin_for`). `Writer` fills one extent while the one before it is published. `LayerwiseReader` opens a
+`Stream` of what is pinned, layer by layer, through a bounded staging memory that a `ReadBackend` reads into, or
+straight to a `Destination`; every `Chunk` says which of its pages may be used. `merge` makes one extent of many small
+ones.
 """
 
 from agentstate.pages.backends import KvikioBackend, PosixBackend, ReadBackend, staging_memory
@@ -12,7 +13,7 @@ from agentstate.pages.extent import ExtentDraft, ExtentHeader, Geometry
 from agentstate.pages.fingerprint import fingerprint, weights_digest
 from agentstate.pages.merging import merge
 from agentstate.pages.reading import READ_THREADS, Chunk, Destination, LayerwiseReader, Part, Stream
-from agentstate.pages.store import Hold, PageStore, Quota, Segment, StoreStats
+from agentstate.pages.store import PageStore, Pin, Quota, Segment, StoreStats
 from agentstate.pages.writing import Writer
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
     "ExtentDraft",
     "ExtentHeader",
     "Geometry",
-    "Hold",
+    "Pin",
     "KvikioBackend",
     "LayerwiseReader",
     "PageStore",

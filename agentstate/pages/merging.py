@@ -31,8 +31,8 @@ def merge(
     disk did not give back this time, which is not, stays as it is. Readers of the old extents are not disturbed.
     Raises KeyError when the chain is not stored (any more), PageStoreFull and OSError.
     """
-    with store.hold(keys) as hold:
-        runs = list(islice(_runs(store, hold.segments, len(buffer), range_bytes), most_runs))
+    with store.pin(keys) as pin:
+        runs = list(islice(_runs(store, pin.segments, len(buffer), range_bytes), most_runs))
     return sum(len(run) for run in runs if _rewrite(store, reader, keys, run, buffer))
 
 
@@ -63,7 +63,7 @@ def _rewrite(
 ) -> bool:
     chain = list(keys[run[0].first : run[-1].first + run[-1].pages])
     draft, wrong, unread = store.draft(chain, buffer), set[int](), set[int]()
-    with reader.open(store.hold(chain)) as stream:
+    with reader.open(store.pin(chain)) as stream:
         for chunk in stream:
             wrong.update(chunk.wrong)
             for segment, error in chunk.unread:

@@ -33,7 +33,7 @@ from agentstate.errors import BadExtent
 from agentstate.pages.backends import Buffer, OpenFile, PosixBackend, ReadBackend
 from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align
 from agentstate.pages.files import open_direct
-from agentstate.pages.store import Hold, Segment, StoredExtent
+from agentstate.pages.store import Pin, Segment, StoredExtent
 
 # Below about 1 MiB a direct read reaches less of a drive than its bandwidth.
 RANGE_BYTES = 1 << 20
@@ -128,14 +128,14 @@ class LayerwiseReader:
         for thread in self._threads:
             thread.start()
 
-    def open(self, hold: Hold) -> Stream:
-        """Begin to read what ``hold`` holds, which the stream closes when it is closed."""
-        pages = -(-len(hold.keys) // len(self._threads))
-        a_thread = max(RANGE_BYTES, pages * self.geometry.layer_bytes) + len(hold.segments) * self._padding
+    def open(self, pin: Pin) -> Stream:
+        """Begin to read the pages of ``pin``, which the stream closes when it is closed."""
+        pages = -(-len(pin.keys) // len(self._threads))
+        a_thread = max(RANGE_BYTES, pages * self.geometry.layer_bytes) + len(pin.segments) * self._padding
         # It is waited for in any case: blocks may be cut.
-        first = self._runs(hold.segments, min(a_thread, self.chunk_bytes), block_pages=1)
-        others = self._runs(hold.segments, self.chunk_bytes, self.geometry.block_pages)
-        stream = Stream(self, hold, list(first), list(others))
+        first = self._runs(pin.segments, min(a_thread, self.chunk_bytes), block_pages=1)
+        others = self._runs(pin.segments, self.chunk_bytes, self.geometry.block_pages)
+        stream = Stream(self, pin, list(first), list(others))
         with self._lock:
             self._streams.append(stream)
             self._work_to_do.notify_all()
@@ -211,7 +211,7 @@ class LayerwiseReader:
 
 
 class Stream:
-    """The pages of one hold, on their way. `LayerwiseReader.open` makes it.
+    """The pages of one pin, on their way. `LayerwiseReader.open` makes it.
 
     What cannot be opened or read, or is not what was written, is reported in its chunk, and everything else is read all
     the same.
@@ -220,11 +220,11 @@ class Stream:
     def __init__(
         self,
         reader: LayerwiseReader,
-        hold: Hold,
+        pin: Pin,
         first: list[tuple[Segment, ...]],
         others: list[tuple[Segment, ...]],
     ):
-        self.hold = hold
+        self.pin = pin
         self.hurried = False
         # Chunks that are read or being read, in order, each with its buffer, if it has one.
         self.ahead: deque[tuple[Future[Chunk], Buffer | None]] = deque()
@@ -237,7 +237,7 @@ class Stream:
         self._destination: Destination | None = None
         self._reading_begun = threading.Condition(reader._lock)
         self._opened: dict[StoredExtent, Future[_OpenExtent]] = {}
-        self._to_open = deque(dict.fromkeys(segment.extent for segment in hold.segments))
+        self._to_open = deque(dict.fromkeys(segment.extent for segment in pin.segments))
         self._taken = 0
         self._total = len(first) + len(others) * (reader.geometry.layers - 1)
 
@@ -255,7 +255,7 @@ class Stream:
 
     @property
     def staged(self) -> float | None:
-        """Which share of it, by chunks, has been read once nothing is being read for it: everything has been, or all
+        """Which fraction of it, by chunks, has been read once nothing is being read for it: everything has been, or all
         the memory that it may have is full. None until then."""
         with self._reader._lock:
             more = self.wants is not None and len(self._reader._free) > self._reader._kept_back
@@ -346,10 +346,10 @@ class Stream:
         self, layer: int, segment: Segment, header: ExtentHeader, components: Sequence[Sequence[Buffer]]
     ) -> Iterator[int]:
         """The pages of a segment whose bytes in ``layer`` are not those that were written for them."""
-        wanted = self.hold.keys[segment.first : segment.first + segment.pages]
+        wanted = self.pin.keys[segment.first : segment.first + segment.pages]
         # Where they lie is the index's word, which may be wrong.
         written = header.keys[segment.slot : segment.slot + segment.pages]
-        if header.fingerprint != self.hold.fingerprint:
+        if header.fingerprint != self.pin.fingerprint:
             written = ()
         wrong = set(header.wrong_slots(layer, segment.slot, components))
         if wrong or tuple(wanted) != written:
@@ -394,7 +394,7 @@ class Stream:
                     self._reader._release(buffer, chunk.keep_until)
 
     def close(self) -> None:
-        """Stop reading and let go of everything, the hold too. At any time, also twice."""
+        """Stop reading and let go of everything, the pin too. At any time, also twice."""
         if self._stop():
             self._let_go()
 
@@ -422,7 +422,7 @@ class Stream:
         for opening in self._opened.values():
             if opening.exception() is None:
                 opening.result().close()
-        self.hold.close()
+        self.pin.close()
         with self._reader._lock:
             for reading, buffer in self.ahead:
                 self._reader._release(buffer, reading.result().keep_until if reading.exception() is None else None)

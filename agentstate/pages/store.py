@@ -47,10 +47,10 @@ _WITHIN = 1 << 20
 
 class Quota(NamedTuple):
     """How much a store may hold: ``max_bytes`` of extents (None: no limit of its own), and never so much that less
-    than ``free_share`` (0 to 1) of the file system is free."""
+    than ``free_fraction`` (0 to 1) of the file system is free."""
 
     max_bytes: int | None = None
-    free_share: float = 0.0
+    free_fraction: float = 0.0
 
 
 UNLIMITED = Quota()
@@ -90,7 +90,7 @@ class StoreStats:
 
 @dataclass(slots=True)
 class _Extent:
-    """An extent as the store works with it. Its file is deleted when it has no live page and no holder."""
+    """An extent as the store works with it. Its file is deleted when it has no live page and no pin."""
 
     number: int
     pages: int
@@ -98,7 +98,7 @@ class _Extent:
     file_bytes: int
     mtime_ns: int
     used: int = 0
-    holders: int = 0
+    pins: int = 0
     pinned_until_s: float = 0.0
     needed: bool = False
 
@@ -106,7 +106,7 @@ class _Extent:
         return ExtentRecord(self.pages, self.live, self.file_bytes, self.mtime_ns, self.used)
 
 
-class Hold:
+class Pin:
     """The pages of one request, in order, and where they lie: ``segments``. Until `close` they stay there, whatever is
     evicted or merged. A context manager."""
 
@@ -121,7 +121,7 @@ class Hold:
         numbers, self._numbers = self._numbers, set()
         self._store._release(numbers)
 
-    def __enter__(self) -> Hold:
+    def __enter__(self) -> Pin:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -269,7 +269,7 @@ class PageStore:
         return gained
 
     def _delete(self, extents: Iterable[_Extent]) -> None:
-        """Delete those of ``extents`` that have no live page, but for those that are held: `_release` deletes them.
+        """Delete those of ``extents`` that have no live page, but for those that are pinned: `_release` deletes them.
         The caller holds ``_writing``."""
         free = self._take([extent for extent in extents if not extent.live])
         if free:
@@ -281,9 +281,9 @@ class PageStore:
         self._count()
 
     def _take(self, extents: Iterable[_Extent]) -> list[_Extent]:
-        """Make the store forget those of ``extents`` that nothing holds; the caller deletes them."""
+        """Make the store forget those of ``extents`` that nothing pins; the caller deletes them."""
         with self._mutex:
-            taken = [extent for extent in extents if not extent.holders and extent.number in self._extents]
+            taken = [extent for extent in extents if not extent.pins and extent.number in self._extents]
             for extent in taken:
                 del self._extents[extent.number]
         return taken
@@ -372,7 +372,7 @@ class PageStore:
             for key, place in zip(keys, places, strict=True)
         ]
 
-    def hold(self, keys: Sequence[bytes]) -> Hold:
+    def pin(self, keys: Sequence[bytes]) -> Pin:
         """Find ``keys`` and keep them where they are. Raises KeyError, with the key, where one is not stored (any
         more)."""
         places = self._places(keys)
@@ -382,8 +382,8 @@ class PageStore:
                 missing = {number for number in numbers if number not in self._extents}
                 if not missing:
                     for number in numbers:
-                        self._extents[number].holders += 1
-                    return Hold(self, keys, self._segments(places), numbers)
+                        self._extents[number].pins += 1
+                    return Pin(self, keys, self._segments(places), numbers)
             # Something was merged or evicted since the look-up.
             before, places = places, self._places(keys)
             if places == before:
@@ -404,16 +404,16 @@ class PageStore:
 
     def _release(self, numbers: set[int]) -> None:
         with self._mutex:
-            held = [self._extents[number] for number in numbers]
-            for extent in held:
-                extent.holders -= 1
-            dead = [extent for extent in held if not extent.live]
+            pinned = [self._extents[number] for number in numbers]
+            for extent in pinned:
+                extent.pins -= 1
+            dead = [extent for extent in pinned if not extent.live]
         if dead:
             with self._writing:
                 if self._lock_fd is not None:
                     self._delete(dead)
 
-    def pin(self, keys: Iterable[bytes], seconds: float) -> None:
+    def pin_for(self, keys: Iterable[bytes], seconds: float) -> None:
         """Do not evict those of ``keys`` that are stored for that long, unless the process ends before: a pin is not
         persisted, and follows no clock that can be set. ``seconds`` of zero end a pin."""
         until = time.monotonic() + seconds
@@ -430,7 +430,7 @@ class PageStore:
                 self._extents[number].needed = number in numbers
 
     def collect(self) -> int:
-        """Evict everything that no live manifest needs and that is neither pinned nor held: how many bytes it was."""
+        """Evict everything that no live manifest needs and that is not pinned: how many bytes it was."""
         with self._writing:
             before = self.stats.bytes
             self._evict(self._take([extent for extent in self._evictable() if not extent.needed]))
@@ -453,7 +453,7 @@ class PageStore:
     def _excess(self, n_bytes: int) -> float:
         """How far ``n_bytes`` more would exceed the quota."""
         status = os.statvfs(self.directory)
-        free = status.f_bavail * status.f_frsize - self.quota.free_share * status.f_blocks * status.f_frsize
+        free = status.f_bavail * status.f_frsize - self.quota.free_fraction * status.f_blocks * status.f_frsize
         excess = n_bytes + self._being_written - free
         if self.quota.max_bytes is not None:
             excess = max(excess, self.stats.bytes + n_bytes + self._being_written - self.quota.max_bytes)
@@ -468,7 +468,7 @@ class PageStore:
     def _make_room(self, n_bytes: int, *, recycle: bool = False) -> Path | None:
         excess = self._excess(n_bytes)
         victims: list[_Extent] = []
-        # More than once only where something was held in the meantime.
+        # More than once only where something was pinned in the meantime.
         while (lacking := excess - sum(victim.file_bytes for victim in victims)) > 0:
             chosen: list[_Extent] = []
             for extent in sorted(self._evictable(), key=lambda extent: (extent.needed, extent.used)):
@@ -486,7 +486,7 @@ class PageStore:
     def _evictable(self) -> list[_Extent]:
         now = time.monotonic()
         with self._mutex:
-            return [extent for extent in self._extents.values() if not extent.holders and extent.pinned_until_s <= now]
+            return [extent for extent in self._extents.values() if not extent.pins and extent.pinned_until_s <= now]
 
     def _evict(self, victims: list[_Extent], *, recycle: bool = False) -> Path | None:
         """Delete extents that `_take` took, but for one if it is to be recycled: where it is now."""
@@ -624,7 +624,7 @@ class PageStore:
             self._count()
 
     def close(self) -> None:
-        """Close the store; what is held stays readable through the files that are open. May be called again."""
+        """Close the store; what is pinned stays readable through the files that are open. May be called again."""
         with self._writing:
             if self._lock_fd is None:
                 return

@@ -145,8 +145,8 @@ def recomputes_what_does_not_come(stack: LocalStack, drive: Path, store: str, la
     assert (computed.tokens, computed.cached) == (another.tokens, 0)
     assert agent.second_turn().tokens == wanted.tokens
     stats = ask_ranks(stack, "stat")
-    given_up = sum(pool["restore"]["timed_out"] for stat in stats for pool in (stat, *stat["pools"].values()))
-    assert given_up == 1
+    abandoned = sum(pool["restore"]["timed_out"] for stat in stats for pool in (stat, *stat["pools"].values()))
+    assert abandoned == 1
     assert {stat["restore"]["requests_failed"] for stat in stats} <= {0, 1}
     drive.write_text("1e12")
     suspend(stack)

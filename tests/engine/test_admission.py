@@ -23,7 +23,7 @@ def cache() -> AgentStateRadixCache:
     )
     cache.linker = _LinkerWrapper.__new__(_LinkerWrapper)
     cache.linker.cache, cache.linker.unlocked = tree, False
-    cache.linker.cache_linker = SimpleNamespace(tidy=lambda waiting: None, holds_pages=False)
+    cache.linker.cache_linker = SimpleNamespace(tidy=lambda waiting: None, quarantines_pages=False)
     offload = SimpleNamespace(publish_node_ids=[1], lock_node_id=1, lock_params=None)
     cache.linker.pending_offloads = [offload, offload]
     return cache
@@ -66,8 +66,8 @@ def test_it_is_tried_again_when_pages_that_were_held_come_back(cache: AgentState
         running_batch=SimpleNamespace(batch_is_full=True), waiting_queue=[], is_generation=True
     )
     linker: Any = cache.linker.cache_linker
-    linker.holds_pages, linker.stuck = True, False
-    linker.let_go = lambda: setattr(linker, "holds_pages", False)
+    linker.quarantines_pages, linker.stuck = True, False
+    linker.release_quarantine = lambda: setattr(linker, "holds_pages", False)
     cache.before_next_batch(scheduler)
     cache.before_next_batch(scheduler)
     assert not scheduler.running_batch.batch_is_full

@@ -64,14 +64,14 @@ def test_a_batch_that_does_not_arrive_in_time_is_given_up() -> None:
     arrivals.complete(batch, 0)
     for layer in range(2):
         arrivals.wait_until(layer)
-    assert arrivals.given_up(batch)
+    assert arrivals.abandoned(batch)
     # It arrives after all, when a forward has run without it.
     assert (arrivals.stuck, arrivals.finish(batch), arrivals.landed(batch)) == (True, False, False)
     arrivals.complete(batch, 1)
     assert arrivals.landed(batch)
     assert not arrivals.stuck
     arrivals.begin()
-    assert not arrivals.given_up(batch)
+    assert not arrivals.abandoned(batch)
     for layer in range(2):
         arrivals.complete(other, layer)
     assert arrivals.finish(other)
@@ -81,7 +81,7 @@ def test_a_batch_can_be_given_up_before_its_time() -> None:
     arrivals = Arrivals(1)
     batch = arrivals.begin()
     arrivals.set_consumer(batch)
-    arrivals.give_up(batch)
+    arrivals.abandon(batch)
     arrivals.wait_until(0)
     assert arrivals.stuck
     assert not arrivals.finish(batch)

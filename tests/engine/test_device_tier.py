@@ -79,7 +79,7 @@ class Linker:
         self.has_landed = False
         self.breaks = False
 
-    def load_ahead(self, rid: str, keys: list[bytes], slots: torch.Tensor) -> int:
+    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor) -> int:
         if self.breaks:
             raise OSError("of this test")
         self.loads.append(keys)
@@ -233,7 +233,7 @@ def test_a_request_waits_for_what_brings_its_pages(monkeypatch: pytest.MonkeyPat
     ]
     waiting = [own, *strangers, longer]
     engine = scheduler(waiting=waiting)
-    with tier.held_back(engine):
+    with tier.deferring(engine):
         assert engine.waiting_queue == strangers
         new = request(key_of(8), "new")
         engine.waiting_queue = [*strangers[1:], new]  # one was admitted, one came
@@ -241,14 +241,14 @@ def test_a_request_waits_for_what_brings_its_pages(monkeypatch: pytest.MonkeyPat
     # It does not wait for ever.
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 61)
-    with tier.held_back(engine):
+    with tier.deferring(engine):
         assert own in engine.waiting_queue
 
 
 def test_nobody_waits_when_nothing_is_on_its_way() -> None:
     tier, req = tier_of(Cache(free=64, evictable=0)), request(key_of(21))
     engine = scheduler(waiting=[req])
-    with tier.held_back(engine):
+    with tier.deferring(engine):
         assert engine.waiting_queue == [req]
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from agentstate.engines import Engine
 from engine_patch.metrics import Metrics
-from engine_patch.restore import Restored, Share, Source
+from engine_patch.restore import Restored, RestoredRequest, Source
 
 LABELS = {"model_name": "m", "tp_rank": "1"}
 
@@ -45,9 +45,12 @@ def test_counters_grow_by_what_has_been_counted_since_and_gauges_are_as_they_are
 
 def test_every_restore_is_in_the_histograms(metrics: Metrics) -> None:
     before = sample("restore_duration_seconds_count") or 0
-    two = {"a": Share(3, 2_000_000_000, frozenset({Source.COLD})), "b": Share(1, 10**9, frozenset({Source.COLD}))}
+    two = {
+        "a": RestoredRequest(3, 2_000_000_000, frozenset({Source.COLD})),
+        "b": RestoredRequest(1, 10**9, frozenset({Source.COLD})),
+    }
     metrics.restored(Restored(two, 1.5, 0.03, (0.03, 0.0)))
-    metrics.restored(Restored({"c": Share(1, 30_000_000, frozenset({Source.HOST}))}, 0.01))
+    metrics.restored(Restored({"c": RestoredRequest(1, 30_000_000, frozenset({Source.HOST}))}, 0.01))
     metrics.update(stat())
     assert sample("restore_duration_seconds_count") == before + 2
     assert sample("restore_duration_seconds_bucket", le="0.01") == 1

@@ -93,14 +93,14 @@ def scheduler(**cache: Any) -> Any:
 
 
 @pytest.mark.parametrize(("busy", "holds"), [(True, False), (False, True), (False, False)])
-def test_an_engine_does_not_count_its_memory_while_a_drive_writes_to_some_of_it(busy: bool, holds: bool) -> None:
+def test_an_engine_does_not_count_its_memory_while_a_drive_writes_to_some_of_it(busy: bool, quarantines: bool) -> None:
     idle: list[Any] = []
-    linker = SimpleNamespace(cache_linker=SimpleNamespace(holds_pages=holds))
+    linker = SimpleNamespace(cache_linker=SimpleNamespace(quarantines_pages=quarantines))
     engine = scheduler(device_tier=SimpleNamespace(busy=busy), linker=linker)
     healthy: list[str] = []
     engine.maybe_send_health_check_signal = lambda: healthy.append("it lives")
     plugin._while_idle(idle.append, engine)
-    assert (idle, healthy) == (([], ["it lives"]) if busy or holds else ([engine], []))
+    assert (idle, healthy) == (([], ["it lives"]) if busy or quarantines else ([engine], []))
     other = SimpleNamespace(tree_cache=object())
     plugin._while_idle(idle.append, other)
     assert idle[-1:] == [other]

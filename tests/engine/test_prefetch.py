@@ -174,7 +174,7 @@ def test_a_restore_joins_what_was_read_ahead_also_in_its_middle(rank: Rank, read
 def test_a_page_outside_of_the_request_that_joined_does_not_fail_it(rank: Rank, reader: LayerwiseReader) -> None:
     rank.write(keys(*range(8)))
     restorer = Restorer(rank.store, rank.pages, reader)
-    (segment,) = rank.store.hold(keys(1)).segments
+    (segment,) = rank.store.pin(keys(1)).segments
     offset, _ = segment.extent.layout.component_range(1, 0, segment.slot, 1)
     with segment.extent.path.open("r+b") as file:
         file.seek(offset)

@@ -31,12 +31,12 @@ def everything(allocator: PagedTokenToKVPoolAllocator) -> list[int]:
 def test_what_is_held_is_not_given_out_before_its_time(allocator: PagedTokenToKVPoolAllocator) -> None:
     (slots, pages), (others, _) = taken(allocator, 3), taken(allocator, 2)
     quarantine = Quarantine(allocator)
-    quarantine.hold(pages[1:])
+    quarantine.add(pages[1:])
     allocator.free(torch.cat([slots, others]))
     assert allocator.available_size() == (PAGES - 2) * PAGE_SIZE
     assert not set(everything(allocator)) & set(pages[1:].tolist())
     assert quarantine
-    quarantine.let_go()
+    quarantine.release()
     assert not quarantine
     assert everything(allocator) == list(range(1, PAGES + 1))
 
@@ -55,30 +55,30 @@ def test_every_way_back_is_guarded(allocator: PagedTokenToKVPoolAllocator) -> No
         in_a_group,
     ):
         slots, pages = taken(allocator, 2)
-        quarantine.hold(pages)
+        quarantine.add(pages)
         give_back(slots, pages)
         assert allocator.available_size() == (PAGES - 2) * PAGE_SIZE
-        quarantine.let_go()
+        quarantine.release()
         assert allocator.available_size() == PAGES * PAGE_SIZE
 
 
 def test_what_is_held_at_different_times_is_let_go_together(allocator: PagedTokenToKVPoolAllocator) -> None:
     (first, first_pages), (second, second_pages) = taken(allocator, 1), taken(allocator, 2)
     quarantine = Quarantine(allocator)
-    quarantine.hold(first_pages)
+    quarantine.add(first_pages)
     allocator.free(first)
-    quarantine.hold(second_pages)
+    quarantine.add(second_pages)
     allocator.free(second)
     assert allocator.available_size() == (PAGES - 3) * PAGE_SIZE
-    quarantine.let_go()
+    quarantine.release()
     assert everything(allocator) == list(range(1, PAGES + 1))
 
 
 def test_pages_that_have_not_come_back_yet_come_back_as_ever(allocator: PagedTokenToKVPoolAllocator) -> None:
     slots, pages = taken(allocator, 2)
     quarantine = Quarantine(allocator)
-    quarantine.hold(pages)
-    quarantine.let_go()
+    quarantine.add(pages)
+    quarantine.release()
     assert allocator.available_size() == (PAGES - 2) * PAGE_SIZE
     allocator.free(slots)
     assert everything(allocator) == list(range(1, PAGES + 1))
@@ -99,11 +99,11 @@ def test_pages_may_be_of_one_token(need_sort: bool) -> None:
     quarantine = Quarantine(allocator)
     assert Quarantine.works(allocator)
     slots = allocator.alloc(5)
-    quarantine.hold(slots[:3])
+    quarantine.add(slots[:3])
     allocator.free_group_begin()
     allocator.free(slots[:2])
     allocator.free_group_end()
     allocator.free_segment(slots[2:], start_pos=0)
     assert allocator.available_size() == 8 - 3
-    quarantine.let_go()
+    quarantine.release()
     assert sorted(allocator.alloc(8).tolist()) == list(range(1, 9))

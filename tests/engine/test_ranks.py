@@ -19,16 +19,16 @@ class Linker(SimpleNamespace):
         super().__init__(found=found, held=[], stuck=found.writing, tidied=0)
 
     @property
-    def holds_pages(self) -> bool:
+    def quarantines_pages(self) -> bool:
         return bool(self.held)
 
     def finish(self, index: int) -> Finished:
         return self.found
 
-    def hold(self, found: Finished) -> None:
+    def quarantine(self, found: Finished) -> None:
         self.held.append(found.numbers)
 
-    def let_go(self) -> None:
+    def release_quarantine(self) -> None:
         self.held.clear()
 
     def tidy(self, waiting: Any) -> None:

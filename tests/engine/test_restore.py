@@ -70,11 +70,11 @@ def released(restorer: Restorer, index: int) -> list[Future[None]]:
 
 
 def extent_of(rank: Rank, page: int) -> Path:
-    return rank.store.hold(keys(page)).segments[0].extent.path
+    return rank.store.pin(keys(page)).segments[0].extent.path
 
 
 def flip(rank: Rank, page: int, layer: int, component: int = 1) -> None:
-    (segment,) = rank.store.hold(keys(page)).segments
+    (segment,) = rank.store.pin(keys(page)).segments
     offset = segment.extent.layout.component_range(layer, component, segment.slot, 1)[0] + 5
     with segment.extent.path.open("r+b") as file:
         file.seek(offset)
@@ -122,12 +122,12 @@ def test_a_batch_tells_what_it_brought_back_and_from_where(rank: Rank, restorer:
     queue(restorer, "b", [4, 5], [14, 15])
     restored = restorer.finish(restorer.start()).restored
     assert restored is not None
-    assert {rid: (share.pages, share.sources) for rid, share in restored.shares.items()} == {
+    assert {rid: (share.pages, share.sources) for rid, share in restored.requests.items()} == {
         "a": (3, {Source.COLD}),
         "b": (2, {Source.HOST}),
     }
-    assert all(share.n_bytes >= share.pages * rank.store.geometry.page_bytes for share in restored.shares.values())
-    assert restored.n_bytes == sum(share.n_bytes for share in restored.shares.values())
+    assert all(share.n_bytes >= share.pages * rank.store.geometry.page_bytes for share in restored.requests.values())
+    assert restored.n_bytes == sum(share.n_bytes for share in restored.requests.values())
     assert restored.sources == {Source.COLD, Source.HOST}
     restorer.queue("a prefetch", keys(6), torch.tensor([3]), Source.DEVICE)
     restored = restorer.finish(restorer.start()).restored
@@ -141,7 +141,7 @@ def test_what_failed_is_not_told_as_restored(rank: Rank, restorer: Restorer) -> 
     found = restorer.finish(restorer.start())
     assert found.failed == {"a"}
     assert found.restored is not None
-    assert {rid: share.pages for rid, share in found.restored.shares.items()} == {"b": 3}
+    assert {rid: share.pages for rid, share in found.restored.requests.items()} == {"b": 3}
     queue(restorer, "a", [0, 1], [10, 11])
     found = restorer.finish(restorer.start())
     assert (found.failed, found.restored, found.writing) == ({"a"}, None, False)
@@ -330,7 +330,7 @@ def test_restoring_leaves_the_store_as_it_was(rank: Rank, restorer: Restorer) ->
     queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
     assert run(restorer) == set()
     reader = reader_for(rank.store.geometry)
-    requests = [rank.store.hold(keys(*range(8)))]
+    requests = [rank.store.pin(keys(*range(8)))]
     assert read(reader, requests) == expected(rank.store.geometry, requests)
     reader.close()
 
@@ -347,7 +347,7 @@ def test_what_was_read_ahead_is_copied_and_the_rest_goes_straight(rank: Rank, re
 def test_nothing_writes_to_the_device_once_a_batch_is_over(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     """A restore that breaks down in the middle lets go of its pages only when nobody reads into them any more."""
     rank.write(keys(0, 1, 2, 3))
-    second = rank.store.hold(keys(0)).segments[0].extent.layout.component_range(1, 0, 0, 1)[0]
+    second = rank.store.pin(keys(0)).segments[0].extent.layout.component_range(1, 0, 0, 1)[0]
     reading, released = threading.Event(), threading.Event()
     real = os.preadv
 
@@ -417,7 +417,7 @@ def test_a_drive_that_does_not_answer_is_not_waited_for(rank: Rank, monkeypatch:
 def test_what_is_loaded_ahead_is_in_no_requests_way(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     rank.write(keys(0))
     rank.write(keys(1))
-    inode = rank.store.hold(keys(0)).segments[0].extent.path.stat().st_ino
+    inode = rank.store.pin(keys(0)).segments[0].extent.path.stat().st_ino
     answers = threading.Event()
     real = os.preadv
 

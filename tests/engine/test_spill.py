@@ -45,7 +45,7 @@ def numbers(*pages: int) -> torch.Tensor:
 def stored(rank: Rank, pages: list[bytes]) -> Stored:
     """What the store holds of ``pages``: for each, for every layer, its components' bytes."""
     reader = reader_for(rank.store.geometry)
-    found: dict[tuple[int, int, int], Any] = read(reader, [rank.store.hold(pages)])
+    found: dict[tuple[int, int, int], Any] = read(reader, [rank.store.pin(pages)])
     reader.close()
     return [[found[0, layer, page] for layer in range(rank.store.geometry.layers)] for page in range(len(pages))]
 

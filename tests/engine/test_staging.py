@@ -57,7 +57,7 @@ def test_what_is_not_is_copied_there_and_put_in_its_slots_from_where_it_is(tmp_p
     store = PageStore(tmp_path, MARK, pages.geometry)
     for extent in ([0, 1, 2], [3]):
         write(store, keys(*extent))
-    damaged = store.hold(keys(1)).segments[0]
+    damaged = store.pin(keys(1)).segments[0]
     with damaged.extent.path.open("r+b") as file:
         file.seek(damaged.extent.layout.component_range(2, 0, damaged.slot, 1)[0])
         byte = file.read(1)[0]
@@ -67,7 +67,7 @@ def test_what_is_not_is_copied_there_and_put_in_its_slots_from_where_it_is(tmp_p
         pages.geometry, staging_bytes=4 * chunk_bytes, threads=2, chunk_bytes=chunk_bytes, backend=TensorBackend()
     )
     wrong = set()
-    with reader.open(store.hold(keys(0, 1, 2, 3))) as stream:
+    with reader.open(store.pin(keys(0, 1, 2, 3))) as stream:
         for chunk in stream:
             assert all(isinstance(array, torch.Tensor) for part in chunk.parts for array in part.arrays)
             wrong |= {(chunk.layer, page) for page in chunk.wrong}

@@ -205,7 +205,7 @@ def test_what_a_node_has_in_each_pool_is_stored_and_comes_back(
     assert [numbers.tolist() for numbers in found.numbers] == [[10, 11, 12], [1, 2], [7]]
     # Of all pools, once; its pages are those of full attention.
     assert restored is not None
-    assert {rid: share.pages for rid, share in restored.shares.items()} == {"r": 3}
+    assert {rid: share.pages for rid, share in restored.requests.items()} == {"r": 3}
     assert restored.n_bytes >= pools.n_bytes(3)
     assert 0 < restored.waited_s <= pools.gate.waited_s
     assert [page_of(stage.full, n)[layer] for n in (10, 11, 12) for layer in range(3)] == [
@@ -252,7 +252,7 @@ def test_one_bad_page_in_one_pool_fails_its_request(stage: Stage, opened: Callab
     pools = opened(PoolName.KV, PoolName.SWA)
     for page in (1, 2):
         assert offered(pools, transfer(PoolName.KV, [page], slots(page)), transfer(PoolName.SWA, [page], slots(page)))
-    (segment,) = stage.stores[PoolName.SWA].hold(keys(2)).segments
+    (segment,) = stage.stores[PoolName.SWA].pin(keys(2)).segments
     offset, _ = segment.extent.layout.component_range(1, 0, 0, 1)
     with segment.extent.path.open("r+b") as file:
         file.seek(offset)
@@ -265,7 +265,7 @@ def test_one_bad_page_in_one_pool_fails_its_request(stage: Stage, opened: Callab
         )
     found = pools.finish(pools.start(()))
     assert found.failed == {"r2"}
-    assert found.restored is not None and list(found.restored.shares) == ["r1"]
+    assert found.restored is not None and list(found.restored.requests) == ["r1"]
     assert pools.restorable(keys(2)) == []
     assert pools.restorable(keys(1)) == [1]
     stat = pools.stat()
@@ -289,7 +289,7 @@ def test_what_one_pool_waits_for_in_vain_is_given_up_in_all(
     assert [pages.addressable for pages in pools.device_pages.values()] == [straight, straight, False]
     for name, pages in ((PoolName.KV, keys(1, 2)), (PoolName.SWA, keys(1, 2)), (PoolName.MAMBA, keys(2))):
         write(stage.stores[name], pages)
-    inode = stage.stores[hanging].hold(keys(2)).segments[0].extent.path.stat().st_ino
+    inode = stage.stores[hanging].pin(keys(2)).segments[0].extent.path.stat().st_ino
     answers = threading.Event()
     real = os.preadv
 
@@ -313,8 +313,8 @@ def test_what_one_pool_waits_for_in_vain_is_given_up_in_all(
     assert (found.failed, found.restored, found.writing) == ({"r"}, None, written)
     assert pools.stuck
     if written:
-        pools.hold(found.numbers)
-    assert pools.holds is written
+        pools.quarantine(found.numbers)
+    assert pools.quarantines is written
     for name, allocator in attention.items():
         allocator.free(device[name])
         assert allocator.available_size() == free[name] - (2 * PAGE_SIZE if written else 0)
@@ -327,8 +327,8 @@ def test_what_one_pool_waits_for_in_vain_is_given_up_in_all(
     # What nobody waits for any more is written nowhere, but where the drive itself had been told to write it.
     changed = [not torch.equal(as_bytes(tensor), kept) for tensor, kept in zip(tensors, before, strict=True)]
     assert any(changed) is written
-    pools.let_go()
-    assert not pools.holds
+    pools.release_quarantine()
+    assert not pools.quarantines
     assert {name: allocator.available_size() for name, allocator in attention.items()} == free
 
 

@@ -42,8 +42,8 @@ def work(directory: Path) -> None:
     found = [name for name in NAMES if name in store]
     assert {*NAMES} - {*found} <= DROPPED, "lost"
     reader = reader_for(GEOMETRY)
-    with store.hold(found) as hold:
-        assert read(reader, [hold]) == expected(GEOMETRY, [hold]), "wrong"
+    with store.pin(found) as pin:
+        assert read(reader, [pin]) == expected(GEOMETRY, [pin]), "wrong"
     reader.close()
     write(store, keys("new"))
     store.drop(NAMES[9])

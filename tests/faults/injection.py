@@ -81,14 +81,14 @@ def merged(store: PageStore) -> None:
 
 def read_all(store: PageStore) -> None:
     reader = reader_for(GEOMETRY)
-    with store.hold(keys(*sorted(BEFORE))) as hold:
-        read(reader, [hold])
+    with store.pin(keys(*sorted(BEFORE))) as pin:
+        read(reader, [pin])
     reader.close()
 
 
 def held(store: PageStore) -> None:
     """A hold keeps an extent that is superseded."""
-    store.kept = store.hold(keys(3))  # type: ignore[attr-defined]
+    store.kept = store.pin(keys(3))  # type: ignore[attr-defined]
     write(store, keys(3), version=1)
 
 
@@ -215,8 +215,8 @@ class Run:
             self.outcome.lost += len(lost)
             self.problem(f"{whose} lost {sorted(lost)}")
         reader = reader_for(GEOMETRY)
-        with store.hold([key(page) for page in there]) as hold:
-            got = read(reader, [hold])
+        with store.pin([key(page) for page in there]) as pin:
+            got = read(reader, [pin])
         reader.close()
         versions: dict[int, int | None] = {}
         for at, page in enumerate(there):
@@ -242,8 +242,8 @@ class Run:
             self.problem(f"after {shim.faults_last().decode()} nothing can be written: {error!r}")
             return
         reader = reader_for(GEOMETRY)
-        with store.hold(keys("again")) as hold:
-            if None in read(reader, [hold]).values():
+        with store.pin(keys("again")) as pin:
+            if None in read(reader, [pin]).values():
                 self.problem("what is written afterwards cannot be read")
         reader.close()
         store.drop(key("again"))

@@ -35,8 +35,8 @@ def readable(store: PageStore) -> set[bytes]:
     """The pages that are found and verified; every one of them is as it was written."""
     found = [page for page in (*DAMAGED, *OTHERS) if page in store]
     reader = reader_for(GEOMETRY)
-    with store.hold(found) as hold:
-        got, right = read(reader, [hold]), expected(GEOMETRY, [hold])
+    with store.pin(found) as pin:
+        got, right = read(reader, [pin]), expected(GEOMETRY, [pin])
     reader.close()
     refused = set()
     for place, components in got.items():
@@ -48,8 +48,8 @@ def readable(store: PageStore) -> set[bytes]:
 
 
 def test_a_flipped_bit_costs_the_pages_that_it_concerns(store: PageStore, counted: Counter[str]) -> None:
-    with store.hold(DAMAGED) as hold:
-        (segment,) = hold.segments
+    with store.pin(DAMAGED) as pin:
+        (segment,) = pin.segments
     path, layout = segment.extent.path, segment.extent.layout
     raw = path.read_bytes()
     header = PREFIX.size + PREFIX.unpack_from(raw)[2]
@@ -128,13 +128,13 @@ def test_a_clock_that_jumps_changes_neither_the_order_of_eviction_nor_a_pin(
         monkeypatch.setattr(time, "time_ns", lambda now_s=now_s: int(now_s * 1e9))
         write(store, keys(number))
         # The times of files follow the clock too.
-        (path,) = {segment.extent.path for segment in store.hold(keys(number)).segments}
+        (path,) = {segment.extent.path for segment in store.pin(keys(number)).segments}
         os.utime(path, (now_s, now_s))
     store.close()
     store = PageStore(directory / "rank0", MARK, GEOMETRY)
     one = store.draft_bytes(1)
     assert store.prefix_length(keys(0)) == 1
-    store.pin(keys(1), 3600.0)
+    store.pin_for(keys(1), 3600.0)
     monkeypatch.setattr(time, "time", lambda: 9e9)
     left = []
     for pages in (3, 2, 1):

@@ -39,7 +39,7 @@ def test_no_page_is_lost_or_wrong_whatever_threads_do_at_once(directory: Path, e
     store = PageStore(directory / "rank0", MARK, GEOMETRY, quota)
     pinned, base = CHAINS[0][:4], set[bytes]()
     write(store, pinned)
-    store.pin(pinned, 3600.0)
+    store.pin_for(pinned, 3600.0)
     for chain in CHAINS[1:3]:
         write(store, chain[:4])
         base.update(chain[:4])
@@ -64,14 +64,14 @@ def test_no_page_is_lost_or_wrong_whatever_threads_do_at_once(directory: Path, e
         chain = chance.choice(CHAINS)
         found = chain[: store.prefix_length(chain)]
         try:
-            hold = store.hold(found)
+            pin = store.pin(found)
         except KeyError:
             assert extents is not None, "lost between the look-up and the hold"
             return
-        with hold:
+        with pin:
             done["held"] += 1
             time.sleep(chance.random() / 200)
-            for (_, layer, page), components in read(reader, [hold]).items():
+            for (_, layer, page), components in read(reader, [pin]).items():
                 assert components in RIGHT[found[page], layer]
                 done["read"] += 1
 
@@ -86,7 +86,7 @@ def test_no_page_is_lost_or_wrong_whatever_threads_do_at_once(directory: Path, e
 
     def steering(chance: random.Random) -> None:
         store.need(chance.choice(CHAINS), only=chance.random() < 0.3)
-        store.pin(pinned, 3600.0)
+        store.pin_for(pinned, 3600.0)
         if extents is not None:
             act = chance.choice([lambda: store.make_room(one), store.collect])
             with suppress(PageStoreFull):
@@ -127,7 +127,7 @@ def test_no_page_is_lost_or_wrong_whatever_threads_do_at_once(directory: Path, e
         assert base <= found and store.stats.pages_evicted == 0
     files = {path: path.stat().st_size for path in (store.directory / "extents").iterdir()}
     assert (store.stats.extents, store.stats.bytes, store.stats.pages) == (len(files), sum(files.values()), len(found))
-    assert {store.hold([page]).segments[0].extent.path for page in found} == set(files)
+    assert {store.pin([page]).segments[0].extent.path for page in found} == set(files)
     store.close()
     again = PageStore(directory / "rank0", MARK, GEOMETRY)
     assert {page for chain in CHAINS for page in chain if page in again} == found

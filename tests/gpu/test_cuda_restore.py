@@ -95,7 +95,7 @@ def test_what_was_spilled_is_restored_bit_for_bit(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_flipped_bit_is_found(staged: Callable[..., Stage], backend: str, layer: int) -> None:
     stage = staged(backend, "gqa", torch.bfloat16)
-    (segment,) = stage.store.hold(keys(2)).segments
+    (segment,) = stage.store.pin(keys(2)).segments
     with segment.extent.path.open("r+b") as file:
         file.seek(segment.extent.layout.component_range(layer, 1, segment.slot, 1)[0] + 77)
         byte = file.read(1)[0]
@@ -112,7 +112,7 @@ def test_a_flipped_bit_is_found(staged: Callable[..., Stage], backend: str, laye
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_truncated_extent_fails_its_own_requests(staged: Callable[..., Stage], backend: str) -> None:
     stage = staged(backend, "mla", torch.bfloat16)
-    extent = stage.store.hold(keys(9)).segments[0].extent
+    extent = stage.store.pin(keys(9)).segments[0].extent
     with extent.path.open("r+b") as file:
         file.truncate(extent.layout.data_offset + extent.layout.slab_bytes)
     assert stage.restore(bad=([9, 7], [10, 11]), good=([0, 1], [4, 5])) == {"bad"}

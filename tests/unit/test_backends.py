@@ -107,20 +107,20 @@ def reader_of(geometry: Geometry, backend: ReadBackend, chunk_bytes: int = 1 << 
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
 def test_pages_come_back(store: PageStore, backend: ReadBackend, chunk_bytes: int) -> None:
     reader = reader_of(store.geometry, backend, chunk_bytes)
-    requests = [store.hold(keys(*range(6))), store.hold(keys(4, 1))]
+    requests = [store.pin(keys(*range(6))), store.pin(keys(4, 1))]
     assert read(reader, requests) == expected(store.geometry, requests)
     reader.close()
 
 
 def test_damage_costs_its_own_pages(store: PageStore, backend: ReadBackend) -> None:
-    flipped, cut = store.hold(keys(2)).segments[0].extent, store.hold(keys(3)).segments[0].extent
+    flipped, cut = store.pin(keys(2)).segments[0].extent, store.pin(keys(3)).segments[0].extent
     with flipped.path.open("r+b") as file:
         file.seek(flipped.layout.component_range(1, 0, 0, 1)[0])
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
     os.truncate(cut.path, cut.layout.data_offset + cut.layout.slab_bytes)
-    request = store.hold(keys(*range(6)))
+    request = store.pin(keys(*range(6)))
     reader = reader_of(store.geometry, backend)
     found = read(reader, [request])
     reader.close()
@@ -132,11 +132,11 @@ def test_damage_costs_its_own_pages(store: PageStore, backend: ReadBackend) -> N
 
 
 def test_a_header_that_is_damaged_is_not_read_on(store: PageStore, backend: ReadBackend) -> None:
-    extent = store.hold(keys(2)).segments[0].extent
+    extent = store.pin(keys(2)).segments[0].extent
     with extent.path.open("r+b") as file:
         file.write(b"not an extent")
     reader = reader_of(store.geometry, backend)
-    found = read(reader, [store.hold(keys(2))])
+    found = read(reader, [store.pin(keys(2))])
     reader.close()
     assert set(found.values()) == {None}
 
@@ -144,7 +144,7 @@ def test_a_header_that_is_damaged_is_not_read_on(store: PageStore, backend: Read
 def test_a_buffer_is_not_overwritten_before_its_consumer_allows_it(store: PageStore, backend: ReadBackend) -> None:
     """Two buffers for many chunks: what one holds is looked at only when it is about to be read into again."""
     reader = LayerwiseReader(store.geometry, staging_bytes=1, threads=2, chunk_bytes=1, backend=backend)
-    right = expected(store.geometry, [store.hold(keys(*range(6)))])
+    right = expected(store.geometry, [store.pin(keys(*range(6)))])
     looked: list[bool] = []
 
     def looking(chunk: Chunk) -> Callable[[], None]:
@@ -156,11 +156,11 @@ def test_a_buffer_is_not_overwritten_before_its_consumer_allows_it(store: PageSt
 
         return look
 
-    with reader.open(store.hold(keys(*range(6)))) as stream:
+    with reader.open(store.pin(keys(*range(6)))) as stream:
         for chunk in stream:
             chunk.keep_until = looking(chunk)
     # The next stream takes the last two.
-    assert read(reader, [store.hold(keys(*range(6)))]) == right
+    assert read(reader, [store.pin(keys(*range(6)))]) == right
     assert looked == [True] * len(right)
     reader.close()
 
@@ -225,14 +225,14 @@ def test_kvikio_is_told_to_leave_the_driver_of_cufile_alone_where_it_would_hang(
 
 def test_a_page_of_another_layer_is_found_with_every_backend(store: PageStore, backend: ReadBackend) -> None:
     """A device that answers with an intact block from elsewhere."""
-    extent = store.hold(keys(2)).segments[0].extent
+    extent = store.pin(keys(2)).segments[0].extent
     raw = extent.path.read_bytes()
     first, second = (extent.layout.component_range(layer, 0, 0, 1) for layer in (0, 1))
     with extent.path.open("r+b") as file:
         file.seek(second[0])
         file.write(raw[first[0] : sum(first)])
     reader = reader_of(store.geometry, backend)
-    found = read(reader, [store.hold(keys(2))])
+    found = read(reader, [store.pin(keys(2))])
     reader.close()
     assert [layer for (_, layer, _), data in found.items() if data is None] == [1]
     assert key(2) in store

@@ -231,12 +231,12 @@ def test_no_flipped_byte_yields_a_wrong_page(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(reading, "open_direct", lambda path, flags: os.open(path, flags))
     reader = reader_for(TINY, 32 << 10)
     outcomes = {"refused": 0, "found": 0, "harmless": 0}
-    with path.open("r+b", buffering=0) as file, store.hold(pages) as hold:
-        right = expected(TINY, [hold])
+    with path.open("r+b", buffering=0) as file, store.pin(pages) as pin:
+        right = expected(TINY, [pin])
         for position, byte in enumerate(original):
             for mask in (1 << position % 8, 0xFF):
                 os.pwrite(file.fileno(), bytes([byte ^ mask]), position)
-                found = read(reader, [hold])
+                found = read(reader, [pin])
                 assert found.keys() == right.keys()
                 wrong = {place for place in right if found[place] != right[place]}
                 assert all(found[place] is None for place in wrong), position
@@ -268,8 +268,8 @@ def test_bytes_of_another_page_or_layer_are_found_to_be_wrong(tmp_path: Path) ->
     write(store, keys(1, 2))
     (path,) = (tmp_path / "extents").iterdir()
     raw = path.read_bytes()
-    layout = store.hold(keys(1)).segments[0].extent.layout
-    requests = [store.hold(keys(1, 2))]
+    layout = store.pin(keys(1)).segments[0].extent.layout
+    requests = [store.pin(keys(1, 2))]
     right = expected(WIDE, requests)
     here, length = layout.component_range(0, 1, 0, 1)
     for layer, page in [(0, 1), (1, 0)]:

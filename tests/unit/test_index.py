@@ -102,11 +102,11 @@ def test_an_index_that_errs_never_makes_a_wrong_page_right(tmp_path: Path, numbe
     if number == 3:
         assert key(1) not in store and store.prefix_length(keys(1)) == 0
         with pytest.raises(KeyError):
-            store.hold(keys(1))
+            store.pin(keys(1))
     else:
         reader = reader_for(MLA)
-        with store.hold(keys(1, 2)) as hold:
-            found, right = read(reader, [hold]), expected(MLA, [hold])
+        with store.pin(keys(1, 2)) as pin:
+            found, right = read(reader, [pin]), expected(MLA, [pin])
         reader.close()
         assert all(components is None for (_, _, page), components in found.items() if page == 0)
         assert all(found[place] == right[place] for place in right if place[2] == 1)
@@ -144,7 +144,7 @@ def test_a_store_whose_index_cannot_be_read_finds_nothing(tmp_path: Path) -> Non
     assert store.prefix_length(keys(1)) == 0
     assert key(1) not in store
     with pytest.raises(KeyError):
-        store.hold(keys(1))
+        store.pin(keys(1))
     store.drop(key(1))
     store.close()
     assert pages_of(tmp_path) == 1

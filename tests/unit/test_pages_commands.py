@@ -90,7 +90,7 @@ def test_ls_counts_what_is_stored(store: Path) -> None:
 
 def test_an_empty_directory_is_no_error(home: Path) -> None:
     assert answer("ls") == []
-    assert answer("du") == {"stores": [], "disk_free_share": None}
+    assert answer("du") == {"stores": [], "disk_free_fraction": None}
     assert "no pages" in run("ls").stdout
     assert answer("check")["extents"] == 0
 
@@ -127,7 +127,7 @@ def test_du_splits_the_bytes(store: Path) -> None:
     assert (row["live"], row["superseded"]) == (6 * MHA.page_bytes, 2 * MHA.page_bytes)
     parts = ("live", "superseded", "unreadable", "partial", "index", "overhead")
     assert row["total"] == sum(row[part] for part in parts)
-    assert 0 <= found["disk_free_share"] <= 1
+    assert 0 <= found["disk_free_fraction"] <= 1
     assert "of the disk is free" in run("du").stdout
 
 

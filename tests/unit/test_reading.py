@@ -20,9 +20,9 @@ from agentstate.pages import (
     Chunk,
     Destination,
     Geometry,
-    Hold,
     LayerwiseReader,
     PageStore,
+    Pin,
     Stream,
     reading,
     staging_memory,
@@ -52,12 +52,12 @@ def _is_extent(fd: str) -> bool:
         return False
 
 
-def batch(store: PageStore) -> list[Hold]:
+def batch(store: PageStore) -> list[Pin]:
     return [
-        store.hold(keys(*range(12))),
-        store.hold(keys(0)),
-        store.hold(keys(*range(11, -1, -1))),
-        store.hold(keys(3, 3, 9, 0)),
+        store.pin(keys(*range(12))),
+        store.pin(keys(0)),
+        store.pin(keys(*range(11, -1, -1))),
+        store.pin(keys(3, 3, 9, 0)),
     ]
 
 
@@ -76,7 +76,7 @@ def test_pages_of_several_extents_take_as_few_chunks_as_those_of_one(tmp_path: P
     for first in range(0, 16, 4):
         write(store, keys(*range(first, first + 4)))
     reader = reader_for(geometry, chunk_bytes=8 * geometry.layer_bytes)
-    with reader.open(store.hold(keys(*range(16)))) as stream:
+    with reader.open(store.pin(keys(*range(16)))) as stream:
         chunks = [(chunk.layer, chunk.first, chunk.count) for chunk in stream]
     reader.close()
     store.close()
@@ -86,27 +86,27 @@ def test_pages_of_several_extents_take_as_few_chunks_as_those_of_one(tmp_path: P
 @pytest.mark.parametrize("chunk_bytes", [1, 20_000, 1 << 20])
 def test_chunks_come_in_the_order_of_their_layers_and_cover_every_page_once(store: PageStore, chunk_bytes: int) -> None:
     reader = reader_for(store.geometry, chunk_bytes)
-    for hold in batch(store):
-        with reader.open(hold) as stream:
+    for pin in batch(store):
+        with reader.open(pin) as stream:
             chunks = [(chunk.layer, chunk.first, chunk.count) for chunk in stream]
         assert chunks == sorted(chunks)
         covered = [(layer, page) for layer, first, count in chunks for page in range(first, first + count)]
-        assert covered == [(layer, page) for layer in range(store.geometry.layers) for page in range(len(hold.keys))]
+        assert covered == [(layer, page) for layer in range(store.geometry.layers) for page in range(len(pin.keys))]
     reader.close()
 
 
 def test_a_request_for_nothing_changes_nothing_for_the_others(store: PageStore) -> None:
     reader = reader_for(store.geometry)
-    requests = [store.hold([]), store.hold(keys(1, 2)), store.hold([])]
+    requests = [store.pin([]), store.pin(keys(1, 2)), store.pin([])]
     assert read(reader, requests) == expected(store.geometry, requests)
-    with reader.open(store.hold([])) as stream:
+    with reader.open(store.pin([])) as stream:
         assert list(stream) == []
     reader.close()
 
 
 def test_layers_are_asked_for_in_order(store: PageStore) -> None:
     reader = reader_for(store.geometry)
-    with reader.open(store.hold(keys(1))) as stream:
+    with reader.open(store.pin(keys(1))) as stream:
         stream.hurry()
         with pytest.raises(ValueError, match="layer 1 was asked for and 0 is the next"):
             next(stream.layer(1))
@@ -118,8 +118,8 @@ def test_layers_are_asked_for_in_order(store: PageStore) -> None:
 def test_streams_that_wait_leave_room_for_the_one_that_is_consumed(store: PageStore) -> None:
     """However many streams wait with all the memory they can get, one more is read to its end, and then they are."""
     reader = reader_for(store.geometry, chunk_bytes=1)
-    waiting = [reader.open(store.hold(keys(*range(12)))) for _ in range(3)]
-    with reader.open(store.hold(keys(3, 2, 1))) as stream:
+    waiting = [reader.open(store.pin(keys(*range(12)))) for _ in range(3)]
+    with reader.open(store.pin(keys(3, 2, 1))) as stream:
         assert len(
             {(chunk.layer, page) for chunk in stream for page in range(chunk.first, chunk.first + chunk.count)}
         ) == (3 * store.geometry.layers)
@@ -134,7 +134,7 @@ def test_what_is_read_ahead_is_there_when_the_stream_is_consumed(
     store: PageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = LayerwiseReader(store.geometry, staging_bytes=64 << 20, threads=1)
-    stream = reader.open(store.hold(keys(0, 1)))
+    stream = reader.open(store.pin(keys(0, 1)))
     while stream.staged is None:
         time.sleep(0.001)
     assert reader.staged_bytes == len(stream.ahead) * reader.chunk_bytes > 0
@@ -150,20 +150,20 @@ def test_the_staging_memory_is_bounded_also_when_a_layer_is_larger(store: PageSt
     least = store.geometry.layer_bytes + 2 * 4096 * len(store.geometry.component_bytes)
     # Two buffers that hold a page each, when the bound is smaller than that.
     assert len(reader.staging) <= max(staging_bytes + 2 * 4096, 2 * (least + 4096))
-    requests = [store.hold(keys(*[page % 12 for page in range(48)]))]
+    requests = [store.pin(keys(*[page % 12 for page in range(48)]))]
     assert read(reader, requests) == expected(store.geometry, requests)
-    with reader.open(store.hold(keys(*[page % 12 for page in range(48)]))) as stream:
+    with reader.open(store.pin(keys(*[page % 12 for page in range(48)]))) as stream:
         assert max(chunk.n_bytes for chunk in stream) <= reader.chunk_bytes
     reader.close()
 
 
 def test_bytes_read_are_counted_and_are_little_more_than_what_was_asked_for(store: PageStore) -> None:
     reader = reader_for(store.geometry)
-    with reader.open(store.hold(keys(*range(12)))) as stream:
+    with reader.open(store.pin(keys(*range(12)))) as stream:
         counted = sum(chunk.n_bytes for chunk in stream)
     reader.close()
     asked = 12 * store.geometry.page_bytes
-    per_layer = len(stream.hold.segments) * len(store.geometry.component_bytes)
+    per_layer = len(stream.pin.segments) * len(store.geometry.component_bytes)
     assert asked <= counted <= asked + store.geometry.layers * per_layer * 2 * 4096
 
 
@@ -196,7 +196,7 @@ def test_what_has_a_destination_is_read_there(store: PageStore, own: range, chun
     reader = reader_for(store.geometry, chunk_bytes)
     memory, destination = landing(20, [range(5, 9), range(2), range(14, 20)], own)
     numbers = [5, 6, 7, 8, 0, 1, 14, 15, 16, 17, 18, 19][: len(own)]
-    with reader.open(store.hold(keys(*range(12)))) as stream:
+    with reader.open(store.pin(keys(*range(12)))) as stream:
         while ahead and stream.staged is None:
             time.sleep(0.001)
         stream.hurry(destination)
@@ -220,14 +220,14 @@ def test_what_has_a_destination_is_read_there(store: PageStore, own: range, chun
 @pytest.mark.parametrize("store", ["WIDE"], indirect=True)
 def test_a_destination_takes_no_staging_and_its_wrong_pages_are_told(store: PageStore) -> None:
     reader = LayerwiseReader(WIDE, staging_bytes=1, threads=3)
-    waiting = reader.open(store.hold(keys(*range(12))))
-    damaged, cut = store.hold(keys(2)).segments[0].extent, store.hold(keys(4)).segments[0].extent
+    waiting = reader.open(store.pin(keys(*range(12))))
+    damaged, cut = store.pin(keys(2)).segments[0].extent, store.pin(keys(4)).segments[0].extent
     with damaged.path.open("r+b") as file:
         file.seek(damaged.layout.component_range(1, 1, 0, 1)[0])
         file.write(b"other")
     os.truncate(cut.path, cut.layout.component_range(1, 0, 0, 1)[0])
     memory, destination = landing(12, [range(12)], range(12))
-    with reader.open(store.hold(keys(*range(12)))) as stream:
+    with reader.open(store.pin(keys(*range(12)))) as stream:
         stream.hurry(destination)
         chunks = list(chunk for layer in range(2) for chunk in stream.layer(layer))
     assert sorted((chunk.layer, page) for chunk in chunks for page in chunk.wrong) == [(1, 2), (1, 4), (1, 6), (1, 7)]
@@ -245,7 +245,7 @@ def test_one_call_reads_to_no_more_places_than_the_system_allows(
     monkeypatch.setattr(reading, "_MOST_ARRAYS", 3)
     reader = reader_for(WIDE)
     memory, destination = landing(24, [range(0, 24, 2)], range(12))
-    with reader.open(store.hold(keys(*range(12)))) as stream:
+    with reader.open(store.pin(keys(*range(12)))) as stream:
         stream.hurry(destination)
         chunks = [chunk for layer in range(2) for chunk in stream.layer(layer)]
     assert sum(chunk.n_bytes for chunk in chunks if not chunk.parts) > 0
@@ -260,8 +260,8 @@ def test_streams_are_consumed_together_in_the_order_in_which_they_were_hurried(
 ) -> None:
     """Whichever was opened first, with what little memory there is taken by streams that wait."""
     reader = LayerwiseReader(store.geometry, staging_bytes=staging_bytes, threads=4)
-    waiting = reader.open(store.hold(keys(*range(12))))
-    streams = [reader.open(store.hold(keys(*range(12)))) for _ in range(3)][::-1]
+    waiting = reader.open(store.pin(keys(*range(12))))
+    streams = [reader.open(store.pin(keys(*range(12)))) for _ in range(3)][::-1]
     time.sleep(0.02)  # until they have what there is
     for stream in streams:
         stream.hurry()
@@ -277,21 +277,21 @@ def test_the_first_layer_is_read_before_any_other(store: PageStore, monkeypatch:
     """By all threads, and the others when it is there."""
     reader = LayerwiseReader(store.geometry, staging_bytes=4 << 20, threads=3)
     begun: list[int] = []
-    hold = threading.Event()
+    pin = threading.Event()
     real = Stream._read
 
     def slow(stream: Stream, buffer: object, free_after: object, chunk: Chunk, run: object) -> Chunk:
         begun.append(chunk.layer)
-        assert chunk.layer or hold.wait(30)
+        assert chunk.layer or pin.wait(30)
         return real(stream, buffer, free_after, chunk, run)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Stream, "_read", slow)
-    with reader.open(store.hold(keys(*range(12)))) as stream:
+    with reader.open(store.pin(keys(*range(12)))) as stream:
         while not begun:
             time.sleep(0.001)
         time.sleep(0.05)
         assert set(begun) == {0}
-        hold.set()
+        pin.set()
         assert sum(chunk.count for chunk in stream) == 12 * store.geometry.layers
     assert begun.index(1) == begun.count(0)
     reader.close()
@@ -300,7 +300,7 @@ def test_the_first_layer_is_read_before_any_other(store: PageStore, monkeypatch:
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_a_consumer_that_stops_early_leaks_nothing(store: PageStore, after: int) -> None:
     reader = reader_for(store.geometry, chunk_bytes=1)
-    stream = reader.open(store.hold(keys(*range(12))))
+    stream = reader.open(store.pin(keys(*range(12))))
     chunks = iter(stream)
     for _ in range(after):
         next(chunks)
@@ -351,12 +351,12 @@ def test_an_extent_that_is_gone_costs_its_own_pages_only_and_leaks_nothing(store
 def test_a_file_that_is_truncated_after_it_was_opened_fails_its_own_chunks_only(store: PageStore) -> None:
     """Layer 0 of the extent is still there; all the later ones are not."""
     reader = reader_for(store.geometry, chunk_bytes=1)
-    requests = [store.hold(keys(2)), store.hold(keys(0, 1, 2, 3))]
+    requests = [store.pin(keys(2)), store.pin(keys(0, 1, 2, 3))]
     extent = requests[0].segments[0].extent
     os.truncate(extent.path, extent.layout.data_offset + extent.layout.slab_bytes)
     found = {}
-    for number, hold in enumerate(requests):
-        with reader.open(hold) as stream:
+    for number, pin in enumerate(requests):
+        with reader.open(pin) as stream:
             for chunk in stream:
                 for page in range(chunk.first, chunk.first + chunk.count):
                     found[number, chunk.layer, page] = chunk
@@ -386,7 +386,7 @@ def test_a_file_that_is_truncated_after_it_was_opened_fails_its_own_chunks_only(
 
 def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = reader_for(store.geometry, chunk_bytes=1)
-    requests = [store.hold(keys(8, 2)), store.hold(keys(4, 6, 7))]
+    requests = [store.pin(keys(8, 2)), store.pin(keys(4, 6, 7))]
     bad = requests[0].segments[1].extent.path
     real = os.preadv
 
@@ -396,9 +396,9 @@ def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypa
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    for number, hold in enumerate(requests):
+    for number, pin in enumerate(requests):
         layers = set()
-        with reader.open(hold) as stream:
+        with reader.open(pin) as stream:
             for chunk in stream:
                 needs_bad = number == 0 and chunk.first <= 1 < chunk.first + chunk.count
                 assert [error.errno for _, error in chunk.unread if isinstance(error, OSError)] == (
@@ -413,7 +413,7 @@ def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypa
 
 def test_the_wrong_pages_of_a_chunk_are_named(store: PageStore) -> None:
     reader = reader_for(store.geometry)
-    request = store.hold(keys(11, 10, 9, 8, 3))
+    request = store.pin(keys(11, 10, 9, 8, 3))
     (segment,) = request.segments
     last = len(store.geometry.component_bytes) - 1
     with segment.extent.path.open("r+b") as file:
@@ -433,10 +433,10 @@ def test_the_wrong_pages_of_a_chunk_are_named(store: PageStore) -> None:
 
 def test_pages_of_another_fingerprint_or_key_are_wrong(store: PageStore) -> None:
     reader = reader_for(store.geometry)
-    request = store.hold(keys(4, 6))
+    request = store.pin(keys(4, 6))
     request.fingerprint = key("another model")
     assert set(read(reader, [request]).values()) == {None}
-    misplaced = store.hold(keys(4, 6))
+    misplaced = store.pin(keys(4, 6))
     misplaced.keys = keys(4, 7)
     found = read(reader, [misplaced])
     reader.close()
@@ -474,9 +474,9 @@ def test_any_segments_of_any_geometry_come_back(
             write(store, rest[:pages])
             del rest[:pages]
         requests = [
-            store.hold(order.choices(names, k=order.randint(1, 12))),
-            store.hold(names),
-            store.hold(order.sample(names, k=order.randint(1, len(names)))),
+            store.pin(order.choices(names, k=order.randint(1, 12))),
+            store.pin(names),
+            store.pin(order.sample(names, k=order.randint(1, len(names)))),
         ]
         reader = LayerwiseReader(geometry, staging_bytes=staging_bytes, threads=threads, chunk_bytes=chunk_bytes)
         assert read(reader, requests) == expected(geometry, requests)

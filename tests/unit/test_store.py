@@ -34,7 +34,7 @@ def reopened(store: PageStore) -> PageStore:
 def holds(store: PageStore, pages: list[bytes], version: int = 0) -> bool:
     """Whether ``pages`` come back as they were written."""
     reader = reader_for(store.geometry)
-    requests = [store.hold(pages)]
+    requests = [store.pin(pages)]
     try:
         return read(reader, requests) == expected(store.geometry, requests, version)
     finally:
@@ -80,10 +80,10 @@ def test_a_prefix_ends_before_the_first_page_that_is_missing(store: PageStore) -
 def test_neighbours_are_one_segment(store: PageStore) -> None:
     write(store, keys(1, 2, 3))
     write(store, keys(4, 5))
-    found = [(segment.slot, segment.pages, segment.first) for segment in store.hold(keys(2, 3, 4, 5, 1)).segments]
+    found = [(segment.slot, segment.pages, segment.first) for segment in store.pin(keys(2, 3, 4, 5, 1)).segments]
     assert found == [(1, 2, 0), (0, 2, 2), (0, 1, 4)]
     with pytest.raises(KeyError) as error:
-        store.hold(keys(1, 9))
+        store.pin(keys(1, 9))
     assert error.value.args == (key(9),)
 
 
@@ -108,7 +108,7 @@ def test_a_dropped_page_is_gone_until_it_is_written_again(store: PageStore) -> N
     assert holds(store, keys(1, 3))
     assert (store.stats.pages, store.stats.pages_dropped) == (2, 1)
     with pytest.raises(KeyError):
-        store.hold(keys(1, 2))
+        store.pin(keys(1, 2))
     write(store, keys(2), version=1)
     assert holds(store, keys(2), version=1)
     assert (store.stats.pages, store.stats.extents) == (3, 2)
@@ -158,7 +158,7 @@ def test_slabs_that_never_reached_the_disk_are_found_when_they_are_read(store: P
     path.write_bytes(raw[:4096] + bytes(len(raw) - 4096))
     store = reopened(store)
     reader = reader_for(store.geometry)
-    found = read(reader, [store.hold(keys(1, 2))])
+    found = read(reader, [store.pin(keys(1, 2))])
     reader.close()
     assert found and all(page is None for page in found.values())
     store.close()

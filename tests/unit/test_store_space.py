@@ -83,15 +83,15 @@ def test_what_no_manifest_needs_goes_first_and_what_one_does_is_counted(store: P
 def test_no_room_evicts_nothing(store: PageStore) -> None:
     for number in range(3):
         write(store, keys(number))
-    store.pin(keys(0), HOUR_S)
-    hold = store.hold(keys(1))
+    store.pin_for(keys(0), HOUR_S)
+    pin = store.pin(keys(1))
     store.quota = room_for(store, 3)
     with pytest.raises(PageStoreFull, match="cannot be evicted"):
         store.make_room(2 * store.draft_bytes(1))
     assert left(store) == [0, 1, 2]
     store.make_room(store.draft_bytes(1))
     assert left(store) == [0, 1]
-    hold.close()
+    pin.close()
     store.make_room(2 * store.draft_bytes(1))
     assert left(store) == [0]
 
@@ -100,22 +100,22 @@ def test_room_that_could_be_made_is_not_made_before_it_is_needed(store: PageStor
     for number in range(2):
         write(store, keys(number))
     store.quota = room_for(store, 2)
-    hold = store.hold(keys(1))
+    pin = store.pin(keys(1))
     store.require_room(store.draft_bytes(1))
     with pytest.raises(PageStoreFull, match="cannot be evicted"):
         store.require_room(2 * store.draft_bytes(1))
-    hold.close()
+    pin.close()
     store.require_room(2 * store.draft_bytes(1))
     assert left(store) == [0, 1]
 
 
 def test_a_share_of_the_disk_stays_free(store: PageStore) -> None:
     write(store, keys(1))
-    store.quota = Quota(free_share=1.0)
+    store.quota = Quota(free_fraction=1.0)
     with pytest.raises(PageStoreFull):
         write(store, keys(2))
     assert left(store) == [1]
-    store.quota = Quota(free_share=0.0)
+    store.quota = Quota(free_fraction=0.0)
     write(store, keys(2))
 
 
@@ -124,7 +124,7 @@ def test_needs_and_pins_follow_a_page_to_where_it_is_written_anew(store: PageSto
     for number in range(6):
         write(store, keys(number))
     store.need(keys(0), only=True)
-    store.pin(keys(2), HOUR_S)
+    store.pin_for(keys(2), HOUR_S)
     if how == "merged":
         assert merged(store, keys(0, 1), 2 * MLA.layer_bytes) == 2
         assert merged(store, keys(2, 3), 2 * MLA.layer_bytes) == 2
@@ -140,14 +140,14 @@ def test_a_page_that_is_held_somewhere_stays_there_when_it_is_merged_and_goes_wh
 ) -> None:
     for number in range(3):
         write(store, keys(number))
-    hold = store.hold(keys(1))
+    pin = store.pin(keys(1))
     assert merged(store, keys(0, 1, 2), 3 * MLA.layer_bytes) == 3
-    (old,) = {segment.extent.path for segment in hold.segments}
+    (old,) = {segment.extent.path for segment in pin.segments}
     reader = reader_for(MLA)
-    assert old.exists() and read(reader, [hold]) == expected(MLA, [hold])
+    assert old.exists() and read(reader, [pin]) == expected(MLA, [pin])
     reader.close()
-    hold.close()
-    hold.close()
+    pin.close()
+    pin.close()
     assert not old.exists()
     assert (store.stats.extents, store.stats.pages) == (1, 3)
     assert store.stats.bytes == store.draft_bytes(3)
@@ -170,8 +170,8 @@ def test_what_the_disk_does_not_give_back_is_not_merged_and_not_dropped(store: P
 def test_a_wrong_page_is_dropped_by_merging_and_its_neighbours_stay(store: PageStore) -> None:
     for number in range(3):
         write(store, keys(number))
-    with store.hold(keys(1)) as hold:
-        (segment,) = hold.segments
+    with store.pin(keys(1)) as pin:
+        (segment,) = pin.segments
     with segment.extent.path.open("r+b") as file:
         file.seek(segment.extent.layout.component_range(1, 0, 0, 1)[0])
         file.write(b"broken")
@@ -202,8 +202,8 @@ def test_an_extent_whose_pages_a_later_one_has_already_is_deleted(store: PageSto
         go_on.set()
         writer.join(60)
     reader = reader_for(MLA)
-    with store.hold(keys(1)) as hold:
-        assert read(reader, [hold]) == expected(MLA, [hold])
+    with store.pin(keys(1)) as pin:
+        assert read(reader, [pin]) == expected(MLA, [pin])
     reader.close()
     assert (store.stats.pages, store.stats.extents, store.stats.bytes) == (1, 1, store.draft_bytes(1))
     assert len(list((store.directory / "extents").iterdir())) == 1

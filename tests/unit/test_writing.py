@@ -44,10 +44,10 @@ def write(writer: Writer, *pages: int) -> None:
 
 
 def holds(store: PageStore, *pages: int) -> bool:
-    reader, hold = reader_for(MHA), store.hold(keys(*pages))
-    found = read(reader, [hold])
+    reader, pin = reader_for(MHA), store.pin(keys(*pages))
+    found = read(reader, [pin])
     reader.close()
-    return found == expected(MHA, [hold])
+    return found == expected(MHA, [pin])
 
 
 def test_what_is_written_is_stored_bit_for_bit(store: PageStore, writer: Writer) -> None:

@@ -30,8 +30,8 @@ class PageStoreTests:
     def assert_right(self, store: PageStore, pages: list[bytes], version: int = 0) -> None:
         reader = reader_for(store.geometry)
         try:
-            with store.hold(pages) as hold:
-                assert read(reader, [hold]) == expected(store.geometry, [hold], version)
+            with store.pin(pages) as pin:
+                assert read(reader, [pin]) == expected(store.geometry, [pin], version)
         finally:
             reader.close()
 
@@ -57,7 +57,7 @@ class PageStoreTests:
         assert key(4) in store and key(3) not in store
         assert store.stored(keys(3, 4, 9, 1)) == [False, True, False, True]
         with pytest.raises(KeyError) as error:
-            store.hold(keys(1, 3, 9))
+            store.pin(keys(1, 3, 9))
         assert error.value.args == (key(3),)
         store.close()
 
@@ -92,12 +92,12 @@ class PageStoreTests:
         store = self.open(tmp_path, MLA)
         write(store, keys(1, 2))
         reader = reader_for(MLA)
-        with store.hold(keys(1, 2)) as hold:
+        with store.pin(keys(1, 2)) as pin:
             write(store, keys(1, 2), version=1)
             store.drop(key(1))
             store.collect()
-            assert read(reader, [hold]) == expected(MLA, [hold])
-        hold.close()
+            assert read(reader, [pin]) == expected(MLA, [pin])
+        pin.close()
         reader.close()
         assert store.stats.pages == store.prefix_length(keys(2)) == 0
         store.close()
@@ -120,8 +120,8 @@ class PageStoreTests:
         for number in range(4):
             write(store, keys(number))
         store.need(keys(0), only=True)
-        store.pin(keys(1), HOUR_S)
-        hold = store.hold(keys(2))
+        store.pin_for(keys(1), HOUR_S)
+        pin = store.pin(keys(2))
         store.quota = Quota(max_bytes=store.stats.bytes)
         store.make_room(1)
         assert key(3) not in store
@@ -132,8 +132,8 @@ class PageStoreTests:
         with pytest.raises(PageStoreFull):
             store.make_room(store.quota.max_bytes)  # type: ignore[arg-type]
         assert store.prefix_length(keys(1, 2)) == 2
-        hold.close()
-        store.pin(keys(1), 0)
+        pin.close()
+        store.pin_for(keys(1), 0)
         store.make_room(store.quota.max_bytes)  # type: ignore[arg-type]
         assert store.stats.pages == store.stats.bytes == 0
         store.close()
@@ -147,8 +147,8 @@ class PageStoreTests:
         assert merge(store, reader, chain, mmap.mmap(-1, store.draft_bytes(6)), 6 * MLA.layer_bytes) == 6
         reader.close()
         assert (store.stats.pages, store.stats.extents) == (6, 1)
-        with store.hold(chain) as hold:
-            assert len(hold.segments) == 1
+        with store.pin(chain) as pin:
+            assert len(pin.segments) == 1
         self.assert_right(store, chain)
         store.close()
 

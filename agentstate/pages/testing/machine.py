@@ -1,6 +1,6 @@
 """Random histories of a page store against a model in plain Python.
 
-`PageStoreMachine` writes, holds, reads, merges, evicts, pins, drops, crashes and opens again. `DamagedStoreMachine`
+`PageStoreMachine` writes, pins, reads, merges, evicts, drops, crashes and opens again. `DamagedStoreMachine`
 adds what a disk and its administrator do: flipped bits, lost extents, an index older or newer than the extents.
 A store of another kind is tested by deriving from the first and overriding `open`.
 
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from agentstate.errors import PageStoreFull
-from agentstate.pages import Geometry, Hold, PageStore, Quota, inventory, merge
+from agentstate.pages import Geometry, PageStore, Pin, Quota, inventory, merge
 from agentstate.pages.store import UNLIMITED
 from agentstate.pages.testing.pages import MARK, content, keys, read, reader_for, write
 
@@ -37,10 +37,10 @@ _ONE = st.sampled_from(POOL)
 
 
 @dataclass
-class _Held:
-    """A hold, and the version of each of its pages at that time: None where it could not be said."""
+class _Pinned:
+    """A pin, and the version of each of its pages at that time: None where it could not be said."""
 
-    hold: Hold
+    pin: Pin
     versions: list[int | None]
 
 
@@ -61,14 +61,14 @@ class PageStoreMachine(RuleBasedStateMachine):
         self.quota = UNLIMITED
         self.store = self.open(next(self.places), self.quota)
         self.reader = reader_for(GEOMETRY)
-        self.held: list[_Held] = []
+        self.pins: list[_Pinned] = []
         self.stored: set[bytes] = set()
         self.written: dict[bytes, list[int]] = {page: [] for page in POOL}
         self.suspect: set[bytes] = set()
-        self.pinned: set[bytes] = set()
+        self.pinned_for: set[bytes] = set()
         self.needed: set[bytes] = set()
         # An extent stays pinned when its pinned pages were written anew.
-        self.pins_linger = False
+        self.timed_pins_linger = False
         # False once the disk was changed behind the store's back, until it is opened again.
         self.disk_is_known = True
 
@@ -93,26 +93,26 @@ class PageStoreMachine(RuleBasedStateMachine):
     def versions(self, pages: Iterable[bytes]) -> list[int | None]:
         return [None if page in self.suspect else self.written[page][-1] for page in pages]
 
-    def verified(self, hold: Hold, versions: list[int | None]) -> set[bytes]:
-        """Read all of a hold, and say which of its pages may not be used; those that may are as they were written."""
+    def verified(self, pin: Pin, versions: list[int | None]) -> set[bytes]:
+        """Read all of a pin, and say which of its pages may not be used; those that may are as they were written."""
         wrong: set[int] = set()
-        got: dict[int, list[list[bytes]]] = {page: [] for page in range(len(hold.keys))}
-        for (_, layer, page), components in read(self.reader, [hold]).items():
+        got: dict[int, list[list[bytes]]] = {page: [] for page in range(len(pin.keys))}
+        for (_, layer, page), components in read(self.reader, [pin]).items():
             if components is None:
                 wrong.add(page)
             else:
                 got[page].append([bytes([layer]), *components])
-        for page, (key, version) in enumerate(zip(hold.keys, versions, strict=True)):
+        for page, (key, version) in enumerate(zip(pin.keys, versions, strict=True)):
             if page in wrong:
                 assert version is None, f"page {key.hex()} was refused, and nothing was done to it"
                 continue
             allowed = self.written[key] if version is None else [version]
             assert got[page] in [_layers(key, one) for one in allowed], f"page {key.hex()} is not as it was written"
-        return {hold.keys[page] for page in wrong}
+        return {pin.keys[page] for page in wrong}
 
     def losing(self, act: Callable[[], object], *, again: Iterable[bytes] = ()) -> PageStoreFull | KeyError | None:
-        """Do what may evict pages, or drop suspect ones: as many are lost as the store says, and none that is pinned or
-        held. Those that are written ``again`` may be among the evicted and are found all the same."""
+        """Do what may evict pages, or drop suspect ones: as many are lost as the store says, and none that is
+        pinned. Those that are written ``again`` may be among the evicted and are found all the same."""
         stats, kept = self.store.stats, self.kept() - set(again)
         evicted, dropped = stats.pages_evicted, stats.pages_dropped
         failure = None
@@ -124,27 +124,27 @@ class PageStoreMachine(RuleBasedStateMachine):
         evicted, dropped = stats.pages_evicted - evicted, stats.pages_dropped - dropped
         assert len(lost) <= evicted + dropped <= len(lost) + len(self.stored & set(again))
         assert dropped <= len(lost & self.suspect)
-        assert not (lost & kept) - self.suspect, "pinned or held, and evicted all the same"
+        assert not (lost & kept) - self.suspect, "pinned, and evicted all the same"
         self.forget(lost)
         return failure
 
     def forget(self, pages: set[bytes]) -> None:
-        for of_pages in (self.stored, self.pinned, self.needed, self.suspect):
+        for of_pages in (self.stored, self.pinned_for, self.needed, self.suspect):
             of_pages -= pages
 
     def kept(self) -> set[bytes]:
-        """The pages that may not be evicted: pinned, or held where they are found."""
-        held = {segment.extent.path for one in self.held for segment in one.hold.segments}
-        return self.pinned | {page for page in self.stored if self.path(page) in held}
+        """The pages that may not be evicted: by a pin of theirs, or by one of what lies beside them."""
+        pinned = {segment.extent.path for one in self.pins for segment in one.pin.segments}
+        return self.pinned_for | {page for page in self.stored if self.path(page) in pinned}
 
     def path(self, page: bytes) -> Path:
-        with self.store.hold([page]) as hold:
-            return hold.segments[0].extent.path
+        with self.store.pin([page]) as pin:
+            return pin.segments[0].extent.path
 
     def reopened(self, directory: Path) -> None:
         self.store = self.open(directory, self.quota)
-        self.pinned, self.needed = set(), set()
-        self.pins_linger, self.disk_is_known = False, True
+        self.pinned_for, self.needed = set(), set()
+        self.timed_pins_linger, self.disk_is_known = False, True
 
     @initialize(pages=st.lists(_SOME, max_size=3))
     def start_with(self, pages: list[list[bytes]]) -> None:
@@ -176,8 +176,8 @@ class PageStoreMachine(RuleBasedStateMachine):
     @rule(pages=_SOME)
     def read_and_drop_what_is_wrong(self, pages: list[bytes]) -> None:
         pages = [page for page in pages if page in self.stored]
-        with self.store.hold(pages) as hold:
-            wrong = self.verified(hold, self.versions(pages))
+        with self.store.pin(pages) as pin:
+            wrong = self.verified(pin, self.versions(pages))
         for page in wrong:
             self.drop(page)
 
@@ -189,33 +189,33 @@ class PageStoreMachine(RuleBasedStateMachine):
         self.forget({page})
 
     @rule(pages=_SOME)
-    def hold(self, pages: list[bytes]) -> None:
+    def pin(self, pages: list[bytes]) -> None:
         missing = [page for page in pages if page not in self.stored]
         try:
-            held = self.store.hold(pages)
+            pinned = self.store.pin(pages)
         except KeyError as error:
             assert error.args == (missing[0],)
         else:
             assert not missing
-            self.held.append(_Held(held, self.versions(pages)))
+            self.pins.append(_Pinned(pinned, self.versions(pages)))
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.pins)
     @rule(data=st.data())
-    def read_what_is_held(self, data: st.DataObject) -> None:
-        one = data.draw(st.sampled_from(self.held))
-        self.verified(one.hold, one.versions)
+    def read_what_is_pinned(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(self.pins))
+        self.verified(one.pin, one.versions)
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.pins)
     @rule(data=st.data())
-    def close_a_hold(self, data: st.DataObject) -> None:
-        one = data.draw(st.sampled_from(self.held))
-        self.held.remove(one)
-        one.hold.close()
+    def close_a_pin(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(self.pins))
+        self.pins.remove(one)
+        one.pin.close()
 
     def let_go(self) -> None:
-        for one in self.held:
-            one.hold.close()
-        self.held = []
+        for one in self.pins:
+            one.pin.close()
+        self.pins = []
 
     @rule(pages=st.lists(_ONE, min_size=2, max_size=12, unique=True), range_bytes=st.sampled_from([600, 2000, 1 << 20]))
     def merge(self, pages: list[bytes], range_bytes: int) -> None:
@@ -232,23 +232,23 @@ class PageStoreMachine(RuleBasedStateMachine):
         failure = self.losing(lambda: self.store.make_room(n_bytes))
         if failure is not None:
             assert self.stored == stored, "evicted pages and made no room"
-            if self.disk_is_known and not self.pins_linger:
-                held = {segment.extent.path for one in self.held for segment in one.hold.segments}
-                fixed = sum(size for path, size in self.sizes().items() if path in held)
+            if self.disk_is_known and not self.timed_pins_linger:
+                pinned = {segment.extent.path for one in self.pins for segment in one.pin.segments}
+                fixed = sum(size for path, size in self.sizes().items() if path in pinned)
                 assert max_bytes is not None and fixed + n_bytes > max_bytes
         else:
             assert max_bytes is None or stats.bytes + n_bytes <= max_bytes or not stats.extents
 
     @rule(pages=_SOME)
-    def pin(self, pages: list[bytes]) -> None:
-        self.store.pin(pages, HOUR_S)
-        self.pinned |= self.stored & set(pages)
-        self.pins_linger = True
+    def pin_for(self, pages: list[bytes]) -> None:
+        self.store.pin_for(pages, HOUR_S)
+        self.pinned_for |= self.stored & set(pages)
+        self.timed_pins_linger = True
 
     @rule()
     def unpin_everything(self) -> None:
-        self.store.pin(POOL, 0)
-        self.pinned, self.pins_linger = set(), False
+        self.store.pin_for(POOL, 0)
+        self.pinned_for, self.timed_pins_linger = set(), False
 
     @rule(pages=_SOME, only=st.booleans())
     def need(self, pages: list[bytes], only: bool) -> None:
@@ -275,9 +275,9 @@ class PageStoreMachine(RuleBasedStateMachine):
         before, directory = self.store, next(self.places)
         shutil.copytree(before.directory, directory)
         self.reopened(directory)
-        for one in self.held:
-            one.hold.close()
-        self.held = []
+        for one in self.pins:
+            one.pin.close()
+        self.pins = []
         before.close()
         shutil.rmtree(before.directory)
 
@@ -300,8 +300,8 @@ class PageStoreMachine(RuleBasedStateMachine):
             return
         sizes, stats = self.sizes(), self.store.stats
         assert (stats.extents, stats.bytes) == (len(sizes), sum(sizes.values()))
-        held = {segment.extent.path for one in self.held for segment in one.hold.segments}
-        assert set(sizes) == self.paths(self.stored) | held, "an extent that serves nothing is left"
+        pinned = {segment.extent.path for one in self.pins for segment in one.pin.segments}
+        assert set(sizes) == self.paths(self.stored) | pinned, "an extent that serves nothing is left"
         assert not list((self.store.directory / "partial").iterdir())
 
     @invariant()
@@ -323,8 +323,8 @@ class DamagedStoreMachine(PageStoreMachine):
     def damage(self, path: Path) -> None:
         """Of the pages of an extent nothing can be said any more."""
         self.suspect |= {page for page in self.stored if self.path(page) == path}
-        for one in self.held:
-            for segment in one.hold.segments:
+        for one in self.pins:
+            for segment in one.pin.segments:
                 if segment.extent.path == path:
                     one.versions[segment.first : segment.first + segment.pages] = [None] * segment.pages
 

@@ -9,7 +9,7 @@ from copy import copy
 
 import numpy as np
 
-from agentstate.pages import Geometry, Hold, LayerwiseReader, PageStore, fingerprint
+from agentstate.pages import Geometry, LayerwiseReader, PageStore, Pin, fingerprint
 
 MHA = Geometry(layers=3, page_size=4, component_bytes=(1000, 1000))
 MLA = Geometry(layers=2, page_size=4, component_bytes=(1156,))
@@ -50,16 +50,16 @@ def reader_for(geometry: Geometry, chunk_bytes: int = 1 << 20) -> LayerwiseReade
     return LayerwiseReader(geometry, staging_bytes=4 * chunk_bytes, threads=2, chunk_bytes=chunk_bytes)
 
 
-def _borrowed(hold: Hold) -> Hold:
-    """A hold on the same pages that a stream may close without letting go of them."""
-    borrowed = copy(hold)
+def _borrowed(pin: Pin) -> Pin:
+    """A pin of the same pages that a stream may close without letting go of them."""
+    borrowed = copy(pin)
     borrowed._numbers = set()
     return borrowed
 
 
-def read(reader: LayerwiseReader, holds: Sequence[Hold]) -> dict[tuple[int, int, int], list[bytes] | None]:
-    """The components of every (request, layer, page) that may be used; None for a page that may not. The holds stay."""
-    streams = [reader.open(_borrowed(hold)) for hold in holds]
+def read(reader: LayerwiseReader, pins: Sequence[Pin]) -> dict[tuple[int, int, int], list[bytes] | None]:
+    """The components of every (request, layer, page) that may be used; None for a page that may not. The pins stay."""
+    streams = [reader.open(_borrowed(pin)) for pin in pins]
     found: dict[tuple[int, int, int], list[bytes] | None] = {}
     for stream in streams:
         stream.hurry()
@@ -78,7 +78,7 @@ def read(reader: LayerwiseReader, holds: Sequence[Hold]) -> dict[tuple[int, int,
 
 
 def expected(
-    geometry: Geometry, requests: Sequence[Hold], version: int = 0
+    geometry: Geometry, requests: Sequence[Pin], version: int = 0
 ) -> dict[tuple[int, int, int], list[bytes] | None]:
     """What `read` gives for undamaged pages."""
     components = range(len(geometry.component_bytes))

@@ -1,7 +1,8 @@
-"""Which layers of which batch have arrived on the device."""
+"""Which layers of which batch have arrived on the device, and the gate at which a forward waits for them."""
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 
 
@@ -93,3 +94,51 @@ class Arrivals:
         self.futures.clear()
         self._abandoned.clear()
         self._next, self._awaited = 0, -1
+
+
+class LayerGate:
+    """What a forward waits on before it reads a layer of the model: that layer's pages, in whichever pools it has.
+
+    Has what SGLang's pools and worker call of its own `LayerWiseLoadCounter`. A layer without a pool is never
+    waited for.
+    """
+
+    def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]]):
+        self.consumer_index = -1
+        self.waited_s = 0.0
+        # Of each batch that is not over, by layer.
+        self._waits_s: dict[int, dict[int, float]] = {}
+        self._routes = routes
+        self._arrivals = {arrivals for route in routes.values() for arrivals, _ in route}
+
+    def set_consumer(self, index: int) -> None:
+        self.consumer_index = index
+        for arrivals in self._arrivals:
+            arrivals.set_consumer(index)
+
+    def wait_until(self, threshold: int) -> None:
+        index, route = self.consumer_index, self._routes.get(threshold, ())
+        if not any(arrivals.awaited(index) for arrivals, _ in route):
+            return
+        started = time.perf_counter()
+        for arrivals, layer in route:
+            arrivals.wait_until(layer)
+            if arrivals.abandoned(index):
+                self.abandon(index)
+        waited_s = time.perf_counter() - started
+        self.waited_s += waited_s
+        waits_s = self._waits_s.setdefault(index, {})
+        waits_s[threshold] = waits_s.get(threshold, 0.0) + waited_s
+
+    def abandon(self, index: int) -> None:
+        """What one pool has waited for in vain, nobody is to wait for in the others."""
+        for arrivals in self._arrivals:
+            arrivals.abandon(index)
+
+    def waited_for(self, index: int) -> tuple[float, ...]:
+        """How many seconds forwards waited for each layer of a batch; to be asked once, when it is over."""
+        return tuple(self._waits_s.pop(index, {}).values())
+
+    def reset(self) -> None:
+        """Forget the batches that were not over: their numbers are given again."""
+        self._waits_s.clear()

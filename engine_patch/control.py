@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import zmq
 
@@ -26,32 +26,33 @@ class _Waiter(NamedTuple):
     deadline_s: float
 
 
-class ControlEndpoint:
-    """Binds ``address`` (``*`` takes a free port; `address` then says which) and serves until `close`.
+class Verbs(Protocol):
+    """What answers the verbs, from the endpoint's thread. An EngineError is told to the peer."""
 
-    ``standing(session)`` answers a flush as of now, and ``prefetch(session, tier, keys)`` begins one and gives what
-    answers it as of now; while the state is ``pending`` the peer waits, up to its own timeout. ``demote(session)``,
-    ``spill(on)`` and ``stat()`` answer the other verbs. ``tick()`` is called about once a second. Raises EngineError
-    when the address cannot be bound.
+    def flush(self, session_id: str) -> dict[str, Any]:
+        """How far the session is durable as of now; while the state is ``pending`` the peer waits."""
+
+    def prefetch(self, session_id: str, tier: str, packed: bytes | None) -> Callable[[], dict[str, Any]]:
+        """Begin a prefetch of the pages ``packed``, or of all that are known: what tells its state as of now."""
+
+    def demote(self, session_id: str) -> dict[str, Any]: ...
+
+    def spill(self, on: bool) -> dict[str, Any]: ...
+
+    def stat(self) -> dict[str, Any]: ...
+
+    def tick(self) -> None:
+        """Called about once a second."""
+
+
+class ControlEndpoint:
+    """Binds ``address`` (``*`` takes a free port; `address` then says which), and from `serve` to `close` asks
+    ``verbs`` what peers ask. A peer waits for what is ``pending`` up to its own timeout. Raises EngineError when the
+    address cannot be bound.
     """
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        standing: Callable[[str], dict[str, Any]],
-        stat: Callable[[], dict[str, Any]],
-        prefetch: Callable[[str, str, bytes | None], Callable[[], dict[str, Any]]],
-        demote: Callable[[str], dict[str, Any]],
-        spill: Callable[[bool], dict[str, Any]],
-        tick: Callable[[], None],
-    ):
-        self._standing = standing
-        self._stat = stat
-        self._prefetch = prefetch
-        self._demote = demote
-        self._spill = spill
-        self._tick = tick
+    def __init__(self, address: str, verbs: Verbs):
+        self._verbs = verbs
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         try:
@@ -65,11 +66,15 @@ class ControlEndpoint:
         self._waiters: list[_Waiter] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="agentstate-control", daemon=True)
+
+    def serve(self) -> None:
+        """Answer from now on."""
         self._thread.start()
 
     def close(self) -> None:
         self._closing.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         self._socket.close()
 
     def _run(self) -> None:
@@ -78,13 +83,13 @@ class ControlEndpoint:
             if self._socket.poll(_POLL_MS if self._waiters else _IDLE_MS):
                 *peer, request = self._socket.recv_multipart()
                 self._answer(peer, request)
-            self._waiters = [waiting for waiting in self._waiters if not self._settle(waiting)]
+            self._waiters = [waiter for waiter in self._waiters if not self._settle(waiter)]
             if time.monotonic() >= next_tick_s:
                 next_tick_s = time.monotonic() + _TICK_S
                 try:
-                    self._tick()
+                    self._verbs.tick()
                 except Exception:
-                    # Before the rank is complete, or what cannot be told now: the next one will.
+                    # The next one will tell it.
                     logger.debug("agentstate: a tick failed", exc_info=True)
 
     def _answer(self, peer: list[bytes], raw: bytes) -> None:
@@ -94,16 +99,16 @@ class ControlEndpoint:
             match request.get("verb"):
                 case "flush":
                     session = str(request["session"])
-                    self._waiters.append(_Waiter(peer, lambda: self._standing(session), deadline_s))
+                    self._waiters.append(_Waiter(peer, lambda: self._verbs.flush(session), deadline_s))
                 case "prefetch":
-                    begun = self._prefetch(str(request["session"]), str(request["tier"]), request.get("keys"))
+                    begun = self._verbs.prefetch(str(request["session"]), str(request["tier"]), request.get("keys"))
                     self._waiters.append(_Waiter(peer, begun, deadline_s))
                 case "demote":
-                    self._send(peer, {"ok": True, **self._demote(str(request["session"]))})
+                    self._send(peer, {"ok": True, **self._verbs.demote(str(request["session"]))})
                 case "spill":
-                    self._send(peer, {"ok": True, **self._spill(bool(request["on"]))})
+                    self._send(peer, {"ok": True, **self._verbs.spill(bool(request["on"]))})
                 case "stat":
-                    self._send(peer, {"ok": True, **self._stat()})
+                    self._send(peer, {"ok": True, **self._verbs.stat()})
                 case verb:
                     self._send(peer, {"ok": False, "error": f"unknown verb {verb!r}"})
         except (KeyError, TypeError, ValueError) as error:
@@ -114,16 +119,16 @@ class ControlEndpoint:
             logger.exception("agentstate: a control request failed")
             self._send(peer, {"ok": False, "error": str(error)})
 
-    def _settle(self, waiting: _Waiter) -> bool:
+    def _settle(self, waiter: _Waiter) -> bool:
         """Answer what is final or whose time is up."""
         try:
-            answer = waiting.answer()
-            if answer["state"] == "pending" and time.monotonic() < waiting.deadline_s:
+            answer = waiter.answer()
+            if answer["state"] == "pending" and time.monotonic() < waiter.deadline_s:
                 return False
-            self._send(waiting.peer, {"ok": True, **answer})
+            self._send(waiter.peer, {"ok": True, **answer})
         except Exception as error:
             logger.exception("agentstate: a control request failed")
-            self._send(waiting.peer, {"ok": False, "error": str(error)})
+            self._send(waiter.peer, {"ok": False, "error": str(error)})
         return True
 
     def _send(self, peer: list[bytes], answer: dict[str, Any]) -> None:

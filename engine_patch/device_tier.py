@@ -10,18 +10,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from agentstate.errors import EngineError
+from engine_patch.linker import AgentStateLinker
+from engine_patch.sessions import Progress
 from engine_patch.sglang_api import (
     CLIP_MAX_NEW_TOKENS,
     EvictParams,
     InsertParams,
     MatchPrefixParams,
     RadixKey,
+    UnifiedRadixCache,
     UnifiedTreeCore,
     get_parallel,
     get_storage_hash_str,
@@ -31,21 +33,11 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
 
-    from engine_patch.radix_cache import AgentStateRadixCache
-
 logger = logging.getLogger(__name__)
 
 # Token ids that are remembered, of the sessions that were used last: 8 bytes each.
 _REMEMBERED_TOKENS = 16_000_000
 _REMEMBERED_PREFETCHES = 1000
-
-
-class Progress(Enum):
-    """How far a prefetch is. It fails when a page cannot be used, or when there is not enough device memory."""
-
-    RUNNING = auto()
-    DONE = auto()
-    FAILED = auto()
 
 
 @dataclass
@@ -87,12 +79,14 @@ class DeviceTier:
     """Work on the radix tree, which is done on the scheduler's thread, between two batches, whoever asks for it.
 
     Sessions are moved neither with tensor parallelism, where the trees of all ranks must change alike and control
-    messages reach them at different times, nor for models with more than full attention.
+    messages reach them at different times, nor for models with more than full attention. ``unlocked`` is called
+    whenever device pages have become free or evictable.
     """
 
-    def __init__(self, cache: AgentStateRadixCache):
+    def __init__(self, cache: UnifiedRadixCache, linker: AgentStateLinker, unlocked: Callable[[], None]):
         self._cache = cache
-        self._linker = cache.linker.cache_linker
+        self._linker = linker
+        self._unlocked = unlocked
         self._asked: queue.SimpleQueue[Callable[[Scheduler], None]] = queue.SimpleQueue()
         self._sessions: OrderedDict[str, RadixKey] = OrderedDict()
         self._tokens = 0
@@ -128,18 +122,18 @@ class DeviceTier:
         """Within it the scheduler does not see those waiting requests whose pages are on their way: they join what
         brings them, instead of reading the same again."""
         before = scheduler.waiting_queue
-        held = [req for req in before if self.brings(req)] if self._arrivals else []
-        if not held:
+        deferred = [req for req in before if self.brings(req)] if self._arrivals else []
+        if not deferred:
             yield
             return
         place = {id(req): position for position, req in enumerate(before)}
-        held_ids = {id(req) for req in held}
-        scheduler.waiting_queue = [req for req in before if id(req) not in held_ids]
+        deferred_ids = {id(req) for req in deferred}
+        scheduler.waiting_queue = [req for req in before if id(req) not in deferred_ids]
         try:
             yield
         finally:
             # What has been queued meanwhile comes last, as it would have.
-            queued = [*held, *scheduler.waiting_queue]
+            queued = [*deferred, *scheduler.waiting_queue]
             scheduler.waiting_queue = sorted(queued, key=lambda req: place.get(id(req), len(before)))
 
     def remember(self, session_id: str, key: RadixKey) -> None:
@@ -281,7 +275,7 @@ class DeviceTier:
                 )
                 arrival.prefetch.progress = Progress.DONE
             self._cache.dec_lock_ref(arrival.node, arrival.lock)
-            self._cache.linker.unlocked = True
+            self._unlocked()
 
 
 def _may_be_needed(scheduler: Scheduler) -> int:

@@ -131,14 +131,14 @@ def _ours(scheduler: Any) -> Any:
 def _before_weight_update(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
     """Weights loaded into a running engine leave its checkpoint, and so its fingerprint, behind."""
     if (cache := _ours(updater.scheduler)) is not None:
-        cache.linker.cache_linker.retire("its weights were updated in place; restart it to store pages again")
+        cache.agentstate.retire("its weights were updated in place; restart it to store pages again")
     return original(updater, *args, **kwargs)
 
 
 def _before_memory_release(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
     """SGLang takes the memory of the KV pool away and then empties the cache: nothing may use it any more by then."""
     if (cache := _ours(updater.scheduler)) is not None:
-        cache.linker.cache_linker.drain()
+        cache.agentstate.drain()
     return original(updater, *args, **kwargs)
 
 

@@ -49,7 +49,7 @@ class DevicePool:
     allocator: Any = None
 
     @cached_property
-    def pages(self) -> DevicePages:
+    def device_pages(self) -> DevicePages:
         return DevicePages(self.tensors, self.page_size, straight=Quarantine.works(self.allocator))
 
     def layout(self) -> list[Any]:

@@ -56,6 +56,9 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         super().commit_completed_offloads(successes)
         self.unlocked |= bool(successes)
 
+    def note_unlocked(self) -> None:
+        self.unlocked = True
+
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         self.cache_linker.matching(result.device_prefix_len)
         return super().match(key, req, result)
@@ -77,11 +80,11 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
             self.private_load_indices.pop(rid, None)
         return [rid for rid, good in zip(rids, landed, strict=True) if not good]
 
-    def tidy(self, waiting: Callable[[], Collection[str]]) -> None:
-        """Let go of what was read for requests that are not ``waiting`` any more, and of the device pages to which no
+    def tidy(self, queued: Callable[[], Collection[str]]) -> None:
+        """Let go of what was read for requests that are not ``queued`` any more, and of the device pages to which no
         rank's drive writes any more. At the same step on every rank."""
         linker = self.cache_linker
-        linker.tidy(waiting)
+        linker.tidy(queued)
         if linker.quarantines_pages and all(self._on_all_ranks([not linker.stuck])):
             linker.release_quarantine()
             self.unlocked = True
@@ -94,9 +97,13 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
 
 
 class AgentStateRadixCache(UnifiedRadixCache):
-    """`UnifiedRadixCache` of one rank, its pages linked to the rank's page store."""
+    """`UnifiedRadixCache` of one rank, its pages linked to the rank's page store.
+
+    ``linker`` is SGLang's name for the flow on the tree's side; the linker itself is ``agentstate``.
+    """
 
     linker: _LinkerWrapper
+    agentstate: AgentStateLinker
 
     def __init__(self, params: Any):
         super().__init__(params)
@@ -107,8 +114,10 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self._lost = 0
 
     def init_cache_linker(self, cache_linker: AgentStateLinker) -> None:
+        self.agentstate = cache_linker
         self.linker = _LinkerWrapper(self, cache_linker)
-        self.device_tier = cache_linker.device_tier = DeviceTier(self)
+        self.device_tier = DeviceTier(self, cache_linker, self.linker.note_unlocked)
+        cache_linker.attach(self.device_tier)
 
     def reset(self) -> None:
         if self.linker is not None:
@@ -121,7 +130,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             # The insert may have kept less than it was offered; what it kept is what the manifest may list.
             tokens = req.full_untruncated_fill_ids[: req.kv.cache_inserted_len]
             key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
-            linker = self.linker.cache_linker
+            linker = self.agentstate
             if linker.lost != self._lost:
                 self._lost = linker.lost
                 self.device_tier.offer_again(key)
@@ -130,14 +139,14 @@ class AgentStateRadixCache(UnifiedRadixCache):
 
     def read_ahead(self, scheduler: Scheduler, req: Req) -> None:
         """Begin to read what a request will load, now that it is being queued behind others."""
-        if not self.linker.cache_linker.reads_ahead:
+        if not self.agentstate.reads_ahead:
             return
         busy = scheduler.waiting_queue or scheduler.chunked_req or not scheduler.running_batch.is_empty()
         if busy and not self.device_tier.brings(req):
             req.init_next_round_input(self, cow_mamba=False)
             # When it is admitted it is matched again, and need not hit what is stored then.
             if (found := self.linker.hit_markers.pop(req.rid, None)) is not None:
-                self.linker.cache_linker.read_ahead(req.rid, found.tail_hashes)
+                self.agentstate.read_ahead(req.rid, found.tail_hashes)
 
     def before_next_batch(self, scheduler: Scheduler) -> None:
         """Everything that is done between two batches."""
@@ -154,7 +163,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
     @property
     def misses_memory(self) -> bool:
         """Whether device memory is neither free nor in the tree, because a drive writes to it."""
-        return self.device_tier.busy or self.linker.cache_linker.quarantines_pages
+        return self.device_tier.busy or self.agentstate.quarantines_pages
 
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
         """Mark the requests whose restore failed (see the module's docstring), and return those that the caller must
@@ -173,7 +182,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         """A batch of prompts, or of parts of them, took so long."""
         landed = [found for req in batch.reqs if (found := self.linker.landed.pop(req.rid, None)) is not None]
         parts = list(zip(batch.prefix_lens, batch.extend_lens, strict=False))
-        self.linker.cache_linker.stepped(parts, seconds, landed[0] if landed else None)
+        self.agentstate.stepped(parts, seconds, landed[0] if landed else None)
 
     def requeue_failed(self, scheduler: Scheduler) -> None:
         """Queue again what no batch holds any more."""

@@ -54,41 +54,6 @@ class _Offer:
     answered: bool = False
 
 
-class OfferBudget:
-    """How many pages of each pool the tree has offered and has had no answer for yet. They are locked on the device,
-    with what is before them on their chains, so that no more than ``most`` may wait unless a single offer is larger:
-    what a drive does not take is to cost what is not stored, and not the engine's memory.
-
-    It counts what the tree does, which is the same on all ranks, and not how far a rank's drive is.
-    """
-
-    def __init__(self, most: Sequence[int]):
-        self.full = False
-        self._most = most
-        self._offers: deque[Sequence[int]] = deque()
-
-    def take(self, pages: Sequence[int]) -> bool:
-        """Count an offer, unless it is too large for what waits already. After one that is, all others are too, and
-        ``full`` says so, until an answer has been taken: a chain is to have no holes, and of a long one not every node
-        is to be tried."""
-        if self._offers and not self.full:
-            before = [sum(counts) for counts in zip(*self._offers, strict=True)]
-            self.full = any(new and old + new > most for new, old, most in zip(pages, before, self._most, strict=True))
-        if not self.full:
-            self._offers.append(pages)
-        return not self.full
-
-    def answered(self) -> None:
-        """The tree has taken the answer for its oldest offer."""
-        self._offers.popleft()
-        self.full = False
-
-    def clear(self) -> None:
-        """The tree expects no answers any more."""
-        self._offers.clear()
-        self.full = False
-
-
 class _Abandoned(Exception):
     """The offer has been answered, and its device pages need not be what they were."""
 

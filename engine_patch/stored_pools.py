@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -18,68 +19,58 @@ import torch
 from agentstate.pages import READ_THREADS, LayerwiseReader, PageStore
 from agentstate.pages.store import StoreStats
 from agentstate.settings import Settings
-from engine_patch.arrivals import Arrivals
+from engine_patch.arrivals import Arrivals, LayerGate
 from engine_patch.pools import DevicePool
 from engine_patch.quarantine import Quarantine
 from engine_patch.restore import Finished, Restored, RestoredRequest, Restorer, RestoreStats, Source
 from engine_patch.sglang_api import PoolName, PoolTransfer
-from engine_patch.spill import OfferBudget, Spiller, SpillStats
+from engine_patch.spill import Spiller, SpillStats
 from engine_patch.staging import read_backend
-from engine_patch.transfer import DevicePages
 
-OpenStore = Callable[[DevicePool, DevicePages], PageStore]
+OpenStore = Callable[[DevicePool], PageStore]
 # More than a reader takes by itself: beside a forward, threads that hand over less often disturb it less.
 _CHUNK_BYTES = 8 << 20
 # So do fewer of them.
 _READ_THREADS_BESIDE = 2
 
 
-class LayerGate:
-    """What a forward waits on before it reads a layer of the model: that layer's pages, in whichever pools it has.
+class OfferBudget:
+    """Bounds the pages of each pool that the tree has offered and has no answer for yet. They are locked on the device,
+    with what is before them on their chains, so no more than ``most`` may be offered unless a single offer is larger: a
+    slow drive then costs what is not stored, not the engine's memory.
 
-    Has what SGLang's pools and worker call of its own `LayerWiseLoadCounter`. A layer without a pool is never
-    waited for.
+    It counts what the tree does, which is the same on all ranks, and not how far a rank's drive is.
     """
 
-    def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]]):
-        self.consumer_index = -1
-        self.waited_s = 0.0
-        # Of each batch that is not over, by layer.
-        self._waits_s: dict[int, dict[int, float]] = {}
-        self._routes = routes
-        self._arrivals = {arrivals for route in routes.values() for arrivals, _ in route}
+    def __init__(self, most: Sequence[int]):
+        self.full = False
+        self._most = most
+        self._offers: deque[Sequence[int]] = deque()
+        self._pages = [0] * len(most)
 
-    def set_consumer(self, index: int) -> None:
-        self.consumer_index = index
-        for arrivals in self._arrivals:
-            arrivals.set_consumer(index)
+    def take(self, pages: Sequence[int]) -> bool:
+        """Count an offer, unless it is too large for what waits already. After one that is, all others are too, and
+        ``full`` says so, until an answer has been taken: a chain is to have no holes, and of a long one not every node
+        is to be tried."""
+        if self._offers and not self.full:
+            bounds = zip(pages, self._pages, self._most, strict=True)
+            self.full = any(new and old + new > most for new, old, most in bounds)
+        if not self.full:
+            self._offers.append(pages)
+            self._pages = [old + new for old, new in zip(self._pages, pages, strict=True)]
+        return not self.full
 
-    def wait_until(self, threshold: int) -> None:
-        index, route = self.consumer_index, self._routes.get(threshold, ())
-        if not any(arrivals.awaited(index) for arrivals, _ in route):
-            return
-        started = time.perf_counter()
-        for arrivals, layer in route:
-            arrivals.wait_until(layer)
-            if arrivals.abandoned(index):
-                self.abandon(index)
-        waited_s = time.perf_counter() - started
-        self.waited_s += waited_s
-        waits_s = self._waits_s.setdefault(index, {})
-        waits_s[threshold] = waits_s.get(threshold, 0.0) + waited_s
+    def answered(self) -> None:
+        """The tree has taken the answer for its oldest offer."""
+        answered = self._offers.popleft()
+        self._pages = [old - gone for old, gone in zip(self._pages, answered, strict=True)]
+        self.full = False
 
-    def abandon(self, index: int) -> None:
-        """What one pool has waited for in vain, nobody is to wait for in the others."""
-        for arrivals in self._arrivals:
-            arrivals.abandon(index)
-
-    def waited_for(self, index: int) -> tuple[float, ...]:
-        """How many seconds forwards waited for each layer of a batch; to be asked once, when it is over."""
-        return tuple(self._waits_s.pop(index, {}).values())
-
-    def reset(self) -> None:
-        """Forget the batches that were not over: their numbers are given again."""
-        self._waits_s.clear()
+    def clear(self) -> None:
+        """The tree expects no answers any more."""
+        self._offers.clear()
+        self._pages = [0] * len(self._most)
+        self.full = False
 
 
 class _StoredPool:
@@ -87,20 +78,23 @@ class _StoredPool:
         self.name = pool.name
         self.model_layers = pool.model_layers
         self.window_pages = pool.window_pages
-        self.pages = pool.pages
-        self.store = open_store(pool, self.pages)
-        self.spiller = Spiller(self.store, self.pages, settings.spill_staging_bytes // parts, settings.drive_timeout_s)
+        self.device_pages = pool.device_pages
+        self.store = open_store(pool)
+        self.page_bytes = self.device_pages.geometry.page_bytes
+        staging_bytes, timeout_s = settings.spill_staging_bytes // parts, settings.drive_timeout_s
+        self.spiller = Spiller(self.store, self.device_pages, staging_bytes, timeout_s)
+        queue_pages = settings.spill_queue_bytes // parts // self.page_bytes
         # Of recurrent states SGLang has hardly more than its requests need, and ends when there is none.
-        queue_pages = settings.spill_queue_bytes // parts // self.pages.geometry.page_bytes
-        self.most_waiting = max(1, min(queue_pages, len(self.pages) // (4 if pool.name is PoolName.MAMBA else 2)))
+        most = len(self.device_pages) // (4 if pool.name is PoolName.MAMBA else 2)
+        self.most_offered = max(1, min(queue_pages, most))
         self.reader = LayerwiseReader(
-            self.pages.geometry,
+            self.device_pages.geometry,
             staging_bytes=settings.staging_bytes // parts,
-            threads=settings.read_threads or (_READ_THREADS_BESIDE if self.pages.addressable else READ_THREADS),
+            threads=settings.read_threads or (_READ_THREADS_BESIDE if self.device_pages.addressable else READ_THREADS),
             chunk_bytes=_CHUNK_BYTES,
-            backend=read_backend(settings.read_backend, self.pages.device),
+            backend=read_backend(settings.read_backend, self.device_pages.device),
         )
-        self.restorer = Restorer(self.store, self.pages, self.reader, settings.drive_timeout_s)
+        self.restorer = Restorer(self.store, self.device_pages, self.reader, timeout_s)
         # Whether nothing is spilled any more.
         self.ended = False
         self.quarantine = Quarantine(pool.allocator) if Quarantine.works(pool.allocator) else None
@@ -134,13 +128,13 @@ class StoredPools:
             for position, layer in enumerate(pool.model_layers):
                 routes.setdefault(layer, []).append((pool.restorer.arrivals, position))
         self.gate = LayerGate(routes)
-        self.device_pages = {pool.name: pool.pages for pool in self._pools}
-        self._budget = OfferBudget([pool.most_waiting for pool in self._pools])
+        self.device_pages = {pool.name: pool.device_pages for pool in self._pools}
+        self._budget = OfferBudget([pool.most_offered for pool in self._pools])
         self._pages_refused = 0
 
     @property
     def device(self) -> torch.device:
-        return self._pools[0].pages.device if self._pools else torch.device("cpu")
+        return self._pools[0].device_pages.device if self._pools else torch.device("cpu")
 
     def restorable(self, keys: Sequence[bytes], *, use: bool = True) -> list[int]:
         """Every length, in pages, up to which a prefix of ``keys`` is stored with all that is needed to go on from
@@ -168,7 +162,7 @@ class StoredPools:
 
     def n_bytes(self, pages: int) -> int:
         """What restoring a prefix of so many pages reads."""
-        return sum(min(pages, pool.window_pages or pages) * pool.pages.geometry.page_bytes for pool in self._pools)
+        return sum(min(pages, pool.window_pages or pages) * pool.page_bytes for pool in self._pools)
 
     def read_ahead(self, rid: str, keys: Sequence[bytes]) -> None:
         """Begin to read what a waiting request will load."""
@@ -186,11 +180,11 @@ class StoredPools:
 
         return fraction
 
-    def tidy(self, waiting: Callable[[], Collection[str]]) -> None:
-        """Abandon what was read for requests that are not waiting any more, and what has expired."""
+    def tidy(self, queued: Callable[[], Collection[str]]) -> None:
+        """Abandon what was read for requests that are not queued any more, and what has expired."""
         for pool in self._pools:
             if pool.restorer.prefetches:
-                pool.restorer.prefetches.tidy(waiting())
+                pool.restorer.prefetches.tidy(queued())
 
     def need(self, chains: Iterable[Sequence[bytes]], *, only: bool = False) -> None:
         """Declare that live manifests need these chains, and with ``only`` nothing else."""
@@ -219,7 +213,7 @@ class StoredPools:
         """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
         own."""
         pool = self._pools[0]
-        pool.restorer.queue(rid, keys, pool.pages.page_numbers(slots), Source.DEVICE)
+        pool.restorer.queue(rid, keys, pool.device_pages.page_numbers(slots), Source.DEVICE)
         return pool.restorer.start(ready, ahead=True)
 
     def landed(self, index: int) -> bool:
@@ -255,7 +249,7 @@ class StoredPools:
             return False
         for pool in self._pools:
             transfer = given[pool.name]
-            pool.restorer.queue(rid, keys_of(transfer), pool.pages.page_numbers(transfer.device_indices))
+            pool.restorer.queue(rid, keys_of(transfer), pool.device_pages.page_numbers(transfer.device_indices))
         return True
 
     def cancel(self, rid: str) -> bool:
@@ -368,8 +362,7 @@ class StoredPools:
     def describe(self) -> str:
         """For the log: what a page of each pool takes, and how many are stored."""
         return ", ".join(
-            f"{pool.name.value} {pool.pages.geometry.page_bytes:,} bytes ({pool.store.stats.pages} stored)"
-            for pool in self._pools
+            f"{pool.name.value} {pool.page_bytes:,} bytes ({pool.store.stats.pages} stored)" for pool in self._pools
         )
 
     def stat(self) -> dict[str, Any]:
@@ -398,9 +391,9 @@ def _offered(pool: _StoredPool, transfer: PoolTransfer | None) -> tuple[list[byt
         return [], torch.empty(0, dtype=torch.int64)
     keys = keys_of(transfer)
     if pool.window_pages is None:
-        return keys, pool.pages.page_numbers(transfer.device_indices)
+        return keys, pool.device_pages.page_numbers(transfer.device_indices)
     # What has left the window may have left the pool: its slots are those of the pool's empty first page.
-    held = pool.pages.held_pages(transfer.device_indices)
+    held = pool.device_pages.held_pages(transfer.device_indices)
     return [keys[position] for position, _ in held], torch.tensor([number for _, number in held], dtype=torch.int64)
 
 

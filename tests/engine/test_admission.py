@@ -23,7 +23,7 @@ def cache() -> AgentStateRadixCache:
     )
     cache.linker = _LinkerWrapper.__new__(_LinkerWrapper)
     cache.linker.cache, cache.linker.unlocked = tree, False
-    cache.linker.cache_linker = SimpleNamespace(tidy=lambda waiting: None, quarantines_pages=False)
+    cache.agentstate = cache.linker.cache_linker = SimpleNamespace(tidy=lambda queued: None, quarantines_pages=False)
     offload = SimpleNamespace(publish_node_ids=[1], lock_node_id=1, lock_params=None)
     cache.linker.pending_offloads = [offload, offload]
     return cache
@@ -52,7 +52,7 @@ def test_a_request_that_is_queued_behind_others_is_matched_to_be_read_ahead(
     cache: AgentStateRadixCache, reads_ahead: bool
 ) -> None:
     matched: list[Any] = []
-    linker: Any = cache.linker.cache_linker
+    linker: Any = cache.agentstate
     linker.reads_ahead = reads_ahead
     cache.device_tier.brings = lambda req: False
     cache.linker.hit_markers = {}
@@ -61,13 +61,13 @@ def test_a_request_that_is_queued_behind_others_is_matched_to_be_read_ahead(
     assert matched == ([cache] if reads_ahead else [])
 
 
-def test_it_is_tried_again_when_pages_that_were_held_come_back(cache: AgentStateRadixCache) -> None:
+def test_it_is_tried_again_when_pages_that_were_quarantined_come_back(cache: AgentStateRadixCache) -> None:
     scheduler: Any = SimpleNamespace(
         running_batch=SimpleNamespace(batch_is_full=True), waiting_queue=[], is_generation=True
     )
-    linker: Any = cache.linker.cache_linker
+    linker: Any = cache.agentstate
     linker.quarantines_pages, linker.stuck = True, False
-    linker.release_quarantine = lambda: setattr(linker, "holds_pages", False)
+    linker.release_quarantine = lambda: setattr(linker, "quarantines_pages", False)
     cache.before_next_batch(scheduler)
     cache.before_next_batch(scheduler)
     assert not scheduler.running_batch.batch_is_full

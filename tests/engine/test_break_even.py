@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -32,10 +34,10 @@ def linker(tmp_path: Path) -> Iterator[AgentStateLinker]:
     settings = Settings(staging_bytes=1 << 20, spill_staging_bytes=1 << 20, read_threads=1)
     linker = AgentStateLinker.__new__(AgentStateLinker)
     linker._pools = StoredPools(
-        [pool], lambda pool, pages: PageStore(tmp_path, fingerprint(pool=pool.name), pages.geometry), settings
+        [pool], lambda pool: PageStore(tmp_path, fingerprint(pool=pool.name), pool.device_pages.geometry), settings
     )
-    linker._off, linker._computes, linker._break_even, linker._cached = None, True, BreakEven(), 0
-    linker.page_size, linker._metrics = PAGE_SIZE, None
+    rank: Any = SimpleNamespace(off=None, break_even=BreakEven(), metrics=None, settings=settings)
+    linker._rank, linker._cached, linker.page_size = rank, 0, PAGE_SIZE
     write(linker._pools._pools[0].store, keys(*range(LONG)))
     yield linker
     linker._pools.finish_spilling(60)
@@ -72,13 +74,13 @@ def test_what_is_faster_to_compute_is_not_found(linker: AgentStateLinker) -> Non
     # A page is 4 tokens, 0.4 ms; fifteen are 6 ms.
     assert lookup(linker, "b", 1) == []
     assert lookup(linker, "c", LONG) == list(range(1, LONG + 1))
-    assert linker._break_even.stats.computed == 1
+    assert linker._rank.break_even.stats.computed == 1
 
 
 def test_what_is_faster_to_restore_is_restored(linker: AgentStateLinker) -> None:
     teach(linker, fixed_s=0.0002)
     assert lookup(linker, "a", 1) == [1]
-    assert linker._break_even.stats.computed == 0
+    assert linker._rank.break_even.stats.computed == 0
 
 
 def test_what_is_in_host_memory_already_is_restored(linker: AgentStateLinker) -> None:
@@ -89,7 +91,7 @@ def test_what_is_in_host_memory_already_is_restored(linker: AgentStateLinker) ->
 
 def test_it_can_be_turned_off(linker: AgentStateLinker) -> None:
     teach(linker, fixed_s=0.003)
-    linker._computes = False
+    linker._rank.settings = Settings(break_even=False)
     assert lookup(linker, "a", 1) == [1]
 
 

@@ -24,7 +24,7 @@ class Rank:
         self.ticks = threading.Semaphore(0)
         self.statistics: Any = {"rank": 0, "store": {"pages": 3}}
 
-    def standing(self, session: str) -> dict[str, Any]:
+    def flush(self, session: str) -> dict[str, Any]:
         self.asked.release()
         state = self.states[session]
         if state == "broken":
@@ -56,15 +56,9 @@ class Rank:
 
 
 def serving(rank: Rank, address: str = "tcp://127.0.0.1:*") -> ControlEndpoint:
-    return ControlEndpoint(
-        address,
-        standing=rank.standing,
-        stat=rank.stat,
-        prefetch=rank.prefetch,
-        demote=rank.demote,
-        spill=rank.spill,
-        tick=rank.tick,
-    )
+    endpoint = ControlEndpoint(address, rank)
+    endpoint.serve()
+    return endpoint
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ class Cache:
         self.token_to_kv_pool_allocator = Allocator(free)
         self.evictable = evictable
         self.locks = 0
+        self.unlocked = False
         self.inserted: list[Any] = []
         self.tree_core = SimpleNamespace(collect_full_device_indices=lambda node, root: torch.empty(0))
 
@@ -65,6 +66,9 @@ class Cache:
 
     def root_node_handle(self, extra_key: Any) -> int:
         return 0
+
+    def note_unlocked(self) -> None:
+        self.unlocked = True
 
     def insert(self, params: Any) -> None:
         self.inserted.append(params)
@@ -97,8 +101,8 @@ def tier_of(cache: Cache) -> DeviceTier:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine_patch.device_tier.get_parallel", lambda: SimpleNamespace(tp_size=1))
         cache._components_tuple = (0,)
-        cache.linker = SimpleNamespace(cache_linker=Linker())
-        tier.__init__(cache)
+        cache.linker = Linker()
+        tier.__init__(cache, cache.linker, cache.note_unlocked)
     return tier
 
 
@@ -147,7 +151,7 @@ def test_a_session_is_brought_back_into_the_tree() -> None:
     tier.run(scheduler())
     assert (progress(), tier.busy, cache.locks) == (Progress.DONE, False, 0)
     # Requests that found no room are tried again.
-    assert cache.linker.unlocked
+    assert cache.unlocked
     (inserted,) = cache.inserted
     assert inserted.key.token_ids == key.token_ids
 

@@ -92,11 +92,11 @@ def scheduler(**cache: Any) -> Any:
     return SimpleNamespace(tree_cache=tree)
 
 
-@pytest.mark.parametrize(("busy", "holds"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("busy", "quarantines"), [(True, False), (False, True), (False, False)])
 def test_an_engine_does_not_count_its_memory_while_a_drive_writes_to_some_of_it(busy: bool, quarantines: bool) -> None:
     idle: list[Any] = []
-    linker = SimpleNamespace(cache_linker=SimpleNamespace(quarantines_pages=quarantines))
-    engine = scheduler(device_tier=SimpleNamespace(busy=busy), linker=linker)
+    linker = SimpleNamespace(quarantines_pages=quarantines)
+    engine = scheduler(device_tier=SimpleNamespace(busy=busy), agentstate=linker)
     healthy: list[str] = []
     engine.maybe_send_health_check_signal = lambda: healthy.append("it lives")
     plugin._while_idle(idle.append, engine)
@@ -108,14 +108,14 @@ def test_an_engine_does_not_count_its_memory_while_a_drive_writes_to_some_of_it(
 
 def test_the_kv_pool_is_at_rest_before_its_memory_is_taken_away() -> None:
     log: list[str] = []
-    engine = scheduler(linker=SimpleNamespace(cache_linker=SimpleNamespace(drain=lambda: log.append("at rest"))))
+    engine = scheduler(agentstate=SimpleNamespace(drain=lambda: log.append("at rest")))
     plugin._before_memory_release(lambda updater, request: log.append(request), SimpleNamespace(scheduler=engine), "go")
     assert log == ["at rest", "go"]
 
 
 def test_weights_that_are_updated_in_place_end_the_storing() -> None:
     reasons: list[str] = []
-    engine = scheduler(linker=SimpleNamespace(cache_linker=SimpleNamespace(retire=reasons.append)))
+    engine = scheduler(agentstate=SimpleNamespace(retire=reasons.append))
     updater = SimpleNamespace(scheduler=engine)
     assert plugin._before_weight_update(lambda *given: given, updater, "disk") == (updater, "disk")
     assert len(reasons) == 1

@@ -88,7 +88,7 @@ def test_full_attention_is_one_pool_of_keys_and_values(dtype: torch.dtype) -> No
     assert (pool.name, pool.model_layers, pool.window_pages) == (PoolName.KV, (0, 1, 2), None)
     assert all(k is kvcache.k_buffer[i] and v is kvcache.v_buffer[i] for i, (k, v) in enumerate(pool.tensors))
     n_bytes = PAGE_SIZE * HEADS * SIZE * dtype.itemsize
-    assert pool.pages.geometry.component_bytes == (n_bytes, n_bytes)
+    assert pool.device_pages.geometry.component_bytes == (n_bytes, n_bytes)
     assert pool.dtypes == (str(dtype),)
 
 
@@ -98,7 +98,7 @@ def test_latent_attention_is_one_pool_of_latents(dtype: torch.dtype) -> None:
     allocator = allocator_of(kvcache)
     (pool,) = found(kvcache, [FULL], token_to_kv_pool_allocator=allocator)
     assert pool.allocator is allocator
-    assert pool.pages.geometry.component_bytes == (PAGE_SIZE * 20 * dtype.itemsize,)
+    assert pool.device_pages.geometry.component_bytes == (PAGE_SIZE * 20 * dtype.itemsize,)
 
 
 def test_dtypes_of_the_same_size_have_different_layouts() -> None:
@@ -130,7 +130,7 @@ def test_recurrent_state_is_a_pool_of_rows_that_are_states() -> None:
     cache.temporal[1, 5], cache.conv[0][1, 5] = 3.0, 4.0
     temporal, convolution = (tensor[5] for tensor in state.tensors[1])
     assert (temporal == 3).all() and (convolution == 4).all()
-    geometry = state.pages.geometry
+    geometry = state.device_pages.geometry
     assert (geometry.layers, geometry.page_size) == (2, 1)
     assert geometry.component_bytes == tuple(t[0].nbytes for t in state.tensors[0])
 

@@ -31,7 +31,7 @@ class Linker(SimpleNamespace):
     def release_quarantine(self) -> None:
         self.held.clear()
 
-    def tidy(self, waiting: Any) -> None:
+    def tidy(self, queued: Any) -> None:
         self.tidied += 1
 
 

@@ -16,10 +16,10 @@ from device import PAGE_SIZE, PAGES, aligned_kv_tensors, as_bytes, fill, kv_tens
 
 from agentstate.pages import PageStore, Quota, fingerprint
 from agentstate.settings import Settings
+from engine_patch.arrivals import LayerGate
 from engine_patch.pools import DevicePool
 from engine_patch.sglang_api import PagedTokenToKVPoolAllocator, PoolName, PoolTransfer
-from engine_patch.stored_pools import LayerGate, StoredPools
-from engine_patch.transfer import DevicePages
+from engine_patch.stored_pools import StoredPools
 
 WINDOW = 2
 
@@ -59,8 +59,8 @@ class Stage:
         )
         return StoredPools([known[name] for name in names], self._open_store, settings)
 
-    def _open_store(self, pool: DevicePool, pages: DevicePages) -> PageStore:
-        store = PageStore(self._directory / pool.name, fingerprint(pool=pool.name), pages.geometry)
+    def _open_store(self, pool: DevicePool) -> PageStore:
+        store = PageStore(self._directory / pool.name, fingerprint(pool=pool.name), pool.device_pages.geometry)
         self.stores[pool.name] = store
         return store
 
@@ -337,7 +337,7 @@ def test_files_are_read_straight_only_to_pages_that_can_be_held() -> None:
         DevicePool(PoolName.KV, aligned_kv_tensors(), PAGE_SIZE, (0, 1, 2), ("float32",), None, allocator)
         for allocator in (Stage(Path()).allocators[PoolName.KV], None)
     ]
-    assert [pool.pages.addressable for pool in pools] == [True, False]
+    assert [pool.device_pages.addressable for pool in pools] == [True, False]
 
 
 def test_a_batch_that_is_over_is_waited_for_no_more(stage: Stage, opened: Callable[..., StoredPools]) -> None:

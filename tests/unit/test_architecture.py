@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,23 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
         if name in FORBIDDEN[room]
     }
     assert not broken
+
+
+def test_the_files_of_the_plug_in_import_no_circle() -> None:
+    """Also what is imported for its types alone: who names another's type leans on it."""
+    folder = ROOT / "engine_patch"
+    leans_on = {
+        path.stem: {
+            node.module.partition(".")[2]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("engine_patch.")
+        }
+        for path in folder.glob("*.py")
+    }
+    order = TopologicalSorter(
+        {name: {other for other in others if other in leans_on} for name, others in leans_on.items()}
+    )
+    assert len(list(order.static_order())) == len(leans_on)
 
 
 def test_only_the_command_line_names_other_rooms() -> None:

@@ -1,0 +1,88 @@
+"""What a rank is: which model its pages are valid for, how much of them it may keep, and how others find it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agentstate import ids
+from agentstate.engines import Engine
+from agentstate.pages import Quota, fingerprint, weights_digest
+from agentstate.settings import Settings
+from engine_patch.pools import DevicePool
+from engine_patch.sglang_api import SUPPORTED, PoolName, get_model, get_parallel, get_serving
+
+
+def quotas(settings: Settings, pools: Sequence[DevicePool]) -> dict[PoolName, Quota]:
+    """Each pool's part of what this rank may keep, by what a page of it takes."""
+    sizes = {pool.name: pool.device_pages.geometry.page_bytes for pool in pools}
+    ranks = get_parallel().tp_size
+    return {
+        name: Quota(
+            None if settings.pages_quota is None else settings.pages_quota * size // sum(sizes.values()) // ranks,
+            settings.pages_free_fraction,
+        )
+        for name, size in sizes.items()
+    }
+
+
+def fingerprints(page_size: int, pools: Sequence[DevicePool]) -> dict[PoolName, bytes]:
+    """What a page of each pool is valid for, 32 bytes; that of `PoolName.KV` stands for all of them and is there
+    without pools too. Reads samples of the checkpoint. Raises SettingsError where it has no weights."""
+    fields = _fields(page_size, pools)
+    names = {PoolName.KV, *(pool.name for pool in pools)}
+    return {name: fingerprint(**fields, pool=name.value) for name in names}
+
+
+def store_directory(settings: Settings, mark: bytes) -> Path:
+    """Where this rank's store of the fingerprint ``mark`` is."""
+    return settings.pages_path.absolute() / mark.hex()[:32] / f"rank{get_parallel().tp_rank}"
+
+
+def engine(settings: Settings, server_args: Any, mark: bytes, control_address: str) -> Engine:
+    """This rank as SQL knows it, under an id of its own."""
+    return Engine(
+        id=ids.new("eng"),
+        node=socket.gethostname(),
+        rank=get_parallel().tp_rank,
+        control_address=control_address,
+        base_url=settings.engine_base_url or f"http://{_reachable(server_args.host)}:{server_args.port}/v1",
+        model=get_serving().served_model_name or get_model().model_path,
+        fingerprint=mark.hex(),
+        pages_dir=str(settings.pages_path.absolute()),
+    )
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+
+
+def _fields(page_size: int, pools: Sequence[DevicePool]) -> dict[str, Any]:
+    """What a page of any of ``pools`` is valid for: of all of them, since each is computed from the others."""
+    model, parallel = get_model(), get_parallel()
+    return dict(
+        sglang=SUPPORTED,
+        weights=weights_digest(_checkpoint(model.model_path, model.revision)),
+        loader=[str(model.load_format), str(model.model_loader_extra_config)],
+        quantization_params=str(model.quantization_param_path),
+        rl_quantization=str(model.rl_quant_profile),
+        model_overrides=str(model.json_model_override_args),
+        dtype=str(model.dtype),
+        quantization=str(model.quantization),
+        pools=[pool.layout() for pool in pools],
+        page_size=page_size,
+        rank=parallel.tp_rank,
+        tp_size=parallel.tp_size,
+        pp_size=parallel.pp_size,
+    )
+
+
+def _checkpoint(model_path: str, revision: str | None) -> Path:
+    """Where the weights are: ``model_path`` itself, or where the hub's cache keeps that model."""
+    if Path(model_path).exists():
+        return Path(model_path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model_path, revision=revision, local_files_only=True))

@@ -1,0 +1,185 @@
+"""The sessions of one rank: how far each is stored, its manifest, and bringing its pages nearer before they are asked
+for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from enum import Enum, auto
+from typing import Any, Protocol
+
+from agentstate.database import Database
+from agentstate.engines import Engine
+from agentstate.errors import EngineError
+from agentstate.manifests import Manifest, split_keys
+from agentstate.settings import Settings
+from engine_patch.catalog import Catalog
+from engine_patch.ledger import Ledger
+from engine_patch.sglang_api import RadixKey, get_storage_hash_str
+from engine_patch.stored_pools import StoredPools
+
+
+class Progress(Enum):
+    """How far a prefetch to the device is. It fails when a page cannot be used, or when there is not enough memory."""
+
+    RUNNING = auto()
+    DONE = auto()
+    FAILED = auto()
+
+
+class Device(Protocol):
+    """What can be asked of the radix tree for a session. From any thread."""
+
+    def prefetch(self, session_id: str, keys: list[bytes]) -> Callable[[], Progress] | None:
+        """Bring the pages ``keys`` into the tree: what tells how far that is. None where it cannot be done."""
+
+    def demote(self, session_id: str) -> None:
+        """Make the session's pages the first to be evicted. Raises EngineError where that cannot be done."""
+
+
+class Sessions:
+    """Thread-safe. `close` writes the manifests that wait, and must come while the stores are open.
+
+    ``stores`` says whether what requests compute is stored at all: while it is not, nothing is said about them.
+    """
+
+    def __init__(
+        self,
+        pools: StoredPools,
+        engine: Engine,
+        database: Database,
+        settings: Settings,
+        *,
+        page_size: int,
+        stores: Callable[[], bool],
+    ):
+        self.device: Device | None = None
+        self._page_size = page_size
+        self._stores = stores
+        self._prefetch_ttl_s = settings.prefetch_ttl_s
+        self._engine = engine
+        self._pools = pools
+        self._ledger = Ledger(page_size, pools.n_bytes, pools.durable)
+        # Of each session, the newest request whose pages are not stored yet: its ticket and its tokens.
+        self._unsettled: dict[str, tuple[object, RadixKey]] = {}
+        self._settling = threading.Lock()
+        self._catalog = Catalog(
+            database,
+            engine,
+            settings.heartbeat_interval_s,
+            saved=self._ledger.saved,
+            needed=self._need_only,
+            stored=pools.durable,
+            lost=lambda: pools.lost_needed,
+            n_bytes=pools.n_bytes,
+        )
+
+    def close(self) -> None:
+        self._catalog.close()
+
+    def finished(self, session_id: str, key: RadixKey) -> None:
+        """A request of a session has ended with the tokens of ``key`` in the tree: publish its manifest as soon as
+        its pages are. Its keys are computed on the spilling thread, not the scheduler's."""
+        if not self._stores():
+            # What is stored is not its newest request's any more.
+            self._ledger.forget(session_id)
+            return
+        request, ticket = self._ledger.finished(session_id), object()
+        with self._settling:
+            self._unsettled[session_id] = ticket, key
+
+        def settle() -> None:
+            with self._settling:
+                newest, key = self._unsettled.get(session_id, (None, None))
+                if newest is not ticket:
+                    # The manifest is that of the newest request, whose turn is still to come. So a drive that hangs
+                    # keeps the tokens of one request a session, and not of all.
+                    return
+                del self._unsettled[session_id]
+            keys = [bytes.fromhex(text) for text in get_storage_hash_str(key, page_size=self._page_size)]
+            durable = self._pools.durable(keys, use=True)
+            if self._stores():
+                self._ledger.settled(session_id, request, keys, durable)
+            else:
+                self._ledger.forget(session_id)
+            self._pools.need([keys[:durable]])
+            self._pools.merge(keys[:durable])
+            self._catalog.save(self._manifest(session_id, keys, durable))
+
+        self._pools.then(settle)
+
+    def standing(self, session_id: str) -> dict[str, Any]:
+        """The answer of a ``flush`` as of now."""
+        standing = self._ledger.standing(session_id)
+        if standing is None and self._stores() and (manifest := self._catalog.load(session_id)) is not None:
+            keys = manifest.page_keys()
+            lost = manifest.lost_tokens // self._page_size
+            return self._ledger.remembered(self._pools.durable(keys), len(keys) + lost)
+        return standing or {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0}
+
+    def prefetch(self, session_id: str, tier: str, packed: bytes | None) -> Callable[[], dict[str, Any]]:
+        """Begin to bring a session's pages nearer, those of ``packed`` or all that are known: what tells how far that
+        is, as of now. Goes on with what has begun already.
+
+        ``tier`` is ``device`` or ``host``; where the device cannot be reached (`Device`), host memory is.
+        """
+        if tier not in ("host", "device"):
+            raise ValueError(f"tier {tier!r} is neither host nor device")
+        chain = self._chain(session_id) if packed is None else split_keys(packed)
+        keys = chain[: self._pools.durable(chain, use=True)] if self._stores() else []
+        whole = "warm" if len(keys) == len(chain) else "partial"
+        if not keys:
+            return lambda: self._answer("cold", 0, tier)
+        device = self.device.prefetch(session_id, keys) if tier == "device" and self.device else None
+        if device is not None:
+            states = {Progress.RUNNING: "pending", Progress.DONE: whole, Progress.FAILED: "cold"}
+            return lambda: self._answer(states[device()], len(keys), tier)
+        staged = self._pools.prefetch(session_id, keys, self._prefetch_ttl_s)
+
+        def answer() -> dict[str, Any]:
+            if (fraction := staged()) is None:
+                return self._answer("pending", len(keys), "host")
+            if fraction == 1:
+                return self._answer(whole, len(keys), "host")
+            # A part of every page, by layers: so much less of it is left to be read.
+            pages = int(fraction * len(keys))
+            return self._answer("partial" if pages else "cold", pages, "host")
+
+        return answer
+
+    def demote(self, session_id: str) -> dict[str, Any]:
+        """Make the session's pages the first that the device evicts."""
+        if self.device is None:
+            raise EngineError("the engine is not up yet")
+        self.device.demote(session_id)
+        return self._answer("demoted", len(self._ledger.chain(session_id) or ()), "device")
+
+    def _chain(self, session_id: str) -> list[bytes]:
+        """The session's pages that were stored when its newest request had ended."""
+        if (keys := self._ledger.chain(session_id)) is not None:
+            return keys
+        manifest = self._catalog.load(session_id)
+        return [] if manifest is None else manifest.page_keys()
+
+    def _answer(self, state: str, pages: int, tier: str) -> dict[str, Any]:
+        """``pages`` are those that the state is about; nothing of a session that is ``cold`` is anywhere."""
+        pages = 0 if state == "cold" else pages
+        tokens = pages * self._page_size
+        return {"state": state, "tokens": tokens, "pages": pages, "bytes": self._pools.n_bytes(pages), "tier": tier}
+
+    def _need_only(self, chains: Iterable[list[bytes]]) -> None:
+        self._pools.need(chains, only=True)
+
+    def _manifest(self, session_id: str, keys: list[bytes], durable: int) -> Manifest:
+        return Manifest(
+            session_id=session_id,
+            fingerprint=self._engine.fingerprint,
+            rank=self._engine.rank,
+            node=self._engine.node,
+            engine_id=self._engine.id,
+            page_size=self._page_size,
+            tokens=durable * self._page_size,
+            keys=b"".join(keys[:durable]),
+            nbytes=self._pools.n_bytes(durable),
+            lost_tokens=(len(keys) - durable) * self._page_size,
+        )

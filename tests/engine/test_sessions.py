@@ -1,0 +1,152 @@
+"""What a rank says of its sessions, and the order in which it ends, with stand-ins for what it asks."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from contents import keys
+
+from agentstate.database import Database
+from agentstate.engines import Engine
+from agentstate.manifests import Manifest
+from agentstate.settings import Settings
+from engine_patch.rank import Rank
+from engine_patch.sessions import Progress, Sessions
+from engine_patch.sglang_api import RadixKey
+
+PAGE_SIZE = 4
+
+
+class Pools:
+    """Stores that hold the first ``held`` pages of whatever they are asked for."""
+
+    def __init__(self) -> None:
+        self.held = 8
+        self.fraction: float | None = None
+        self.lost_needed = 0
+        self.queued: list[Any] = []
+
+    def durable(self, keys: list[bytes], *, use: bool = False) -> int:
+        return min(self.held, len(keys))
+
+    def n_bytes(self, pages: int) -> int:
+        return 100 * pages
+
+    def need(self, chains: Any, *, only: bool = False) -> None:
+        pass
+
+    def merge(self, chain: list[bytes]) -> None:
+        pass
+
+    def then(self, action: Any) -> None:
+        self.queued.append(action)
+
+    def prefetch(self, session_id: str, keys: list[bytes], ttl_s: float) -> Any:
+        return lambda: self.fraction
+
+
+class Stage:
+    """Sessions whose catalog is a stand-in that remembers what it was given."""
+
+    def __init__(self, directory: Path):
+        self.off: str | None = None
+        self.pools: Any = Pools()
+        self.saved: list[str] = []
+        engine = Engine("e", "n", 0, "", "", "m", "f", str(directory))
+        self.sessions = Sessions(
+            self.pools,
+            engine,
+            Database(f"sqlite:///{directory / 'agentstate.db'}"),
+            Settings(home=directory),
+            page_size=PAGE_SIZE,
+            stores=lambda: self.off is None,
+        )
+        self.sessions.close()
+        self.catalog = SimpleNamespace(
+            load=lambda session: None, save=lambda manifest: self.saved.append(manifest.session_id)
+        )
+        self.sessions._catalog = self.catalog  # type: ignore[assignment]
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(tmp_path)
+
+
+def manifest(pages: int, lost: int) -> Manifest:
+    packed = b"".join(keys(*range(pages)))
+    tokens = pages * PAGE_SIZE
+    return Manifest("s", "f", 0, "n", "e", PAGE_SIZE, tokens, packed, 100 * pages, lost * PAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("lost", "stored", "state"), [(0, 8, "durable"), (3, 8, "partial"), (0, 4, "partial"), (0, 0, "lost")]
+)
+def test_a_flush_of_a_session_of_another_life_knows_what_that_had_lost(
+    stage: Stage, lost: int, stored: int, state: str
+) -> None:
+    stage.catalog.load = lambda session: manifest(6, lost)
+    stage.pools.held = stored
+    answer = stage.sessions.standing("s")
+    assert (answer["state"], answer["pages"]) == (state, min(6, stored))
+
+
+def test_an_engine_that_does_not_store_any_more_does_not_speak_for_newer_requests(stage: Stage) -> None:
+    ledger = stage.sessions._ledger
+    ledger.settled("s", ledger.finished("s"), keys(1, 2), 2)
+    ledger.saved(Manifest("s", "f", 0, "n", "e", PAGE_SIZE, 2 * PAGE_SIZE, b"".join(keys(1, 2)), 200))
+    stage.catalog.load = lambda session: manifest(2, 0)
+    stage.off = "its weights have changed"
+    assert stage.sessions.standing("s")["state"] == "durable"
+    stage.sessions.finished("s", RadixKey(array("q"), None))
+    assert stage.sessions.standing("s") == {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0}
+
+
+@pytest.mark.parametrize(
+    ("fraction", "state", "pages"), [(None, "pending", 8), (1, "warm", 8), (0.6, "partial", 4), (0.0, "cold", 0)]
+)
+def test_a_prefetch_is_warm_when_all_of_it_is_in_memory(
+    stage: Stage, fraction: float | None, state: str, pages: int
+) -> None:
+    stage.pools.fraction = fraction
+    answer = stage.sessions.prefetch("s", "host", b"".join(keys(*range(8))))()
+    assert (answer["state"], answer["pages"], answer["bytes"], answer["tier"]) == (state, pages, 100 * pages, "host")
+
+
+def test_what_the_device_cannot_take_goes_to_host_memory(stage: Stage) -> None:
+    stage.pools.fraction = 1
+    packed = b"".join(keys(*range(8)))
+    device: Any = SimpleNamespace(prefetch=lambda session, chain: None)
+    stage.sessions.device = device
+    assert stage.sessions.prefetch("s", "device", packed)()["tier"] == "host"
+    device.prefetch = lambda session, chain: lambda: Progress.DONE
+    assert stage.sessions.prefetch("s", "device", packed)()["tier"] == "device"
+
+
+def test_what_waits_for_the_drive_is_one_request_a_session(stage: Stage) -> None:
+    key = RadixKey(array("q", range(2 * PAGE_SIZE)), None)
+    for session_id in ("a", "b", "a", "a"):
+        stage.sessions.finished(session_id, key)
+    assert len(stage.sessions._unsettled) == 2
+    for settle in stage.pools.queued:
+        settle()
+    assert stage.saved == ["b", "a"]
+    assert not stage.sessions._unsettled
+
+
+def test_manifests_are_written_while_the_stores_can_be_asked() -> None:
+    """A closed store holds nothing: a manifest that was cut to that would lose what is on the disk."""
+    log: list[str] = []
+    rank: Any = Rank.__new__(Rank)
+    rank._control = SimpleNamespace(close=lambda: log.append("nobody asks any more"))
+    rank.pools = SimpleNamespace(
+        finish_spilling=lambda within_s: log.append("everything is stored"),
+        close=lambda: log.append("the stores are closed"),
+    )
+    rank.sessions = SimpleNamespace(close=lambda: log.append("manifests are written"))
+    rank.close()
+    assert log == ["nobody asks any more", "everything is stored", "manifests are written", "the stores are closed"]

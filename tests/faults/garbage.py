@@ -31,7 +31,8 @@ def build(directory: Path) -> None:
     store = PageStore(directory, MARK, GEOMETRY)
     for first in range(0, PAGES, 30):
         write(store, NAMES[first : first + 30])
-    drop(store, *sorted(DROPPED))
+    for name in sorted(DROPPED):
+        drop(store, name)
     store.close()
 
 

@@ -354,11 +354,10 @@ class Restorer:
         )
 
     def _drop(self, load: _Load, pages: Iterable[int]) -> None:
-        for page in pages:
-            if load.keys[page] in self._store:
-                self._store.drop(load.keys[page])
-                with self._counting:
-                    self.stats.pages_failed += 1
+        if load.stream is not None:
+            dropped = self._store.drop(load.stream.pin.copies(load.offset + page for page in pages))
+            with self._counting:
+                self.stats.pages_failed += dropped
 
     def _record(self, batch: _Batch, first_layer_s: float, seconds: float) -> Restored | None:
         requests = {

@@ -63,7 +63,8 @@ def _rewrite(
 ) -> bool:
     chain = list(keys[run[0].first : run[-1].first + run[-1].pages])
     draft, wrong, unread = store.draft(chain, buffer), set[int](), set[int]()
-    with reader.open(store.pin(chain)) as stream:
+    pin = store.pin(chain)
+    with reader.open(pin) as stream:
         for chunk in stream:
             wrong.update(chunk.wrong)
             for segment, error in chunk.unread:
@@ -74,6 +75,5 @@ def _rewrite(
                     draft.component(chunk.layer, component)[segment.first : segment.first + segment.pages] = rows
         if not wrong:
             store.publish(draft)
-    for page in wrong - unread:
-        store.drop(chain[page])
+    store.drop(pin.copies(wrong - unread))
     return not wrong

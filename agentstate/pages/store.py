@@ -22,6 +22,7 @@ import re
 import struct
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -57,8 +58,11 @@ UNLIMITED = Quota()
 
 
 class StoredExtent(NamedTuple):
+    """An extent of a store, by its ``number``, which no other extent of an open store ever gets."""
+
     path: Path
     layout: ExtentLayout
+    number: int
 
 
 class Segment(NamedTuple):
@@ -116,6 +120,11 @@ class Pin:
         self.fingerprint = store.fingerprint
         self._store = store
         self._numbers = numbers
+
+    def copies(self, pages: Iterable[int]) -> list[tuple[bytes, int]]:
+        """The copies that are pinned of some of its ``pages``, as `PageStore.drop` takes them."""
+        firsts = [segment.first for segment in self.segments]
+        return [(self.keys[page], self.segments[bisect_right(firsts, page) - 1].extent.number) for page in pages]
 
     def close(self) -> None:
         numbers, self._numbers = self._numbers, set()
@@ -398,7 +407,7 @@ class PageStore:
                 found[-1] = found[-1]._replace(pages=found[-1].pages + 1)
             else:
                 layout = ExtentLayout(self.geometry, self._extents[number].pages)
-                found.append(Segment(StoredExtent(self._path(number), layout), slot, 1, page))
+                found.append(Segment(StoredExtent(self._path(number), layout, number), slot, 1, page))
             last = number
         return found
 
@@ -602,26 +611,44 @@ class PageStore:
         self._delete([entered, *(self._extents[other] for other in gained if other != number)])
         self._count()
 
-    def drop(self, key: bytes) -> None:
-        """Stop serving a page, because its bytes turned out wrong. When it has been computed again it is written
-        anew."""
+    def drop(self, wrong: Iterable[tuple[bytes, int]]) -> int:
+        """Stop serving copies of pages whose bytes turned out wrong, each named by its key and the number of the extent
+        that it lies in: how many pages are not stored any more.
+
+        In one transaction. A page that a later extent serves by now stays: that copy is another. A page that was
+        dropped is written anew when it has been computed again.
+        """
         with self._writing:
-            places = self._places([key])
-            extent = self._extents.get(places[0][0]) if places else None
-            if extent is None:
-                return
+            copies = [copy for copy in dict.fromkeys(wrong) if copy[0] not in self._dropped]
+            try:
+                places = self._index.places(key for key, _ in copies)
+            except (lmdb.Error, struct.error) as error:
+                self._unreadable(error)
+                return 0
+            found = {
+                key: self._extents[number]
+                for (key, number), place in zip(copies, places, strict=True)
+                if place is not None and place[0] == number and number in self._extents
+            }
+            if not found:
+                return 0
+            gone = Counter(extent.number for extent in found.values())
             try:
                 with self._index.change() as change:
-                    change.delete(key)
-                    change.record(extent.number, extent.record()._replace(live=extent.live - 1))
+                    for key in found:
+                        change.delete(key)
+                    for number, pages in gone.items():
+                        record = self._extents[number].record()
+                        change.record(number, record._replace(live=record.live - pages))
             except lmdb.Error as error:
                 logger.warning("page store: the index of %s could not be written: %s", self.directory, error)
-                self._dropped[key] = extent
-            extent.live -= 1
-            self.stats.pages -= 1
-            self.stats.pages_dropped += 1
-            self._delete([extent])
-            self._count()
+                self._dropped.update(found)
+            for number, pages in gone.items():
+                self._extents[number].live -= pages
+            self.stats.pages -= len(found)
+            self.stats.pages_dropped += len(found)
+            self._delete([self._extents[number] for number in gone])
+            return len(found)
 
     def close(self) -> None:
         """Close the store; what is pinned stays readable through the files that are open. May be called again."""

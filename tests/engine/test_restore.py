@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contents import content, expected, key, keys, read, reader_for
+from contents import content, drop, expected, key, keys, read, reader_for
 from device import Rank, page_of
 
 from engine_patch.restore import Restorer, RestoreStats, Source
@@ -227,7 +227,7 @@ def test_a_cancelled_load_is_not_made(rank: Rank, restorer: Restorer) -> None:
 
 
 def test_a_page_that_is_missing_when_it_is_queued_fails_its_request_only(rank: Rank, restorer: Restorer) -> None:
-    rank.store.drop(key(1))
+    drop(rank.store, key(1))
     queue(restorer, "a", [0, 1, 2], [10, 11, 12])
     queue(restorer, "b", [4, 5], [14, 15])
     assert run(restorer) == {"a"}
@@ -237,7 +237,7 @@ def test_a_page_that_is_missing_when_it_is_queued_fails_its_request_only(rank: R
 
 
 def test_the_layers_are_released_also_when_no_request_can_be_read(rank: Rank, restorer: Restorer) -> None:
-    rank.store.drop(key(1))
+    drop(rank.store, key(1))
     queue(restorer, "a", [0, 1, 2], [10, 11, 12])
     assert run(restorer) == {"a"}
 
@@ -247,12 +247,12 @@ def test_a_page_that_is_dropped_between_queue_and_start_is_verified_all_the_same
 ) -> None:
     """Its bytes are still in the extent: right ones are restored, wrong ones are not."""
     queue(restorer, "a", [0, 1], [10, 11])
-    rank.store.drop(key(1))
+    drop(rank.store, key(1))
     assert run(restorer) == set()
     assert is_restored(rank, key(1), 11)
     flip(rank, 5, 2)
     queue(restorer, "b", [4, 5], [14, 15])
-    rank.store.drop(key(5))
+    drop(rank.store, key(5))
     assert run(restorer) == {"b"}
     assert rank.store.stats.pages_dropped == 2
 

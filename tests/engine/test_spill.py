@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contents import key, keys, read, reader_for
+from contents import drop, key, keys, read, reader_for
 from device import PAGES, Rank, fill
 
 from agentstate.pages import Quota
@@ -137,7 +137,7 @@ def test_what_is_stored_is_not_written_again(rank: Rank, spiller: Spiller) -> No
 def test_a_dropped_page_is_written_again(rank: Rank, spiller: Spiller) -> None:
     spiller.offer(keys(1, 2), numbers(1, 2))
     spiller.drain()
-    rank.store.drop(key(2))
+    drop(rank.store, key(2))
     spiller.offer(keys(1, 2), numbers(1, 5))
     spiller.drain()
     assert stored(rank, keys(1, 2)) == rank.device_pages([1, 5])

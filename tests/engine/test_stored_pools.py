@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from contents import key, keys, write
+from contents import drop, key, keys, write
 from device import PAGE_SIZE, PAGES, aligned_kv_tensors, as_bytes, fill, kv_tensors, page_of
 
 from agentstate.pages import PageStore, Quota, fingerprint
@@ -153,8 +153,7 @@ def test_all_pools_agree_whatever_each_of_them_has(stage: Stage, opened: Callabl
         held = {name: [n for n in range(7) if chance.random() < 0.7] for name in names}
         for name, numbers in held.items():
             store = stage.stores[name]
-            for number in range(7):
-                store.drop(key(number))
+            drop(store, *keys(*range(7)))
             if numbers:
                 write(store, keys(*numbers))
         right = [

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from agentstate.pages import Geometry, PageStore
-from agentstate.pages.testing.pages import MARK, expected, keys, read, reader_for, write
+from agentstate.pages.testing.pages import MARK, drop, expected, keys, read, reader_for, write
 
 GEOMETRY = Geometry(layers=1, page_size=1, component_bytes=(64,))
 PAGES = 1500
@@ -32,7 +32,7 @@ def build(directory: Path) -> None:
     for first in range(0, PAGES, 30):
         write(store, NAMES[first : first + 30])
     for name in sorted(DROPPED):
-        store.drop(name)
+        drop(store, name)
     store.close()
 
 
@@ -46,7 +46,7 @@ def work(directory: Path) -> None:
         assert read(reader, [pin]) == expected(GEOMETRY, [pin]), "wrong"
     reader.close()
     write(store, keys("new"))
-    store.drop(NAMES[9])
+    drop(store, NAMES[9])
     store.close()
 
 

@@ -26,7 +26,7 @@ from agentstate.errors import PageStoreFull, PageStoreUnwritable
 from agentstate.pages import Geometry, PageStore, Quota, inventory, merge
 from agentstate.pages.files import read_header
 from agentstate.pages.store import UNLIMITED
-from agentstate.pages.testing.pages import MARK, content, key, keys, read, reader_for, write
+from agentstate.pages.testing.pages import MARK, content, drop, key, keys, read, reader_for, write
 
 MODES = {"count": 1, "kill": 2, "kill half-way": 3, "fail once": 4, "fail from then on": 5}
 KINDS = {"changes": 1, "reads": 2}
@@ -128,8 +128,9 @@ SCENARIOS = {
     "collect": Scenario(
         lambda store: store.collect(), may_lose={1, 2, 3}, before=lambda store: store.need(keys(4, 5, 6), only=True)
     ),
-    "drop": Scenario(lambda store: store.drop(key(5)), may_lose={5}),
-    "drop the last of an extent": Scenario(lambda store: store.drop(key(3)), may_lose={3}),
+    "drop": Scenario(lambda store: drop(store, key(5)), may_lose={5}),
+    "drop several": Scenario(lambda store: drop(store, *keys(2, 3, 5)), may_lose={2, 3, 5}),
+    "drop the last of an extent": Scenario(lambda store: drop(store, key(3)), may_lose={3}),
     "release": Scenario(lambda store: store.kept.close(), before=held),  # type: ignore[attr-defined]
     "close": Scenario(lambda store: store.close(), before=lambda store: store.prefix_length(keys(1, 2, 3))),
     "open": Scenario(opening=True),
@@ -246,7 +247,7 @@ class Run:
             if None in read(reader, [pin]).values():
                 self.problem("what is written afterwards cannot be read")
         reader.close()
-        store.drop(key("again"))
+        drop(store, key("again"))
 
     def look_again(self) -> None:
         """As the next process finds it, twice."""

@@ -145,6 +145,6 @@ def test_a_store_whose_index_cannot_be_read_finds_nothing(tmp_path: Path) -> Non
     assert key(1) not in store
     with pytest.raises(KeyError):
         store.pin(keys(1))
-    store.drop(key(1))
+    assert store.drop([(key(1), 1)]) == 0
     store.close()
     assert pages_of(tmp_path) == 1

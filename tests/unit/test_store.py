@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contents import MARK, MHA, MLA, WIDE, expected, key, keys, read, reader_for, write
+from contents import MARK, MHA, MLA, WIDE, drop, expected, key, keys, read, reader_for, write
 
 from agentstate.errors import FingerprintMismatch, PageStoreFull, PageStoreLocked, PageStoreUnwritable
 from agentstate.pages import Geometry, PageStore, fingerprint
+from agentstate.pages.index import PageIndex
 from agentstate.pages.store import StoreStats
 
 ROOT = Path(__file__).parents[2]
@@ -101,9 +102,8 @@ def test_the_later_extent_of_a_page_wins_also_after_opening_again(store: PageSto
 
 def test_a_dropped_page_is_gone_until_it_is_written_again(store: PageStore) -> None:
     write(store, keys(1, 2, 3))
-    store.drop(key(2))
-    store.drop(key(2))
-    store.drop(key(9))
+    assert drop(store, key(2)) == 1
+    assert drop(store, key(2)) == drop(store, key(9)) == 0
     assert store.prefix_length(keys(1, 2, 3)) == 1
     assert holds(store, keys(1, 3))
     assert (store.stats.pages, store.stats.pages_dropped) == (2, 1)
@@ -390,3 +390,16 @@ def child(program: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )
+
+
+def test_any_number_of_pages_is_dropped_in_one_transaction(store: PageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(store, keys(*range(40)))
+    write(store, keys(*range(40, 80)))
+    commits = []
+    change = PageIndex.change
+    monkeypatch.setattr(PageIndex, "change", lambda index: (commits.append(1), change(index))[1])
+    with store.pin(keys(*range(80))) as pin:
+        copies = pin.copies(range(0, 80, 2))
+    assert store.drop(copies) == 40
+    assert len(commits) == 1
+    assert [page for page in range(80) if key(page) in store] == list(range(1, 80, 2))

@@ -16,7 +16,7 @@ import pytest
 from agentstate.errors import PageStoreFull, PageStoreLocked
 from agentstate.pages import Geometry, PageStore, Quota, merge
 from agentstate.pages.store import UNLIMITED
-from agentstate.pages.testing.pages import MARK, MHA, MLA, WIDE, expected, key, keys, read, reader_for, write
+from agentstate.pages.testing.pages import MARK, MHA, MLA, WIDE, drop, expected, key, keys, read, reader_for, write
 
 HOUR_S = 3600.0
 
@@ -76,8 +76,7 @@ class PageStoreTests:
     def test_a_dropped_page_is_gone_until_it_is_written_again(self, tmp_path: Path) -> None:
         store = self.open(tmp_path, MLA)
         write(store, keys(1, 2, 3))
-        for page in keys(2, 2, 9):
-            store.drop(page)
+        assert drop(store, *keys(2, 2, 9)) == 1
         assert (store.prefix_length(keys(1, 2, 3)), store.stats.pages_dropped) == (1, 1)
         store.close()
         store = self.open(tmp_path, MLA)
@@ -88,13 +87,27 @@ class PageStoreTests:
         self.assert_right(store, keys(2), version=1)
         store.close()
 
+    def test_only_the_copy_that_was_wrong_is_dropped(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        write(store, keys(1, 2, 3))
+        with store.pin(keys(1, 2, 3)) as pin:
+            copies = pin.copies(range(3))
+            write(store, keys(2), version=1)
+            assert store.drop(copies[1:2]) == 0
+            self.assert_right(store, keys(2), version=1)
+            assert store.drop([*copies, *copies, (key(9), copies[0][1])]) == 2
+        assert store.stored(keys(1, 2, 3)) == [False, True, False]
+        self.assert_right(store, keys(2), version=1)
+        assert store.stats.pages_dropped == 2
+        store.close()
+
     def test_what_is_held_stays_readable_whatever_becomes_of_it(self, tmp_path: Path) -> None:
         store = self.open(tmp_path, MLA)
         write(store, keys(1, 2))
         reader = reader_for(MLA)
         with store.pin(keys(1, 2)) as pin:
             write(store, keys(1, 2), version=1)
-            store.drop(key(1))
+            drop(store, key(1))
             store.collect()
             assert read(reader, [pin]) == expected(MLA, [pin])
         pin.close()

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from agentstate.errors import PageStoreFull
-from agentstate.pages import Geometry, PageStore, Pin, Quota, inventory, merge
+from agentstate.pages import Geometry, PageStore, Pin, Quota, Segment, inventory, merge
 from agentstate.pages.store import UNLIMITED
-from agentstate.pages.testing.pages import MARK, content, keys, read, reader_for, write
+from agentstate.pages.testing.pages import MARK, content, drop, keys, read, reader_for, write
 
 GEOMETRY = Geometry(layers=2, page_size=4, component_bytes=(300, 200))
 POOL = keys(*range(20))
@@ -178,13 +178,14 @@ class PageStoreMachine(RuleBasedStateMachine):
         pages = [page for page in pages if page in self.stored]
         with self.store.pin(pages) as pin:
             wrong = self.verified(pin, self.versions(pages))
-        for page in wrong:
-            self.drop(page)
+            copies = pin.copies(page for page, key in enumerate(pages) if key in wrong)
+        assert self.store.drop(copies) == len(wrong)
+        self.forget(wrong)
 
     @rule(page=_ONE)
     def drop(self, page: bytes) -> None:
         before = self.store.stats.pages_dropped
-        self.store.drop(page)
+        drop(self.store, page)
         assert self.store.stats.pages_dropped == before + (page in self.stored)
         self.forget({page})
 
@@ -211,6 +212,16 @@ class PageStoreMachine(RuleBasedStateMachine):
         one = data.draw(st.sampled_from(self.pins))
         self.pins.remove(one)
         one.pin.close()
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def drop_what_is_pinned(self, data: st.DataObject) -> None:
+        """A copy that has been written anew or merged since stays."""
+        pin = data.draw(st.sampled_from(self.pins)).pin
+        pinned = {(pin.keys[page], segment.extent.path) for segment in pin.segments for page in _pages(segment)}
+        dropped = {page for page, path in pinned if page in self.stored and self.path(page) == path}
+        assert self.store.drop(pin.copies(range(len(pin.keys)))) == len(dropped)
+        self.forget(dropped)
 
     def let_go(self) -> None:
         for one in self.pins:
@@ -440,6 +451,10 @@ class DamagedStoreMachine(PageStoreMachine):
             os.truncate(data, min(end, data.stat().st_size))
 
         self.changed_while_closed(truncate)
+
+
+def _pages(segment: Segment) -> range:
+    return range(segment.first, segment.first + segment.pages)
 
 
 def _layers(page: bytes, version: int) -> list[list[bytes]]:

@@ -46,6 +46,13 @@ def write(store: PageStore, pages: Sequence[bytes], version: int = 0) -> None:
     store.publish(draft)
 
 
+def drop(store: PageStore, *pages: bytes) -> int:
+    """Drop the copies that serve ``pages`` now, of those that are stored."""
+    with store.pin([page for page in pages if page in store]) as pin:
+        copies = pin.copies(range(len(pin.keys)))
+    return store.drop(copies)
+
+
 def reader_for(geometry: Geometry, chunk_bytes: int = 1 << 20) -> LayerwiseReader:
     return LayerwiseReader(geometry, staging_bytes=4 * chunk_bytes, threads=2, chunk_bytes=chunk_bytes)
 

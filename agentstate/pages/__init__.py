@@ -13,7 +13,8 @@ from agentstate.pages.extent import ExtentDraft, ExtentHeader, Geometry
 from agentstate.pages.fingerprint import fingerprint, weights_digest
 from agentstate.pages.merging import merge
 from agentstate.pages.reading import READ_THREADS, Chunk, Destination, LayerwiseReader, Part, Stream
-from agentstate.pages.store import PageStore, Pin, Quota, Segment, StoreStats
+from agentstate.pages.space import Quota, Space
+from agentstate.pages.store import PageStore, Pin, Segment, StoreStats
 from agentstate.pages.writing import Writer
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Quota",
     "ReadBackend",
     "Segment",
+    "Space",
     "StoreStats",
     "Stream",
     "Writer",

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import itertools
 import logging
 import os
 import re
@@ -24,8 +23,8 @@ import threading
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -36,25 +35,18 @@ import lmdb
 
 from agentstate.errors import BadExtent, FingerprintMismatch, PageStoreFull, PageStoreLocked, PageStoreUnwritable
 from agentstate.pages import files
+from agentstate.pages.eviction import ANYONE, Extent
 from agentstate.pages.extent import KEY_BYTES, ExtentDraft, ExtentHeader, ExtentLayout, Geometry, Memory
 from agentstate.pages.index import ExtentRecord, IndexChange, PageIndex
+from agentstate.pages.space import UNLIMITED, Quota, Space
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{16}\.ext")
-# The clock of uses leaves room to order the extents of one use among each other.
-_WITHIN = 1 << 20
-
-
-class Quota(NamedTuple):
-    """How much a store may hold: ``max_bytes`` of extents (None: no limit of its own), and never so much that less
-    than ``free_fraction`` (0 to 1) of the file system is free."""
-
-    max_bytes: int | None = None
-    free_fraction: float = 0.0
-
-
-UNLIMITED = Quota()
+# What is made free, where there is nothing, before a store is opened.
+_TO_OPEN_BYTES = 1 << 20
+# Pairs of an extent and a session that needs it that are remembered: some 50 MiB.
+_MOST_TOLD = 1 << 19
 
 
 class StoredExtent(NamedTuple):
@@ -92,34 +84,16 @@ class StoreStats:
     bad_extents: int = 0
 
 
-@dataclass(slots=True)
-class _Extent:
-    """An extent as the store works with it. Its file is deleted when it has no live page and no pin."""
-
-    number: int
-    pages: int
-    live: int
-    file_bytes: int
-    mtime_ns: int
-    used: int = 0
-    pins: int = 0
-    pinned_until_s: float = 0.0
-    needed: bool = False
-
-    def record(self) -> ExtentRecord:
-        return ExtentRecord(self.pages, self.live, self.file_bytes, self.mtime_ns, self.used)
-
-
 class Pin:
     """The pages of one request, in order, and where they lie: ``segments``. Until `close` they stay there, whatever is
     evicted or merged. A context manager."""
 
-    def __init__(self, store: PageStore, keys: Sequence[bytes], segments: list[Segment], numbers: set[int]):
+    def __init__(self, store: PageStore, keys: Sequence[bytes], segments: list[Segment], extents: list[Extent]):
         self.keys = keys
         self.segments = segments
         self.fingerprint = store.fingerprint
         self._store = store
-        self._numbers = numbers
+        self._extents = extents
 
     def copies(self, pages: Iterable[int]) -> list[tuple[bytes, int]]:
         """The copies that are pinned of some of its ``pages``, as `PageStore.drop` takes them."""
@@ -127,8 +101,8 @@ class Pin:
         return [(self.keys[page], self.segments[bisect_right(firsts, page) - 1].extent.number) for page in pages]
 
     def close(self) -> None:
-        numbers, self._numbers = self._numbers, set()
-        self._store._release(numbers)
+        extents, self._extents = self._extents, []
+        self._store._release(extents)
 
     def __enter__(self) -> Pin:
         return self
@@ -145,36 +119,70 @@ class PageStore:
     another fingerprint's extents.
     """
 
-    def __init__(self, directory: Path, fingerprint: bytes, geometry: Geometry, quota: Quota = UNLIMITED):
+    def __init__(
+        self,
+        directory: Path,
+        fingerprint: bytes,
+        geometry: Geometry,
+        quota: Quota = UNLIMITED,
+        *,
+        space: Space | None = None,
+    ):
         self.directory = directory
         self.fingerprint = fingerprint
         self.geometry = geometry
-        self.quota = quota
         self.stats = StoreStats()
         self._extents_dir = directory / "extents"
         self._partial_dir = directory / "partial"
-        # `_writing` is held while the index changes, which may take as long as the disk does; `_mutex` never for
-        # longer than a few memory accesses, and it is the inner one.
-        self._writing = threading.Lock()
+        self._space = Space(quota) if space is None else space
+        # `_writing` is held while the index changes, which may take as long as the disk does, and by one store of a
+        # space at a time; `_mutex` never for longer than a few memory accesses, and it is the inner one.
+        self._writing = self._space.lock
         self._mutex = threading.Lock()
-        self._extents: dict[int, _Extent] = {}
+        self._extents: dict[int, Extent] = {}
+        self._pinned: set[Extent] = set()
+        self._pinned_for: set[Extent] = set()
+        # How often it was told what is needed, and how much of that is remembered.
+        self._telling = self._told = 0
+        self._losers: set[str] = set()
         self._used_since: set[int] = set()
         # Pages that the index finds still, because it could not be written when they were dropped.
-        self._dropped: dict[bytes, _Extent] = {}
-        self._being_written = 0
+        self._dropped: dict[bytes, Extent] = {}
         self._lock_fd: int | None = None
-        try:
-            self._open()
-        except (OSError, lmdb.Error) as error:
-            if files.is_full(error):
-                raise PageStoreFull(
-                    f"the disk of the page directory {self.directory} is full: make room, or point "
-                    "AGENTSTATE_PAGES_DIR at another disk"
-                ) from error
-            raise PageStoreUnwritable(
-                f"the page directory {self.directory} cannot be written ({getattr(error, 'strerror', error)}): "
-                "make it writable, or point AGENTSTATE_PAGES_DIR at another directory"
-            ) from error
+        with self._writing:
+            try:
+                try:
+                    self._open()
+                except (OSError, lmdb.Error) as error:
+                    if not files.is_full(error):
+                        raise
+                    # Of other engines' pages, perhaps.
+                    self._space.evict_siblings(self, _TO_OPEN_BYTES)
+                    self._open()
+                self._space.join(self)
+                self._space.evict_siblings(self)
+            except (OSError, lmdb.Error) as error:
+                raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError | lmdb.Error) -> PageStoreFull | PageStoreUnwritable:
+        if files.is_full(error):
+            return PageStoreFull(
+                f"the disk of the page directory {self.directory} is full: make room, or point "
+                "AGENTSTATE_PAGES_DIR at another disk"
+            )
+        return PageStoreUnwritable(
+            f"the page directory {self.directory} cannot be written ({getattr(error, 'strerror', error)}): "
+            "make it writable, or point AGENTSTATE_PAGES_DIR at another directory"
+        )
+
+    @property
+    def quota(self) -> Quota:
+        """How much it may hold, with all that share its room."""
+        return self._space.quota
+
+    @quota.setter
+    def quota(self, quota: Quota) -> None:
+        self._space.quota = quota
 
     def _open(self) -> None:
         lock = self._acquire()
@@ -224,12 +232,12 @@ class PageStore:
                 numbers.append(number)
                 record = records.get(number)
                 if record and _is_of(record, status, size_of):
-                    self._extents[number] = _Extent(number, *record)
+                    self._extents[number] = Extent(number, *record)
                     gone.discard(number)
                 else:
                     unknown.append(number)
         self._next = max(numbers) + 1
-        self._clock = itertools.count(1 + max((known.used for known in self._extents.values()), default=0) // _WITHIN)
+        self._space.not_before(max((known.used for known in self._extents.values()), default=0))
         if gone:
             with self._index.change() as change:
                 change.delete_pages_of(gone)
@@ -243,6 +251,8 @@ class PageStore:
         self.stats.bytes = sum(extent.file_bytes for extent in self._extents.values())
         self.stats.pages = sum(extent.live for extent in self._extents.values())
         self._delete(list(self._extents.values()))
+        for extent in self._extents.values():
+            self._space.order.add(self, extent)
 
     def _adopt(self, change: IndexChange, number: int) -> None:
         """Put an extent that is on the disk into the index."""
@@ -255,7 +265,7 @@ class PageStore:
             return
         if header.fingerprint != self.fingerprint or header.geometry != self.geometry:
             raise FingerprintMismatch(f"{path} was written for another model or layout than this store's")
-        self._extents[number] = _Extent(number, len(header.keys), 0, status.st_size, status.st_mtime_ns)
+        self._extents[number] = Extent(number, len(header.keys), 0, status.st_size, status.st_mtime_ns)
         for other, pages in self._take_over(change, number, header.keys).items():
             self._extents[other].live += pages
 
@@ -277,7 +287,7 @@ class PageStore:
             change.record(other, record._replace(live=record.live + pages))
         return gained
 
-    def _delete(self, extents: Iterable[_Extent]) -> None:
+    def _delete(self, extents: Iterable[Extent]) -> None:
         """Delete those of ``extents`` that have no live page, but for those that are pinned: `_release` deletes them.
         The caller holds ``_writing``."""
         free = self._take([extent for extent in extents if not extent.live])
@@ -289,15 +299,11 @@ class PageStore:
             self._unlink(free)
         self._count()
 
-    def _take(self, extents: Iterable[_Extent]) -> list[_Extent]:
+    def _take(self, extents: Iterable[Extent]) -> list[Extent]:
         """Make the store forget those of ``extents`` that nothing pins; the caller deletes them."""
-        with self._mutex:
-            taken = [extent for extent in extents if not extent.pins and extent.number in self._extents]
-            for extent in taken:
-                del self._extents[extent.number]
-        return taken
+        return [extent for extent in extents if self.take(extent)]
 
-    def _unlink(self, extents: list[_Extent], *, recycle: bool = False) -> Path | None:
+    def _unlink(self, extents: list[Extent], *, recycle: bool = False) -> Path | None:
         """Delete the files of extents that the store has forgotten, but for the largest if it is to be recycled: where
         it is now."""
         # Overwriting blocks that the file system has given out already is faster than asking for new ones.
@@ -317,7 +323,7 @@ class PageStore:
             self.stats.bytes -= extent.file_bytes
         return spare
 
-    def _recycle(self, extent: _Extent) -> Path | None:
+    def _recycle(self, extent: Extent) -> Path | None:
         spare = self._partial_dir / f"{extent.number:016x}.spare"
         self._path(extent.number).rename(spare)
         try:
@@ -357,7 +363,7 @@ class PageStore:
         """How many of ``keys``, from the first on, are stored; they count as used, unless ``use`` is false. From
         memory, about a microsecond a key; never waits for the disk or for a writer."""
         places = self._places(keys)
-        now = next(self._clock) * _WITHIN
+        now = self._space.now()
         # The head of a chain is worth more than its end: without it the rest is useless.
         for depth, number in enumerate(dict.fromkeys(number for number, _ in places)):
             if (extent := self._extents.get(number)) is None:
@@ -390,9 +396,11 @@ class PageStore:
             with self._mutex:
                 missing = {number for number in numbers if number not in self._extents}
                 if not missing:
-                    for number in numbers:
-                        self._extents[number].pins += 1
-                    return Pin(self, keys, self._segments(places), numbers)
+                    extents = [self._extents[number] for number in numbers]
+                    for extent in extents:
+                        extent.pins += 1
+                    self._pinned.update(extents)
+                    return Pin(self, keys, self._segments(places), extents)
             # Something was merged or evicted since the look-up.
             before, places = places, self._places(keys)
             if places == before:
@@ -411,12 +419,13 @@ class PageStore:
             last = number
         return found
 
-    def _release(self, numbers: set[int]) -> None:
+    def _release(self, extents: list[Extent]) -> None:
         with self._mutex:
-            pinned = [self._extents[number] for number in numbers]
-            for extent in pinned:
+            for extent in extents:
                 extent.pins -= 1
-            dead = [extent for extent in pinned if not extent.live]
+                if not extent.pins:
+                    self._pinned.discard(extent)
+            dead = [extent for extent in extents if not extent.live]
         if dead:
             with self._writing:
                 if self._lock_fd is not None:
@@ -427,78 +436,116 @@ class PageStore:
         persisted, and follows no clock that can be set. ``seconds`` of zero end a pin."""
         until = time.monotonic() + seconds
         with self._writing:
-            for number in self._index.numbers(keys) & self._extents.keys():
-                self._extents[number].pinned_until_s = until
+            extents = self._extents_of(keys)
+            with self._mutex:
+                for extent in extents:
+                    extent.pinned_until_s = until
+                self._pinned_for.update(extents)
 
-    def need(self, keys: Iterable[bytes], *, only: bool = False) -> None:
-        """Declare that a live manifest needs ``keys``: what nothing needs is evicted first. ``only``: nothing else
-        is needed any more. Not persisted."""
+    def need(self, keys: Iterable[bytes], session: str = ANYONE) -> None:
+        """Declare that the live manifest of a session needs ``keys``: what nothing needs is evicted first. Not
+        persisted."""
         with self._writing:
+            for extent in self._extents_of(keys):
+                self._remember(extent, [session])
+
+    @contextmanager
+    def needing_only(self) -> Iterator[None]:
+        """What `need` does not say while this is open, nor before in another `needing_only` that is open, is needed no
+        more at the end; unless that is an exception. To be open once at a time."""
+        with self._writing:
+            self._telling += 1
+        yield
+        with self._writing:
+            for extent in self._extents.values():
+                before = [session for session, told in extent.needed_by.items() if told < self._telling]
+                for session in before:
+                    del extent.needed_by[session]
+                self._told -= len(before)
+                if before:
+                    self._space.order.hasten(extent)
+
+    def take_losers(self) -> set[str]:
+        """The sessions whose manifests may have lost pages since this was asked last, because they were evicted or
+        dropped; with `ANYONE` in it, it may be any other. Never waits for the disk."""
+        with self._mutex:
+            losers, self._losers = self._losers, set()
+        return losers
+
+    def _extents_of(self, keys: Iterable[bytes]) -> list[Extent]:
+        """The extents that hold those of ``keys`` that are stored."""
+        try:
             numbers = self._index.numbers(keys)
-            for number in list(self._extents) if only else numbers & self._extents.keys():
-                self._extents[number].needed = number in numbers
+        except (lmdb.Error, struct.error) as error:
+            self._unreadable(error)
+            return []
+        return [self._extents[number] for number in numbers if number in self._extents]
+
+    def _remember(self, extent: Extent, sessions: Iterable[str]) -> None:
+        before = len(extent.needed_by)
+        extent.needed_by.update(dict.fromkeys(sessions, self._telling))
+        self._told += len(extent.needed_by) - before
+        if self._told > _MOST_TOLD and len(extent.needed_by) > 1:
+            self._told -= len(extent.needed_by) - 1
+            extent.needed_by = {ANYONE: self._telling}
 
     def collect(self) -> int:
         """Evict everything that no live manifest needs and that is not pinned: how many bytes it was."""
         with self._writing:
             before = self.stats.bytes
-            self._evict(self._take([extent for extent in self._evictable() if not extent.needed]))
+            unneeded = [extent for extent in self._extents.values() if not extent.needed_by and self.evictable(extent)]
+            self.evict(self._take(unneeded))
             return before - self.stats.bytes
 
     def make_room(self, n_bytes: int) -> None:
         """Evict until ``n_bytes`` more fit the quota: what no live manifest needs before what one does, then the least
-        recently used. Raises PageStoreFull, and evicts nothing, when all that may be evicted would not be enough."""
+        recently used, of all stores that share the room. Raises PageStoreFull, and evicts nothing, when all that may be
+        evicted would not be enough."""
         with self._writing:
-            self._make_room(n_bytes)
+            self._space.make(self, n_bytes)
 
     def require_room(self, n_bytes: int) -> None:
         """Raise PageStoreFull when there could be no room for ``n_bytes`` more, whatever was evicted for them. Evicts
         nothing: who publishes them does, and writes over what was evicted."""
         with self._writing:
-            lacking = self._excess(n_bytes)
-            if lacking > 0 and lacking > sum(extent.file_bytes for extent in self._evictable()):
-                raise self._full(n_bytes)
+            self._space.require(self, n_bytes)
 
-    def _excess(self, n_bytes: int) -> float:
-        """How far ``n_bytes`` more would exceed the quota."""
-        status = os.statvfs(self.directory)
-        free = status.f_bavail * status.f_frsize - self.quota.free_fraction * status.f_blocks * status.f_frsize
-        excess = n_bytes + self._being_written - free
-        if self.quota.max_bytes is not None:
-            excess = max(excess, self.stats.bytes + n_bytes + self._being_written - self.quota.max_bytes)
-        return excess
+    # What `Space` asks for; it holds the lock.
 
-    def _full(self, n_bytes: int) -> PageStoreFull:
-        return PageStoreFull(
-            f"no room for {n_bytes:,} bytes of KV pages in {self.directory}: {self.stats.bytes:,} are stored, "
-            "and what is left of them cannot be evicted"
-        )
+    def evictable(self, extent: Extent) -> bool:
+        return not extent.pins and extent.pinned_until_s <= time.monotonic()
 
-    def _make_room(self, n_bytes: int, *, recycle: bool = False) -> Path | None:
-        excess = self._excess(n_bytes)
-        victims: list[_Extent] = []
-        # More than once only where something was pinned in the meantime.
-        while (lacking := excess - sum(victim.file_bytes for victim in victims)) > 0:
-            chosen: list[_Extent] = []
-            for extent in sorted(self._evictable(), key=lambda extent: (extent.needed, extent.used)):
-                if lacking <= 0:
-                    break
-                chosen.append(extent)
-                lacking -= extent.file_bytes
-            if lacking > 0:
-                with self._mutex:
-                    self._extents.update({victim.number: victim for victim in victims})
-                raise self._full(n_bytes)
-            victims += self._take(chosen)
-        return self._evict(victims, recycle=recycle)
-
-    def _evictable(self) -> list[_Extent]:
+    def evictable_bytes(self) -> int:
+        """Bytes of what is not pinned. It takes no longer than there are pins."""
         now = time.monotonic()
         with self._mutex:
-            return [extent for extent in self._extents.values() if not extent.pins and extent.pinned_until_s <= now]
+            self._pinned_for = {
+                extent for extent in self._pinned_for if extent.pinned_until_s > now and self._has(extent)
+            }
+            return self.stats.bytes - sum(extent.file_bytes for extent in self._pinned | self._pinned_for)
 
-    def _evict(self, victims: list[_Extent], *, recycle: bool = False) -> Path | None:
-        """Delete extents that `_take` took, but for one if it is to be recycled: where it is now."""
+    def _has(self, extent: Extent) -> bool:
+        return self._extents.get(extent.number) is extent
+
+    def take(self, extent: Extent) -> bool:
+        """Forget an extent, which the caller deletes; False where it is pinned or is none any more."""
+        with self._mutex:
+            if extent.pins or not self._has(extent):
+                return False
+            del self._extents[extent.number]
+        self._told -= len(extent.needed_by)
+        self._space.order.remove(extent)
+        return True
+
+    def put_back(self, extent: Extent) -> None:
+        """An extent that was taken is not deleted."""
+        with self._mutex:
+            self._extents[extent.number] = extent
+        self._told += len(extent.needed_by)
+        self._space.order.add(self, extent)
+
+    def evict(self, victims: list[Extent], *, recycle: bool = False) -> Path | None:
+        """Delete extents that were taken, but for one if it is to be recycled: where it is now."""
         if not victims:
             return None
         try:
@@ -509,12 +556,14 @@ class PageStore:
         for extent in victims:
             self.stats.pages -= extent.live
             self.stats.pages_evicted += extent.live
-            self.stats.pages_evicted_needed += extent.live if extent.needed else 0
+            self.stats.pages_evicted_needed += extent.live if extent.needed_by else 0
+        with self._mutex:
+            self._losers.update(*(extent.needed_by for extent in victims))
         spare = self._unlink(victims, recycle=recycle)
         self._count()
         return spare
 
-    def _forget_pages_of(self, extents: Iterable[_Extent]) -> None:
+    def _forget_pages_of(self, extents: Iterable[Extent]) -> None:
         unreadable = set()
         with self._index.change() as change:
             for extent in extents:
@@ -555,16 +604,16 @@ class PageStore:
         """
         header, data = draft.seal()
         with self._writing:
-            spare = self._make_room(len(data), recycle=True)
+            spare = self._space.make(self, len(data), recycle=True)
             number, self._next = self._next, self._next + 1
-            self._being_written += len(data)
+            self._space.expect(len(data))
         final = self._path(number)
         try:
             try:
                 mtime_ns = files.publish(self._partial_dir / final.name, final, data, spare)
             finally:
                 self._writing.acquire()
-                self._being_written -= len(data)
+                self._space.expect(-len(data))
             self._enter(number, header, len(data), mtime_ns)
         except (OSError, lmdb.Error) as error:
             with suppress(OSError):
@@ -578,7 +627,7 @@ class PageStore:
             self._writing.release()
 
     def _enter(self, number: int, header: ExtentHeader, file_bytes: int, mtime_ns: int) -> None:
-        entered = _Extent(number, len(header.keys), 0, file_bytes, mtime_ns, used=next(self._clock) * _WITHIN)
+        entered = Extent(number, len(header.keys), 0, file_bytes, mtime_ns, used=self._space.now())
         # First, or a look-up might find a page whose extent is not known yet.
         self._extents[number] = entered
         try:
@@ -601,8 +650,12 @@ class PageStore:
             extent = self._extents[other]
             extent.live += pages
             # Whoever needs or pinned a page does so wherever it lies.
-            entered.needed |= extent.needed
+            self._remember(entered, extent.needed_by)
             entered.pinned_until_s = max(entered.pinned_until_s, extent.pinned_until_s)
+        if entered.pinned_until_s:
+            with self._mutex:
+                self._pinned_for.add(entered)
+        self._space.order.add(self, entered)
         self.stats.bytes += file_bytes
         self.stats.pages += gained.total()
         self.stats.pages_written += len(header.keys)
@@ -647,6 +700,8 @@ class PageStore:
                 self._extents[number].live -= pages
             self.stats.pages -= len(found)
             self.stats.pages_dropped += len(found)
+            with self._mutex:
+                self._losers.update(*(self._extents[number].needed_by or {ANYONE: 0} for number in gone))
             self._delete([self._extents[number] for number in gone])
             return len(found)
 
@@ -659,6 +714,9 @@ class PageStore:
                 for number in self._used_since & self._extents.keys():
                     change.record(number, self._extents[number].record())
             self._index.close()
+            self._space.leave(self)
+            for extent in self._extents.values():
+                self._space.order.remove(extent)
             lock, self._lock_fd = self._lock_fd, None
             os.close(lock)
 

@@ -25,7 +25,7 @@ from typing import Any
 from agentstate.errors import PageStoreFull, PageStoreUnwritable
 from agentstate.pages import Geometry, PageStore, Quota, inventory, merge
 from agentstate.pages.files import read_header
-from agentstate.pages.store import UNLIMITED
+from agentstate.pages.space import UNLIMITED
 from agentstate.pages.testing.pages import MARK, content, drop, key, keys, read, reader_for, write
 
 MODES = {"count": 1, "kill": 2, "kill half-way": 3, "fail once": 4, "fail from then on": 5}
@@ -126,7 +126,7 @@ SCENARIOS = {
     "merge": Scenario(merged),
     "make room": Scenario(lambda store: store.make_room(20_000), may_lose={1, 2, 3}, quota=FULL),
     "collect": Scenario(
-        lambda store: store.collect(), may_lose={1, 2, 3}, before=lambda store: store.need(keys(4, 5, 6), only=True)
+        lambda store: store.collect(), may_lose={1, 2, 3}, before=lambda store: store.need(keys(4, 5, 6))
     ),
     "drop": Scenario(lambda store: drop(store, key(5)), may_lose={5}),
     "drop several": Scenario(lambda store: drop(store, *keys(2, 3, 5)), may_lose={2, 3, 5}),

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -85,7 +85,8 @@ def test_no_page_is_lost_or_wrong_whatever_threads_do_at_once(directory: Path, e
             assert extents is not None
 
     def steering(chance: random.Random) -> None:
-        store.need(chance.choice(CHAINS), only=chance.random() < 0.3)
+        with store.needing_only() if chance.random() < 0.3 else nullcontext():
+            store.need(chance.choice(CHAINS))
         store.pin_for(pinned, 3600.0)
         if extents is not None:
             act = chance.choice([lambda: store.make_room(one), store.collect])

@@ -75,7 +75,8 @@ def test_what_no_manifest_needs_goes_first_and_what_one_does_is_counted(store: P
     store.quota = room_for(store, 1)
     store.make_room(0)
     assert (left(store), store.stats.pages_evicted_needed) == ([2], 1)
-    store.need(keys(), only=True)
+    with store.needing_only():
+        pass
     assert store.collect() == store.draft_bytes(1)
     assert left(store) == []
 
@@ -123,7 +124,7 @@ def test_a_share_of_the_disk_stays_free(store: PageStore) -> None:
 def test_needs_and_pins_follow_a_page_to_where_it_is_written_anew(store: PageStore, how: str) -> None:
     for number in range(6):
         write(store, keys(number))
-    store.need(keys(0), only=True)
+    store.need(keys(0))
     store.pin_for(keys(2), HOUR_S)
     if how == "merged":
         assert merged(store, keys(0, 1), 2 * MLA.layer_bytes) == 2

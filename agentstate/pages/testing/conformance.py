@@ -15,7 +15,7 @@ import pytest
 
 from agentstate.errors import PageStoreFull, PageStoreLocked
 from agentstate.pages import Geometry, PageStore, Quota, merge
-from agentstate.pages.store import UNLIMITED
+from agentstate.pages.space import UNLIMITED
 from agentstate.pages.testing.pages import MARK, MHA, MLA, WIDE, drop, expected, key, keys, read, reader_for, write
 
 HOUR_S = 3600.0
@@ -132,7 +132,8 @@ class PageStoreTests:
         store = self.open(tmp_path, MLA)
         for number in range(4):
             write(store, keys(number))
-        store.need(keys(0), only=True)
+        with store.needing_only():
+            store.need(keys(0))
         store.pin_for(keys(1), HOUR_S)
         pin = store.pin(keys(2))
         store.quota = Quota(max_bytes=store.stats.bytes)

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from agentstate.errors import PageStoreFull
 from agentstate.pages import Geometry, PageStore, Pin, Quota, Segment, inventory, merge
-from agentstate.pages.store import UNLIMITED
+from agentstate.pages.space import UNLIMITED
 from agentstate.pages.testing.pages import MARK, content, drop, keys, read, reader_for, write
 
 GEOMETRY = Geometry(layers=2, page_size=4, component_bytes=(300, 200))
@@ -263,7 +263,8 @@ class PageStoreMachine(RuleBasedStateMachine):
 
     @rule(pages=_SOME, only=st.booleans())
     def need(self, pages: list[bytes], only: bool) -> None:
-        self.store.need(pages, only=only)
+        with self.store.needing_only() if only else nullcontext():
+            self.store.need(pages)
         self.needed = self.stored & (set(pages) | (set() if only else self.needed))
 
     @rule()

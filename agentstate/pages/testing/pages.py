@@ -60,7 +60,7 @@ def reader_for(geometry: Geometry, chunk_bytes: int = 1 << 20) -> LayerwiseReade
 def _borrowed(pin: Pin) -> Pin:
     """A pin of the same pages that a stream may close without letting go of them."""
     borrowed = copy(pin)
-    borrowed._numbers = set()
+    borrowed._extents = []
     return borrowed
 
 

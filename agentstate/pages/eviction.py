@@ -1,0 +1,113 @@
+"""Which extents are evicted next: those that no live manifest needs, then the least recently used, over all stores
+that share the room."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from agentstate.pages.index import ExtentRecord
+
+# Who needs an extent, where nobody remembers who it is.
+ANYONE = ""
+
+
+@dataclass(slots=True, eq=False)
+class Extent:
+    """An extent as its store works with it. Its file is deleted when it has no live page and no pin.
+
+    ``needed_by`` are the sessions whose live manifests need pages of it, each with the number of the telling in which
+    that was said last.
+    """
+
+    number: int
+    pages: int
+    live: int
+    file_bytes: int
+    mtime_ns: int
+    used: int = 0
+    pins: int = 0
+    pinned_until_s: float = 0.0
+    needed_by: dict[str, int] = field(default_factory=dict)
+    entry: Entry | None = None
+
+    def record(self) -> ExtentRecord:
+        return ExtentRecord(self.pages, self.live, self.file_bytes, self.mtime_ns, self.used)
+
+    def turn(self) -> tuple[bool, int]:
+        """When it is to be evicted: before all whose turn is larger."""
+        return bool(self.needed_by), self.used
+
+
+class Entry(NamedTuple):
+    """An extent's place in the order, as of when it was put there."""
+
+    turn: tuple[bool, int]
+    serial: int
+    owner: Any
+    extent: Extent
+
+
+class EvictionOrder:
+    """Extents of several owners, by their turns. Not thread-safe; only `Extent.used` may be changed beside it.
+
+    A heap of places that may be out of date. An extent that was used, or is needed, is found where it was before and is
+    put where it belongs then. So a use costs nothing here, and a choice the logarithm of the number of extents, counted
+    over all uses and choices.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[Entry] = []
+        self._serials = itertools.count()
+        self._extents = 0
+
+    def add(self, owner: Any, extent: Extent) -> None:
+        if extent.entry is None:
+            self._extents += 1
+        extent.entry = Entry(extent.turn(), next(self._serials), owner, extent)
+        heapq.heappush(self._heap, extent.entry)
+        if len(self._heap) > 2 * self._extents + 64:
+            self._heap = [entry for entry in self._heap if entry is entry.extent.entry]
+            heapq.heapify(self._heap)
+
+    def remove(self, extent: Extent) -> None:
+        if extent.entry is not None:
+            extent.entry = None
+            self._extents -= 1
+
+    def hasten(self, extent: Extent) -> None:
+        """An extent is not needed any more: its turn comes earlier than it did."""
+        if extent.entry is not None and extent.turn() < extent.entry.turn:
+            self.add(extent.entry.owner, extent)
+
+    def choose(self, n_bytes: float, may_go: Callable[[Any, Extent], bool]) -> list[tuple[Any, Extent]]:
+        """Take the next extents that ``may_go`` out of the order, until they have ``n_bytes``: those, with their
+        owners. With less than that when there are no more."""
+        chosen: list[tuple[Any, Extent]] = []
+        staying: list[Entry] = []
+        while n_bytes > 0 and self._heap:
+            entry = heapq.heappop(self._heap)
+            extent = entry.extent
+            if entry is not extent.entry:
+                continue
+            if extent.turn() != entry.turn:
+                self.add(entry.owner, extent)
+            elif not may_go(entry.owner, extent):
+                staying.append(entry)
+            else:
+                self.remove(extent)
+                chosen.append((entry.owner, extent))
+                n_bytes -= extent.file_bytes
+        for entry in staying:
+            heapq.heappush(self._heap, entry)
+        return chosen
+
+    def __len__(self) -> int:
+        return self._extents
+
+    def put_back(self, chosen: Iterable[tuple[Any, Extent]]) -> None:
+        for owner, extent in chosen:
+            self.add(owner, extent)

@@ -1,0 +1,211 @@
+"""What other engines left below a root of pages: stores of other weights, another layout or another SGLang, which
+nobody has open.
+
+The store that was opened or closed longest ago goes first, and of one store the extents that were written longest ago.
+That is told from times of files: the uses that two stores count cannot be compared. Only what has the names of stores
+and extents is deleted, and no symbolic link is followed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import stat
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agentstate.pages.space import Lacking
+
+logger = logging.getLogger(__name__)
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_RANK = re.compile(r"rank([0-9]{1,9})")
+_EXTENT = re.compile(r"[0-9a-f]{16}\.ext")
+_REST = re.compile(r"[0-9a-f]{16}\.(ext|spare)|data\.mdb|lock\.mdb|unfinished")
+
+
+class Siblings:
+    """The stores below ``root`` but for ``kin``. Those whose rank, modulo ``ranks``, is ``rank`` count against this
+    rank's quota; where the file system is full any of them is evicted. Not thread-safe."""
+
+    def __init__(self, root: Path, kin: Collection[Path], rank: int, ranks: int):
+        self._root = root
+        self._passed_over = set(kin)
+        self._rank, self._ranks = rank, ranks
+        # The one to be evicted next is the last.
+        self._stores: list[_Sibling] = []
+        self._scanned = False
+        self._dead: list[tuple[str, int]] = []
+
+    @property
+    def n_bytes(self) -> int:
+        """What counts against this rank's quota."""
+        if not self._scanned:
+            self._scan()
+        return sum(store.n_bytes for store in self._stores if self._counts(store))
+
+    def could_give(self, lacking: Lacking) -> Lacking:
+        """What would be lacking still if all that nobody has open were evicted."""
+        if not self._stores:
+            self._scan()
+        return lacking.without(self.n_bytes, sum(store.n_bytes for store in self._stores))
+
+    def evict(self, lacking: Lacking) -> Lacking:
+        """Evict what is lacking, as far as there is so much: what is lacking still."""
+        if not self._stores:
+            # Engines may have ended since.
+            self._scan()
+        for store in reversed(list(self._stores)):
+            if max(lacking) <= 0:
+                break
+            counts = self._counts(store)
+            wanted = max(lacking.on_disk, lacking.by_quota if counts else 0)
+            if wanted <= 0:
+                continue
+            freed = store.evict(wanted)
+            if not store.n_bytes:
+                self._stores.remove(store)
+                if store.gone:
+                    self._dead.append((store.fingerprint, store.rank))
+                elif store.refuses:
+                    self._passed_over.add(store.path)
+            lacking = lacking.without(freed if counts else 0, freed)
+        return lacking
+
+    def take_dead(self) -> list[tuple[str, int]]:
+        dead, self._dead = self._dead, []
+        return dead
+
+    def _counts(self, store: _Sibling) -> bool:
+        return store.rank % self._ranks == self._rank
+
+    def _scan(self) -> None:
+        self._scanned = True
+        found = []
+        for fingerprint in _directories(self._root, _FINGERPRINT):
+            for path in _directories(fingerprint, _RANK):
+                if path not in self._passed_over:
+                    sibling = _Sibling(path)
+                    with suppress(OSError), sibling.locked():
+                        sibling.measure()
+                        found.append(sibling)
+        self._stores = sorted((store for store in found if store.n_bytes), key=lambda store: -store.used_ns)
+
+
+class _Sibling:
+    """A store that nobody had open when it was measured."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.fingerprint = path.parent.name
+        self.rank = int(path.name.removeprefix("rank"))
+        self.used_ns = 0
+        self.n_bytes = 0
+        # Whether nothing is left of it, and whether what is left cannot be deleted.
+        self.gone = self.refuses = False
+        # The next one to be evicted is the last; None before they are needed.
+        self._extents: list[tuple[int, str, int]] | None = None
+        self._said = False
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep engines from opening it. Raises OSError where one has it open, and for what is no directory."""
+        for part in (self.path, self.path / "extents"):
+            if not stat.S_ISDIR(part.lstat().st_mode):
+                raise NotADirectoryError(part)
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        finally:
+            os.close(lock)
+
+    def measure(self) -> None:
+        self.used_ns = self._stamp()
+        self.n_bytes = sum(size for _, _, size in self._listed())
+
+    def _stamp(self) -> int:
+        """When it was opened, closed or written to last."""
+        times = [0]
+        for name in ("lock", "index/data.mdb"):
+            with suppress(OSError):
+                times.append((self.path / name).lstat().st_mtime_ns)
+        return max(times)
+
+    def _listed(self) -> list[tuple[int, str, int]]:
+        found = []
+        with os.scandir(self.path / "extents") as entries:
+            for entry in entries:
+                if _EXTENT.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    status = entry.stat(follow_symlinks=False)
+                    found.append((status.st_mtime_ns, entry.name, status.st_size))
+        return sorted(found, reverse=True)
+
+    def evict(self, wanted: float) -> int:
+        """Delete so many bytes of extents, or all: how many were deleted. None of a store that has been opened."""
+        freed = 0
+        try:
+            with self.locked():
+                if self._extents is None or self._stamp() != self.used_ns:
+                    self._extents, self.used_ns = self._listed(), self._stamp()
+                    self.n_bytes = sum(size for _, _, size in self._extents)
+                self._say()
+                while self._extents and freed < wanted:
+                    _, name, size = self._extents.pop()
+                    (self.path / "extents" / name).unlink(missing_ok=True)
+                    freed += size
+                    self.n_bytes -= size
+                if not self._extents:
+                    self._delete_rest()
+        except OSError as error:
+            self.refuses = not isinstance(error, BlockingIOError)
+            if self.refuses:
+                logger.warning("page store: %s cannot be evicted from: %s", self.path, error)
+            self.n_bytes, self._extents = 0, None
+        return freed
+
+    def _say(self) -> None:
+        if not self._said:
+            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.used_ns / 1e9))
+            logger.info(
+                "page store: making room: pages of other weights or another layout, in %s, last used %s, are evicted",
+                self.path,
+                used,
+            )
+        self._said = True
+
+    def _delete_rest(self) -> None:
+        """Delete what an empty store consists of, the lock last."""
+        for name in ("extents", "partial", "index"):
+            directory = self.path / name
+            if not directory.is_symlink() and directory.is_dir():
+                for path in directory.iterdir():
+                    if _REST.fullmatch(path.name) and not path.is_dir():
+                        path.unlink()
+                with suppress(OSError):
+                    directory.rmdir()
+        if sorted(path.name for path in self.path.iterdir()) == ["lock"]:
+            (self.path / "lock").unlink()
+            self.path.rmdir()
+            with suppress(OSError):
+                self.path.parent.rmdir()
+        self.gone = True
+        logger.info("page store: nothing is left of %s", self.path)
+
+
+def _directories(parent: Path, name: re.Pattern[str]) -> list[Path]:
+    try:
+        with os.scandir(parent) as entries:
+            return [
+                Path(entry.path)
+                for entry in entries
+                if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
+    except OSError:
+        return []

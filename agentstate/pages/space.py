@@ -1,0 +1,154 @@
+"""Room for pages: one budget for all stores of a rank, and what other engines have left below the same root."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from agentstate.errors import PageStoreFull
+from agentstate.pages.eviction import EvictionOrder, Extent
+from agentstate.pages.siblings import Siblings
+
+if TYPE_CHECKING:
+    from agentstate.pages.store import PageStore
+
+# The clock of uses leaves room to order the extents of one use among each other.
+WITHIN = 1 << 20
+
+
+class Quota(NamedTuple):
+    """How much may be held: ``max_bytes`` of extents (None: no limit of its own), and never so much that less than
+    ``free_fraction`` (0 to 1) of the file system is free."""
+
+    max_bytes: int | None = None
+    free_fraction: float = 0.0
+
+
+UNLIMITED = Quota()
+
+
+class Lacking(NamedTuple):
+    """How many bytes are too many, by the quota and for the file system."""
+
+    by_quota: float
+    on_disk: float
+
+    def without(self, by_quota: int, on_disk: int) -> Lacking:
+        return Lacking(self.by_quota - by_quota, self.on_disk - on_disk)
+
+
+class Space:
+    """The room that the stores of one rank share: one quota and one order of eviction for all of them.
+
+    With ``root``, the stores that other engines left below it are evicted before anything of these stores (`Siblings`).
+    Rank ``rank`` of ``ranks`` counts its part of them. Never evicted are ``kin``, the directories of this engine's own
+    stores, of all ranks and pools: they may not be open yet.
+    """
+
+    def __init__(
+        self,
+        quota: Quota = UNLIMITED,
+        root: Path | None = None,
+        *,
+        kin: Collection[Path] = (),
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.quota = quota
+        # Held while an index changes or room is made, in whichever store: that may take as long as the disk does.
+        self.lock = threading.Lock()
+        self.order = EvictionOrder()
+        self._stores: list[PageStore] = []
+        self._siblings = None if root is None else Siblings(root, kin, rank, ranks)
+        self._being_written = 0
+        self._clock = itertools.count(1)
+
+    def now(self) -> int:
+        """The time by the clock of uses, which all stores share."""
+        return next(self._clock) * WITHIN
+
+    def not_before(self, used: int) -> None:
+        """Let the clock go on from a use that was recorded."""
+        self._clock = itertools.count(max(next(self._clock), 1 + used // WITHIN))
+
+    def take_dead(self) -> list[tuple[str, int]]:
+        """The stores that have been evicted as a whole since this was asked last: the first digits of their
+        fingerprints, and their ranks."""
+        return [] if self._siblings is None else self._siblings.take_dead()
+
+    # The rest is for stores, which hold the lock.
+
+    def join(self, store: PageStore) -> None:
+        self._stores.append(store)
+
+    def leave(self, store: PageStore) -> None:
+        self._stores.remove(store)
+
+    def expect(self, n_bytes: int) -> None:
+        """So many bytes (or so many fewer) are being written and are no extent yet."""
+        self._being_written += n_bytes
+
+    def lacking(self, store: PageStore, n_bytes: int) -> Lacking:
+        """What ``n_bytes`` more of a store would exceed."""
+        status = os.statvfs(next(path for path in (store.directory, *store.directory.parents) if path.exists()))
+        free = status.f_bavail * status.f_frsize - self.quota.free_fraction * status.f_blocks * status.f_frsize
+        more = n_bytes + self._being_written
+        held = self._bytes() + (self._siblings.n_bytes if self._siblings else 0)
+        return Lacking(0 if self.quota.max_bytes is None else held + more - self.quota.max_bytes, more - free)
+
+    def require(self, store: PageStore, n_bytes: int) -> None:
+        """Raise PageStoreFull when there could be no room for ``n_bytes`` more, whatever was evicted for them."""
+        lacking = self.lacking(store, n_bytes)
+        if self._siblings and max(lacking) > 0:
+            lacking = self._siblings.could_give(lacking)
+        if max(lacking) > 0 and max(lacking) > self._evictable_bytes():
+            raise self._full(store, n_bytes)
+
+    def evict_siblings(self, store: PageStore, n_bytes: int = 0) -> Lacking:
+        """Evict of what others left as much as ``n_bytes`` more ask for: what they lack then."""
+        lacking = self.lacking(store, n_bytes)
+        return self._siblings.evict(lacking) if self._siblings and max(lacking) > 0 else lacking
+
+    def make(self, store: PageStore, n_bytes: int, *, recycle: bool = False) -> Path | None:
+        """Evict until there is room for ``n_bytes`` more of ``store``: the file of an evicted extent of it, if that is
+        to be recycled and there is one. Raises PageStoreFull, and evicts nothing of these stores, when all that may be
+        evicted would not be enough."""
+        excess = max(self.evict_siblings(store, n_bytes))
+        victims: list[tuple[PageStore, Extent]] = []
+        # More than once only where something was pinned in the meantime.
+        while (missing := excess - sum(extent.file_bytes for _, extent in victims)) > 0:
+            chosen = self._choose(missing) if missing <= self._evictable_bytes() else []
+            if sum(extent.file_bytes for _, extent in chosen) < missing:
+                self.order.put_back(chosen)
+                for owner, extent in victims:
+                    owner.put_back(extent)
+                raise self._full(store, n_bytes)
+            for owner, extent in chosen:
+                if owner.take(extent):
+                    victims.append((owner, extent))
+                else:
+                    self.order.add(owner, extent)
+        spare = None
+        for owner in dict.fromkeys(owner for owner, _ in victims):
+            own = [extent for of, extent in victims if of is owner]
+            spare = owner.evict(own, recycle=recycle and owner is store) or spare
+        return spare
+
+    def _choose(self, n_bytes: float) -> list[tuple[PageStore, Extent]]:
+        return self.order.choose(n_bytes, lambda store, extent: store.evictable(extent))
+
+    def _bytes(self) -> int:
+        return sum(store.stats.bytes for store in self._stores)
+
+    def _evictable_bytes(self) -> int:
+        return sum(store.evictable_bytes() for store in self._stores)
+
+    def _full(self, store: PageStore, n_bytes: int) -> PageStoreFull:
+        return PageStoreFull(
+            f"no room for {n_bytes:,} bytes of KV pages in {store.directory}: {self._bytes():,} are stored, "
+            "and what is left of them cannot be evicted"
+        )

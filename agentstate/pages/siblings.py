@@ -45,22 +45,24 @@ class Siblings:
 
     @property
     def n_bytes(self) -> int:
-        """What counts against this rank's quota."""
+        """What counts against this rank's quota, as of the last `look`."""
         if not self._scanned:
             self._scan()
         return sum(store.n_bytes for store in self._stores if self._counts(store))
 
-    def could_give(self, lacking: Lacking) -> Lacking:
-        """What would be lacking still if all that nobody has open were evicted."""
+    @property
+    def all_bytes(self) -> int:
+        return sum(store.n_bytes for store in self._stores)
+
+    def look(self) -> bool:
+        """Look what there is, since engines may have ended, unless something is known of that has not been evicted:
+        whether there is anything."""
         if not self._stores:
             self._scan()
-        return lacking.without(self.n_bytes, sum(store.n_bytes for store in self._stores))
+        return bool(self._stores)
 
     def evict(self, lacking: Lacking) -> Lacking:
         """Evict what is lacking, as far as there is so much: what is lacking still."""
-        if not self._stores:
-            # Engines may have ended since.
-            self._scan()
         for store in reversed(list(self._stores)):
             if max(lacking) <= 0:
                 break
@@ -68,6 +70,7 @@ class Siblings:
             wanted = max(lacking.on_disk, lacking.by_quota if counts else 0)
             if wanted <= 0:
                 continue
+            before = store.n_bytes
             freed = store.evict(wanted)
             if not store.n_bytes:
                 self._stores.remove(store)
@@ -75,7 +78,8 @@ class Siblings:
                     self._dead.append((store.fingerprint, store.rank))
                 elif store.refuses:
                     self._passed_over.add(store.path)
-            lacking = lacking.without(freed if counts else 0, freed)
+            # What was opened in the meantime counts no more.
+            lacking = lacking.without(before - store.n_bytes if counts else 0, freed)
         return lacking
 
     def take_dead(self) -> list[tuple[str, int]]:

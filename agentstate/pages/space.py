@@ -103,15 +103,17 @@ class Space:
     def require(self, store: PageStore, n_bytes: int) -> None:
         """Raise PageStoreFull when there could be no room for ``n_bytes`` more, whatever was evicted for them."""
         lacking = self.lacking(store, n_bytes)
-        if self._siblings and max(lacking) > 0:
-            lacking = self._siblings.could_give(lacking)
+        if max(lacking) > 0 and self._siblings and self._siblings.look():
+            lacking = self.lacking(store, n_bytes).without(self._siblings.n_bytes, self._siblings.all_bytes)
         if max(lacking) > 0 and max(lacking) > self._evictable_bytes():
             raise self._full(store, n_bytes)
 
     def evict_siblings(self, store: PageStore, n_bytes: int = 0) -> Lacking:
         """Evict of what others left as much as ``n_bytes`` more ask for: what they lack then."""
         lacking = self.lacking(store, n_bytes)
-        return self._siblings.evict(lacking) if self._siblings and max(lacking) > 0 else lacking
+        if max(lacking) > 0 and self._siblings and self._siblings.look():
+            return self._siblings.evict(self.lacking(store, n_bytes))
+        return lacking
 
     def make(self, store: PageStore, n_bytes: int, *, recycle: bool = False) -> Path | None:
         """Evict until there is room for ``n_bytes`` more of ``store``: the file of an evicted extent of it, if that is

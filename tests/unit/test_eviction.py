@@ -55,9 +55,9 @@ def test_what_was_removed_is_not_chosen_and_may_come_back() -> None:
 def test_any_history_gives_the_order_that_sorting_gives() -> None:
     chance = random.Random(7)
     for _ in range(200):
-        order, model, clock = EvictionOrder(), dict[int, Extent](), 0
+        order, model = EvictionOrder(), dict[int, Extent]()
         for number in range(60):
-            clock += 1
+            clock = number + 1
             match chance.randrange(6):
                 case 0 | 1:
                     model[number] = Extent(number, 1, 1, 100, 0, used=clock)

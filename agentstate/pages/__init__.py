@@ -12,9 +12,10 @@ from agentstate.pages.backends import KvikioBackend, PosixBackend, ReadBackend, 
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, Geometry
 from agentstate.pages.fingerprint import fingerprint, weights_digest
 from agentstate.pages.merging import merge
+from agentstate.pages.pins import Pin, Segment
 from agentstate.pages.reading import READ_THREADS, Chunk, Destination, LayerwiseReader, Part, Stream
 from agentstate.pages.space import Quota, Space
-from agentstate.pages.store import PageStore, Pin, Segment, StoreStats
+from agentstate.pages.store import PageStore, StoreStats
 from agentstate.pages.writing import Writer
 
 __all__ = [

@@ -33,7 +33,7 @@ _PLACE = struct.Struct("<QI")
 _NUMBER = struct.Struct(">Q")
 _RECORD = struct.Struct("<IIQQQ")
 # What LMDB raises when its file is not as it left it, unlike what the file system refuses.
-_DAMAGE = (
+DAMAGE = (
     lmdb.BadTxnError,
     lmdb.BadDbiError,
     lmdb.BadValsizeError,
@@ -169,7 +169,7 @@ class PageIndex:
                 for database in (self._pages, self._extents):
                     for _ in txn.cursor(db=database).iternext(keys=True, values=False):
                         pass
-        except _DAMAGE as error:
+        except DAMAGE as error:
             return str(error)
         return None
 
@@ -215,7 +215,7 @@ class PageIndex:
             with self._env.begin(write=True) as txn:
                 yield IndexChange(txn, self._pages, self._extents)
         except lmdb.Error as error:
-            if not isinstance(error, _DAMAGE):
+            if not isinstance(error, DAMAGE):
                 self._finish()
             self._revive()
             raise
@@ -240,6 +240,10 @@ class PageIndex:
         except lmdb.Error:
             self._map(readonly=True)
         self._name()
+
+    def condemn(self) -> None:
+        """Have it made anew when it is opened next."""
+        self._begin(b"..")
 
     def close(self) -> None:
         if self._env is not None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from agentstate.pages.extent import Memory
+from agentstate.pages.pins import Segment
 from agentstate.pages.reading import RANGE_BYTES, LayerwiseReader
-from agentstate.pages.store import PageStore, Segment
+from agentstate.pages.store import PageStore
 
 # Extents that together stay below that are merged all the same when they are this many.
 MANY = 8

@@ -33,7 +33,7 @@ from agentstate.errors import BadExtent
 from agentstate.pages.backends import Buffer, OpenFile, PosixBackend, ReadBackend
 from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align
 from agentstate.pages.files import open_direct
-from agentstate.pages.store import Pin, Segment, StoredExtent
+from agentstate.pages.pins import Pin, Segment, StoredExtent
 
 # Below about 1 MiB a direct read reaches less of a drive than its bandwidth.
 RANGE_BYTES = 1 << 20

@@ -135,9 +135,16 @@ class Space:
                 else:
                     self.order.add(owner, extent)
         spare = None
-        for owner in dict.fromkeys(owner for owner, _ in victims):
+        while victims:
+            owner = victims[0][0]
             own = [extent for of, extent in victims if of is owner]
-            spare = owner.evict(own, recycle=recycle and owner is store) or spare
+            victims = [(of, extent) for of, extent in victims if of is not owner]
+            try:
+                spare = owner.evict(own, recycle=recycle and owner is store) or spare
+            except OSError:
+                for of, extent in victims:
+                    of.put_back(extent)
+                raise
         return spare
 
     def _choose(self, n_bytes: float) -> list[tuple[PageStore, Extent]]:

@@ -13,7 +13,6 @@ later number wins, and an extent none of whose pages is found through the index 
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import logging
 import os
@@ -21,23 +20,22 @@ import re
 import struct
 import threading
 import time
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
 
 import lmdb
 
-from agentstate.errors import BadExtent, FingerprintMismatch, PageStoreFull, PageStoreLocked, PageStoreUnwritable
+from agentstate.errors import BadExtent, FingerprintMismatch, PageStoreError, PageStoreFull, PageStoreUnwritable
 from agentstate.pages import files
+from agentstate.pages.directory import StoreDirectory
 from agentstate.pages.eviction import ANYONE, Extent
 from agentstate.pages.extent import KEY_BYTES, ExtentDraft, ExtentHeader, ExtentLayout, Geometry, Memory
-from agentstate.pages.index import ExtentRecord, IndexChange, PageIndex
+from agentstate.pages.index import DAMAGE, ExtentRecord, IndexChange, PageIndex
+from agentstate.pages.pins import Pin, Segment, StoredExtent
 from agentstate.pages.space import UNLIMITED, Quota, Space
 
 logger = logging.getLogger(__name__)
@@ -49,28 +47,12 @@ _TO_OPEN_BYTES = 1 << 20
 _MOST_TOLD = 1 << 19
 
 
-class StoredExtent(NamedTuple):
-    """An extent of a store, by its ``number``, which no other extent of an open store ever gets."""
-
-    path: Path
-    layout: ExtentLayout
-    number: int
-
-
-class Segment(NamedTuple):
-    """``pages`` pages of a request, from its page ``first`` on, side by side in ``extent`` from ``slot`` on."""
-
-    extent: StoredExtent
-    slot: int
-    pages: int
-    first: int
-
-
 @dataclass
 class StoreStats:
     """Counters since open, but for ``pages``, ``extents`` and ``bytes``, which are what is stored now.
 
-    ``pages_evicted_needed`` are those of ``pages_evicted`` that a live manifest needed.
+    ``pages_evicted_needed`` are those of ``pages_evicted`` that a live manifest needed; ``pages_vanished`` were lost
+    because their files were deleted or replaced by somebody else.
     """
 
     pages: int = 0
@@ -81,34 +63,8 @@ class StoreStats:
     pages_dropped: int = 0
     pages_evicted: int = 0
     pages_evicted_needed: int = 0
+    pages_vanished: int = 0
     bad_extents: int = 0
-
-
-class Pin:
-    """The pages of one request, in order, and where they lie: ``segments``. Until `close` they stay there, whatever is
-    evicted or merged. A context manager."""
-
-    def __init__(self, store: PageStore, keys: Sequence[bytes], segments: list[Segment], extents: list[Extent]):
-        self.keys = keys
-        self.segments = segments
-        self.fingerprint = store.fingerprint
-        self._store = store
-        self._extents = extents
-
-    def copies(self, pages: Iterable[int]) -> list[tuple[bytes, int]]:
-        """The copies that are pinned of some of its ``pages``, as `PageStore.drop` takes them."""
-        firsts = [segment.first for segment in self.segments]
-        return [(self.keys[page], self.segments[bisect_right(firsts, page) - 1].extent.number) for page in pages]
-
-    def close(self) -> None:
-        extents, self._extents = self._extents, []
-        self._store._release(extents)
-
-    def __enter__(self) -> Pin:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 class PageStore:
@@ -132,8 +88,7 @@ class PageStore:
         self.fingerprint = fingerprint
         self.geometry = geometry
         self.stats = StoreStats()
-        self._extents_dir = directory / "extents"
-        self._partial_dir = directory / "partial"
+        self._directory = StoreDirectory(directory)
         self._space = Space(quota) if space is None else space
         # `_writing` is held while the index changes, which may take as long as the disk does, and by one store of a
         # space at a time; `_mutex` never for longer than a few memory accesses, and it is the inner one.
@@ -148,7 +103,8 @@ class PageStore:
         self._used_since: set[int] = set()
         # Pages that the index finds still, because it could not be written when they were dropped.
         self._dropped: dict[bytes, Extent] = {}
-        self._lock_fd: int | None = None
+        self._next = 1
+        self._closed = False
         with self._writing:
             try:
                 try:
@@ -185,44 +141,74 @@ class PageStore:
         self._space.quota = quota
 
     def _open(self) -> None:
-        lock = self._acquire()
+        self._directory.acquire()
         try:
-            self._index = PageIndex(self.directory / "index", self.fingerprint, self.geometry)
+            self._index = PageIndex(self._directory.index, self.fingerprint, self.geometry)
             try:
-                self._load()
+                before, self._extents = self._extents, {}
+                self._load(before)
             except BaseException:
                 self._index.close()
                 raise
         except BaseException:
-            os.close(lock)
+            self._directory.release()
             raise
-        self._lock_fd = lock
+        self._directory.touch()
+        self._directory.opened()
 
-    def _acquire(self) -> int:
-        for directory in (self._extents_dir, self._partial_dir):
-            directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def attend(self) -> None:
+        """Look whether the directory is still the one that was opened, with a few system calls. Where it was deleted or
+        replaced, or its index turned out damaged, open it anew: what is not there any more is lost, and storing goes
+        on.
+
+        Raises PageStoreError where it cannot be opened; then nothing is found in it until it can.
+        """
+        with self._writing:
+            self._attend()
+
+    def _attend(self) -> None:
+        if self._closed:
+            return
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in self._partial_dir.iterdir():
-                leftover.unlink()
-        except BlockingIOError as error:
-            os.close(lock)
-            raise PageStoreLocked(
-                f"another engine writes to {self.directory}: stop it, or give this one a directory of its own "
-                "with AGENTSTATE_PAGES_DIR"
-            ) from error
-        except BaseException:
-            os.close(lock)
-            raise
-        return lock
+            if self._directory.intact():
+                return
+        except OSError as error:
+            raise self._unusable(error) from error
+        pages, why = self.stats.pages, "was deleted or replaced while it was in use"
+        why = why if self._directory.known else "could not be used for a while"
+        self._directory.condemn()
+        self._index.close()
+        self._leave_order()
+        try:
+            self._open()
+        except (OSError, lmdb.Error, PageStoreError) as error:
+            self._extents, self.stats.pages, self.stats.bytes = {}, 0, 0
+            self._count()
+            raise self._unusable(error) if isinstance(error, OSError | lmdb.Error) else error from None
+        finally:
+            with self._mutex:
+                self._losers.add(ANYONE)
+            self.stats.pages_vanished += max(0, pages - self.stats.pages)
+        logger.error(
+            "page store: %s %s: it is opened anew, %d of %d pages are there",
+            self.directory,
+            why,
+            self.stats.pages,
+            pages,
+        )
 
-    def _load(self) -> None:
-        """Make the index agree with the files."""
+    def _leave_order(self) -> None:
+        for extent in self._extents.values():
+            self._space.order.remove(extent)
+        self._told = 0
+
+    def _load(self, before: Mapping[int, Extent]) -> None:
+        """Make the index agree with the files. Those of ``before`` that are there still stay the extents that they
+        were, with their pins."""
         records = self._index.records()
         numbers, unknown, gone = [0], [], set(records)
         size_of = functools.cache(self.draft_bytes)
-        with os.scandir(self._extents_dir) as entries:
+        with os.scandir(self._directory.extents) as entries:
             for entry in entries:
                 if _NAME.fullmatch(entry.name) is None:
                     logger.warning("page store: ignoring %s, which is no name of an extent", entry.path)
@@ -232,11 +218,11 @@ class PageStore:
                 numbers.append(number)
                 record = records.get(number)
                 if record and _is_of(record, status, size_of):
-                    self._extents[number] = Extent(number, *record)
+                    self._extents[number] = _recognized(before.get(number), Extent(number, *record))
                     gone.discard(number)
                 else:
                     unknown.append(number)
-        self._next = max(numbers) + 1
+        self._next = max(self._next, *(number + 1 for number in numbers))
         self._space.not_before(max((known.used for known in self._extents.values()), default=0))
         if gone:
             with self._index.change() as change:
@@ -247,16 +233,26 @@ class PageStore:
             logger.info("page store: reading the headers of %d extents that the index does not know", len(unknown))
             with self._index.change() as change:
                 for number in sorted(unknown):
-                    self._adopt(change, number)
+                    self._adopt(change, number, before)
         self.stats.bytes = sum(extent.file_bytes for extent in self._extents.values())
         self.stats.pages = sum(extent.live for extent in self._extents.values())
         self._delete(list(self._extents.values()))
         for extent in self._extents.values():
+            self._told += len(extent.needed_by)
             self._space.order.add(self, extent)
+        self._drop_again()
 
-    def _adopt(self, change: IndexChange, number: int) -> None:
+    def _drop_again(self) -> None:
+        dropped, self._dropped = self._dropped, {}
+        for (key, extent), place in zip(dropped.items(), self._index.places(dropped), strict=True):
+            if place is not None and place[0] == extent.number and self._has(extent):
+                self._dropped[key] = extent
+                extent.live -= 1
+                self.stats.pages -= 1
+
+    def _adopt(self, change: IndexChange, number: int, before: Mapping[int, Extent]) -> None:
         """Put an extent that is on the disk into the index."""
-        path = self._path(number)
+        path = self._directory.extent(number)
         try:
             header, status = files.read_header(path), path.stat()
         except (BadExtent, OSError) as error:
@@ -265,7 +261,8 @@ class PageStore:
             return
         if header.fingerprint != self.fingerprint or header.geometry != self.geometry:
             raise FingerprintMismatch(f"{path} was written for another model or layout than this store's")
-        self._extents[number] = Extent(number, len(header.keys), 0, status.st_size, status.st_mtime_ns)
+        found = Extent(number, len(header.keys), 0, status.st_size, status.st_mtime_ns)
+        self._extents[number] = _recognized(before.get(number), found)
         for other, pages in self._take_over(change, number, header.keys).items():
             self._extents[other].live += pages
 
@@ -303,39 +300,39 @@ class PageStore:
         """Make the store forget those of ``extents`` that nothing pins; the caller deletes them."""
         return [extent for extent in extents if self.take(extent)]
 
-    def _unlink(self, extents: list[Extent], *, recycle: bool = False) -> Path | None:
+    def _unlink(self, extents: list[Extent], *, recycle: bool = False) -> tuple[Path | None, OSError | None]:
         """Delete the files of extents that the store has forgotten, but for the largest if it is to be recycled: where
-        it is now."""
+        it is now, and why others are there still, if they are."""
         # Overwriting blocks that the file system has given out already is faster than asking for new ones.
         largest = max(extents, key=lambda extent: extent.file_bytes) if recycle else None
-        spare = None
+        spare = failure = None
         for extent in extents:
+            path = self._directory.extent(extent.number)
             try:
                 if extent is largest:
                     spare = self._recycle(extent)
                 else:
-                    self._path(extent.number).unlink()
+                    path.unlink()
             except FileNotFoundError:
                 pass
             except OSError as error:
-                logger.warning("page store: %s could not be deleted: %s", self._path(extent.number), error)
+                if failure is None:
+                    logger.warning("page store: %s could not be deleted: %s", path, error)
+                failure = error
                 continue
             self.stats.bytes -= extent.file_bytes
-        return spare
+        return spare, failure
 
     def _recycle(self, extent: Extent) -> Path | None:
-        spare = self._partial_dir / f"{extent.number:016x}.spare"
-        self._path(extent.number).rename(spare)
+        spare = self._directory.spare(extent.number)
+        self._directory.extent(extent.number).rename(spare)
         try:
             # Or a power failure might bring the old name back over new content.
-            files.sync_directory(self._extents_dir)
+            files.sync_directory(self._directory.extents)
         except OSError:
             spare.unlink()
             return None
         return spare
-
-    def _path(self, number: int) -> Path:
-        return self._extents_dir / f"{number:016x}.ext"
 
     def _count(self) -> None:
         self.stats.extents = len(self._extents)
@@ -357,7 +354,18 @@ class PageStore:
         return places
 
     def _unreadable(self, error: Exception) -> None:
-        logger.error("page store: the index of %s cannot be read, nothing is restored: %s", self.directory, error)
+        if self._directory.known and not self._closed:
+            logger.error("page store: the index of %s cannot be read, nothing is restored: %s", self.directory, error)
+            # `attend` makes it anew.
+            if isinstance(error, (*DAMAGE, struct.error)):
+                self._index.condemn()
+            self._directory.condemn()
+
+    def _unwritable(self, error: lmdb.Error) -> None:
+        logger.warning("page store: the index of %s could not be written: %s", self.directory, error)
+        if isinstance(error, DAMAGE):
+            self._index.condemn()
+            self._directory.condemn()
 
     def prefix_length(self, keys: Sequence[bytes], *, use: bool = True) -> int:
         """How many of ``keys``, from the first on, are stored; they count as used, unless ``use`` is false. From
@@ -415,7 +423,7 @@ class PageStore:
                 found[-1] = found[-1]._replace(pages=found[-1].pages + 1)
             else:
                 layout = ExtentLayout(self.geometry, self._extents[number].pages)
-                found.append(Segment(StoredExtent(self._path(number), layout, number), slot, 1, page))
+                found.append(Segment(StoredExtent(self._directory.extent(number), layout, number), slot, 1, page))
             last = number
         return found
 
@@ -428,7 +436,7 @@ class PageStore:
             dead = [extent for extent in extents if not extent.live]
         if dead:
             with self._writing:
-                if self._lock_fd is not None:
+                if not self._closed:
                     self._delete(dead)
 
     def pin_for(self, keys: Iterable[bytes], seconds: float) -> None:
@@ -508,6 +516,7 @@ class PageStore:
         """Raise PageStoreFull when there could be no room for ``n_bytes`` more, whatever was evicted for them. Evicts
         nothing: who publishes them does, and writes over what was evicted."""
         with self._writing:
+            self._attend()
             self._space.require(self, n_bytes)
 
     # What `Space` asks for; it holds the lock.
@@ -550,16 +559,23 @@ class PageStore:
             return None
         try:
             self._forget_pages_of(victims)
+            forgotten = True
         except lmdb.Error as error:
             # No room for the index to say so. Look-ups pass over what is not in `_extents`.
-            logger.warning("page store: the index of %s could not be written: %s", self.directory, error)
+            self._unwritable(error)
+            forgotten = False
+        spare, failure = self._unlink(victims, recycle=recycle)
+        if failure is not None and not forgotten:
+            # A file system that takes nothing any more: what is there stays good.
+            for extent in victims:
+                self.put_back(extent)
+            raise failure
         for extent in victims:
             self.stats.pages -= extent.live
             self.stats.pages_evicted += extent.live
             self.stats.pages_evicted_needed += extent.live if extent.needed_by else 0
         with self._mutex:
             self._losers.update(*(extent.needed_by for extent in victims))
-        spare = self._unlink(victims, recycle=recycle)
         self._count()
         return spare
 
@@ -569,7 +585,7 @@ class PageStore:
             for extent in extents:
                 change.forget(extent.number)
                 try:
-                    keys = files.read_header(self._path(extent.number)).keys
+                    keys = files.read_header(self._directory.extent(extent.number)).keys
                 except (BadExtent, OSError):
                     unreadable.add(extent.number)
                     continue
@@ -604,17 +620,27 @@ class PageStore:
         """
         header, data = draft.seal()
         with self._writing:
+            self._attend()
             spare = self._space.make(self, len(data), recycle=True)
             number, self._next = self._next, self._next + 1
             self._space.expect(len(data))
-        final = self._path(number)
+        final = self._directory.extent(number)
         try:
             try:
-                mtime_ns = files.publish(self._partial_dir / final.name, final, data, spare)
+                mtime_ns = files.publish(self._directory.partial / final.name, final, data, spare)
             finally:
                 self._writing.acquire()
                 self._space.expect(-len(data))
-            self._enter(number, header, len(data), mtime_ns)
+            try:
+                self._enter(number, header, len(data), mtime_ns)
+            except DAMAGE as error:
+                self._unwritable(error)
+                # Made anew, it has what has just been written.
+                self._attend()
+                if number not in self._extents:
+                    raise
+                self.stats.pages_written += len(header.keys)
+                self.stats.bytes_written += len(data)
         except (OSError, lmdb.Error) as error:
             with suppress(OSError):
                 final.unlink(missing_ok=True)
@@ -694,7 +720,7 @@ class PageStore:
                         record = self._extents[number].record()
                         change.record(number, record._replace(live=record.live - pages))
             except lmdb.Error as error:
-                logger.warning("page store: the index of %s could not be written: %s", self.directory, error)
+                self._unwritable(error)
                 self._dropped.update(found)
             for number, pages in gone.items():
                 self._extents[number].live -= pages
@@ -708,17 +734,25 @@ class PageStore:
     def close(self) -> None:
         """Close the store; what is pinned stays readable through the files that are open. May be called again."""
         with self._writing:
-            if self._lock_fd is None:
+            if self._closed:
                 return
+            self._closed = True
             with suppress(lmdb.Error), self._index.change() as change:
                 for number in self._used_since & self._extents.keys():
                     change.record(number, self._extents[number].record())
             self._index.close()
             self._space.leave(self)
-            for extent in self._extents.values():
-                self._space.order.remove(extent)
-            lock, self._lock_fd = self._lock_fd, None
-            os.close(lock)
+            self._leave_order()
+            self._directory.touch()
+            self._directory.release()
+
+
+def _recognized(before: Extent | None, found: Extent) -> Extent:
+    """The extent that it was before, when its file is the same."""
+    if before is None or (before.file_bytes, before.mtime_ns) != (found.file_bytes, found.mtime_ns):
+        return found
+    before.live, before.used = found.live, max(before.used, found.used)
+    return before
 
 
 def _is_of(record: ExtentRecord, status: os.stat_result, size_of: Callable[[int], int]) -> bool:

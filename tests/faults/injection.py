@@ -137,6 +137,12 @@ SCENARIOS = {
     "open without an index": Scenario(prepare=lambda directory: shutil.rmtree(directory / "index"), opening=True),
     "open with an older index": Scenario(prepare=older_index, opening=True, stored=BEFORE | {7, 8}),
     "open for the first time": Scenario(prepare=lambda directory: shutil.rmtree(directory), opening=True, stored=()),
+    "attend without a directory": Scenario(
+        lambda store: store.attend(), before=lambda store: shutil.rmtree(store.directory), may_lose=BEFORE
+    ),
+    "attend without an index": Scenario(
+        lambda store: store.attend(), before=lambda store: shutil.rmtree(store.directory / "index")
+    ),
     "repair": Scenario(lambda store: (store.close(), repair(store)), may_lose={5}, prepare=break_page_5),
     "read": Scenario(read_all),
 }
@@ -183,7 +189,7 @@ class Run:
             self.problem(f"left open: {set(self.descriptors()) - set(descriptors)}")
         raised_name = None if raised is None else type(raised).__name__
         del raised
-        if store._lock_fd is not None:
+        if not store._closed:
             store.quota = UNLIMITED
             self.look_at(store, "the store that went on")
             self.write_again(store)

@@ -1,0 +1,120 @@
+"""The directory of one store, and the lock that says whose it is."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from agentstate.errors import PageStoreLocked
+
+# Whoever evicts from a store that nobody has open holds its lock for a moment.
+_PATIENCE_S = 1.0
+_POLL_S = 0.02
+
+
+class StoreDirectory:
+    """``path`` with what a store keeps there; see `agentstate.pages.store`. Not thread-safe."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.extents, self.partial, self.index = path / "extents", path / "partial", path / "index"
+        self._fds: list[int] = []
+        self._opened_as: tuple[tuple[int, int] | None, ...] | None = None
+
+    def extent(self, number: int) -> Path:
+        return self.extents / f"{number:016x}.ext"
+
+    def spare(self, number: int) -> Path:
+        return self.partial / f"{number:016x}.spare"
+
+    def acquire(self) -> None:
+        """Make what is missing, take the lock, and delete what a crash left in ``partial``.
+
+        Raises PageStoreLocked when another process has it open, and OSError.
+        """
+        self.release()
+        until_s = time.monotonic() + _PATIENCE_S
+        while not self._lock(last=time.monotonic() >= until_s):
+            time.sleep(_POLL_S)
+        try:
+            for leftover in self.partial.iterdir():
+                leftover.unlink()
+        except BaseException:
+            self.release()
+            raise
+
+    def _lock(self, *, last: bool) -> bool:
+        """Try to take the lock; False where that may work soon, unless it was the ``last`` attempt."""
+        try:
+            for directory in (self.extents, self.partial):
+                directory.mkdir(parents=True, exist_ok=True)
+            self._fds.append(os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+            # While it is open, nothing else gets its number.
+            self._fds.append(os.open(self.extents, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            fcntl.flock(self._fds[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _identity(self.path / "lock") == _identity(self._fds[0]):
+                return True
+            self.release()
+        except (BlockingIOError, FileNotFoundError) as error:
+            self.release()
+            if last and isinstance(error, BlockingIOError):
+                raise PageStoreLocked(
+                    f"another engine writes to {self.path}: stop it, or give this one a directory of its own "
+                    "with AGENTSTATE_PAGES_DIR"
+                ) from error
+            if last:
+                raise
+        except BaseException:
+            self.release()
+            raise
+        return False
+
+    def opened(self) -> None:
+        """The index is open as well: all of it is what `intact` compares with from now on."""
+        self._opened_as = self._identities()
+
+    @property
+    def known(self) -> bool:
+        """Whether it was opened, and was not found to be another since."""
+        return self._opened_as is not None
+
+    def intact(self) -> bool:
+        """Whether it is still what was opened, and not deleted or replaced. A few system calls. Raises OSError when it
+        cannot be said."""
+        if self._opened_as is None or self._identities() != self._opened_as:
+            return False
+        if not self.partial.is_dir():
+            self.partial.mkdir()
+        return True
+
+    def condemn(self) -> None:
+        """It is to be opened anew."""
+        self._opened_as = None
+
+    def _identities(self) -> tuple[tuple[int, int] | None, ...]:
+        return tuple(_identity(path) for path in (self.path / "lock", self.extents, self.index / "data.mdb"))
+
+    @property
+    def locked(self) -> bool:
+        return bool(self._fds)
+
+    def release(self) -> None:
+        fds, self._fds = self._fds, []
+        for fd in reversed(fds):
+            os.close(fd)
+
+    def touch(self) -> None:
+        """Say that it is used: what was used longest ago is evicted first by engines of other fingerprints."""
+        with suppress(OSError):
+            os.utime(self.path / "lock")
+
+
+def _identity(path: Path | int) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,59 @@
+"""Pins: the pages of one request, where they lie, kept there."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+from agentstate.pages.eviction import Extent
+from agentstate.pages.extent import ExtentLayout
+
+if TYPE_CHECKING:
+    from agentstate.pages.store import PageStore
+
+
+class StoredExtent(NamedTuple):
+    """An extent of a store, by its ``number``, which no other extent of an open store ever gets."""
+
+    path: Path
+    layout: ExtentLayout
+    number: int
+
+
+class Segment(NamedTuple):
+    """``pages`` pages of a request, from its page ``first`` on, side by side in ``extent`` from ``slot`` on."""
+
+    extent: StoredExtent
+    slot: int
+    pages: int
+    first: int
+
+
+class Pin:
+    """The pages of one request, in order, and where they lie: ``segments``. Until `close` they stay there, whatever is
+    evicted or merged. A context manager."""
+
+    def __init__(self, store: PageStore, keys: Sequence[bytes], segments: list[Segment], extents: list[Extent]):
+        self.keys = keys
+        self.segments = segments
+        self.fingerprint = store.fingerprint
+        self._store = store
+        self._extents = extents
+
+    def copies(self, pages: Iterable[int]) -> list[tuple[bytes, int]]:
+        """The copies that are pinned of some of its ``pages``, as `PageStore.drop` takes them."""
+        firsts = [segment.first for segment in self.segments]
+        return [(self.keys[page], self.segments[bisect_right(firsts, page) - 1].extent.number) for page in pages]
+
+    def close(self) -> None:
+        extents, self._extents = self._extents, []
+        self._store._release(extents)
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

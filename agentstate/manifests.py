@@ -133,14 +133,16 @@ def load(connection: Connection, session_id: str, fingerprint: str, rank: int, n
     return None if row is None else Manifest(**row._mapping)
 
 
-def chains(connection: Connection, fingerprint: str, rank: int) -> Iterator[list[bytes]]:
-    """The page keys of every manifest of a fingerprint and rank, a manifest at a time."""
+def chains(connection: Connection, fingerprint: str, rank: int) -> Iterator[tuple[str, list[bytes]]]:
+    """The session and the page keys of every manifest of a fingerprint and rank, a manifest at a time."""
     rows = connection.execute(
-        sa.select(manifests.c["keys"]).where(manifests.c.fingerprint == fingerprint, manifests.c.rank == rank),
+        sa.select(manifests.c.session_id, manifests.c["keys"]).where(
+            manifests.c.fingerprint == fingerprint, manifests.c.rank == rank
+        ),
         execution_options={"yield_per": 100},
     )
-    for (keys,) in rows:
-        yield split_keys(keys)
+    for session_id, keys in rows:
+        yield session_id, split_keys(keys)
 
 
 def of_rank(connection: Connection, fingerprint: str, rank: int, node: str) -> Iterator[Manifest]:
@@ -165,6 +167,16 @@ _COVERAGE = (
     .where(manifests.c.session_id.in_(sa.bindparam("of_sessions", expanding=True)))
     .order_by(manifests.c.updated_us.desc(), manifests.c.tokens.desc())
 )
+
+
+def forget_store(connection: Connection, fingerprint: str, rank: int, node: str) -> int:
+    """Drop every manifest of a store that is gone, given the first digits of its fingerprint: how many there were."""
+    gone = sa.delete(manifests).where(
+        manifests.c.fingerprint.startswith(fingerprint, autoescape=True),
+        manifests.c.rank == rank,
+        manifests.c.node == node,
+    )
+    return connection.execute(gone).rowcount
 
 
 def forget(connection: Connection, session_id: str) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from sqlalchemy.engine import Connection
 
@@ -20,6 +21,7 @@ from agentstate.database import Database
 from agentstate.engines import Engine
 from agentstate.errors import DatabaseError
 from agentstate.manifests import Manifest
+from agentstate.pages import ANYONE
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +30,11 @@ _TELL_S = 600.0
 
 class Catalog:
     """Registers ``engine`` and keeps it registered until `close`. ``saved`` is called, on the catalog's thread, with
-    every manifest once it is committed; ``needed``, now and then, with the chains of all live manifests. When ``lost``,
-    which counts the pages that the stores have lost, has grown, the manifests that list any of them are cut to what is
-    still ``stored`` of their chains; ``n_bytes`` is what so many pages take."""
+    every manifest once it is committed; ``needed``, now and then, with the sessions of all live manifests and their
+    chains, one by one. ``losers`` are the sessions whose pages the stores may have lost since it was asked last: their
+    manifests, all of them where `ANYONE` is among these, are cut to what is still ``stored`` of their chains;
+    ``n_bytes`` is what so many pages take. At the start all of them are looked at. ``dead`` are the stores that have
+    been evicted as a whole, by the first digits of their fingerprints and their ranks: their manifests go."""
 
     def __init__(
         self,
@@ -39,17 +43,21 @@ class Catalog:
         heartbeat_s: float,
         *,
         saved: Callable[[Manifest], None],
-        needed: Callable[[Iterable[list[bytes]]], None],
+        needed: Callable[[Iterable[tuple[str, list[bytes]]]], None],
         stored: Callable[[Sequence[bytes]], int],
-        lost: Callable[[], int],
+        losers: Callable[[], set[str]],
+        dead: Callable[[], list[tuple[str, int]]],
         n_bytes: Callable[[int], int],
     ):
         self._database = database
         self._needed = needed
         self._stored = stored
-        self._lost = lost
+        self._losers = losers
+        self._dead = dead
         self._n_bytes = n_bytes
-        self._lost_before = 0
+        # Whose manifests are to be looked at, and the stores whose manifests go.
+        self._suspects = {ANYONE}
+        self._gone: list[tuple[str, int]] = []
         self._told_s = -math.inf
         self._engine = engine
         self._heartbeat_s = heartbeat_s
@@ -87,22 +95,29 @@ class Catalog:
         """Tell which chains live manifests need: sessions are deleted and expire in SQL, where nobody tells us."""
         if time.monotonic() - self._told_s < _TELL_S:
             return
-        with self._database.read() as connection:
-            chains = list(manifests.chains(connection, self._engine.fingerprint, self._engine.rank))
         with self._changed:
-            chains += [manifest.page_keys() for manifest in self._unsaved.values()]
-        self._needed(chains)
+            unsaved = list(self._unsaved.values())
+        with self._database.read() as connection:
+            saved = manifests.chains(connection, self._engine.fingerprint, self._engine.rank)
+            self._needed(chain(saved, ((manifest.session_id, manifest.page_keys()) for manifest in unsaved)))
         self._told_s = time.monotonic()
 
     def _cut(self) -> None:
-        """Make manifests say what is still there. One that waits to be saved is newer, and right."""
-        if (lost := self._lost()) == self._lost_before:
+        """Make manifests say what is still there."""
+        self._suspects |= self._losers()
+        if not self._suspects:
             return
+        with self._changed:
+            waiting = set(self._unsaved)
         engine = self._engine
         cut = []
-        # All of them are looked at without keeping others from writing.
+        # They are looked at without keeping others from writing.
         with self._database.read() as connection:
-            for manifest in manifests.of_rank(connection, engine.fingerprint, engine.rank, engine.node):
+            for manifest in (
+                manifests.of_rank(connection, engine.fingerprint, engine.rank, engine.node)
+                if ANYONE in self._suspects
+                else filter(None, (self._load(connection, session_id) for session_id in self._suspects))
+            ):
                 keys = manifest.page_keys()
                 pages = self._stored(keys)
                 if pages < len(keys):
@@ -117,7 +132,17 @@ class Catalog:
                     # A session that was deleted since must not come back.
                     if self._load(connection, manifest.session_id) == manifest:
                         manifests.cut(connection, short)
-        self._lost_before = lost
+        # One that waits to be saved may be of before.
+        self._suspects = waiting if ANYONE in self._suspects else self._suspects & waiting
+
+    def _bury(self) -> None:
+        """Drop the manifests of stores that are gone."""
+        self._gone += self._dead()
+        if self._gone:
+            with self._database.write() as connection:
+                for fingerprint, rank in self._gone:
+                    manifests.forget_store(connection, fingerprint, rank, self._engine.node)
+            self._gone = []
 
     def _run(self) -> None:
         while not self._closed:
@@ -129,6 +154,7 @@ class Catalog:
                 self._write(batch, closing)
                 self._tell_needed()
                 self._cut()
+                self._bury()
                 if self._failing:
                     logger.info("agentstate: the database answers again")
                 self._failing = False

@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agentstate import ids
 from agentstate.engines import Engine
-from agentstate.pages import Quota, fingerprint, weights_digest
+from agentstate.pages import Quota, Space, fingerprint, weights_digest
 from agentstate.settings import Settings
 from engine_patch.pools import DevicePool
 from engine_patch.sglang_api import SUPPORTED, PoolName, get_model, get_parallel, get_serving
 
 
-def quotas(settings: Settings, pools: Sequence[DevicePool]) -> dict[PoolName, Quota]:
-    """Each pool's part of what this rank may keep, by what a page of it takes."""
-    sizes = {pool.name: pool.device_pages.geometry.page_bytes for pool in pools}
-    ranks = get_parallel().tp_size
-    return {
-        name: Quota(
-            None if settings.pages_quota is None else settings.pages_quota * size // sum(sizes.values()) // ranks,
-            settings.pages_free_fraction,
-        )
-        for name, size in sizes.items()
-    }
+def space(settings: Settings, marks: Sequence[Mapping[PoolName, bytes]]) -> Space:
+    """The room that all pools of this rank share, given the `fingerprints` of every rank."""
+    parallel = get_parallel()
+    quota = None if settings.pages_quota is None else settings.pages_quota // parallel.tp_size
+    return Space(
+        Quota(quota, settings.pages_free_fraction),
+        settings.pages_path.absolute(),
+        kin=[store_directory(settings, mark, rank) for rank, own in enumerate(marks) for mark in own.values()],
+        rank=parallel.tp_rank,
+        ranks=parallel.tp_size,
+    )
 
 
-def fingerprints(page_size: int, pools: Sequence[DevicePool]) -> dict[PoolName, bytes]:
-    """What a page of each pool is valid for, 32 bytes; that of `PoolName.KV` stands for all of them and is there
-    without pools too. Reads samples of the checkpoint. Raises SettingsError where it has no weights."""
+def fingerprints(page_size: int, pools: Sequence[DevicePool]) -> list[dict[PoolName, bytes]]:
+    """What a page of each pool is valid for, 32 bytes, on each rank; that of `PoolName.KV` stands for all pools and is
+    there without them too. Reads samples of the checkpoint. Raises SettingsError where it has no weights."""
     fields = _fields(page_size, pools)
     names = {PoolName.KV, *(pool.name for pool in pools)}
-    return {name: fingerprint(**fields, pool=name.value) for name in names}
+    ranks = range(get_parallel().tp_size)
+    return [{name: fingerprint(**fields, rank=rank, pool=name.value) for name in names} for rank in ranks]
 
 
-def store_directory(settings: Settings, mark: bytes) -> Path:
-    """Where this rank's store of the fingerprint ``mark`` is."""
-    return settings.pages_path.absolute() / mark.hex()[:32] / f"rank{get_parallel().tp_rank}"
+def store_directory(settings: Settings, mark: bytes, rank: int) -> Path:
+    """Where a rank's store of the fingerprint ``mark`` is."""
+    return settings.pages_path.absolute() / mark.hex()[:32] / f"rank{rank}"
 
 
-def engine(settings: Settings, server_args: Any, mark: bytes, control_address: str) -> Engine:
-    """This rank as SQL knows it, under an id of its own."""
+def engine(settings: Settings, server_args: Any, node: str, mark: bytes, control_address: str) -> Engine:
+    """This rank as SQL knows it, under an id of its own. ``node`` is the id of its pages' directory."""
     return Engine(
         id=ids.new("eng"),
-        node=socket.gethostname(),
+        node=node,
         rank=get_parallel().tp_rank,
         control_address=control_address,
         base_url=settings.engine_base_url or f"http://{_reachable(server_args.host)}:{server_args.port}/v1",
@@ -73,7 +73,6 @@ def _fields(page_size: int, pools: Sequence[DevicePool]) -> dict[str, Any]:
         quantization=str(model.quantization),
         pools=[pool.layout() for pool in pools],
         page_size=page_size,
-        rank=parallel.tp_rank,
         tp_size=parallel.tp_size,
         pp_size=parallel.pp_size,
     )

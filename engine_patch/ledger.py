@@ -7,33 +7,53 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from agentstate.manifests import KEY_BYTES, KvState, Manifest
+from agentstate.manifests import KEY_BYTES, KvState, Manifest, split_keys
 
-_REMEMBERED = 10_000
+# Keys of sessions that SQL knows as well: 32 bytes a page.
+_REMEMBERED_BYTES = 64 << 20
+# What a session takes beside its keys, about.
+_STANDING_BYTES = 1 << 10
 
 
 @dataclass(frozen=True)
 class Standing:
     """A session as of its newest finished request: ``requests`` finished so far, ``settled`` of them stored, and
-    ``saved`` of them in SQL. ``keys`` are all whole pages of its newest settled request, ``durable`` of which, from
-    the head, are stored."""
+    ``saved`` of them in SQL. Its newest settled request had ``pages`` whole pages, of which the first were stored:
+    ``keys`` packs the key of each of those."""
 
     requests: int = 0
     settled: int = 0
     saved: int = 0
-    keys: tuple[bytes, ...] = ()
-    durable: int = 0
+    pages: int = 0
+    keys: bytes = b""
+
+    @property
+    def durable(self) -> int:
+        return len(self.keys) // KEY_BYTES
+
+    @property
+    def pending(self) -> bool:
+        """Whether SQL does not know it as it is."""
+        return min(self.settled, self.saved) < self.requests
+
+    @property
+    def n_bytes(self) -> int:
+        return _STANDING_BYTES + len(self.keys)
 
 
 class Ledger:
-    """Thread-safe. Remembers the sessions that were used last; SQL remembers the others. ``n_bytes`` says how many
-    bytes a prefix of so many pages has in the stores, ``stored`` how many pages of a chain are there now."""
+    """Thread-safe. Of the sessions that SQL knows as they are it remembers those that were used last, in so many bytes;
+    SQL remembers the others. ``n_bytes`` says how many bytes a prefix of so many pages has in the stores, ``stored``
+    how many pages of a chain are there now."""
 
     def __init__(self, page_size: int, n_bytes: Callable[[int], int], stored: Callable[[Sequence[bytes]], int]):
         self._page_size = page_size
         self._stored = stored
         self._n_bytes = n_bytes
         self._standings: OrderedDict[str, Standing] = OrderedDict()
+        # What SQL does not know yet, and all of them together.
+        self._pending: set[str] = set()
+        self._held_bytes = 0
         self._mutex = threading.Lock()
 
     def finished(self, session_id: str) -> int:
@@ -48,14 +68,15 @@ class Ledger:
         """The pages queued by request number ``request`` are stored, ``durable`` of them from the head."""
         with self._mutex:
             standing = self._standings.get(session_id, Standing(requests=request))
-            self._put(session_id, replace(standing, settled=request, keys=tuple(keys), durable=durable))
+            packed = b"".join(keys[:durable])
+            self._put(session_id, replace(standing, settled=request, pages=len(keys), keys=packed))
 
     def saved(self, manifest: Manifest) -> None:
         """``manifest`` is in SQL. It counts when it is the one of the newest settled request: a page's key covers
         everything before it, so equal last keys are equal manifests."""
         with self._mutex:
             standing = self._standings.get(manifest.session_id)
-            if standing is not None and manifest.keys[-KEY_BYTES:] == b"".join(standing.keys[: standing.durable][-1:]):
+            if standing is not None and manifest.keys[-KEY_BYTES:] == standing.keys[-KEY_BYTES:]:
                 self._put(manifest.session_id, replace(standing, saved=standing.settled))
 
     def standing(self, session_id: str) -> dict[str, object] | None:
@@ -64,10 +85,10 @@ class Ledger:
             standing = self._standings.get(session_id)
         if standing is None:
             return None
-        if min(standing.settled, standing.saved) < standing.requests:
+        if standing.pending:
             return self._answer(KvState.PENDING, standing.durable)
         # What was stored then may have been evicted since.
-        return self.remembered(self._stored(standing.keys[: standing.durable]), len(standing.keys))
+        return self.remembered(self._stored(split_keys(standing.keys)), standing.pages)
 
     def remembered(self, stored: int, pages: int) -> dict[str, object]:
         """The answer of a ``flush`` for a session of so many ``pages``, of which ``stored`` are still here."""
@@ -76,13 +97,13 @@ class Ledger:
     def forget(self, session_id: str) -> None:
         """What is known of the session is true no more."""
         with self._mutex:
-            self._standings.pop(session_id, None)
+            self._remove(session_id)
 
     def chain(self, session_id: str) -> list[bytes] | None:
         """The stored pages of the session's newest settled request, or None when there is none."""
         with self._mutex:
             standing = self._standings.get(session_id)
-        return None if standing is None or not standing.settled else list(standing.keys[: standing.durable])
+        return None if standing is None or not standing.settled else split_keys(standing.keys)
 
     def _answer(self, state: KvState, pages: int) -> dict[str, object]:
         return {
@@ -93,10 +114,26 @@ class Ledger:
         }
 
     def _put(self, session_id: str, standing: Standing) -> None:
+        self._remove(session_id)
         self._standings[session_id] = standing
-        self._standings.move_to_end(session_id)
-        if len(self._standings) > _REMEMBERED:
-            self._standings.popitem(last=False)
+        self._held_bytes += standing.n_bytes
+        if standing.pending:
+            self._pending.add(session_id)
+        if self._held_bytes > _REMEMBERED_BYTES and len(self._pending) < len(self._standings):
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Forget what SQL knows, down to three quarters, so that the pending ones are passed over once in a while."""
+        for session_id in [name for name in self._standings if name not in self._pending]:
+            if self._held_bytes <= _REMEMBERED_BYTES * 3 // 4:
+                return
+            self._remove(session_id)
+
+    def _remove(self, session_id: str) -> None:
+        standing = self._standings.pop(session_id, None)
+        if standing is not None:
+            self._held_bytes -= standing.n_bytes
+            self._pending.discard(session_id)
 
 
 def _state(durable: int, pages: int) -> KvState:

@@ -18,7 +18,7 @@ from engine_patch.control import ControlEndpoint
 from engine_patch.metrics import Metrics
 from engine_patch.pools import DevicePool, device_pools
 from engine_patch.sessions import Sessions
-from engine_patch.sglang_api import PoolName, get_observability
+from engine_patch.sglang_api import PoolName, get_observability, get_parallel
 from engine_patch.stored_pools import StoredPools
 
 logger = logging.getLogger(__name__)
@@ -45,20 +45,27 @@ class Rank:
             pools = device_pools(params, components)
         except EngineError as error:
             self.retire(f"AgentState cannot store what this model keeps: {error}")
-        quota = identity.quotas(settings, pools)
-        marks = identity.fingerprints(self.page_size, pools)
+        of_ranks = identity.fingerprints(self.page_size, pools)
+        marks = of_ranks[rank := get_parallel().tp_rank]
+        space = identity.space(settings, of_ranks)
 
         def open_store(pool: DevicePool) -> PageStore:
             mark = marks[pool.name]
-            directory = identity.store_directory(settings, mark)
-            return PageStore(directory, mark, pool.device_pages.geometry, quota[pool.name])
+            directory = identity.store_directory(settings, mark, rank)
+            return PageStore(directory, mark, pool.device_pages.geometry, space=space)
 
         self.pools = StoredPools(pools, open_store, settings)
         self._control = ControlEndpoint(settings.control_address, self)
-        self._engine = identity.engine(settings, server_args, marks[PoolName.KV], self._control.address)
+        self._engine = identity.engine(settings, server_args, space.node, marks[PoolName.KV], self._control.address)
         database = Database(settings.sqlalchemy_url)
         self.sessions = Sessions(
-            self.pools, self._engine, database, settings, page_size=self.page_size, stores=lambda: self.off is None
+            self.pools,
+            self._engine,
+            database,
+            settings,
+            page_size=self.page_size,
+            stores=lambda: self.off is None,
+            dead=space.take_dead,
         )
         self.metrics = Metrics(self._engine) if get_observability().enable_metrics else None
         self._control.serve()

@@ -4,7 +4,7 @@ for."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, Protocol
 
@@ -41,6 +41,7 @@ class Sessions:
     """Thread-safe. `close` writes the manifests that wait, and must come while the stores are open.
 
     ``stores`` says whether what requests compute is stored at all: while it is not, nothing is said about them.
+    ``dead`` are the stores whose manifests go (`Space.take_dead`).
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Sessions:
         *,
         page_size: int,
         stores: Callable[[], bool],
+        dead: Callable[[], list[tuple[str, int]]],
     ):
         self.device: Device | None = None
         self._page_size = page_size
@@ -68,9 +70,10 @@ class Sessions:
             engine,
             settings.heartbeat_interval_s,
             saved=self._ledger.saved,
-            needed=self._need_only,
+            needed=pools.need_only,
             stored=pools.durable,
-            lost=lambda: pools.lost_needed,
+            losers=pools.take_losers,
+            dead=dead,
             n_bytes=pools.n_bytes,
         )
 
@@ -102,7 +105,7 @@ class Sessions:
                 self._ledger.settled(session_id, request, keys, durable)
             else:
                 self._ledger.forget(session_id)
-            self._pools.need([keys[:durable]])
+            self._pools.need(session_id, keys[:durable])
             self._pools.merge(keys[:durable])
             self._catalog.save(self._manifest(session_id, keys, durable))
 
@@ -166,9 +169,6 @@ class Sessions:
         pages = 0 if state == "cold" else pages
         tokens = pages * self._page_size
         return {"state": state, "tokens": tokens, "pages": pages, "bytes": self._pools.n_bytes(pages), "tier": tier}
-
-    def _need_only(self, chains: Iterable[list[bytes]]) -> None:
-        self._pools.need(chains, only=True)
 
     def _manifest(self, session_id: str, keys: list[bytes], durable: int) -> Manifest:
         return Manifest(

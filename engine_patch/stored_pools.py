@@ -11,6 +11,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
@@ -186,11 +187,23 @@ class StoredPools:
             if pool.restorer.prefetches:
                 pool.restorer.prefetches.tidy(queued())
 
-    def need(self, chains: Iterable[Sequence[bytes]], *, only: bool = False) -> None:
-        """Declare that live manifests need these chains, and with ``only`` nothing else."""
-        chains = list(chains)
+    def need(self, session_id: str, keys: Sequence[bytes]) -> None:
+        """Declare that a session's live manifest needs this chain."""
         for pool in self._pools:
-            pool.store.need(chain.from_iterable(pool.needed(keys) for keys in chains), only=only)
+            pool.store.need(pool.needed(keys), session_id)
+
+    def need_only(self, chains: Iterable[tuple[str, Sequence[bytes]]]) -> None:
+        """Declare which chains live manifests need, by their sessions, and that they need nothing else."""
+        with ExitStack() as telling:
+            for pool in self._pools:
+                telling.enter_context(pool.store.needing_only())
+            for session_id, keys in chains:
+                self.need(session_id, keys)
+
+    def take_losers(self) -> set[str]:
+        """The sessions whose manifests may have lost pages in any pool since this was asked last (`ANYONE`: or any
+        other)."""
+        return set().union(*(pool.store.take_losers() for pool in self._pools))
 
     def merge(self, keys: list[bytes]) -> None:
         """Merge the small extents of a stored chain when there is nothing else to do. A window's pages stay as they
@@ -201,13 +214,9 @@ class StoredPools:
 
     @property
     def lost(self) -> int:
-        """How many pages that were stored have been lost: evicted or dropped. Only grows."""
-        return sum(pool.store.stats.pages_evicted + pool.store.stats.pages_dropped for pool in self._pools)
-
-    @property
-    def lost_needed(self) -> int:
-        """How many of them a live manifest needed."""
-        return sum(pool.store.stats.pages_evicted_needed + pool.store.stats.pages_dropped for pool in self._pools)
+        """How many pages that were stored have been lost: evicted, dropped, or deleted by others. Only grows."""
+        of_pools = [pool.store.stats for pool in self._pools]
+        return sum(stats.pages_evicted + stats.pages_dropped + stats.pages_vanished for stats in of_pools)
 
     def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor, ready: Sequence[torch.cuda.Event]) -> int:
         """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its

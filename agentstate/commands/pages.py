@@ -196,7 +196,7 @@ def _root(directory: Path | None) -> Path:
 
 def _chains(database: Database, fingerprint: str, rank: int) -> Iterator[list[bytes]]:
     with database.read() as connection:
-        yield from manifests.chains(connection, fingerprint, rank)
+        yield from (keys for _, keys in manifests.chains(connection, fingerprint, rank))
 
 
 def _stores(directory: Path | None) -> list[Path]:

@@ -9,6 +9,7 @@ ones.
 """
 
 from agentstate.pages.backends import KvikioBackend, PosixBackend, ReadBackend, staging_memory
+from agentstate.pages.eviction import ANYONE
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, Geometry
 from agentstate.pages.fingerprint import fingerprint, weights_digest
 from agentstate.pages.merging import merge
@@ -19,6 +20,7 @@ from agentstate.pages.store import PageStore, StoreStats
 from agentstate.pages.writing import Writer
 
 __all__ = [
+    "ANYONE",
     "READ_THREADS",
     "Chunk",
     "Destination",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from agentstate.errors import PageStoreFull
 from agentstate.pages.eviction import EvictionOrder, Extent
+from agentstate.pages.node import node_id
 from agentstate.pages.siblings import Siblings
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ class Lacking(NamedTuple):
 class Space:
     """The room that the stores of one rank share: one quota and one order of eviction for all of them.
 
-    With ``root``, the stores that other engines left below it are evicted before anything of these stores (`Siblings`).
-    Rank ``rank`` of ``ranks`` counts its part of them. Never evicted are ``kin``, the directories of this engine's own
-    stores, of all ranks and pools: they may not be open yet.
+    With ``root``, whose id is ``node``, the stores that other engines left below it are evicted before anything of
+    these stores (`Siblings`). Rank ``rank`` of ``ranks`` counts its part of them. Never evicted are ``kin``, the
+    directories of this engine's own stores, of all ranks and pools: they may not be open yet.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class Space:
         ranks: int = 1,
     ):
         self.quota = quota
+        self._root = root
+        self.node = "" if root is None else node_id(root)
         # Held while an index changes or room is made, in whichever store: that may take as long as the disk does.
         self.lock = threading.Lock()
         self.order = EvictionOrder()
@@ -79,6 +82,11 @@ class Space:
         """The stores that have been evicted as a whole since this was asked last: the first digits of their
         fingerprints, and their ranks."""
         return [] if self._siblings is None else self._siblings.take_dead()
+
+    def keep_node(self) -> None:
+        """Make the root's id again, if it was deleted with everything else."""
+        if self._root is not None:
+            node_id(self._root, self.node)
 
     # The rest is for stores, which hold the lock.
 
@@ -141,7 +149,7 @@ class Space:
             victims = [(of, extent) for of, extent in victims if of is not owner]
             try:
                 spare = owner.evict(own, recycle=recycle and owner is store) or spare
-            except OSError:
+            except (OSError, PageStoreFull):
                 for of, extent in victims:
                     of.put_back(extent)
                 raise

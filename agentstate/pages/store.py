@@ -189,13 +189,9 @@ class PageStore:
             with self._mutex:
                 self._losers.add(ANYONE)
             self.stats.pages_vanished += max(0, pages - self.stats.pages)
-        logger.error(
-            "page store: %s %s: it is opened anew, %d of %d pages are there",
-            self.directory,
-            why,
-            self.stats.pages,
-            pages,
-        )
+        self._space.keep_node()
+        left = self.stats.pages
+        logger.error("page store: %s %s: opened anew, with %d of %d pages", self.directory, why, left, pages)
 
     def _leave_order(self) -> None:
         for extent in self._extents.values():
@@ -554,7 +550,8 @@ class PageStore:
         self._space.order.add(self, extent)
 
     def evict(self, victims: list[Extent], *, recycle: bool = False) -> Path | None:
-        """Delete extents that were taken, but for one if it is to be recycled: where it is now."""
+        """Delete extents that were taken, but for one if it is to be recycled: where it is now. Raises OSError, or
+        PageStoreFull, and leaves all of them, where the file system takes nothing any more."""
         if not victims:
             return None
         try:
@@ -569,6 +566,8 @@ class PageStore:
             # A file system that takes nothing any more: what is there stays good.
             for extent in victims:
                 self.put_back(extent)
+            if files.is_full(failure):
+                raise PageStoreFull(f"no room in {self.directory}: not even eviction is possible") from failure
             raise failure
         for extent in victims:
             self.stats.pages -= extent.live

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -17,6 +19,7 @@ from agentstate.database import Database
 from agentstate.engines import Engine
 from agentstate.errors import DatabaseError, DatabaseUnreachable
 from agentstate.manifests import Manifest
+from agentstate.pages import ANYONE
 from engine_patch.catalog import Catalog
 
 ENGINE = Engine("eng_1", "n", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f", "/pages")
@@ -76,9 +79,26 @@ def saved() -> Saved:
     return Saved()
 
 
+def started(database: Database, heartbeat_s: float, saved: Callable[[Manifest], None]) -> Catalog:
+    """A catalog of stores that lose nothing."""
+    return Catalog(
+        database,
+        ENGINE,
+        heartbeat_s,
+        saved=saved,
+        needed=list,
+        stored=len,
+        losers=set,
+        dead=list,
+        n_bytes=int,
+    )
+
+
 @pytest.fixture
 def catalog(database: Database, saved: Saved) -> Iterator[Catalog]:
-    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
+    catalog = Catalog(
+        database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
+    )
     yield catalog
     catalog.close()
 
@@ -103,7 +123,9 @@ def registered(database: Database) -> list[Engine]:
 
 
 def test_an_engine_is_registered_until_it_closes(database: Switched, saved: Saved) -> None:
-    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
+    catalog = Catalog(
+        database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
+    )
     until(lambda: len(registered(database)) == 1)
     (found,) = registered(database)
     assert (found.id, found.control_address, found.pages_dir) == ("eng_1", ENGINE.control_address, "/pages")
@@ -132,7 +154,7 @@ def test_a_manifest_is_in_sql_when_it_is_reported_as_saved(database: Switched, u
         other.close()
         done.set()
 
-    catalog = Catalog(database, ENGINE, WAIT_S, saved=look, needed=list, stored=len, lost=int, n_bytes=int)
+    catalog = started(database, WAIT_S, look)
     catalog.save(manifest("s", 1, 2))
     assert done.wait(WAIT_S)
     catalog.close()
@@ -213,7 +235,9 @@ def test_what_breaks_off_is_saved_again_and_nothing_else(
 
 def test_a_database_without_its_schema_is_waited_for(url: str, saved: Saved) -> None:
     database = Database(url)
-    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
+    catalog = Catalog(
+        database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
+    )
     catalog.save(manifest("s", 1))
     with pytest.raises(DatabaseError):
         catalog.load("s")
@@ -234,7 +258,9 @@ def test_a_file_that_another_process_holds_is_waited_for(
     database.upgrade()
     holder = sqlite3.connect(tmp_path / "agentstate.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
-    catalog = Catalog(database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
+    catalog = Catalog(
+        database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
+    )
     catalog.save(manifest("s", 1))
     until(lambda: "manifests wait for the database" in caplog.text)
     assert saved.manifests == []
@@ -247,7 +273,9 @@ def test_a_file_that_another_process_holds_is_waited_for(
 
 
 def test_closing_writes_what_waits(database: Switched, saved: Saved) -> None:
-    catalog = Catalog(database, ENGINE, WAIT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
+    catalog = Catalog(
+        database, ENGINE, WAIT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
+    )
     wanted = [manifest(f"s{n}", n) for n in range(5)]
     for one in wanted:
         catalog.save(one)
@@ -258,62 +286,185 @@ def test_closing_writes_what_waits(database: Switched, saved: Saved) -> None:
 
 def test_closing_ends_also_while_sql_is_down(database: Switched, saved: Saved) -> None:
     database.down = True
-    catalog = Catalog(database, ENGINE, WAIT_S, saved=saved, needed=list, stored=len, lost=int, n_bytes=int)
+    catalog = Catalog(
+        database, ENGINE, WAIT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
+    )
     catalog.save(manifest("s", 1))
     catalog.close()
     assert saved.manifests == []
     assert catalog.load("s") is None
 
 
-def test_the_chains_of_all_manifests_are_told_when_the_database_answers(database: Switched, saved: Saved) -> None:
+def test_the_chains_of_all_manifests_are_told_one_by_one_when_the_database_answers(
+    database: Switched, saved: Saved
+) -> None:
     with database.write() as connection:
         manifests.save(connection, manifest("a", 1, 2))
         manifests.save(connection, manifest("b", 3))
         manifests.save(connection, manifest("c", 4, fingerprint="other"))
-    told: list[list[list[bytes]]] = []
+    told: list[dict[str, list[bytes]]] = []
+
+    def needed(chains: Iterable[tuple[str, list[bytes]]]) -> None:
+        assert not isinstance(chains, list)
+        told.append(dict(chains))
+
     catalog = Catalog(
         database,
         ENGINE,
         HEARTBEAT_S,
         saved=saved,
-        needed=lambda chains: told.append(list(chains)),
+        needed=needed,
         stored=len,
-        lost=int,
+        losers=set,
+        dead=list,
         n_bytes=int,
     )
     until(lambda: bool(told))
     catalog.close()
-    assert [sorted(chains, key=len) for chains in told] == [[keys(3), keys(1, 2)]]
+    assert told == [{"a": keys(1, 2), "b": keys(3)}]
 
 
-def test_manifests_are_cut_when_the_store_has_lost_what_they_list(database: Switched, saved: Saved) -> None:
+class Stores:
+    """What is stored of which chain, and who has lost something; and the chains that were asked for."""
+
+    def __init__(self) -> None:
+        self.pages: dict[bytes, int] = {}
+        self.losers: list[set[str]] = []
+        self.dead: list[list[tuple[str, int]]] = []
+        self.asked: list[list[bytes]] = []
+
+    def catalog(self, database: Database, saved: Saved) -> Catalog:
+        return Catalog(
+            database,
+            ENGINE,
+            HEARTBEAT_S,
+            saved=saved,
+            needed=list,
+            stored=self.stored,
+            losers=lambda: self.losers.pop(0) if self.losers else set(),
+            dead=lambda: self.dead.pop(0) if self.dead else [],
+            n_bytes=lambda pages: 10 * pages,
+        )
+
+    def stored(self, chain: Sequence[bytes]) -> int:
+        self.asked.append(list(chain))
+        return self.pages.get(chain[-1], len(chain))
+
+
+def cut_to(catalog: Catalog, session: str, pages: int) -> None:
+    until(lambda: (found := catalog.load(session)) is not None and found.tokens == 64 * pages)
+
+
+def test_manifests_are_cut_when_the_store_has_lost_what_they_list_and_no_others_are_read(
+    database: Switched, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with database.write() as connection:
         manifests.save(connection, manifest("a", 1, 2, 3))
         manifests.save(connection, manifest("b", 3))
-    lost, there = [0], [3, 1]
-    catalog = Catalog(
-        database,
-        ENGINE,
-        HEARTBEAT_S,
-        saved=saved,
-        needed=list,
-        stored=lambda chain: 1 if len(chain) == 3 and lost[0] else len(chain),
-        lost=lambda: lost[0],
-        n_bytes=lambda pages: 10 * pages,
-    )
-    until(lambda: len(registered(database)) == 1)
-    before = [catalog.load("a"), catalog.load("b")]
-    ages = updated(database)
-    assert [len(found.page_keys()) for found in before if found] == there
-    lost[0] = 2
-    until(lambda: (found := catalog.load("a")) is not None and found.tokens == 64)
-    catalog.close()
+        manifests.save(connection, manifest("c", 4, 5))
+    stores = Stores()
+    catalog = stores.catalog(database, saved)
+    until(lambda: len(stores.asked) == 3)
+    others, ages = [catalog.load("b"), catalog.load("c")], updated(database)
+    read, load = [], manifests.load
+
+    def watched(connection: Connection, session_id: str, *which: Any) -> Manifest | None:
+        read.append(session_id)
+        return load(connection, session_id, *which)
+
+    def all_of_them(*which: Any) -> Iterator[Manifest]:
+        read.append("all")
+        return iter(())
+
+    monkeypatch.setattr(manifests, "load", watched)
+    monkeypatch.setattr(manifests, "of_rank", all_of_them)
+    stores.pages[keys(3)[0]] = 1
+    stores.losers.append({"a", "of no manifest"})
+    cut_to(catalog, "a", 1)
+    assert set(read) == {"a", "of no manifest"}
+    assert len(stores.asked) == 4
+    monkeypatch.undo()
     short = catalog.load("a")
     assert short is not None
     assert (short.page_keys(), short.nbytes, short.lost_tokens) == (keys(1), 10, 128)
-    assert catalog.load("b") == before[1]
+    assert [catalog.load("b"), catalog.load("c")] == others
     # It is not newer for that: nothing was stored.
     assert updated(database) == ages
+    # Where it may be anyone, all are looked at.
+    stores.pages[keys(5)[0]] = 1
+    stores.losers.append({ANYONE})
+    cut_to(catalog, "c", 1)
+    catalog.close()
+
+
+def test_what_was_lost_before_the_start_is_cut_too(database: Switched, saved: Saved) -> None:
+    with database.write() as connection:
+        manifests.save(connection, manifest("a", 1, 2, 3))
+    stores = Stores()
+    stores.pages[keys(3)[0]] = 2
+    catalog = stores.catalog(database, saved)
+    cut_to(catalog, "a", 2)
+    catalog.close()
+
+
+def test_what_was_lost_while_sql_is_down_is_cut_when_it_answers(database: Switched, saved: Saved) -> None:
+    with database.write() as connection:
+        manifests.save(connection, manifest("a", 1, 2, 3))
+    stores = Stores()
+    catalog = stores.catalog(database, saved)
+    until(lambda: len(stores.asked) == 1)
+    database.down = True
+    stores.pages[keys(3)[0]] = 1
+    stores.dead.append([("e", 0)])
+    stores.losers.append({"a"})
+    database.refused.clear()
+    assert database.refused.wait(WAIT_S)
+    database.down = False
+    cut_to(catalog, "a", 1)
+    until(lambda: not stores.dead)
+    catalog.close()
+
+
+def test_a_manifest_that_waited_to_be_saved_is_looked_at_when_it_is(database: Switched, saved: Saved) -> None:
+    stores = Stores()
+    catalog = stores.catalog(database, saved)
+    until(lambda: len(registered(database)) == 1)
+    stores.pages[keys(3)[0]] = 1
+    waited = threading.Event()
+
+    def losing() -> set[str]:
+        """Lost while the manifest is on its way."""
+        if not waited.is_set():
+            catalog._unsaved["a"] = manifest("a", 1, 2, 3)
+            waited.set()
+            return {"a"}
+        return set()
+
+    catalog._losers = losing
+    cut_to(catalog, "a", 1)
+    catalog.close()
+
+
+def test_the_manifests_of_a_store_that_was_evicted_as_a_whole_go(database: Switched, saved: Saved) -> None:
+    dead, other = 32 * "d" + 32 * "1", 32 * "e" + 32 * "1"
+    with database.write() as connection:
+        manifests.save(connection, manifest("a", 1, fingerprint=dead))
+        manifests.save(connection, manifest("a", 1, fingerprint=dead, rank=1))
+        manifests.save(connection, replace(manifest("a", 1, fingerprint=dead), node="another"))
+        manifests.save(connection, manifest("a", 1, fingerprint=other))
+        manifests.save(connection, manifest("b", 1, fingerprint=dead))
+    stores = Stores()
+    stores.dead.append([(dead[:32], 0)])
+    catalog = stores.catalog(database, saved)
+
+    def left() -> set[tuple[str, int, str]]:
+        with database.read() as connection:
+            found = manifests.coverage(connection, ["a", "b"])
+        return {(one.fingerprint, one.rank, one.node) for one in found}
+
+    until(lambda: len(left()) == 3)
+    catalog.close()
+    assert left() == {(dead, 1, "n"), (dead, 0, "another"), (other, 0, "n")}
 
 
 def updated(database: Switched) -> dict[str, int]:
@@ -328,9 +479,8 @@ def test_a_session_that_is_deleted_while_manifests_are_looked_at_does_not_come_b
     with database.write() as connection:
         manifests.save(connection, manifest("a", 1, 2))
         manifests.save(connection, manifest("b", 3, 4))
-    lost = [0]
 
-    def stored(chain: list[bytes]) -> int:
+    def stored(chain: Sequence[bytes]) -> int:
         if chain == keys(1, 2):
             with database.write() as connection:
                 manifests.forget(connection, "a")
@@ -343,10 +493,10 @@ def test_a_session_that_is_deleted_while_manifests_are_looked_at_does_not_come_b
         saved=saved,
         needed=list,
         stored=stored,
-        lost=lambda: lost[0],
+        losers=set,
+        dead=list,
         n_bytes=int,
     )
-    lost[0] = 1
     until(lambda: (found := catalog.load("b")) is not None and found.tokens == 64)
     catalog.close()
     assert catalog.load("a") is None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from contents import keys
 
@@ -119,24 +121,54 @@ def test_sessions_do_not_mix(ledger: Ledger) -> None:
     assert ledger.standing("b") == answer("pending", 0)
 
 
-def test_the_sessions_that_were_used_last_are_remembered(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_REMEMBERED", 2)
-    for session in ("a", "b", "a", "c"):
-        ledger.settled(session, ledger.finished(session), keys(session), 1)
-        ledger.saved(manifest(session, keys(session)))
-    assert ledger.standing("b") is None
-    assert ledger.standing("a") == ledger.standing("c") == answer("durable", 1)
-
-
-def test_a_session_that_was_forgotten_before_it_settled_is_not_durable_before_it_is_saved(
+def test_the_sessions_that_were_used_last_are_remembered_in_so_many_bytes(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_REMEMBERED", 1)
-    number = ledger.finished("a")
-    ledger.finished("b")
-    ledger.settled("a", number, keys(1), 1)
-    standing = ledger.standing("a")
-    assert standing is None or standing["state"] == "pending"
+    monkeypatch.setattr(module, "_STANDING_BYTES", 0)
+    monkeypatch.setattr(module, "_REMEMBERED_BYTES", 32 * 8)
+    for session in ("a", "b", "c", "a", "d"):
+        ledger.settled(session, ledger.finished(session), keys(1, session), 2)
+        ledger.saved(manifest(session, keys(1, session)))
+    assert [ledger.standing(session) is not None for session in "abcd"] == [True] * 4
+    ledger.settled("e", ledger.finished("e"), keys(1, 2, "e"), 1)
+    # It is at three quarters now, without those that were used longest ago.
+    assert [ledger.standing(session) is not None for session in "abcde"] == [True, False, False, True, True]
+    assert ledger.standing("a") == ledger.standing("d") == answer("durable", 2)
+
+
+def test_a_session_with_little_takes_its_part_too(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_REMEMBERED_BYTES", 20 * module._STANDING_BYTES)
+    for session in range(1_000):
+        ledger.settled(str(session), ledger.finished(str(session)), [], 0)
+        ledger.saved(manifest(str(session), []))
+    assert sum(ledger.standing(str(session)) is not None for session in range(1_000)) <= 20
+    assert ledger.standing("999") == answer("durable", 0)
+
+
+def test_what_sql_does_not_know_is_remembered_whatever_it_takes(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a session would be said to be durable with what SQL knew before."""
+    monkeypatch.setattr(module, "_REMEMBERED_BYTES", 1)
+    for session in range(100):
+        ledger.settled(str(session), ledger.finished(str(session)), keys(session), 1)
+    assert all(ledger.standing(str(session)) == answer("pending", 1) for session in range(100))
+    for session in range(100):
+        ledger.saved(manifest(str(session), keys(session)))
+    assert [session for session in range(100) if ledger.standing(str(session)) is not None] == []
+
+
+def test_a_session_takes_no_more_than_its_keys(ledger: Ledger) -> None:
+    """10,000 sessions of 128k tokens are not to take 1.5 GB: a page's key has 32 bytes."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for session in range(20):
+            ledger.settled(str(session), ledger.finished(str(session)), keys(*range(2_000)), 2_000)
+        taken = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert taken < 20 * (2_000 * 32 + 2_000)
 
 
 @pytest.mark.parametrize(("stored", "state"), [(0, "lost"), (1, "partial"), (2, "durable")], ids=str)

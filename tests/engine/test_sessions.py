@@ -27,7 +27,6 @@ class Pools:
     def __init__(self) -> None:
         self.held = 8
         self.fraction: float | None = None
-        self.lost_needed = 0
         self.queued: list[Any] = []
 
     def durable(self, keys: list[bytes], *, use: bool = False) -> int:
@@ -36,8 +35,14 @@ class Pools:
     def n_bytes(self, pages: int) -> int:
         return 100 * pages
 
-    def need(self, chains: Any, *, only: bool = False) -> None:
+    def need(self, session_id: str, keys: list[bytes]) -> None:
         pass
+
+    def need_only(self, chains: Any) -> None:
+        list(chains)
+
+    def take_losers(self) -> set[str]:
+        return set()
 
     def merge(self, chain: list[bytes]) -> None:
         pass
@@ -64,6 +69,7 @@ class Stage:
             Settings(home=directory),
             page_size=PAGE_SIZE,
             stores=lambda: self.off is None,
+            dead=list,
         )
         self.sessions.close()
         self.catalog = SimpleNamespace(

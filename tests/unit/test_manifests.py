@@ -103,5 +103,6 @@ def test_the_chains_of_a_fingerprint_and_rank_are_those_of_all_its_sessions(data
         manifests.save(connection, manifest("ses_4", fingerprint="f2"))
         manifests.save(connection, manifest("ses_5", rank=1))
     with database.read() as connection:
-        found = sorted(manifests.chains(connection, "f1", 0), key=len)
-    assert found == [manifest(pages=pages).page_keys() for pages in (0, 1, 3)]
+        found = sorted(manifests.chains(connection, "f1", 0), key=lambda one: len(one[1]))
+    right = [("ses_2", 0), ("ses_3", 1), ("ses_1", 3)]
+    assert found == [(session, manifest(pages=pages).page_keys()) for session, pages in right]

@@ -1,0 +1,62 @@
+"""Whose pages are below a root: an id that stays with them, whatever the machine is called.
+
+A container that is restarted has another host name, and what it finds on its volume are still the pages that its
+manifests list. Engines on one root share its id; two roots of one machine have two.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import socket
+from pathlib import Path
+
+from agentstate import ids
+
+logger = logging.getLogger(__name__)
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,255}")
+
+
+def node_id(root: Path, wanted: str | None = None) -> str:
+    """The id of ``root``, which is made where it has none, as ``wanted`` if that is given.
+
+    A root that has stores and no id is of an earlier release: there the host name was what manifests were saved under,
+    and stays it. Where nothing can be written, the id is the host name too, and not kept.
+    """
+    file = root / "node"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # Engines that start at once wait for each other, and agree.
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            if (known := _read(file)) is None:
+                known = wanted or (_host() if any(root.glob("*/rank*/extents")) else ids.new(_host()))
+                draft = root / "node.draft"
+                with draft.open("w") as out:
+                    out.write(known + "\n")
+                    out.flush()
+                    os.fsync(out.fileno())
+                draft.rename(file)
+                os.fsync(directory)
+            return known
+        finally:
+            os.close(directory)
+    except OSError as error:
+        logger.warning("page store: %s can keep no id (%s): the host name is used instead", root, error.strerror)
+        return wanted or _host()
+
+
+def _read(file: Path) -> str | None:
+    try:
+        text = file.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return text if _ID.fullmatch(text) else None
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:200] or "host"

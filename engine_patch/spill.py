@@ -15,7 +15,8 @@ from functools import partial
 
 import torch
 
-from agentstate.errors import PageStoreFull
+from agentstate.errors import PageStoreError, PageStoreFull
+from agentstate.manifests import KEY_BYTES, split_keys
 from agentstate.pages import ExtentDraft, LayerwiseReader, PageStore, Writer, merge
 from engine_patch.staging import PinnedMemory
 from engine_patch.transfer import DevicePages
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # How much longer than it is given to begin something, `close` waits for what has begun.
 _GRACE_S = 1.0
+# Of chains whose extents may be merged.
+_CHAINS_BYTES = 16 << 20
 # Reading what is merged needs little: it happens when nothing else is to be done.
 _MERGE_STAGING_BYTES = 8 << 20
 
@@ -90,8 +93,11 @@ class Spiller:
         self._on_their_way: set[bytes] = set()
         self._merge_reader = LayerwiseReader(store.geometry, staging_bytes=_MERGE_STAGING_BYTES, threads=1)
         self._until_s = math.inf
-        # Chains to look for small extents in, by their last key.
-        self._chains: dict[bytes, list[bytes]] = {}
+        # Chains to look for small extents in, by their last keys: packed, 32 bytes a page.
+        self._chains: dict[bytes, bytes] = {}
+        self._chains_bytes = 0
+        # Why pages were not stored when that was said last, unless some have been since.
+        self._said: tuple[object, ...] | None = None
         self._queue: queue.Queue[_Offer | Callable[[], None] | list[bytes] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="agentstate-spill", daemon=True)
         self._thread.start()
@@ -185,7 +191,7 @@ class Spiller:
             if isinstance(item, _Offer):
                 self._store_offer(item)
             elif isinstance(item, list):
-                self._chains[item[-1]] = item
+                self._remember(item)
                 self._queue.task_done()
             else:
                 self._writer.after(partial(self._act, item))
@@ -206,7 +212,8 @@ class Spiller:
 
     def _merge_one(self) -> None:
         """Merge one run, so that what arrives in the meantime waits for no more than that."""
-        last, chain = next(iter(self._chains.items()))
+        last, packed = next(iter(self._chains.items()))
+        chain = split_keys(packed)
         replaced = 0
         try:
             with self._writer.memory() as memory:
@@ -219,7 +226,19 @@ class Spiller:
         self.stats.extents_merged += replaced
         self._moved()
         if not replaced:
-            del self._chains[last]
+            self._forget(last)
+
+    def _remember(self, chain: list[bytes]) -> None:
+        """Merge along a chain when there is time; those that were told longest ago are left as they are when that would
+        take too much memory."""
+        self._forget(chain[-1])
+        self._chains[chain[-1]] = b"".join(chain)
+        self._chains_bytes += len(chain) * KEY_BYTES
+        while self._chains_bytes > _CHAINS_BYTES:
+            self._forget(next(iter(self._chains)))
+
+    def _forget(self, last: bytes) -> None:
+        self._chains_bytes -= len(self._chains.pop(last, b""))
 
     def _store_offer(self, offer: _Offer) -> None:
         """Copy what is new of an offer, and have it concluded when that is published."""
@@ -230,6 +249,8 @@ class Spiller:
         late = 0
         try:
             # In this order: what is published in the meantime is on its way no more, and is stored.
+            if not skipped:
+                self._store.attend()
             unknown = [] if skipped else [i for i, key in enumerate(offer.keys) if key not in self._on_their_way]
             stored = self._store.stored([offer.keys[i] for i in unknown])
             new = [i for i, is_stored in zip(unknown, stored, strict=True) if not is_stored]
@@ -278,12 +299,10 @@ class Spiller:
                 self.stats.pages_known += len(offer.keys) - new
             # Also what was on its way for an earlier offer must have arrived.
             stored = not skipped and all(self._store.stored(offer.keys))
-            if isinstance(failure, PageStoreFull):
-                logger.warning("agentstate: %s; they are recomputed when they are needed", failure)
-            elif failure is not None:
-                logger.error(
-                    "agentstate: spilling failed; the pages are recomputed when they are needed", exc_info=failure
-                )
+            if failure is not None:
+                self._complain(failure)
+            elif spilled:
+                self._said = None
         except Exception:
             logger.exception("agentstate: an offer could not be concluded; its pages count as not stored")
         finally:
@@ -294,6 +313,15 @@ class Spiller:
                 if not offer.answered:
                     self._answer(offer, stored)
             self._queue.task_done()
+
+    def _complain(self, failure: Exception) -> None:
+        """Log why pages are not stored: in one line, and once until some are, where it is the disk's state."""
+        if not isinstance(failure, PageStoreError | OSError):
+            logger.error("agentstate: spilling failed; the pages are recomputed when they are needed", exc_info=failure)
+            return
+        said, self._said = self._said, (type(failure), getattr(failure, "errno", None))
+        level = logging.DEBUG if said == self._said else logging.WARNING
+        logger.log(level, "agentstate: pages are not stored, and recomputed when they are needed: %s", failure)
 
     def _fill(self, offer: _Offer, numbers: torch.Tensor, draft: ExtentDraft) -> None:
         components = range(len(draft.geometry.component_bytes))

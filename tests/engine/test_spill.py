@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,9 @@ import torch
 from contents import drop, key, keys, read, reader_for
 from device import PAGES, Rank, fill
 
-from agentstate.pages import Quota
+from agentstate.pages import Quota, files
+from agentstate.pages.files import open_direct
+from engine_patch import spill
 from engine_patch.spill import Spiller
 
 Stored = list[list[list[bytes]]]
@@ -465,3 +470,68 @@ def test_an_offer_that_cannot_be_concluded_is_answered(rank: Rank, monkeypatch: 
     spiller.drain()
     assert list(spiller.results) == [False, True]
     spiller.close()
+
+
+@pytest.mark.parametrize("deleted", ["", "extents", "index"])
+def test_storing_goes_on_after_the_page_directory_was_deleted(
+    rank: Rank, spiller: Spiller, deleted: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also of pages that were stored before, and of which nothing new is written."""
+    spiller.offer(keys(1, 2), numbers(1, 2))
+    spiller.drain()
+    shutil.rmtree(rank.store.directory / deleted)
+    spiller.offer(keys(1, 2), numbers(1, 2))
+    spiller.offer(keys(3), numbers(3))
+    spiller.drain()
+    assert list(spiller.results) == [True, True, True]
+    assert stored(rank, keys(1, 2, 3)) == rank.device_pages([1, 2, 3])
+    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(told) == 1 and not told[0].exc_info
+    assert (spiller.stats.pages_spilled, spiller.stats.pages_failed) == (3 if deleted == "index" else 5, 0)
+
+
+def test_a_disk_that_takes_nothing_is_told_in_one_line_until_it_does(
+    rank: Rank, spiller: Spiller, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(path: Path, flags: int) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def told() -> list[str]:
+        assert not any(record.exc_info for record in caplog.records)
+        return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+    for rounds in (1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "open_direct", refused)
+            for page in range(3):
+                spiller.offer(keys(page), numbers(page))
+            spiller.drain()
+        assert len(told()) == rounds and "Read-only file system" in told()[-1]
+        spiller.offer(keys(f"good {rounds}"), numbers(5))
+        spiller.drain()
+    assert list(spiller.results) == [False, False, False, True] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "open_direct", refused)
+        spiller.offer(keys(0), numbers(0))
+        spiller.drain()
+        patch.setattr(os, "posix_fallocate", full)
+        patch.setattr(files, "open_direct", open_direct)
+        spiller.offer(keys(0), numbers(0))
+        spiller.drain()
+    # Another reason is said.
+    assert len(told()) == 4 and "no room" in told()[-1]
+
+
+def test_chains_to_be_merged_are_remembered_in_so_many_bytes(
+    rank: Rank, spiller: Spiller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "_CHAINS_BYTES", 32 * 10)
+    monkeypatch.setattr(spiller, "_merge_one", lambda: spiller._forget(next(iter(spiller._chains))))
+    for chain in range(6):
+        spiller._remember(keys(*((chain, page) for page in range(4))))
+    assert list(spiller._chains) == [keys((chain, 3))[0] for chain in (4, 5)]
+    spiller._remember(keys(*((4, page) for page in range(4))))
+    assert list(spiller._chains) == [keys((chain, 3))[0] for chain in (5, 4)]
+    assert spiller._chains_bytes == 32 * 8
+    spiller._remember(keys(*range(11)))
+    assert not spiller._chains and spiller._chains_bytes == 0

@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -40,16 +40,37 @@ def flush_device(engine_url: str) -> None:
     raise EngineError("the engine's cache could not be flushed")
 
 
+class Process(Protocol):
+    """The part of `subprocess.Popen` that `ChildProcess` uses. The process leads a session."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def terminate(self) -> None: ...
+
+
+Spawn = Callable[[Sequence[str], Mapping[str, str], Path], Process]
+"""Starts a command in an environment, its output appended to a log."""
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
+    with log.open("ab") as output:
+        # A session of its own: an engine is several processes, and all of them are killed at once.
+        return subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
 class ChildProcess:
     """A command that runs beside this process until it is killed, its output appended to ``log``."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, start: Spawn = spawn):
         self._log = log
-        with log.open("ab") as output:
-            # A session of its own: an engine is several processes, and all of them are killed at once.
-            self._process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        self._process = start(command, environment, log)
 
     @property
     def group(self) -> int:
@@ -125,7 +146,7 @@ class LocalStack(LocalService):
     """A service, and `agentstate engine` beside it on a port of its own, whose log goes to ``home``/engine.log.
 
     An engine that does not store (``stores``) is SGLang as it is, to compare with: it needs no service, and has no
-    control endpoint.
+    control endpoint. ``spawn_engine`` is how its process is started.
     """
 
     model = "smollm2"
@@ -139,12 +160,14 @@ class LocalStack(LocalService):
         service_port: int,
         engine_port: int,
         stores: bool = True,
+        spawn_engine: Spawn = spawn,
     ):
         super().__init__(home, service_port=service_port, settings={"HF_HUB_OFFLINE": "1"})
         self.engine_url = f"http://127.0.0.1:{engine_port}"
         self.engine_arguments: tuple[str, ...] = ()
         self._checkpoint = checkpoint
         self._stores = stores
+        self._spawn_engine = spawn_engine
         self._engine_port = engine_port
         self._engine: ChildProcess | None = None
         self._settings = Settings(
@@ -158,7 +181,7 @@ class LocalStack(LocalService):
         given += ["--port", str(self._engine_port), "--max-total-tokens", "32768", *arguments]
         self.engine_arguments = arguments
         command, environment = launcher.engine_command(self._settings, given, self.environment, stores=self._stores)
-        self._engine = ChildProcess(command, environment, self.home / "engine.log")
+        self._engine = ChildProcess(command, environment, self.home / "engine.log", self._spawn_engine)
         self._engine.await_answer(f"{self.engine_url}/health", 300)
         self._await_registration()
 

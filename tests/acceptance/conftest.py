@@ -1,4 +1,5 @@
-"""A real service and a real engine with a real model, started once for the whole directory."""
+"""Real services and real engines. An engine's process is a fork of one that has imported SGLang (see zygote.py) unless
+its start is what a test is about."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from compiler import c_compiler
 from prompts import EXACT, Generator
+from zygote import Zygotes
 
-from agentstate.local import LocalStack, free_port
+from agentstate.local import LocalStack, Spawn, free_port, spawn
 from agentstate.settings import Settings
 
 
@@ -23,12 +25,25 @@ def engine_python() -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_stack(engine_python: Path) -> Callable[[Path, Path], LocalStack]:
-    """A stack, not started yet, that keeps everything below the first path and serves the checkpoint at the second."""
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawn]:
+    """Starts an engine's process as a fork."""
+    with closing(Zygotes(tmp_path_factory.mktemp("zygote") / "zygote.log")) as zygotes:
+        yield zygotes.spawn
 
-    def make(home: Path, checkpoint: Path) -> LocalStack:
+
+MakeStack = Callable[..., LocalStack]
+
+
+@pytest.fixture(scope="session")
+def make_stack(engine_python: Path, fork: Spawn) -> MakeStack:
+    """A stack, not started yet, that keeps everything below the first path and serves the checkpoint at the second. Its
+    engine's process is a fork, or ``executed``."""
+
+    def make(home: Path, checkpoint: Path, *, executed: bool = False) -> LocalStack:
         ports = {"service_port": free_port(), "engine_port": free_port()}
-        return LocalStack(home, checkpoint, engine_python=engine_python, **ports)
+        return LocalStack(
+            home, checkpoint, engine_python=engine_python, spawn_engine=spawn if executed else fork, **ports
+        )
 
     return make
 
@@ -61,7 +76,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def stack(
-    tmp_path_factory: pytest.TempPathFactory, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path
+    tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, smollm2: Path
 ) -> Iterator[LocalStack]:
     with closing(make_stack(tmp_path_factory.mktemp("stack"), smollm2)) as stack:
         stack.start_service()

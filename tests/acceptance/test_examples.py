@@ -5,26 +5,23 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from stacks import MakeStack
 
 from agentstate.local import LocalStack
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGE = 64
 
-pytestmark = pytest.mark.timeout(1200)  # twelve agents, each read to it by a CPU
-
 POOL_TOKENS = 8192  # less than the agents of many_agents.py have together
 
 
 @pytest.fixture(scope="module")
-def small_stack(
-    tmp_path_factory: pytest.TempPathFactory, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path
-) -> Iterator[LocalStack]:
+def small_stack(tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, smollm2: Path) -> Iterator[LocalStack]:
     with closing(make_stack(tmp_path_factory.mktemp("examples"), smollm2)) as stack:
         stack.start_service()
         stack.start_engine("--max-total-tokens", str(POOL_TOKENS))

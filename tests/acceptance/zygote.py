@@ -41,9 +41,8 @@ MODULES = (
 )
 """What an engine imports before it serves, without the plug-in: an engine's own process loads that."""
 
-_READ_LATE = ("AGENTSTATE_", "PYTEST_", "SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND")
-"""Beginnings of the variables that no imported module reads: engines that differ in these share a zygote. So does
-SPEED, which slow_drive.c reads at every call."""
+_READ_LATE = ("AGENTSTATE_", "PYTEST_", "PYTHONPATH", "SGLANG_CPU_OMP_", "SGLANG_UNIFIED_RADIX_", "SPEED", "TOLD_")
+"""Beginnings of the variables that no imported module reads: commands that differ in these alone share a zygote."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -64,7 +63,7 @@ class Zygotes:
         """Start ``[python, "-m", module, ...]`` in this directory, its output appended to ``log``."""
         python, option, *arguments = command
         assert option == "-m", f"a zygote runs modules, not {option}"
-        imported = {name: value for name, value in environment.items() if not _is_read_late(name)}
+        imported = {name: value for name, value in environment.items() if not name.startswith(_READ_LATE)}
         with self._lock:
             key = python, frozenset(imported.items())
             if key not in self._zygotes:
@@ -156,10 +155,6 @@ class _Zygote:
                 pipe.close()
 
 
-def _is_read_late(name: str) -> bool:
-    return name.startswith(_READ_LATE) or name == "SPEED"
-
-
 def _die_with(parent: int) -> None:
     """Have the kernel kill this process when ``parent``, which started it, ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -202,7 +197,7 @@ def _become(request: dict[str, Any], imported: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update({**request["environment"], **imported})
     module, *arguments = request["arguments"]
-    sys.path[0] = request["directory"]
+    sys.path[:1] = [request["directory"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [module, *arguments]
     # A spawned child would import everything again.
     from multiprocessing import context

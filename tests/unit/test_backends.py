@@ -61,7 +61,7 @@ def kvikio(tmp_path_factory: pytest.TempPathFactory) -> KvikioBackend:
 
 
 def load_cufile() -> None:
-    """KvikIO looks for it beside the interpreter, and here packages may lie elsewhere: see `.ci/environment`."""
+    """KvikIO looks for it beside the interpreter, and here packages may lie elsewhere: see `.ci/environment.py`."""
     for folder in sys.path:
         for library in Path(folder).glob("nvidia/cu*/lib/libcufile.so.0"):
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

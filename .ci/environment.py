@@ -69,7 +69,7 @@ def environment_of(name: str, cache: Path) -> Path:
 
 def install_packages(name: str, cache: Path, base: Path, installer: Installer, steps: Steps) -> None:
     lock = Path("locks", f"{name}.txt")
-    packages = sum("==" in line for line in lock.read_text().splitlines())
+    packages = sum("==" in line for line in lock.read_text().splitlines()) + 1
     shutil.rmtree(base, ignore_errors=True)
     venv.create(base, symlinks=True)
     if name == "lmcache":
@@ -77,7 +77,8 @@ def install_packages(name: str, cache: Path, base: Path, installer: Installer, s
         engine = environment_of("engine", cache) / SITE_PACKAGES
         subprocess.run(["cp", "-al", f"{engine}/.", str(base / SITE_PACKAGES)], check=True)
     downloads = cache / "downloads" / name
-    command = installer.command(base, "--requirement", str(lock), downloads=downloads)
+    # pip is what the demo's model is downloaded with.
+    command = installer.command(base, "--requirement", str(lock), "pip", downloads=downloads)
     steps.run(
         f"{packages} packages to {base}{SIZES.get(name, '')}",
         command,

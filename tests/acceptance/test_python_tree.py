@@ -27,7 +27,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, check
             "AGENTSTATE_PAGES_QUOTA": str(QUOTA_PAGES * PAGE_BYTES),
         }
         stack.create_database()
-        stack.start_engine(*TINY, "--max-total-tokens", str(POOL_PAGES * PAGE))
+        # A prompt is stored in one piece, as it is computed.
+        stack.start_engine(*TINY, "--max-total-tokens", str(POOL_PAGES * PAGE), "--chunked-prefill-size", "8192")
         yield stack
 
 

@@ -3,7 +3,7 @@
 # The packages of an environment lie outside the checkout, in a directory named by its lock file, so that a second
 # checkout is set up in seconds. `.venv/service` and its like are thin environments on top of them that hold this
 # checkout. The service and its clients have no torch; the agent frameworks are apart because they need a newer openai
-# than SGLang does; the engine (SGLang) is 11 GB and takes 5 minutes, once.
+# than SGLang does; the engine (SGLang) is 11 GB and takes minutes, once.
 
 PYTHON ?= python3
 CACHE ?= $(or $(AGENTSTATE_CACHE_DIR),$(HOME)/.cache/agentstate)
@@ -64,7 +64,7 @@ model: $(ENGINE_SET_UP)
 	@$(RUN) $(ENGINE) -m engine_patch.cpu.smollm2 $(CACHE)/smollm2-135m-instruct
 
 .venv/%/complete: locks/%.txt pyproject.toml
-	@.ci/environment $(PYTHON) $* $(CACHE)
+	@$(PYTHON) .ci/environment.py $* $(CACHE)
 
 clean:
 	rm -rf .venv build dist *.egg-info

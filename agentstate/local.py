@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -21,6 +21,10 @@ from agentstate.database import Database
 from agentstate.engines import Engine
 from agentstate.errors import EngineError
 from agentstate.settings import Settings
+
+# Patience with what is on its way, on however busy a machine. Who waits notices at once when a process ends.
+_SERVICE_START_S, _ENGINE_START_S, _REGISTRATION_S, _ENGINE_END_S = 300, 1200, 120, 180
+_STAT_S = 10
 
 
 def free_port() -> int:
@@ -40,16 +44,37 @@ def flush_device(engine_url: str) -> None:
     raise EngineError("the engine's cache could not be flushed")
 
 
+class Process(Protocol):
+    """The part of `subprocess.Popen` that `ChildProcess` uses. The process leads a session."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def terminate(self) -> None: ...
+
+
+Spawn = Callable[[Sequence[str], Mapping[str, str], Path], Process]
+"""Starts a command in an environment, its output appended to a log."""
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
+    with log.open("ab") as output:
+        # A session of its own: an engine is several processes, and all of them are killed at once.
+        return subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
 class ChildProcess:
     """A command that runs beside this process until it is killed, its output appended to ``log``."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, start: Spawn = spawn):
         self._log = log
-        with log.open("ab") as output:
-            # A session of its own: an engine is several processes, and all of them are killed at once.
-            self._process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        self._process = start(command, environment, log)
 
     @property
     def group(self) -> int:
@@ -113,7 +138,7 @@ class LocalService:
         launcher.require_free_port("127.0.0.1", self._service_port)
         command = [sys.executable, "-m", "agentstate.cli", "serve"]
         self._service = ChildProcess(command, self.environment, self.home / "service.log")
-        self._service.await_answer(f"{self.service_url}/healthz", 60)
+        self._service.await_answer(f"{self.service_url}/healthz", _SERVICE_START_S)
 
     def close(self) -> None:
         if self._service is not None:
@@ -125,7 +150,7 @@ class LocalStack(LocalService):
     """A service, and `agentstate engine` beside it on a port of its own, whose log goes to ``home``/engine.log.
 
     An engine that does not store (``stores``) is SGLang as it is, to compare with: it needs no service, and has no
-    control endpoint.
+    control endpoint. ``spawn_engine`` is how its process is started.
     """
 
     model = "smollm2"
@@ -139,17 +164,27 @@ class LocalStack(LocalService):
         service_port: int,
         engine_port: int,
         stores: bool = True,
+        spawn_engine: Spawn = spawn,
     ):
         super().__init__(home, service_port=service_port, settings={"HF_HUB_OFFLINE": "1"})
         self.engine_url = f"http://127.0.0.1:{engine_port}"
         self.engine_arguments: tuple[str, ...] = ()
         self._checkpoint = checkpoint
         self._stores = stores
+        self.spawn_engine = spawn_engine
         self._engine_port = engine_port
         self._engine: ChildProcess | None = None
         self._settings = Settings(
             home=home, port=service_port, engine_python=engine_python, database_url="", pages_dir=None
         )
+
+    def create_database(self) -> None:
+        """What an engine needs of a service: the tables that it tells of itself in."""
+        database = Database(self._settings.sqlalchemy_url)
+        try:
+            database.upgrade()
+        finally:
+            database.close()
 
     def start_engine(self, *arguments: str) -> None:
         """Start SGLang and wait until it answers and has told the service that it is there. The KV pool is small, so
@@ -158,12 +193,12 @@ class LocalStack(LocalService):
         given += ["--port", str(self._engine_port), "--max-total-tokens", "32768", *arguments]
         self.engine_arguments = arguments
         command, environment = launcher.engine_command(self._settings, given, self.environment, stores=self._stores)
-        self._engine = ChildProcess(command, environment, self.home / "engine.log")
-        self._engine.await_answer(f"{self.engine_url}/health", 300)
+        self._engine = ChildProcess(command, environment, self.home / "engine.log", self.spawn_engine)
+        self._engine.await_answer(f"{self.engine_url}/health", _ENGINE_START_S)
         self._await_registration()
 
     def _await_registration(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + _REGISTRATION_S
         while self._stores and self._stat() is None:
             if time.monotonic() > deadline:
                 raise EngineError("the engine runs and did not register itself with the service")
@@ -190,8 +225,8 @@ class LocalStack(LocalService):
         """SIGTERM: the engine ends its requests and stores what it has."""
         if self._engine is not None:
             engine, self._engine = self._engine, None
-            if not engine.terminate(timeout_s=60):
-                raise EngineError("the engine did not end within a minute of being told to")
+            if not engine.terminate(_ENGINE_END_S):
+                raise EngineError(f"the engine did not end within {_ENGINE_END_S} s of being told to")
 
     def flush_device(self) -> None:
         flush_device(self.engine_url)
@@ -233,7 +268,7 @@ class LocalStack(LocalService):
         """What the registered engine says of itself; None while none answers, as one that was killed does not."""
         for engine in self.ranks():
             try:
-                return ControlClient(engine.control_address).call("stat", 1)
+                return ControlClient(engine.control_address).call("stat", _STAT_S)
             except EngineError:
                 continue
         return None

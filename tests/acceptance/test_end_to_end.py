@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from prompts import PAGE, Generator, prompt
 
 from agentstate.client import Client, message
-from agentstate.local import LocalStack
+from agentstate.local import LocalStack, Process, spawn
 from agentstate.pages.extent import KEY_BYTES
 from agentstate.pages.files import read_header
 
@@ -177,7 +179,16 @@ def test_a_flipped_bit_under_a_chunked_prefill(stack: LocalStack, generate: Gene
     assert answer.cached == 0
 
 
-def test_an_agent_goes_on_after_its_engine_was_killed(stack: LocalStack, generate: Generator) -> None:
+def by_command_line(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
+    """Start an engine as an operator does."""
+    _, _, _, *arguments = command
+    python = {"AGENTSTATE_ENGINE_PYTHON": command[0]}
+    return spawn([sys.executable, "-m", "agentstate.cli", "engine", *arguments], {**environment, **python}, log)
+
+
+def test_an_agent_goes_on_after_its_engine_was_killed(
+    stack: LocalStack, generate: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = prompt(16, 16 * PAGE + 20)
     with Client(stack.service_url) as service:
         session = service.create_session(stack.model)
@@ -193,7 +204,9 @@ def test_an_agent_goes_on_after_its_engine_was_killed(stack: LocalStack, generat
         assert outcome is not None
         assert (outcome["state"], outcome["tokens"]) == ("durable", 16 * PAGE)
         stack.kill_engine()
-        stack.start_engine(*stack.engine_arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(stack, "spawn_engine", by_command_line)
+            stack.start_engine(*stack.engine_arguments)
         turn = service.resume(session.id)
         assert turn.kv.valid and turn.kv.tokens == 16 * PAGE
         assert turn.engine is not None
@@ -233,9 +246,7 @@ def test_what_an_engine_does_is_in_its_metrics_and_its_log(stack: LocalStack, ge
         samples = (line.rpartition(" ") for line in lines if line.startswith("agentstate:"))
         return {name.partition("{")[0]: float(value) for name, _, value in samples}
 
-    deadline = time.monotonic() + 30
     while (samples := told()).get("agentstate:restores_total") != restored["restores"]:
-        assert time.monotonic() < deadline
         time.sleep(0.1)
     assert samples["agentstate:restored_pages_total"] == restored["pages_restored"]
     assert samples["agentstate:restore_duration_seconds_count"] == restored["restores"]

@@ -4,7 +4,6 @@ tokens are those of an agent that was never suspended."""
 from __future__ import annotations
 
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -13,7 +12,8 @@ from typing import Any
 
 import pytest
 from models import VOCABULARY
-from prompts import Generated, Generator
+from prompts import TINY, Generated, Generator
+from stacks import Drive, MakeStack
 
 from agentstate.control import ControlClient
 from agentstate.local import LocalStack
@@ -21,40 +21,28 @@ from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.files import read_header
 from agentstate.pages.inventory import store_directories
 
-# Each test starts an engine of its own.
-pytestmark = pytest.mark.timeout(600)
-
 PAGE = 64
 QUESTION = 7 * PAGE + 20
-IMPATIENT = {"AGENTSTATE_DRIVE_TIMEOUT_S": "3"}
-FLAGS = ("--skip-tokenizer-init", "--dtype", "float32", "--max-total-tokens", "8192", "--chunked-prefill-size", "1024")
-
+IMPATIENT = {"AGENTSTATE_DRIVE_TIMEOUT_S": "5"}
 Start = Callable[..., LocalStack]
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, engine_python: Path) -> Path:
-    directory = tmp_path_factory.mktemp("models")
-    subprocess.run([engine_python, Path(__file__).parents[1] / "models.py", directory], check=True)
-    return directory
 
 
 @pytest.fixture
 def start(
     tmp_path: Path,
     checkpoints: Path,
-    make_stack: Callable[[Path, Path], LocalStack],
+    make_stack: MakeStack,
     slow_drive: dict[str, str],
-    drive: Path,
+    drive: Drive,
 ) -> Iterator[Start]:
-    """Starts an engine with a model of a kind, and a service beside it; both end with the test."""
+    """Starts an engine with a model of a kind, on a database without a service; it ends with the test."""
     with ExitStack() as running:
 
         def start(kind: str, *flags: str, **environment: str) -> LocalStack:
             stack = running.enter_context(closing(make_stack(tmp_path / "stack", checkpoints / kind)))
             stack.environment = {**stack.environment, **slow_drive, **environment}
-            stack.start_service()
-            stack.start_engine(*FLAGS, *flags)
+            stack.create_database()
+            stack.start_engine(*TINY, *flags)
             return stack
 
         yield start
@@ -130,14 +118,14 @@ def recomputes_what_was_damaged(stack: LocalStack, store: str, layers: int, slot
     return resumed
 
 
-def recomputes_what_does_not_come(stack: LocalStack, drive: Path, store: str, layers: int) -> None:
+def recomputes_what_does_not_come(stack: LocalStack, drive: Drive, store: str, layers: int) -> None:
     """With a drive that does not answer when it is asked for pages of the store of so many layers whose directory has
     that name."""
     wanted, another = (Agent(stack, seed, cache_salt="never suspended").second_turn() for seed in (5, 7))
     agent, other = Agent(stack, 5), Agent(stack, 7)
     suspend(stack)
     (hanging,) = {path.parents[1] for path, header in extents(stack, store).items() if header.geometry.layers == layers}
-    drive.write_text(f"0 {hanging}")
+    drive.hang(str(hanging))
     recomputed = agent.second_turn()
     assert (recomputed.tokens, recomputed.cached) == (wanted.tokens, 0)
     # Nobody waits for it again, and what is in memory is of use as ever.
@@ -148,7 +136,7 @@ def recomputes_what_does_not_come(stack: LocalStack, drive: Path, store: str, la
     abandoned = sum(pool["restore"]["timed_out"] for stat in stats for pool in (stat, *stat["pools"].values()))
     assert abandoned == 1
     assert {stat["restore"]["requests_failed"] for stat in stats} <= {0, 1}
-    drive.write_text("1e12")
+    drive.answer()
     suspend(stack)
     restored = agent.second_turn()
     assert (restored.tokens, restored.restored) == (wanted.tokens, wanted.cached)
@@ -176,34 +164,35 @@ def test_a_sliding_window(start: Start) -> None:
     assert stat["pools"]["swa"]["restore"]["pages_failed"] == 1
 
 
-def test_a_sliding_window_that_does_not_come(start: Start, drive: Path) -> None:
+def test_a_sliding_window_that_does_not_come(start: Start, drive: Drive) -> None:
     recomputes_what_does_not_come(start("sliding", **IMPATIENT), drive, "rank0", layers=3)
 
 
-def test_recurrent_state_that_does_not_come(start: Start, drive: Path) -> None:
+def test_recurrent_state_that_does_not_come(start: Start, drive: Drive) -> None:
     recomputes_what_does_not_come(start("conv", "--page-size", "1", **IMPATIENT), drive, "rank0", layers=3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "conv"])
-def test_a_drive_that_takes_nothing(start: Start, drive: Path, kind: str) -> None:
+def test_a_drive_that_takes_nothing(start: Start, drive: Drive, kind: str) -> None:
     """The engine serves more than its memory holds, though it can store nothing; SGLang ends when the recurrent states
     that are not locked run out."""
     few = ("--max-running-requests", "2", "--max-mamba-cache-size", "16", "--page-size", "1")
     stack = start(kind, *(few if kind == "conv" else ()), **IMPATIENT)
     wanted = Agent(stack, 5, cache_salt="never suspended").second_turn()
     suspend(stack)
-    drive.write_text("0 partial")
+    drive.hang("partial")
     for seed in range(20, 40):
         Agent(stack, seed).second_turn()
     assert Agent(stack, 5).second_turn().tokens == wanted.tokens
-    # What had waited is answered by now, and nothing is locked.
-    time.sleep(4)
+    # What had waited is answered then, and nothing is locked.
+    told = "the drive has taken nothing for 5 s"
+    while told not in (stack.home / "engine.log").read_text():
+        time.sleep(0.1)
     for seed in range(40, 60):
         Agent(stack, seed).second_turn()
     spill = stack.stat()["spill"]
     assert spill["waiting"] and spill["pages_refused"] + spill["pages_skipped"]
-    assert "the drive has taken nothing for 3 s" in (stack.home / "engine.log").read_text()
-    drive.write_text("1e12")
+    drive.answer()
     stack.settle()
     # What was not stored is in memory, and is offered again with the next request of its chain.
     agent = Agent(stack, 59)
@@ -215,7 +204,7 @@ def test_a_drive_that_takes_nothing(start: Start, drive: Path, kind: str) -> Non
     resumes_like_never_suspended(stack)
 
 
-def test_a_rank_whose_pages_do_not_come(start: Start, drive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_whose_pages_do_not_come(start: Start, drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
     recomputes_what_does_not_come(start("llama", "--tp", "2", **IMPATIENT), drive, "rank1", layers=4)
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
+import pytest
+
+from agentstate.local import ChildProcess, Spawn
+from benchmarks.peers import servers
 from benchmarks.peers.comparison import PeerTurns, compare
 from benchmarks.peers.servers import FileLinkerServer
 from benchmarks.ttft import Prompts
@@ -12,7 +17,10 @@ from benchmarks.ttft import Prompts
 TOKENS = 512
 
 
-def test_a_peer_restores_after_a_flush_and_after_a_restart(tmp_path: Path, smollm2: Path, engine_python: Path) -> None:
+def test_a_peer_restores_after_a_flush_and_after_a_restart(
+    tmp_path: Path, smollm2: Path, engine_python: Path, fork: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "ChildProcess", partial(ChildProcess, start=fork))
     server = FileLinkerServer(tmp_path / "peer", smollm2, engine_python, ["--enable-metrics"])
     peer = PeerTurns(server, "smollm2", Prompts.of(TOKENS), lambda: None)
     rows = {row["variant"]: row for row in asyncio.run(compare([peer], visits=2, rounds=1, say=lambda text: None))}

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from prompts import EXACT, PAGE, Generator, prompt
+from prompts import PAGE, TINY, Generator, prompt
+from stacks import MakeStack
 
 from agentstate.control import ControlClient
 from agentstate.local import LocalStack
 
 POOL_PAGES = 128
 QUOTA_PAGES = 50
-PAGE_BYTES = PAGE * 46_080
+PAGE_BYTES = PAGE * 2_048  # of the tiny Llama
 
 
 @pytest.fixture(scope="module")
-def stack(
-    tmp_path_factory: pytest.TempPathFactory, make_stack: Callable[[Path, Path], LocalStack], smollm2: Path
-) -> Iterator[LocalStack]:
-    with closing(make_stack(tmp_path_factory.mktemp("python_tree"), smollm2)) as stack:
+def stack(tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, checkpoints: Path) -> Iterator[LocalStack]:
+    with closing(make_stack(tmp_path_factory.mktemp("python_tree"), checkpoints / "llama")) as stack:
         stack.environment = {
             **stack.environment,
             "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
             "AGENTSTATE_PAGES_QUOTA": str(QUOTA_PAGES * PAGE_BYTES),
         }
-        stack.start_service()
-        stack.start_engine(*EXACT, "--max-total-tokens", str(POOL_PAGES * PAGE))
+        stack.create_database()
+        # A prompt is stored in one piece, as it is computed.
+        stack.start_engine(*TINY, "--max-total-tokens", str(POOL_PAGES * PAGE), "--chunked-prefill-size", "8192")
         yield stack
 
 

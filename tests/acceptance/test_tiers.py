@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import pytest
 from prompts import PAGE, Generator, prompt
 
@@ -78,26 +80,30 @@ def test_demotion_is_refused_where_the_tree_cannot_do_it(rank: ControlClient) ->
         rank.call("demote", 60, session="ses_any")
 
 
+@contextmanager
+def decoding(stack: LocalStack) -> Iterator[None]:
+    """Within it the engine decodes for a request that is not at its end before it is aborted."""
+    sampling = {"max_new_tokens": 6000, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": prompt(70, PAGE), "sampling_params": sampling, "stream": True, "rid": "endless"}
+    with httpx.stream("POST", f"{stack.engine_url}/generate", json=body, timeout=600) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        yield
+        httpx.post(f"{stack.engine_url}/abort_request", json={"rid": "endless"}, timeout=600).raise_for_status()
+        for _ in lines:
+            pass
+
+
 def test_a_request_that_waits_is_read_for_already(stack: LocalStack, rank: ControlClient, generate: Generator) -> None:
     texts = [prompt(60 + i, 6 * PAGE + 3) for i in range(3)]
     right = [generate(text, max_new_tokens=4).tokens for text in texts]
     stack.settle()
     stack.flush_device()
     before = stack.stat()["prefetch"]
-    found: dict[int, Any] = {}
-    # A long prefill keeps the engine busy while the others arrive.
-    busy = threading.Thread(target=generate, args=(prompt(70, 4_000),), kwargs={"max_new_tokens": 1})
-    busy.start()
-    time.sleep(1.0)
-    asking = [
-        threading.Thread(target=lambda i=i: found.update({i: generate(texts[i], max_new_tokens=4)})) for i in range(3)
-    ]
-    for thread in asking:
-        thread.start()
-    for thread in [*asking, busy]:
-        thread.join()
-    assert [found[i].tokens for i in range(3)] == right
-    assert [found[i].restored for i in range(3)] == [6 * PAGE] * 3
+    with decoding(stack), ThreadPoolExecutor() as asking:
+        found = list(asking.map(lambda text: generate(text, max_new_tokens=4), texts))
+    assert [answer.tokens for answer in found] == right
+    assert [answer.restored for answer in found] == [6 * PAGE] * 3
     after = stack.stat()["prefetch"]
     assert after["used"] - before["used"] == 3
     assert stack.stat()["staged_bytes"] == 0

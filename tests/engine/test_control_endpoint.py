@@ -216,7 +216,7 @@ def test_closing_frees_the_address_also_while_somebody_waits(rank: Rank) -> None
 
     def call() -> None:
         try:
-            client.call("flush", 1, session="s", timeout_ms=WAIT_S * 1000)
+            client.call("flush", 5, session="s", timeout_ms=WAIT_S * 1000)
         except EngineUnreachable as error:
             errors.append(error)
 

@@ -43,6 +43,17 @@ class Gate:
         assert self.open.wait(60)
 
 
+class Clock:
+    """The time of a spiller, which passes when a test lets it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 0.0
+        monkeypatch.setattr("engine_patch.spill.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 def numbers(*pages: int) -> torch.Tensor:
     return torch.tensor(pages)
 
@@ -290,9 +301,10 @@ def test_small_extents_of_a_chain_are_merged_when_nothing_waits(rank: Rank) -> N
     assert list(spiller.results) == [True] * 10
 
 
-def close_at_once(spiller: Spiller, gate: Gate) -> None:
+def close_at_once(spiller: Spiller, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tell it to close while ``gate`` keeps it, and open the gate when its time is up."""
     assert gate.waited_for.wait(60)
+    monkeypatch.setattr("engine_patch.spill._GRACE_S", 600)
     closing = threading.Thread(target=spiller.close, args=(0.0,))
     closing.start()
     while spiller._until_s > time.monotonic():
@@ -301,13 +313,13 @@ def close_at_once(spiller: Spiller, gate: Gate) -> None:
     closing.join()
 
 
-def test_closing_in_time_leaves_out_what_cannot_be_begun(rank: Rank) -> None:
+def test_closing_in_time_leaves_out_what_cannot_be_begun(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(rank.tensors)
     spiller = Spiller(rank.store, rank.pages, 1 << 20)
     gate = Gate()
     spiller.offer(keys(0), numbers(0), ready=[gate])
     spiller.offer(keys(1), numbers(1))
-    close_at_once(spiller, gate)
+    close_at_once(spiller, gate, monkeypatch)
     assert list(spiller.results) == [True, False]
     assert spiller.stats.pages_skipped == 1
 
@@ -319,7 +331,7 @@ def test_closing_in_time_leaves_out_what_is_left_of_a_large_offer(rank: Rank, mo
     real, gate = rank.pages.gather, Gate()
     monkeypatch.setattr(rank.pages, "gather", lambda *given: (gate.synchronize(), real(*given)))
     spiller.offer(keys(*range(PAGES)), torch.arange(PAGES))
-    close_at_once(spiller, gate)
+    close_at_once(spiller, gate, monkeypatch)
     assert list(spiller.results) == [False]
     assert rank.store.prefix_length(keys(*range(PAGES))) == an_extent < PAGES
     stats = spiller.stats
@@ -352,14 +364,16 @@ def answered(spiller: Spiller, count: int) -> list[bool]:
 def test_a_drive_that_takes_nothing_locks_nothing(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(rank.tensors)
     right = rank.device_pages([1, 2])
-    hanging = Hanging(rank, monkeypatch)
+    clock, hanging = Clock(monkeypatch), Hanging(rank, monkeypatch)
     spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=1)
     spiller.offer(keys(1, 2), numbers(1, 2))
     assert hanging.called.wait(60)
     # One draft is being published. Another one takes the next offer, and the others are not copied before one is over.
     for page in (3, 4, 5):
         spiller.offer(keys(page), numbers(page))
+    clock.now += 1
     assert spiller.answered() == 0
+    clock.now += 0.1
     assert answered(spiller, 4) == [False] * 4
     # While it hangs, it is known to.
     spiller.offer(keys(6), numbers(6))
@@ -384,10 +398,10 @@ def test_a_drive_that_takes_nothing_locks_nothing(rank: Rank, monkeypatch: pytes
 def test_a_slow_drive_is_waited_for(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as it takes anything: it may take longer for all that waits than it may take for one."""
     fill(rank.tensors)
-    publish = rank.store.publish
+    clock, publish = Clock(monkeypatch), rank.store.publish
 
     def slow(draft: Any) -> None:
-        time.sleep(0.5)
+        clock.now += 1
         publish(draft)
 
     monkeypatch.setattr(rank.store, "publish", slow)
@@ -414,8 +428,9 @@ def test_an_engine_ends_though_its_drive_hangs(rank: Rank, monkeypatch: pytest.M
     assert key(1) in rank.store
 
 
-def test_pages_that_are_being_copied_stay_locked(rank: Rank) -> None:
+def test_pages_that_are_being_copied_stay_locked(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(rank.tensors)
+    clock = Clock(monkeypatch)
     spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=0.05)
     copying, goes_on = threading.Event(), threading.Event()
     gather = rank.pages.gather
@@ -429,7 +444,7 @@ def test_pages_that_are_being_copied_stay_locked(rank: Rank) -> None:
     spiller.offer(keys(1), numbers(1))
     spiller.offer(keys(2), numbers(2))
     assert copying.wait(60)
-    time.sleep(0.2)
+    clock.now += 1
     assert spiller.answered() == 0
     goes_on.set()
     spiller.drain()
@@ -437,12 +452,13 @@ def test_pages_that_are_being_copied_stay_locked(rank: Rank) -> None:
     spiller.close()
 
 
-def test_time_without_offers_is_not_held_against_the_drive(rank: Rank) -> None:
+def test_time_without_offers_is_not_held_against_the_drive(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(rank.tensors)
+    clock = Clock(monkeypatch)
     spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=0.5)
     goes_on = threading.Event()
     spiller.then(lambda: goes_on.wait(60))
-    time.sleep(0.6)
+    clock.now += 1
     spiller.offer(keys(1), numbers(1))
     assert spiller.answered() == 0
     goes_on.set()

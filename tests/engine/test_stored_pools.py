@@ -304,6 +304,9 @@ def test_what_one_pool_waits_for_in_vain_is_given_up_in_all(
     loads = [transfer(name, [1, 2], device[name]) for name in attention]
     assert pools.load("r", [*loads, transfer(PoolName.MAMBA, [2], torch.tensor([3]))])
     index = pools.start(())
+    for pool in pools._pools:
+        while pool.name != hanging and not pool.restorer.landed(index):
+            time.sleep(0.001)
     pools.gate.set_consumer(index)
     for layer in range(9):
         pools.gate.wait_until(layer)
@@ -320,9 +323,8 @@ def test_what_one_pool_waits_for_in_vain_is_given_up_in_all(
     tensors = [tensor for layers in (stage.full, stage.window, stage.state) for layer in layers for tensor in layer]
     before = [as_bytes(tensor).clone() for tensor in tensors]
     answers.set()
-    deadline = time.monotonic() + 30
     while pools.stuck:
-        assert time.monotonic() < deadline
+        time.sleep(0.001)
     # What nobody waits for any more is written nowhere, but where the drive itself had been told to write it.
     changed = [not torch.equal(as_bytes(tensor), kept) for tensor, kept in zip(tensors, before, strict=True)]
     assert any(changed) is written

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tools import tool
 
 ALL = os.environ.get("FAULTS") == "all"
 HERE = Path(__file__).parent
@@ -115,8 +115,7 @@ def test_no_call_that_changes_anything_goes_unnoticed(
     operation: str, inject: Inject, shim: Path, directory: Path
 ) -> None:
     """The system's own account has the same calls that the faults were injected at."""
-    if shutil.which("strace") is None:
-        pytest.skip("no strace")
+    strace = tool("strace")
     trace = directory / "trace"
     opening, writing = (
         "open,openat,openat2,creat",
@@ -126,7 +125,7 @@ def test_no_call_that_changes_anything_goes_unnoticed(
     others = "copy_file_range,sendfile,splice,msync,chmod,fchmod,utimensat,setxattr,io_uring_enter,io_submit"
     run = subprocess.run(
         [
-            "strace",
+            strace,
             "-f",
             "-o",
             trace,

@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stage import Peer, Service, serving
+from stage import PATIENCE_S, Peer, Service, serving
 
+from agentstate import operations
 from agentstate.settings import Settings
 
 
 @pytest.fixture
 def service(database_url: str, tmp_path: Path) -> Iterator[Service]:
-    with serving(Settings(home=tmp_path, database_url=database_url)) as service:
+    with serving(Settings(home=tmp_path, database_url=database_url, engine_timeout_s=3600)) as service:
         yield service
 
 
 @pytest.fixture
-def start_peer() -> Iterator[Callable[[Callable[[dict[str, Any]], Any]], Peer]]:
+def start_peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[dict[str, Any]], Any]], Peer]]:
+    """Starts an engine's control endpoint, whose answers the service waits for however long they take."""
+    monkeypatch.setattr(operations, "GRACE_S", PATIENCE_S)
     peers: list[Peer] = []
 
     def start(answer: Callable[[dict[str, Any]], Any]) -> Peer:

@@ -12,7 +12,7 @@ import httpx
 import msgpack
 import zmq
 
-from agentstate import engines, ids
+from agentstate import engines, ids, operations
 from agentstate.client import Client
 from agentstate.database import Database
 from agentstate.engines import Engine
@@ -21,6 +21,8 @@ from api.app import create_app
 from api.server import Server, listen
 
 MODEL = "m"
+PATIENCE_S = 300
+"""How long an answer of the service may take before something is taken to hang."""
 
 
 @dataclass
@@ -44,7 +46,10 @@ def serving(settings: Settings) -> Iterator[Service]:
     database = Database(settings.sqlalchemy_url)
     try:
         # The socket listens already: the first request waits until the service is there.
-        with Client(base_url) as client, httpx.Client(base_url=base_url, timeout=10) as http:
+        with (
+            Client(base_url, timeout_s=PATIENCE_S) as client,
+            httpx.Client(base_url=base_url, timeout=PATIENCE_S) as http,
+        ):
             http.get("/healthz").raise_for_status()
             yield Service(base_url, database, app, client, http)
     finally:
@@ -86,6 +91,30 @@ class Peer:
         self._closing.set()
         self._thread.join()
         self._socket.close()
+
+
+class Answers:
+    """Of a peer, one after the other and the last one again and again. The service is given all the time it needs to
+    receive one; for one that is None, which never comes, it waits as long as `SILENT_S`.
+
+    The fixture `start_peer` sets `operations.GRACE_S` back.
+    """
+
+    SILENT_S = 0.5
+
+    def __init__(self, *answers: Any):
+        self._answers = list(answers)
+        self._give_time()
+
+    def _give_time(self) -> None:
+        operations.GRACE_S = self.SILENT_S if self._answers[0] is None else PATIENCE_S
+
+    def __call__(self, request: dict[str, Any]) -> Any:
+        answer = self._answers[0]
+        if len(self._answers) > 1:
+            del self._answers[0]
+        self._give_time()
+        return answer
 
 
 def stored(state: str, tokens: int = 128) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stage import MODEL, Service
@@ -22,11 +23,18 @@ WRITERS = 16
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def lines(log: Path) -> int:
-    return log.read_text().count("\n")
+def records_of(logs: list[Path]) -> list[dict[str, Any]]:
+    """What the writers have said; the last line of one that was killed may lack its end."""
+    return [json.loads(line) for log in logs for line in log.read_text().splitlines(keepends=True) if line[-1] == "\n"]
 
 
-@pytest.mark.timeout(SECONDS + 240)
+def seen_enough(logs: list[Path]) -> bool:
+    records = records_of(logs)
+    appended = [record for record in records if "appended" in record]
+    return len(appended) >= 20 and len(records) > len(appended) and len({one["epoch"] for one in appended}) >= 3
+
+
+@pytest.mark.timeout(SECONDS + 1800)
 def test_sixteen_writers_of_one_session(service: Service, tmp_path: Path) -> None:
     session = service.client.create_session(MODEL)
     logs = [tmp_path / f"{number}.log" for number in range(WRITERS)]
@@ -44,8 +52,8 @@ def test_sixteen_writers_of_one_session(service: Service, tmp_path: Path) -> Non
     while not all(log.exists() for log in logs):
         time.sleep(0.05)
     until_s = time.monotonic() + SECONDS
-    # On a machine that is busy with other things it goes on until there is something to look at.
-    while time.monotonic() < until_s or (sum(lines(log) for log in logs) < 40 and time.monotonic() < until_s + 120):
+    # However busy the machine, it goes on until there is something to look at.
+    while time.monotonic() < until_s or killed < 5 or not seen_enough(logs):
         time.sleep(SECONDS / 12)
         victim = dice.randrange(WRITERS)
         writers[victim].kill()
@@ -54,10 +62,10 @@ def test_sixteen_writers_of_one_session(service: Service, tmp_path: Path) -> Non
         writers[victim] = start(victim)
     end.touch()
     for writer in writers:
-        _, errors = writer.communicate(timeout=60)
+        _, errors = writer.communicate()
         assert writer.returncode == 0, errors.decode()
 
-    records = [json.loads(line) for log in logs if log.exists() for line in log.read_text().splitlines()]
+    records = records_of(logs)
     acknowledged = [tag for record in records for tag in record.get("appended", ())]
     executed = Counter(record["executed"] for record in records if "executed" in record)
     entries = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from stage import MODEL
+from stage import MODEL, PATIENCE_S
 from test_server import process
 
 from agentstate.database import Database
@@ -28,7 +28,7 @@ class Agent:
 
     def __init__(self, base_url: str, name: str):
         self.name = name
-        self.http = httpx.Client(base_url=base_url, timeout=10)
+        self.http = httpx.Client(base_url=base_url, timeout=PATIENCE_S)
         self.number = 0
         self.notes: dict[str, list[str]] = {}  # session -> tags of acknowledged appends, two by two
         self.finished: set[tuple[str, str]] = set()
@@ -96,14 +96,16 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(database_url: st
             threads = [threading.Thread(target=agent.run) for agent in crew]
             for thread in threads:
                 thread.start()
-            time.sleep(1 + dice.random())
+            while any(len(agent.notes) < 2 for agent in crew):
+                time.sleep(0.01)
+            time.sleep(dice.random())
             service.kill()
             service.wait()
             for thread in threads:
                 thread.join()
             agents += crew
     assert sum(len(agent.notes) for agent in agents) >= 3 * ROUNDS, "there was something to lose"
-    with process(log, **variables), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+    with process(log, **variables), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as http:
         for agent in agents:
             for session, tags in agent.notes.items():
                 read = http.get(f"/v1/sessions/{session}")

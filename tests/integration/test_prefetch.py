@@ -9,18 +9,17 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
-from stage import Service, register, stored
+from stage import PATIENCE_S, Answers, Service, register, stored
 from test_http_api import assert_problem, created, proof, resumed
 
 from agentstate import manifests, operations
 from agentstate.manifests import Manifest
 
-WAIT_S = 30
+WAIT_S = PATIENCE_S
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "GRACE_S", 0.2)
+def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "SLICE_MS", 100)
 
 
@@ -76,7 +75,7 @@ def test_pages_that_come_are_followed(service: Service, start_peer: Any) -> None
 def test_an_engine_that_cannot_fails_the_operation_and_not_the_session(
     service: Service, start_peer: Any, answer: Any, reason: str
 ) -> None:
-    register(service.database, start_peer(lambda request: answer).address)
+    register(service.database, start_peer(Answers(answer)).address)
     session_id = with_pages(service)
     response = prefetch(service, session_id)
     assert response.status_code == 202

@@ -29,7 +29,7 @@ from api.server import run
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = "from agentstate.settings import Settings; from api.server import run; run(Settings())"
-START_S = 60
+START_S = 300
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from stage import MODEL, Service, register, stored
+from stage import MODEL, PATIENCE_S, Answers, Service, register, stored
 
 from agentstate import operations
 from agentstate.answers import Lease
@@ -16,12 +16,11 @@ from agentstate.errors import OperationNotFound
 from agentstate.manifests import KvState
 from agentstate.models import OperationState, SessionStatus
 
-WAIT_S = 30
+WAIT_S = PATIENCE_S
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "GRACE_S", 0.2)
+def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "SLICE_MS", 100)
 
 
@@ -104,14 +103,17 @@ def test_no_engine_is_unknown_at_once(service: Service, running: tuple[str, Leas
 def test_an_engine_without_a_usable_answer_is_unknown_and_the_session_is_suspended(
     service: Service, running: tuple[str, Lease], start_peer: Any, answer: Any
 ) -> None:
-    register(service.database, start_peer(lambda request: answer).address)
+    register(service.database, start_peer(Answers(answer)).address)
     suspended = service.client.suspend(*running, durable_timeout_ms=0)
     assert suspended.kv.state is KvState.UNKNOWN
     assert suspended.operation is None
     assert service.client.resume(running[0]).lease.epoch == running[1].epoch + 1
 
 
-def test_an_engine_that_is_gone_is_unknown(service: Service, running: tuple[str, Lease]) -> None:
+def test_an_engine_that_is_gone_is_unknown(
+    service: Service, running: tuple[str, Lease], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "GRACE_S", 0.5)
     register(service.database, "tcp://127.0.0.1:1")
     assert service.client.suspend(*running, durable_timeout_ms=0).kv.state is KvState.UNKNOWN
 
@@ -145,8 +147,7 @@ def test_only_the_engine_of_the_session_is_asked(service: Service, running: tupl
 def test_an_engine_that_vanishes_fails_the_operation_with_the_reason(
     service: Service, running: tuple[str, Lease], start_peer: Any
 ) -> None:
-    answers = iter([stored("pending")])
-    register(service.database, start_peer(lambda request: next(answers, None)).address)
+    register(service.database, start_peer(Answers(stored("pending"), None)).address)
     suspended = service.client.suspend(*running, durable_timeout_ms=0)
     assert suspended.operation is not None
     operation = service.client.wait_operation(suspended.operation, timeout_s=WAIT_S)
@@ -158,8 +159,8 @@ def test_an_engine_that_vanishes_fails_the_operation_with_the_reason(
 def test_a_missed_answer_does_not_fail_the_operation(
     service: Service, running: tuple[str, Lease], start_peer: Any
 ) -> None:
-    answers = iter([stored("pending"), None, None, stored("pending"), None, stored("durable")])
-    register(service.database, start_peer(lambda request: next(answers)).address)
+    answers = Answers(stored("pending"), None, None, stored("pending"), None, stored("durable"))
+    register(service.database, start_peer(answers).address)
     suspended = service.client.suspend(*running, durable_timeout_ms=0)
     assert suspended.operation is not None
     assert service.client.wait_operation(suspended.operation, timeout_s=WAIT_S).state is OperationState.DONE

@@ -119,28 +119,26 @@ def test_a_lost_lease_is_told_and_noted(service: Service, run: Both) -> None:
         run(lambda turn: [lambda: lapse(service)])
 
 
-def test_the_lease_is_kept_while_the_block_runs(service: Service, run: Both) -> None:
+def test_the_lease_is_kept_while_the_block_runs(service: Service, run: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentstate.client.turn.RENEWALS_PER_TTL", 1000)
+
     def expiry() -> int:
         with service.database.read() as connection:
             return connection.execute(sa.text("SELECT expires_us FROM leases")).scalar_one()
 
     def work(turn: Any) -> Any:
         first = expiry()
-        deadline = time.monotonic() + 30
-        while expiry() <= first + 3_000_000:
-            assert time.monotonic() < deadline
+        while expiry() <= first:
             yield (lambda: asyncio.sleep(0.05)) if isinstance(turn, AsyncTurn) else (lambda: time.sleep(0.05))
         assert not turn.lease_lost
 
-    assert run(work, lease_ttl_s=3.0).suspended is not None
+    assert run(work, lease_ttl_s=300.0).suspended is not None
 
 
 def test_a_turn_learns_that_its_lease_is_lost(service: Service, run: Both) -> None:
     def work(turn: Any) -> Any:
         lapse(service)
-        deadline = time.monotonic() + 30
         while not turn.lease_lost:
-            assert time.monotonic() < deadline
             yield (lambda: asyncio.sleep(0.02)) if isinstance(turn, AsyncTurn) else (lambda: time.sleep(0.02))
 
     with pytest.raises(LeaseLost):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from compiler import c_compiler
 from contents import MARK, MHA, WIDE, expected, key, keys, read, write
+from tools import missing
 
 from agentstate.pages import Chunk, Geometry, KvikioBackend, LayerwiseReader, PageStore, PosixBackend, ReadBackend
 from agentstate.pages.testing.backends import ReadBackendTests
@@ -52,7 +53,7 @@ def has_driver() -> bool:
 def kvikio(tmp_path_factory: pytest.TempPathFactory) -> KvikioBackend:
     """KvikIO on host memory, through the driver of this machine or one that is built for the purpose."""
     if find_spec("kvikio") is None:
-        pytest.skip("no KvikIO: pip install 'agentstate[kvikio]'")
+        missing("no KvikIO: pip install 'agentstate[kvikio]'")
     if not has_driver():
         # Whoever looks for a library of this name finds the one that is loaded already.
         ctypes.CDLL(str(build_driver(tmp_path_factory.mktemp("driver"), 0)), mode=ctypes.RTLD_GLOBAL)
@@ -61,7 +62,7 @@ def kvikio(tmp_path_factory: pytest.TempPathFactory) -> KvikioBackend:
 
 
 def load_cufile() -> None:
-    """KvikIO looks for it beside the interpreter, and here packages may lie elsewhere: see `.ci/environment`."""
+    """KvikIO looks for it beside the interpreter, and here packages may lie elsewhere: see `.ci/environment.py`."""
     for folder in sys.path:
         for library in Path(folder).glob("nvidia/cu*/lib/libcufile.so.0"):
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -211,7 +212,7 @@ def test_kvikio_is_told_to_leave_the_driver_of_cufile_alone_where_it_would_hang(
 ) -> None:
     """And to read around the page cache, with threads enough."""
     if find_spec("kvikio") is None:
-        pytest.skip("no KvikIO: pip install 'agentstate[kvikio]'")
+        missing("no KvikIO: pip install 'agentstate[kvikio]'")
     build_driver(tmp_path, 0)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     told = (

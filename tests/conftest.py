@@ -39,6 +39,15 @@ class PostgresServer:
             connection.exec_driver_sql(statement)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--late-policies",
+        default="late,random:1,random:2,random:3",
+        metavar="POLICIES",
+        help="what the late device does, a run of its tests each: late, eager, random:SEED",
+    )
+
+
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:

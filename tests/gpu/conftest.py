@@ -11,11 +11,9 @@ import pytest
 if find_spec("torch") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
-    import torch
+    from gpu import ON_A_GPU
     from late.device import LateDevice
     from late.streams import Policy
-
-    ON_A_GPU = torch.cuda.is_available()
 
     @pytest.fixture(autouse=True)
     def device(request: pytest.FixtureRequest) -> Iterator[None]:

@@ -136,7 +136,9 @@ class Forward:
     def seen(self, number: int) -> Page:
         """What was read of a page, the last time."""
         with self.module.stream(self.stream):
-            layers = {layer: [part.cpu().numpy().tobytes() for part in parts] for layer, n, parts in self._read if n == number}
+            layers = {
+                layer: [part.cpu().numpy().tobytes() for part in parts] for layer, n, parts in self._read if n == number
+            }
         return [layers[layer] for layer in range(LAYERS)]
 
     def finish(self) -> None:

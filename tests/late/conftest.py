@@ -1,4 +1,5 @@
-"""Tests that take ``device`` run once for every policy of ``--late-policies``, with the late device in torch's place."""
+"""Tests that take ``device`` run once for every policy of ``--late-policies``, with the late device in the place of an
+accelerator."""
 
 from __future__ import annotations
 

@@ -51,8 +51,10 @@ class Rank:
             self.pages.geometry, staging_bytes=2 * chunk_bytes, threads=2, chunk_bytes=chunk_bytes, backend=backend
         )
 
-    def restorer(self, backend: PosixBackend | None = None, timeout_s: float | None = None) -> Restorer:
-        return Restorer(self.store, self.pages, self.reader(backend), timeout_s)
+    def restorer(
+        self, backend: PosixBackend | None = None, timeout_s: float | None = None, *, small: bool = True
+    ) -> Restorer:
+        return Restorer(self.store, self.pages, self.reader(backend, small=small), timeout_s)
 
     def write(self, *names: object) -> None:
         """Store one extent of the pages ``names``."""
@@ -99,11 +101,18 @@ class Forward:
 
     def write(self, pages: dict[int, object], version: int = 0) -> torch.Event:
         """Queue what is computed: ``pages`` are names by page number. The event is after it."""
+        rows = [
+            (
+                _rows(tensor, number),
+                torch.frombuffer(bytearray(part), dtype=torch.uint8).to(self.rank.device.torch_device),
+            )
+            for number, name in pages.items()
+            for tensors, parts in zip(self.rank.tensors, self.rank.expected(name, version), strict=True)
+            for tensor, part in zip(tensors, parts, strict=True)
+        ]
         with self.module.stream(self.stream):
-            for number, name in pages.items():
-                for layer, parts in zip(self.rank.tensors, self.rank.expected(name, version), strict=True):
-                    for tensor, part in zip(layer, parts, strict=True):
-                        _rows(tensor, number).copy_(torch.frombuffer(bytearray(part), dtype=torch.uint8))
+            for written, computed in rows:
+                written.copy_(computed)
             event: torch.Event = self.module.Event()
             event.record()
         return event

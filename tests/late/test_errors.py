@@ -67,9 +67,13 @@ def test_a_restore_that_finds_no_memory_loses_no_page(
 
 
 def test_what_was_queued_before_an_error_does_not_come_after_what_is_recomputed(
-    device: LateDevice, rank: Rank, forward: Forward, restorer: Restorer
+    device: LateDevice, rank: Rank, forward: Forward
 ) -> None:
-    """A chunk is on its way to the device when there is no memory for the next one."""
+    """A part of a chunk is on its way to the device when there is no memory for the next one, and no other chunk needs
+    the buffer, so that nothing else waits for it."""
+    for first in range(0, 8, 2):
+        rank.write(first, first + 1)
+    restorer = rank.restorer(small=False)
     with on_return(rank.pages, "scatter", lambda: device.fail("allocate")):
         assert restore(restorer, forward) == {"a", "b"}
     forward.write(dict.fromkeys(SCATTERED, "recomputed"))

@@ -45,6 +45,7 @@ def test_the_memory_of_a_stream_that_is_closed_is_kept_until_its_copies_are_over
     for name in range(4):
         rank.write(name)
     reader = rank.reader()
+    pinned = PinnedMemory(reader.staging, rank.pages.device)
     stream = reader.open(rank.store.pin(keys(0)))
     stream.hurry()
     chunk = next(stream.layer(0))
@@ -57,6 +58,7 @@ def test_the_memory_of_a_stream_that_is_closed_is_kept_until_its_copies_are_over
             pass
     assert rank.on_device(5)[0] == rank.expected(0)[0]
     reader.close()
+    pinned.close()
 
 
 def test_a_lane_of_a_cpu_waits_itself(device: LateDevice) -> None:

@@ -46,6 +46,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="POLICIES",
         help="what the late device does, a run of its tests each: late, eager, random:SEED",
     )
+    parser.addoption(
+        "--late-thorough",
+        action="store_true",
+        help="also require that each of the tests named for a wait fails without it, and not only one",
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -98,6 +98,8 @@ class Forward:
         self.module = torch.get_device_module(rank.device.torch_device)
         self.stream = self.module.Stream()
         self._read: list[tuple[int, int, list[torch.Tensor]]] = []
+        # What is copied from is kept: its memory is another stream's.
+        self._computed: list[object] = []
 
     def write(self, pages: dict[int, object], version: int = 0) -> torch.Event:
         """Queue what is computed: ``pages`` are names by page number. The event is after it."""
@@ -110,6 +112,7 @@ class Forward:
             for tensors, parts in zip(self.rank.tensors, self.rank.expected(name, version), strict=True)
             for tensor, part in zip(tensors, parts, strict=True)
         ]
+        self._computed.append(rows)
         with self.module.stream(self.stream):
             for written, computed in rows:
                 written.copy_(computed)

@@ -31,9 +31,61 @@ NOT_OF_A_DEVICE = {
     "AgentStateLinker": "is asked what became of a batch",
 }
 
-# The tests by the name of the wait (`Wait.name`): of these files below tests/, at least one fails without it, under
-# the policy `late`.
-NOTICED_BY: dict[str, tuple[str, ...]] = {}
+# By the name of the wait (`Wait.name`), the tests below tests/ each of which fails without it, under the policy `late`.
+NOTICED_BY = {
+    "agentstate/pages/reading.py Stream._read: free_after": (
+        "late/test_restore.py::test_staging_is_not_read_into_before_it_is_copied",
+    ),
+    "agentstate/pages/reading.py Stream.layer: chunk.keep_until": (
+        "late/test_restore.py::test_staging_is_not_read_into_before_it_is_copied",
+    ),
+    "agentstate/pages/reading.py Stream._let_go: reading.result().keep_until": (
+        "late/test_staging.py::test_the_memory_of_a_stream_that_is_closed_is_kept_until_its_copies_are_over",
+    ),
+    "engine_patch/restore.py Restorer.finish: self._pages.inbound.finish": (
+        "late/test_restore.py::test_nothing_comes_to_the_pages_of_a_batch_that_was_abandoned",
+    ),
+    "engine_patch/restore.py Restorer._run: self._pages.inbound.finish": (
+        "late/test_errors.py::test_what_was_queued_before_an_error_does_not_come_after_what_is_recomputed",
+    ),
+    "engine_patch/restore.py Restorer._restore: self._pages.inbound.after": (
+        "late/test_restore.py::test_what_an_earlier_forward_still_writes_does_not_overwrite_what_is_restored",
+    ),
+    "engine_patch/restore.py Restorer._restore: self._pages.inbound.finish": (
+        "late/test_restore.py::test_a_layer_is_there_when_it_is_said_to_be",
+    ),
+    "engine_patch/restore.py Restorer._land: self._pages.inbound.fence": (
+        "late/test_restore.py::test_staging_is_not_read_into_before_it_is_copied",
+    ),
+    "engine_patch/spill.py Spiller._store_offer: self._pages.outbound.after": (
+        "late/test_spill.py::test_what_a_forward_still_writes_is_stored",
+    ),
+    "engine_patch/spill.py Spiller._fill: self._pages.outbound.finish": (
+        "late/test_spill.py::test_an_offer_of_several_extents_is_stored_as_it_was",
+    ),
+    "engine_patch/staging.py HostCopies.of: self._own.lane.finish": (
+        "late/test_staging.py::test_what_is_verified_is_what_the_device_has",
+    ),
+    "engine_patch/transfer.py CopyLane.after: event.synchronize": (
+        "late/test_staging.py::test_a_lane_of_a_cpu_waits_itself",
+    ),
+    "engine_patch/transfer.py CopyLane.after: self._stream.wait_event": (
+        "gpu/test_cuda_transfer.py::test_a_copy_begins_after_the_events_that_it_was_told_of",
+        "late/test_restore.py::test_what_an_earlier_forward_still_writes_does_not_overwrite_what_is_restored",
+    ),
+    "engine_patch/transfer.py CopyLane.fence: event.record": (
+        "gpu/test_cuda_transfer.py::test_a_fence_is_waited_for_by_any_thread",
+    ),
+    "engine_patch/transfer.py CopyLane.fence.wait: event.synchronize": (
+        "gpu/test_cuda_transfer.py::test_a_fence_is_waited_for_by_any_thread",
+    ),
+    "engine_patch/transfer.py CopyLane.finish: self.fence": (
+        "late/test_staging.py::test_what_is_verified_is_what_the_device_has",
+    ),
+    "engine_patch/transfer.py CopyLane.finish: wait": (
+        "late/test_staging.py::test_what_is_verified_is_what_the_device_has",
+    ),
+}
 
 
 class Wait(NamedTuple):
@@ -58,6 +110,17 @@ def all_waits() -> dict[str, Wait]:
     paths = sorted(path for source in _SOURCES for path in (ROOT / source).glob("*.py"))
     found = [wait for path in paths for wait, _ in _waits_in(path.relative_to(ROOT).as_posix())]
     return {wait.name: wait for wait in found}
+
+
+def markdown() -> str:
+    """The list of the waits, as docs/testing.md has it."""
+    rows = ["| without the wait | this fails |", "|---|---|"]
+    for name, tests in NOTICED_BY.items():
+        place, _, code = name.partition(": ")
+        path, function = place.split(" ")
+        names = ", ".join(f"`{test}`" for test in tests)
+        rows.append(f"| `{code}` in `{function}`, {path} | {names} |")
+    return "\n".join(rows)
 
 
 def without(wait: Wait) -> ast.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +31,16 @@ _VIEWS = {
     "_reshape_alias",
     "_unsafe_view",
 }
-_IN_PLACE = {"fill_", "zero_", "index_copy_", "index_put_"}
-_NEW = {"add", "arange", "cat", "clone", "div", "floor_divide", "index", "index_select", "mm", "mul", "tanh"}
+_IN_PLACE = {"fill_", "zero_", "index_copy_"}
+# What makes a new tensor, of its first operand's type, and the shape of that.
+_NEW: dict[str, Callable[..., Sequence[int]]] = {
+    "clone": lambda tensor: tensor.shape,
+    "tanh": lambda tensor: tensor.shape,
+    "mm": lambda left, right: (left.shape[0], right.shape[1]),
+    "index_select": lambda tensor, dim, index: (*tensor.shape[:dim], len(index), *tensor.shape[dim + 1 :]),
+}
 # The host has to have their result.
-_ANSWERED = {"equal", "item", "_local_scalar_dense"}
+_ANSWERED = {"equal", "_local_scalar_dense"}
 
 
 class PinnedMemories:
@@ -158,8 +165,8 @@ class DeviceTensor(torch.Tensor):
             return args[0]
         if name in _NEW:
             late_device.require(name)
-            shape = func(*map(_shape_of, hosts), **kwargs)
-            out = cls.allocate(late_device, torch.empty(shape.shape, dtype=shape.dtype), written=False)
+            shape = _NEW[name](*args)
+            out = cls.allocate(late_device, torch.empty(shape, dtype=args[0].dtype), written=False)
             target = out.host
             late_device.timeline.put(late_device.current_stream, lambda: target.copy_(func(*hosts, **kwargs)))
             return out
@@ -207,23 +214,13 @@ def destination(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[torch.d
 
 
 def _host(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_host(one) for one in value]
     return value.host if isinstance(value, DeviceTensor) else value
-
-
-def _shape_of(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_shape_of(one) for one in value]
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 def _device_of(args: Any) -> LateDevice:
     for value in args:
         if isinstance(value, DeviceTensor):
             return value.late_device
-        if isinstance(value, (list, tuple)) and any(isinstance(one, DeviceTensor) for one in value):
-            return _device_of(value)
     raise NotImplementedError("no tensor on the late device among the arguments")
 
 

@@ -6,6 +6,7 @@ of pytest and the file that has its output.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -19,7 +20,20 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import NamedTuple
 
+from late.device import LateDevice
+from late.streams import Policy
 from late.waits import ROOT, Wait, all_waits, without
+
+_IMPORTED_ONCE = (
+    "alembic.command",
+    "anyio.from_thread",
+    "lmdb",
+    "msgpack",
+    "numpy",
+    "pygments.lexers",
+    "pydantic_settings",
+)
+_IMPORTED_ONCE += ("sqlalchemy.dialects.postgresql", "sqlalchemy.dialects.sqlite", "torch", "xxhash")
 
 
 class Outcome(NamedTuple):
@@ -75,14 +89,14 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def _serve() -> None:
     # What is imported here is not imported in every child; of the product nothing may be.
-    import lmdb  # noqa: F401
-    import numpy  # noqa: F401
-    import pydantic_settings  # noqa: F401
+    for name in _IMPORTED_ONCE:
+        importlib.import_module(name)
     import pytest
-    import sqlalchemy  # noqa: F401
     import torch
-    import xxhash  # noqa: F401
 
+    # The first device tensor makes torch import a part of itself that is large.
+    with LateDevice(Policy("late")).installed():
+        torch.zeros(4, device="cuda")[:2].clone().cpu()
     torch.set_num_threads(1)
     waits = all_waits()
     for line in sys.stdin:

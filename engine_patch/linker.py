@@ -193,7 +193,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         if self.quarantines_pages:
             self.release_quarantine()
 
-    def _device_events(self) -> Sequence[torch.cuda.Event]:
+    def _device_events(self) -> Sequence[torch.Event]:
         """After these, everything that was launched so far has read and written its device pages. A CPU launches
         nothing: its forwards are over when they return."""
-        return self.record_offload_ready() if self._pools.device.type == "cuda" else ()
+        return self.record_offload_ready() if self._pools.device.type != "cpu" else ()

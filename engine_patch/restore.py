@@ -134,7 +134,7 @@ class _Load:
 @dataclass
 class _Batch:
     loads: list[_Load]
-    ready: Sequence[torch.cuda.Event]
+    ready: Sequence[torch.Event]
     failed: set[str] = field(default_factory=set)
     restored: Restored | None = None
     # Held while pages are copied to the device: none are any more once the batch is abandoned and this was free.
@@ -201,7 +201,7 @@ class Restorer:
             load.stream.discard()
         return load is not None
 
-    def start(self, ready: Sequence[torch.cuda.Event] = (), *, ahead: bool = False) -> int:
+    def start(self, ready: Sequence[torch.Event] = (), *, ahead: bool = False) -> int:
         """Start writing everything queued to the device as one batch: its index in ``arrivals``, or -1 when nothing
         was queued. What is ``ahead`` of any request is in no other batch's way.
 

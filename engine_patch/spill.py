@@ -50,7 +50,7 @@ class SpillStats:
 class _Offer:
     keys: list[bytes]
     numbers: torch.Tensor
-    ready: Sequence[torch.cuda.Event]
+    ready: Sequence[torch.Event]
     skipped: bool
     # Whether its device pages are being read, and whether its result is in: after that they are not.
     copying: bool = False
@@ -102,7 +102,7 @@ class Spiller:
         self._thread = threading.Thread(target=self._run, name="agentstate-spill", daemon=True)
         self._thread.start()
 
-    def offer(self, keys: list[bytes], numbers: torch.Tensor, ready: Sequence[torch.cuda.Event] = ()) -> None:
+    def offer(self, keys: list[bytes], numbers: torch.Tensor, ready: Sequence[torch.Event] = ()) -> None:
         """Queue pages for writing: ``numbers`` are their page numbers on the device, which the caller keeps unchanged
         until the result is in. ``ready`` are the events after which the device pages may be read."""
         # Decided here, and answered in turn: ranks are not told at the same time, and each must answer every offer.

@@ -38,8 +38,10 @@ def device_memory(n_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 class PinnedMemory:
-    """Keeps ``memory`` registered with CUDA until `close`: copies between it and ``device`` are asynchronous then, and
-    as fast as the bus. Does nothing for a CPU, nor for memory that is the device's own.
+    """Keeps ``memory`` registered with CUDA (or ROCm, which torch calls CUDA) until `close`: copies between it and
+    ``device`` are asynchronous then, and as fast as the bus. Does nothing for a CPU, for memory that is the device's
+    own, nor for any other accelerator: torch has no call there that registers memory which exists already, and copies
+    are right without, only slower.
 
     Raises SettingsError when so much memory cannot be registered.
     """

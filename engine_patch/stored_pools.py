@@ -218,7 +218,7 @@ class StoredPools:
         of_pools = [pool.store.stats for pool in self._pools]
         return sum(stats.pages_evicted + stats.pages_dropped + stats.pages_vanished for stats in of_pools)
 
-    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor, ready: Sequence[torch.cuda.Event]) -> int:
+    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor, ready: Sequence[torch.Event]) -> int:
         """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
         own."""
         pool = self._pools[0]
@@ -264,7 +264,7 @@ class StoredPools:
     def cancel(self, rid: str) -> bool:
         return any([pool.restorer.cancel(rid) for pool in self._pools])
 
-    def start(self, ready: Sequence[torch.cuda.Event]) -> int:
+    def start(self, ready: Sequence[torch.Event]) -> int:
         indices = {pool.restorer.start(ready) for pool in self._pools} or {-1}
         if len(indices) > 1:
             raise RuntimeError(f"the pools' batches are out of step: {sorted(indices)}")
@@ -304,7 +304,7 @@ class StoredPools:
         for pool in self._pools:
             pool.spiller.on = on
 
-    def offer(self, transfers: Sequence[PoolTransfer], ready: Callable[[], Sequence[torch.cuda.Event]]) -> bool:
+    def offer(self, transfers: Sequence[PoolTransfer], ready: Callable[[], Sequence[torch.Event]]) -> bool:
         """Queue a tree node's pages for writing, those of each pool that it has; ``ready`` tells the events after which
         they may be read. One result follows for all. False, and nothing queued, when too much waits already, which it
         does on all ranks or on none (`Waiting`)."""

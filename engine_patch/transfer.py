@@ -1,5 +1,6 @@
 """Copies between the KV tensors of one rank and staging. Imports torch and not sglang, so that it can be tested on a
-GPU machine that has no SGLang."""
+GPU machine that has no SGLang. Streams, events and the device context are those of torch's device module: CUDA's, or
+that of any other accelerator."""
 
 from __future__ import annotations
 
@@ -16,15 +17,16 @@ from agentstate.pages.extent import ALIGNMENT
 class CopyLane:
     """Copies that follow each other, in one direction.
 
-    On a GPU they are queued on a stream of their own and run beside the forward's; their memory must be left alone
-    until a `fence` after them has returned. On a CPU a copy is over when the method that makes it returns.
+    On an accelerator they are queued on a stream of their own and run beside the forward's; their memory must be left
+    alone until a `fence` after them has returned. On a CPU a copy is over when the method that makes it returns.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._module = torch.get_device_module(device)
+        self._stream = None if device.type == "cpu" else self._module.Stream(device)
 
-    def after(self, events: Iterable[torch.cuda.Event]) -> None:
+    def after(self, events: Iterable[torch.Event]) -> None:
         """What is queued from now on begins after these events."""
         for event in events:
             if self._stream is None:
@@ -34,19 +36,19 @@ class CopyLane:
 
     def queueing(self) -> AbstractContextManager[object]:
         """Within it, torch queues on this lane."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        return nullcontext() if self._stream is None else self._module.stream(self._stream)
 
     def fence(self) -> Callable[[], None] | None:
         """What returns, in any thread, once everything queued so far is over; None when it is."""
         if self._stream is None:
             return None
-        # One that sleeps while it waits: the core is the forward's.
-        event = torch.cuda.Event(blocking=True)
+        # One that sleeps while it waits: the core is the forward's. XPU's events offer no choice.
+        event = self._module.Event() if self._device.type == "xpu" else self._module.Event(blocking=True)
         event.record(self._stream)
 
         def wait() -> None:
             # A thread that has used no device yet would open a context on the first one.
-            with torch.cuda.device(self._device):
+            with self._module.device(self._device):
                 event.synchronize()
 
         return wait

@@ -40,6 +40,20 @@ class PostgresServer:
             connection.exec_driver_sql(statement)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--late-policies",
+        default="late,random:1,random:2,random:3",
+        metavar="POLICIES",
+        help="what the late device does, a run of its tests each: late, eager, random:SEED",
+    )
+    parser.addoption(
+        "--late-thorough",
+        action="store_true",
+        help="also require that each of the tests named for a wait fails without it, and not only one",
+    )
+
+
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from contents import MARK, key, keys
-from gpu import BACKENDS, DEVICE, DTYPES, GEOMETRIES, kv_tensors, needs_gpu, needs_kvikio, page_of, torch
+from gpu import BACKENDS, DEVICE, DTYPES, GEOMETRIES, kv_tensors, needs_kvikio, page_of, torch
 
 from agentstate.pages import LayerwiseReader, PageStore, ReadBackend
 from agentstate.pages.backends import Buffer
@@ -16,8 +16,6 @@ from engine_patch.restore import Restorer
 from engine_patch.spill import Spiller
 from engine_patch.staging import read_backend
 from engine_patch.transfer import DevicePages
-
-pytestmark = needs_gpu
 
 PAGES = 24
 CHUNKS = {"a page": 1, "some": 256 << 10, "all": 4 << 20}

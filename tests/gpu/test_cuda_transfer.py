@@ -5,12 +5,10 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from gpu import DEVICE, DTYPES, GEOMETRIES, kv_tensors, needs_gpu, page_of, torch
+from gpu import BUSY, DEVICE, DTYPES, GEOMETRIES, kv_tensors, page_of, torch
 
 from engine_patch.staging import PinnedMemory, device_memory
 from engine_patch.transfer import DevicePages
-
-pytestmark = needs_gpu
 
 PAGES = 24
 RUNS = {"one": [5], "consecutive": [3, 4, 5, 6], "scattered": [9, 2, 17], "backwards": [3, 2, 1], "gap": [4, 5, 7]}
@@ -83,7 +81,7 @@ def test_a_copy_begins_after_the_events_that_it_was_told_of() -> None:
     """What a forward still writes when its page is offered."""
     tensors = kv_tensors("gqa", torch.float32, PAGES)
     pages = DevicePages(tensors, 64)
-    busy = torch.randn(4096, 4096, device=DEVICE)
+    busy = torch.randn(BUSY, BUSY, device=DEVICE)
     for _ in range(50):
         busy = torch.tanh(busy @ busy)
     tensors[0][0].fill_(1.0)
@@ -101,6 +99,10 @@ def test_a_fence_is_waited_for_by_any_thread() -> None:
     pages = DevicePages(tensors, 64)
     source = slab(pages, 2, mmap.mmap(-1, 2 * pages.geometry.layer_bytes))
     source[0][:] = 7
+    # The tensors are made on torch's own stream.
+    made = torch.cuda.Event()
+    made.record()
+    pages.inbound.after([made])
     pages.scatter(0, torch.tensor([1, 0]), source)
     fence = pages.inbound.fence()
     assert fence is not None

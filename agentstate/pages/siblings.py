@@ -54,12 +54,15 @@ class Siblings:
     def all_bytes(self) -> int:
         return sum(store.n_bytes for store in self._stores)
 
-    def look(self) -> bool:
-        """Look what there is, since engines may have ended, unless something is known of that has not been evicted:
-        whether there is anything."""
-        if not self._stores:
+    def look(self, lacking: Lacking) -> bool:
+        """Look what there is, since engines may have ended, unless something is known of that would help: whether
+        anything would."""
+        if not self._helps(lacking):
             self._scan()
-        return bool(self._stores)
+        return self._helps(lacking)
+
+    def _helps(self, lacking: Lacking) -> bool:
+        return any(lacking.on_disk > 0 or (lacking.by_quota > 0 and self._counts(store)) for store in self._stores)
 
     def evict(self, lacking: Lacking) -> Lacking:
         """Evict what is lacking, as far as there is so much: what is lacking still."""
@@ -91,11 +94,12 @@ class Siblings:
 
     def _scan(self) -> None:
         self._scanned = True
+        known = {store.path: store for store in self._stores}
         found = []
         for fingerprint in _directories(self._root, _FINGERPRINT):
             for path in _directories(fingerprint, _RANK):
                 if path not in self._passed_over:
-                    sibling = _Sibling(path)
+                    sibling = known.get(path) or _Sibling(path)
                     with suppress(OSError), sibling.locked():
                         sibling.measure()
                         found.append(sibling)
@@ -111,6 +115,7 @@ class _Sibling:
         self.rank = int(path.name.removeprefix("rank"))
         self.used_ns = 0
         self.n_bytes = 0
+        self._measured_as: tuple[int, int] | None = None
         # Whether nothing is left of it, and whether what is left cannot be deleted.
         self.gone = self.refuses = False
         # The next one to be evicted is the last; None before they are needed.
@@ -131,8 +136,12 @@ class _Sibling:
             os.close(lock)
 
     def measure(self) -> None:
+        """Add up what it holds, unless it has not changed since."""
         self.used_ns = self._stamp()
-        self.n_bytes = sum(size for _, _, size in self._listed())
+        now = (self.used_ns, (self.path / "extents").stat().st_mtime_ns)
+        if now != self._measured_as:
+            self.n_bytes, self._extents = sum(size for _, _, size in self._listed()), None
+            self._measured_as = now
 
     def _stamp(self) -> int:
         """When it was opened, closed or written to last."""

@@ -111,7 +111,7 @@ class Space:
     def require(self, store: PageStore, n_bytes: int) -> None:
         """Raise PageStoreFull when there could be no room for ``n_bytes`` more, whatever was evicted for them."""
         lacking = self.lacking(store, n_bytes)
-        if max(lacking) > 0 and self._siblings and self._siblings.look():
+        if max(lacking) > 0 and self._siblings and self._siblings.look(lacking):
             lacking = self.lacking(store, n_bytes).without(self._siblings.n_bytes, self._siblings.all_bytes)
         if max(lacking) > 0 and max(lacking) > self._evictable_bytes():
             raise self._full(store, n_bytes)
@@ -119,8 +119,12 @@ class Space:
     def evict_siblings(self, store: PageStore, n_bytes: int = 0) -> Lacking:
         """Evict of what others left as much as ``n_bytes`` more ask for: what they lack then."""
         lacking = self.lacking(store, n_bytes)
-        if max(lacking) > 0 and self._siblings and self._siblings.look():
-            return self._siblings.evict(self.lacking(store, n_bytes))
+        while max(lacking) > 0 and self._siblings and self._siblings.look(lacking):
+            # With what it has just found, perhaps.
+            before = self.lacking(store, n_bytes)
+            lacking = self._siblings.evict(before)
+            if lacking == before:
+                break
         return lacking
 
     def make(self, store: PageStore, n_bytes: int, *, recycle: bool = False) -> Path | None:

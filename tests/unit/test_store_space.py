@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from contents import MARK, MLA, expected, key, keys, read, reader_for, write
+from contents import MARK, MLA, drop, expected, key, keys, read, reader_for, write
 
 from agentstate.errors import PageStoreFull
-from agentstate.pages import PageStore, Quota, merge
+from agentstate.pages import ANYONE, PageStore, Quota, merge
+from agentstate.pages import store as module
+from agentstate.pages.eviction import Extent
 
 HOUR_S = 3600.0
 
@@ -226,3 +228,99 @@ def test_a_spare_that_is_gone_is_no_reason_to_fail(store: PageStore) -> None:
         write(store, keys(3))
     assert left(store) == [1, 2, 3]
     assert store.stats.bytes == sum(path.stat().st_size for path in store.directory.rglob("*.ext"))
+
+
+def test_it_is_told_whose_pages_were_lost(store: PageStore) -> None:
+    for number in range(5):
+        write(store, keys(number))
+    store.need(keys(0, 1), "ses_a")
+    store.need(keys(1, 2), "ses_b")
+    store.need(keys(2, 3), "ses_c")
+    assert store.take_losers() == set()
+    store.quota = room_for(store, 4)
+    store.make_room(0)
+    # Nobody needed what went.
+    assert (left(store), store.take_losers()) == ([0, 1, 2, 3], set())
+    store.quota = room_for(store, 2)
+    store.make_room(0)
+    assert (left(store), store.take_losers()) == ([2, 3], {"ses_a", "ses_b"})
+    assert store.take_losers() == set()
+    assert drop(store, key(3)) == 1
+    assert store.take_losers() == {"ses_c"}
+    write(store, keys(4))
+    assert drop(store, key(4)) == 1
+    # A manifest that was not told of, perhaps.
+    assert store.take_losers() == {ANYONE}
+
+
+@pytest.mark.parametrize("how", ["merged", "written anew"])
+def test_whose_a_page_is_follows_it_to_where_it_is_written_anew(store: PageStore, how: str) -> None:
+    for number in range(3):
+        write(store, keys(number))
+    store.need(keys(0), "ses_a")
+    store.need(keys(1), "ses_b")
+    if how == "merged":
+        assert merged(store, keys(0, 1), 2 * MLA.layer_bytes) == 2
+    else:
+        write(store, keys(0, 1))
+    assert store.take_losers() == set(), "nothing was lost"
+    store.quota = room_for(store, 0)
+    store.make_room(0)
+    assert store.take_losers() == {"ses_a", "ses_b"}
+
+
+def test_needs_end_when_all_are_told_anew_and_one_was_not_among_them(store: PageStore) -> None:
+    for number in range(4):
+        write(store, keys(number))
+    store.need(keys(0, 1), "ses_gone")
+    store.need(keys(2), "ses_a")
+    with pytest.raises(RuntimeError), store.needing_only():
+        raise RuntimeError("the database does not answer")
+    with store.needing_only():
+        store.need(keys(1), "ses_b")
+        # By a request that ends just then.
+        store.need(keys(2), "ses_new")
+    store.quota = room_for(store, 2)
+    store.make_room(0)
+    assert (left(store), store.take_losers()) == ([1, 2], set())
+    store.quota = room_for(store, 0)
+    store.make_room(0)
+    assert store.take_losers() == {"ses_b", "ses_new"}
+
+
+def test_who_needs_an_extent_is_remembered_up_to_a_bound(store: PageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system prompt that 10,000 sessions share."""
+    monkeypatch.setattr(module, "_MOST_TOLD", 50)
+    for number in range(3):
+        write(store, keys(number))
+    store.need(keys(0), "ses_0")
+    for session in range(300):
+        store.need(keys(1), f"ses_{session}")
+    assert sum(len(extent.needed_by) for extent in store._extents.values()) <= 51 + 1
+    store.quota = room_for(store, 2)
+    store.make_room(0)
+    assert left(store) == [0, 1]
+    store.quota = room_for(store, 0)
+    store.make_room(0)
+    assert store.take_losers() >= {"ses_0", ANYONE}
+    assert store._told == 0
+
+
+@pytest.mark.parametrize("extents", [20, 120])
+def test_a_full_store_looks_at_few_extents_to_make_room(
+    store: PageStore, extents: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(extents):
+        write(store, keys(number))
+    store.quota = room_for(store, extents)
+    looked_at = []
+    turn, evictable = Extent.turn, PageStore.evictable
+    monkeypatch.setattr(Extent, "turn", lambda extent: (looked_at.append(extent), turn(extent))[1])
+    monkeypatch.setattr(
+        PageStore, "evictable", lambda store, extent: (looked_at.append(extent), evictable(store, extent))[1]
+    )
+    for number in range(10):
+        store.require_room(store.draft_bytes(1))
+        write(store, keys(f"new {number}"))
+    assert left(store, extents) == list(range(10, extents))
+    assert len(looked_at) <= 10 * 8

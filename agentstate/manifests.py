@@ -169,14 +169,22 @@ _COVERAGE = (
 )
 
 
-def forget_store(connection: Connection, fingerprint: str, rank: int, node: str) -> int:
-    """Drop every manifest of a store that is gone, given the first digits of its fingerprint: how many there were."""
-    gone = sa.delete(manifests).where(
-        manifests.c.fingerprint.startswith(fingerprint, autoescape=True),
-        manifests.c.rank == rank,
-        manifests.c.node == node,
+def stores(connection: Connection, node: str) -> dict[tuple[str, int], int]:
+    """How many manifests a node has of each of its stores, by fingerprint and rank."""
+    store = (manifests.c.fingerprint, manifests.c.rank)
+    rows = connection.execute(sa.select(*store, sa.func.count()).where(manifests.c.node == node).group_by(*store))
+    return {(fingerprint, rank): count for fingerprint, rank, count in rows}
+
+
+def forget_store(connection: Connection, fingerprint: str, rank: int, node: str) -> None:
+    """Drop every manifest of a store that is gone, given the first digits of its fingerprint."""
+    connection.execute(
+        sa.delete(manifests).where(
+            manifests.c.fingerprint.startswith(fingerprint, autoescape=True),
+            manifests.c.rank == rank,
+            manifests.c.node == node,
+        )
     )
-    return connection.execute(gone).rowcount
 
 
 def forget(connection: Connection, session_id: str) -> None:

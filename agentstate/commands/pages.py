@@ -23,6 +23,7 @@ from agentstate import manifests
 from agentstate.database import Database
 from agentstate.errors import PageStoreLocked, SettingsError
 from agentstate.pages import inventory
+from agentstate.pages.node import kept_id
 from agentstate.settings import Settings
 
 pages = typer.Typer(help="The page directory.", no_args_is_help=True)
@@ -158,8 +159,8 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete the extents that no manifest in the database needs. Ends with status 1 when an engine has a store open:
-    that one is left as it is, and the others are collected."""
+    """Delete the extents that no manifest in the database needs, and the manifests of stores that are gone. Ends with
+    status 1 when an engine has a store open: that one is left as it is, and the others are collected."""
     settings = Settings()
     database = Database(settings.sqlalchemy_url)
     rows, refused = [], []
@@ -180,18 +181,35 @@ def gc(
                 refused.append(str(store))
                 continue
             rows.append({"fingerprint": store.parent.name, "rank": store.name, **vars(done)})
+        dead = _dead_manifests(database, _root(directory), dry_run)
     finally:
         database.close()
     if as_json:
-        print(json.dumps({"dry_run": dry_run, "stores": rows, "in_use": refused}))
+        print(json.dumps({"dry_run": dry_run, "stores": rows, "in_use": refused, "dead_manifests": dead}))
     else:
         _show_rows(rows, as_json=False)
+        if dead:
+            print(f"{dead} manifests of stores that are gone" + ("" if dry_run else " deleted"))
     if refused:
         raise PageStoreLocked(f"an engine has {', '.join(refused)} open: stop it to collect there")
 
 
 def _root(directory: Path | None) -> Path:
     return directory or Settings().pages_path
+
+
+def _dead_manifests(database: Database, root: Path, dry_run: bool) -> int:
+    """Delete the manifests of this directory's stores that are not there any more: how many there are."""
+    if (node := kept_id(root)) is None:
+        return 0
+    dead = 0
+    with database.write() as connection:
+        for (fingerprint, rank), count in manifests.stores(connection, node).items():
+            if not (root / fingerprint[:32] / f"rank{rank}").exists():
+                dead += count
+                if not dry_run:
+                    manifests.forget_store(connection, fingerprint, rank, node)
+    return dead
 
 
 def _chains(database: Database, fingerprint: str, rank: int) -> Iterator[list[bytes]]:

@@ -212,7 +212,8 @@ def repair(store: Path, reports: list[ExtentReport]) -> int:
     reads.
 
     Raises PageStoreLocked while an engine writes to the store, PageStoreFull when the good pages do not fit beside
-    the old extent; then the store is as it was but for what had been repaired before.
+    the old extent, and OSError when they cannot be read again; then the store is as it was but for what had been
+    repaired before.
     """
     reports = [
         again
@@ -292,6 +293,10 @@ def _rewrite(writer: PageStore, file: BinaryIO, header: ExtentHeader, broken: tu
     draft = writer.draft([header.keys[slot] for slot in keep], mmap.mmap(-1, writer.draft_bytes(len(keep))))
     for layer in range(header.geometry.layers):
         for row, slot in enumerate(keep):
-            for component, data in enumerate(_components(file, header, layer, slot)):
+            parts = _components(file, header, layer, slot)
+            # A disk that has given back something wrong may do so again, and what is sealed now counts as right.
+            if any(header.wrong_slots(layer, slot, [[part[None]] for part in parts])):
+                raise OSError(f"{file.name}: page {header.keys[slot].hex()} was read as it was written, and then not")
+            for component, data in enumerate(parts):
                 draft.component(layer, component)[row] = data
     writer.publish(draft)

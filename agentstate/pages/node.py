@@ -50,6 +50,12 @@ def node_id(root: Path, wanted: str | None = None) -> str:
         return wanted or _host()
 
 
+def kept_id(root: Path) -> str | None:
+    """The id of ``root`` if it has one that no other root has. Changes nothing."""
+    known = _read(root / "node")
+    return known if known is not None and "_" in known else None
+
+
 def _read(file: Path) -> str | None:
     try:
         text = file.read_text(errors="replace").strip()

@@ -179,3 +179,27 @@ def test_a_store_is_known_by_its_extents_and_its_directory(store: Path, tmp_path
     assert inventory.identity(store) is None
     with pytest.raises(BadExtent, match="check --repair"):
         inventory.collect(store, list)
+
+
+def test_repair_seals_nothing_that_it_read_wrong(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that gives back something else at the second time: it would count as right for good."""
+    first, _ = sorted((store / "extents").iterdir())
+    flip(first, 2, 1)
+    reports = list(inventory.check(store))
+    real, reads = inventory._components, []
+
+    def wrong(file: object, header: object, layer: int, slot: int) -> list[np.ndarray]:
+        parts = real(file, header, layer, slot)  # type: ignore[arg-type]
+        reads.append(slot)
+        if slot == 4:
+            parts[0][7] ^= 1
+        return parts
+
+    monkeypatch.setattr(inventory, "_components", wrong)
+    before = first.read_bytes()
+    with pytest.raises(OSError, match="read"):
+        inventory.repair(store, reports)
+    monkeypatch.undo()
+    assert 4 in reads and first.read_bytes() == before
+    assert inventory.repair(store, list(inventory.check(store))) == 1
+    assert all(report.good for report in inventory.check(store))

@@ -285,6 +285,20 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (tmp_path / "pages").is_dir()
 
 
+def test_a_disk_that_is_full_of_pages_is_no_reason_not_to_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine evicts what others left there."""
+    disk = SimpleNamespace(f_bavail=10, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    extent = tmp_path / "fingerprint" / "rank0" / "extents" / "1.ext"
+    extent.parent.mkdir(parents=True)
+    with pytest.raises(PageStoreFull):
+        require_page_directory(tmp_path)
+    extent.touch()
+    require_page_directory(tmp_path)
+
+
 def test_a_disk_without_room_for_the_directory_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mkdir(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

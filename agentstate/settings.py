@@ -89,8 +89,9 @@ class Settings(BaseSettings):
     pages_quota: ByteSize | None = Field(
         None,
         gt=0,
-        description="Most that the page directory may hold for an engine: its own pages, and those that engines of other "
-        "weights or layouts left, which are evicted first. Divided among its ranks. Empty: until the disk is full.",
+        description="Most that the page directory may hold for an engine: its own pages, and those that engines of "
+        "other weights or layouts left, which are evicted first. Divided among its ranks. Empty: until "
+        "the disk is full.",
     )
     pages_free_fraction: float = Field(
         0.05, ge=0, lt=1, description="Fraction of the pages' disk that is kept free; what was used least is evicted."

@@ -31,8 +31,7 @@ def build(directory: Path) -> None:
     store = PageStore(directory, MARK, GEOMETRY)
     for first in range(0, PAGES, 30):
         write(store, NAMES[first : first + 30])
-    for name in sorted(DROPPED):
-        drop(store, name)
+    drop(store, *sorted(DROPPED))
     store.close()
 
 

@@ -191,6 +191,8 @@ class Run:
         del raised
         if not store._closed:
             store.quota = UNLIMITED
+            # As whoever offers pages does.
+            store.attend()
             self.look_at(store, "the store that went on")
             self.write_again(store)
             store.close()

@@ -29,6 +29,7 @@ OPERATIONS = [
     "make room",
     "collect",
     "drop",
+    "drop several",
     "drop the last of an extent",
     "release",
     "close",
@@ -36,6 +37,8 @@ OPERATIONS = [
     "open without an index",
     "open with an older index",
     "open for the first time",
+    "attend without a directory",
+    "attend without an index",
     "repair",
 ]
 # A full disk stays full, one that was remounted stays read-only; a failing block may be read at the next attempt.

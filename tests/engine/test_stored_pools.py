@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from contents import drop, key, keys, write
 from device import PAGE_SIZE, PAGES, aligned_kv_tensors, as_bytes, fill, kv_tensors, page_of
 
-from agentstate.pages import PageStore, Quota, fingerprint
+from agentstate.pages import ANYONE, PageStore, Quota, fingerprint
 from agentstate.settings import Settings
 from engine_patch.arrivals import LayerGate
 from engine_patch.pools import DevicePool
@@ -451,3 +452,35 @@ def test_without_pools_nothing_is_stored_and_nothing_is_found(opened: Callable[.
 
 def test_a_layer_of_no_pool_is_not_waited_for() -> None:
     LayerGate({}).wait_until(0)
+
+
+def test_all_pools_are_told_what_a_session_needs_and_tell_whose_pages_they_lost(
+    stage: Stage, opened: Callable[..., StoredPools]
+) -> None:
+    pools = opened(PoolName.KV, PoolName.SWA)
+    full, window = stage.stores[PoolName.KV], stage.stores[PoolName.SWA]
+    for number in range(6):
+        write(full, keys(number))
+        write(window, keys(number))
+    pools.need("ses_gone", keys(4, 5))
+    pools.need_only((session, chain) for session, chain in [("ses_a", keys(0, 1, 2)), ("ses_b", keys(0, 1, 3))])
+    full.collect()
+    window.collect()
+    assert held_by(full) == keys(0, 1, 2, 3)
+    assert held_by(window) == keys(1, 2, 3)
+    assert pools.take_losers() == set()
+    drop(window, key(2))
+    assert pools.take_losers() == {"ses_a"}
+    drop(full, key(0))
+    assert pools.take_losers() == {"ses_a", "ses_b"}
+
+
+def test_pages_that_others_deleted_count_as_lost(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    pools = opened(PoolName.KV)
+    store = stage.stores[PoolName.KV]
+    write(store, keys(1, 2))
+    before = pools.lost
+    shutil.rmtree(store.directory)
+    store.attend()
+    assert pools.lost == before + 2
+    assert pools.take_losers() == {ANYONE}

@@ -16,13 +16,14 @@ ADAPTERS_SET_UP := .venv/adapters/complete
 RUN := AGENTSTATE_ENGINE_PYTHON=$(CURDIR)/$(ENGINE) AGENTSTATE_CACHE_DIR=$(CACHE) OMP_WAIT_POLICY=passive
 PYTEST := -m pytest --durations=5
 
-.PHONY: help demo test test-service test-adapters test-engine test-gpu lint setup clean
+.PHONY: help demo test test-service test-adapters test-engine test-late test-gpu lint setup clean
 
 help:
 	@echo "make demo          an agent is suspended, its engine killed, and it goes on from disk (ARGS='--json FILE')"
 	@echo "make test          everything this machine can run"
 	@echo "make test-service  what needs no SGLang"
 	@echo "make test-adapters what needs the agent frameworks"
+	@echo "make test-late     the tests on the late device, at length (POLICIES=late,random:1,...; see docs/testing.md)"
 	@echo "make test-gpu      what needs a GPU (PYTHON=one that has torch for CUDA; no SGLang is needed)"
 	@echo "make setup-lmcache LMCache beside SGLang, for agentstate bench ttft --peers lmcache; nothing else needs it"
 	@echo "make lint          ruff and mypy"
@@ -40,8 +41,13 @@ test-adapters: $(ADAPTERS_SET_UP)
 	$(ADAPTERS) $(PYTEST) tests/adapters
 
 test-engine: setup model
-	$(RUN) $(ENGINE) $(PYTEST) --disable-warnings tests/engine tests/gpu
+	$(RUN) $(ENGINE) $(PYTEST) --disable-warnings tests/engine tests/gpu tests/late
 	$(RUN) $(ADAPTERS) $(PYTEST) tests/acceptance
+
+# Every policy, many seeds, and for every wait each of the tests that are named for it.
+POLICIES ?= late,eager,$(shell seq -s, -f random:%.0f 1 20)
+test-late: $(ENGINE_SET_UP)
+	$(RUN) $(ENGINE) $(PYTEST) --disable-warnings tests/gpu tests/late --late-policies $(POLICIES) --late-thorough
 
 test-gpu:
 	$(PYTHON) $(PYTEST) tests/gpu

@@ -89,19 +89,22 @@ class Timeline:
         """Do what is queued before ``marker``, and nothing that need not be done for that."""
         with self.lock:
             self.advance()
-            # Nothing is queued before a marker that is not passed when the device has broken in between.
-            while not marker.passed and marker.stream.queued:
-                self._go_on(marker.stream)
+            self._do_before(marker)
 
     def drain(self, stream: LateStream) -> None:
         with self.lock:
             while stream.queued:
                 self._go_on(stream)
 
+    def _do_before(self, marker: Marker) -> None:
+        # Nothing is queued before a marker that is not passed when the device has broken in between.
+        while not marker.passed and marker.stream.queued:
+            self._go_on(marker.stream)
+
     def _go_on(self, stream: LateStream) -> None:
         first = stream.queued[0]
         if isinstance(first, Wait):
-            self.reach(first.marker)
+            self._do_before(first.marker)
         _step(stream)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 
 import pytest
 
 from late.mutation import Mutation
-from late.waits import NOTICED_BY, ROOT, all_waits, markdown
+from late.waits import NOTICED_BY, ROOT, Wait, all_waits, markdown, parse, waits_in, without
 
 WAITS = all_waits()
 DOC = ROOT / "docs" / "testing.md"
@@ -17,6 +18,56 @@ DOC = ROOT / "docs" / "testing.md"
 def mutation() -> Iterator[Mutation]:
     with Mutation() as mutation:
         yield mutation
+
+
+SOURCE = """
+def found(self, chunk, free_after, event, stream, other):
+    self.pages.inbound.after([event])
+    closing.callback(self.pages.inbound.finish)
+    free_after()
+    until = chunk.keep_until
+    chunk.keep_until = self.lane.fence()
+    torch.cuda.synchronize()
+    stream.wait_event(event), stream.wait_stream(other), event.record()
+    self.lane.finish(), self.lane.finish()
+
+def passed_over(self, chunk):
+    self._writer.after(print)
+    self.arrivals.finish(1)
+    chunk.keep_until = None
+"""
+
+
+def test_waits_are_found_called_or_passed_on() -> None:
+    found = [wait.name.removeprefix("engine_patch/of_this_test.py found: ") for wait, _ in waits_in_source()]
+    assert found == [
+        "self.pages.inbound.after",
+        "self.pages.inbound.finish",
+        "free_after",
+        "chunk.keep_until",
+        "self.lane.fence",
+        "torch.cuda.synchronize",
+        "stream.wait_event",
+        "stream.wait_stream",
+        "event.record",
+        "self.lane.finish",
+        "self.lane.finish (2)",
+    ]
+
+
+def waits_in_source() -> list[tuple[Wait, ast.expr]]:
+    return list(waits_in(ast.parse(SOURCE), "engine_patch/of_this_test.py"))
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_one_wait_is_taken_out_and_no_other(name: str) -> None:
+    wait = WAITS[name]
+    left = [code(found) for found, _ in waits_in(without(wait), wait.path)]
+    assert sorted([*left, code(wait)]) == sorted(code(found) for found, _ in waits_in(parse(wait.path), wait.path))
+
+
+def code(wait: Wait) -> tuple[str, str]:
+    return wait.function, wait.code
 
 
 def test_every_wait_has_tests_that_notice_it() -> None:

@@ -108,8 +108,8 @@ class Wait(NamedTuple):
 def all_waits() -> dict[str, Wait]:
     """Every wait in the product, by name."""
     paths = sorted(path for source in _SOURCES for path in (ROOT / source).glob("*.py"))
-    found = [wait for path in paths for wait, _ in _waits_in(path.relative_to(ROOT).as_posix())]
-    return {wait.name: wait for wait in found}
+    names = [path.relative_to(ROOT).as_posix() for path in paths]
+    return {wait.name: wait for name in names for wait, _ in waits_in(parse(name), name)}
 
 
 def markdown() -> str:
@@ -125,8 +125,8 @@ def markdown() -> str:
 
 def without(wait: Wait) -> ast.Module:
     """The module of a wait, and instead of it what does nothing, and gives None."""
-    (place,) = [node for found, node in _waits_in(wait.path) if found == wait]
-    tree = _parse(wait.path)
+    tree = parse(wait.path)
+    (place,) = [node for found, node in waits_in(tree, wait.path) if found == wait]
     position = ast.dump(place, include_attributes=True)
 
     class Remove(ast.NodeTransformer):
@@ -141,14 +141,15 @@ def without(wait: Wait) -> ast.Module:
     return ast.fix_missing_locations(Remove().visit(tree))
 
 
-def _parse(path: str) -> ast.Module:
+def parse(path: str) -> ast.Module:
     return ast.parse((ROOT / path).read_text(), filename=str(ROOT / path))
 
 
-def _waits_in(path: str) -> Iterator[tuple[Wait, ast.expr]]:
+def waits_in(tree: ast.Module, path: str) -> Iterator[tuple[Wait, ast.expr]]:
+    """The waits in the module ``tree``, which has that path, and where each is."""
     seen: Counter[tuple[str, str]] = Counter()
     methods = _SOURCES[path.rpartition("/")[0]]
-    for function, node in _expressions(_parse(path), ""):
+    for function, node in _expressions(tree, ""):
         if _is_wait(node, function, methods):
             code = ast.unparse(node)
             seen[function, code] += 1

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,19 +17,25 @@ import numpy as np
 import torch
 
 from agentstate.pages import Chunk, Destination, LayerwiseReader, PageStore, Stream
+from agentstate.pages.handles import is_of_drive
 from engine_patch.arrivals import Arrivals
+from engine_patch.failures import Unusable
 from engine_patch.prefetch import Prefetches
 from engine_patch.staging import PinnedMemory
 from engine_patch.transfer import DevicePages
 
 logger = logging.getLogger(__name__)
 
+# Copies of pages that could not be read, of which it is remembered that they could not.
+_REMEMBERED_UNREAD = 100_000
+
 
 @dataclass
 class RestoreStats:
     """Counters since the engine started. Of ``bytes_read``, ``bytes_straight`` were read to where they are needed and
-    passed no staging. ``pages_failed`` were read and not used: damaged, or not readable; ``timed_out`` are the batches
-    that had not arrived yet when they were abandoned, because a drive did not answer.
+    passed no staging. ``pages_failed`` were damaged, or could not be read in two restores, and were dropped;
+    ``pages_unread`` could not be read this time and were kept; ``timed_out`` are the batches that had not arrived yet
+    when they were abandoned, because a drive did not answer.
     ``first_layer_s`` is how long it took until the first layer of a batch was there, of ``seconds`` in all, and
     ``forward_wait_s`` how long forwards waited for a layer."""
 
@@ -41,6 +47,7 @@ class RestoreStats:
     first_layer_s: float = 0.0
     forward_wait_s: float = 0.0
     pages_failed: int = 0
+    pages_unread: int = 0
     requests_failed: int = 0
     timed_out: int = 0
 
@@ -85,18 +92,20 @@ class Restored:
 class Finished(NamedTuple):
     """The rids whose pages must not be used, and what was restored; None when that is nothing. ``numbers`` are the
     batch's device pages, a tensor a pool; ``writing`` is whether the drive may still write to them: when they are
-    `addressable` and the batch was abandoned."""
+    `addressable` and the batch was abandoned. ``unusable`` are the pages because of which requests failed, by rid:
+    nothing for those that failed for another reason."""
 
     failed: set[str]
     restored: Restored | None = None
     numbers: tuple[torch.Tensor, ...] = ()
     writing: bool = False
+    unusable: Unusable = {}
 
 
 @dataclass
 class _Load:
     """One request's restore: its pages are those of ``stream`` from ``offset`` on. ``stream`` is None when a page went
-    missing between the match and now. Of the ``n_bytes`` that have been read, ``straight`` passed no staging."""
+    ``missing`` between the match and now. Of the ``n_bytes`` that have been read, ``straight`` passed no staging."""
 
     rid: str
     keys: list[bytes]
@@ -106,6 +115,7 @@ class _Load:
     offset: int = 0
     n_bytes: int = 0
     straight: int = 0
+    missing: tuple[bytes, ...] = ()
 
     def own(self, first: int, count: int) -> slice:
         """Which of ``count`` pages of the stream, from ``first`` on, are the request's."""
@@ -136,6 +146,11 @@ class _Batch:
     loads: list[_Load]
     ready: Sequence[torch.Event]
     failed: set[str] = field(default_factory=set)
+    # Why, by rid: the pages, or None for what is no page's fault.
+    unusable: dict[str, set[bytes] | None] = field(default_factory=dict)
+    # Copies of pages, as `PageStore.drop` takes them: those that are wrong, and those that the drive did not give back.
+    wrong: set[tuple[bytes, int]] = field(default_factory=set)
+    unread: set[tuple[bytes, int]] = field(default_factory=set)
     restored: Restored | None = None
     # Held while pages are copied to the device: none are any more once the batch is abandoned and this was free.
     landing: threading.Lock = field(default_factory=threading.Lock)
@@ -153,7 +168,9 @@ class Restorer:
 
     Every page is verified before its layer is released. A request whose page cannot be used fails alone; its
     remaining pages are left out, the other requests of its batch are served, and every layer is released all the
-    same, since the forward waits for the batch.
+    same, since the forward waits for the batch. Pages that are wrong are dropped when nobody waits for the batch any
+    more. What could not be read is kept, and dropped when the drive fails to give it back in a second restore: a page
+    that is never read would cost a recomputation each time. Any other failure is no page's fault, and drops none.
 
     Where the device's memory is the host's and aligned (`DevicePages.addressable`), what has not been read when a batch
     starts is read straight into its pages: a bad page's bytes then lie where those of a recomputed request will.
@@ -171,6 +188,8 @@ class Restorer:
         self._reader = reader
         self._pinned = PinnedMemory(reader.staging, pages.device)
         self._counting = threading.Lock()
+        # Copies of pages that the drive did not give back in one restore; the latest last.
+        self._unread: dict[tuple[bytes, int], None] = {}
         self._pending: dict[str, _Load] = {}
         self._batches: dict[int, _Batch] = {}
         # What is loaded ahead has a thread of its own: a forward must not wait for it.
@@ -190,10 +209,10 @@ class Restorer:
             self._pending[rid] = _Load(rid, keys, numbers, stream, Source.HOST, offset)
             return
         try:
-            stream = self._reader.open(self._store.pin(keys))
-        except KeyError:
-            stream = None
-        self._pending[rid] = _Load(rid, keys, numbers, stream, source)
+            load = _Load(rid, keys, numbers, self._reader.open(self._store.pin(keys)), source)
+        except KeyError as missing:
+            load = _Load(rid, keys, numbers, None, source, missing=missing.args)
+        self._pending[rid] = load
 
     def cancel(self, rid: str) -> bool:
         load = self._pending.pop(rid, None)
@@ -239,7 +258,9 @@ class Restorer:
             with batch.landing:
                 self._pages.inbound.finish()
         numbers = torch.cat([load.numbers for load in batch.loads])
-        return Finished(failed, batch.restored if complete else None, (numbers,), late and self._pages.addressable)
+        unusable = {rid: frozenset(keys or ()) for rid, keys in batch.unusable.items()} if complete else {}
+        writing = late and self._pages.addressable
+        return Finished(failed, batch.restored if complete else None, (numbers,), writing, unusable)
 
     def drain(self) -> None:
         """Wait for what runs."""
@@ -279,24 +300,45 @@ class Restorer:
             except Exception as error:
                 if not isinstance(error, _Abandoned):
                     logger.exception("agentstate: a restore failed; its requests are recomputed")
-                    self._drop_all(batch)
                 # Not before everything is closed: after this the device pages are someone else's.
                 self.arrivals.fail(index, error)
-            finally:
-                batches.task_done()
+            # Not before: whoever waits for the batch must not wait for the index too.
+            self._drop_bad(batch)
+            batches.task_done()
         batches.task_done()
 
-    def _drop_all(self, batch: _Batch) -> None:
-        """Let the requests of a batch not match the same pages again, or they would fail for ever."""
+    def _drop_bad(self, batch: _Batch) -> None:
+        """Drop what a batch found to be wrong, and what a drive has not given back for the second time."""
         try:
-            for load in batch.loads:
-                self._drop(load, range(len(load.keys)))
+            again = set[tuple[bytes, int]]()
+            with self._counting:
+                if self._unread or batch.unread:
+                    again = self._remember(batch)
+            if again:
+                logger.error("agentstate: %d page(s) could not be read in two restores and are dropped", len(again))
+            dropped = self._store.drop(batch.wrong | again)
+            with self._counting:
+                self.stats.pages_failed += dropped
+                self.stats.pages_unread += len(batch.unread - again)
         except Exception:
-            logger.exception("agentstate: pages that could not be restored could not be dropped")
+            logger.exception("agentstate: pages that are wrong could not be dropped")
+
+    def _remember(self, batch: _Batch) -> set[tuple[bytes, int]]:
+        """Enter what a drive did not give back, and forget what it did: what it has failed to give back before. The
+        caller holds ``_counting``."""
+        again = batch.unread & self._unread.keys()
+        good = {key for load in batch.loads if load.rid not in batch.failed for key in load.keys}
+        kept = {copy: None for copy in self._unread if copy[0] not in good and copy not in again}
+        kept.update(dict.fromkeys(batch.unread - again))
+        self._unread = dict(list(kept.items())[-_REMEMBERED_UNREAD:])
+        return again
 
     def _restore(self, index: int, batch: _Batch) -> None:
         started, first_layer_s = time.perf_counter(), 0.0
-        batch.failed.update(load.rid for load in batch.loads if load.stream is None)
+        for load in batch.loads:
+            if load.stream is None:
+                batch.failed.add(load.rid)
+                batch.unusable[load.rid] = set(load.missing)
         loads = [(load, load.stream) for load in batch.loads if load.stream is not None]
         self._pages.inbound.after(batch.ready)
         for load, stream in loads:
@@ -324,9 +366,9 @@ class Restorer:
     def _land(self, index: int, batch: _Batch, load: _Load, chunk: Chunk) -> None:
         """Write what a chunk has of the request's pages to the device, unless one must not be used."""
         # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
-        own = range(len(load.keys))
-        if wrong := [page for at in chunk.wrong if (page := at - load.offset) in own]:
-            self._reject(batch, load, wrong, chunk)
+        own = range(load.offset, load.offset + len(load.keys))
+        if unusable := sorted(page for page in chunk.unusable() if page in own):
+            self._reject(batch, load, unusable, chunk)
         if load.rid in batch.failed:
             return
         with batch.landing:
@@ -339,25 +381,32 @@ class Restorer:
                     self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays])
             chunk.keep_until = self._pages.inbound.fence()
 
-    def _reject(self, batch: _Batch, load: _Load, wrong: list[int], chunk: Chunk) -> None:
+    def _reject(self, batch: _Batch, load: _Load, unusable: list[int], chunk: Chunk) -> None:
+        """A request has failed because of the pages ``unusable`` of its stream."""
+        assert load.stream is not None
         batch.failed.add(load.rid)
-        self._drop(load, wrong)
-        reason = str(chunk.unread[0][1]) if chunk.unread else "their bytes are not those that were written"
+        keys = batch.unusable.setdefault(load.rid, set())
+        if any(not is_of_drive(error) for _, error in chunk.unread):
+            batch.unusable[load.rid] = None
+        elif keys is not None:
+            keys.update(load.keys[page - load.offset] for page in unusable)
+        batch.wrong.update(load.stream.pin.copies(page for page in unusable if page in chunk.wrong))
+        reason = chunk.wrong.get(unusable[0], "")
+        for segment, error in chunk.unread:
+            pages = range(segment.first, segment.first + segment.pages)
+            if is_of_drive(error):
+                batch.unread.update(load.stream.pin.copies(page for page in unusable if page in pages))
+            if unusable[0] in pages:
+                reason = str(error)
         logger.error(
             "agentstate: %d page(s) of request %s, the first one number %d, are unusable in layer %d (%s); "
             "the request is recomputed",
-            len(wrong),
+            len(unusable),
             load.rid,
-            wrong[0],
+            unusable[0] - load.offset,
             chunk.layer,
             reason,
         )
-
-    def _drop(self, load: _Load, pages: Iterable[int]) -> None:
-        if load.stream is not None:
-            dropped = self._store.drop(load.stream.pin.copies(load.offset + page for page in pages))
-            with self._counting:
-                self.stats.pages_failed += dropped
 
     def _record(self, batch: _Batch, first_layer_s: float, seconds: float) -> Restored | None:
         requests = {

@@ -17,8 +17,6 @@ and verified there.
 
 from __future__ import annotations
 
-import mmap
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,17 +28,15 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from agentstate.errors import BadExtent
-from agentstate.pages.backends import Buffer, OpenFile, PosixBackend, ReadBackend
+from agentstate.pages.backends import Buffer, PosixBackend, ReadBackend
 from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align
-from agentstate.pages.files import open_direct
-from agentstate.pages.pins import Pin, Segment, StoredExtent
+from agentstate.pages.handles import Handles, most_open, patiently
+from agentstate.pages.pins import Pin, Segment
 
 # Below about 1 MiB a direct read reaches less of a drive than its bandwidth.
 RANGE_BYTES = 1 << 20
 # What keeps a drive busy while some of it is verified.
 READ_THREADS = 4
-# What one call reads into, at the most.
-_MOST_ARRAYS = os.sysconf("SC_IOV_MAX")
 
 _Free = deque[tuple[Buffer, Callable[[], None] | None]]
 
@@ -69,19 +65,31 @@ class Chunk:
 
     ``parts`` has what was read to staging; what was read to a `Destination` is there. The arrays of ``parts`` are views
     of a buffer that is reused: valid until the next chunk is asked for, and if the consumer sets ``keep_until`` by
-    then, until that has returned. It is called by the thread that is about to overwrite them. ``wrong`` are the pages
-    that must not be used: not read, or not as they were written, wherever the index took them from. ``unread`` holds
-    the segments that could not be read, with the reason; ``n_bytes`` is what came from the device.
+    then, until that has returned. It is called by the thread that is about to overwrite them. ``n_bytes`` is what came
+    from the drive.
+
+    Two kinds of pages must not be used. ``wrong`` are those whose bytes are not what was written, or never will be
+    read again, since their extent is gone, cut off or no extent: with the reason, for good. ``unread`` are segments
+    that could not be read this time, with the reason: nothing is known of their pages.
     """
 
     layer: int
     first: int
     count: int
-    parts: list[Part]
-    unread: list[tuple[Segment, OSError | BadExtent]]
-    wrong: list[int] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    wrong: dict[int, str] = field(default_factory=dict)
+    unread: list[tuple[Segment, OSError]] = field(default_factory=list)
     n_bytes: int = 0
     keep_until: Callable[[], None] | None = None
+
+    def unread_pages(self) -> Iterator[int]:
+        """The pages of the segments that were not read."""
+        for segment, _ in self.unread:
+            yield from range(segment.first, segment.first + segment.pages)
+
+    def unusable(self) -> set[int]:
+        """The pages that must not be used."""
+        return {*self.wrong, *self.unread_pages()}
 
 
 class LayerwiseReader:
@@ -103,6 +111,7 @@ class LayerwiseReader:
     ):
         self.geometry = geometry
         self._backend = backend or PosixBackend()
+        self._handles = Handles(self._backend, most_open())
         # Direct I/O reads whole blocks: of a segment whose pages do not end where blocks do, up to two more a component
         # than its bytes need.
         whole = not any(n_bytes % ALIGNMENT for n_bytes in geometry.component_bytes)
@@ -236,8 +245,8 @@ class Stream:
         self._closed = False
         self._destination: Destination | None = None
         self._reading_begun = threading.Condition(reader._lock)
-        self._opened: dict[StoredExtent, Future[_OpenExtent]] = {}
-        self._to_open = deque(dict.fromkeys(segment.extent for segment in pin.segments))
+        self._extents = list({segment.extent.path: segment.extent for segment in pin.segments}.values())
+        reader._handles.enter(self._extents)
         self._taken = 0
         self._total = len(first) + len(others) * (reader.geometry.layers - 1)
 
@@ -259,21 +268,17 @@ class Stream:
         the memory that it may have is full. None until then."""
         with self._reader._lock:
             more = self.wants is not None and len(self._reader._free) > self._reader._kept_back
-            if more or self._to_open or not all(reading.done() for reading, _ in self.ahead):
+            if more or not all(reading.done() for reading, _ in self.ahead):
                 return None
             return self._taken / self._total
 
     def job(self, free: _Free | None) -> Callable[[], None] | None:
         """The next thing to do for this stream, if there is one; reading takes a buffer from ``free``. The caller has
         the reader's lock, and runs the job without it."""
-        if self._to_open:
-            extent = self._to_open.popleft()
-            opening = self._opened[extent] = Future()
-            return lambda: _fulfil(opening, lambda: _OpenExtent(extent, self._reader._backend))
         if self._taken == self._total or (self._first_missing and self._taken >= len(self._first)):
             return None
         layer, run = self._next()
-        chunk = Chunk(layer, run[0].first, sum(segment.pages for segment in run), [], [])
+        chunk = Chunk(layer, run[0].first, sum(segment.pages for segment in run))
         buffer: Buffer | None = None
         if self._destination is not None:
             read = partial(self._read_to, self._destination, chunk, run)
@@ -306,13 +311,12 @@ class Stream:
             free_after()
         position = 0
         for segment in run:
-            with self._reported(chunk, segment):
-                extent = self._extent(segment)
-                arrays, position, n_bytes = _read_segment(extent.file, segment, chunk.layer, buffer, position)
-                chunk.parts.append(Part(segment, extent.header, arrays))
+            with self._reported(chunk, segment), self._reader._handles.reading(segment.extent) as handle:
+                arrays, position, n_bytes = patiently(partial(handle.read, segment, chunk.layer, buffer, position))
                 chunk.n_bytes += n_bytes
                 on_host = self._reader._backend.on_host(arrays)
-                chunk.wrong += self._wrong_pages(chunk.layer, segment, extent.header, [[array] for array in on_host])
+                self._verify(chunk, segment, handle.header, [[array] for array in on_host])
+                chunk.parts.append(Part(segment, handle.header, arrays))
         return chunk
 
     def _read_to(self, destination: Destination, chunk: Chunk, run: tuple[Segment, ...]) -> Chunk:
@@ -322,25 +326,27 @@ class Stream:
             if pages <= 0:
                 continue
             own = segment._replace(slot=segment.slot + first - segment.first, pages=pages, first=first)
-            with self._reported(chunk, own):
-                extent = self._extent(own)
-                rows = destination.rows(chunk.layer, range(first, first + pages))
-                chunk.n_bytes += extent.read_to(rows, own, chunk.layer)
-                chunk.wrong += self._wrong_pages(chunk.layer, own, extent.header, rows)
+            rows = destination.rows(chunk.layer, range(first, first + pages))
+            with self._reported(chunk, own), self._reader._handles.reading(own.extent) as handle:
+                chunk.n_bytes += patiently(partial(handle.read_to, rows, own, chunk.layer))
+                self._verify(chunk, own, handle.header, rows)
         return chunk
-
-    def _extent(self, segment: Segment) -> _OpenExtent:
-        # Every opening was taken up before any reading: it is done, or another thread is at it.
-        return self._opened[segment.extent].result()
 
     @contextmanager
     def _reported(self, chunk: Chunk, segment: Segment) -> Iterator[None]:
         """What goes wrong with a segment is said in its chunk."""
         try:
             yield
-        except (OSError, BadExtent) as error:
+        except BadExtent as error:
+            chunk.wrong |= dict.fromkeys(range(segment.first, segment.first + segment.pages), str(error))
+        except OSError as error:
             chunk.unread.append((segment, error))
-            chunk.wrong += range(segment.first, segment.first + segment.pages)
+
+    def _verify(
+        self, chunk: Chunk, segment: Segment, header: ExtentHeader, components: Sequence[Sequence[Buffer]]
+    ) -> None:
+        wrong = self._wrong_pages(chunk.layer, segment, header, components)
+        chunk.wrong |= dict.fromkeys(wrong, "its bytes are not those that were written")
 
     def _wrong_pages(
         self, layer: int, segment: Segment, header: ExtentHeader, components: Sequence[Sequence[Buffer]]
@@ -410,7 +416,6 @@ class Stream:
                 return False
             self._closed = True
             self._reader._streams.remove(self)
-            self._to_open.clear()
             self._taken = self._total
             self._reading_begun.notify_all()
             return True
@@ -419,9 +424,7 @@ class Stream:
         # No thread may read on when the files are closed.
         for reading, _ in self.ahead:
             reading.exception()
-        for opening in self._opened.values():
-            if opening.exception() is None:
-                opening.result().close()
+        self._reader._handles.leave(self._extents)
         self.pin.close()
         with self._reader._lock:
             for reading, buffer in self.ahead:
@@ -441,79 +444,3 @@ def _fulfil(promise: Future[Any], work: Callable[[], Any]) -> None:
         promise.set_result(work())
     except BaseException as error:
         promise.set_exception(error)
-
-
-class _OpenExtent:
-    """An extent open for reading, and its header. Raises OSError, and BadExtent for a header that is damaged
-    or not of this layout."""
-
-    def __init__(self, extent: StoredExtent, backend: ReadBackend):
-        self._fd = open_direct(extent.path, os.O_RDONLY)
-        try:
-            raw = mmap.mmap(-1, extent.layout.data_offset)
-            os.preadv(self._fd, [raw], 0)
-            self.header = ExtentHeader.decode(memoryview(raw), extent.path.name)
-            if self.header.layout != extent.layout:
-                raise BadExtent(f"{extent.path.name}: the header is of another extent")
-            self.file = backend.open(self._fd, extent.path)
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def read_to(self, components: Sequence[Sequence[Buffer]], segment: Segment, layer: int) -> int:
-        """Read one layer of a segment to where its components are to be, in arrays that follow each other: the number
-        of bytes. Raises OSError, also when the file is too short, and ValueError for arrays of another size."""
-        n_bytes, arrays_of = 0, iter(components)
-        for start, end, members in _coalesced(_spans(segment, layer)):
-            into = [array for _ in members for array in next(arrays_of)]
-            for i in range(0, len(into), _MOST_ARRAYS):
-                some = into[i : i + _MOST_ARRAYS]
-                if os.preadv(self._fd, some, start) < (wanted := sum(array.nbytes for array in some)):
-                    raise OSError(f"{segment.extent.path} ends in the middle of a page")
-                start += wanted
-                n_bytes += wanted
-            if start != end:
-                raise ValueError(f"{start - end:+,} bytes of memory for pages of {segment.extent.path}")
-        return n_bytes
-
-    def close(self) -> None:
-        self.file.close()
-        os.close(self._fd)
-
-
-def _read_segment(
-    file: OpenFile, segment: Segment, layer: int, buffer: Buffer, position: int
-) -> tuple[list[Buffer], int, int]:
-    """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned: an array a component,
-    the next free position, and the bytes that were read. Raises OSError, also when the file is too short."""
-    arrays, n_bytes = [], 0
-    for start, end, members in _coalesced(_spans(segment, layer)):
-        skew = start % ALIGNMENT
-        wanted = align(skew + end - start)
-        got = file.read(buffer[position : position + wanted], start - skew)
-        if got < skew + end - start:
-            raise OSError(f"{segment.extent.path} ends in the middle of a page")
-        n_bytes += got
-        for offset, length in members:
-            first = position + skew + offset - start
-            arrays.append(buffer[first : first + length].reshape(segment.pages, -1))
-        position += wanted
-    return arrays, position, n_bytes
-
-
-def _spans(segment: Segment, layer: int) -> list[tuple[int, int]]:
-    """Where the components of a segment are in one layer: offsets and lengths."""
-    layout = segment.extent.layout
-    components = range(len(layout.geometry.component_bytes))
-    return [layout.component_range(layer, component, segment.slot, segment.pages) for component in components]
-
-
-def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Adjacent (offset, length) spans as one range each: start, end, and the spans in it."""
-    members: list[tuple[int, int]] = []
-    for offset, length in spans:
-        if members and sum(members[-1]) != offset:
-            yield members[0][0], sum(members[-1]), members
-            members = []
-        members.append((offset, length))
-    yield members[0][0], sum(members[-1]), members

@@ -43,6 +43,7 @@ def restored(rank: Rank, restorer: Restorer, names: list[int]) -> set[str]:
     restorer.queue("r", keys(*names), torch.arange(3, 3 + len(names)))
     index = restorer.start()
     failed = restorer.finish(index).failed
+    restorer.drain()
     if not failed:
         for number, name in enumerate(names, 3):
             right = [

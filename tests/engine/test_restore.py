@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from contents import content, drop, expected, key, keys, read, reader_for
 from device import Rank, page_of
 
+from agentstate.pages import handles
+from agentstate.pages.files import open_direct
 from engine_patch.restore import Restorer, RestoreStats, Source
 
 
@@ -54,6 +57,7 @@ def run(restorer: Restorer) -> set[str]:
     layers = released(restorer, index)
     failed = restorer.finish(index).failed
     assert [future.exception(timeout=0) for future in layers] == [None] * len(layers)
+    restorer.drain()
     return failed
 
 
@@ -230,7 +234,8 @@ def test_a_page_that_is_missing_when_it_is_queued_fails_its_request_only(rank: R
     drop(rank.store, key(1))
     queue(restorer, "a", [0, 1, 2], [10, 11, 12])
     queue(restorer, "b", [4, 5], [14, 15])
-    assert run(restorer) == {"a"}
+    found = restorer.finish(restorer.start())
+    assert (found.failed, found.unusable) == ({"a"}, {"a": frozenset(keys(1))})
     assert is_restored(rank, key(4), 14) and is_restored(rank, key(5), 15)
     assert all(is_blank(rank, number) for number in (10, 11, 12))
     assert counted(restorer).pages_failed == 0
@@ -285,8 +290,8 @@ def test_a_request_is_served_again_after_its_unreadable_pages_were_computed_agai
 def test_pages_whose_extent_is_gone_are_not_offered_again(rank: Rank, restorer: Restorer) -> None:
     extent_of(rank, 4).unlink()
     queue(restorer, "a", [4, 5], [14, 15])
-    assert restorer.finish(restorer.start()).failed == {"a"}
-    assert rank.store.prefix_length(keys(4, 5)) < 2
+    assert run(restorer) == {"a"}
+    assert rank.store.prefix_length(keys(4, 5)) == 0
 
 
 def test_an_extent_that_is_gone_fails_the_requests_that_need_it(rank: Rank, restorer: Restorer) -> None:
@@ -374,9 +379,124 @@ def test_nothing_writes_to_the_device_once_a_batch_is_over(rank: Rank, monkeypat
     time.sleep(0.05)
     assert not restorer.landed(index)
     released.set()
-    assert restorer.finish(index).failed == {"a"}
-    assert rank.store.prefix_length(keys(0, 1, 2, 3)) == 0
+    found = restorer.finish(index)
+    assert (found.failed, found.restored, found.unusable) == ({"a"}, None, {})
+    restorer.drain()
+    assert rank.store.prefix_length(keys(0, 1, 2, 3)) == 4, "it was no page's fault"
     restorer.close()
+
+
+@pytest.mark.parametrize("what", ["scatter", "fence", "finish", "after"])
+def test_a_failure_of_the_device_drops_no_page(
+    rank: Rank, restorer: Restorer, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("of this test")
+
+    if what == "scatter" and rank.pages.addressable:
+        pytest.skip("nothing is copied")
+    monkeypatch.setattr(rank.pages if what == "scatter" else rank.pages.inbound, what, fail)
+    queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
+    queue(restorer, "b", [4, 5], [14, 15])
+    index = restorer.start()
+    layers = released(restorer, index)
+    found = restorer.finish(index)
+    assert (found.failed, found.restored, found.unusable) == ({"a", "b"}, None, {})
+    assert all(layer.done() for layer in layers)
+    stats = counted(restorer)
+    assert (stats.pages_failed, stats.requests_failed) == (0, 2)
+    assert rank.store.stats.pages_dropped == 0
+    monkeypatch.undo()
+    queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
+    assert run(restorer) == set()
+    assert all(is_restored(rank, key(page), page + 10) for page in range(4))
+
+
+def test_wrong_pages_are_dropped_at_once_after_the_batch_is_over(
+    rank: Rank, restorer: Restorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, over, calls = rank.store.drop, threading.Event(), []
+
+    def drop(wrong: Iterable[tuple[bytes, int]]) -> int:
+        assert over.wait(30)
+        calls.append(set(wrong))
+        return real(wrong)
+
+    monkeypatch.setattr(rank.store, "drop", drop)
+    for page, layer in [(1, 0), (2, 1), (5, 2)]:
+        flip(rank, page, layer)
+    queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
+    queue(restorer, "b", [4, 5], [14, 15])
+    queue(restorer, "c", [6, 7], [16, 17])
+    index = restorer.start()
+    found = restorer.finish(index)
+    assert found.failed == {"a", "b"}
+    assert found.unusable == {"a": frozenset(keys(1, 2)), "b": frozenset(keys(5))}
+    assert rank.store.stats.pages_dropped == 0
+    over.set()
+    assert counted(restorer).pages_failed == 3
+    assert [{page for page, _ in copies} for copies in calls] == [set(keys(1, 2, 5))]
+    assert [page for page in range(8) if key(page) not in rank.store] == [1, 2, 5]
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, bad: Path, number: int) -> None:
+    """Let an extent not be opened."""
+    real = open_direct
+
+    def refusing(path: Path, flags: int) -> int:
+        if path == bad:
+            raise OSError(number, "of this test")
+        return real(path, flags)
+
+    monkeypatch.setattr(handles, "open_direct", refusing)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EACCES])
+def test_what_could_not_be_opened_is_kept(
+    rank: Rank, restorer: Restorer, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = extent_of(rank, 4)
+    for _ in range(3):
+        refuse(monkeypatch, bad, number)
+        queue(restorer, "a", [0, 1, 4, 5], [10, 11, 14, 15])
+        queue(restorer, "b", [6, 7], [6, 7])
+        found = restorer.finish(restorer.start())
+        assert (found.failed, found.unusable) == ({"a"}, {"a": frozenset()}), "it matches nothing for once"
+        assert is_restored(rank, key(6), 6) and is_restored(rank, key(7), 7)
+        restorer.drain()
+        assert all(page in rank.store for page in keys(*range(8)))
+    stats = counted(restorer)
+    assert (stats.pages_failed, stats.requests_failed) == (0, 3)
+    monkeypatch.undo()
+    queue(restorer, "a", [0, 1, 4, 5], [10, 11, 14, 15])
+    assert run(restorer) == set()
+    assert is_restored(rank, key(4), 14)
+
+
+def test_what_a_drive_does_not_give_back_is_dropped_the_second_time(
+    rank: Rank, restorer: Restorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = extent_of(rank, 4)
+
+    def restore() -> set[str]:
+        queue(restorer, "a", [0, 4, 5], [10, 14, 15])
+        found = restorer.finish(restorer.start())
+        restorer.drain()
+        assert found.unusable == ({"a": frozenset(keys(4, 5))} if found.failed else {})
+        return found.failed
+
+    refuse(monkeypatch, bad, errno.EIO)
+    assert restore() == {"a"}
+    assert rank.store.prefix_length(keys(0, 4, 5)) == 3
+    monkeypatch.undo()
+    assert restore() == set(), "this time it does"
+    refuse(monkeypatch, bad, errno.EIO)
+    assert restore() == {"a"}
+    assert rank.store.prefix_length(keys(0, 4, 5)) == 3
+    assert restore() == {"a"}
+    assert rank.store.prefix_length(keys(0, 4, 5)) == 1
+    stats = counted(restorer)
+    assert (stats.pages_failed, stats.pages_unread) == (2, 4)
 
 
 def test_a_drive_that_does_not_answer_is_not_waited_for(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +552,7 @@ def test_what_is_loaded_ahead_is_in_no_requests_way(rank: Rank, monkeypatch: pyt
     queue(restorer, "a prefetch", [0], [10])
     ahead = restorer.start(ahead=True)
     queue(restorer, "a", [1], [11])
-    assert run(restorer) == set()
+    assert restorer.finish(restorer.start()).failed == set()
     assert is_restored(rank, key(1), 11)
     assert not restorer.landed(ahead)
     answers.set()

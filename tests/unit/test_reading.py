@@ -24,7 +24,7 @@ from agentstate.pages import (
     PageStore,
     Pin,
     Stream,
-    reading,
+    handles,
     staging_memory,
 )
 
@@ -203,7 +203,7 @@ def test_what_has_a_destination_is_read_there(store: PageStore, own: range, chun
         staged = 0
         for layer in range(WIDE.layers):
             for chunk in stream.layer(layer):
-                assert (chunk.wrong, chunk.unread) == ([], [])
+                assert chunk.unusable() == set()
                 for segment, _, arrays in chunk.parts:
                     staged += segment.pages
                     for i, page in enumerate(range(segment.first, segment.first + segment.pages)):
@@ -231,7 +231,7 @@ def test_a_destination_takes_no_staging_and_its_wrong_pages_are_told(store: Page
         stream.hurry(destination)
         chunks = list(chunk for layer in range(2) for chunk in stream.layer(layer))
     assert sorted((chunk.layer, page) for chunk in chunks for page in chunk.wrong) == [(1, 2), (1, 4), (1, 6), (1, 7)]
-    assert [segment.first for chunk in chunks for segment, _ in chunk.unread] == [4, 6, 7]
+    assert [chunk.unread for chunk in chunks] == [[]] * len(chunks)
     good = [page for page in range(12) if page not in (2, 4, 6, 7)]
     assert landed(memory, good, good)
     waiting.close()
@@ -242,14 +242,14 @@ def test_a_destination_takes_no_staging_and_its_wrong_pages_are_told(store: Page
 def test_one_call_reads_to_no_more_places_than_the_system_allows(
     store: PageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_MOST_ARRAYS", 3)
+    monkeypatch.setattr(handles, "_MOST_ARRAYS", 3)
     reader = reader_for(WIDE)
     memory, destination = landing(24, [range(0, 24, 2)], range(12))
     with reader.open(store.pin(keys(*range(12)))) as stream:
         stream.hurry(destination)
         chunks = [chunk for layer in range(2) for chunk in stream.layer(layer)]
     assert sum(chunk.n_bytes for chunk in chunks if not chunk.parts) > 0
-    assert all(not chunk.wrong for chunk in chunks)
+    assert all(not chunk.unusable() for chunk in chunks)
     assert landed(memory, range(0, 24, 2), range(12))
     reader.close()
 
@@ -362,23 +362,13 @@ def test_a_file_that_is_truncated_after_it_was_opened_fails_its_own_chunks_only(
                     found[number, chunk.layer, page] = chunk
     right = expected(store.geometry, requests)
     assert found.keys() == right.keys()
-    failed = {
-        (number, layer, page)
-        for (number, layer, page), chunk in found.items()
-        if any(segment.first <= page < segment.first + segment.pages for segment, _ in chunk.unread)
-    }
-    of_the_page = {
+    failed = {place for place, chunk in found.items() if place[2] in chunk.wrong}
+    assert failed == {
         (number, layer, page) for number, layer, page in right if layer and (number, page) in ((0, 0), (1, 2))
     }
-    assert failed >= of_the_page
     for place in failed:
-        for segment, error in found[place].unread:
-            assert "ends in the middle of a page" in str(error)
-            # No segment failed that does not need the page.
-            assert any(
-                (place[0], place[1], page) in of_the_page
-                for page in range(segment.first, segment.first + segment.pages)
-            )
+        assert found[place].wrong[place[2]].endswith("ends in the middle of a page")
+        assert found[place].unread == []
     damaged = read(reader, requests)
     assert all(damaged[place] == right[place] for place in right if place not in failed)
     reader.close()
@@ -401,10 +391,8 @@ def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypa
         with reader.open(pin) as stream:
             for chunk in stream:
                 needs_bad = number == 0 and chunk.first <= 1 < chunk.first + chunk.count
-                assert [error.errno for _, error in chunk.unread if isinstance(error, OSError)] == (
-                    [errno.EIO] * needs_bad
-                )
-                assert chunk.wrong == [1] * needs_bad
+                assert [error.errno for _, error in chunk.unread] == [errno.EIO] * needs_bad
+                assert (chunk.wrong, chunk.unusable()) == ({}, {1} if needs_bad else set())
                 layers.add(chunk.layer)
         assert layers == set(range(store.geometry.layers))
     assert descriptors() == []

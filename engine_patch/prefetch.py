@@ -55,7 +55,12 @@ class Prefetches:
     def for_request(self, rid: str, keys: Sequence[bytes]) -> None:
         """Begin to read ``keys`` for a request that has just been queued, unless they are being read already."""
         with self._mutex:
-            if rid not in self._requests and self._covering(keys) is None:
+            if rid in self._requests:
+                return
+            if (found := self._covering(keys)) is not None:
+                group, owner = found
+                group[owner].stream.need()
+            else:
                 self._begin(self._requests, rid, keys, None)
 
     def for_session(self, session_id: str, keys: Sequence[bytes], expires_in_s: float) -> Callable[[], float | None]:
@@ -117,7 +122,9 @@ class Prefetches:
         except KeyError:
             return None
         position = {key: page for page, key in enumerate(keys)}
-        ahead = group[owner] = _ReadAhead(self._reader.open(pin), position, expires_s)
+        ahead = group[owner] = _ReadAhead(
+            self._reader.open(pin, background=group is self._sessions), position, expires_s
+        )
         self.stats.issued += 1
         return ahead
 

@@ -22,7 +22,7 @@ from engine_patch.arrivals import Arrivals
 from engine_patch.failures import Unusable
 from engine_patch.prefetch import Prefetches
 from engine_patch.staging import PinnedMemory
-from engine_patch.transfer import DevicePages
+from engine_patch.transfer import CopyLane, DevicePages
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +144,9 @@ class _Load:
 @dataclass
 class _Batch:
     loads: list[_Load]
+    # In the background when no request waits for it.
+    background: bool
+    lane: CopyLane
     ready: Sequence[torch.Event]
     failed: set[str] = field(default_factory=set)
     # Why, by rid: the pages, or None for what is no page's fault.
@@ -192,8 +195,8 @@ class Restorer:
         self._unread: dict[tuple[bytes, int], None] = {}
         self._pending: dict[str, _Load] = {}
         self._batches: dict[int, _Batch] = {}
-        # What is loaded ahead has a thread of its own: a forward must not wait for it.
-        self._queues: dict[bool, _Queue] = {ahead: queue.Queue() for ahead in (False, True)}
+        # What is loaded in the background has a thread of its own, by True: a forward must not wait for it.
+        self._queues: dict[bool, _Queue] = {background: queue.Queue() for background in (False, True)}
         self._threads = [
             threading.Thread(target=self._run, args=(batches,), name="agentstate-restore", daemon=True)
             for batches in self._queues.values()
@@ -201,18 +204,26 @@ class Restorer:
         for thread in self._threads:
             thread.start()
 
-    def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor, source: Source = Source.COLD) -> None:
-        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, if it has not begun before: then
-        ``source`` is host memory."""
+    def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor) -> None:
+        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, if it has not begun before."""
+        self._pending[rid] = self._load(rid, keys, numbers)
+
+    def preload(
+        self, rid: str, keys: list[bytes], numbers: torch.Tensor, ready: Sequence[torch.Event] = ()
+    ) -> int:
+        """Load ``keys`` into the device pages ``numbers`` for no request yet, as a batch of its own, whose index it
+        returns: in no other batch's way, below what requests wait for."""
+        return self._begin([self._load(rid, keys, numbers, background=True)], ready, background=True)
+
+    def _load(self, rid: str, keys: list[bytes], numbers: torch.Tensor, *, background: bool = False) -> _Load:
         if (ahead := self.prefetches.take(keys)) is not None:
             stream, offset = ahead
-            self._pending[rid] = _Load(rid, keys, numbers, stream, Source.HOST, offset)
-            return
+            return _Load(rid, keys, numbers, stream, Source.HOST, offset)
+        source = Source.DEVICE if background else Source.COLD
         try:
-            load = _Load(rid, keys, numbers, self._reader.open(self._store.pin(keys)), source)
+            return _Load(rid, keys, numbers, self._reader.open(self._store.pin(keys), background=background), source)
         except KeyError as missing:
-            load = _Load(rid, keys, numbers, None, source, missing=missing.args)
-        self._pending[rid] = load
+            return _Load(rid, keys, numbers, None, source, missing=missing.args)
 
     def cancel(self, rid: str) -> bool:
         load = self._pending.pop(rid, None)
@@ -220,20 +231,23 @@ class Restorer:
             load.stream.discard()
         return load is not None
 
-    def start(self, ready: Sequence[torch.Event] = (), *, ahead: bool = False) -> int:
+    def start(self, ready: Sequence[torch.Event] = ()) -> int:
         """Start writing everything queued to the device as one batch: its index in ``arrivals``, or -1 when nothing
-        was queued. What is ``ahead`` of any request is in no other batch's way.
+        was queued.
 
         ``ready`` are the events after which the device pages may be written: a forward that was launched before may
         still write a last token into a page that has been freed and given to this batch.
         """
         if not self._pending:
             return -1
-        batch = _Batch(list(self._pending.values()), ready)
-        self._pending = {}
+        loads, self._pending = list(self._pending.values()), {}
+        return self._begin(loads, ready, background=False)
+
+    def _begin(self, loads: list[_Load], ready: Sequence[torch.Event], *, background: bool) -> int:
         index = self.arrivals.begin()
-        self._batches[index] = batch
-        self._queues[ahead].put((index, batch))
+        lane = self._pages.background if background else self._pages.inbound
+        batch = self._batches[index] = _Batch(loads, background, lane, ready)
+        self._queues[background].put((index, batch))
         return index
 
     def landed(self, index: int) -> bool:
@@ -256,7 +270,7 @@ class Restorer:
                 len(failed),
             )
             with batch.landing:
-                self._pages.inbound.finish()
+                batch.lane.finish()
         numbers = torch.cat([load.numbers for load in batch.loads])
         unusable = {rid: frozenset(keys or ()) for rid, keys in batch.unusable.items()} if complete else {}
         writing = late and self._pages.addressable
@@ -295,7 +309,7 @@ class Restorer:
                     for load in batch.loads:
                         closing.callback(load.close)
                     # First, since the staging memory is another stream's after the others.
-                    closing.callback(self._pages.inbound.finish)
+                    closing.callback(batch.lane.finish)
                     self._restore(index, batch)
             except Exception as error:
                 if not isinstance(error, _Abandoned):
@@ -340,9 +354,9 @@ class Restorer:
                 batch.failed.add(load.rid)
                 batch.unusable[load.rid] = set(load.missing)
         loads = [(load, load.stream) for load in batch.loads if load.stream is not None]
-        self._pages.inbound.after(batch.ready)
+        batch.lane.after(batch.ready)
         for load, stream in loads:
-            stream.hurry(load.destination(self._pages))
+            stream.hurry(load.destination(self._pages), background=batch.background)
         for layer in range(self._pages.geometry.layers):
             for load, stream in loads:
                 for chunk in stream.layer(layer):
@@ -350,7 +364,7 @@ class Restorer:
                     self._land(index, batch, load, chunk)
                     load.n_bytes += chunk.n_bytes
                     load.straight += 0 if chunk.parts else chunk.n_bytes
-            self._pages.inbound.finish()
+            batch.lane.finish()
             if layer == 0:
                 first_layer_s = time.perf_counter() - started
             if layer == self._pages.geometry.layers - 1:
@@ -378,8 +392,8 @@ class Restorer:
                 if rows.start < rows.stop:
                     first = segment.first - load.offset
                     numbers = load.numbers[first + rows.start : first + rows.stop]
-                    self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays])
-            chunk.keep_until = self._pages.inbound.fence()
+                    self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays], batch.lane)
+            chunk.keep_until = batch.lane.fence()
 
     def _reject(self, batch: _Batch, load: _Load, unusable: list[int], chunk: Chunk) -> None:
         """A request has failed because of the pages ``unusable`` of its stream."""

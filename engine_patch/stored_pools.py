@@ -24,7 +24,7 @@ from engine_patch.arrivals import Arrivals, LayerGate
 from engine_patch.failures import Failures, together
 from engine_patch.pools import DevicePool
 from engine_patch.quarantine import Quarantine
-from engine_patch.restore import Finished, Restored, RestoredRequest, Restorer, RestoreStats, Source
+from engine_patch.restore import Finished, Restored, RestoredRequest, Restorer, RestoreStats
 from engine_patch.sglang_api import PoolName, PoolTransfer
 from engine_patch.spill import Spiller, SpillStats
 from engine_patch.staging import read_backend
@@ -231,8 +231,7 @@ class StoredPools:
         """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
         own."""
         pool = self._pools[0]
-        pool.restorer.queue(rid, keys, pool.device_pages.page_numbers(slots), Source.DEVICE)
-        return pool.restorer.start(ready, ahead=True)
+        return pool.restorer.preload(rid, keys, pool.device_pages.page_numbers(slots), ready)
 
     def landed(self, index: int) -> bool:
         """Whether a batch of full attention has stopped writing to the device."""

@@ -6,10 +6,11 @@ streams share, and verify them there; every stream is read in layer order, as fa
 So memory is bounded whatever the context's length, a forward can start when its first layer has arrived, and a request
 that still waits can have its first layers in memory already.
 
-Who gets a buffer: the streams that are being consumed (`Stream.hurry`), of these the one that is behind, or hurried
-first, since of several that are consumed together that one is consumed first; then the others, the oldest first, but
-for a few buffers that are kept back for the former. What is consumed frees its buffer, so streams that are consumed
-always advance, and those that wait never keep them from it.
+Who is read first is a matter of its `Urgency`: what a forward waits for before what a queued request will need, and
+what nobody waits for yet last. Of several streams that are consumed, the one that is behind comes first, or hurried
+first, since of several that are consumed together that one is consumed first; of the others, the oldest. The less
+urgent a stream, the more buffers it leaves to others, and one thread at least reads what is more urgent. What is
+consumed frees its buffer, so streams that are consumed always advance, and those that wait never keep them from it.
 
 A stream whose consumer names a `Destination` needs no buffers: what it has not read yet is read to where it is needed,
 and verified there.
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -39,6 +41,19 @@ RANGE_BYTES = 1 << 20
 READ_THREADS = 4
 
 _Free = deque[tuple[Buffer, Callable[[], None] | None]]
+
+
+class Urgency(IntEnum):
+    """Who waits for a stream. Smaller is read first."""
+
+    AWAITED = 0
+    """It is consumed, and a forward waits for it."""
+    DUE = 1
+    """It is read ahead for a request that is queued."""
+    LOADING = 2
+    """It is consumed, and nobody waits for it yet."""
+    IDLE = 3
+    """It is read for what may be asked for some time."""
 
 
 class Part(NamedTuple):
@@ -124,7 +139,16 @@ class LayerwiseReader:
         self._free: _Free = deque(
             (self.staging[i * self.chunk_bytes : (i + 1) * self.chunk_bytes], None) for i in range(count)
         )
-        self._kept_back = max(1, count // 8)
+        # How many buffers streams leave to more urgent ones. One is enough for some progress.
+        kept = max(1, count // 8)
+        self._left = {
+            Urgency.AWAITED: 0,
+            Urgency.DUE: kept,
+            Urgency.LOADING: kept // 2,
+            Urgency.IDLE: min(2 * kept, count - 1),
+        }
+        self._most_in_background = max(1, threads - 1)
+        self._in_background = 0
         self._streams: list[Stream] = []
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="agentstate-close")
         self._lock = threading.Lock()
@@ -137,14 +161,15 @@ class LayerwiseReader:
         for thread in self._threads:
             thread.start()
 
-    def open(self, pin: Pin) -> Stream:
-        """Begin to read the pages of ``pin``, which the stream closes when it is closed."""
+    def open(self, pin: Pin, *, background: bool = False) -> Stream:
+        """Begin to read the pages of ``pin``, which the stream closes when it is closed: in the ``background`` when
+        nobody waits for them yet."""
         pages = -(-len(pin.keys) // len(self._threads))
         a_thread = max(RANGE_BYTES, pages * self.geometry.layer_bytes) + len(pin.segments) * self._padding
         # It is waited for in any case: blocks may be cut.
         first = self._runs(pin.segments, min(a_thread, self.chunk_bytes), block_pages=1)
         others = self._runs(pin.segments, self.chunk_bytes, self.geometry.block_pages)
-        stream = Stream(self, pin, list(first), list(others))
+        stream = Stream(self, pin, list(first), list(others), background)
         with self._lock:
             self._streams.append(stream)
             self._work_to_do.notify_all()
@@ -168,11 +193,25 @@ class LayerwiseReader:
 
     def _job(self) -> Callable[[], None] | None:
         """What a thread that is free now should do."""
-        hurried = [stream for stream in self._streams if stream.hurried and stream.wants is not None]
-        for stream in sorted(hurried, key=lambda stream: stream.wants or 0) + self._streams:
-            if job := stream.job(None if len(self._free) <= (0 if stream.hurried else self._kept_back) else self._free):
-                return job
+        for stream in sorted(self._streams, key=_turn):
+            urgency = stream.urgency
+            if urgency >= Urgency.LOADING and self._in_background >= self._most_in_background:
+                return None
+            if job := stream.job(self._free if len(self._free) > self._left[urgency] else None):
+                return job if urgency < Urgency.LOADING else self._background(job)
         return None
+
+    def _background(self, job: Callable[[], None]) -> Callable[[], None]:
+        self._in_background += 1
+
+        def work() -> None:
+            job()
+            with self._lock:
+                self._in_background -= 1
+                # Others may have been passed over.
+                self._work_to_do.notify_all()
+
+        return work
 
     def _release(self, buffer: Buffer | None, keep_until: Callable[[], None] | None) -> None:
         """Take a buffer back, if there is one. The caller holds the lock."""
@@ -232,9 +271,11 @@ class Stream:
         pin: Pin,
         first: list[tuple[Segment, ...]],
         others: list[tuple[Segment, ...]],
+        background: bool,
     ):
         self.pin = pin
         self.hurried = False
+        self.background = background
         # Chunks that are read or being read, in order, each with its buffer, if it has one.
         self.ahead: deque[tuple[Future[Chunk], Buffer | None]] = deque()
         self._reader = reader
@@ -249,6 +290,12 @@ class Stream:
         reader._handles.enter(self._extents)
         self._taken = 0
         self._total = len(first) + len(others) * (reader.geometry.layers - 1)
+
+    @property
+    def urgency(self) -> Urgency:
+        if self.hurried:
+            return Urgency.LOADING if self.background else Urgency.AWAITED
+        return Urgency.IDLE if self.background else Urgency.DUE
 
     @property
     def wants(self) -> int | None:
@@ -267,7 +314,7 @@ class Stream:
         """Which fraction of it, by chunks, has been read once nothing is being read for it: everything has been, or all
         the memory that it may have is full. None until then."""
         with self._reader._lock:
-            more = self.wants is not None and len(self._reader._free) > self._reader._kept_back
+            more = self.wants is not None and len(self._reader._free) > self._reader._left[self.urgency]
             if more or not all(reading.done() for reading, _ in self.ahead):
                 return None
             return self._taken / self._total
@@ -363,21 +410,28 @@ class Stream:
                 if segment.slot + i in wrong or i >= len(written) or written[i] != key:
                     yield segment.first + i
 
-    def hurry(self, destination: Destination | None = None) -> None:
-        """It is going to be consumed now. What has not been read yet is read to ``destination``, if there is one, which
-        is left alone once every layer has been consumed, or the stream is closed."""
+    def hurry(self, destination: Destination | None = None, *, background: bool = False) -> None:
+        """It is going to be consumed now, in the ``background`` if nobody waits for that. What has not been read yet is
+        read to ``destination``, if there is one, which is left alone once every layer has been consumed, or the stream
+        is closed."""
         with self._reader._lock:
-            self.hurried = True
+            self.hurried, self.background = True, background
             self._destination = destination
             if not self._closed:
                 self._reader._streams.remove(self)
                 self._reader._streams.append(self)
             self._reader._work_to_do.notify_all()
 
+    def need(self) -> None:
+        """A request that is queued is going to need what has been read in the background."""
+        with self._reader._lock:
+            self.background = False
+            self._reader._work_to_do.notify_all()
+
     def __iter__(self) -> Iterator[Chunk]:
         """Every chunk, layer by layer."""
         if not self.hurried:
-            self.hurry()
+            self.hurry(background=self.background)
         for layer in range(self._reader.geometry.layers):
             yield from self.layer(layer)
 
@@ -437,6 +491,10 @@ class Stream:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _turn(stream: Stream) -> tuple[Urgency, int]:
+    return stream.urgency, (stream.wants or 0) if stream.hurried else 0
 
 
 def _fulfil(promise: Future[Any], work: Callable[[], Any]) -> None:

@@ -12,6 +12,7 @@ from contents import content, keys
 from device import LAYERS, Rank, page_of
 
 from agentstate.pages import LayerwiseReader
+from agentstate.pages.reading import Urgency
 from engine_patch.prefetch import Prefetches
 from engine_patch.restore import Restorer
 
@@ -81,6 +82,20 @@ def test_what_is_being_read_is_not_read_twice(ahead: Prefetches) -> None:
     ahead.for_request("c", keys(7, 3))
     ahead.for_request("c", keys(7, 3))
     assert ahead.stats.issued == 2
+
+
+def test_what_a_queued_request_needs_is_no_background_work(ahead: Prefetches) -> None:
+    ahead.for_session("ses", keys(*range(4)), 10)
+    ahead.for_session("other", keys(5, 6), 10)
+    ahead.for_request("a", keys(0, 1))
+    ahead.for_request("b", keys(7))
+    urgency = {}
+    for names in ([0, 1, 2, 3], [5, 6], [7]):
+        found = ahead.take(keys(*names))
+        assert found is not None
+        urgency[names[0]] = found[0].urgency
+        found[0].close()
+    assert urgency == {0: Urgency.DUE, 5: Urgency.IDLE, 7: Urgency.DUE}
 
 
 def test_what_is_not_stored_is_not_begun(ahead: Prefetches) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,8 +134,7 @@ def test_a_batch_tells_what_it_brought_back_and_from_where(rank: Rank, restorer:
     assert all(share.n_bytes >= share.pages * rank.store.geometry.page_bytes for share in restored.requests.values())
     assert restored.n_bytes == sum(share.n_bytes for share in restored.requests.values())
     assert restored.sources == {Source.COLD, Source.HOST}
-    restorer.queue("a prefetch", keys(6), torch.tensor([3]), Source.DEVICE)
-    restored = restorer.finish(restorer.start()).restored
+    restored = restorer.finish(restorer.preload("a prefetch", keys(6), torch.tensor([3]))).restored
     assert restored is not None and restored.sources == {Source.DEVICE}
 
 
@@ -549,8 +549,7 @@ def test_what_is_loaded_ahead_is_in_no_requests_way(rank: Rank, monkeypatch: pyt
 
     restorer = Restorer(rank.store, rank.pages, reader_for(rank.store.geometry, 2))
     monkeypatch.setattr(os, "preadv", hangs)
-    queue(restorer, "a prefetch", [0], [10])
-    ahead = restorer.start(ahead=True)
+    ahead = restorer.preload("a prefetch", keys(0), torch.tensor([10]))
     queue(restorer, "a", [1], [11])
     assert restorer.finish(restorer.start()).failed == set()
     assert is_restored(rank, key(1), 11)
@@ -559,6 +558,35 @@ def test_what_is_loaded_ahead_is_in_no_requests_way(rank: Rank, monkeypatch: pyt
     assert restorer.finish(ahead).failed == set()
     assert is_restored(rank, key(0), 10)
     restorer.close()
+
+
+def test_what_is_loaded_ahead_has_a_lane_of_its_own(
+    rank: Rank, restorer: Restorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+
+    def watch(name: str) -> None:
+        lane = getattr(rank.pages, name)
+        for method in ("after", "fence", "finish"):
+            real = getattr(lane, method)
+            monkeypatch.setattr(lane, method, lambda *of, real=real: (used.append(name), real(*of))[1])
+
+    real_scatter = rank.pages.scatter
+
+    def scatter(*of: Any) -> None:
+        used.append("background" if of[-1] is rank.pages.background else "inbound")
+        real_scatter(*of)
+
+    watch("inbound")
+    watch("background")
+    monkeypatch.setattr(rank.pages, "scatter", scatter)
+    assert restorer.finish(restorer.preload("a prefetch", keys(0, 1), torch.tensor([10, 11]))).failed == set()
+    restorer.drain()
+    assert set(used) == {"background"}
+    used.clear()
+    queue(restorer, "a", [4], [14])
+    assert run(restorer) == set()
+    assert set(used) == {"inbound"}
 
 
 class Held:

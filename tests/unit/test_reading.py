@@ -23,10 +23,12 @@ from agentstate.pages import (
     LayerwiseReader,
     PageStore,
     Pin,
+    PosixBackend,
     Stream,
     handles,
     staging_memory,
 )
+from agentstate.pages.backends import OpenFile
 
 GEOMETRIES = {"MHA": MHA, "MLA": MLA, "WIDE": WIDE}
 
@@ -470,3 +472,92 @@ def test_any_segments_of_any_geometry_come_back(
         assert read(reader, requests) == expected(geometry, requests)
         reader.close()
         store.close()
+
+
+class Gated(PosixBackend):
+    """Reads one range after the other, the first when the gate opens, and tells the names of the extents that were
+    read, in that order."""
+
+    def __init__(self) -> None:
+        self.begun, self.gate = threading.Event(), threading.Event()
+        self.order: list[str] = []
+
+    def open(self, fd: int, path: Path) -> OpenFile:
+        backend, file = self, super().open(fd, path)
+
+        class File(OpenFile):
+            def read(self, into: Any, offset: int) -> int:
+                backend.order.append(path.name)
+                backend.begun.set()
+                assert backend.gate.wait(60)
+                return file.read(into, offset)
+
+            def close(self) -> None:
+                file.close()
+
+        return File()
+
+
+def test_what_is_more_urgent_is_read_first(tmp_path: Path) -> None:
+    """Whatever was asked for before: what a forward waits for, what a queued request needs, what is loaded for no
+    request yet, and what may be asked for some time."""
+    store = PageStore(tmp_path, MARK, MLA)
+    names = {}
+    for page in ("idle", "loading", "due", "promoted", "awaited", "first"):
+        write(store, keys(page))
+        names[store.pin(keys(page)).segments[0].extent.path.name] = page
+    backend = Gated()
+    reader = LayerwiseReader(MLA, staging_bytes=4 << 20, threads=1, chunk_bytes=1, backend=backend)
+    first = reader.open(store.pin(keys("first")), background=True)
+    assert backend.begun.wait(60)
+    streams = {
+        page: reader.open(store.pin(keys(page)), background=page in ("idle", "loading", "promoted"))
+        for page in ("idle", "loading", "promoted", "due", "awaited")
+    }
+    streams["loading"].hurry(background=True)
+    streams["awaited"].hurry()
+    streams["promoted"].need()
+    backend.gate.set()
+    everything = (*streams.values(), first)
+    while any(stream.staged != 1 for stream in everything):
+        time.sleep(0.001)
+    order = [names[name] for name in backend.order]
+    expected_order = [page for page in ("awaited", "promoted", "due", "loading", "first", "idle") for _ in range(2)]
+    expected_order.remove("first")
+    assert order == ["first", *expected_order]
+    for stream in everything:
+        stream.close()
+    reader.close()
+    store.close()
+
+
+def test_a_drive_that_hangs_in_the_background_leaves_a_thread_to_what_is_awaited(store: PageStore) -> None:
+    backend = Gated()
+    reader = LayerwiseReader(store.geometry, staging_bytes=8 << 20, threads=2, chunk_bytes=1, backend=backend)
+    idle = reader.open(store.pin(keys(*range(12))), background=True)
+    assert backend.begun.wait(60)
+    with reader._lock:
+        assert reader._job() is None, "the other thread has nothing to do"
+    stream = reader.open(store.pin(keys(3)))
+    stream.hurry()
+    while len(backend.order) < 2:
+        time.sleep(0.001)
+    backend.gate.set()
+    assert sum(chunk.count for chunk in stream) == store.geometry.layers
+    for one in (stream, idle):
+        one.close()
+    reader.close()
+
+
+@pytest.mark.parametrize("staging_bytes", [1, 1 << 20])
+def test_what_is_loaded_in_the_background_advances_beside_what_waits(store: PageStore, staging_bytes: int) -> None:
+    """Or device memory that it has would be its for ever."""
+    reader = LayerwiseReader(store.geometry, staging_bytes=staging_bytes, threads=2, chunk_bytes=1)
+    waiting = [reader.open(store.pin(keys(*range(12)))) for _ in range(3)]
+    idle = reader.open(store.pin(keys(*range(12))), background=True)
+    with reader.open(store.pin(keys(3, 2, 1)), background=True) as stream:
+        assert sum(chunk.count for chunk in stream) == 3 * store.geometry.layers
+    for one in (*waiting, idle):
+        one.close()
+    assert reader.staged_bytes == 0
+    reader.close()

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from engine_patch.feeds import Source
 from engine_patch.rank import Rank
-from engine_patch.restore import Finished, Restored, Source
+from engine_patch.restore import Finished, Restored
 from engine_patch.sessions import Device
 from engine_patch.sglang_api import PoolName, PoolTransfer, RadixKey, UnifiedCacheLinker
 from engine_patch.stored_pools import keys_of

@@ -9,17 +9,15 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from enum import StrEnum
-from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from agentstate.pages import Chunk, Destination, LayerwiseReader, PageStore, Stream
+from agentstate.pages import Chunk, LayerwiseReader, PageStore
 from agentstate.pages.handles import is_of_drive
 from engine_patch.arrivals import Arrivals
 from engine_patch.failures import Unusable
+from engine_patch.feeds import Feed, Load, Portion, Reading, Source, pieces
 from engine_patch.prefetch import Prefetches
 from engine_patch.staging import PinnedMemory
 from engine_patch.transfer import CopyLane, DevicePages
@@ -52,18 +50,9 @@ class RestoreStats:
     timed_out: int = 0
 
 
-class Source(StrEnum):
-    """Where pages are restored from: ``cold`` is the disk; ``host`` is staging, which they are in or on their way to
-    because they were read ahead or prefetched; ``device`` is the disk too, for no request yet but for a prefetch to
-    the device."""
-
-    COLD = "cold"
-    HOST = "host"
-    DEVICE = "device"
-
-
 class RestoredRequest(NamedTuple):
-    """What one request got back: ``n_bytes`` as they were read, from one source a pool."""
+    """What one request got back: ``n_bytes`` as they were read, those that several requests needed with one of
+    them."""
 
     pages: int
     n_bytes: int
@@ -103,47 +92,9 @@ class Finished(NamedTuple):
 
 
 @dataclass
-class _Load:
-    """One request's restore: its pages are those of ``stream`` from ``offset`` on. ``stream`` is None when a page went
-    ``missing`` between the match and now. Of the ``n_bytes`` that have been read, ``straight`` passed no staging."""
-
-    rid: str
-    keys: list[bytes]
-    numbers: torch.Tensor
-    stream: Stream | None
-    source: Source
-    offset: int = 0
-    n_bytes: int = 0
-    straight: int = 0
-    missing: tuple[bytes, ...] = ()
-
-    def own(self, first: int, count: int) -> slice:
-        """Which of ``count`` pages of the stream, from ``first`` on, are the request's."""
-        return slice(max(0, self.offset - first), max(0, min(count, self.offset + len(self.keys) - first)))
-
-    def destination(self, device: DevicePages) -> Destination | None:
-        """Where its pages go when they can be read there."""
-        if not device.addressable:
-            return None
-        own = range(self.offset, self.offset + len(self.keys))
-
-        @cache
-        def runs(pages: range) -> list[slice]:
-            return device.runs(self.numbers[pages.start - own.start : pages.stop - own.start])
-
-        def rows(layer: int, pages: range) -> list[list[np.ndarray]]:
-            return device.memory(layer, runs(pages))
-
-        return Destination(own, rows)
-
-    def close(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
-
-
-@dataclass
 class _Batch:
-    loads: list[_Load]
+    loads: list[Load]
+    feeds: list[Feed]
     # In the background when no request waits for it.
     background: bool
     lane: CopyLane
@@ -155,6 +106,8 @@ class _Batch:
     wrong: set[tuple[bytes, int]] = field(default_factory=set)
     unread: set[tuple[bytes, int]] = field(default_factory=set)
     restored: Restored | None = None
+    n_bytes: int = 0
+    straight: int = 0
     # Held while pages are copied to the device: none are any more once the batch is abandoned and this was free.
     landing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -175,6 +128,9 @@ class Restorer:
     more. What could not be read is kept, and dropped when the drive fails to give it back in a second restore: a page
     that is never read would cost a recomputation each time. Any other failure is no page's fault, and drops none.
 
+    What several requests of a batch need is read once, and is copied to all of them. A page that must not be used
+    fails all that need it.
+
     Where the device's memory is the host's and aligned (`DevicePages.addressable`), what has not been read when a batch
     starts is read straight into its pages: a bad page's bytes then lie where those of a recomputed request will.
 
@@ -193,7 +149,9 @@ class Restorer:
         self._counting = threading.Lock()
         # Copies of pages that the drive did not give back in one restore; the latest last.
         self._unread: dict[tuple[bytes, int], None] = {}
-        self._pending: dict[str, _Load] = {}
+        self._pending: dict[str, Load] = {}
+        # Of what is pending.
+        self._feeds: list[Feed] = []
         self._batches: dict[int, _Batch] = {}
         # What is loaded in the background has a thread of its own, by True: a forward must not wait for it.
         self._queues: dict[bool, _Queue] = {background: queue.Queue() for background in (False, True)}
@@ -204,31 +162,59 @@ class Restorer:
         for thread in self._threads:
             thread.start()
 
-    def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor) -> None:
-        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, if it has not begun before."""
-        self._pending[rid] = self._load(rid, keys, numbers)
+    def queue(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor) -> None:
+        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, of what is not being read already."""
+        self._pending[rid] = self._load(rid, keys, numbers, self._feeds, Source.COLD)
 
-    def preload(
-        self, rid: str, keys: list[bytes], numbers: torch.Tensor, ready: Sequence[torch.Event] = ()
-    ) -> int:
+    def preload(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor, ready: Sequence[torch.Event] = ()) -> int:
         """Load ``keys`` into the device pages ``numbers`` for no request yet, as a batch of its own, whose index it
         returns: in no other batch's way, below what requests wait for."""
-        return self._begin([self._load(rid, keys, numbers, background=True)], ready, background=True)
+        feeds: list[Feed] = []
+        return self._begin([self._load(rid, keys, numbers, feeds, Source.DEVICE)], feeds, ready, background=True)
 
-    def _load(self, rid: str, keys: list[bytes], numbers: torch.Tensor, *, background: bool = False) -> _Load:
-        if (ahead := self.prefetches.take(keys)) is not None:
-            stream, offset = ahead
-            return _Load(rid, keys, numbers, stream, Source.HOST, offset)
-        source = Source.DEVICE if background else Source.COLD
-        try:
-            return _Load(rid, keys, numbers, self._reader.open(self._store.pin(keys), background=background), source)
-        except KeyError as missing:
-            return _Load(rid, keys, numbers, None, source, missing=missing.args)
+    def _load(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor, feeds: list[Feed], source: Source) -> Load:
+        """A load that is fed by ``feeds``, by what has been read ahead, and by streams of its own; the latter two are
+        entered in ``feeds``."""
+        load = Load(rid, keys, numbers)
+        before = {id(feed.reading): feed for feed in feeds}
+        for joined in pieces(keys, [feed.reading for feed in feeds]):
+            if joined.reading is not None:
+                before[id(joined.reading)].join(load, joined)
+                continue
+            first = joined.pages.start
+            for piece in self.prefetches.take(keys[first : joined.pages.stop]):
+                own = piece._replace(pages=range(first + piece.pages.start, first + piece.pages.stop))
+                if own.reading is None:
+                    try:
+                        pin = self._store.pin(keys[own.pages.start : own.pages.stop])
+                    except KeyError as missing:
+                        load.missing += missing.args
+                        continue
+                    reading = Reading(self._reader.open(pin, background=source is Source.DEVICE))
+                    feed = Feed(reading, source)
+                elif (known := before.get(id(own.reading))) is not None:
+                    feed = known
+                else:
+                    feed = Feed(own.reading, Source.HOST)
+                if id(feed.reading) not in before:
+                    before[id(feed.reading)] = feed
+                    feeds.append(feed)
+                feed.join(load, own)
+        if load.missing:
+            self._leave(load, feeds)
+        return load
+
+    def _leave(self, load: Load, feeds: list[Feed]) -> None:
+        """Nothing is read for a load any more."""
+        for feed in list(feeds):
+            if not feed.leave(load):
+                feeds.remove(feed)
+                feed.stream.discard()
 
     def cancel(self, rid: str) -> bool:
         load = self._pending.pop(rid, None)
-        if load is not None and load.stream is not None:
-            load.stream.discard()
+        if load is not None:
+            self._leave(load, self._feeds)
         return load is not None
 
     def start(self, ready: Sequence[torch.Event] = ()) -> int:
@@ -241,12 +227,13 @@ class Restorer:
         if not self._pending:
             return -1
         loads, self._pending = list(self._pending.values()), {}
-        return self._begin(loads, ready, background=False)
+        feeds, self._feeds = self._feeds, []
+        return self._begin(loads, feeds, ready, background=False)
 
-    def _begin(self, loads: list[_Load], ready: Sequence[torch.Event], *, background: bool) -> int:
+    def _begin(self, loads: list[Load], feeds: list[Feed], ready: Sequence[torch.Event], *, background: bool) -> int:
         index = self.arrivals.begin()
         lane = self._pages.background if background else self._pages.inbound
-        batch = self._batches[index] = _Batch(loads, background, lane, ready)
+        batch = self._batches[index] = _Batch(loads, feeds, background, lane, ready)
         self._queues[background].put((index, batch))
         return index
 
@@ -306,8 +293,8 @@ class Restorer:
             index, batch = item
             try:
                 with ExitStack() as closing:
-                    for load in batch.loads:
-                        closing.callback(load.close)
+                    for feed in batch.feeds:
+                        closing.callback(feed.stream.close)
                     # First, since the staging memory is another stream's after the others.
                     closing.callback(batch.lane.finish)
                     self._restore(index, batch)
@@ -350,20 +337,21 @@ class Restorer:
     def _restore(self, index: int, batch: _Batch) -> None:
         started, first_layer_s = time.perf_counter(), 0.0
         for load in batch.loads:
-            if load.stream is None:
+            if load.missing:
                 batch.failed.add(load.rid)
                 batch.unusable[load.rid] = set(load.missing)
-        loads = [(load, load.stream) for load in batch.loads if load.stream is not None]
         batch.lane.after(batch.ready)
-        for load, stream in loads:
-            stream.hurry(load.destination(self._pages), background=batch.background)
+        for feed in batch.feeds:
+            feed.hurry(self._pages, background=batch.background)
         for layer in range(self._pages.geometry.layers):
-            for load, stream in loads:
-                for chunk in stream.layer(layer):
+            for feed in batch.feeds:
+                for chunk in feed.stream.layer(layer):
                     self._require_wanted(index)
-                    self._land(index, batch, load, chunk)
-                    load.n_bytes += chunk.n_bytes
-                    load.straight += 0 if chunk.parts else chunk.n_bytes
+                    self._land(index, batch, feed, chunk)
+                    batch.n_bytes += chunk.n_bytes
+                    batch.straight += chunk.n_bytes if chunk.straight else 0
+                    if (fed := feed.fed_by(chunk)) is not None:
+                        fed.n_bytes += chunk.n_bytes
             batch.lane.finish()
             if layer == 0:
                 first_layer_s = time.perf_counter() - started
@@ -377,62 +365,60 @@ class Restorer:
         if self.arrivals.abandoned(index):
             raise _Abandoned
 
-    def _land(self, index: int, batch: _Batch, load: _Load, chunk: Chunk) -> None:
-        """Write what a chunk has of the request's pages to the device, unless one must not be used."""
-        # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
-        own = range(load.offset, load.offset + len(load.keys))
-        if unusable := sorted(page for page in chunk.unusable() if page in own):
-            self._reject(batch, load, unusable, chunk)
-        if load.rid in batch.failed:
-            return
+    def _land(self, index: int, batch: _Batch, feed: Feed, chunk: Chunk) -> None:
+        """Write what a chunk has of each request's pages to the device, unless one must not be used."""
+        if unusable := chunk.unusable():
+            for portion in feed.portions:
+                # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
+                if bad := sorted(page for page in unusable if page in portion.pages):
+                    self._reject(batch, feed, portion, bad, chunk)
         with batch.landing:
             self._require_wanted(index)
-            for segment, _, arrays in chunk.parts:
-                rows = load.own(segment.first, segment.pages)
-                if rows.start < rows.stop:
-                    first = segment.first - load.offset
-                    numbers = load.numbers[first + rows.start : first + rows.stop]
-                    self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays], batch.lane)
+            for portion in feed.portions:
+                if portion.load.rid not in batch.failed:
+                    for numbers, rows in feed.rows(portion, chunk):
+                        self._pages.scatter(chunk.layer, numbers, rows, batch.lane)
             chunk.keep_until = batch.lane.fence()
 
-    def _reject(self, batch: _Batch, load: _Load, unusable: list[int], chunk: Chunk) -> None:
-        """A request has failed because of the pages ``unusable`` of its stream."""
-        assert load.stream is not None
+    def _reject(self, batch: _Batch, feed: Feed, portion: Portion, bad: list[int], chunk: Chunk) -> None:
+        """A request has failed because of the pages ``bad`` of a feed."""
+        load, pin = portion.load, feed.stream.pin
         batch.failed.add(load.rid)
+        batch.wrong.update(pin.copies(page for page in bad if page in chunk.wrong))
         keys = batch.unusable.setdefault(load.rid, set())
-        if any(not is_of_drive(error) for _, error in chunk.unread):
-            batch.unusable[load.rid] = None
-        elif keys is not None:
-            keys.update(load.keys[page - load.offset] for page in unusable)
-        batch.wrong.update(load.stream.pin.copies(page for page in unusable if page in chunk.wrong))
-        reason = chunk.wrong.get(unusable[0], "")
+        if keys is not None:
+            keys.update(pin.keys[page] for page in bad)
+        reason = chunk.wrong.get(bad[0], "")
         for segment, error in chunk.unread:
             pages = range(segment.first, segment.first + segment.pages)
-            if is_of_drive(error):
-                batch.unread.update(load.stream.pin.copies(page for page in unusable if page in pages))
-            if unusable[0] in pages:
+            unread = [page for page in bad if page in pages]
+            if bad[0] in pages:
                 reason = str(error)
+            if unread and is_of_drive(error):
+                batch.unread.update(pin.copies(unread))
+            elif unread:
+                batch.unusable[load.rid] = None
         logger.error(
             "agentstate: %d page(s) of request %s, the first one number %d, are unusable in layer %d (%s); "
             "the request is recomputed",
-            len(unusable),
+            len(bad),
             load.rid,
-            unusable[0] - load.offset,
+            bad[0] - portion.pages.start + portion.first,
             chunk.layer,
             reason,
         )
 
     def _record(self, batch: _Batch, first_layer_s: float, seconds: float) -> Restored | None:
         requests = {
-            load.rid: RestoredRequest(len(load.keys), load.n_bytes, frozenset({load.source}))
+            load.rid: RestoredRequest(len(load.keys), load.n_bytes, frozenset(load.sources))
             for load in batch.loads
             if load.rid not in batch.failed
         }
         with self._counting:
             self.stats.restores += 1
             self.stats.pages_restored += sum(of_request.pages for of_request in requests.values())
-            self.stats.bytes_read += sum(load.n_bytes for load in batch.loads)
-            self.stats.bytes_straight += sum(load.straight for load in batch.loads)
+            self.stats.bytes_read += batch.n_bytes
+            self.stats.bytes_straight += batch.straight
             self.stats.first_layer_s += first_layer_s
             self.stats.seconds += seconds
         return Restored(requests, seconds) if requests else None

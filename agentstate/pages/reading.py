@@ -78,10 +78,10 @@ class Destination(NamedTuple):
 class Chunk:
     """Pages ``[first, first + count)`` of a stream, in layer ``layer``.
 
-    ``parts`` has what was read to staging; what was read to a `Destination` is there. The arrays of ``parts`` are views
-    of a buffer that is reused: valid until the next chunk is asked for, and if the consumer sets ``keep_until`` by
-    then, until that has returned. It is called by the thread that is about to overwrite them. ``n_bytes`` is what came
-    from the drive.
+    ``parts`` has what was read to staging; what is ``straight`` was read to a `Destination`. The arrays of ``parts``
+    are views of a buffer that is reused: valid until the next chunk is asked for, and if the consumer sets
+    ``keep_until`` by then, until that has returned. It is called by the thread that is about to overwrite them.
+    ``n_bytes`` is what came from the drive.
 
     Two kinds of pages must not be used. ``wrong`` are those whose bytes are not what was written, or never will be
     read again, since their extent is gone, cut off or no extent: with the reason, for good. ``unread`` are segments
@@ -96,6 +96,7 @@ class Chunk:
     unread: list[tuple[Segment, OSError]] = field(default_factory=list)
     n_bytes: int = 0
     keep_until: Callable[[], None] | None = None
+    straight: bool = False
 
     def unread_pages(self) -> Iterator[int]:
         """The pages of the segments that were not read."""
@@ -284,7 +285,9 @@ class Stream:
         self._first, self._others = first, others
         self._first_missing = len(first)
         self._closed = False
-        self._destination: Destination | None = None
+        self._destinations: Sequence[Destination] = ()
+        # The pages that the consumer wants; None for all.
+        self._wanted: Sequence[range] | None = None
         self._reading_begun = threading.Condition(reader._lock)
         self._extents = list({segment.extent.path: segment.extent for segment in pin.segments}.values())
         reader._handles.enter(self._extents)
@@ -327,8 +330,9 @@ class Stream:
         layer, run = self._next()
         chunk = Chunk(layer, run[0].first, sum(segment.pages for segment in run))
         buffer: Buffer | None = None
-        if self._destination is not None:
-            read = partial(self._read_to, self._destination, chunk, run)
+        if self._destinations:
+            chunk.straight = True
+            read = partial(self._read_to, self._destinations, chunk, run)
         elif free:
             buffer, free_after = free.pop()
             read = partial(self._read, buffer, free_after, chunk, run)
@@ -356,8 +360,8 @@ class Stream:
     ) -> Chunk:
         if free_after is not None:
             free_after()
-        position = 0
-        for segment in run:
+        position, wanted = 0, self._wanted
+        for segment in run if wanted is None else _within(run, wanted):
             with self._reported(chunk, segment), self._reader._handles.reading(segment.extent) as handle:
                 arrays, position, n_bytes = patiently(partial(handle.read, segment, chunk.layer, buffer, position))
                 chunk.n_bytes += n_bytes
@@ -366,17 +370,13 @@ class Stream:
                 chunk.parts.append(Part(segment, handle.header, arrays))
         return chunk
 
-    def _read_to(self, destination: Destination, chunk: Chunk, run: tuple[Segment, ...]) -> Chunk:
-        for segment in run:
-            first = max(segment.first, destination.pages.start)
-            pages = min(segment.first + segment.pages, destination.pages.stop) - first
-            if pages <= 0:
-                continue
-            own = segment._replace(slot=segment.slot + first - segment.first, pages=pages, first=first)
-            rows = destination.rows(chunk.layer, range(first, first + pages))
-            with self._reported(chunk, own), self._reader._handles.reading(own.extent) as handle:
-                chunk.n_bytes += patiently(partial(handle.read_to, rows, own, chunk.layer))
-                self._verify(chunk, own, handle.header, rows)
+    def _read_to(self, destinations: Sequence[Destination], chunk: Chunk, run: tuple[Segment, ...]) -> Chunk:
+        for destination in destinations:
+            for own in _within(run, [destination.pages]):
+                rows = destination.rows(chunk.layer, range(own.first, own.first + own.pages))
+                with self._reported(chunk, own), self._reader._handles.reading(own.extent) as handle:
+                    chunk.n_bytes += patiently(partial(handle.read_to, rows, own, chunk.layer))
+                    self._verify(chunk, own, handle.header, rows)
         return chunk
 
     @contextmanager
@@ -410,13 +410,22 @@ class Stream:
                 if segment.slot + i in wrong or i >= len(written) or written[i] != key:
                     yield segment.first + i
 
-    def hurry(self, destination: Destination | None = None, *, background: bool = False) -> None:
-        """It is going to be consumed now, in the ``background`` if nobody waits for that. What has not been read yet is
-        read to ``destination``, if there is one, which is left alone once every layer has been consumed, or the stream
-        is closed."""
+    def hurry(
+        self,
+        destinations: Sequence[Destination] = (),
+        *,
+        wanted: Sequence[range] | None = None,
+        background: bool = False,
+    ) -> None:
+        """It is going to be consumed now, in the ``background`` if nobody waits for that.
+
+        What has not been read yet is read to ``destinations``, if there are any, which have no page in common, and are
+        left alone once every layer has been consumed, or the stream is closed. Of the other pages only those that are
+        ``wanted`` are read.
+        """
         with self._reader._lock:
             self.hurried, self.background = True, background
-            self._destination = destination
+            self._destinations, self._wanted = destinations, wanted
             if not self._closed:
                 self._reader._streams.remove(self)
                 self._reader._streams.append(self)
@@ -484,13 +493,24 @@ class Stream:
             for reading, buffer in self.ahead:
                 self._reader._release(buffer, reading.result().keep_until if reading.exception() is None else None)
             self.ahead.clear()
-            self._destination = None
+            self._destinations = ()
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _within(run: Sequence[Segment], ranges: Sequence[range]) -> Iterator[Segment]:
+    """What of the segments of a run is in any of ``ranges``, in the order of the run, and no page twice."""
+    for segment in run:
+        at, end = segment.first, segment.first + segment.pages
+        for pages in sorted(ranges, key=lambda pages: pages.start):
+            first, last = max(at, pages.start), min(end, pages.stop)
+            if first < last:
+                yield segment._replace(slot=segment.slot + first - segment.first, pages=last - first, first=first)
+                at = last
 
 
 def _turn(stream: Stream) -> tuple[Urgency, int]:

@@ -201,7 +201,7 @@ def test_what_has_a_destination_is_read_there(store: PageStore, own: range, chun
     with reader.open(store.pin(keys(*range(12)))) as stream:
         while ahead and stream.staged is None:
             time.sleep(0.001)
-        stream.hurry(destination)
+        stream.hurry([destination])
         staged = 0
         for layer in range(WIDE.layers):
             for chunk in stream.layer(layer):
@@ -220,6 +220,50 @@ def test_what_has_a_destination_is_read_there(store: PageStore, own: range, chun
 
 
 @pytest.mark.parametrize("store", ["WIDE"], indirect=True)
+def test_what_the_consumer_does_not_want_is_not_read(store: PageStore) -> None:
+    """But for what had been read before it said so."""
+    reader = LayerwiseReader(WIDE, staging_bytes=1, threads=2)
+    with reader.open(store.pin(keys(*range(12)))) as stream:
+        while stream.staged is None:
+            time.sleep(0.001)
+        stream.hurry(wanted=[range(5, 8), range(2, 3), range(6, 10)])
+        found = [
+            (chunk.layer, page, arrays[1][page - segment.first].tobytes())
+            for layer in range(WIDE.layers)
+            for chunk in stream.layer(layer)
+            for segment, _, arrays in chunk.parts
+            for page in range(segment.first, segment.first + segment.pages)
+        ]
+    # One page was there before, in the only buffer that is not kept back.
+    assert [place[:2] for place in found] == [
+        (layer, page) for layer in range(WIDE.layers) for page in ([] if layer else [0]) + [2, 5, 6, 7, 8, 9]
+    ]
+    assert all(data == content(WIDE, key(page), layer, 1) for layer, page, data in found)
+    reader.close()
+
+
+@pytest.mark.parametrize("store", ["WIDE"], indirect=True)
+def test_pages_of_several_destinations_are_read_to_each(store: PageStore) -> None:
+    reader = reader_for(WIDE, 40_000)
+    memories = [landing(20, [range(3, 8)], range(5)), landing(20, [range(9, 12)], range(8, 11))]
+    with reader.open(store.pin(keys(*range(12)))) as stream:
+        while stream.staged is None:
+            time.sleep(0.001)
+        staged = stream._taken
+        stream.hurry([destination for _, destination in memories])
+        chunks = [chunk for layer in range(WIDE.layers) for chunk in stream.layer(layer)]
+        assert [chunk.straight for chunk in chunks] == [number >= staged for number in range(len(chunks))]
+    assert not any(chunk.unusable() for chunk in chunks)
+    last = WIDE.layers - 1
+    for (memory, destination), first in zip(memories, (3, 9), strict=True):
+        for number, page in enumerate(destination.pages, first):
+            assert memory[last, 0, number].tobytes() == content(WIDE, key(page), last, 0)
+        others = set(range(20)) - set(range(first, first + len(destination.pages)))
+        assert not memory[:, :, sorted(others)].any()
+    reader.close()
+
+
+@pytest.mark.parametrize("store", ["WIDE"], indirect=True)
 def test_a_destination_takes_no_staging_and_its_wrong_pages_are_told(store: PageStore) -> None:
     reader = LayerwiseReader(WIDE, staging_bytes=1, threads=3)
     waiting = reader.open(store.pin(keys(*range(12))))
@@ -230,7 +274,7 @@ def test_a_destination_takes_no_staging_and_its_wrong_pages_are_told(store: Page
     os.truncate(cut.path, cut.layout.component_range(1, 0, 0, 1)[0])
     memory, destination = landing(12, [range(12)], range(12))
     with reader.open(store.pin(keys(*range(12)))) as stream:
-        stream.hurry(destination)
+        stream.hurry([destination])
         chunks = list(chunk for layer in range(2) for chunk in stream.layer(layer))
     assert sorted((chunk.layer, page) for chunk in chunks for page in chunk.wrong) == [(1, 2), (1, 4), (1, 6), (1, 7)]
     assert [chunk.unread for chunk in chunks] == [[]] * len(chunks)
@@ -248,7 +292,7 @@ def test_one_call_reads_to_no_more_places_than_the_system_allows(
     reader = reader_for(WIDE)
     memory, destination = landing(24, [range(0, 24, 2)], range(12))
     with reader.open(store.pin(keys(*range(12)))) as stream:
-        stream.hurry(destination)
+        stream.hurry([destination])
         chunks = [chunk for layer in range(2) for chunk in stream.layer(layer)]
     assert sum(chunk.n_bytes for chunk in chunks if not chunk.parts) > 0
     assert all(not chunk.unusable() for chunk in chunks)

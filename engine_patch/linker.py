@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from engine_patch.feeds import Source
 from engine_patch.rank import Rank
-from engine_patch.restore import Finished, Restored, Source
+from engine_patch.restore import Finished, Restored
 from engine_patch.sessions import Device
 from engine_patch.sglang_api import PoolName, PoolTransfer, RadixKey, UnifiedCacheLinker
 from engine_patch.stored_pools import keys_of
@@ -57,12 +58,12 @@ class AgentStateLinker(UnifiedCacheLinker):
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every restorable prefix length, in pages; none where computing the longest one is faster (`BreakEven`), or
-        while the drive does not answer."""
+        while the drive does not answer. After a failed restore of the request, those before what failed."""
         if not self.restores:
             return []
         full = next(transfer for transfer in transfers if transfer.name == PoolName.KV)
         keys = keys_of(full)
-        lengths = self._pools.restorable(keys)
+        lengths = self._pools.restorable_for(rid, keys)
         if self._rank.settings.break_even and lengths and self._is_computed(rid, keys[: lengths[-1]]):
             return []
         return lengths

@@ -27,7 +27,8 @@ _COUNTERS = {
     ("restore", "bytes_straight"): ("straight_read_bytes", "Of these, those that were read straight into the KV pool."),
     ("restore", "seconds"): ("restore_seconds", "Time in which pages were restored."),
     ("restore", "first_layer_s"): ("first_layer_seconds", "Time until the first layer of a restore was there."),
-    ("restore", "pages_failed"): ("failed_pages", "Pages that were read and not used: damaged or unreadable."),
+    ("restore", "pages_failed"): ("failed_pages", "Pages that were dropped because they were damaged or unreadable."),
+    ("restore", "pages_unread"): ("unread_pages", "Pages that could not be read this time, and were kept."),
     ("restore", "requests_failed"): (
         "recomputed_requests",
         "Requests recomputed because a page failed or did not come.",

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from agentstate.pages import LayerwiseReader, PageStore, Stream
+from agentstate.pages import LayerwiseReader, PageStore, Pin
+from engine_patch.feeds import Piece, Reading, pieces
 
 
 @dataclass
@@ -21,14 +22,11 @@ class PrefetchStats:
     wasted: int = 0
 
 
-@dataclass
-class _ReadAhead:
-    """A stream that somebody asked for. ``used`` is whether it is a request's by now, None while it is neither that
-    nor abandoned."""
+class _ReadAhead(Reading):
+    """A stream that ``claims`` owners asked for. ``used`` is whether it is a request's by now, None while it is neither
+    that nor abandoned."""
 
-    stream: Stream
-    position: dict[bytes, int]
-    expires_s: float | None
+    claims = 0
     used: bool | None = None
 
     def fraction(self) -> float | None:
@@ -36,11 +34,34 @@ class _ReadAhead:
         return self.stream.staged if self.used is None else float(self.used)
 
 
-class Prefetches:
-    """Streams by who asked for them: a waiting request by its rid, a session by its id.
+@dataclass
+class _Claim:
+    """What one owner asked for, in the readings that read it, with how many of the pages each of them reads."""
 
-    A stream takes staging memory as the reader grants it and keeps it until it is used or abandoned, so every one has
-    an end: that of a request when the request leaves the queue, that of a session by time. Thread-safe.
+    keys: Sequence[bytes]
+    expires_s: float | None
+    parts: list[tuple[_ReadAhead, int]]
+
+    @property
+    def whole(self) -> bool:
+        return all(reading.used is None for reading, _ in self.parts)
+
+    def fraction(self) -> float | None:
+        fractions = [(reading.fraction(), pages) for reading, pages in self.parts]
+        known = [fraction * pages for fraction, pages in fractions if fraction is not None]
+        return sum(known) / len(self.keys) if len(known) == len(fractions) else None
+
+
+_Claims = dict[str, _Claim]
+
+
+class Prefetches:
+    """Streams by who asked for them: a waiting request by its rid, a session by its id. What several ask for is read
+    once.
+
+    A stream takes staging memory as the reader grants it and keeps it until it is used or abandoned, so every claim has
+    an end: that of a request when the request leaves the queue, that of a session by time. A stream is abandoned with
+    the last claim. Thread-safe.
     """
 
     def __init__(self, store: PageStore, reader: LayerwiseReader, clock: Callable[[], float] = time.monotonic):
@@ -49,91 +70,115 @@ class Prefetches:
         self._reader = reader
         self._clock = clock
         self._mutex = threading.Lock()
-        self._requests: dict[str, _ReadAhead] = {}
-        self._sessions: dict[str, _ReadAhead] = {}
+        self._readings: list[_ReadAhead] = []
+        self._requests: _Claims = {}
+        self._sessions: _Claims = {}
 
     def for_request(self, rid: str, keys: Sequence[bytes]) -> None:
-        """Begin to read ``keys`` for a request that has just been queued, unless they are being read already."""
+        """Begin to read those of ``keys`` for a request that has just been queued that are not being read already."""
         with self._mutex:
-            if rid not in self._requests and self._covering(keys) is None:
-                self._begin(self._requests, rid, keys, None)
+            if rid not in self._requests:
+                self._claim(self._requests, rid, keys, None)
 
     def for_session(self, session_id: str, keys: Sequence[bytes], expires_in_s: float) -> Callable[[], float | None]:
         """Begin to read ``keys``, a session's chain, or go on with that: what tells which fraction of it is in memory
         once there will not be more, because it is all there, or the memory is full; None until then. All of it is
         where it is wanted when a request has it, and nothing when it was abandoned, or is not stored (any more)."""
         with self._mutex:
-            ahead = self._sessions.get(session_id)
-            if ahead is not None and list(ahead.position) == list(keys):
-                ahead.expires_s = self._clock() + expires_in_s
-                return ahead.fraction
-            self._abandon(self._sessions, session_id)
-            ahead = self._begin(self._sessions, session_id, keys, self._clock() + expires_in_s)
-            return (lambda: 0.0) if ahead is None else ahead.fraction
+            claim, expires_s = self._sessions.get(session_id), self._clock() + expires_in_s
+            if claim is not None and claim.whole and list(claim.keys) == list(keys):
+                claim.expires_s = expires_s
+                return claim.fraction
+            new = self._claim(self._sessions, session_id, keys, expires_s)
+            # Only now: they may have most of it in common.
+            self._release(claim)
+            if new is None:
+                self._sessions.pop(session_id, None)
+                return lambda: 0.0
+            return new.fraction
 
     def covers(self, keys: Sequence[bytes]) -> bool:
-        """Whether `take` would find a stream."""
+        """Whether all of ``keys`` are being read."""
+        first = 0
         with self._mutex:
-            return self._covering(keys) is not None
+            while first < len(keys):
+                pages = max((reading.common(keys, first)[0] for reading in self._readings), default=0)
+                if not pages:
+                    return False
+                first += pages
+        return True
 
-    def take(self, keys: Sequence[bytes]) -> tuple[Stream, int] | None:
-        """The stream that reads ``keys``, which is the caller's from now on, and the position of the first of them in
-        it."""
+    def take(self, keys: Sequence[bytes]) -> list[Piece]:
+        """``keys`` in pieces, by the streams that read them, which are the caller's from now on."""
         with self._mutex:
-            found = self._covering(keys)
-            if found is None:
-                return None
-            group, owner = found
-            ahead = group.pop(owner)
-            ahead.used = True
-            self.stats.used += 1
-            return ahead.stream, ahead.position[keys[0]]
+            found = pieces(keys, self._readings)
+            for reading in {id(piece.reading): piece.reading for piece in found}.values():
+                if isinstance(reading, _ReadAhead):
+                    self._readings.remove(reading)
+                    reading.used = True
+                    self.stats.used += 1
+            for claims in (self._requests, self._sessions):
+                for owner in [owner for owner, claim in claims.items() if not any(_unused(claim))]:
+                    del claims[owner]
+            return found
 
     def tidy(self, waiting: Collection[str]) -> None:
         """Abandon what was read for requests that are not ``waiting`` any more, and what has expired."""
         with self._mutex:
-            for rid in [rid for rid in self._requests if rid not in waiting]:
-                self._abandon(self._requests, rid)
+            for rid in self._requests.keys() - set(waiting):
+                self._release(self._requests.pop(rid))
             now = self._clock()
-            for session in [name for name, ahead in self._sessions.items() if ahead.expires_s <= now]:
-                self._abandon(self._sessions, session)
+            expired = [owner for owner, claim in self._sessions.items() if (claim.expires_s or 0) <= now]
+            for session in expired:
+                self._release(self._sessions.pop(session))
 
     def __len__(self) -> int:
         """How many streams there are."""
-        return len(self._requests) + len(self._sessions)
+        return len(self._readings)
 
     def clear(self) -> None:
         """Abandon everything."""
         with self._mutex:
-            for group in (self._requests, self._sessions):
-                for owner in list(group):
-                    self._abandon(group, owner)
+            for claims in (self._requests, self._sessions):
+                while claims:
+                    self._release(claims.popitem()[1])
 
-    def _begin(
-        self, group: dict[str, _ReadAhead], owner: str, keys: Sequence[bytes], expires_s: float | None
-    ) -> _ReadAhead | None:
+    def _claim(self, claims: _Claims, owner: str, keys: Sequence[bytes], expires_s: float | None) -> _Claim | None:
+        """Enter a claim in place of the owner's last; None when not all of ``keys`` are stored."""
+        plan = pieces(keys, self._readings)
+        pins: dict[int, Pin] = {}
         try:
-            pin = self._store.pin(keys)
+            for piece in plan:
+                if piece.reading is None:
+                    pins[piece.pages.start] = self._store.pin(keys[piece.pages.start : piece.pages.stop])
         except KeyError:
+            for pin in pins.values():
+                pin.close()
             return None
-        position = {key: page for page, key in enumerate(keys)}
-        ahead = group[owner] = _ReadAhead(self._reader.open(pin), position, expires_s)
-        self.stats.issued += 1
-        return ahead
+        claim = claims[owner] = _Claim(keys, expires_s, [])
+        for piece in plan:
+            reading = piece.reading
+            if not isinstance(reading, _ReadAhead):
+                stream = self._reader.open(pins[piece.pages.start], background=claims is self._sessions)
+                reading = _ReadAhead(stream)
+                self._readings.append(reading)
+                self.stats.issued += 1
+            elif claims is self._requests:
+                reading.stream.need()
+            reading.claims += 1
+            claim.parts.append((reading, len(piece.pages)))
+        return claim
 
-    def _covering(self, keys: Sequence[bytes]) -> tuple[dict[str, _ReadAhead], str] | None:
-        for group in (self._requests, self._sessions):
-            for owner, ahead in group.items():
-                first = ahead.position.get(keys[0])
-                # A key covers everything before it: chains that share their last page share all before.
-                if first is not None and ahead.position.get(keys[-1]) == first + len(keys) - 1:
-                    return group, owner
-        return None
+    def _release(self, claim: _Claim | None) -> None:
+        for reading in _unused(claim) if claim is not None else ():
+            reading.claims -= 1
+            if not reading.claims:
+                self._readings.remove(reading)
+                reading.used = False
+                # Whoever asks for it must not wait for a drive.
+                reading.stream.discard()
+                self.stats.wasted += 1
 
-    def _abandon(self, group: dict[str, _ReadAhead], owner: str) -> None:
-        ahead = group.pop(owner, None)
-        if ahead is not None:
-            ahead.used = False
-            # Whoever asks for it must not wait for a drive.
-            ahead.stream.discard()
-            self.stats.wasted += 1
+
+def _unused(claim: _Claim) -> Iterator[_ReadAhead]:
+    return (reading for reading, _ in claim.parts if reading.used is None)

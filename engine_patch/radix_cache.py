@@ -4,7 +4,7 @@ How a failed restore is recomputed. The forward has run on slots that were not f
 seen. The request is marked as finished with that output discarded, which is the one state in which all of SGLang's
 result processing (logprobs, hidden states, overlap scheduling) drops an output without touching its neighbours in the
 batch; and as already streamed, so that no client hears of it. Once no batch holds it any more, it is made new and
-queued again, and its next match ends before the page that failed, because the store has dropped that page. What
+queued again, and its next match ends before the page that failed, or finds nothing if no page did (`Failures`). What
 cannot be made new (`_can_be_renewed`) is aborted with 503, as stock SGLang aborts every request whose load failed.
 """
 
@@ -158,7 +158,11 @@ class AgentStateRadixCache(UnifiedRadixCache):
             scheduler.running_batch.batch_is_full = False
         self.requeue_failed(scheduler)
         self.device_tier.run(scheduler)
-        self.linker.tidy(lambda: {req.rid for req in scheduler.waiting_queue})
+        self.linker.tidy(lambda: self._queued(scheduler))
+
+    def _queued(self, scheduler: Scheduler) -> set[str]:
+        """The requests that are queued, or about to be queued again."""
+        return {req.rid for req in (*scheduler.waiting_queue, *(item.req for item in self._recomputing))}
 
     @property
     def misses_memory(self) -> bool:

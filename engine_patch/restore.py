@@ -6,30 +6,34 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from enum import StrEnum
-from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from agentstate.pages import Chunk, Destination, LayerwiseReader, PageStore, Stream
+from agentstate.pages import Chunk, LayerwiseReader, PageStore
+from agentstate.pages.handles import is_of_drive
 from engine_patch.arrivals import Arrivals
+from engine_patch.failures import Unusable
+from engine_patch.feeds import Feed, Load, Portion, Reading, Source, pieces
 from engine_patch.prefetch import Prefetches
 from engine_patch.staging import PinnedMemory
-from engine_patch.transfer import DevicePages
+from engine_patch.transfer import CopyLane, DevicePages
 
 logger = logging.getLogger(__name__)
+
+# Copies of pages that could not be read, of which it is remembered that they could not.
+_REMEMBERED_UNREAD = 100_000
 
 
 @dataclass
 class RestoreStats:
     """Counters since the engine started. Of ``bytes_read``, ``bytes_straight`` were read to where they are needed and
-    passed no staging. ``pages_failed`` were read and not used: damaged, or not readable; ``timed_out`` are the batches
-    that had not arrived yet when they were abandoned, because a drive did not answer.
+    passed no staging. ``pages_failed`` were damaged, or could not be read in two restores, and were dropped;
+    ``pages_unread`` could not be read this time and were kept; ``timed_out`` are the batches that had not arrived yet
+    when they were abandoned, because a drive did not answer.
     ``first_layer_s`` is how long it took until the first layer of a batch was there, of ``seconds`` in all, and
     ``forward_wait_s`` how long forwards waited for a layer."""
 
@@ -41,22 +45,14 @@ class RestoreStats:
     first_layer_s: float = 0.0
     forward_wait_s: float = 0.0
     pages_failed: int = 0
+    pages_unread: int = 0
     requests_failed: int = 0
     timed_out: int = 0
 
 
-class Source(StrEnum):
-    """Where pages are restored from: ``cold`` is the disk; ``host`` is staging, which they are in or on their way to
-    because they were read ahead or prefetched; ``device`` is the disk too, for no request yet but for a prefetch to
-    the device."""
-
-    COLD = "cold"
-    HOST = "host"
-    DEVICE = "device"
-
-
 class RestoredRequest(NamedTuple):
-    """What one request got back: ``n_bytes`` as they were read, from one source a pool."""
+    """What one request got back: ``n_bytes`` as they were read, those that several requests needed with one of
+    them."""
 
     pages: int
     n_bytes: int
@@ -85,58 +81,33 @@ class Restored:
 class Finished(NamedTuple):
     """The rids whose pages must not be used, and what was restored; None when that is nothing. ``numbers`` are the
     batch's device pages, a tensor a pool; ``writing`` is whether the drive may still write to them: when they are
-    `addressable` and the batch was abandoned."""
+    `addressable` and the batch was abandoned. ``unusable`` are the pages because of which requests failed, by rid:
+    nothing for those that failed for another reason."""
 
     failed: set[str]
     restored: Restored | None = None
     numbers: tuple[torch.Tensor, ...] = ()
     writing: bool = False
-
-
-@dataclass
-class _Load:
-    """One request's restore: its pages are those of ``stream`` from ``offset`` on. ``stream`` is None when a page went
-    missing between the match and now. Of the ``n_bytes`` that have been read, ``straight`` passed no staging."""
-
-    rid: str
-    keys: list[bytes]
-    numbers: torch.Tensor
-    stream: Stream | None
-    source: Source
-    offset: int = 0
-    n_bytes: int = 0
-    straight: int = 0
-
-    def own(self, first: int, count: int) -> slice:
-        """Which of ``count`` pages of the stream, from ``first`` on, are the request's."""
-        return slice(max(0, self.offset - first), max(0, min(count, self.offset + len(self.keys) - first)))
-
-    def destination(self, device: DevicePages) -> Destination | None:
-        """Where its pages go when they can be read there."""
-        if not device.addressable:
-            return None
-        own = range(self.offset, self.offset + len(self.keys))
-
-        @cache
-        def runs(pages: range) -> list[slice]:
-            return device.runs(self.numbers[pages.start - own.start : pages.stop - own.start])
-
-        def rows(layer: int, pages: range) -> list[list[np.ndarray]]:
-            return device.memory(layer, runs(pages))
-
-        return Destination(own, rows)
-
-    def close(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
+    unusable: Unusable = {}
 
 
 @dataclass
 class _Batch:
-    loads: list[_Load]
+    loads: list[Load]
+    feeds: list[Feed]
+    # In the background when no request waits for it.
+    background: bool
+    lane: CopyLane
     ready: Sequence[torch.Event]
     failed: set[str] = field(default_factory=set)
+    # Why, by rid: the pages, or None for what is no page's fault.
+    unusable: dict[str, set[bytes] | None] = field(default_factory=dict)
+    # Copies of pages, as `PageStore.drop` takes them: those that are wrong, and those that the drive did not give back.
+    wrong: set[tuple[bytes, int]] = field(default_factory=set)
+    unread: set[tuple[bytes, int]] = field(default_factory=set)
     restored: Restored | None = None
+    n_bytes: int = 0
+    straight: int = 0
     # Held while pages are copied to the device: none are any more once the batch is abandoned and this was free.
     landing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -153,7 +124,12 @@ class Restorer:
 
     Every page is verified before its layer is released. A request whose page cannot be used fails alone; its
     remaining pages are left out, the other requests of its batch are served, and every layer is released all the
-    same, since the forward waits for the batch.
+    same, since the forward waits for the batch. Pages that are wrong are dropped when nobody waits for the batch any
+    more. What could not be read is kept, and dropped when the drive fails to give it back in a second restore: a page
+    that is never read would cost a recomputation each time. Any other failure is no page's fault, and drops none.
+
+    What several requests of a batch need is read once, and is copied to all of them. A page that must not be used
+    fails all that need it.
 
     Where the device's memory is the host's and aligned (`DevicePages.addressable`), what has not been read when a batch
     starts is read straight into its pages: a bad page's bytes then lie where those of a recomputed request will.
@@ -171,10 +147,14 @@ class Restorer:
         self._reader = reader
         self._pinned = PinnedMemory(reader.staging, pages.device)
         self._counting = threading.Lock()
-        self._pending: dict[str, _Load] = {}
+        # Copies of pages that the drive did not give back in one restore; the latest last.
+        self._unread: dict[tuple[bytes, int], None] = {}
+        self._pending: dict[str, Load] = {}
+        # Of what is pending.
+        self._feeds: list[Feed] = []
         self._batches: dict[int, _Batch] = {}
-        # What is loaded ahead has a thread of its own: a forward must not wait for it.
-        self._queues: dict[bool, _Queue] = {ahead: queue.Queue() for ahead in (False, True)}
+        # What is loaded in the background has a thread of its own, by True: a forward must not wait for it.
+        self._queues: dict[bool, _Queue] = {background: queue.Queue() for background in (False, True)}
         self._threads = [
             threading.Thread(target=self._run, args=(batches,), name="agentstate-restore", daemon=True)
             for batches in self._queues.values()
@@ -182,39 +162,79 @@ class Restorer:
         for thread in self._threads:
             thread.start()
 
-    def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor, source: Source = Source.COLD) -> None:
-        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, if it has not begun before: then
-        ``source`` is host memory."""
-        if (ahead := self.prefetches.take(keys)) is not None:
-            stream, offset = ahead
-            self._pending[rid] = _Load(rid, keys, numbers, stream, Source.HOST, offset)
-            return
-        try:
-            stream = self._reader.open(self._store.pin(keys))
-        except KeyError:
-            stream = None
-        self._pending[rid] = _Load(rid, keys, numbers, stream, source)
+    def queue(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor) -> None:
+        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, of what is not being read already."""
+        self._pending[rid] = self._load(rid, keys, numbers, self._feeds, Source.COLD)
+
+    def preload(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor, ready: Sequence[torch.Event] = ()) -> int:
+        """Load ``keys`` into the device pages ``numbers`` for no request yet, as a batch of its own, whose index it
+        returns: in no other batch's way, below what requests wait for."""
+        feeds: list[Feed] = []
+        return self._begin([self._load(rid, keys, numbers, feeds, Source.DEVICE)], feeds, ready, background=True)
+
+    def _load(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor, feeds: list[Feed], source: Source) -> Load:
+        """A load that is fed by ``feeds``, by what has been read ahead, and by streams of its own; the latter two are
+        entered in ``feeds``."""
+        load = Load(rid, keys, numbers)
+        before = {id(feed.reading): feed for feed in feeds}
+        for joined in pieces(keys, [feed.reading for feed in feeds]):
+            if joined.reading is not None:
+                before[id(joined.reading)].join(load, joined)
+                continue
+            first = joined.pages.start
+            for piece in self.prefetches.take(keys[first : joined.pages.stop]):
+                own = piece._replace(pages=range(first + piece.pages.start, first + piece.pages.stop))
+                if own.reading is None:
+                    try:
+                        pin = self._store.pin(keys[own.pages.start : own.pages.stop])
+                    except KeyError as missing:
+                        load.missing += missing.args
+                        continue
+                    reading = Reading(self._reader.open(pin, background=source is Source.DEVICE))
+                    feed = Feed(reading, source)
+                elif (known := before.get(id(own.reading))) is not None:
+                    feed = known
+                else:
+                    feed = Feed(own.reading, Source.HOST)
+                if id(feed.reading) not in before:
+                    before[id(feed.reading)] = feed
+                    feeds.append(feed)
+                feed.join(load, own)
+        if load.missing:
+            self._leave(load, feeds)
+        return load
+
+    def _leave(self, load: Load, feeds: list[Feed]) -> None:
+        """Nothing is read for a load any more."""
+        for feed in list(feeds):
+            if not feed.leave(load):
+                feeds.remove(feed)
+                feed.stream.discard()
 
     def cancel(self, rid: str) -> bool:
         load = self._pending.pop(rid, None)
-        if load is not None and load.stream is not None:
-            load.stream.discard()
+        if load is not None:
+            self._leave(load, self._feeds)
         return load is not None
 
-    def start(self, ready: Sequence[torch.Event] = (), *, ahead: bool = False) -> int:
+    def start(self, ready: Sequence[torch.Event] = ()) -> int:
         """Start writing everything queued to the device as one batch: its index in ``arrivals``, or -1 when nothing
-        was queued. What is ``ahead`` of any request is in no other batch's way.
+        was queued.
 
         ``ready`` are the events after which the device pages may be written: a forward that was launched before may
         still write a last token into a page that has been freed and given to this batch.
         """
         if not self._pending:
             return -1
-        batch = _Batch(list(self._pending.values()), ready)
-        self._pending = {}
+        loads, self._pending = list(self._pending.values()), {}
+        feeds, self._feeds = self._feeds, []
+        return self._begin(loads, feeds, ready, background=False)
+
+    def _begin(self, loads: list[Load], feeds: list[Feed], ready: Sequence[torch.Event], *, background: bool) -> int:
         index = self.arrivals.begin()
-        self._batches[index] = batch
-        self._queues[ahead].put((index, batch))
+        lane = self._pages.background if background else self._pages.inbound
+        batch = self._batches[index] = _Batch(loads, feeds, background, lane, ready)
+        self._queues[background].put((index, batch))
         return index
 
     def landed(self, index: int) -> bool:
@@ -237,9 +257,11 @@ class Restorer:
                 len(failed),
             )
             with batch.landing:
-                self._pages.inbound.finish()
+                batch.lane.finish()
         numbers = torch.cat([load.numbers for load in batch.loads])
-        return Finished(failed, batch.restored if complete else None, (numbers,), late and self._pages.addressable)
+        unusable = {rid: frozenset(keys or ()) for rid, keys in batch.unusable.items()} if complete else {}
+        writing = late and self._pages.addressable
+        return Finished(failed, batch.restored if complete else None, (numbers,), writing, unusable)
 
     def drain(self) -> None:
         """Wait for what runs."""
@@ -271,44 +293,66 @@ class Restorer:
             index, batch = item
             try:
                 with ExitStack() as closing:
-                    for load in batch.loads:
-                        closing.callback(load.close)
+                    for feed in batch.feeds:
+                        closing.callback(feed.stream.close)
                     # First, since the staging memory is another stream's after the others.
-                    closing.callback(self._pages.inbound.finish)
+                    closing.callback(batch.lane.finish)
                     self._restore(index, batch)
             except Exception as error:
                 if not isinstance(error, _Abandoned):
                     logger.exception("agentstate: a restore failed; its requests are recomputed")
-                    self._drop_all(batch)
                 # Not before everything is closed: after this the device pages are someone else's.
                 self.arrivals.fail(index, error)
-            finally:
-                batches.task_done()
+            # Not before: whoever waits for the batch must not wait for the index too.
+            self._drop_bad(batch)
+            batches.task_done()
         batches.task_done()
 
-    def _drop_all(self, batch: _Batch) -> None:
-        """Let the requests of a batch not match the same pages again, or they would fail for ever."""
+    def _drop_bad(self, batch: _Batch) -> None:
+        """Drop what a batch found to be wrong, and what a drive has not given back for the second time."""
         try:
-            for load in batch.loads:
-                self._drop(load, range(len(load.keys)))
+            again = set[tuple[bytes, int]]()
+            with self._counting:
+                if self._unread or batch.unread:
+                    again = self._remember(batch)
+            if again:
+                logger.error("agentstate: %d page(s) could not be read in two restores and are dropped", len(again))
+            dropped = self._store.drop(batch.wrong | again)
+            with self._counting:
+                self.stats.pages_failed += dropped
+                self.stats.pages_unread += len(batch.unread - again)
         except Exception:
-            logger.exception("agentstate: pages that could not be restored could not be dropped")
+            logger.exception("agentstate: pages that are wrong could not be dropped")
+
+    def _remember(self, batch: _Batch) -> set[tuple[bytes, int]]:
+        """Enter what a drive did not give back, and forget what it did: what it has failed to give back before. The
+        caller holds ``_counting``."""
+        again = batch.unread & self._unread.keys()
+        good = {key for load in batch.loads if load.rid not in batch.failed for key in load.keys}
+        kept = {copy: None for copy in self._unread if copy[0] not in good and copy not in again}
+        kept.update(dict.fromkeys(batch.unread - again))
+        self._unread = dict(list(kept.items())[-_REMEMBERED_UNREAD:])
+        return again
 
     def _restore(self, index: int, batch: _Batch) -> None:
         started, first_layer_s = time.perf_counter(), 0.0
-        batch.failed.update(load.rid for load in batch.loads if load.stream is None)
-        loads = [(load, load.stream) for load in batch.loads if load.stream is not None]
-        self._pages.inbound.after(batch.ready)
-        for load, stream in loads:
-            stream.hurry(load.destination(self._pages))
+        for load in batch.loads:
+            if load.missing:
+                batch.failed.add(load.rid)
+                batch.unusable[load.rid] = set(load.missing)
+        batch.lane.after(batch.ready)
+        for feed in batch.feeds:
+            feed.hurry(self._pages, background=batch.background)
         for layer in range(self._pages.geometry.layers):
-            for load, stream in loads:
-                for chunk in stream.layer(layer):
+            for feed in batch.feeds:
+                for chunk in feed.stream.layer(layer):
                     self._require_wanted(index)
-                    self._land(index, batch, load, chunk)
-                    load.n_bytes += chunk.n_bytes
-                    load.straight += 0 if chunk.parts else chunk.n_bytes
-            self._pages.inbound.finish()
+                    self._land(index, batch, feed, chunk)
+                    batch.n_bytes += chunk.n_bytes
+                    batch.straight += chunk.n_bytes if chunk.straight else 0
+                    if (fed := feed.fed_by(chunk)) is not None:
+                        fed.n_bytes += chunk.n_bytes
+            batch.lane.finish()
             if layer == 0:
                 first_layer_s = time.perf_counter() - started
             if layer == self._pages.geometry.layers - 1:
@@ -321,55 +365,60 @@ class Restorer:
         if self.arrivals.abandoned(index):
             raise _Abandoned
 
-    def _land(self, index: int, batch: _Batch, load: _Load, chunk: Chunk) -> None:
-        """Write what a chunk has of the request's pages to the device, unless one must not be used."""
-        # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
-        own = range(len(load.keys))
-        if wrong := [page for at in chunk.wrong if (page := at - load.offset) in own]:
-            self._reject(batch, load, wrong, chunk)
-        if load.rid in batch.failed:
-            return
+    def _land(self, index: int, batch: _Batch, feed: Feed, chunk: Chunk) -> None:
+        """Write what a chunk has of each request's pages to the device, unless one must not be used."""
+        if unusable := chunk.unusable():
+            for portion in feed.portions:
+                # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
+                if bad := sorted(page for page in unusable if page in portion.pages):
+                    self._reject(batch, feed, portion, bad, chunk)
         with batch.landing:
             self._require_wanted(index)
-            for segment, _, arrays in chunk.parts:
-                rows = load.own(segment.first, segment.pages)
-                if rows.start < rows.stop:
-                    first = segment.first - load.offset
-                    numbers = load.numbers[first + rows.start : first + rows.stop]
-                    self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays])
-            chunk.keep_until = self._pages.inbound.fence()
+            for portion in feed.portions:
+                if portion.load.rid not in batch.failed:
+                    for numbers, rows in feed.rows(portion, chunk):
+                        self._pages.scatter(chunk.layer, numbers, rows, batch.lane)
+            chunk.keep_until = batch.lane.fence()
 
-    def _reject(self, batch: _Batch, load: _Load, wrong: list[int], chunk: Chunk) -> None:
+    def _reject(self, batch: _Batch, feed: Feed, portion: Portion, bad: list[int], chunk: Chunk) -> None:
+        """A request has failed because of the pages ``bad`` of a feed."""
+        load, pin = portion.load, feed.stream.pin
         batch.failed.add(load.rid)
-        self._drop(load, wrong)
-        reason = str(chunk.unread[0][1]) if chunk.unread else "their bytes are not those that were written"
+        batch.wrong.update(pin.copies(page for page in bad if page in chunk.wrong))
+        keys = batch.unusable.setdefault(load.rid, set())
+        if keys is not None:
+            keys.update(pin.keys[page] for page in bad)
+        reason = chunk.wrong.get(bad[0], "")
+        for segment, error in chunk.unread:
+            pages = range(segment.first, segment.first + segment.pages)
+            unread = [page for page in bad if page in pages]
+            if bad[0] in pages:
+                reason = str(error)
+            if unread and is_of_drive(error):
+                batch.unread.update(pin.copies(unread))
+            elif unread:
+                batch.unusable[load.rid] = None
         logger.error(
             "agentstate: %d page(s) of request %s, the first one number %d, are unusable in layer %d (%s); "
             "the request is recomputed",
-            len(wrong),
+            len(bad),
             load.rid,
-            wrong[0],
+            bad[0] - portion.pages.start + portion.first,
             chunk.layer,
             reason,
         )
 
-    def _drop(self, load: _Load, pages: Iterable[int]) -> None:
-        if load.stream is not None:
-            dropped = self._store.drop(load.stream.pin.copies(load.offset + page for page in pages))
-            with self._counting:
-                self.stats.pages_failed += dropped
-
     def _record(self, batch: _Batch, first_layer_s: float, seconds: float) -> Restored | None:
         requests = {
-            load.rid: RestoredRequest(len(load.keys), load.n_bytes, frozenset({load.source}))
+            load.rid: RestoredRequest(len(load.keys), load.n_bytes, frozenset(load.sources))
             for load in batch.loads
             if load.rid not in batch.failed
         }
         with self._counting:
             self.stats.restores += 1
             self.stats.pages_restored += sum(of_request.pages for of_request in requests.values())
-            self.stats.bytes_read += sum(load.n_bytes for load in batch.loads)
-            self.stats.bytes_straight += sum(load.straight for load in batch.loads)
+            self.stats.bytes_read += batch.n_bytes
+            self.stats.bytes_straight += batch.straight
             self.stats.first_layer_s += first_layer_s
             self.stats.seconds += seconds
         return Restored(requests, seconds) if requests else None

@@ -21,9 +21,10 @@ from agentstate.pages import READ_THREADS, LayerwiseReader, PageStore
 from agentstate.pages.store import StoreStats
 from agentstate.settings import Settings
 from engine_patch.arrivals import Arrivals, LayerGate
+from engine_patch.failures import Failures, together
 from engine_patch.pools import DevicePool
 from engine_patch.quarantine import Quarantine
-from engine_patch.restore import Finished, Restored, RestoredRequest, Restorer, RestoreStats, Source
+from engine_patch.restore import Finished, Restored, RestoredRequest, Restorer, RestoreStats
 from engine_patch.sglang_api import PoolName, PoolTransfer
 from engine_patch.spill import Spiller, SpillStats
 from engine_patch.staging import read_backend
@@ -132,6 +133,7 @@ class StoredPools:
         self.device_pages = {pool.name: pool.device_pages for pool in self._pools}
         self._budget = OfferBudget([pool.most_offered for pool in self._pools])
         self._pages_refused = 0
+        self._failures = Failures()
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +158,11 @@ class StoredPools:
             for pool in windowed:
                 pool.store.prefix_length(pool.needed(keys[: max(lengths)]))
         return sorted(lengths)
+
+    def restorable_for(self, rid: str, keys: Sequence[bytes]) -> list[int]:
+        """The `restorable` lengths for a request that is going to load: after a restore of it has failed, those before
+        the pages that failed."""
+        return self.restorable(keys[: self._failures.usable(rid, keys)])
 
     def durable(self, keys: Sequence[bytes], *, use: bool = False) -> int:
         """The longest of the `restorable` lengths, or 0. Keeping account of what is stored is not using it."""
@@ -182,7 +189,9 @@ class StoredPools:
         return fraction
 
     def tidy(self, queued: Callable[[], Collection[str]]) -> None:
-        """Abandon what was read for requests that are not queued any more, and what has expired."""
+        """Abandon what was read for requests that are not queued any more, and what has expired. ``queued`` are also
+        those that are about to be queued again."""
+        self._failures.tidy(queued)
         for pool in self._pools:
             if pool.restorer.prefetches:
                 pool.restorer.prefetches.tidy(queued())
@@ -222,8 +231,7 @@ class StoredPools:
         """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
         own."""
         pool = self._pools[0]
-        pool.restorer.queue(rid, keys, pool.device_pages.page_numbers(slots), Source.DEVICE)
-        return pool.restorer.start(ready, ahead=True)
+        return pool.restorer.preload(rid, keys, pool.device_pages.page_numbers(slots), ready)
 
     def landed(self, index: int) -> bool:
         """Whether a batch of full attention has stopped writing to the device."""
@@ -286,6 +294,8 @@ class StoredPools:
             for rid in (of_pools[0].requests if of_pools else ())
             if rid not in failed
         }
+        unusable = together((of_pool.failed, of_pool.unusable) for of_pool in finished)
+        self._failures.add(unusable)
         return Finished(
             failed,
             Restored(requests, max(restored.seconds for restored in of_pools), sum(waits_s), waits_s)
@@ -293,6 +303,7 @@ class StoredPools:
             else None,
             tuple(chain.from_iterable(of_pool.numbers for of_pool in finished)),
             any(of_pool.writing for of_pool in finished),
+            unusable,
         )
 
     def staged_for(self, keys: Sequence[bytes]) -> bool:
@@ -346,6 +357,7 @@ class StoredPools:
 
     def reset(self) -> None:
         self.gate.reset()
+        self._failures.clear()
         for pool in self._pools:
             pool.restorer.reset()
             pool.spiller.drain()

@@ -65,9 +65,10 @@ class DevicePages:
     ``layers[i]`` are the tensors of layer ``i``, one a component (K and V, or the one latent of MLA), each of shape
     (slots, ...) with a token a row. Pages are aligned in them: page ``p`` is the rows
     ``[p * page_size, (p + 1) * page_size)``. Copies out of them are queued on the lane ``outbound``, copies into them
-    on ``inbound``; a GPU makes both at once. On a CPU NumPy makes them, which unlike torch starts no thread pool
-    beside the forward's. ``addressable`` says whether a file can be read straight to them (`memory`), which is never
-    so without ``straight``. Raises ValueError for tensors that are not laid out so.
+    on ``inbound``, or on ``background`` where no forward waits for them; a GPU makes them all at once. On a CPU NumPy
+    makes them, which unlike torch starts no thread pool beside the forward's. ``addressable`` says whether a file can
+    be read straight to them (`memory`), which is never so without ``straight``.
+    Raises ValueError for tensors that are not laid out so.
     """
 
     def __init__(self, layers: Sequence[Sequence[torch.Tensor]], page_size: int, *, straight: bool = True):
@@ -81,7 +82,7 @@ class DevicePages:
             rows.data_ptr() % ALIGNMENT or rows.shape[1] % ALIGNMENT for layer in self._rows for rows in layer
         )
         self.addressable = straight and aligned and self.device.type == "cpu"
-        self.outbound, self.inbound = CopyLane(self.device), CopyLane(self.device)
+        self.outbound, self.inbound, self.background = (CopyLane(self.device) for _ in range(3))
 
     def __len__(self) -> int:
         return len(self._rows[0][0])
@@ -130,15 +131,21 @@ class DevicePages:
                 picked = rows[run] if at is None else rows.index_select(0, at)
                 torch.from_numpy(array).copy_(picked, non_blocking=True)
 
-    def scatter(self, layer: int, numbers: torch.Tensor, pages: Sequence[np.ndarray | torch.Tensor]) -> None:
-        """Staging → device, queued on ``inbound``: the inverse of `gather`. ``pages`` are in host memory, or in that
-        of the device: then nothing crosses the bus."""
+    def scatter(
+        self,
+        layer: int,
+        numbers: torch.Tensor,
+        pages: Sequence[np.ndarray | torch.Tensor],
+        lane: CopyLane | None = None,
+    ) -> None:
+        """Staging → device, queued on ``lane``, which is ``inbound`` by default: the inverse of `gather`. ``pages``
+        are in host memory, or in that of the device: then nothing crosses the bus."""
         run = _as_slice(self._existing(numbers))
         if self.device.type == "cpu":
             for rows, array in zip(self._rows[layer], pages, strict=True):
                 rows.numpy()[run if run is not None else numbers.numpy()] = array
             return
-        with self.inbound.queueing():
+        with (lane or self.inbound).queueing():
             at = self._on_device(numbers) if run is None else None
             for rows, array in zip(self._rows[layer], pages, strict=True):
                 source = array if isinstance(array, torch.Tensor) else torch.from_numpy(array)

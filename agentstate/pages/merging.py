@@ -63,18 +63,17 @@ def _rewrite(
     store: PageStore, reader: LayerwiseReader, keys: Sequence[bytes], run: list[Segment], buffer: Memory
 ) -> bool:
     chain = list(keys[run[0].first : run[-1].first + run[-1].pages])
-    draft, wrong, unread = store.draft(chain, buffer), set[int](), set[int]()
+    draft, wrong, unread = store.draft(chain, buffer), set[int](), False
     pin = store.pin(chain)
     with reader.open(pin) as stream:
         for chunk in stream:
             wrong.update(chunk.wrong)
-            for segment, error in chunk.unread:
-                if isinstance(error, OSError):
-                    unread.update(range(segment.first, segment.first + segment.pages))
+            unread |= bool(chunk.unread)
             for segment, _, arrays in chunk.parts:
                 for component, rows in enumerate(arrays):
                     draft.component(chunk.layer, component)[segment.first : segment.first + segment.pages] = rows
-        if not wrong:
+        usable = not wrong and not unread
+        if usable:
             store.publish(draft)
-    store.drop(pin.copies(wrong - unread))
-    return not wrong
+    store.drop(pin.copies(wrong))
+    return usable

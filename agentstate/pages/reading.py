@@ -6,10 +6,11 @@ streams share, and verify them there; every stream is read in layer order, as fa
 So memory is bounded whatever the context's length, a forward can start when its first layer has arrived, and a request
 that still waits can have its first layers in memory already.
 
-Who gets a buffer: the streams that are being consumed (`Stream.hurry`), of these the one that is behind, or hurried
-first, since of several that are consumed together that one is consumed first; then the others, the oldest first, but
-for a few buffers that are kept back for the former. What is consumed frees its buffer, so streams that are consumed
-always advance, and those that wait never keep them from it.
+Who is read first is a matter of its `Urgency`: what a forward waits for before what a queued request will need, and
+what nobody waits for yet last. Of several streams that are consumed, the one that is behind comes first, or hurried
+first, since of several that are consumed together that one is consumed first; of the others, the oldest. The less
+urgent a stream, the more buffers it leaves to others, and one thread at least reads what is more urgent. What is
+consumed frees its buffer, so streams that are consumed always advance, and those that wait never keep them from it.
 
 A stream whose consumer names a `Destination` needs no buffers: what it has not read yet is read to where it is needed,
 and verified there.
@@ -17,32 +18,42 @@ and verified there.
 
 from __future__ import annotations
 
-import mmap
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from agentstate.errors import BadExtent
-from agentstate.pages.backends import Buffer, OpenFile, PosixBackend, ReadBackend
+from agentstate.pages.backends import Buffer, PosixBackend, ReadBackend
 from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align
-from agentstate.pages.files import open_direct
-from agentstate.pages.pins import Pin, Segment, StoredExtent
+from agentstate.pages.handles import Handles, most_open, patiently
+from agentstate.pages.pins import Pin, Segment
 
 # Below about 1 MiB a direct read reaches less of a drive than its bandwidth.
 RANGE_BYTES = 1 << 20
 # What keeps a drive busy while some of it is verified.
 READ_THREADS = 4
-# What one call reads into, at the most.
-_MOST_ARRAYS = os.sysconf("SC_IOV_MAX")
 
 _Free = deque[tuple[Buffer, Callable[[], None] | None]]
+
+
+class Urgency(IntEnum):
+    """Who waits for a stream. Smaller is read first."""
+
+    AWAITED = 0
+    """It is consumed, and a forward waits for it."""
+    DUE = 1
+    """It is read ahead for a request that is queued."""
+    LOADING = 2
+    """It is consumed, and nobody waits for it yet."""
+    IDLE = 3
+    """It is read for what may be asked for some time."""
 
 
 class Part(NamedTuple):
@@ -67,21 +78,34 @@ class Destination(NamedTuple):
 class Chunk:
     """Pages ``[first, first + count)`` of a stream, in layer ``layer``.
 
-    ``parts`` has what was read to staging; what was read to a `Destination` is there. The arrays of ``parts`` are views
-    of a buffer that is reused: valid until the next chunk is asked for, and if the consumer sets ``keep_until`` by
-    then, until that has returned. It is called by the thread that is about to overwrite them. ``wrong`` are the pages
-    that must not be used: not read, or not as they were written, wherever the index took them from. ``unread`` holds
-    the segments that could not be read, with the reason; ``n_bytes`` is what came from the device.
+    ``parts`` has what was read to staging; what is ``straight`` was read to a `Destination`. The arrays of ``parts``
+    are views of a buffer that is reused: valid until the next chunk is asked for, and if the consumer sets
+    ``keep_until`` by then, until that has returned. It is called by the thread that is about to overwrite them.
+    ``n_bytes`` is what came from the drive.
+
+    Two kinds of pages must not be used. ``wrong`` are those whose bytes are not what was written, or never will be
+    read again, since their extent is gone, cut off or no extent: with the reason, for good. ``unread`` are segments
+    that could not be read this time, with the reason: nothing is known of their pages.
     """
 
     layer: int
     first: int
     count: int
-    parts: list[Part]
-    unread: list[tuple[Segment, OSError | BadExtent]]
-    wrong: list[int] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    wrong: dict[int, str] = field(default_factory=dict)
+    unread: list[tuple[Segment, OSError]] = field(default_factory=list)
     n_bytes: int = 0
     keep_until: Callable[[], None] | None = None
+    straight: bool = False
+
+    def unread_pages(self) -> Iterator[int]:
+        """The pages of the segments that were not read."""
+        for segment, _ in self.unread:
+            yield from range(segment.first, segment.first + segment.pages)
+
+    def unusable(self) -> set[int]:
+        """The pages that must not be used."""
+        return {*self.wrong, *self.unread_pages()}
 
 
 class LayerwiseReader:
@@ -103,6 +127,7 @@ class LayerwiseReader:
     ):
         self.geometry = geometry
         self._backend = backend or PosixBackend()
+        self._handles = Handles(self._backend, most_open())
         # Direct I/O reads whole blocks: of a segment whose pages do not end where blocks do, up to two more a component
         # than its bytes need.
         whole = not any(n_bytes % ALIGNMENT for n_bytes in geometry.component_bytes)
@@ -115,7 +140,16 @@ class LayerwiseReader:
         self._free: _Free = deque(
             (self.staging[i * self.chunk_bytes : (i + 1) * self.chunk_bytes], None) for i in range(count)
         )
-        self._kept_back = max(1, count // 8)
+        # How many buffers streams leave to more urgent ones. One is enough for some progress.
+        kept = max(1, count // 8)
+        self._left = {
+            Urgency.AWAITED: 0,
+            Urgency.DUE: kept,
+            Urgency.LOADING: kept // 2,
+            Urgency.IDLE: min(2 * kept, count - 1),
+        }
+        self._most_in_background = max(1, threads - 1)
+        self._in_background = 0
         self._streams: list[Stream] = []
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="agentstate-close")
         self._lock = threading.Lock()
@@ -128,14 +162,15 @@ class LayerwiseReader:
         for thread in self._threads:
             thread.start()
 
-    def open(self, pin: Pin) -> Stream:
-        """Begin to read the pages of ``pin``, which the stream closes when it is closed."""
+    def open(self, pin: Pin, *, background: bool = False) -> Stream:
+        """Begin to read the pages of ``pin``, which the stream closes when it is closed: in the ``background`` when
+        nobody waits for them yet."""
         pages = -(-len(pin.keys) // len(self._threads))
         a_thread = max(RANGE_BYTES, pages * self.geometry.layer_bytes) + len(pin.segments) * self._padding
         # It is waited for in any case: blocks may be cut.
         first = self._runs(pin.segments, min(a_thread, self.chunk_bytes), block_pages=1)
         others = self._runs(pin.segments, self.chunk_bytes, self.geometry.block_pages)
-        stream = Stream(self, pin, list(first), list(others))
+        stream = Stream(self, pin, list(first), list(others), background)
         with self._lock:
             self._streams.append(stream)
             self._work_to_do.notify_all()
@@ -159,11 +194,25 @@ class LayerwiseReader:
 
     def _job(self) -> Callable[[], None] | None:
         """What a thread that is free now should do."""
-        hurried = [stream for stream in self._streams if stream.hurried and stream.wants is not None]
-        for stream in sorted(hurried, key=lambda stream: stream.wants or 0) + self._streams:
-            if job := stream.job(None if len(self._free) <= (0 if stream.hurried else self._kept_back) else self._free):
-                return job
+        for stream in sorted(self._streams, key=_turn):
+            urgency = stream.urgency
+            if urgency >= Urgency.LOADING and self._in_background >= self._most_in_background:
+                return None
+            if job := stream.job(self._free if len(self._free) > self._left[urgency] else None):
+                return job if urgency < Urgency.LOADING else self._background(job)
         return None
+
+    def _background(self, job: Callable[[], None]) -> Callable[[], None]:
+        self._in_background += 1
+
+        def work() -> None:
+            job()
+            with self._lock:
+                self._in_background -= 1
+                # Others may have been passed over.
+                self._work_to_do.notify_all()
+
+        return work
 
     def _release(self, buffer: Buffer | None, keep_until: Callable[[], None] | None) -> None:
         """Take a buffer back, if there is one. The caller holds the lock."""
@@ -223,9 +272,11 @@ class Stream:
         pin: Pin,
         first: list[tuple[Segment, ...]],
         others: list[tuple[Segment, ...]],
+        background: bool,
     ):
         self.pin = pin
         self.hurried = False
+        self.background = background
         # Chunks that are read or being read, in order, each with its buffer, if it has one.
         self.ahead: deque[tuple[Future[Chunk], Buffer | None]] = deque()
         self._reader = reader
@@ -234,12 +285,20 @@ class Stream:
         self._first, self._others = first, others
         self._first_missing = len(first)
         self._closed = False
-        self._destination: Destination | None = None
+        self._destinations: Sequence[Destination] = ()
+        # The pages that the consumer wants; None for all.
+        self._wanted: Sequence[range] | None = None
         self._reading_begun = threading.Condition(reader._lock)
-        self._opened: dict[StoredExtent, Future[_OpenExtent]] = {}
-        self._to_open = deque(dict.fromkeys(segment.extent for segment in pin.segments))
+        self._extents = list({segment.extent.path: segment.extent for segment in pin.segments}.values())
+        reader._handles.enter(self._extents)
         self._taken = 0
         self._total = len(first) + len(others) * (reader.geometry.layers - 1)
+
+    @property
+    def urgency(self) -> Urgency:
+        if self.hurried:
+            return Urgency.LOADING if self.background else Urgency.AWAITED
+        return Urgency.IDLE if self.background else Urgency.DUE
 
     @property
     def wants(self) -> int | None:
@@ -258,25 +317,22 @@ class Stream:
         """Which fraction of it, by chunks, has been read once nothing is being read for it: everything has been, or all
         the memory that it may have is full. None until then."""
         with self._reader._lock:
-            more = self.wants is not None and len(self._reader._free) > self._reader._kept_back
-            if more or self._to_open or not all(reading.done() for reading, _ in self.ahead):
+            more = self.wants is not None and len(self._reader._free) > self._reader._left[self.urgency]
+            if more or not all(reading.done() for reading, _ in self.ahead):
                 return None
             return self._taken / self._total
 
     def job(self, free: _Free | None) -> Callable[[], None] | None:
         """The next thing to do for this stream, if there is one; reading takes a buffer from ``free``. The caller has
         the reader's lock, and runs the job without it."""
-        if self._to_open:
-            extent = self._to_open.popleft()
-            opening = self._opened[extent] = Future()
-            return lambda: _fulfil(opening, lambda: _OpenExtent(extent, self._reader._backend))
         if self._taken == self._total or (self._first_missing and self._taken >= len(self._first)):
             return None
         layer, run = self._next()
-        chunk = Chunk(layer, run[0].first, sum(segment.pages for segment in run), [], [])
+        chunk = Chunk(layer, run[0].first, sum(segment.pages for segment in run))
         buffer: Buffer | None = None
-        if self._destination is not None:
-            read = partial(self._read_to, self._destination, chunk, run)
+        if self._destinations:
+            chunk.straight = True
+            read = partial(self._read_to, self._destinations, chunk, run)
         elif free:
             buffer, free_after = free.pop()
             read = partial(self._read, buffer, free_after, chunk, run)
@@ -304,43 +360,40 @@ class Stream:
     ) -> Chunk:
         if free_after is not None:
             free_after()
-        position = 0
-        for segment in run:
-            with self._reported(chunk, segment):
-                extent = self._extent(segment)
-                arrays, position, n_bytes = _read_segment(extent.file, segment, chunk.layer, buffer, position)
-                chunk.parts.append(Part(segment, extent.header, arrays))
+        position, wanted = 0, self._wanted
+        for segment in run if wanted is None else _within(run, wanted):
+            with self._reported(chunk, segment), self._reader._handles.reading(segment.extent) as handle:
+                arrays, position, n_bytes = patiently(partial(handle.read, segment, chunk.layer, buffer, position))
                 chunk.n_bytes += n_bytes
                 on_host = self._reader._backend.on_host(arrays)
-                chunk.wrong += self._wrong_pages(chunk.layer, segment, extent.header, [[array] for array in on_host])
+                self._verify(chunk, segment, handle.header, [[array] for array in on_host])
+                chunk.parts.append(Part(segment, handle.header, arrays))
         return chunk
 
-    def _read_to(self, destination: Destination, chunk: Chunk, run: tuple[Segment, ...]) -> Chunk:
-        for segment in run:
-            first = max(segment.first, destination.pages.start)
-            pages = min(segment.first + segment.pages, destination.pages.stop) - first
-            if pages <= 0:
-                continue
-            own = segment._replace(slot=segment.slot + first - segment.first, pages=pages, first=first)
-            with self._reported(chunk, own):
-                extent = self._extent(own)
-                rows = destination.rows(chunk.layer, range(first, first + pages))
-                chunk.n_bytes += extent.read_to(rows, own, chunk.layer)
-                chunk.wrong += self._wrong_pages(chunk.layer, own, extent.header, rows)
+    def _read_to(self, destinations: Sequence[Destination], chunk: Chunk, run: tuple[Segment, ...]) -> Chunk:
+        for destination in destinations:
+            for own in _within(run, [destination.pages]):
+                rows = destination.rows(chunk.layer, range(own.first, own.first + own.pages))
+                with self._reported(chunk, own), self._reader._handles.reading(own.extent) as handle:
+                    chunk.n_bytes += patiently(partial(handle.read_to, rows, own, chunk.layer))
+                    self._verify(chunk, own, handle.header, rows)
         return chunk
-
-    def _extent(self, segment: Segment) -> _OpenExtent:
-        # Every opening was taken up before any reading: it is done, or another thread is at it.
-        return self._opened[segment.extent].result()
 
     @contextmanager
     def _reported(self, chunk: Chunk, segment: Segment) -> Iterator[None]:
         """What goes wrong with a segment is said in its chunk."""
         try:
             yield
-        except (OSError, BadExtent) as error:
+        except BadExtent as error:
+            chunk.wrong |= dict.fromkeys(range(segment.first, segment.first + segment.pages), str(error))
+        except OSError as error:
             chunk.unread.append((segment, error))
-            chunk.wrong += range(segment.first, segment.first + segment.pages)
+
+    def _verify(
+        self, chunk: Chunk, segment: Segment, header: ExtentHeader, components: Sequence[Sequence[Buffer]]
+    ) -> None:
+        wrong = self._wrong_pages(chunk.layer, segment, header, components)
+        chunk.wrong |= dict.fromkeys(wrong, "its bytes are not those that were written")
 
     def _wrong_pages(
         self, layer: int, segment: Segment, header: ExtentHeader, components: Sequence[Sequence[Buffer]]
@@ -357,21 +410,37 @@ class Stream:
                 if segment.slot + i in wrong or i >= len(written) or written[i] != key:
                     yield segment.first + i
 
-    def hurry(self, destination: Destination | None = None) -> None:
-        """It is going to be consumed now. What has not been read yet is read to ``destination``, if there is one, which
-        is left alone once every layer has been consumed, or the stream is closed."""
+    def hurry(
+        self,
+        destinations: Sequence[Destination] = (),
+        *,
+        wanted: Sequence[range] | None = None,
+        background: bool = False,
+    ) -> None:
+        """It is going to be consumed now, in the ``background`` if nobody waits for that.
+
+        What has not been read yet is read to ``destinations``, if there are any, which have no page in common, and are
+        left alone once every layer has been consumed, or the stream is closed. Of the other pages only those that are
+        ``wanted`` are read.
+        """
         with self._reader._lock:
-            self.hurried = True
-            self._destination = destination
+            self.hurried, self.background = True, background
+            self._destinations, self._wanted = destinations, wanted
             if not self._closed:
                 self._reader._streams.remove(self)
                 self._reader._streams.append(self)
             self._reader._work_to_do.notify_all()
 
+    def need(self) -> None:
+        """A request that is queued is going to need what has been read in the background."""
+        with self._reader._lock:
+            self.background = False
+            self._reader._work_to_do.notify_all()
+
     def __iter__(self) -> Iterator[Chunk]:
         """Every chunk, layer by layer."""
         if not self.hurried:
-            self.hurry()
+            self.hurry(background=self.background)
         for layer in range(self._reader.geometry.layers):
             yield from self.layer(layer)
 
@@ -410,7 +479,6 @@ class Stream:
                 return False
             self._closed = True
             self._reader._streams.remove(self)
-            self._to_open.clear()
             self._taken = self._total
             self._reading_begun.notify_all()
             return True
@@ -419,15 +487,13 @@ class Stream:
         # No thread may read on when the files are closed.
         for reading, _ in self.ahead:
             reading.exception()
-        for opening in self._opened.values():
-            if opening.exception() is None:
-                opening.result().close()
+        self._reader._handles.leave(self._extents)
         self.pin.close()
         with self._reader._lock:
             for reading, buffer in self.ahead:
                 self._reader._release(buffer, reading.result().keep_until if reading.exception() is None else None)
             self.ahead.clear()
-            self._destination = None
+            self._destinations = ()
 
     def __enter__(self) -> Stream:
         return self
@@ -436,84 +502,23 @@ class Stream:
         self.close()
 
 
+def _within(run: Sequence[Segment], ranges: Sequence[range]) -> Iterator[Segment]:
+    """What of the segments of a run is in any of ``ranges``, in the order of the run, and no page twice."""
+    for segment in run:
+        at, end = segment.first, segment.first + segment.pages
+        for pages in sorted(ranges, key=lambda pages: pages.start):
+            first, last = max(at, pages.start), min(end, pages.stop)
+            if first < last:
+                yield segment._replace(slot=segment.slot + first - segment.first, pages=last - first, first=first)
+                at = last
+
+
+def _turn(stream: Stream) -> tuple[Urgency, int]:
+    return stream.urgency, (stream.wants or 0) if stream.hurried else 0
+
+
 def _fulfil(promise: Future[Any], work: Callable[[], Any]) -> None:
     try:
         promise.set_result(work())
     except BaseException as error:
         promise.set_exception(error)
-
-
-class _OpenExtent:
-    """An extent open for reading, and its header. Raises OSError, and BadExtent for a header that is damaged
-    or not of this layout."""
-
-    def __init__(self, extent: StoredExtent, backend: ReadBackend):
-        self._fd = open_direct(extent.path, os.O_RDONLY)
-        try:
-            raw = mmap.mmap(-1, extent.layout.data_offset)
-            os.preadv(self._fd, [raw], 0)
-            self.header = ExtentHeader.decode(memoryview(raw), extent.path.name)
-            if self.header.layout != extent.layout:
-                raise BadExtent(f"{extent.path.name}: the header is of another extent")
-            self.file = backend.open(self._fd, extent.path)
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def read_to(self, components: Sequence[Sequence[Buffer]], segment: Segment, layer: int) -> int:
-        """Read one layer of a segment to where its components are to be, in arrays that follow each other: the number
-        of bytes. Raises OSError, also when the file is too short, and ValueError for arrays of another size."""
-        n_bytes, arrays_of = 0, iter(components)
-        for start, end, members in _coalesced(_spans(segment, layer)):
-            into = [array for _ in members for array in next(arrays_of)]
-            for i in range(0, len(into), _MOST_ARRAYS):
-                some = into[i : i + _MOST_ARRAYS]
-                if os.preadv(self._fd, some, start) < (wanted := sum(array.nbytes for array in some)):
-                    raise OSError(f"{segment.extent.path} ends in the middle of a page")
-                start += wanted
-                n_bytes += wanted
-            if start != end:
-                raise ValueError(f"{start - end:+,} bytes of memory for pages of {segment.extent.path}")
-        return n_bytes
-
-    def close(self) -> None:
-        self.file.close()
-        os.close(self._fd)
-
-
-def _read_segment(
-    file: OpenFile, segment: Segment, layer: int, buffer: Buffer, position: int
-) -> tuple[list[Buffer], int, int]:
-    """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned: an array a component,
-    the next free position, and the bytes that were read. Raises OSError, also when the file is too short."""
-    arrays, n_bytes = [], 0
-    for start, end, members in _coalesced(_spans(segment, layer)):
-        skew = start % ALIGNMENT
-        wanted = align(skew + end - start)
-        got = file.read(buffer[position : position + wanted], start - skew)
-        if got < skew + end - start:
-            raise OSError(f"{segment.extent.path} ends in the middle of a page")
-        n_bytes += got
-        for offset, length in members:
-            first = position + skew + offset - start
-            arrays.append(buffer[first : first + length].reshape(segment.pages, -1))
-        position += wanted
-    return arrays, position, n_bytes
-
-
-def _spans(segment: Segment, layer: int) -> list[tuple[int, int]]:
-    """Where the components of a segment are in one layer: offsets and lengths."""
-    layout = segment.extent.layout
-    components = range(len(layout.geometry.component_bytes))
-    return [layout.component_range(layer, component, segment.slot, segment.pages) for component in components]
-
-
-def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Adjacent (offset, length) spans as one range each: start, end, and the spans in it."""
-    members: list[tuple[int, int]] = []
-    for offset, length in spans:
-        if members and sum(members[-1]) != offset:
-            yield members[0][0], sum(members[-1]), members
-            members = []
-        members.append((offset, length))
-    yield members[0][0], sum(members[-1]), members

@@ -4,8 +4,9 @@ import prometheus_client
 import pytest
 
 from agentstate.engines import Engine
+from engine_patch.feeds import Source
 from engine_patch.metrics import Metrics
-from engine_patch.restore import Restored, RestoredRequest, Source
+from engine_patch.restore import Restored, RestoredRequest
 
 LABELS = {"model_name": "m", "tp_rank": "1"}
 

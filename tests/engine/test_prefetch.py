@@ -12,6 +12,8 @@ from contents import content, keys
 from device import LAYERS, Rank, page_of
 
 from agentstate.pages import LayerwiseReader
+from agentstate.pages.reading import Urgency
+from engine_patch.feeds import Reading
 from engine_patch.prefetch import Prefetches
 from engine_patch.restore import Restorer
 
@@ -43,6 +45,7 @@ def restored(rank: Rank, restorer: Restorer, names: list[int]) -> set[str]:
     restorer.queue("r", keys(*names), torch.arange(3, 3 + len(names)))
     index = restorer.start()
     failed = restorer.finish(index).failed
+    restorer.drain()
     if not failed:
         for number, name in enumerate(names, 3):
             right = [
@@ -59,27 +62,85 @@ def settled(condition: Any) -> None:
         time.sleep(0.001)
 
 
+def taken(ahead: Prefetches, *names: int) -> list[tuple[Reading | None, range, int]]:
+    return [(piece.reading, piece.pages, piece.at) for piece in ahead.take(keys(*names))]
+
+
+def close(*readings: Reading | None) -> None:
+    for reading in readings:
+        assert reading is not None
+        reading.stream.close()
+
+
 def test_a_stream_is_taken_by_whoever_needs_its_pages(ahead: Prefetches) -> None:
     ahead.for_request("a", keys(*range(8)))
-    assert ahead.take(keys(5, 7)) is None
-    assert ahead.take(keys(6, 7, 8)) is None
-    found = ahead.take(keys(3, 4, 5))
-    assert found is not None
-    stream, offset = found
-    assert offset == 3
-    assert ahead.take(keys(3, 4, 5)) is None, "it has been taken"
+    ((reading, *found),) = taken(ahead, 3, 4, 5)
+    assert reading is not None
+    assert found == [range(3), 3]
+    assert taken(ahead, 3, 4, 5) == [(None, range(3), 0)], "it has been taken"
     assert (ahead.stats.issued, ahead.stats.used, ahead.stats.wasted) == (1, 1, 0)
-    stream.close()
+    close(reading)
+
+
+def test_a_stream_is_taken_for_the_part_that_it_has(ahead: Prefetches) -> None:
+    ahead.for_request("a", keys(2, 3))
+    ahead.for_request("b", keys(6, 7))
+    first, between, second, after = taken(ahead, 2, 3, 5, 6, 8)
+    assert [first[1:], between, second[1:], after] == [
+        (range(2), 0),
+        (None, range(2, 3), 0),
+        (range(3, 4), 0),
+        (None, range(4, 5), 0),
+    ]
+    assert (len(ahead), ahead.stats.used) == (0, 2)
+    close(first[0], second[0])
 
 
 def test_what_is_being_read_is_not_read_twice(ahead: Prefetches) -> None:
     ahead.for_session("ses", keys(*range(8)), 10)
     ahead.for_request("a", keys(2, 3))
     ahead.for_request("b", keys(*range(8)))
+    ahead.for_request("c", keys(7, 3))
     assert ahead.stats.issued == 1
-    ahead.for_request("c", keys(7, 3))
-    ahead.for_request("c", keys(7, 3))
-    assert ahead.stats.issued == 2
+
+
+def test_a_chain_that_begins_like_another_is_read_from_where_they_part(
+    rank: Rank, ahead: Prefetches, reader: LayerwiseReader
+) -> None:
+    rank.write(keys("a", "b", "c"))
+    ahead.for_request("1", keys(0, 1, 2, 3))
+    ahead.for_request("2", keys(0, 1, 2, 3, "a"))
+    whole = ahead.for_session("3", keys(0, 1, "b", "c"), 10)
+    settled(lambda: whole() == 1)
+    assert ahead.stats.issued == 3
+    assert ahead.covers(keys(0, 1, "b", "c"))
+    assert not ahead.covers(keys(0, 1, "b", "x"))
+    # Of the first one, the others need a part still.
+    ahead.tidy({"2"})
+    assert ahead.stats.wasted == 0
+    found = taken(ahead, 0, 1, 2, 3, "a")  # type: ignore[arg-type]
+    assert [piece[1:] for piece in found] == [(range(4), 0), (range(4, 5), 0)]
+    assert whole() == 1, "a request has the rest"
+    ahead._clock.now = 10
+    ahead.tidy(())
+    assert (len(ahead), ahead.stats.used, ahead.stats.wasted) == (0, 2, 1)
+    close(*(piece[0] for piece in found))
+    settled(lambda: reader.staged_bytes == 0)
+    assert not ahead._requests and not ahead._sessions
+
+
+def test_what_a_queued_request_needs_is_no_background_work(ahead: Prefetches) -> None:
+    ahead.for_session("ses", keys(*range(4)), 10)
+    ahead.for_session("other", keys(5, 6), 10)
+    ahead.for_request("a", keys(0, 1))
+    ahead.for_request("b", keys(7))
+    urgency = {}
+    for names in ([0, 1, 2, 3], [5, 6], [7]):
+        ((reading, *_),) = taken(ahead, *names)
+        assert reading is not None
+        urgency[names[0]] = reading.stream.urgency
+        close(reading)
+    assert urgency == {0: Urgency.DUE, 5: Urgency.IDLE, 7: Urgency.DUE}
 
 
 def test_what_is_not_stored_is_not_begun(ahead: Prefetches) -> None:
@@ -106,8 +167,9 @@ def test_a_prefetch_of_a_session_expires(ahead: Prefetches, reader: LayerwiseRea
     ahead.for_session("ses", keys(0, 1), 10)
     assert ahead.stats.issued == 1, "the same again goes on"
     second = ahead.for_session("ses", keys(0, 1, 2), 10)
-    assert first() == 0, "another one takes the place of the older"
     settled(lambda: second() == 1)
+    assert first() == 1, "what both have in common is read once"
+    assert ahead.stats.issued == 2
     clock.now = 9
     ahead.tidy(())
     assert reader.staged_bytes > 0
@@ -115,23 +177,23 @@ def test_a_prefetch_of_a_session_expires(ahead: Prefetches, reader: LayerwiseRea
     ahead.tidy(())
     settled(lambda: reader.staged_bytes == 0)
     assert ahead.stats.wasted == 2
-    assert second() == 0
+    assert (first(), second()) == (0, 0)
 
 
 def test_a_prefetch_tells_how_much_of_it_the_memory_holds(rank: Rank) -> None:
     rank.write(keys(*range(8)))
     # Two buffers, one of them kept back, for a layer each.
+    rank.write(keys("other"))
     reader = LayerwiseReader(rank.store.geometry, staging_bytes=2 * 40_960, threads=1)
     ahead = Prefetches(rank.store, reader, Clock())
     share = ahead.for_session("ses", keys(*range(8)), 10)
     settled(lambda: share() is not None)
     assert share() == 1 / LAYERS
     # There is nothing left for another one.
-    assert ahead.for_session("other", keys(*range(8)), 10)() in (0, None)
-    found = ahead.take(keys(*range(8)))
-    assert found is not None
+    assert ahead.for_session("other", keys("other"), 10)() in (0, None)
+    ((reading, *_),) = taken(ahead, *range(8))
     assert share() == 1, "a request has it"
-    found[0].close()
+    close(reading)
     ahead.clear()
     reader.close()
 
@@ -166,7 +228,7 @@ def test_a_restore_joins_what_was_read_ahead_also_in_its_middle(rank: Rank, read
         before = restorer.prefetches.stats.used
         assert restored(rank, restorer, names) == set()
         assert restorer.prefetches.stats.used == before + 1
-    assert restored(rank, restorer, [6, 5]) == set(), "one that cannot join is read for itself"
+    assert restored(rank, restorer, [6, 5]) == set(), "nothing is left to join"
     assert restorer.prefetches.stats.used == 3
     restorer.close()
 

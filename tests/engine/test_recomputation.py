@@ -116,6 +116,19 @@ def test_it_waits_until_no_batch_holds_it(cache: AgentStateRadixCache, scheduler
     assert scheduler.waiting_queue == [req]
 
 
+def test_one_that_is_on_its_way_back_counts_as_queued(cache: AgentStateRadixCache, scheduler: Scheduler) -> None:
+    """What failed it is remembered until it has been matched again."""
+    req = Request("r")
+    fail(cache, req)
+    scheduler.waiting_queue.append(Request("another"))
+    assert cache._queued(scheduler) == {"r", "another"}
+    finish(req)
+    cache.requeue_failed(scheduler)
+    assert cache._queued(scheduler) == {"r", "another"}
+    scheduler.waiting_queue.remove(req)
+    assert cache._queued(scheduler) == {"another"}
+
+
 def test_it_waits_until_its_kv_is_released(cache: AgentStateRadixCache, scheduler: Scheduler) -> None:
     req = Request("r")
     fail(cache, req)

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from contents import content, drop, expected, key, keys, read, reader_for
 from device import Rank, page_of
 
-from engine_patch.restore import Restorer, RestoreStats, Source
+from agentstate.pages import handles
+from agentstate.pages.files import open_direct
+from engine_patch.feeds import Source
+from engine_patch.restore import Restorer, RestoreStats
 
 
 @pytest.fixture(params=[False, True], ids=["through staging", "straight"])
@@ -54,6 +59,7 @@ def run(restorer: Restorer) -> set[str]:
     layers = released(restorer, index)
     failed = restorer.finish(index).failed
     assert [future.exception(timeout=0) for future in layers] == [None] * len(layers)
+    restorer.drain()
     return failed
 
 
@@ -67,6 +73,135 @@ def released(restorer: Restorer, index: int) -> list[Future[None]]:
     layers = list(restorer.arrivals.futures[index])
     assert layers
     return layers
+
+
+def is_read_once(rank: Rank, n_bytes: int, pages: int) -> bool:
+    """Whether so many bytes are those of ``pages`` pages, and of whole blocks around them."""
+    least = pages * rank.store.geometry.page_bytes
+    blocks = 0 if rank.pages.addressable else 2 * 4096 * 2 * 3 * pages
+    return least <= n_bytes <= least + blocks
+
+
+FORKS = [["a", "b"], ["c"], [], ["d"], ["e"], ["f"]]
+
+
+def fork(rank: Rank, restorer: Restorer) -> dict[str, tuple[list[Any], list[int]]]:
+    """Queue six requests that begin with the same pages: the names of the pages of each, and its device pages."""
+    for names in filter(None, FORKS):
+        rank.write(keys(*names))
+    forks: dict[str, tuple[list[Any], list[int]]] = {}
+    free = iter([17, 18, 5, 6, 7, 20, 2, 3, *range(8, 17)])
+    for number, names in enumerate(FORKS):
+        pages = [*range(1 if number == 2 else 2), *names]
+        forks[f"f{number}"] = pages, [next(free) for _ in pages]
+        queue(restorer, f"f{number}", *forks[f"f{number}"])
+    return forks
+
+
+def are_restored(rank: Rank, pages: list[Any], numbers: list[int]) -> bool:
+    return all(is_restored(rank, key(page), number) for page, number in zip(pages, numbers, strict=True))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_forks_have_in_common_is_read_once(rank: Rank, restorer: Restorer, ahead: bool) -> None:
+    if ahead:
+        restorer.prefetches.for_request("f3", keys(0))
+        restorer.prefetches.for_session("another", keys(6, 7), 60)
+    forks = fork(rank, restorer)
+    restored = restorer.finish(restorer.start()).restored
+    assert restored is not None
+    assert all(are_restored(rank, *pages) for pages in forks.values())
+    used = {number for _, numbers in forks.values() for number in numbers}
+    assert all(is_blank(rank, number) for number in range(24) if number not in used)
+    assert {rid: of.pages for rid, of in restored.requests.items()} == {rid: len(of[0]) for rid, of in forks.items()}
+    stats = counted(restorer)
+    assert is_read_once(rank, stats.bytes_read, 2 + 6)
+    assert restored.n_bytes == stats.bytes_read, "counted for one of them"
+    # The shortest one is fed by the same.
+    assert restored.requests["f2"].n_bytes == 0
+    assert restored.requests["f2"].sources == {Source.HOST if ahead else Source.COLD}
+    assert restored.requests["f0"].sources == ({Source.COLD, Source.HOST} if ahead else {Source.COLD})
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_damaged_page_fails_those_that_need_it(rank: Rank, restorer: Restorer, layer: int) -> None:
+    """One that all have in common but the shortest, and one that is a fork's own."""
+    flip(rank, 1, layer)
+    forks = fork(rank, restorer)
+    found = restorer.finish(restorer.start())
+    assert found.failed == {"f0", "f1", "f3", "f4", "f5"}
+    assert found.unusable == dict.fromkeys(found.failed, frozenset(keys(1)))
+    assert are_restored(rank, *forks["f2"])
+    restorer.drain()
+    assert [page for page in range(8) if key(page) not in rank.store] == [1]
+    rank.write(keys(1))
+    flip(rank, "d", layer)  # type: ignore[arg-type]
+    for rid, pages in forks.items():
+        queue(restorer, rid, *pages)
+    assert run(restorer) == {"f3"}
+    assert all(are_restored(rank, *pages) for rid, pages in forks.items() if rid != "f3")
+    assert key("d") not in rank.store and key(1) in rank.store
+    stats = counted(restorer)
+    assert (stats.pages_failed, stats.requests_failed) == (2, 6)
+
+
+def test_a_fork_that_is_cancelled_does_not_take_from_the_others(rank: Rank, restorer: Restorer) -> None:
+    """Also the one whose pages the others joined."""
+    forks = fork(rank, restorer)
+    for rid in ("f0", "f4"):
+        assert restorer.cancel(rid)
+    assert run(restorer) == set()
+    for rid, pages in forks.items():
+        if rid in ("f0", "f4"):
+            assert all(is_blank(rank, number) for number in pages[1])
+        else:
+            assert are_restored(rank, *pages)
+    for rid, pages in forks.items():
+        queue(restorer, rid, *pages)
+    for rid in forks:
+        assert restorer.cancel(rid)
+    assert restorer.start() == -1
+    assert eventually(lambda: restorer._reader.staged_bytes == 0)
+
+
+def test_a_page_that_one_fork_lacks_fails_it_alone(rank: Rank, restorer: Restorer) -> None:
+    queue(restorer, "a", [0, 1, 2, 99], [10, 11, 12, 13])
+    queue(restorer, "b", [0, 1, 2, 3], [20, 21, 22, 23])
+    found = restorer.finish(restorer.start())
+    assert (found.failed, found.unusable) == ({"a"}, {"a": frozenset(keys(99))})
+    assert are_restored(rank, [0, 1, 2, 3], [20, 21, 22, 23])
+
+
+def test_forks_that_are_abandoned_are_not_written_to_any_more(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank.write(keys(0, 1, 2, 3))
+    answers, real = threading.Event(), os.preadv
+
+    def hangs(fd: int, buffers: list[object], offset: int) -> int:
+        if offset:  # headers are read
+            assert answers.wait(30)
+        return real(fd, buffers, offset)
+
+    restorer = Restorer(rank.store, rank.pages, reader_for(rank.store.geometry, 1), timeout_s=0.05)
+    monkeypatch.setattr(os, "preadv", hangs)
+    queue(restorer, "a", [0, 1, 2], [10, 11, 12])
+    queue(restorer, "b", [0, 1, 2, 3], [20, 21, 22, 23])
+    found = restorer.finish(restorer.start())
+    assert (found.failed, found.restored, found.unusable) == ({"a", "b"}, None, {})
+    assert found.writing is rank.pages.addressable
+    answers.set()
+    assert eventually(lambda: not restorer.arrivals.stuck)
+    restorer.drain()
+    assert all(is_blank(rank, number) for number in (20, 21, 22)), "what goes there passes a copy"
+    assert rank.store.prefix_length(keys(0, 1, 2, 3)) == 4
+    restorer.close()
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return True
 
 
 def extent_of(rank: Rank, page: int) -> Path:
@@ -92,7 +227,7 @@ def test_pages_come_back_into_other_slots_bit_for_bit(rank: Rank, restorer: Rest
     assert all(is_blank(rank, number) for number in set(range(24)) - {10, 11, 12, 13, 14, 20, 3, 8})
     stats = counted(restorer)
     assert (stats.restores, stats.pages_restored, stats.pages_failed, stats.requests_failed) == (1, 8, 0, 0)
-    assert stats.bytes_read >= 8 * rank.store.geometry.page_bytes
+    assert is_read_once(rank, stats.bytes_read, 7)
     assert (stats.bytes_straight > 0) is rank.pages.addressable
 
 
@@ -129,8 +264,7 @@ def test_a_batch_tells_what_it_brought_back_and_from_where(rank: Rank, restorer:
     assert all(share.n_bytes >= share.pages * rank.store.geometry.page_bytes for share in restored.requests.values())
     assert restored.n_bytes == sum(share.n_bytes for share in restored.requests.values())
     assert restored.sources == {Source.COLD, Source.HOST}
-    restorer.queue("a prefetch", keys(6), torch.tensor([3]), Source.DEVICE)
-    restored = restorer.finish(restorer.start()).restored
+    restored = restorer.finish(restorer.preload("a prefetch", keys(6), torch.tensor([3]))).restored
     assert restored is not None and restored.sources == {Source.DEVICE}
 
 
@@ -230,7 +364,8 @@ def test_a_page_that_is_missing_when_it_is_queued_fails_its_request_only(rank: R
     drop(rank.store, key(1))
     queue(restorer, "a", [0, 1, 2], [10, 11, 12])
     queue(restorer, "b", [4, 5], [14, 15])
-    assert run(restorer) == {"a"}
+    found = restorer.finish(restorer.start())
+    assert (found.failed, found.unusable) == ({"a"}, {"a": frozenset(keys(1))})
     assert is_restored(rank, key(4), 14) and is_restored(rank, key(5), 15)
     assert all(is_blank(rank, number) for number in (10, 11, 12))
     assert counted(restorer).pages_failed == 0
@@ -285,8 +420,8 @@ def test_a_request_is_served_again_after_its_unreadable_pages_were_computed_agai
 def test_pages_whose_extent_is_gone_are_not_offered_again(rank: Rank, restorer: Restorer) -> None:
     extent_of(rank, 4).unlink()
     queue(restorer, "a", [4, 5], [14, 15])
-    assert restorer.finish(restorer.start()).failed == {"a"}
-    assert rank.store.prefix_length(keys(4, 5)) < 2
+    assert run(restorer) == {"a"}
+    assert rank.store.prefix_length(keys(4, 5)) == 0
 
 
 def test_an_extent_that_is_gone_fails_the_requests_that_need_it(rank: Rank, restorer: Restorer) -> None:
@@ -374,9 +509,124 @@ def test_nothing_writes_to_the_device_once_a_batch_is_over(rank: Rank, monkeypat
     time.sleep(0.05)
     assert not restorer.landed(index)
     released.set()
-    assert restorer.finish(index).failed == {"a"}
-    assert rank.store.prefix_length(keys(0, 1, 2, 3)) == 0
+    found = restorer.finish(index)
+    assert (found.failed, found.restored, found.unusable) == ({"a"}, None, {})
+    restorer.drain()
+    assert rank.store.prefix_length(keys(0, 1, 2, 3)) == 4, "it was no page's fault"
     restorer.close()
+
+
+@pytest.mark.parametrize("what", ["scatter", "fence", "finish", "after"])
+def test_a_failure_of_the_device_drops_no_page(
+    rank: Rank, restorer: Restorer, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("of this test")
+
+    if what == "scatter" and rank.pages.addressable:
+        pytest.skip("nothing is copied")
+    monkeypatch.setattr(rank.pages if what == "scatter" else rank.pages.inbound, what, fail)
+    queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
+    queue(restorer, "b", [4, 5], [14, 15])
+    index = restorer.start()
+    layers = released(restorer, index)
+    found = restorer.finish(index)
+    assert (found.failed, found.restored, found.unusable) == ({"a", "b"}, None, {})
+    assert all(layer.done() for layer in layers)
+    stats = counted(restorer)
+    assert (stats.pages_failed, stats.requests_failed) == (0, 2)
+    assert rank.store.stats.pages_dropped == 0
+    monkeypatch.undo()
+    queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
+    assert run(restorer) == set()
+    assert all(is_restored(rank, key(page), page + 10) for page in range(4))
+
+
+def test_wrong_pages_are_dropped_at_once_after_the_batch_is_over(
+    rank: Rank, restorer: Restorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, over, calls = rank.store.drop, threading.Event(), []
+
+    def drop(wrong: Iterable[tuple[bytes, int]]) -> int:
+        assert over.wait(30)
+        calls.append(set(wrong))
+        return real(wrong)
+
+    monkeypatch.setattr(rank.store, "drop", drop)
+    for page, layer in [(1, 0), (2, 1), (5, 2)]:
+        flip(rank, page, layer)
+    queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
+    queue(restorer, "b", [4, 5], [14, 15])
+    queue(restorer, "c", [6, 7], [16, 17])
+    index = restorer.start()
+    found = restorer.finish(index)
+    assert found.failed == {"a", "b"}
+    assert found.unusable == {"a": frozenset(keys(1, 2)), "b": frozenset(keys(5))}
+    assert rank.store.stats.pages_dropped == 0
+    over.set()
+    assert counted(restorer).pages_failed == 3
+    assert [{page for page, _ in copies} for copies in calls] == [set(keys(1, 2, 5))]
+    assert [page for page in range(8) if key(page) not in rank.store] == [1, 2, 5]
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, bad: Path, number: int) -> None:
+    """Let an extent not be opened."""
+    real = open_direct
+
+    def refusing(path: Path, flags: int) -> int:
+        if path == bad:
+            raise OSError(number, "of this test")
+        return real(path, flags)
+
+    monkeypatch.setattr(handles, "open_direct", refusing)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EACCES])
+def test_what_could_not_be_opened_is_kept(
+    rank: Rank, restorer: Restorer, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = extent_of(rank, 4)
+    for _ in range(3):
+        refuse(monkeypatch, bad, number)
+        queue(restorer, "a", [0, 1, 4, 5], [10, 11, 14, 15])
+        queue(restorer, "b", [6, 7], [6, 7])
+        found = restorer.finish(restorer.start())
+        assert (found.failed, found.unusable) == ({"a"}, {"a": frozenset()}), "it matches nothing for once"
+        assert is_restored(rank, key(6), 6) and is_restored(rank, key(7), 7)
+        restorer.drain()
+        assert all(page in rank.store for page in keys(*range(8)))
+    stats = counted(restorer)
+    assert (stats.pages_failed, stats.requests_failed) == (0, 3)
+    monkeypatch.undo()
+    queue(restorer, "a", [0, 1, 4, 5], [10, 11, 14, 15])
+    assert run(restorer) == set()
+    assert is_restored(rank, key(4), 14)
+
+
+def test_what_a_drive_does_not_give_back_is_dropped_the_second_time(
+    rank: Rank, restorer: Restorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = extent_of(rank, 4)
+
+    def restore() -> set[str]:
+        queue(restorer, "a", [0, 4, 5], [10, 14, 15])
+        found = restorer.finish(restorer.start())
+        restorer.drain()
+        assert found.unusable == ({"a": frozenset(keys(4, 5))} if found.failed else {})
+        return found.failed
+
+    refuse(monkeypatch, bad, errno.EIO)
+    assert restore() == {"a"}
+    assert rank.store.prefix_length(keys(0, 4, 5)) == 3
+    monkeypatch.undo()
+    assert restore() == set(), "this time it does"
+    refuse(monkeypatch, bad, errno.EIO)
+    assert restore() == {"a"}
+    assert rank.store.prefix_length(keys(0, 4, 5)) == 3
+    assert restore() == {"a"}
+    assert rank.store.prefix_length(keys(0, 4, 5)) == 1
+    stats = counted(restorer)
+    assert (stats.pages_failed, stats.pages_unread) == (2, 4)
 
 
 def test_a_drive_that_does_not_answer_is_not_waited_for(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,16 +679,44 @@ def test_what_is_loaded_ahead_is_in_no_requests_way(rank: Rank, monkeypatch: pyt
 
     restorer = Restorer(rank.store, rank.pages, reader_for(rank.store.geometry, 2))
     monkeypatch.setattr(os, "preadv", hangs)
-    queue(restorer, "a prefetch", [0], [10])
-    ahead = restorer.start(ahead=True)
+    ahead = restorer.preload("a prefetch", keys(0), torch.tensor([10]))
     queue(restorer, "a", [1], [11])
-    assert run(restorer) == set()
+    assert restorer.finish(restorer.start()).failed == set()
     assert is_restored(rank, key(1), 11)
     assert not restorer.landed(ahead)
     answers.set()
     assert restorer.finish(ahead).failed == set()
     assert is_restored(rank, key(0), 10)
     restorer.close()
+
+
+def test_what_is_loaded_ahead_has_a_lane_of_its_own(
+    rank: Rank, restorer: Restorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+
+    def watch(name: str) -> None:
+        lane = getattr(rank.pages, name)
+        for method in ("after", "fence", "finish"):
+            real = getattr(lane, method)
+            monkeypatch.setattr(lane, method, lambda *of, real=real: (used.append(name), real(*of))[1])
+
+    real_scatter = rank.pages.scatter
+
+    def scatter(*of: Any) -> None:
+        used.append("background" if of[-1] is rank.pages.background else "inbound")
+        real_scatter(*of)
+
+    watch("inbound")
+    watch("background")
+    monkeypatch.setattr(rank.pages, "scatter", scatter)
+    assert restorer.finish(restorer.preload("a prefetch", keys(0, 1), torch.tensor([10, 11]))).failed == set()
+    restorer.drain()
+    assert set(used) == {"background"}
+    used.clear()
+    queue(restorer, "a", [4], [14])
+    assert run(restorer) == set()
+    assert set(used) == {"inbound"}
 
 
 class Held:

@@ -165,6 +165,37 @@ def test_all_pools_agree_whatever_each_of_them_has(stage: Stage, opened: Callabl
         assert pools.restorable(keys(*range(7))) == right
 
 
+def test_a_request_is_not_restored_again_from_what_failed_it(
+    stage: Stage, opened: Callable[..., StoredPools], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before it has been computed; others find out for themselves."""
+    pools = opened(PoolName.KV)
+    store = stage.stores[PoolName.KV]
+    write(store, keys(*range(6)))
+    (segment,) = store.pin(keys(4)).segments
+    with segment.extent.path.open("r+b") as file:
+        file.seek(segment.extent.layout.component_range(1, 0, segment.slot, 1)[0])
+        file.write(b"wrong")
+    # The store serves the page for as long as its index takes.
+    monkeypatch.setattr(store, "drop", lambda copies: 0)
+    assert pools.load("a", [transfer(PoolName.KV, range(6), slots(*range(6)))])
+    assert pools.finish(pools.start([])).failed == {"a"}
+    assert pools.restorable_for("a", keys(*range(6))) == [1, 2, 3, 4]
+    assert pools.restorable_for("b", keys(*range(6))) == [1, 2, 3, 4, 5, 6]
+    pools.tidy(lambda: {"a"})
+    assert pools.restorable_for("a", keys(3, 4, 5)) == [1]
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("of this test")
+
+    monkeypatch.setattr(pools._pools[0].pages.inbound, "after", fail)
+    assert pools.load("a", [transfer(PoolName.KV, range(3), slots(0, 1, 2))])
+    assert pools.finish(pools.start([])).failed == {"a"}
+    assert pools.restorable_for("a", keys(*range(6))) == []
+    pools.tidy(lambda: {"b"})
+    assert pools.restorable_for("a", keys(*range(6))) == [1, 2, 3, 4, 5, 6]
+
+
 def test_what_a_node_has_in_each_pool_is_stored_and_comes_back(
     stage: Stage, opened: Callable[..., StoredPools]
 ) -> None:
@@ -266,6 +297,7 @@ def test_one_bad_page_in_one_pool_fails_its_request(stage: Stage, opened: Callab
     found = pools.finish(pools.start(()))
     assert found.failed == {"r2"}
     assert found.restored is not None and list(found.restored.requests) == ["r1"]
+    pools.drain()
     assert pools.restorable(keys(2)) == []
     assert pools.restorable(keys(1)) == [1]
     stat = pools.stat()

@@ -51,7 +51,10 @@ class Stage:
             self.restorer.queue(rid, keys(*names), torch.tensor(numbers))
         before = torch.cuda.Event()
         before.record()
-        return self.restorer.finish(self.restorer.start([before])).failed
+        failed = self.restorer.finish(self.restorer.start([before])).failed
+        # What is wrong is dropped after the batch.
+        self.restorer.drain()
+        return failed
 
     def is_restored(self, name: int, number: int) -> bool:
         return page_of(self.target, self.size, number) == page_of(self.source, self.size, name)

@@ -42,19 +42,19 @@ NOTICED_BY = {
     "agentstate/pages/reading.py Stream._let_go: reading.result().keep_until": (
         "late/test_staging.py::test_the_memory_of_a_stream_that_is_closed_is_kept_until_its_copies_are_over",
     ),
-    "engine_patch/restore.py Restorer.finish: self._pages.inbound.finish": (
+    "engine_patch/restore.py Restorer.finish: batch.lane.finish": (
         "late/test_restore.py::test_nothing_comes_to_the_pages_of_a_batch_that_was_abandoned",
     ),
-    "engine_patch/restore.py Restorer._run: self._pages.inbound.finish": (
+    "engine_patch/restore.py Restorer._run: batch.lane.finish": (
         "late/test_errors.py::test_what_was_queued_before_an_error_does_not_come_after_what_is_recomputed",
     ),
-    "engine_patch/restore.py Restorer._restore: self._pages.inbound.after": (
+    "engine_patch/restore.py Restorer._restore: batch.lane.after": (
         "late/test_restore.py::test_what_an_earlier_forward_still_writes_does_not_overwrite_what_is_restored",
     ),
-    "engine_patch/restore.py Restorer._restore: self._pages.inbound.finish": (
+    "engine_patch/restore.py Restorer._restore: batch.lane.finish": (
         "late/test_restore.py::test_a_layer_is_there_when_it_is_said_to_be",
     ),
-    "engine_patch/restore.py Restorer._land: self._pages.inbound.fence": (
+    "engine_patch/restore.py Restorer._land: batch.lane.fence": (
         "late/test_restore.py::test_staging_is_not_read_into_before_it_is_copied",
     ),
     "engine_patch/spill.py Spiller._store_offer: self._pages.outbound.after": (

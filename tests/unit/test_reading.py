@@ -23,10 +23,12 @@ from agentstate.pages import (
     LayerwiseReader,
     PageStore,
     Pin,
+    PosixBackend,
     Stream,
-    reading,
+    handles,
     staging_memory,
 )
+from agentstate.pages.backends import OpenFile
 
 GEOMETRIES = {"MHA": MHA, "MLA": MLA, "WIDE": WIDE}
 
@@ -199,11 +201,11 @@ def test_what_has_a_destination_is_read_there(store: PageStore, own: range, chun
     with reader.open(store.pin(keys(*range(12)))) as stream:
         while ahead and stream.staged is None:
             time.sleep(0.001)
-        stream.hurry(destination)
+        stream.hurry([destination])
         staged = 0
         for layer in range(WIDE.layers):
             for chunk in stream.layer(layer):
-                assert (chunk.wrong, chunk.unread) == ([], [])
+                assert chunk.unusable() == set()
                 for segment, _, arrays in chunk.parts:
                     staged += segment.pages
                     for i, page in enumerate(range(segment.first, segment.first + segment.pages)):
@@ -218,6 +220,50 @@ def test_what_has_a_destination_is_read_there(store: PageStore, own: range, chun
 
 
 @pytest.mark.parametrize("store", ["WIDE"], indirect=True)
+def test_what_the_consumer_does_not_want_is_not_read(store: PageStore) -> None:
+    """But for what had been read before it said so."""
+    reader = LayerwiseReader(WIDE, staging_bytes=1, threads=2)
+    with reader.open(store.pin(keys(*range(12)))) as stream:
+        while stream.staged is None:
+            time.sleep(0.001)
+        stream.hurry(wanted=[range(5, 8), range(2, 3), range(6, 10)])
+        found = [
+            (chunk.layer, page, arrays[1][page - segment.first].tobytes())
+            for layer in range(WIDE.layers)
+            for chunk in stream.layer(layer)
+            for segment, _, arrays in chunk.parts
+            for page in range(segment.first, segment.first + segment.pages)
+        ]
+    # One page was there before, in the only buffer that is not kept back.
+    assert [place[:2] for place in found] == [
+        (layer, page) for layer in range(WIDE.layers) for page in ([] if layer else [0]) + [2, 5, 6, 7, 8, 9]
+    ]
+    assert all(data == content(WIDE, key(page), layer, 1) for layer, page, data in found)
+    reader.close()
+
+
+@pytest.mark.parametrize("store", ["WIDE"], indirect=True)
+def test_pages_of_several_destinations_are_read_to_each(store: PageStore) -> None:
+    reader = reader_for(WIDE, 40_000)
+    memories = [landing(20, [range(3, 8)], range(5)), landing(20, [range(9, 12)], range(8, 11))]
+    with reader.open(store.pin(keys(*range(12)))) as stream:
+        while stream.staged is None:
+            time.sleep(0.001)
+        staged = stream._taken
+        stream.hurry([destination for _, destination in memories])
+        chunks = [chunk for layer in range(WIDE.layers) for chunk in stream.layer(layer)]
+        assert [chunk.straight for chunk in chunks] == [number >= staged for number in range(len(chunks))]
+    assert not any(chunk.unusable() for chunk in chunks)
+    last = WIDE.layers - 1
+    for (memory, destination), first in zip(memories, (3, 9), strict=True):
+        for number, page in enumerate(destination.pages, first):
+            assert memory[last, 0, number].tobytes() == content(WIDE, key(page), last, 0)
+        others = set(range(20)) - set(range(first, first + len(destination.pages)))
+        assert not memory[:, :, sorted(others)].any()
+    reader.close()
+
+
+@pytest.mark.parametrize("store", ["WIDE"], indirect=True)
 def test_a_destination_takes_no_staging_and_its_wrong_pages_are_told(store: PageStore) -> None:
     reader = LayerwiseReader(WIDE, staging_bytes=1, threads=3)
     waiting = reader.open(store.pin(keys(*range(12))))
@@ -228,10 +274,10 @@ def test_a_destination_takes_no_staging_and_its_wrong_pages_are_told(store: Page
     os.truncate(cut.path, cut.layout.component_range(1, 0, 0, 1)[0])
     memory, destination = landing(12, [range(12)], range(12))
     with reader.open(store.pin(keys(*range(12)))) as stream:
-        stream.hurry(destination)
+        stream.hurry([destination])
         chunks = list(chunk for layer in range(2) for chunk in stream.layer(layer))
     assert sorted((chunk.layer, page) for chunk in chunks for page in chunk.wrong) == [(1, 2), (1, 4), (1, 6), (1, 7)]
-    assert [segment.first for chunk in chunks for segment, _ in chunk.unread] == [4, 6, 7]
+    assert [chunk.unread for chunk in chunks] == [[]] * len(chunks)
     good = [page for page in range(12) if page not in (2, 4, 6, 7)]
     assert landed(memory, good, good)
     waiting.close()
@@ -242,14 +288,14 @@ def test_a_destination_takes_no_staging_and_its_wrong_pages_are_told(store: Page
 def test_one_call_reads_to_no_more_places_than_the_system_allows(
     store: PageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_MOST_ARRAYS", 3)
+    monkeypatch.setattr(handles, "_MOST_ARRAYS", 3)
     reader = reader_for(WIDE)
     memory, destination = landing(24, [range(0, 24, 2)], range(12))
     with reader.open(store.pin(keys(*range(12)))) as stream:
-        stream.hurry(destination)
+        stream.hurry([destination])
         chunks = [chunk for layer in range(2) for chunk in stream.layer(layer)]
     assert sum(chunk.n_bytes for chunk in chunks if not chunk.parts) > 0
-    assert all(not chunk.wrong for chunk in chunks)
+    assert all(not chunk.unusable() for chunk in chunks)
     assert landed(memory, range(0, 24, 2), range(12))
     reader.close()
 
@@ -362,23 +408,13 @@ def test_a_file_that_is_truncated_after_it_was_opened_fails_its_own_chunks_only(
                     found[number, chunk.layer, page] = chunk
     right = expected(store.geometry, requests)
     assert found.keys() == right.keys()
-    failed = {
-        (number, layer, page)
-        for (number, layer, page), chunk in found.items()
-        if any(segment.first <= page < segment.first + segment.pages for segment, _ in chunk.unread)
-    }
-    of_the_page = {
+    failed = {place for place, chunk in found.items() if place[2] in chunk.wrong}
+    assert failed == {
         (number, layer, page) for number, layer, page in right if layer and (number, page) in ((0, 0), (1, 2))
     }
-    assert failed >= of_the_page
     for place in failed:
-        for segment, error in found[place].unread:
-            assert "ends in the middle of a page" in str(error)
-            # No segment failed that does not need the page.
-            assert any(
-                (place[0], place[1], page) in of_the_page
-                for page in range(segment.first, segment.first + segment.pages)
-            )
+        assert found[place].wrong[place[2]].endswith("ends in the middle of a page")
+        assert found[place].unread == []
     damaged = read(reader, requests)
     assert all(damaged[place] == right[place] for place in right if place not in failed)
     reader.close()
@@ -401,10 +437,8 @@ def test_a_failing_read_is_reported_in_its_chunk_only(store: PageStore, monkeypa
         with reader.open(pin) as stream:
             for chunk in stream:
                 needs_bad = number == 0 and chunk.first <= 1 < chunk.first + chunk.count
-                assert [error.errno for _, error in chunk.unread if isinstance(error, OSError)] == (
-                    [errno.EIO] * needs_bad
-                )
-                assert chunk.wrong == [1] * needs_bad
+                assert [error.errno for _, error in chunk.unread] == [errno.EIO] * needs_bad
+                assert (chunk.wrong, chunk.unusable()) == ({}, {1} if needs_bad else set())
                 layers.add(chunk.layer)
         assert layers == set(range(store.geometry.layers))
     assert descriptors() == []
@@ -482,3 +516,92 @@ def test_any_segments_of_any_geometry_come_back(
         assert read(reader, requests) == expected(geometry, requests)
         reader.close()
         store.close()
+
+
+class Gated(PosixBackend):
+    """Reads one range after the other, the first when the gate opens, and tells the names of the extents that were
+    read, in that order."""
+
+    def __init__(self) -> None:
+        self.begun, self.gate = threading.Event(), threading.Event()
+        self.order: list[str] = []
+
+    def open(self, fd: int, path: Path) -> OpenFile:
+        backend, file = self, super().open(fd, path)
+
+        class File(OpenFile):
+            def read(self, into: Any, offset: int) -> int:
+                backend.order.append(path.name)
+                backend.begun.set()
+                assert backend.gate.wait(60)
+                return file.read(into, offset)
+
+            def close(self) -> None:
+                file.close()
+
+        return File()
+
+
+def test_what_is_more_urgent_is_read_first(tmp_path: Path) -> None:
+    """Whatever was asked for before: what a forward waits for, what a queued request needs, what is loaded for no
+    request yet, and what may be asked for some time."""
+    store = PageStore(tmp_path, MARK, MLA)
+    names = {}
+    for page in ("idle", "loading", "due", "promoted", "awaited", "first"):
+        write(store, keys(page))
+        names[store.pin(keys(page)).segments[0].extent.path.name] = page
+    backend = Gated()
+    reader = LayerwiseReader(MLA, staging_bytes=4 << 20, threads=1, chunk_bytes=1, backend=backend)
+    first = reader.open(store.pin(keys("first")), background=True)
+    assert backend.begun.wait(60)
+    streams = {
+        page: reader.open(store.pin(keys(page)), background=page in ("idle", "loading", "promoted"))
+        for page in ("idle", "loading", "promoted", "due", "awaited")
+    }
+    streams["loading"].hurry(background=True)
+    streams["awaited"].hurry()
+    streams["promoted"].need()
+    backend.gate.set()
+    everything = (*streams.values(), first)
+    while any(stream.staged != 1 for stream in everything):
+        time.sleep(0.001)
+    order = [names[name] for name in backend.order]
+    expected_order = [page for page in ("awaited", "promoted", "due", "loading", "first", "idle") for _ in range(2)]
+    expected_order.remove("first")
+    assert order == ["first", *expected_order]
+    for stream in everything:
+        stream.close()
+    reader.close()
+    store.close()
+
+
+def test_a_drive_that_hangs_in_the_background_leaves_a_thread_to_what_is_awaited(store: PageStore) -> None:
+    backend = Gated()
+    reader = LayerwiseReader(store.geometry, staging_bytes=8 << 20, threads=2, chunk_bytes=1, backend=backend)
+    idle = reader.open(store.pin(keys(*range(12))), background=True)
+    assert backend.begun.wait(60)
+    with reader._lock:
+        assert reader._job() is None, "the other thread has nothing to do"
+    stream = reader.open(store.pin(keys(3)))
+    stream.hurry()
+    while len(backend.order) < 2:
+        time.sleep(0.001)
+    backend.gate.set()
+    assert sum(chunk.count for chunk in stream) == store.geometry.layers
+    for one in (stream, idle):
+        one.close()
+    reader.close()
+
+
+@pytest.mark.parametrize("staging_bytes", [1, 1 << 20])
+def test_what_is_loaded_in_the_background_advances_beside_what_waits(store: PageStore, staging_bytes: int) -> None:
+    """Or device memory that it has would be its for ever."""
+    reader = LayerwiseReader(store.geometry, staging_bytes=staging_bytes, threads=2, chunk_bytes=1)
+    waiting = [reader.open(store.pin(keys(*range(12)))) for _ in range(3)]
+    idle = reader.open(store.pin(keys(*range(12))), background=True)
+    with reader.open(store.pin(keys(3, 2, 1)), background=True) as stream:
+        assert sum(chunk.count for chunk in stream) == 3 * store.geometry.layers
+    for one in (*waiting, idle):
+        one.close()
+    assert reader.staged_bytes == 0
+    reader.close()

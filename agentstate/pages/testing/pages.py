@@ -73,11 +73,12 @@ def read(reader: LayerwiseReader, pins: Sequence[Pin]) -> dict[tuple[int, int, i
     for layer in range(reader.geometry.layers):
         for number, stream in enumerate(streams):
             for chunk in stream.layer(layer):
+                unusable = chunk.unusable()
                 for page in range(chunk.first, chunk.first + chunk.count):
                     found[number, layer, page] = None
                 for segment, _, arrays in chunk.parts:
                     for i, page in enumerate(range(segment.first, segment.first + segment.pages)):
-                        if page not in chunk.wrong:
+                        if page not in unusable:
                             found[number, layer, page] = [array[i].tobytes() for array in arrays]
     for stream in streams:
         stream.close()

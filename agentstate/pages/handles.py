@@ -1,0 +1,283 @@
+"""Extents open for reading: few at a time, however many the streams of a reader need."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import resource
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from agentstate.errors import BadExtent
+from agentstate.pages.backends import Buffer, OpenFile, ReadBackend
+from agentstate.pages.extent import ALIGNMENT, ExtentHeader, ExtentLayout, align
+from agentstate.pages.files import open_direct
+from agentstate.pages.pins import Segment, StoredExtent
+
+# What one call reads into, at the most.
+_MOST_ARRAYS = os.sysconf("SC_IOV_MAX")
+# Of the headers that are kept while their extents' files are closed and open.
+_HEADER_BYTES = 512 << 20
+# The process has run out of something, which the next moment may give back.
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ENOBUFS)
+_PAUSES_S = (0.0, 0.01, 0.1)
+
+T = TypeVar("T")
+
+
+def most_open() -> int:
+    """How many files a reader may keep open: a sixteenth of what the process may have, since a backend may open each
+    of them three times, between 8 and 1,024."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1024 if soft == resource.RLIM_INFINITY else max(8, min(1024, soft // 16))
+
+
+class Handles:
+    """Open extents, which all streams of a reader share. Thread-safe.
+
+    A stream says which extents it needs (`enter`), and in the end that it needs them no more (`leave`), which closes
+    those that no other stream needs: a file that stays open keeps its space on the disk. In between an extent is opened
+    when it is read, and closed again when ``most`` others are open that were read later; only what is being read just
+    now comes on top. Its header stays in memory, within ``header_bytes`` for all of them, estimated.
+    """
+
+    def __init__(self, backend: ReadBackend, most: int, header_bytes: int = _HEADER_BYTES):
+        self._backend = backend
+        self._most = most
+        self._header_bytes = header_bytes
+        self._mutex = threading.Lock()
+        self._entries: dict[Path, _Entry] = {}
+        # Those that are open, and those whose header is in memory; the least recently read first.
+        self._open: OrderedDict[Path, _Entry] = OrderedDict()
+        self._headers: OrderedDict[Path, _Entry] = OrderedDict()
+        self._kept_bytes = 0
+
+    def enter(self, extents: Iterable[StoredExtent]) -> None:
+        """A stream is going to read ``extents``, each of which is named once."""
+        with self._mutex:
+            for extent in extents:
+                self._entries.setdefault(extent.path, _Entry()).streams += 1
+
+    def leave(self, extents: Iterable[StoredExtent]) -> None:
+        """The stream does not read them any more."""
+        closing = []
+        with self._mutex:
+            for extent in extents:
+                entry = self._entries[extent.path]
+                entry.streams -= 1
+                if not entry.streams:
+                    del self._entries[extent.path]
+                    closing += self._forget(extent, entry)
+        for handle in closing:
+            handle.close()
+
+    @contextmanager
+    def reading(self, extent: StoredExtent) -> Iterator[Handle]:
+        """The extent, open until the end. Raises BadExtent when it is gone or its header is damaged or of another
+        layout, and OSError when it could not be opened this time."""
+        with self._mutex:
+            entry = self._entries[extent.path]
+            entry.readers += 1
+        try:
+            with entry.opening:
+                if entry.handle is None:
+                    self._enter_open(extent, entry, patiently(lambda: self._opened(extent, entry), self._close_idle))
+                handle = entry.handle
+            assert handle is not None
+            with self._mutex:
+                self._open.move_to_end(extent.path)
+                if extent.path in self._headers:
+                    self._headers.move_to_end(extent.path)
+            yield handle
+        finally:
+            with self._mutex:
+                entry.readers -= 1
+
+    def _opened(self, extent: StoredExtent, entry: _Entry) -> Handle:
+        with self._mutex:
+            closing = self._idle(len(self._open) - self._most + 1)
+        for handle in closing:
+            handle.close()
+        return Handle(extent, self._backend, entry.header)
+
+    def _enter_open(self, extent: StoredExtent, entry: _Entry, handle: Handle) -> None:
+        closing = []
+        with self._mutex:
+            self._open[extent.path] = entry
+            entry.handle = handle
+            if entry.header is None:
+                entry.header = handle.header
+                self._headers[extent.path] = entry
+                self._kept_bytes += _bytes_of(extent.layout)
+            for path, kept in list(self._headers.items()):
+                if self._kept_bytes <= self._header_bytes:
+                    break
+                if not kept.readers:
+                    self._forget_header(path)
+                    closing += [self._taken_out(path)] if kept.handle is not None else []
+        for closed in closing:
+            closed.close()
+
+    def _close_idle(self) -> None:
+        with self._mutex:
+            closing = self._idle(len(self._open))
+        for handle in closing:
+            handle.close()
+
+    def _idle(self, count: int) -> list[Handle]:
+        """Take out up to ``count`` of those that are open and not being read."""
+        idle = [path for path, entry in self._open.items() if not entry.readers] if count > 0 else []
+        return [self._taken_out(path) for path in idle[:count]]
+
+    def _taken_out(self, path: Path) -> Handle:
+        entry = self._open.pop(path)
+        handle, entry.handle = entry.handle, None
+        assert handle is not None
+        return handle
+
+    def _forget(self, extent: StoredExtent, entry: _Entry) -> list[Handle]:
+        if extent.path in self._headers:
+            self._forget_header(extent.path)
+        return [self._taken_out(extent.path)] if entry.handle is not None else []
+
+    def _forget_header(self, path: Path) -> None:
+        entry = self._headers.pop(path)
+        assert entry.header is not None
+        self._kept_bytes -= _bytes_of(entry.header.layout)
+        entry.header = None
+
+
+class _Entry:
+    """An extent that ``streams`` streams need and that ``readers`` threads read just now."""
+
+    def __init__(self) -> None:
+        self.streams = 0
+        self.readers = 0
+        self.opening = threading.Lock()
+        self.handle: Handle | None = None
+        self.header: ExtentHeader | None = None
+
+
+class Handle:
+    """An extent that is open for reading, and its header: what was read before, or else what the file says.
+
+    Raises BadExtent for a file that is gone and for a header that is damaged or of another layout, and OSError.
+    """
+
+    def __init__(self, extent: StoredExtent, backend: ReadBackend, header: ExtentHeader | None = None):
+        self._name = extent.path.name
+        try:
+            self._fd = open_direct(extent.path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise BadExtent(f"{self._name} is gone") from None
+        try:
+            self.header = header or self._read_header(extent.layout)
+            self._file: OpenFile = backend.open(self._fd, extent.path)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _read_header(self, layout: ExtentLayout) -> ExtentHeader:
+        raw = mmap.mmap(-1, layout.data_offset)
+        self._require(os.preadv(self._fd, [raw], 0), len(raw), len(raw))
+        header = ExtentHeader.decode(memoryview(raw), self._name)
+        if header.layout != layout:
+            raise BadExtent(f"{self._name}: the header is of another extent")
+        return header
+
+    def read(self, segment: Segment, layer: int, buffer: Buffer, position: int) -> tuple[list[Buffer], int, int]:
+        """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned: an array a
+        component, the next free position, and the bytes that were read. Raises OSError, and BadExtent when the file is
+        too short."""
+        arrays, n_bytes = [], 0
+        for start, end, members in _coalesced(_spans(segment, layer)):
+            skew = start % ALIGNMENT
+            wanted = align(skew + end - start)
+            got = self._file.read(buffer[position : position + wanted], start - skew)
+            self._require(got, skew + end - start, end)
+            n_bytes += got
+            for offset, length in members:
+                first = position + skew + offset - start
+                arrays.append(buffer[first : first + length].reshape(segment.pages, -1))
+            position += wanted
+        return arrays, position, n_bytes
+
+    def read_to(self, components: Sequence[Sequence[Buffer]], segment: Segment, layer: int) -> int:
+        """Read one layer of a segment to where its components are to be, in arrays that follow each other: the number
+        of bytes. Raises OSError, BadExtent when the file is too short, and ValueError for arrays of another size."""
+        n_bytes, arrays_of = 0, iter(components)
+        for start, end, members in _coalesced(_spans(segment, layer)):
+            into = [array for _ in members for array in next(arrays_of)]
+            for i in range(0, len(into), _MOST_ARRAYS):
+                some = into[i : i + _MOST_ARRAYS]
+                wanted = sum(array.nbytes for array in some)
+                self._require(os.preadv(self._fd, some, start), wanted, start + wanted)
+                start += wanted
+                n_bytes += wanted
+            if start != end:
+                raise ValueError(f"{start - end:+,} bytes of memory for pages of {self._name}")
+        return n_bytes
+
+    def _require(self, got: int, wanted: int, end: int) -> None:
+        """Tell a file that ends before ``end`` from a read that was cut short."""
+        if got >= wanted:
+            return
+        if os.fstat(self._fd).st_size < end:
+            raise BadExtent(f"{self._name} ends in the middle of a page")
+        raise OSError(errno.EIO, f"{got:,} of {wanted:,} bytes were read", self._name)
+
+    def close(self) -> None:
+        self._file.close()
+        os.close(self._fd)
+
+
+def patiently(work: Callable[[], T], relieve: Callable[[], None] = lambda: None) -> T:
+    """What ``work`` returns. It is tried again where the process has run out of something, up to three times, each
+    after ``relieve`` and a tenth of a second at the most, and once more after an error of the drive."""
+    drive_failed = False
+    for pause_s in _PAUSES_S:
+        try:
+            return work()
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                relieve()
+                time.sleep(pause_s)
+            elif drive_failed or not is_of_drive(error):
+                raise
+            else:
+                drive_failed = True
+    return work()
+
+
+def is_of_drive(error: OSError) -> bool:
+    """Whether the drive did not give the bytes back; a backend beside POSIX gives no number."""
+    return error.errno in (errno.EIO, None)
+
+
+def _bytes_of(layout: ExtentLayout) -> int:
+    # Beside the file's bytes of it, an object a key and a number a seed.
+    return layout.data_offset + 150 * layout.pages
+
+
+def _spans(segment: Segment, layer: int) -> list[tuple[int, int]]:
+    """Where the components of a segment are in one layer: offsets and lengths."""
+    layout = segment.extent.layout
+    components = range(len(layout.geometry.component_bytes))
+    return [layout.component_range(layer, component, segment.slot, segment.pages) for component in components]
+
+
+def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Adjacent (offset, length) spans as one range each: start, end, and the spans in it."""
+    members: list[tuple[int, int]] = []
+    for offset, length in spans:
+        if members and sum(members[-1]) != offset:
+            yield members[0][0], sum(members[-1]), members
+            members = []
+        members.append((offset, length))
+    yield members[0][0], sum(members[-1]), members

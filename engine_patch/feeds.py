@@ -1,0 +1,201 @@
+"""Which streams the pages of a load come from: what several loads need is read once, and goes to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache, cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from agentstate.pages import Chunk, Destination, Stream
+from engine_patch.transfer import DevicePages
+
+
+class Source(StrEnum):
+    """Where pages are restored from: ``cold`` is the disk; ``host`` is staging, which they are in or on their way to
+    because they were read ahead or prefetched; ``device`` is the disk too, for no request yet but for a prefetch to
+    the device."""
+
+    COLD = "cold"
+    HOST = "host"
+    DEVICE = "device"
+
+
+class Reading:
+    """A stream, and the keys of the pages that it reads, in order."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+        self.keys = stream.pin.keys
+
+    @cached_property
+    def position(self) -> dict[bytes, int]:
+        return {key: page for page, key in enumerate(self.keys)}
+
+    def common(self, keys: Sequence[bytes], first: int) -> tuple[int, int]:
+        """How many pages from ``keys[first]`` on it reads in the same order, and the position of the first of them."""
+        if (at := self.position.get(keys[first])) is None:
+            return 0, 0
+        low, high = 1, min(len(keys) - first, len(self.keys) - at) + 1
+        # What begins alike for some length does so for every smaller one; mostly for the greatest.
+        middle = high - 1
+        while high - low > 1:
+            if keys[first : first + middle] == self.keys[at : at + middle]:
+                low = middle
+            else:
+                high = middle
+            middle = (low + high) // 2
+        return low, at
+
+
+class Piece(NamedTuple):
+    """Consecutive ``pages`` of a chain, which ``reading`` reads from its page ``at`` on; None when nobody does."""
+
+    pages: range
+    reading: Reading | None = None
+    at: int = 0
+
+
+def pieces(keys: Sequence[bytes], readings: Sequence[Reading]) -> list[Piece]:
+    """The chain ``keys`` in pieces, in order: what is being read, and what is not."""
+    found: list[Piece] = []
+    where: dict[bytes, int] | None = None
+    first = 0
+    while first < len(keys):
+        count, at, reading = max(
+            ((*reading.common(keys, first), reading) for reading in readings),
+            key=lambda common: common[0],
+            default=(0, 0, None),
+        )
+        if count:
+            found.append(Piece(range(first, first + count), reading, at))
+            first += count
+            continue
+        if where is None:
+            where = {key: page for page, key in enumerate(keys)} if readings else {}
+        # Chains that meet do so at the first page of one of them.
+        begins = (where.get(reading.keys[0], 0) for reading in readings)
+        last = min((page for page in begins if page > first), default=len(keys))
+        found.append(Piece(range(first, last)))
+        first = last
+    return found
+
+
+@dataclass(eq=False)
+class Load:
+    """One request's restore of ``keys`` to the device pages ``numbers``. ``missing`` are keys that were not stored any
+    more when it was queued. ``n_bytes`` have been read for it, or for it before others."""
+
+    rid: str
+    keys: Sequence[bytes]
+    numbers: torch.Tensor
+    missing: tuple[bytes, ...] = ()
+    sources: set[Source] = field(default_factory=set)
+    n_bytes: int = 0
+
+
+class Portion(NamedTuple):
+    """The ``pages`` of a feed's stream that a load needs, as its own from page ``first`` on."""
+
+    load: Load
+    pages: range
+    first: int
+
+    def numbers(self, pages: range) -> torch.Tensor:
+        """The device pages of some of ``pages``."""
+        skipped = self.first - self.pages.start
+        return self.load.numbers[pages.start + skipped : pages.stop + skipped]
+
+
+@dataclass(eq=False)
+class Feed:
+    """A stream of a batch, and the loads that it feeds."""
+
+    reading: Reading
+    source: Source
+    portions: list[Portion] = field(default_factory=list)
+    # Where pages are read straight to, and for which portion: of what several need, for the first.
+    homes: list[tuple[Portion, Destination]] = field(default_factory=list)
+
+    @property
+    def stream(self) -> Stream:
+        return self.reading.stream
+
+    def join(self, load: Load, piece: Piece) -> None:
+        """Feed a load with a piece of it."""
+        load.sources.add(self.source)
+        self.portions.append(Portion(load, range(piece.at, piece.at + len(piece.pages)), piece.pages.start))
+
+    def leave(self, load: Load) -> bool:
+        """Do not feed a load any more: whether another one is fed."""
+        self.portions = [portion for portion in self.portions if portion.load is not load]
+        return bool(self.portions)
+
+    def hurry(self, device: DevicePages, *, background: bool) -> None:
+        """Read what the loads need, straight to the device where that can be."""
+        if device.addressable:
+            taken: list[range] = []
+            for portion in self.portions:
+                for pages in _without(portion.pages, taken):
+                    self.homes.append((portion, _destination(device, portion, pages)))
+                taken.append(portion.pages)
+        wanted = [portion.pages for portion in self.portions]
+        self.stream.hurry([home for _, home in self.homes], wanted=wanted, background=background)
+
+    def fed_by(self, chunk: Chunk) -> Load | None:
+        """The first load that needs pages of a chunk."""
+        pages = range(chunk.first, chunk.first + chunk.count)
+        return next((portion.load for portion in self.portions if intersection(portion.pages, pages)), None)
+
+    def rows(self, portion: Portion, chunk: Chunk) -> Iterator[tuple[torch.Tensor, list[np.ndarray | torch.Tensor]]]:
+        """What of a chunk has to be copied for a portion: device pages, and their rows of each component."""
+        for segment, _, arrays in chunk.parts:
+            pages = intersection(portion.pages, range(segment.first, segment.first + segment.pages))
+            if pages:
+                own = slice(pages.start - segment.first, pages.stop - segment.first)
+                yield portion.numbers(pages), [array[own] for array in arrays]
+        if not chunk.straight:
+            return
+        for other, home in self.homes:
+            pages = intersection(portion.pages, home.pages)
+            pages = intersection(pages, range(chunk.first, chunk.first + chunk.count))
+            if other is not portion and pages:
+                at = pages.start
+                for parts in zip(*home.rows(chunk.layer, pages), strict=True):
+                    yield portion.numbers(range(at, at + len(parts[0]))), list(parts)
+                    at += len(parts[0])
+
+
+def intersection(some: range, others: range) -> range:
+    return range(max(some.start, others.start), max(some.start, others.start, min(some.stop, others.stop)))
+
+
+def _without(pages: range, taken: Sequence[range]) -> list[range]:
+    """What is left of ``pages``."""
+    left = [pages] if pages else []
+    for other in taken:
+        left = [
+            part
+            for before in left
+            for part in (
+                range(before.start, min(before.stop, max(before.start, other.start))),
+                range(max(before.start, min(before.stop, other.stop)), before.stop),
+            )
+            if part
+        ]
+    return left
+
+
+def _destination(device: DevicePages, portion: Portion, pages: range) -> Destination:
+    @cache
+    def runs(some: range) -> list[slice]:
+        return device.runs(portion.numbers(some))
+
+    def rows(layer: int, some: range) -> list[list[np.ndarray]]:
+        return device.memory(layer, runs(some))
+
+    return Destination(pages, rows)

@@ -30,10 +30,10 @@ import numpy as np
 import xxhash
 
 from agentstate.errors import BadExtent, UnknownFormat
+from agentstate.pages.keys import KEY_BYTES, PageKeys
 
 ALIGNMENT = 4096
 FORMAT_VERSION = 2
-KEY_BYTES = 32
 MAGIC = b"AGSEXTNT"
 PREFIX = struct.Struct("<8sIIQ")
 
@@ -106,7 +106,7 @@ def page_seed(fingerprint: bytes, key: bytes) -> int:
 
 
 def block_seed(fingerprint: bytes, keys: Sequence[bytes]) -> int:
-    return page_seed(fingerprint, b"".join(keys))
+    return page_seed(fingerprint, PageKeys.of(keys).packed)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class ExtentLayout:
 @lru_cache(maxsize=1024)
 def _data_offset(geometry: Geometry, pages: int) -> int:
     # The length of the msgpack map depends on the number of pages alone, for its blobs have fixed widths.
-    header = ExtentHeader.blank(bytes(KEY_BYTES), geometry, (bytes(KEY_BYTES),) * pages)
+    header = ExtentHeader.blank(bytes(KEY_BYTES), geometry, PageKeys(bytes(KEY_BYTES * pages)))
     return align(PREFIX.size + len(header.packed()))
 
 
@@ -153,7 +153,7 @@ class ExtentHeader:
 
     fingerprint: bytes
     geometry: Geometry
-    keys: tuple[bytes, ...]
+    keys: PageKeys
     checksums: np.ndarray
     block_checksums: np.ndarray
 
@@ -162,7 +162,7 @@ class ExtentHeader:
         return ExtentLayout(self.geometry, len(self.keys))
 
     @classmethod
-    def blank(cls, fingerprint: bytes, geometry: Geometry, keys: tuple[bytes, ...]) -> ExtentHeader:
+    def blank(cls, fingerprint: bytes, geometry: Geometry, keys: PageKeys) -> ExtentHeader:
         """One whose checksums are zero, to be entered by `sum_up`."""
         pages, blocks = (
             np.zeros((geometry.layers, count), dtype="<u8") for count in (len(keys), geometry.blocks(len(keys)))
@@ -219,7 +219,7 @@ class ExtentHeader:
                 "page_size": self.geometry.page_size,
                 "layers": self.geometry.layers,
                 "planes": [{"codec": "raw", "components": list(self.geometry.component_bytes)}],
-                "keys": b"".join(self.keys),
+                "keys": self.keys.packed,
                 "checksum": "xxh3-64",
                 "checksums": self.checksums.astype("<u8", copy=False).tobytes(),
                 "block_checksums": self.block_checksums.astype("<u8", copy=False).tobytes(),
@@ -255,10 +255,7 @@ class ExtentHeader:
             if plane["codec"] != "raw" or fields["checksum"] != "xxh3-64":
                 raise UnknownFormat(f"{name}: unknown codec {plane['codec']!r} or checksum {fields['checksum']!r}")
             geometry = Geometry(fields["layers"], fields["page_size"], tuple(plane["components"]))
-            blob = fields["keys"]
-            if len(blob) % KEY_BYTES:
-                raise BadExtent(f"{name}: {len(blob)} bytes of keys are no whole keys of {KEY_BYTES}")
-            keys = tuple(blob[i : i + KEY_BYTES] for i in range(0, len(blob), KEY_BYTES))
+            keys = PageKeys(fields["keys"])
             sums, block_sums = (
                 np.frombuffer(fields[name], dtype="<u8").reshape(geometry.layers, count)
                 for name, count in (("checksums", len(keys)), ("block_checksums", geometry.blocks(len(keys))))
@@ -275,10 +272,10 @@ class ExtentDraft:
     """An extent under construction in page-aligned memory: the caller fills `component` for every layer, then hands
     the draft to `PageStore.publish`. The memory is ``buffer``'s and may be reused after that."""
 
-    def __init__(self, fingerprint: bytes, geometry: Geometry, keys: list[bytes], buffer: Memory):
-        if any(len(key) != KEY_BYTES for key in [fingerprint, *keys]):
-            raise ValueError(f"keys and fingerprints have {KEY_BYTES} bytes")
-        self.keys = tuple(keys)
+    def __init__(self, fingerprint: bytes, geometry: Geometry, keys: Sequence[bytes], buffer: Memory):
+        if len(fingerprint) != KEY_BYTES:
+            raise ValueError(f"fingerprints have {KEY_BYTES} bytes")
+        self.keys = PageKeys.of(keys)
         self.geometry = geometry
         self.fingerprint = fingerprint
         self.layout = ExtentLayout(geometry, len(keys))

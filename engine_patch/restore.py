@@ -20,7 +20,7 @@ from agentstate.pages import Chunk, Destination, LayerwiseReader, PageStore, Str
 from engine_patch.arrivals import Arrivals
 from engine_patch.prefetch import Prefetches
 from engine_patch.staging import PinnedMemory
-from engine_patch.transfer import DevicePages
+from engine_patch.transfer import DevicePages, Place
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,14 @@ class _Load:
     offset: int = 0
     n_bytes: int = 0
     straight: int = 0
+    # Of its pages from one to another: every layer asks for the same.
+    places: dict[tuple[int, int], Place] = field(default_factory=dict)
+
+    def place(self, device: DevicePages, first: int, last: int) -> Place:
+        """Where its pages from ``first`` to before ``last`` are on the device."""
+        if (place := self.places.get((first, last))) is None:
+            place = self.places[first, last] = device.place(self.numbers[first:last], device.inbound)
+        return place
 
     def own(self, first: int, count: int) -> slice:
         """Which of ``count`` pages of the stream, from ``first`` on, are the request's."""
@@ -335,8 +343,8 @@ class Restorer:
                 rows = load.own(segment.first, segment.pages)
                 if rows.start < rows.stop:
                     first = segment.first - load.offset
-                    numbers = load.numbers[first + rows.start : first + rows.stop]
-                    self._pages.scatter(chunk.layer, numbers, [array[rows] for array in arrays])
+                    place = load.place(self._pages, first + rows.start, first + rows.stop)
+                    self._pages.scatter(chunk.layer, place, [array[rows] for array in arrays])
             chunk.keep_until = self._pages.inbound.fence()
 
     def _reject(self, batch: _Batch, load: _Load, wrong: list[int], chunk: Chunk) -> None:

@@ -330,8 +330,9 @@ class Spiller:
                 raise _Abandoned
             offer.copying = True
         try:
+            place = self._pages.place(numbers, self._pages.outbound)
             for layer in range(draft.geometry.layers):
-                self._pages.gather(layer, numbers, [draft.component(layer, c) for c in components])
+                self._pages.gather(layer, place, [draft.component(layer, c) for c in components])
         finally:
             # Nothing may arrive in the buffer any more when it is checksummed, or used for something else.
             self._pages.outbound.finish()

@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate, chain
 from typing import Any
 
 import msgpack
@@ -116,12 +118,12 @@ class ExtentLayout:
     geometry: Geometry
     pages: int
 
-    @property
+    @cached_property
     def data_offset(self) -> int:
         """Where the first slab starts: what the prefix and the header take, rounded up to 4 KiB."""
         return _data_offset(self.geometry, self.pages)
 
-    @property
+    @cached_property
     def slab_bytes(self) -> int:
         return self.geometry.slab_bytes(self.pages)
 
@@ -171,11 +173,16 @@ class ExtentHeader:
 
     @cached_property
     def _page_seeds(self) -> list[int]:
-        return [page_seed(self.fingerprint, key) for key in self.keys]
+        return [xxhash.xxh3_64_intdigest(self.fingerprint + key) for key in self.keys]
 
     @cached_property
     def _block_seeds(self) -> list[int]:
         return [block_seed(self.fingerprint, self.keys[block.start : block.stop]) for block in self.blocks()]
+
+    @cached_property
+    def _block_sums(self) -> list[list[int]]:
+        sums: list[list[int]] = self.block_checksums.tolist()
+        return sums
 
     def blocks(self) -> list[range]:
         """The slots of each block: all have the same number of them but for the last one."""
@@ -184,8 +191,11 @@ class ExtentHeader:
 
     def sum_up(self, layer: int, components: Sequence[np.ndarray]) -> None:
         """Enter the checksums of a layer: of each component the bytes of all pages, of shape (pages, bytes)."""
-        for slot, seed in enumerate(self._page_seeds):
-            self.checksums[layer, slot] = checksum(seed, layer, [[rows[slot]] for rows in components])
+        # What `checksum` does for a page, for all of them: with small pages, calls take longer than bytes.
+        sums = [(seed + layer) & _MASK for seed in self._page_seeds]
+        for rows in components:
+            sums = list(map(xxhash.xxh3_64_intdigest, _each(rows), sums))
+        self.checksums[layer] = sums
         for number, (seed, block) in enumerate(zip(self._block_seeds, self.blocks(), strict=True)):
             parts = [[rows[block.start : block.stop]] for rows in components]
             self.block_checksums[layer, number] = checksum(seed, layer, parts)
@@ -197,16 +207,18 @@ class ExtentHeader:
         Of each component there are arrays of shape (pages, component bytes), which follow each other.
         """
         pages, size = len(self.keys), self.geometry.block_pages
-        at, end = slot, slot + sum(len(array) for array in components[0])
+        rows = [_Rows(arrays) for arrays in components]
+        block_seeds, block_sums = self._block_seeds, self._block_sums[layer]
+        at, end = slot, slot + len(rows[0])
         while at < end:
             block, last = at // size, min((at // size + 1) * size, pages)
             if at % size == 0 and at < last <= end:
-                parts = [_rows(arrays, at - slot, last - slot) for arrays in components]
-                if checksum(self._block_seeds[block], layer, parts) == int(self.block_checksums[layer, block]):
+                parts = [of_component.part(at - slot, last - slot) for of_component in rows]
+                if checksum(block_seeds[block], layer, parts) == block_sums[block]:
                     at = last
                     continue
             # Part of a block, or one in which not every page is right.
-            parts = [_rows(arrays, at - slot, at - slot + 1) for arrays in components]
+            parts = [of_component.part(at - slot, at - slot + 1) for of_component in rows]
             if at >= pages or checksum(self._page_seeds[at], layer, parts) != int(self.checksums[layer, at]):
                 yield at
             at += 1
@@ -308,11 +320,33 @@ class ExtentDraft:
         return self._sealed
 
 
-def _rows(arrays: Sequence[Any], first: int, last: int) -> list[Any]:
-    """The rows from ``first`` to ``last`` of arrays that follow each other."""
-    found = []
-    for array in arrays:
-        if first < len(array) and last > 0:
-            found.append(array[max(0, first) : last])
-        first, last = first - len(array), last - len(array)
-    return found
+def _each(rows: np.ndarray) -> Iterable[Any]:
+    """Every row by itself. Copying a short one is faster than making a view of it."""
+    if rows.shape[1] >= ALIGNMENT:
+        return rows
+    return chain.from_iterable(struct.iter_unpack(f"{rows.shape[1]}s", rows))
+
+
+class _Rows:
+    """Rows of arrays that follow each other."""
+
+    def __init__(self, arrays: Sequence[Any]):
+        self._arrays = arrays
+        self._starts = [0] if len(arrays) == 1 else list(accumulate((len(array) for array in arrays), initial=0))[:-1]
+
+    def __len__(self) -> int:
+        return self._starts[-1] + len(self._arrays[-1]) if self._arrays else 0
+
+    def part(self, first: int, last: int) -> list[Any]:
+        """The arrays of the rows from ``first`` to before ``last``."""
+        starts = self._starts
+        if len(starts) == 1:
+            return [self._arrays[0][first:last]]
+        i = bisect_right(starts, first) - 1
+        found = []
+        while i < len(starts) and starts[i] < last:
+            array = self._arrays[i]
+            begin, end = max(0, first - starts[i]), min(len(array), last - starts[i])
+            found.append(array if end - begin == len(array) else array[begin:end])
+            i += 1
+        return found

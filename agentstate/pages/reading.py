@@ -33,6 +33,7 @@ from agentstate.errors import BadExtent
 from agentstate.pages.backends import Buffer, OpenFile, PosixBackend, ReadBackend
 from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align
 from agentstate.pages.files import open_direct
+from agentstate.pages.keys import PageKeys
 from agentstate.pages.pins import Pin, Segment, StoredExtent
 
 # Below about 1 MiB a direct read reaches less of a drive than its bandwidth.
@@ -132,8 +133,9 @@ class LayerwiseReader:
         """Begin to read the pages of ``pin``, which the stream closes when it is closed."""
         pages = -(-len(pin.keys) // len(self._threads))
         a_thread = max(RANGE_BYTES, pages * self.geometry.layer_bytes) + len(pin.segments) * self._padding
-        # It is waited for in any case: blocks may be cut.
-        first = self._runs(pin.segments, min(a_thread, self.chunk_bytes), block_pages=1)
+        # The first layer of a short context is waited for in any case: blocks may be cut.
+        block_pages = self.geometry.block_pages if a_thread >= self.chunk_bytes else 1
+        first = self._runs(pin.segments, min(a_thread, self.chunk_bytes), block_pages)
         others = self._runs(pin.segments, self.chunk_bytes, self.geometry.block_pages)
         stream = Stream(self, pin, list(first), list(others))
         with self._lock:
@@ -185,14 +187,15 @@ class LayerwiseReader:
         for segment in segments:
             while segment.pages:
                 taken = min(segment.pages, max(0, (room - self._padding) // self.geometry.layer_bytes))
+                beyond = (segment.slot + taken) % block_pages if taken < segment.pages else 0
+                # A block that is read in two parts is verified page by page.
+                if (taken > beyond or run) and beyond:
+                    taken -= min(taken, beyond)
                 if taken == 0:
                     yield tuple(run)
                     run, room = [], n_bytes
                     continue
                 room -= self._padding + taken * self.geometry.layer_bytes
-                beyond = (segment.slot + taken) % block_pages
-                if beyond and taken < segment.pages and taken - beyond >= block_pages:
-                    taken, room = taken - beyond, 0
                 run.append(segment._replace(pages=taken))
                 segment = segment._replace(
                     slot=segment.slot + taken, pages=segment.pages - taken, first=segment.first + taken
@@ -350,9 +353,9 @@ class Stream:
         # Where they lie is the index's word, which may be wrong.
         written = header.keys[segment.slot : segment.slot + segment.pages]
         if header.fingerprint != self.pin.fingerprint:
-            written = ()
+            written = PageKeys()
         wrong = set(header.wrong_slots(layer, segment.slot, components))
-        if wrong or tuple(wanted) != written:
+        if wrong or wanted != written:
             for i, key in enumerate(wanted):
                 if segment.slot + i in wrong or i >= len(written) or written[i] != key:
                     yield segment.first + i
@@ -504,8 +507,11 @@ def _read_segment(
 def _spans(segment: Segment, layer: int) -> list[tuple[int, int]]:
     """Where the components of a segment are in one layer: offsets and lengths."""
     layout = segment.extent.layout
-    components = range(len(layout.geometry.component_bytes))
-    return [layout.component_range(layer, component, segment.slot, segment.pages) for component in components]
+    start, spans = layout.data_offset + layer * layout.slab_bytes, []
+    for n_bytes in layout.geometry.component_bytes:
+        spans.append((start + segment.slot * n_bytes, segment.pages * n_bytes))
+        start += layout.pages * n_bytes
+    return spans
 
 
 def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -342,11 +342,12 @@ class _Rows:
         starts = self._starts
         if len(starts) == 1:
             return [self._arrays[0][first:last]]
-        i = bisect_right(starts, first) - 1
+        i, end = bisect_right(starts, first) - 1, bisect_left(starts, last)
+        if starts[i] == first and (last == len(self) if end == len(starts) else starts[end] == last):
+            return list(self._arrays[i:end])
         found = []
         while i < len(starts) and starts[i] < last:
             array = self._arrays[i]
-            begin, end = max(0, first - starts[i]), min(len(array), last - starts[i])
-            found.append(array if end - begin == len(array) else array[begin:end])
+            found.append(array[max(0, first - starts[i]) : last - starts[i]])
             i += 1
         return found

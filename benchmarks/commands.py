@@ -185,7 +185,9 @@ def path(settings: Settings, tokens: str, page_sizes: str, report: Path | None) 
     numbers = ("interpreter, s", "calls/GB", "reads/GB", "checksums/GB", "copies/GB", "look-ups/GB")
     table = Table("tokens", "page", "part", *(Column(name, justify="right") for name in numbers))
     for row in rows:
-        calls = [f"{row.get(f'{kind}_per_gb', 0):,.0f}" for kind in ("calls", "reads", "checksums", "copies", "look_ups")]
+        calls = [
+            f"{row.get(f'{kind}_per_gb', 0):,.0f}" for kind in ("calls", "reads", "checksums", "copies", "look_ups")
+        ]
         shown = [f"{row['tokens']:,}", f"{row['page_size']}", row["part"], f"{row['interpreter_s']:.3f}"]
         table.add_row(*shown, *calls)
     console.print(table)

@@ -192,8 +192,8 @@ class Rank:
         pool = DevicePool(
             PoolName.KV, [(tensor, tensor)] * LAYERS, page_size, tuple(range(LAYERS)), ("bf16",), None, allocator
         )
-        self.pools = StoredPools([pool], lambda _, pages: self._store(directory, pages), Settings())
-        if pool.pages.addressable is not straight:
+        self.pools = StoredPools([pool], lambda pool: self._store(directory, pool.device_pages), Settings())
+        if pool.device_pages.addressable is not straight:
             raise RuntimeError("the KV tensors are not aligned as they should be")
         self._hashes = [sha256(number.to_bytes(8, "big")).hexdigest() for number in range(self.pages)]
         numbers = list(range(1, self.pages + 1))
@@ -236,8 +236,8 @@ class Rank:
     def match(self) -> None:
         """From the hashes to the length that all ranks agree on."""
         linker = AgentStateLinker.__new__(AgentStateLinker)
-        linker.page_size, linker._pools, linker._off, linker._cached = self._page_size, self.pools, None, 0
-        linker._break_even, linker._computes = BreakEven(), True
+        linker.page_size, linker._pools, linker._cached = self._page_size, self.pools, 0
+        linker._rank = SimpleNamespace(off=None, break_even=BreakEven(), settings=Settings())
         ranks = SimpleNamespace(cache=SimpleNamespace(_all_reduce_attn_groups=lambda *_: None))
         lengths = linker.lookup("r", [PoolTransfer(name=PoolName.KV, keys=self._hashes)])
         agreed = _LinkerWrapper._sync_restorable_prefix(ranks, lengths, num_pages=self.pages, device_hit_pages=0)

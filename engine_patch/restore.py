@@ -99,7 +99,7 @@ class _Load:
     missing between the match and now. Of the ``n_bytes`` that have been read, ``straight`` passed no staging."""
 
     rid: str
-    keys: list[bytes]
+    keys: Sequence[bytes]
     numbers: torch.Tensor
     stream: Stream | None
     source: Source
@@ -190,7 +190,7 @@ class Restorer:
         for thread in self._threads:
             thread.start()
 
-    def queue(self, rid: str, keys: list[bytes], numbers: torch.Tensor, source: Source = Source.COLD) -> None:
+    def queue(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor, source: Source = Source.COLD) -> None:
         """Queue ``keys`` for the device pages ``numbers``. Reading begins now, if it has not begun before: then
         ``source`` is host memory."""
         if (ahead := self.prefetches.take(keys)) is not None:

@@ -324,7 +324,7 @@ def _each(rows: np.ndarray) -> Iterable[Any]:
     """Every row by itself. Copying a short one is faster than making a view of it."""
     if rows.shape[1] >= ALIGNMENT:
         return rows
-    return chain.from_iterable(struct.iter_unpack(f"{rows.shape[1]}s", rows))
+    return chain.from_iterable(struct.iter_unpack(f"{rows.shape[1]}s", rows.data))
 
 
 class _Rows:

@@ -507,11 +507,8 @@ def _read_segment(
 def _spans(segment: Segment, layer: int) -> list[tuple[int, int]]:
     """Where the components of a segment are in one layer: offsets and lengths."""
     layout = segment.extent.layout
-    start, spans = layout.data_offset + layer * layout.slab_bytes, []
-    for n_bytes in layout.geometry.component_bytes:
-        spans.append((start + segment.slot * n_bytes, segment.pages * n_bytes))
-        start += layout.pages * n_bytes
-    return spans
+    components = range(len(layout.geometry.component_bytes))
+    return [layout.component_range(layer, component, segment.slot, segment.pages) for component in components]
 
 
 def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:

@@ -9,7 +9,9 @@ KV geometry of Qwen2.5-7B. Only what moves or looks at bytes does nothing: reads
 zero, copies to and from the KV tensors are left out, and of an extent the header is written alone. So neither the
 memory nor the disk space of a long context is needed. The KV tensors are address space that is never touched.
 
-Times are the CPU's, of all threads of the process together, without what reading and writing headers takes.
+What goes through staging is read in pieces of the size that an accelerator gets; what goes straight to the KV pool, in
+those of a CPU. Times are the CPU's, of all threads of the process together, without what reading and writing headers
+takes.
 """
 
 from __future__ import annotations
@@ -41,13 +43,13 @@ import torch
 from agentstate.pages import PageStore, extent, files, fingerprint
 from agentstate.pages.extent import PREFIX
 from agentstate.settings import Settings
-from engine_patch import transfer
+from engine_patch import stored_pools, transfer
 from engine_patch.break_even import BreakEven
 from engine_patch.linker import AgentStateLinker
 from engine_patch.pools import DevicePool
 from engine_patch.radix_cache import _LinkerWrapper
 from engine_patch.sglang_api import PagedTokenToKVPoolAllocator, PoolName, PoolTransfer
-from engine_patch.stored_pools import StoredPools
+from engine_patch.stored_pools import StoredPools, chunk_bytes
 from engine_patch.transfer import DevicePages
 
 LAYERS, HEADS, SIZE = 28, 4, 128
@@ -192,7 +194,9 @@ class Rank:
         pool = DevicePool(
             PoolName.KV, [(tensor, tensor)] * LAYERS, page_size, tuple(range(LAYERS)), ("bf16",), None, allocator
         )
-        self.pools = StoredPools([pool], lambda pool: self._store(directory, pool.device_pages), Settings())
+        sizes = torch.device("cpu" if straight else "cuda")
+        with patch.object(stored_pools, "chunk_bytes", lambda _: chunk_bytes(sizes)):
+            self.pools = StoredPools([pool], lambda pool: self._store(directory, pool.device_pages), Settings())
         if pool.device_pages.addressable is not straight:
             raise RuntimeError("the KV tensors are not aligned as they should be")
         self._hashes = [sha256(number.to_bytes(8, "big")).hexdigest() for number in range(self.pages)]

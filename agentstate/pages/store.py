@@ -103,6 +103,8 @@ class PageStore:
         self._used_since: set[int] = set()
         # Pages that the index finds still, because it could not be written when they were dropped.
         self._dropped: dict[bytes, Extent] = {}
+        # Extents with a page that was wrong are looked up page by page, whatever is counted as live in them.
+        self._doubted: set[int] = set()
         self._next = 1
         self._closed = False
         with self._writing:
@@ -351,7 +353,7 @@ class PageStore:
     def _is_whole(self, number: int) -> bool:
         # What was written again, merged or dropped is not live, and an extent never gains such a page back.
         extent = self._extents.get(number)
-        return extent is not None and extent.live == extent.pages
+        return extent is not None and extent.live == extent.pages and number not in self._doubted
 
     def _unreadable(self, error: Exception) -> None:
         if self._directory.known and not self._closed:
@@ -695,6 +697,7 @@ class PageStore:
         """
         with self._writing:
             copies = [copy for copy in dict.fromkeys(wrong) if copy[0] not in self._dropped]
+            self._doubted.update(number for _, number in copies)
             try:
                 places = self._index.places(key for key, _ in copies)
             except (lmdb.Error, struct.error) as error:

@@ -127,6 +127,17 @@ def test_an_extent_of_an_earlier_release_is_looked_up_by_page(tmp_path: Path) ->
     store.close()
 
 
+def test_a_wrong_page_is_not_found_again_whatever_is_counted(tmp_path: Path) -> None:
+    store = PageStore(tmp_path, MARK, TINY)
+    write(store, keys(1, 2, 3))
+    with store._index.change() as change:
+        change.delete(key(2))
+    assert store.prefix_length(keys(1, 2, 3)) == 3
+    store.drop([(key(2), 1)])
+    assert store.prefix_length(keys(1, 2, 3)) == 1
+    store.close()
+
+
 def test_whole_extents_are_one_look_up_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = PageStore(tmp_path, MARK, TINY)
     for first in (0, 100):

@@ -173,7 +173,7 @@ def project(
 def path(settings: Settings, tokens: str, page_sizes: str, report: Path | None) -> None:
     """Measure the interpreter's part of a match, a restore and a spill, where SGLang is, and print it."""
     python = launcher.engine_python(settings)
-    command = [str(python), "-W", "ignore", "-m", "benchmarks.path", "--tokens", tokens, "--page-sizes", page_sizes]
+    command = [python, "-W", "ignore", "-m", "benchmarks.path", "--tokens", tokens, "--page-sizes", page_sizes]
     rows: list[dict[str, Any]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as measuring:
         assert measuring.stdout is not None
@@ -192,7 +192,7 @@ def path(settings: Settings, tokens: str, page_sizes: str, report: Path | None) 
         table.add_row(*shown, *calls)
     console.print(table)
     settings_of = {"model": "qwen2.5-7b", "tokens": tokens, "page_sizes": page_sizes}
-    _keep(report, "path", settings_of, rows, [python])
+    _keep(report, "path", settings_of, rows, [Path(python)])
 
 
 def _print_replay(chosen: Workload, rows: list[dict[str, Any]], validated: dict[str, Any] | None) -> None:

@@ -376,6 +376,17 @@ def burst(
 
 
 @bench.command()
+def path(
+    tokens: Annotated[str, typer.Option(help="Lengths of the context.")] = "131072,409600,1010000",
+    page_sizes: Annotated[str, typer.Option(help="Tokens a page.")] = "1,64",
+    report: JsonPath = None,
+) -> None:
+    """What Python does for a match, a restore and a spill of Qwen2.5-7B's KV, without I/O: needs neither memory nor a
+    drive."""
+    _room("benchmarks.commands").path(Settings(), tokens, page_sizes, report)
+
+
+@bench.command()
 def project(
     prefill_tflops: Annotated[float, typer.Option(help="What a prefill reaches, TFLOP/s.")] = 550,
     prefill_tokens_per_s: Annotated[

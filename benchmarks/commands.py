@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import json
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -14,10 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from agentstate import engines
+from agentstate import engines, launcher
 from agentstate.control import ControlClient
 from agentstate.database import Database
-from agentstate.errors import EngineUnreachable, SettingsError
+from agentstate.errors import EngineError, EngineUnreachable, SettingsError
+from agentstate.settings import Settings
 from benchmarks import projection, results, traces
 from benchmarks.calibration import Calibration
 from benchmarks.probe import probe
@@ -167,6 +170,31 @@ def project(
     _keep(report, "projection", {**asdict(hardware), "assumptions": assumed}, rows)
 
 
+def path(settings: Settings, tokens: str, page_sizes: str, report: Path | None) -> None:
+    """Measure the interpreter's part of a match, a restore and a spill, where SGLang is, and print it."""
+    python = launcher.engine_python(settings)
+    command = [python, "-W", "ignore", "-m", "benchmarks.path", "--tokens", tokens, "--page-sizes", page_sizes]
+    rows: list[dict[str, Any]] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as measuring:
+        assert measuring.stdout is not None
+        for line in measuring.stdout:
+            rows.append(row := json.loads(line))
+            console.print(f"{row['tokens']:,} tokens, pages of {row['page_size']}, {row['part']}", highlight=False)
+    if measuring.returncode:
+        raise EngineError("the measurement ended early; the lines above say why")
+    numbers = ("interpreter, s", "calls/GB", "reads/GB", "checksums/GB", "copies/GB", "look-ups/GB")
+    table = Table("tokens", "page", "part", *(Column(name, justify="right") for name in numbers))
+    for row in rows:
+        calls = [
+            f"{row.get(f'{kind}_per_gb', 0):,.0f}" for kind in ("calls", "reads", "checksums", "copies", "look_ups")
+        ]
+        shown = [f"{row['tokens']:,}", f"{row['page_size']}", row["part"], f"{row['interpreter_s']:.3f}"]
+        table.add_row(*shown, *calls)
+    console.print(table)
+    settings_of = {"model": "qwen2.5-7b", "tokens": tokens, "page_sizes": page_sizes}
+    _keep(report, "path", settings_of, rows, [Path(python)])
+
+
 def _print_replay(chosen: Workload, rows: list[dict[str, Any]], validated: dict[str, Any] | None) -> None:
     figures: tuple[dict[str, Callable[[dict[str, Any]], str]], ...] = (
         {
@@ -202,9 +230,15 @@ def _print_replay(chosen: Workload, rows: list[dict[str, Any]], validated: dict[
         console.print(f"{name}: simulated {of['simulated']:,}, measured {of['measured']:,}, ratio {of['ratio']}")
 
 
-def _keep(report: Path | None, kind: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def _keep(
+    report: Path | None,
+    kind: str,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    pythons: Sequence[Path] = (),
+) -> None:
     if report is not None:
-        results.write(report, results.record(kind, settings, rows))
+        results.write(report, results.record(kind, settings, rows, pythons))
         console.print(f"raw result written to {report}")
 
 

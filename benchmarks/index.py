@@ -21,6 +21,7 @@ from pathlib import Path
 from agentstate.pages import Geometry, PageStore
 from agentstate.pages.extent import ExtentLayout
 from agentstate.pages.index import ExtentRecord, PageIndex
+from agentstate.pages.keys import PageKeys
 
 # Qwen2.5-7B: 28 layers, 4 KV heads of 128, bf16, 64 tokens a page.
 GEOMETRY = Geometry(layers=28, page_size=64, component_bytes=(65536, 65536))
@@ -46,8 +47,9 @@ def fill(directory: Path, pages: int, per_extent: int) -> None:
                 os.truncate(path, file_bytes)
                 status = path.stat()
                 change.record(number, ExtentRecord(per_extent, per_extent, file_bytes, status.st_mtime_ns, number))
-                for slot in range(per_extent):
-                    change.put(key(first + slot), number, slot)
+                keys = [key(first + slot) for slot in range(per_extent)]
+                change.put(number, {name: slot for slot, name in enumerate(keys)})
+                change.list_keys(number, PageKeys.of(keys))
     index.close()
 
 

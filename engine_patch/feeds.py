@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from agentstate.pages import Chunk, Destination, Stream
-from engine_patch.transfer import DevicePages
+from engine_patch.transfer import CopyLane, DevicePages, Place
 
 
 class Source(StrEnum):
@@ -96,6 +96,8 @@ class Load:
     missing: tuple[bytes, ...] = ()
     sources: set[Source] = field(default_factory=set)
     n_bytes: int = 0
+    # Of its pages from one to another: every layer asks for the same.
+    places: dict[tuple[int, int], Place] = field(default_factory=dict)
 
 
 class Portion(NamedTuple):
@@ -109,6 +111,13 @@ class Portion(NamedTuple):
         """The device pages of some of ``pages``."""
         skipped = self.first - self.pages.start
         return self.load.numbers[pages.start + skipped : pages.stop + skipped]
+
+    def place(self, device: DevicePages, lane: CopyLane, pages: range) -> Place:
+        """Where some of ``pages`` are on the device, for copies on ``lane``, which is the same at every call."""
+        asked, places = (self.first + pages.start - self.pages.start, len(pages)), self.load.places
+        if (place := places.get(asked)) is None:
+            place = places[asked] = device.place(self.numbers(pages), lane)
+        return place
 
 
 @dataclass(eq=False)
@@ -151,13 +160,13 @@ class Feed:
         pages = range(chunk.first, chunk.first + chunk.count)
         return next((portion.load for portion in self.portions if intersection(portion.pages, pages)), None)
 
-    def rows(self, portion: Portion, chunk: Chunk) -> Iterator[tuple[torch.Tensor, list[np.ndarray | torch.Tensor]]]:
-        """What of a chunk has to be copied for a portion: device pages, and their rows of each component."""
+    def rows(self, portion: Portion, chunk: Chunk) -> Iterator[tuple[range, list[np.ndarray | torch.Tensor]]]:
+        """What of a chunk has to be copied for a portion: pages of the stream, and their rows of each component."""
         for segment, _, arrays in chunk.parts:
             pages = intersection(portion.pages, range(segment.first, segment.first + segment.pages))
             if pages:
                 own = slice(pages.start - segment.first, pages.stop - segment.first)
-                yield portion.numbers(pages), [array[own] for array in arrays]
+                yield pages, [array[own] for array in arrays]
         if not chunk.straight:
             return
         for other, home in self.homes:
@@ -166,7 +175,7 @@ class Feed:
             if other is not portion and pages:
                 at = pages.start
                 for parts in zip(*home.rows(chunk.layer, pages), strict=True):
-                    yield portion.numbers(range(at, at + len(parts[0]))), list(parts)
+                    yield range(at, at + len(parts[0])), list(parts)
                     at += len(parts[0])
 
 

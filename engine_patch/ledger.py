@@ -64,7 +64,7 @@ class Ledger:
             self._put(session_id, standing)
             return standing.requests
 
-    def settled(self, session_id: str, request: int, keys: list[bytes], durable: int) -> None:
+    def settled(self, session_id: str, request: int, keys: Sequence[bytes], durable: int) -> None:
         """The pages queued by request number ``request`` are stored, ``durable`` of them from the head."""
         with self._mutex:
             standing = self._standings.get(session_id, Standing(requests=request))

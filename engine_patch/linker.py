@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from agentstate.pages import PageKeys
 from engine_patch.feeds import Source
 from engine_patch.rank import Rank
 from engine_patch.restore import Finished, Restored
@@ -68,7 +69,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             return []
         return lengths
 
-    def _is_computed(self, rid: str, keys: list[bytes]) -> bool:
+    def _is_computed(self, rid: str, keys: PageKeys) -> bool:
         # What is in memory already costs next to nothing.
         return not self._pools.staged_for(keys) and self._rank.break_even.computes(
             rid, self._cached, len(keys) * self.page_size, self._pools.n_bytes(len(keys))
@@ -145,7 +146,7 @@ class AgentStateLinker(UnifiedCacheLinker):
     def read_ahead(self, rid: str, keys: Sequence[str]) -> None:
         """Begin to read what a request that waits is going to load."""
         if self._rank.off is None:
-            self._pools.read_ahead(rid, [bytes.fromhex(key) for key in keys])
+            self._pools.read_ahead(rid, PageKeys.from_hex(keys))
 
     def tidy(self, queued: Callable[[], Collection[str]]) -> None:
         """Let go of what was read for requests that are not ``queued`` any more."""
@@ -177,7 +178,7 @@ class AgentStateLinker(UnifiedCacheLinker):
 
     def stored(self, keys: Sequence[str]) -> bool:
         """Whether all of these pages are stored."""
-        return self._pools.durable([bytes.fromhex(key) for key in keys]) == len(keys)
+        return self._pools.durable(PageKeys.from_hex(keys)) == len(keys)
 
     @property
     def lost(self) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from engine_patch.device_tier import DeviceTier
@@ -62,6 +63,14 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         self.cache_linker.matching(result.device_prefix_len)
         return super().match(key, req, result)
+
+    def _sync_restorable_prefix(self, restorable: Sequence[int], *, num_pages: int, device_hit_pages: int) -> int:
+        """Stock, but that all lengths are entered at once: one at a time, a million of them took seconds."""
+        mask = torch.zeros(num_pages + 1, dtype=torch.int)
+        lengths = torch.from_numpy(np.array(restorable, dtype=np.int64))
+        mask[lengths[(lengths > device_hit_pages) & (lengths <= num_pages)]] = 1
+        self.cache._all_reduce_attn_groups(mask, torch.distributed.ReduceOp.MIN)
+        return int(mask.nonzero()[-1]) if mask.any() else 0
 
     def finish_loads(self) -> list[str]:
         """Wait for the loads of the batch that just ran: the rids that failed, identical on every rank."""

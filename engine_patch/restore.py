@@ -376,8 +376,9 @@ class Restorer:
             self._require_wanted(index)
             for portion in feed.portions:
                 if portion.load.rid not in batch.failed:
-                    for numbers, rows in feed.rows(portion, chunk):
-                        self._pages.scatter(chunk.layer, numbers, rows, batch.lane)
+                    for pages, rows in feed.rows(portion, chunk):
+                        place = portion.place(self._pages, batch.lane, pages)
+                        self._pages.scatter(chunk.layer, place, rows, batch.lane)
             chunk.keep_until = batch.lane.fence()
 
     def _reject(self, batch: _Batch, feed: Feed, portion: Portion, bad: list[int], chunk: Chunk) -> None:

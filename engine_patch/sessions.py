@@ -4,7 +4,7 @@ for."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from agentstate.database import Database
 from agentstate.engines import Engine
 from agentstate.errors import EngineError
 from agentstate.manifests import Manifest, split_keys
+from agentstate.pages import PageKeys
 from agentstate.settings import Settings
 from engine_patch.catalog import Catalog
 from engine_patch.ledger import Ledger
@@ -99,7 +100,7 @@ class Sessions:
                     # keeps the tokens of one request a session, and not of all.
                     return
                 del self._unsettled[session_id]
-            keys = [bytes.fromhex(text) for text in get_storage_hash_str(key, page_size=self._page_size)]
+            keys = PageKeys.from_hex(get_storage_hash_str(key, page_size=self._page_size))
             durable = self._pools.durable(keys, use=True)
             if self._stores():
                 self._ledger.settled(session_id, request, keys, durable)
@@ -170,7 +171,7 @@ class Sessions:
         tokens = pages * self._page_size
         return {"state": state, "tokens": tokens, "pages": pages, "bytes": self._pools.n_bytes(pages), "tier": tier}
 
-    def _manifest(self, session_id: str, keys: list[bytes], durable: int) -> Manifest:
+    def _manifest(self, session_id: str, keys: Sequence[bytes], durable: int) -> Manifest:
         return Manifest(
             session_id=session_id,
             fingerprint=self._engine.fingerprint,

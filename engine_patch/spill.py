@@ -16,8 +16,7 @@ from functools import partial
 import torch
 
 from agentstate.errors import PageStoreError, PageStoreFull
-from agentstate.manifests import KEY_BYTES, split_keys
-from agentstate.pages import ExtentDraft, LayerwiseReader, PageStore, Writer, merge
+from agentstate.pages import ExtentDraft, LayerwiseReader, PageKeys, PageStore, Writer, merge
 from engine_patch.staging import PinnedMemory
 from engine_patch.transfer import DevicePages
 
@@ -48,7 +47,7 @@ class SpillStats:
 
 @dataclass
 class _Offer:
-    keys: list[bytes]
+    keys: Sequence[bytes]
     numbers: torch.Tensor
     ready: Sequence[torch.Event]
     skipped: bool
@@ -93,16 +92,16 @@ class Spiller:
         self._on_their_way: set[bytes] = set()
         self._merge_reader = LayerwiseReader(store.geometry, staging_bytes=_MERGE_STAGING_BYTES, threads=1)
         self._until_s = math.inf
-        # Chains to look for small extents in, by their last keys: packed, 32 bytes a page.
-        self._chains: dict[bytes, bytes] = {}
+        # Chains to look for small extents in, by their last keys.
+        self._chains: dict[bytes, PageKeys] = {}
         self._chains_bytes = 0
         # Why pages were not stored when that was said last, unless some have been since.
         self._said: tuple[object, ...] | None = None
-        self._queue: queue.Queue[_Offer | Callable[[], None] | list[bytes] | None] = queue.Queue()
+        self._queue: queue.Queue[_Offer | Callable[[], None] | PageKeys | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="agentstate-spill", daemon=True)
         self._thread.start()
 
-    def offer(self, keys: list[bytes], numbers: torch.Tensor, ready: Sequence[torch.Event] = ()) -> None:
+    def offer(self, keys: Sequence[bytes], numbers: torch.Tensor, ready: Sequence[torch.Event] = ()) -> None:
         """Queue pages for writing: ``numbers`` are their page numbers on the device, which the caller keeps unchanged
         until the result is in. ``ready`` are the events after which the device pages may be read."""
         # Decided here, and answered in turn: ranks are not told at the same time, and each must answer every offer.
@@ -154,9 +153,10 @@ class Spiller:
         """Run ``action`` on a spilling thread once everything offered so far is stored or has failed."""
         self._queue.put(action)
 
-    def merge(self, chain: list[bytes]) -> None:
+    def merge(self, chain: Sequence[bytes]) -> None:
         """Merge the small extents of a stored chain when there is nothing else to do."""
-        self.then(lambda: self._queue.put(chain))
+        keys = PageKeys.of(chain)
+        self.then(lambda: self._queue.put(keys))
 
     @property
     def waiting(self) -> int:
@@ -190,7 +190,7 @@ class Spiller:
         while (item := self._next()) is not None:
             if isinstance(item, _Offer):
                 self._store_offer(item)
-            elif isinstance(item, list):
+            elif isinstance(item, PageKeys):
                 self._remember(item)
                 self._queue.task_done()
             else:
@@ -205,15 +205,14 @@ class Spiller:
         finally:
             self._queue.task_done()
 
-    def _next(self) -> _Offer | Callable[[], None] | list[bytes] | None:
+    def _next(self) -> _Offer | Callable[[], None] | PageKeys | None:
         while self._chains and self._queue.empty() and self._until_s == math.inf:
             self._merge_one()
         return self._queue.get()
 
     def _merge_one(self) -> None:
         """Merge one run, so that what arrives in the meantime waits for no more than that."""
-        last, packed = next(iter(self._chains.items()))
-        chain = split_keys(packed)
+        last, chain = next(iter(self._chains.items()))
         replaced = 0
         try:
             with self._writer.memory() as memory:
@@ -228,17 +227,17 @@ class Spiller:
         if not replaced:
             self._forget(last)
 
-    def _remember(self, chain: list[bytes]) -> None:
+    def _remember(self, chain: PageKeys) -> None:
         """Merge along a chain when there is time; those that were told longest ago are left as they are when that would
         take too much memory."""
         self._forget(chain[-1])
-        self._chains[chain[-1]] = b"".join(chain)
-        self._chains_bytes += len(chain) * KEY_BYTES
+        self._chains[chain[-1]] = chain
+        self._chains_bytes += len(chain.packed)
         while self._chains_bytes > _CHAINS_BYTES:
             self._forget(next(iter(self._chains)))
 
     def _forget(self, last: bytes) -> None:
-        self._chains_bytes -= len(self._chains.pop(last, b""))
+        self._chains_bytes -= len(self._chains.pop(last, PageKeys()).packed)
 
     def _store_offer(self, offer: _Offer) -> None:
         """Copy what is new of an offer, and have it concluded when that is published."""
@@ -251,8 +250,9 @@ class Spiller:
             # In this order: what is published in the meantime is on its way no more, and is stored.
             if not skipped:
                 self._store.attend()
-            unknown = [] if skipped else [i for i, key in enumerate(offer.keys) if key not in self._on_their_way]
-            stored = self._store.stored([offer.keys[i] for i in unknown])
+            every = [] if skipped else list(offer.keys)
+            unknown = [i for i, key in enumerate(every) if key not in self._on_their_way]
+            stored = self._store.stored([every[i] for i in unknown])
             new = [i for i, is_stored in zip(unknown, stored, strict=True) if not is_stored]
             if new:
                 self._pages.outbound.after(offer.ready)
@@ -261,7 +261,7 @@ class Spiller:
                     late = len(new) - start
                     break
                 run = new[start : start + self._writer.pages_an_extent]
-                keys = [offer.keys[i] for i in run]
+                keys = [every[i] for i in run]
                 published = self._writer.write(keys, partial(self._fill, offer, offer.numbers[run]))
                 published.add_done_callback(lambda _: self._moved())
                 publishing.append((keys, published))
@@ -330,8 +330,9 @@ class Spiller:
                 raise _Abandoned
             offer.copying = True
         try:
+            place = self._pages.place(numbers, self._pages.outbound)
             for layer in range(draft.geometry.layers):
-                self._pages.gather(layer, numbers, [draft.component(layer, c) for c in components])
+                self._pages.gather(layer, place, [draft.component(layer, c) for c in components])
         finally:
             # Nothing may arrive in the buffer any more when it is checksummed, or used for something else.
             self._pages.outbound.finish()

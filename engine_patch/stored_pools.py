@@ -15,9 +15,10 @@ from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
-from agentstate.pages import READ_THREADS, LayerwiseReader, PageStore
+from agentstate.pages import READ_THREADS, LayerwiseReader, PageKeys, PageStore
 from agentstate.pages.store import StoreStats
 from agentstate.settings import Settings
 from engine_patch.arrivals import Arrivals, LayerGate
@@ -30,8 +31,10 @@ from engine_patch.spill import Spiller, SpillStats
 from engine_patch.staging import read_backend
 
 OpenStore = Callable[[DevicePool], PageStore]
-# More than a reader takes by itself: beside a forward, threads that hand over less often disturb it less.
-_CHUNK_BYTES = 8 << 20
+# More than a reader takes by itself: beside a forward, threads that hand over less often disturb it less. An
+# accelerator takes 8 MiB in less than a millisecond, so that more at a time keeps nobody waiting. That size was chosen
+# by arithmetic (`bench path`) and has not been measured on one.
+_CHUNK_BYTES, _CHUNK_BYTES_ACCELERATOR = 8 << 20, 32 << 20
 # So do fewer of them.
 _READ_THREADS_BESIDE = 2
 
@@ -93,7 +96,7 @@ class _StoredPool:
             self.device_pages.geometry,
             staging_bytes=settings.staging_bytes // parts,
             threads=settings.read_threads or (_READ_THREADS_BESIDE if self.device_pages.addressable else READ_THREADS),
-            chunk_bytes=_CHUNK_BYTES,
+            chunk_bytes=chunk_bytes(self.device_pages.device),
             backend=read_backend(settings.read_backend, self.device_pages.device),
         )
         self.restorer = Restorer(self.store, self.device_pages, self.reader, timeout_s)
@@ -140,24 +143,24 @@ class StoredPools:
         return self._pools[0].device_pages.device if self._pools else torch.device("cpu")
 
     def restorable(self, keys: Sequence[bytes], *, use: bool = True) -> list[int]:
-        """Every length, in pages, up to which a prefix of ``keys`` is stored with all that is needed to go on from
-        there. Pages before ``keys`` are taken to be on the device. From memory; never touches the disk. The pages that
-        the longest length needs count as used, unless ``use`` is false."""
+        """Every length, in pages and in order, up to which a prefix of ``keys`` is stored with all that is needed to go
+        on from there. Pages before ``keys`` are taken to be on the device. From memory; never touches the disk. The
+        pages that the longest length needs count as used, unless ``use`` is false."""
         if not self._pools:
             return []
         full, *windowed = self._pools
         found = full.store.prefix_length(keys, use=use)
-        lengths = set(range(1, found + 1))
+        lengths = np.arange(1, found + 1)
+        usable = np.ones(found, dtype=bool)
         for pool in windowed:
-            run = 0
-            for length, stored in enumerate(pool.store.stored(keys[:found]), start=1):
-                run = run + 1 if stored else 0
-                if run < min(pool.window_pages or length, length):
-                    lengths.discard(length)
-        if use and lengths:
+            stored = np.array(pool.store.stored(keys[:found]), dtype=bool)
+            run = lengths - np.maximum.accumulate(np.where(stored, 0, lengths))
+            usable &= run >= np.minimum(pool.window_pages or found, lengths)
+        restorable: list[int] = lengths[usable].tolist()
+        if use and restorable:
             for pool in windowed:
-                pool.store.prefix_length(pool.needed(keys[: max(lengths)]))
-        return sorted(lengths)
+                pool.store.prefix_length(pool.needed(keys[: restorable[-1]]))
+        return restorable
 
     def restorable_for(self, rid: str, keys: Sequence[bytes]) -> list[int]:
         """The `restorable` lengths for a request that is going to load: after a restore of it has failed, those before
@@ -166,7 +169,7 @@ class StoredPools:
 
     def durable(self, keys: Sequence[bytes], *, use: bool = False) -> int:
         """The longest of the `restorable` lengths, or 0. Keeping account of what is stored is not using it."""
-        return max(self.restorable(keys, use=use), default=0)
+        return (self.restorable(keys, use=use) or [0])[-1]
 
     def n_bytes(self, pages: int) -> int:
         """What restoring a prefix of so many pages reads."""
@@ -214,7 +217,7 @@ class StoredPools:
         other)."""
         return set().union(*(pool.store.take_losers() for pool in self._pools))
 
-    def merge(self, keys: list[bytes]) -> None:
+    def merge(self, keys: Sequence[bytes]) -> None:
         """Merge the small extents of a stored chain when there is nothing else to do. A window's pages stay as they
         were written: they are read few at a time."""
         for pool in self._pools:
@@ -403,19 +406,25 @@ class StoredPools:
         return {**stat, "pools": {pool.name.value: pool.stat() for pool in windowed}}
 
 
-def keys_of(transfer: PoolTransfer) -> list[bytes]:
-    return [bytes.fromhex(key) for key in transfer.keys]
+def chunk_bytes(device: torch.device) -> int:
+    """How much is read at a time for pages on ``device``."""
+    return _CHUNK_BYTES if device.type == "cpu" else _CHUNK_BYTES_ACCELERATOR
 
 
-def _offered(pool: _StoredPool, transfer: PoolTransfer | None) -> tuple[list[bytes], torch.Tensor]:
+def keys_of(transfer: PoolTransfer) -> PageKeys:
+    return PageKeys.from_hex(transfer.keys)
+
+
+def _offered(pool: _StoredPool, transfer: PoolTransfer | None) -> tuple[PageKeys, torch.Tensor]:
     if transfer is None:
-        return [], torch.empty(0, dtype=torch.int64)
+        return PageKeys(), torch.empty(0, dtype=torch.int64)
     keys = keys_of(transfer)
     if pool.window_pages is None:
         return keys, pool.device_pages.page_numbers(transfer.device_indices)
     # What has left the window may have left the pool: its slots are those of the pool's empty first page.
     held = pool.device_pages.held_pages(transfer.device_indices)
-    return [keys[position] for position, _ in held], torch.tensor([number for _, number in held], dtype=torch.int64)
+    own = PageKeys.of(keys[position] for position, _ in held)
+    return own, torch.tensor([number for _, number in held], dtype=torch.int64)
 
 
 def _together(of_pools: Sequence[RestoredRequest]) -> RestoredRequest:

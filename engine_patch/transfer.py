@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +60,14 @@ class CopyLane:
             wait()
 
 
+class Place(NamedTuple):
+    """Some pages of a device, as its copies take them: consecutive ones as ``run``, others by their numbers, ``index``,
+    in the memory that looks them up. Made once, by `DevicePages.place`, and good for every layer, on one lane."""
+
+    run: slice | None
+    index: np.ndarray | torch.Tensor | None = None
+
+
 class DevicePages:
     """The pages in one rank's KV tensors.
 
@@ -83,6 +92,8 @@ class DevicePages:
         )
         self.addressable = straight and aligned and self.device.type == "cpu"
         self.outbound, self.inbound, self.background = (CopyLane(self.device) for _ in range(3))
+        on_host = self.device.type == "cpu"
+        self._arrays = [[rows.numpy() for rows in layer] for layer in self._rows] if on_host else None
 
     def __len__(self) -> int:
         return len(self._rows[0][0])
@@ -113,46 +124,64 @@ class DevicePages:
             raise ValueError(f"page numbers {numbers.tolist()} are not all on a device of {len(self)} pages")
         return numbers
 
-    def gather(self, layer: int, numbers: torch.Tensor, out: Sequence[np.ndarray]) -> None:
-        """Device → host, queued on ``outbound``: the pages ``numbers`` of ``layer`` into ``out``, a uint8 array of
-        shape (pages, component bytes) a component. Raises ValueError for a page number that the device has not."""
-        run = _as_slice(self._existing(numbers))
-        if self.device.type == "cpu":
-            for rows, array in zip(self._rows[layer], out, strict=True):
-                source = rows.numpy()
-                if run is None:
-                    np.take(source, numbers.numpy(), axis=0, out=array, mode="clip")
+    def place(self, numbers: torch.Tensor, lane: CopyLane) -> Place:
+        """Where the pages ``numbers`` are, for copies on ``lane``, out of any layer or into it. Raises ValueError for a
+        page number that the device has not."""
+        found = self._existing(numbers).numpy()
+        if (np.diff(found) == 1).all():
+            # One copy instead of one a page.
+            first = int(found[0]) if len(found) else 0
+            return Place(slice(first, first + len(found)))
+        if self._arrays is not None:
+            return Place(None, found)
+        with lane.queueing():
+            return Place(None, self._on_device(numbers))
+
+    def gather(self, layer: int, pages: torch.Tensor | Place, out: Sequence[np.ndarray]) -> None:
+        """Device → host, queued on ``outbound``: ``pages``, by their numbers or their `place`, of ``layer`` into
+        ``out``, a uint8 array of shape (pages, component bytes) a component. Raises ValueError for a page number that
+        the device has not."""
+        if self._arrays is not None:
+            place = pages if isinstance(pages, Place) else self.place(pages, self.outbound)
+            for source, array in zip(self._arrays[layer], out, strict=True):
+                if place.run is None:
+                    np.take(source, place.index, axis=0, out=array, mode="clip")
                 else:
-                    np.copyto(array, source[run])
+                    np.copyto(array, source[place.run])
             return
         with self.outbound.queueing():
-            at = self._on_device(numbers) if run is None else None
+            place = pages if isinstance(pages, Place) else self.place(pages, self.outbound)
             for rows, array in zip(self._rows[layer], out, strict=True):
-                picked = rows[run] if at is None else rows.index_select(0, at)
-                torch.from_numpy(array).copy_(picked, non_blocking=True)
+                target = torch.from_numpy(array)
+                if place.run is not None:
+                    target.copy_(rows[place.run], non_blocking=True)
+                else:
+                    rows, target = _words(rows, target)
+                    target.copy_(rows.index_select(0, place.index), non_blocking=True)
 
     def scatter(
         self,
         layer: int,
-        numbers: torch.Tensor,
-        pages: Sequence[np.ndarray | torch.Tensor],
+        pages: torch.Tensor | Place,
+        source: Sequence[np.ndarray | torch.Tensor],
         lane: CopyLane | None = None,
     ) -> None:
-        """Staging → device, queued on ``lane``, which is ``inbound`` by default: the inverse of `gather`. ``pages``
-        are in host memory, or in that of the device: then nothing crosses the bus."""
-        run = _as_slice(self._existing(numbers))
-        if self.device.type == "cpu":
-            for rows, array in zip(self._rows[layer], pages, strict=True):
-                rows.numpy()[run if run is not None else numbers.numpy()] = array
+        """Staging → device, queued on ``lane``, which is ``inbound`` by default: the inverse of `gather`. ``source``
+        is in host memory, or in that of the device: then nothing crosses the bus."""
+        lane = lane or self.inbound
+        place = pages if isinstance(pages, Place) else self.place(pages, lane)
+        if self._arrays is not None:
+            for target, array in zip(self._arrays[layer], source, strict=True):
+                target[place.index if place.run is None else place.run] = array
             return
-        with (lane or self.inbound).queueing():
-            at = self._on_device(numbers) if run is None else None
-            for rows, array in zip(self._rows[layer], pages, strict=True):
-                source = array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
-                if at is None:
-                    rows[run].copy_(source, non_blocking=True)
+        with lane.queueing():
+            for rows, array in zip(self._rows[layer], source, strict=True):
+                given = array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
+                if place.run is not None:
+                    rows[place.run].copy_(given, non_blocking=True)
                 else:
-                    rows.index_copy_(0, at, source.to(self.device, non_blocking=True))
+                    rows, given = _words(rows, given)
+                    rows.index_copy_(0, place.index, given.to(self.device, non_blocking=True))
 
     def runs(self, numbers: torch.Tensor) -> list[slice]:
         """The pages ``numbers`` as runs of consecutive ones. Raises ValueError for a page that the device has not."""
@@ -163,7 +192,8 @@ class DevicePages:
     def memory(self, layer: int, runs: Sequence[slice]) -> list[list[np.ndarray]]:
         """Where the pages of ``runs`` are in ``layer``: of each component a uint8 array of shape (pages, component
         bytes) a run. Only where they are `addressable`."""
-        return [[rows[run].numpy() for run in runs] for rows in self._rows[layer]]
+        assert self._arrays is not None
+        return [[rows[run] for run in runs] for rows in self._arrays[layer]]
 
     def _on_device(self, numbers: torch.Tensor) -> torch.Tensor:
         # From pageable memory the copy would wait for everything that is queued.
@@ -178,9 +208,9 @@ def _page_rows(tensor: torch.Tensor, page_size: int) -> torch.Tensor:
     return tensor[: whole * page_size].view(torch.uint8).reshape(whole, -1)
 
 
-def _as_slice(numbers: torch.Tensor) -> slice | None:
-    """Consecutive page numbers as a slice: one copy instead of one a page."""
-    first, count = int(numbers[0]), len(numbers)
-    if int(numbers[-1]) - first == count - 1 and torch.equal(numbers, torch.arange(first, first + count)):
-        return slice(first, first + count)
-    return None
+def _words(*rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The same rows of bytes, eight bytes a number where all of them can be read so: what picks single rows moves a
+    number at a time."""
+    if all(part.shape[1] % 8 == part.storage_offset() % 8 == part.data_ptr() % 8 == 0 for part in rows):
+        return [part.view(torch.int64) for part in rows]
+    return rows

@@ -12,6 +12,7 @@ from agentstate.pages.backends import KvikioBackend, PosixBackend, ReadBackend, 
 from agentstate.pages.eviction import ANYONE
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, Geometry
 from agentstate.pages.fingerprint import fingerprint, weights_digest
+from agentstate.pages.keys import PageKeys
 from agentstate.pages.merging import merge
 from agentstate.pages.pins import Pin, Segment
 from agentstate.pages.reading import READ_THREADS, Chunk, Destination, LayerwiseReader, Part, Stream
@@ -27,11 +28,12 @@ __all__ = [
     "ExtentDraft",
     "ExtentHeader",
     "Geometry",
-    "Pin",
     "KvikioBackend",
     "LayerwiseReader",
+    "PageKeys",
     "PageStore",
     "Part",
+    "Pin",
     "PosixBackend",
     "Quota",
     "ReadBackend",

@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate, chain
 from typing import Any
 
 import msgpack
@@ -30,10 +32,10 @@ import numpy as np
 import xxhash
 
 from agentstate.errors import BadExtent, UnknownFormat
+from agentstate.pages.keys import KEY_BYTES, PageKeys
 
 ALIGNMENT = 4096
 FORMAT_VERSION = 2
-KEY_BYTES = 32
 MAGIC = b"AGSEXTNT"
 PREFIX = struct.Struct("<8sIIQ")
 
@@ -106,7 +108,7 @@ def page_seed(fingerprint: bytes, key: bytes) -> int:
 
 
 def block_seed(fingerprint: bytes, keys: Sequence[bytes]) -> int:
-    return page_seed(fingerprint, b"".join(keys))
+    return page_seed(fingerprint, PageKeys.of(keys).packed)
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,12 @@ class ExtentLayout:
     geometry: Geometry
     pages: int
 
-    @property
+    @cached_property
     def data_offset(self) -> int:
         """Where the first slab starts: what the prefix and the header take, rounded up to 4 KiB."""
         return _data_offset(self.geometry, self.pages)
 
-    @property
+    @cached_property
     def slab_bytes(self) -> int:
         return self.geometry.slab_bytes(self.pages)
 
@@ -139,7 +141,7 @@ class ExtentLayout:
 @lru_cache(maxsize=1024)
 def _data_offset(geometry: Geometry, pages: int) -> int:
     # The length of the msgpack map depends on the number of pages alone, for its blobs have fixed widths.
-    header = ExtentHeader.blank(bytes(KEY_BYTES), geometry, (bytes(KEY_BYTES),) * pages)
+    header = ExtentHeader.blank(bytes(KEY_BYTES), geometry, PageKeys(bytes(KEY_BYTES * pages)))
     return align(PREFIX.size + len(header.packed()))
 
 
@@ -153,7 +155,7 @@ class ExtentHeader:
 
     fingerprint: bytes
     geometry: Geometry
-    keys: tuple[bytes, ...]
+    keys: PageKeys
     checksums: np.ndarray
     block_checksums: np.ndarray
 
@@ -162,7 +164,7 @@ class ExtentHeader:
         return ExtentLayout(self.geometry, len(self.keys))
 
     @classmethod
-    def blank(cls, fingerprint: bytes, geometry: Geometry, keys: tuple[bytes, ...]) -> ExtentHeader:
+    def blank(cls, fingerprint: bytes, geometry: Geometry, keys: PageKeys) -> ExtentHeader:
         """One whose checksums are zero, to be entered by `sum_up`."""
         pages, blocks = (
             np.zeros((geometry.layers, count), dtype="<u8") for count in (len(keys), geometry.blocks(len(keys)))
@@ -171,11 +173,16 @@ class ExtentHeader:
 
     @cached_property
     def _page_seeds(self) -> list[int]:
-        return [page_seed(self.fingerprint, key) for key in self.keys]
+        return [xxhash.xxh3_64_intdigest(self.fingerprint + key) for key in self.keys]
 
     @cached_property
     def _block_seeds(self) -> list[int]:
         return [block_seed(self.fingerprint, self.keys[block.start : block.stop]) for block in self.blocks()]
+
+    @cached_property
+    def _block_sums(self) -> list[list[int]]:
+        sums: list[list[int]] = self.block_checksums.tolist()
+        return sums
 
     def blocks(self) -> list[range]:
         """The slots of each block: all have the same number of them but for the last one."""
@@ -184,8 +191,11 @@ class ExtentHeader:
 
     def sum_up(self, layer: int, components: Sequence[np.ndarray]) -> None:
         """Enter the checksums of a layer: of each component the bytes of all pages, of shape (pages, bytes)."""
-        for slot, seed in enumerate(self._page_seeds):
-            self.checksums[layer, slot] = checksum(seed, layer, [[rows[slot]] for rows in components])
+        # What `checksum` does for a page, for all of them: with small pages, calls take longer than bytes.
+        sums = [(seed + layer) & _MASK for seed in self._page_seeds]
+        for rows in components:
+            sums = list(map(xxhash.xxh3_64_intdigest, _each(rows), sums))
+        self.checksums[layer] = sums
         for number, (seed, block) in enumerate(zip(self._block_seeds, self.blocks(), strict=True)):
             parts = [[rows[block.start : block.stop]] for rows in components]
             self.block_checksums[layer, number] = checksum(seed, layer, parts)
@@ -197,16 +207,18 @@ class ExtentHeader:
         Of each component there are arrays of shape (pages, component bytes), which follow each other.
         """
         pages, size = len(self.keys), self.geometry.block_pages
-        at, end = slot, slot + sum(len(array) for array in components[0])
+        rows = [_Rows(arrays) for arrays in components]
+        block_seeds, block_sums = self._block_seeds, self._block_sums[layer]
+        at, end = slot, slot + len(rows[0])
         while at < end:
             block, last = at // size, min((at // size + 1) * size, pages)
             if at % size == 0 and at < last <= end:
-                parts = [_rows(arrays, at - slot, last - slot) for arrays in components]
-                if checksum(self._block_seeds[block], layer, parts) == int(self.block_checksums[layer, block]):
+                parts = [of_component.part(at - slot, last - slot) for of_component in rows]
+                if checksum(block_seeds[block], layer, parts) == block_sums[block]:
                     at = last
                     continue
             # Part of a block, or one in which not every page is right.
-            parts = [_rows(arrays, at - slot, at - slot + 1) for arrays in components]
+            parts = [of_component.part(at - slot, at - slot + 1) for of_component in rows]
             if at >= pages or checksum(self._page_seeds[at], layer, parts) != int(self.checksums[layer, at]):
                 yield at
             at += 1
@@ -219,7 +231,7 @@ class ExtentHeader:
                 "page_size": self.geometry.page_size,
                 "layers": self.geometry.layers,
                 "planes": [{"codec": "raw", "components": list(self.geometry.component_bytes)}],
-                "keys": b"".join(self.keys),
+                "keys": self.keys.packed,
                 "checksum": "xxh3-64",
                 "checksums": self.checksums.astype("<u8", copy=False).tobytes(),
                 "block_checksums": self.block_checksums.astype("<u8", copy=False).tobytes(),
@@ -255,10 +267,7 @@ class ExtentHeader:
             if plane["codec"] != "raw" or fields["checksum"] != "xxh3-64":
                 raise UnknownFormat(f"{name}: unknown codec {plane['codec']!r} or checksum {fields['checksum']!r}")
             geometry = Geometry(fields["layers"], fields["page_size"], tuple(plane["components"]))
-            blob = fields["keys"]
-            if len(blob) % KEY_BYTES:
-                raise BadExtent(f"{name}: {len(blob)} bytes of keys are no whole keys of {KEY_BYTES}")
-            keys = tuple(blob[i : i + KEY_BYTES] for i in range(0, len(blob), KEY_BYTES))
+            keys = PageKeys(fields["keys"])
             sums, block_sums = (
                 np.frombuffer(fields[name], dtype="<u8").reshape(geometry.layers, count)
                 for name, count in (("checksums", len(keys)), ("block_checksums", geometry.blocks(len(keys))))
@@ -275,10 +284,10 @@ class ExtentDraft:
     """An extent under construction in page-aligned memory: the caller fills `component` for every layer, then hands
     the draft to `PageStore.publish`. The memory is ``buffer``'s and may be reused after that."""
 
-    def __init__(self, fingerprint: bytes, geometry: Geometry, keys: list[bytes], buffer: Memory):
-        if any(len(key) != KEY_BYTES for key in [fingerprint, *keys]):
-            raise ValueError(f"keys and fingerprints have {KEY_BYTES} bytes")
-        self.keys = tuple(keys)
+    def __init__(self, fingerprint: bytes, geometry: Geometry, keys: Sequence[bytes], buffer: Memory):
+        if len(fingerprint) != KEY_BYTES:
+            raise ValueError(f"fingerprints have {KEY_BYTES} bytes")
+        self.keys = PageKeys.of(keys)
         self.geometry = geometry
         self.fingerprint = fingerprint
         self.layout = ExtentLayout(geometry, len(keys))
@@ -311,11 +320,34 @@ class ExtentDraft:
         return self._sealed
 
 
-def _rows(arrays: Sequence[Any], first: int, last: int) -> list[Any]:
-    """The rows from ``first`` to ``last`` of arrays that follow each other."""
-    found = []
-    for array in arrays:
-        if first < len(array) and last > 0:
-            found.append(array[max(0, first) : last])
-        first, last = first - len(array), last - len(array)
-    return found
+def _each(rows: np.ndarray) -> Iterable[Any]:
+    """Every row by itself. Copying a short one is faster than making a view of it."""
+    if rows.shape[1] >= ALIGNMENT:
+        return rows
+    return chain.from_iterable(struct.iter_unpack(f"{rows.shape[1]}s", rows.data))
+
+
+class _Rows:
+    """Rows of arrays that follow each other."""
+
+    def __init__(self, arrays: Sequence[Any]):
+        self._arrays = arrays
+        self._starts = [0] if len(arrays) == 1 else list(accumulate((len(array) for array in arrays), initial=0))[:-1]
+
+    def __len__(self) -> int:
+        return self._starts[-1] + len(self._arrays[-1]) if self._arrays else 0
+
+    def part(self, first: int, last: int) -> list[Any]:
+        """The arrays of the rows from ``first`` to before ``last``."""
+        starts = self._starts
+        if len(starts) == 1:
+            return [self._arrays[0][first:last]]
+        i, end = bisect_right(starts, first) - 1, bisect_left(starts, last)
+        if starts[i] == first and (last == len(self) if end == len(starts) else starts[end] == last):
+            return list(self._arrays[i:end])
+        found = []
+        while i < len(starts) and starts[i] < last:
+            array = self._arrays[i]
+            found.append(array[max(0, first - starts[i]) : last - starts[i]])
+            i += 1
+        return found

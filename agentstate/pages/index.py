@@ -4,6 +4,9 @@ The index is memory-mapped, so a look-up costs about a microsecond and its memor
 the extents say and a little that they cannot (which pages were dropped, and when an extent was last used), and it may
 be lost at any time: `PageStore` compares it with the files at open and reads the headers of those it does not know.
 
+It also lists the keys of each extent in one piece. So a chain is compared with an extent at a time, not looked up page
+by page: one look-up an extent. Extents that an earlier release entered have no such list, and are looked up by page.
+
 LMDB trusts its file. An index that is shorter than it says, cannot be walked from end to end, was made by another
 version or for other pages, or outlived the last process that opened it or the last two that changed it, is deleted and
 made anew.
@@ -15,14 +18,16 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lmdb
+import numpy as np
 
 from agentstate.pages.extent import FORMAT_VERSION, Geometry
+from agentstate.pages.keys import KEY_BYTES, PageKeys
 
 logger = logging.getLogger(__name__)
 
@@ -58,19 +63,40 @@ class ExtentRecord(NamedTuple):
     used: int
 
 
+class Run(NamedTuple):
+    """``pages`` keys of a chain, from its key ``first`` on, that lie side by side in extent ``number`` from ``slot``
+    on."""
+
+    number: int
+    slot: int
+    pages: int
+    first: int
+
+
 class IndexChange:
     """A write transaction: everything in it is seen at once or never."""
 
-    def __init__(self, txn: Any, pages: Any, extents: Any):
-        self._txn, self._pages, self._extents = txn, pages, extents
+    def __init__(self, txn: Any, pages: Any, extents: Any, lists: Any):
+        self._txn, self._pages, self._extents, self._lists = txn, pages, extents, lists
 
     def place(self, key: bytes) -> tuple[int, int] | None:
         """The extent's number and the slot of a page."""
         raw = self._txn.get(key, db=self._pages)
         return None if raw is None else _PLACE.unpack(raw)
 
-    def put(self, key: bytes, number: int, slot: int) -> None:
-        self._txn.put(key, _PLACE.pack(number, slot), db=self._pages)
+    def places(self, keys: Iterable[bytes]) -> dict[bytes, tuple[int, int]]:
+        """Of those of ``keys`` that are found, the extent's number and the slot."""
+        cursor = self._txn.cursor(db=self._pages)
+        return {key: _PLACE.unpack(raw) for key, raw in cursor.getmulti(keys)}
+
+    def put(self, number: int, slots: Mapping[bytes, int]) -> None:
+        """Let pages be found in the slots of an extent."""
+        cursor = self._txn.cursor(db=self._pages)
+        cursor.putmulti([(key, _PLACE.pack(number, slot)) for key, slot in slots.items()])
+
+    def list_keys(self, number: int, keys: PageKeys) -> None:
+        """Enter which keys an extent has, in slot order, wherever they are found."""
+        self._txn.put(_NUMBER.pack(number), keys.packed, db=self._lists)
 
     def delete(self, key: bytes) -> None:
         self._txn.delete(key, db=self._pages)
@@ -85,7 +111,8 @@ class IndexChange:
         self._txn.put(_NUMBER.pack(number), _RECORD.pack(*record), db=self._extents)
 
     def forget(self, number: int) -> None:
-        self._txn.delete(_NUMBER.pack(number), db=self._extents)
+        for database in (self._extents, self._lists):
+            self._txn.delete(_NUMBER.pack(number), db=database)
 
 
 class PageIndex:
@@ -142,7 +169,7 @@ class PageIndex:
         self._env = lmdb.open(
             str(self._data.parent),
             map_size=_MAP_BYTES,
-            max_dbs=3,
+            max_dbs=4,
             metasync=False,
             readonly=readonly,
             create=False,
@@ -150,7 +177,8 @@ class PageIndex:
         )
 
     def _name(self) -> None:
-        self._meta, self._pages, self._extents = (self._env.open_db(name) for name in (b"meta", b"pages", b"extents"))
+        names = (b"meta", b"pages", b"extents", b"lists")
+        self._meta, self._pages, self._extents, self._lists = (self._env.open_db(name) for name in names)
 
     def _damage(self) -> str | None:
         """Map the index that is there, and tell why it cannot be used, if it cannot."""
@@ -166,25 +194,55 @@ class PageIndex:
                     return "it is of another version, model or layout"
             with self._env.begin() as txn:
                 # Touches every leaf, so that the look-ups to come find them in memory.
-                for database in (self._pages, self._extents):
+                for database in (self._pages, self._extents, self._lists):
                     for _ in txn.cursor(db=database).iternext(keys=True, values=False):
                         pass
         except DAMAGE as error:
             return str(error)
         return None
 
-    def prefix(self, keys: Iterable[bytes]) -> list[tuple[int, int]]:
-        """The extent number and the slot of each of ``keys``, up to the first that is not stored. As of one moment."""
-        found: list[Any] = []
-        unpack = _PLACE.unpack
+    def runs(
+        self,
+        keys: PageKeys,
+        *,
+        whole: Callable[[int], bool] = lambda number: False,
+        hidden: Container[bytes] = (),
+        gaps: bool = False,
+    ) -> list[Run]:
+        """Where ``keys`` lie, in order and as of one moment, up to the first that is not stored, or with ``gaps`` all
+        that are. Those that are ``hidden`` are not. ``whole`` tells of an extent, by its number, whether each of its
+        pages is found in it and none is hidden: then it is compared with its list."""
+        found: list[Run] = []
+        lists: dict[int, bytes] = {}
+        packed, count, at = keys.packed, len(keys), 0
+        number, slot, pages, first = 0, 0, 0, 0
         # No buffers: they would outlive a `close` by another thread, which unmaps what they show.
         with self._env.begin(db=self._pages) as txn:
-            get = txn.get
-            for key in keys:
-                raw = get(key)
+            while at < count:
+                key = packed[at * KEY_BYTES : (at + 1) * KEY_BYTES]
+                raw = None if key in hidden else txn.get(key)
                 if raw is None:
-                    break
-                found.append(unpack(raw))
+                    if not gaps:
+                        break
+                    at += 1
+                    continue
+                in_extent, in_slot = _PLACE.unpack(raw)
+                length = 1
+                if whole(in_extent):
+                    if in_extent not in lists:
+                        lists[in_extent] = txn.get(_NUMBER.pack(in_extent), b"", db=self._lists)
+                    length = _alike(packed, at, lists[in_extent], in_slot)
+                    if length == 0:
+                        lists[in_extent], length = b"", 1
+                if pages and (number, slot + pages, first + pages) == (in_extent, in_slot, at):
+                    pages += length
+                else:
+                    if pages:
+                        found.append(Run(number, slot, pages, first))
+                    number, slot, pages, first = in_extent, in_slot, length, at
+                at += length
+        if pages:
+            found.append(Run(number, slot, pages, first))
         return found
 
     def places(self, keys: Iterable[bytes]) -> list[tuple[int, int] | None]:
@@ -213,7 +271,7 @@ class PageIndex:
         self._begin()
         try:
             with self._env.begin(write=True) as txn:
-                yield IndexChange(txn, self._pages, self._extents)
+                yield IndexChange(txn, self._pages, self._extents, self._lists)
         except lmdb.Error as error:
             if not isinstance(error, DAMAGE):
                 self._finish()
@@ -248,3 +306,16 @@ class PageIndex:
     def close(self) -> None:
         if self._env is not None:
             self._env.close()
+
+
+def _alike(packed: bytes, at: int, listed: bytes, slot: int) -> int:
+    """How many keys of ``packed``, from ``at`` on, are those of ``listed`` from ``slot`` on."""
+    keys = min(len(packed) // KEY_BYTES - at, len(listed) // KEY_BYTES - slot)
+    if keys <= 0:
+        return 0
+    ours = packed[at * KEY_BYTES : (at + keys) * KEY_BYTES]
+    theirs = listed[slot * KEY_BYTES : (slot + keys) * KEY_BYTES]
+    if ours == theirs:
+        return keys
+    differing = (np.frombuffer(ours, "<u8") != np.frombuffer(theirs, "<u8")).reshape(keys, -1).any(axis=1)
+    return int(differing.argmax())

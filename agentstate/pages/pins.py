@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from agentstate.pages.eviction import Extent
 from agentstate.pages.extent import ExtentLayout
+from agentstate.pages.keys import PageKeys
 
 if TYPE_CHECKING:
     from agentstate.pages.store import PageStore
@@ -36,7 +37,7 @@ class Pin:
     """The pages of one request, in order, and where they lie: ``segments``. Until `close` they stay there, whatever is
     evicted or merged. A context manager."""
 
-    def __init__(self, store: PageStore, keys: Sequence[bytes], segments: list[Segment], extents: list[Extent]):
+    def __init__(self, store: PageStore, keys: PageKeys, segments: list[Segment], extents: list[Extent]):
         self.keys = keys
         self.segments = segments
         self.fingerprint = store.fingerprint

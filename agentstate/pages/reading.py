@@ -33,6 +33,7 @@ from agentstate.errors import BadExtent
 from agentstate.pages.backends import Buffer, PosixBackend, ReadBackend
 from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align
 from agentstate.pages.handles import Handles, most_open, patiently
+from agentstate.pages.keys import PageKeys
 from agentstate.pages.pins import Pin, Segment
 
 # Below about 1 MiB a direct read reaches less of a drive than its bandwidth.
@@ -167,8 +168,9 @@ class LayerwiseReader:
         nobody waits for them yet."""
         pages = -(-len(pin.keys) // len(self._threads))
         a_thread = max(RANGE_BYTES, pages * self.geometry.layer_bytes) + len(pin.segments) * self._padding
-        # It is waited for in any case: blocks may be cut.
-        first = self._runs(pin.segments, min(a_thread, self.chunk_bytes), block_pages=1)
+        # The first layer of a short context is waited for in any case: blocks may be cut.
+        block_pages = self.geometry.block_pages if a_thread >= self.chunk_bytes else 1
+        first = self._runs(pin.segments, min(a_thread, self.chunk_bytes), block_pages)
         others = self._runs(pin.segments, self.chunk_bytes, self.geometry.block_pages)
         stream = Stream(self, pin, list(first), list(others), background)
         with self._lock:
@@ -234,14 +236,15 @@ class LayerwiseReader:
         for segment in segments:
             while segment.pages:
                 taken = min(segment.pages, max(0, (room - self._padding) // self.geometry.layer_bytes))
+                beyond = (segment.slot + taken) % block_pages if taken < segment.pages else 0
+                # A block that is read in two parts is verified page by page.
+                if (taken > beyond or run) and beyond:
+                    taken -= min(taken, beyond)
                 if taken == 0:
                     yield tuple(run)
                     run, room = [], n_bytes
                     continue
                 room -= self._padding + taken * self.geometry.layer_bytes
-                beyond = (segment.slot + taken) % block_pages
-                if beyond and taken < segment.pages and taken - beyond >= block_pages:
-                    taken, room = taken - beyond, 0
                 run.append(segment._replace(pages=taken))
                 segment = segment._replace(
                     slot=segment.slot + taken, pages=segment.pages - taken, first=segment.first + taken
@@ -403,9 +406,9 @@ class Stream:
         # Where they lie is the index's word, which may be wrong.
         written = header.keys[segment.slot : segment.slot + segment.pages]
         if header.fingerprint != self.pin.fingerprint:
-            written = ()
+            written = PageKeys()
         wrong = set(header.wrong_slots(layer, segment.slot, components))
-        if wrong or tuple(wanted) != written:
+        if wrong or wanted != written:
             for i, key in enumerate(wanted):
                 if segment.slot + i in wrong or i >= len(written) or written[i] != key:
                     yield segment.first + i

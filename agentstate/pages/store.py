@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 import lmdb
@@ -33,8 +32,9 @@ from agentstate.errors import BadExtent, FingerprintMismatch, PageStoreError, Pa
 from agentstate.pages import files
 from agentstate.pages.directory import StoreDirectory
 from agentstate.pages.eviction import ANYONE, Extent
-from agentstate.pages.extent import KEY_BYTES, ExtentDraft, ExtentHeader, ExtentLayout, Geometry, Memory
-from agentstate.pages.index import DAMAGE, ExtentRecord, IndexChange, PageIndex
+from agentstate.pages.extent import ExtentDraft, ExtentHeader, ExtentLayout, Geometry, Memory
+from agentstate.pages.index import DAMAGE, ExtentRecord, IndexChange, PageIndex, Run
+from agentstate.pages.keys import KEY_BYTES, PageKeys
 from agentstate.pages.pins import Pin, Segment, StoredExtent
 from agentstate.pages.space import UNLIMITED, Quota, Space
 
@@ -103,6 +103,8 @@ class PageStore:
         self._used_since: set[int] = set()
         # Pages that the index finds still, because it could not be written when they were dropped.
         self._dropped: dict[bytes, Extent] = {}
+        # Extents with a page that was wrong are looked up page by page, whatever is counted as live in them.
+        self._doubted: set[int] = set()
         self._next = 1
         self._closed = False
         with self._writing:
@@ -265,16 +267,20 @@ class PageStore:
     def _take_over(self, change: IndexChange, number: int, keys: Sequence[bytes]) -> Counter[int]:
         """Let the index find ``keys``, in slot order, in extent ``number``, but for those that a later one has: by how
         much this changes the number of live pages of which extent, once the change is made."""
+        slots = {key: slot for slot, key in enumerate(keys)}
         gained: Counter[int] = Counter()
-        for slot, key in enumerate(keys):
-            place = change.place(key)
-            if place is not None and place[0] > number:
-                continue
-            change.put(key, number, slot)
-            if place is None or place[0] != number:
-                gained[number] += 1
-                if place is not None and place[0] in self._extents:
-                    gained[place[0]] -= 1
+        known = 0
+        for key, (other, _) in change.places(slots).items():
+            if other > number:
+                del slots[key]
+            elif other == number:
+                known += 1
+            elif other in self._extents:
+                gained[other] -= 1
+        change.put(number, slots)
+        change.list_keys(number, PageKeys.of(keys))
+        if len(slots) > known:
+            gained[number] = len(slots) - known
         for other, pages in gained.items():
             record = self._extents[other].record()
             change.record(other, record._replace(live=record.live + pages))
@@ -334,20 +340,20 @@ class PageStore:
         self.stats.extents = len(self._extents)
 
     def __contains__(self, key: bytes) -> bool:
-        return any(number in self._extents for number, _ in self._places([key]))
+        return any(run.number in self._extents for run in self._runs(PageKeys.of([key])))
 
-    def _places(self, keys: Sequence[bytes]) -> list[tuple[int, int]]:
-        """Where the index says that ``keys`` lie, up to the first that is not stored."""
+    def _runs(self, keys: PageKeys, *, gaps: bool = False) -> list[Run]:
+        """Where the index says that ``keys`` lie, up to the first that is not stored, or with ``gaps`` all that are."""
         try:
-            places = self._index.prefix(keys)
+            return self._index.runs(keys, whole=self._is_whole, hidden=self._dropped, gaps=gaps)
         except (lmdb.Error, struct.error) as error:
             self._unreadable(error)
             return []
-        if self._dropped:
-            return [
-                place for place, _ in zip(places, takewhile(lambda key: key not in self._dropped, keys), strict=False)
-            ]
-        return places
+
+    def _is_whole(self, number: int) -> bool:
+        # What was written again, merged or dropped is not live, and an extent never gains such a page back.
+        extent = self._extents.get(number)
+        return extent is not None and extent.live == extent.pages and number not in self._doubted
 
     def _unreadable(self, error: Exception) -> None:
         if self._directory.known and not self._closed:
@@ -365,38 +371,35 @@ class PageStore:
 
     def prefix_length(self, keys: Sequence[bytes], *, use: bool = True) -> int:
         """How many of ``keys``, from the first on, are stored; they count as used, unless ``use`` is false. From
-        memory, about a microsecond a key; never waits for the disk or for a writer."""
-        places = self._places(keys)
+        memory, a few microseconds an extent; never waits for the disk or for a writer."""
+        runs = self._runs(PageKeys.of(keys))
         now = self._space.now()
         # The head of a chain is worth more than its end: without it the rest is useless.
-        for depth, number in enumerate(dict.fromkeys(number for number, _ in places)):
+        for depth, number in enumerate(dict.fromkeys(run.number for run in runs)):
             if (extent := self._extents.get(number)) is None:
                 # Being evicted just now.
-                return next(page for page, place in enumerate(places) if place[0] == number)
+                return next(run.first for run in runs if run.number == number)
             if use:
                 extent.used = now - depth
                 self._used_since.add(number)
-        return len(places)
+        return runs[-1].first + runs[-1].pages if runs else 0
 
     def stored(self, keys: Sequence[bytes]) -> list[bool]:
         """Of each of ``keys`` whether it is stored, as of one moment. It does not count as used. From memory, about a
         microsecond a key; never waits for the disk or for a writer."""
-        try:
-            places = self._index.places(keys)
-        except (lmdb.Error, struct.error) as error:
-            self._unreadable(error)
-            return [False] * len(keys)
-        return [
-            place is not None and place[0] in self._extents and key not in self._dropped
-            for key, place in zip(keys, places, strict=True)
-        ]
+        stored = [False] * len(keys)
+        for run in self._runs(PageKeys.of(keys), gaps=True):
+            if run.number in self._extents:
+                stored[run.first : run.first + run.pages] = [True] * run.pages
+        return stored
 
     def pin(self, keys: Sequence[bytes]) -> Pin:
         """Find ``keys`` and keep them where they are. Raises KeyError, with the key, where one is not stored (any
         more)."""
-        places = self._places(keys)
-        while len(places) == len(keys):
-            numbers = {number for number, _ in places}
+        keys = PageKeys.of(keys)
+        runs = self._runs(keys)
+        while (found := runs[-1].first + runs[-1].pages if runs else 0) == len(keys):
+            numbers = {run.number for run in runs}
             with self._mutex:
                 missing = {number for number in numbers if number not in self._extents}
                 if not missing:
@@ -404,24 +407,20 @@ class PageStore:
                     for extent in extents:
                         extent.pins += 1
                     self._pinned.update(extents)
-                    return Pin(self, keys, self._segments(places), extents)
+                    return Pin(self, keys, self._segments(runs), extents)
             # Something was merged or evicted since the look-up.
-            before, places = places, self._places(keys)
-            if places == before:
-                del places[next(page for page, place in enumerate(places) if place[0] in missing) :]
-        raise KeyError(keys[len(places)])
+            before, runs = runs, self._runs(keys)
+            if runs == before:
+                found = next(run.first for run in runs if run.number in missing)
+                break
+        raise KeyError(keys[found])
 
-    def _segments(self, places: list[tuple[int, int]]) -> list[Segment]:
-        found: list[Segment] = []
-        last = None
-        for page, (number, slot) in enumerate(places):
-            if number == last and found[-1].slot + found[-1].pages == slot:
-                found[-1] = found[-1]._replace(pages=found[-1].pages + 1)
-            else:
-                layout = ExtentLayout(self.geometry, self._extents[number].pages)
-                found.append(Segment(StoredExtent(self._directory.extent(number), layout, number), slot, 1, page))
-            last = number
-        return found
+    def _segments(self, runs: list[Run]) -> list[Segment]:
+        extents: dict[int, StoredExtent] = {}
+        for number in dict.fromkeys(run.number for run in runs):
+            layout = ExtentLayout(self.geometry, self._extents[number].pages)
+            extents[number] = StoredExtent(self._directory.extent(number), layout, number)
+        return [Segment(extents[run.number], run.slot, run.pages, run.first) for run in runs]
 
     def _release(self, extents: list[Extent]) -> None:
         with self._mutex:
@@ -698,6 +697,7 @@ class PageStore:
         """
         with self._writing:
             copies = [copy for copy in dict.fromkeys(wrong) if copy[0] not in self._dropped]
+            self._doubted.update(number for _, number in copies)
             try:
                 places = self._index.places(key for key, _ in copies)
             except (lmdb.Error, struct.error) as error:

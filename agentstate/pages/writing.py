@@ -26,7 +26,9 @@ class Writer:
 
     def __init__(self, store: PageStore, staging_bytes: int):
         self._store = store
-        self.pages_an_extent = store.pages_within(staging_bytes // _DRAFTS)
+        pages, block = store.pages_within(staging_bytes // _DRAFTS), store.geometry.block_pages
+        # Whole blocks, where there is one: a short last one costs as much to verify as a whole one.
+        self.pages_an_extent = pages - pages % block if pages > block else pages
         size = align(store.draft_bytes(self.pages_an_extent))
         self.staging = staging_memory(_DRAFTS * size)
         self._free: SimpleQueue[np.ndarray] = SimpleQueue()

@@ -15,7 +15,7 @@ import torch
 from contents import drop, key, keys, read, reader_for
 from device import PAGES, Rank, fill
 
-from agentstate.pages import Quota, files
+from agentstate.pages import PageKeys, Quota, files
 from agentstate.pages.files import open_direct
 from engine_patch import spill
 from engine_patch.spill import Spiller
@@ -544,10 +544,10 @@ def test_chains_to_be_merged_are_remembered_in_so_many_bytes(
     monkeypatch.setattr(spill, "_CHAINS_BYTES", 32 * 10)
     monkeypatch.setattr(spiller, "_merge_one", lambda: spiller._forget(next(iter(spiller._chains))))
     for chain in range(6):
-        spiller._remember(keys(*((chain, page) for page in range(4))))
+        spiller._remember(PageKeys.of(keys(*((chain, page) for page in range(4)))))
     assert list(spiller._chains) == [keys((chain, 3))[0] for chain in (4, 5)]
-    spiller._remember(keys(*((4, page) for page in range(4))))
+    spiller._remember(PageKeys.of(keys(*((4, page) for page in range(4)))))
     assert list(spiller._chains) == [keys((chain, 3))[0] for chain in (5, 4)]
     assert spiller._chains_bytes == 32 * 8
-    spiller._remember(keys(*range(11)))
+    spiller._remember(PageKeys.of(keys(*range(11))))
     assert not spiller._chains and spiller._chains_bytes == 0

@@ -6,7 +6,7 @@ import torch
 from device import HEADS, LAYERS, PAGE_SIZE, PAGES, SIZE, as_bytes, fill, kv_tensors, page_of
 
 from agentstate.pages import Geometry
-from engine_patch.transfer import DevicePages
+from engine_patch.transfer import DevicePages, _words
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32]
 RUNS = {"one": [5], "consecutive": [3, 4, 5, 6], "scattered": [9, 2, 17], "backwards": [3, 2, 1], "gap": [4, 5, 7]}
@@ -43,6 +43,40 @@ def test_pages_travel_to_other_slots_bit_for_bit(dtype: torch.dtype, numbers: li
     for number in elsewhere:
         untouched[number * PAGE_SIZE : (number + 1) * PAGE_SIZE] = False
     assert all(not as_bytes(tensor)[untouched].any() for layer in target for tensor in layer)
+
+
+@pytest.mark.parametrize("numbers", [*RUNS.values(), []], ids=[*RUNS, "none"])
+def test_a_place_is_good_for_every_layer(numbers: list[int]) -> None:
+    source, target = kv_tensors(), kv_tensors()
+    fill(source)
+    reading, writing = DevicePages(source, PAGE_SIZE), DevicePages(target, PAGE_SIZE)
+    there = reading.place(torch.tensor(numbers, dtype=torch.int64), reading.outbound)
+    here = writing.place(torch.tensor(numbers, dtype=torch.int64), writing.inbound)
+    for layer in range(LAYERS):
+        slab = host(reading, len(numbers))
+        reading.gather(layer, there, slab)
+        writing.scatter(layer, here, slab)
+    assert [page_of(target, n) for n in numbers] == [page_of(source, n) for n in numbers]
+
+
+@pytest.mark.parametrize("numbers", [[-1], [PAGES], [0, PAGES], [3, 2, -7]], ids=str)
+def test_a_place_that_the_device_has_not_is_refused(numbers: list[int]) -> None:
+    pages = DevicePages(kv_tensors(), PAGE_SIZE)
+    with pytest.raises(ValueError, match=f"not all on a device of {PAGES} pages"):
+        pages.place(torch.tensor(numbers), pages.inbound)
+
+
+@pytest.mark.parametrize(
+    ("first", "n_bytes", "words"), [(0, 64, True), (8, 16, True), (1, 16, False), (4, 8, False), (0, 12, False)]
+)
+def test_rows_are_moved_by_words_where_all_of_them_can_be(first: int, n_bytes: int, words: bool) -> None:
+    memory = torch.arange(256, dtype=torch.uint8)
+    part = memory[first : first + 3 * n_bytes].view(3, n_bytes)
+    whole = torch.zeros(5, n_bytes, dtype=torch.uint8)
+    rows, source = _words(whole, part)
+    assert (rows.dtype is torch.int64, source.dtype is torch.int64) == (words, words)
+    rows.index_copy_(0, torch.tensor([4, 0, 2]), source)
+    assert torch.equal(whole[[4, 0, 2]], part)
 
 
 def test_the_one_component_of_mla_travels_too() -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from agentstate.errors import BadExtent, UnknownFormat
 from agentstate.pages import ExtentDraft, ExtentHeader, Geometry, PageStore, reading
 from agentstate.pages.extent import ALIGNMENT, FORMAT_VERSION, PREFIX, ExtentLayout, block_seed, checksum, page_seed
+from agentstate.pages.keys import PageKeys
 
 TINY = Geometry(layers=2, page_size=1, component_bytes=(20, 12))
 
@@ -83,7 +84,7 @@ def test_the_room_for_a_header_is_known_before_its_contents(
     layers: int, sizes: list[int], page_size: int, pages: int
 ) -> None:
     geometry = Geometry(layers, page_size, tuple(sizes))
-    header = ExtentHeader.blank(b"\xff" * 32, geometry, (b"\xff" * 32,) * pages)
+    header = ExtentHeader.blank(b"\xff" * 32, geometry, PageKeys(b"\xff" * 32 * pages))
     header.checksums[:] = header.block_checksums[:] = 2**64 - 1
     room = ExtentLayout(geometry, pages).data_offset
     assert len(header.encode()) <= room

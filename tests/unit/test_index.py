@@ -6,8 +6,10 @@ import pytest
 from contents import MARK, MLA, expected, key, keys, read, reader_for, write
 
 from agentstate.pages import PageStore, fingerprint
-from agentstate.pages.index import ExtentRecord, PageIndex
+from agentstate.pages.index import ExtentRecord, PageIndex, Run
+from agentstate.pages.keys import PageKeys
 
+BOTH = Run(number=5, slot=0, pages=2, first=0)
 RECORD = ExtentRecord(pages=3, live=2, file_bytes=4096, mtime_ns=1 << 60, used=7)
 
 
@@ -16,32 +18,35 @@ def directory(tmp_path: Path) -> Path:
     """An index with two pages of one extent."""
     index = PageIndex(tmp_path / "index", MARK, MLA)
     with index.change() as change:
-        for slot, page in enumerate(keys(1, 2)):
-            change.put(page, 5, slot)
+        change.put(5, {page: slot for slot, page in enumerate(keys(1, 2))})
         change.record(5, RECORD)
     index.close()
     return tmp_path / "index"
 
 
-def pages(directory: Path, mark: bytes = MARK) -> list[tuple[int, int]]:
+def runs(index: PageIndex, *names: int) -> list[Run]:
+    return index.runs(PageKeys.of(keys(*names)))
+
+
+def pages(directory: Path, mark: bytes = MARK) -> list[Run]:
     index = PageIndex(directory, mark, MLA)
-    found = index.prefix(keys(1, 2, 3))
+    found = runs(index, 1, 2, 3)
     index.close()
     return found
 
 
 def test_what_was_changed_is_found_again(directory: Path) -> None:
-    assert pages(directory) == [(5, 0), (5, 1)]
+    assert pages(directory) == [BOTH]
     index = PageIndex(directory, MARK, MLA)
     assert index.records() == {5: RECORD}
     assert index.numbers(keys(9, 2)) == {5}
-    assert index.prefix(keys(9, 2)) == []
+    assert runs(index, 9, 2) == []
     assert index.places(keys(9, 2, 1)) == [None, (5, 1), (5, 0)]
     with index.change() as change:
         assert change.place(key(2)) == (5, 1)
         change.delete_pages_of({5})
         change.forget(5)
-    assert (index.prefix(keys(1)), index.records()) == ([], {})
+    assert (runs(index, 1), index.records()) == ([], {})
     index.close()
 
 
@@ -50,9 +55,9 @@ def test_a_change_that_fails_changes_nothing(directory: Path) -> None:
     with pytest.raises(ZeroDivisionError), index.change() as change:
         change.delete(key(1))
         raise ZeroDivisionError
-    assert index.prefix(keys(1, 2)) == [(5, 0), (5, 1)]
+    assert runs(index, 1, 2) == [BOTH]
     index.close()
-    assert pages(directory) == [(5, 0), (5, 1)]
+    assert pages(directory) == [BOTH]
 
 
 def test_an_index_of_another_fingerprint_is_made_anew(directory: Path) -> None:
@@ -96,7 +101,7 @@ def test_an_index_that_errs_never_makes_a_wrong_page_right(tmp_path: Path, numbe
     store.close()
     index = PageIndex(tmp_path / "index", MARK, MLA)
     with index.change() as change:
-        change.put(key(1), number, slot)
+        change.put(number, {key(1): slot})
     index.close()
     store = PageStore(tmp_path, MARK, MLA)
     if number == 3:

@@ -37,8 +37,10 @@ def restore(restorer: Restorer, forward: Forward, *ready: torch.Event) -> set[st
 ASKED_FOR = ["allocate", "pin", "index_copy_", "copy in", "record"]
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 3, 7])
-@pytest.mark.parametrize("what", ASKED_FOR)
+# Page numbers go to the device once a load, everything else once a chunk or a layer.
+@pytest.mark.parametrize(
+    ("what", "after"), [(what, after) for what in ASKED_FOR for after in (0, 1, 2, 3, 7) if (what, after) != ("pin", 7)]
+)
 def test_a_restore_that_finds_no_memory_is_recomputed(
     device: LateDevice, rank: Rank, forward: Forward, restorer: Restorer, what: str, after: int
 ) -> None:
@@ -51,7 +53,6 @@ def test_a_restore_that_finds_no_memory_is_recomputed(
     restorer.close()
 
 
-@pytest.mark.xfail(strict=True, reason="E1")
 @pytest.mark.parametrize("what", ASKED_FOR)
 def test_a_restore_that_finds_no_memory_loses_no_page(
     device: LateDevice, rank: Rank, forward: Forward, restorer: Restorer, what: str
@@ -82,7 +83,6 @@ def test_what_was_queued_before_an_error_does_not_come_after_what_is_recomputed(
     restorer.close()
 
 
-@pytest.mark.xfail(strict=True, reason="E1")
 def test_a_restore_on_a_device_that_breaks_loses_nothing(
     device: LateDevice, rank: Rank, forward: Forward, restorer: Restorer
 ) -> None:

@@ -101,8 +101,9 @@ def test_what_is_loaded_ahead_shares_the_device_with_a_restore(
 ) -> None:
     ahead_pages, pages = {9: 0, 4: 1, 20: 2}, {21: 1, 3: 5, 11: 0}
     still_writing = forward.write(dict.fromkeys([*ahead_pages, *pages], "of another request"))
-    restorer.queue("a prefetch", keys(*ahead_pages.values()), torch.tensor(list(ahead_pages)), Source.DEVICE)
-    ahead = restorer.start([still_writing], ahead=True)
+    ahead = restorer.preload(
+        "a prefetch", keys(*ahead_pages.values()), torch.tensor(list(ahead_pages)), [still_writing]
+    )
     queue(restorer, "a", pages)
     batch = restorer.start([still_writing])
     forward.run(restorer.arrivals, batch, list(pages))

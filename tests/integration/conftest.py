@@ -14,21 +14,27 @@ from agentstate.settings import Settings
 
 
 @pytest.fixture
-def service(database_url: str, tmp_path: Path) -> Iterator[Service]:
+def peers() -> Iterator[list[Peer]]:
+    """They outlive the service, which may have asked them something that it still waits for."""
+    peers: list[Peer] = []
+    yield peers
+    for peer in peers:
+        peer.close()
+
+
+@pytest.fixture
+def service(peers: list[Peer], database_url: str, tmp_path: Path) -> Iterator[Service]:
     with serving(Settings(home=tmp_path, database_url=database_url, engine_timeout_s=3600)) as service:
         yield service
 
 
 @pytest.fixture
-def start_peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[dict[str, Any]], Any]], Peer]]:
+def start_peer(peers: list[Peer], monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[dict[str, Any]], Any]], Peer]:
     """Starts an engine's control endpoint, whose answers the service waits for however long they take."""
     monkeypatch.setattr(operations, "GRACE_S", PATIENCE_S)
-    peers: list[Peer] = []
 
     def start(answer: Callable[[dict[str, Any]], Any]) -> Peer:
         peers.append(Peer(answer))
         return peers[-1]
 
-    yield start
-    for peer in peers:
-        peer.close()
+    return start

@@ -97,6 +97,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(database_url: st
             for thread in threads:
                 thread.start()
             while any(len(agent.notes) < 2 for agent in crew):
+                assert all(thread.is_alive() for thread in threads)
                 time.sleep(0.01)
             time.sleep(dice.random())
             service.kill()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 
 from agentstate.errors import EngineRefused, EngineUnreachable
 from benchmarks.calibration import Calibration
-from benchmarks.engine import Engine
+from benchmarks.engine import Answer, Engine
 from benchmarks.probe import merged, probe
 from benchmarks.replay import replay, validation
 from benchmarks.simulator import Outcome, Served
@@ -32,8 +32,6 @@ class FakeEngine(ThreadingHTTPServer):
         self.device: set[tuple[int, ...]] = set()
         self.stored: set[tuple[int, ...]] = set()
         self.context_length = 100_000
-        self.forward_s = 0.0
-        self.late = False  # the first token is sent when the second one has been computed
         self.restored_tokens = self.restores = self.spilled_tokens = 0
         self.lock = threading.Lock()
 
@@ -86,10 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
         # Cumulative, as SGLang streams by default.
         first = {**answer, "output_ids": answer["output_ids"][:1]}
         parts = [f"data: {json.dumps(part)}\n\n".encode() for part in (first, answer)]
-        steps = len(answer["output_ids"]) - 1
         self._begin(sum(map(len, parts)))
-        for part, forwards in zip(parts, (1 + (self.server.late and steps > 0), steps), strict=True):
-            time.sleep(forwards * self.server.forward_s)
+        for part in parts:
             self.wfile.write(part)
             self.wfile.flush()
 
@@ -240,9 +236,16 @@ def test_a_probed_engine_gives_a_calibration(fake: FakeEngine) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_probe_sees_whether_results_are_late(fake: FakeEngine, late: bool) -> None:
-    # Longer than a machine that is busy with other things is late by.
-    fake.forward_s, fake.late = 0.04, late
+def test_a_probe_sees_whether_results_are_late(fake: FakeEngine, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With times that are told: where results are late, the first token is seen when the second one is computed."""
+    real, forward_s = Engine.ask, 0.04
+
+    async def told(engine: Engine, prompt: list[int], output_tokens: int) -> Answer:
+        answer = await real(engine, prompt, output_tokens)
+        ttft_s = forward_s * (2 if late and output_tokens > 1 else 1)
+        return replace(answer, ttft_s=ttft_s, total_s=ttft_s + forward_s * (output_tokens - 1))
+
+    monkeypatch.setattr(Engine, "ask", told)
     assert probed(fake, (64, 128, 192))["late_results"] is late
 
 

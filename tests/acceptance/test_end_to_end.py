@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -215,6 +216,27 @@ def test_an_agent_goes_on_after_its_engine_was_killed(
         # A session of the engine that died is still answered for, from its manifest.
         kept = service.suspend(session.id, turn.lease, durable_timeout_ms=5000).kv
         assert (kept.state, kept.tokens, kept.bytes) == ("durable", 16 * PAGE, outcome["bytes"])
+
+
+def test_storing_goes_on_after_the_page_directory_was_deleted(stack: LocalStack, generate: Generator) -> None:
+    text = prompt(19, 9 * PAGE + 20)
+    right = generate(text)
+    spilled(stack)
+    node = (stack.home / "pages" / "node").read_text()
+    log = (stack.home / "engine.log").read_text()
+    shutil.rmtree(stack.home / "pages")
+    stack.flush_device()
+    # What was there is lost, not wrong; and is stored anew when it has been computed.
+    again = generate(text)
+    assert (again.restored, again.tokens) == (0, right.tokens)
+    spilled(stack)
+    stack.flush_device()
+    answer = generate(text)
+    assert (answer.restored, answer.tokens) == (9 * PAGE, right.tokens)
+    assert (stack.home / "pages" / "node").read_text() == node
+    said = (stack.home / "engine.log").read_text().removeprefix(log)
+    assert said.count("was deleted or replaced while it was in use") == 1
+    assert "Traceback" not in said
 
 
 def test_an_engine_that_is_told_to_end_stores_what_it_has_first(stack: LocalStack, generate: Generator) -> None:

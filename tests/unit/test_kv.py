@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 from agentstate.engines import Engine
 from agentstate.kv import KvOutlook, Stored, choose, outlook, servers
 from agentstate.manifests import Coverage, KvState
+from agentstate.pages.node import node_id
 
 COVERAGE = Coverage(
     "ses_1", "f1", 0, "n1", "eng_1", page_size=64, tokens=640, nbytes=10_000, lost_tokens=0, updated_us=5
@@ -99,3 +104,17 @@ def test_a_session_of_which_pages_were_lost_is_partial() -> None:
     assert look("m", cut, [ENGINE]) == KvOutlook(KvState.PARTIAL, 128, True)
     gone = Stored([replace(COVERAGE, tokens=0, lost_tokens=640)])
     assert look("m", gone, [ENGINE]) == KvOutlook(KvState.LOST, 0, True)
+
+
+def test_a_container_that_is_restarted_under_another_host_name_has_its_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "pod-7f")
+    stored = Stored([replace(COVERAGE, node=node_id(tmp_path))])
+    monkeypatch.setattr(socket, "gethostname", lambda: "pod-8a")
+    restarted = replace(ENGINE, id="eng_2", node=node_id(tmp_path))
+    assert look("m", stored, [restarted]) == KvOutlook(KvState.DURABLE, 640, True)
+    # And another directory of the same machine has not.
+    beside = replace(ENGINE, id="eng_3", node=node_id(tmp_path / "other"), base_url="http://n3/v1")
+    assert not look("m", stored, [beside]).valid
+    assert chosen("m", stored, [beside, restarted]) == restarted.base_url

@@ -187,7 +187,7 @@ def test_a_request_is_not_restored_again_from_what_failed_it(
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("of this test")
 
-    monkeypatch.setattr(pools._pools[0].pages.inbound, "after", fail)
+    monkeypatch.setattr(pools._pools[0].device_pages.inbound, "after", fail)
     assert pools.load("a", [transfer(PoolName.KV, range(3), slots(0, 1, 2))])
     assert pools.finish(pools.start([])).failed == {"a"}
     assert pools.restorable_for("a", keys(*range(6))) == []

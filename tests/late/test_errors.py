@@ -51,7 +51,6 @@ def test_a_restore_that_finds_no_memory_is_recomputed(
     restorer.close()
 
 
-@pytest.mark.xfail(strict=True, reason="E1")
 @pytest.mark.parametrize("what", ASKED_FOR)
 def test_a_restore_that_finds_no_memory_loses_no_page(
     device: LateDevice, rank: Rank, forward: Forward, restorer: Restorer, what: str
@@ -82,7 +81,6 @@ def test_what_was_queued_before_an_error_does_not_come_after_what_is_recomputed(
     restorer.close()
 
 
-@pytest.mark.xfail(strict=True, reason="E1")
 def test_a_restore_on_a_device_that_breaks_loses_nothing(
     device: LateDevice, rank: Rank, forward: Forward, restorer: Restorer
 ) -> None:

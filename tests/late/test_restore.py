@@ -9,7 +9,8 @@ import pytest
 import torch
 from contents import keys
 
-from engine_patch.restore import Restorer, Source
+from engine_patch.feeds import Source
+from engine_patch.restore import Restorer
 from late.device import LateDevice
 from late.rank import Forward, HangingDrive, Rank, on_return
 
@@ -110,6 +111,16 @@ def test_what_is_loaded_ahead_shares_the_device_with_a_restore(
     assert restorer.finish(batch).failed == restorer.finish(ahead).failed == set()
     assert all(forward.seen(number) == rank.expected(name) for number, name in pages.items())
     assert all(rank.on_device(number) == rank.expected(name) for number, name in ahead_pages.items())
+
+
+def test_what_two_requests_need_comes_to_both(rank: Rank, forward: Forward, restorer: Restorer) -> None:
+    first, second = {9: 0, 4: 1, 20: 2}, {21: 0, 3: 1, 11: 2, 15: 5}
+    queue(restorer, "a", first)
+    queue(restorer, "b", second)
+    batch = restorer.start()
+    forward.run(restorer.arrivals, batch, [*first, *second])
+    assert restorer.finish(batch).failed == set()
+    assert all(forward.seen(number) == rank.expected(name) for number, name in {**first, **second}.items())
 
 
 def test_an_aborted_request_leaves_its_pages_and_its_memory_to_others(

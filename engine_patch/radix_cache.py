@@ -73,7 +73,11 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         return int(mask.nonzero()[-1]) if mask.any() else 0
 
     def finish_loads(self) -> list[str]:
-        """Wait for the loads of the batch that just ran: the rids that failed, identical on every rank."""
+        """Wait for the loads of the batch that just ran: the rids that failed, identical on every rank. Loads start
+        with a batch of prefills and are over with it, so that a batch that only decodes has none."""
+        if self.inflight_load_index < 0:
+            # What is queued belongs to a batch that has not run.
+            return []
         rids, self.inflight_load_rids = self.inflight_load_rids, []
         if not rids:
             return []

@@ -45,7 +45,7 @@ class Rank:
             pools = device_pools(params, components)
         except EngineError as error:
             self.retire(f"AgentState cannot store what this model keeps: {error}")
-        of_ranks = identity.fingerprints(self.page_size, pools)
+        of_ranks = identity.fingerprints(server_args, self.page_size, pools)
         marks = of_ranks[rank := get_parallel().tp_rank]
         space = identity.space(settings, of_ranks)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agentstate import ids
 from agentstate.engines import Engine
 from agentstate.errors import SettingsError
-from agentstate.pages import Quota, Space, fingerprint, weights_digest
+from agentstate.pages import Quota, Space, configuration, fingerprint, tensor_names, weights_digest
 from agentstate.settings import Settings
 from engine_patch import flags
 from engine_patch.pools import DevicePool
@@ -69,11 +70,11 @@ def _fields(server_args: Any, page_size: int, pools: Sequence[DevicePool]) -> di
     unreachable after an upgrade. The version of SGLang counts, since its kernels may lay out KV in another way.
     """
     model, parallel = get_model(), get_parallel()
-    checkpoint = _checkpoint(model)
+    checkpoint = checkpoint_of(model)
     always = dict(
         sglang=SUPPORTED,
         weights=weights_digest(checkpoint),
-        loader=[str(model.load_format), str(model.model_loader_extra_config)],
+        loader=[str(model.load_format or "auto"), str(model.model_loader_extra_config)],
         quantization_params=_digest_of(model.quantization_param_path),
         rl_quantization=str(model.rl_quant_profile),
         model_overrides=str(model.json_model_override_args),
@@ -112,7 +113,35 @@ def _digest_of(path: str | None) -> str:
         ) from error
 
 
-def _checkpoint(model: Any) -> Path:
+@dataclass(frozen=True)
+class Shape:
+    """What a checkpoint must have in common with another one whose weights are loaded over its own: the running model
+    is configured by the first, and keeps what the second lacks. ``tensors`` is empty where that cannot be told."""
+
+    configuration: dict[str, bytes]
+    tensors: frozenset[str]
+
+
+def shape() -> Shape:
+    """That of the checkpoint that is loaded, as its files are now. Raises SettingsError where one is damaged."""
+    checkpoint = checkpoint_of(get_model())
+    return Shape(configuration(checkpoint), frozenset(tensor_names(checkpoint)))
+
+
+def in_the_way(before: Shape, now: Shape) -> str | None:
+    """Why pages of an engine that has loaded ``now`` over ``before`` need not be those of an engine that is started
+    with ``now``; None when they are."""
+    model = get_model()
+    if model.quantization is not None:
+        return "its quantized weights were updated in place"
+    if model.load_format not in (None, "auto", "safetensors"):
+        return f"its weights were updated with the load format {model.load_format}"
+    if not now.tensors or before != now:
+        return f"its weights were updated from {model.model_path}, which has another configuration or other tensors"
+    return None
+
+
+def checkpoint_of(model: Any) -> Path:
     """Where the weights are: the model's path itself, or where the hub's cache keeps that model."""
     if Path(model.model_path).exists():
         return Path(model.model_path)

@@ -11,6 +11,7 @@ import os
 import time
 from typing import Any
 
+from engine_patch import weights
 from engine_patch.flags import BACKEND
 
 _POLL_S = 0.001
@@ -51,7 +52,18 @@ def register() -> None:
     )
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._observe_weight_load",
-        _before_weight_update,
+        _before_weight_load,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.begin_weight_update",
+        _before_weight_session,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        ".update_weights_from_disk",
+        _around_update_from_disk,
         sgl.HookType.AROUND,
     )
     sgl.HookRegistry.register(
@@ -95,18 +107,44 @@ def _ours(scheduler: Any) -> Any:
     return cache if isinstance(cache, _cache_class()) else None
 
 
-def _before_weight_update(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
-    """Weights loaded into a running engine leave its checkpoint, and so its fingerprint, behind."""
+def _before_weight_load(original: Any, updater: Any, source: str) -> Any:
+    """Weights that come from elsewhere than files leave the engine's checkpoint, and so its fingerprint, behind."""
+    if source != "disk":
+        _retire_updated(updater)
+    return original(updater, source)
+
+
+def _before_weight_session(original: Any, updater: Any, request: Any) -> Any:
+    """Until a session of weight updates ends, weights may be written from outside without another word."""
+    _retire_updated(updater)
+    return original(updater, request)
+
+
+def _retire_updated(updater: Any) -> None:
     if (cache := _ours(updater.scheduler)) is not None:
         cache.agentstate.retire("its weights were updated in place; restart it to store pages again")
-    return original(updater, *args, **kwargs)
 
 
-def _before_memory_release(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
+def _around_update_from_disk(original: Any, updater: Any, request: Any) -> Any:
+    if (cache := _ours(updater.scheduler)) is None:
+        return original(updater, request)
+    cache.agentstate.suspend("its weights are being updated")
+    try:
+        output = original(updater, request)
+    except BaseException:
+        _retire_updated(updater)
+        raise
+    cache.linker.weights_updated(weights.after_update(request, output))
+    return output
+
+
+def _before_memory_release(original: Any, updater: Any, request: Any) -> Any:
     """SGLang takes the memory of the KV pool away and then empties the cache: nothing may use it any more by then."""
     if (cache := _ours(updater.scheduler)) is not None:
+        if weights.are_lost(request.tags, updater.scheduler.server_args):
+            cache.agentstate.retire("the memory of its weights was released; restart it to store pages again")
         cache.agentstate.drain()
-    return original(updater, *args, **kwargs)
+    return original(updater, request)
 
 
 def _before_abort(original: Any, scheduler: Any, abort: Any) -> Any:

@@ -30,6 +30,7 @@ from engine_patch.sglang_api import (
     UnifiedRadixCache,
     release_kv_cache,
 )
+from engine_patch.weights import Weights
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
@@ -101,6 +102,18 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         if linker.quarantines_pages and all(self._on_all_ranks([not linker.stuck])):
             linker.release_quarantine()
             self.unlocked = True
+
+    def weights_updated(self, weights: Weights) -> None:
+        """Weights were updated while it was suspended. On every rank: what one of them doubts, all do."""
+        linker = self.cache_linker
+        same, of_files = self._on_all_ranks([weights is Weights.SAME, weights is Weights.OF_FILES])
+        reason = linker.reload() if of_files else None
+        if of_files and not all(self._on_all_ranks([reason is None])):
+            linker.retire(reason or "the weights of another rank were updated in a way that cannot be told")
+        elif same or of_files:
+            linker.resume()
+        else:
+            linker.retire("its weights were updated in place, and what they are cannot be told; restart it to store")
 
     def _on_all_ranks(self, local: Sequence[bool]) -> list[bool]:
         """Which of these is so on every rank, all of which ask."""

@@ -113,5 +113,5 @@ def test_a_model_of_the_hub_is_looked_for_where_it_was_downloaded_to(monkeypatch
         huggingface_hub, "snapshot_download", lambda name, **given: asked.update(given, name=name) or str(tmp_path)
     )
     model = SimpleNamespace(model_path="org/model", revision="r1", download_dir="/models")
-    assert identity._checkpoint(model) == tmp_path
+    assert identity.checkpoint_of(model) == tmp_path
     assert asked == {"name": "org/model", "revision": "r1", "cache_dir": "/models", "local_files_only": True}

@@ -32,22 +32,6 @@ def test_an_engine_does_not_count_its_memory_while_a_drive_writes_to_some_of_it(
     assert idle[-1:] == [other]
 
 
-def test_the_kv_pool_is_at_rest_before_its_memory_is_taken_away() -> None:
-    log: list[str] = []
-    engine = scheduler(agentstate=SimpleNamespace(drain=lambda: log.append("at rest")))
-    plugin._before_memory_release(lambda updater, request: log.append(request), SimpleNamespace(scheduler=engine), "go")
-    assert log == ["at rest", "go"]
-
-
-def test_weights_that_are_updated_in_place_end_the_storing() -> None:
-    reasons: list[str] = []
-    engine = scheduler(agentstate=SimpleNamespace(retire=reasons.append))
-    updater = SimpleNamespace(scheduler=engine)
-    assert plugin._before_weight_update(lambda *given: given, updater, "disk") == (updater, "disk")
-    assert len(reasons) == 1
-    assert "weights were updated" in reasons[0]
-
-
 def marked(**fields: Any) -> Any:
     state = {"rid": "r", "discard_output_reason": None, "is_retracted": False, "over": False, **fields}
     return SimpleNamespace(**state, finished=lambda: state["over"])

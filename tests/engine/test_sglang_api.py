@@ -111,6 +111,8 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (Scheduler._add_request_to_queue, "self req is_retracted"),
     (Scheduler.get_next_batch_to_run, "self running_batch last_batch"),
     (SchedulerWeightUpdaterManager._observe_weight_load, "self source"),
+    (SchedulerWeightUpdaterManager.begin_weight_update, "self recv_req"),
+    (SchedulerWeightUpdaterManager.update_weights_from_disk, "self recv_req"),
     (TokenizerManager.generate_request, "self obj request"),
     (TorchNativeAttnBackend, "model_runner"),
 ]
@@ -159,7 +161,7 @@ ATTRIBUTES: dict[type, str] = {
     "_cache_breakdown_computed origin_input_ids output_ids sampling_params multimodal_inputs session",
     ReqKvInfo: "holds_kv cache_inserted_len kv_allocated_len",
     Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us result_queue "
-    "is_generation page_size",
+    "is_generation page_size server_args",
     AbortReq: "rid abort_all",
     sgl.PagedTokenToKVPoolAllocator: "device page_size",
     sgl.TokenToKVPoolAllocator: "device page_size",
@@ -185,7 +187,8 @@ ATTRIBUTES: dict[type, str] = {
     sgl.HybridReqToTokenPool: "mamba_pool mamba_ckpt_pool short_conv_pool ngram_pool",
     sgl.MambaPool: "mamba_layer_ids mamba_cache size _slot_siblings",
     memory_pool.DSATokenToKVPool: "index_k_with_scale_buffer",
-    ServerArgs: "host port attention_backend prefill_attention_backend decode_attention_backend page_size dtype "
+    ServerArgs: "enable_memory_saver enable_weights_cpu_backup "
+    "host port attention_backend prefill_attention_backend decode_attention_backend page_size dtype "
     "disable_cuda_graph radix_cache_backend enable_unified_cache_external_linker device chunked_prefill_size "
     "unified_cache_external_linker_backend unified_cache_external_linker_config uses_mamba_radix_cache "
     "mamba_radix_cache_strategy mamba_track_interval model_path served_model_name load_format "

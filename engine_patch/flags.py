@@ -115,6 +115,12 @@ TESTED = {
     "kv_cache_dtype": Tested("KV is stored as it is", frozenset({"bf16", "bfloat16", "fp8_e4m3"})),
     "load_format": Tested("weights come from the checkpoint's files", frozenset({"safetensors", "dummy"})),
     "device": Tested("restored and stored alike", frozenset({"cpu", "cuda"})),
+    "schedule_policy": Tested("requests are admitted in another order", frozenset({"lpm"})),
+    "enable_priority_scheduling": Tested("requests are admitted in another order"),
+    "enable_mixed_chunk": Tested("others decode in the batch of a restore"),
+    "num_continuous_decode_steps": Tested("a restore waits for them"),
+    "disable_overlap_schedule": Tested("a failed restore is noticed at once"),
+    "radix_eviction_policy": Tested("what the device evicts is stored before", frozenset({"lfu"})),
     "attention_backend": Tested("tested on a CPU", frozenset({"agentstate_cpu", "torch_native"})),
 }
 
@@ -253,10 +259,10 @@ SAME_KV = """
     enable_layerwise_nvtx_marker enable_two_batch_overlap enable_single_batch_overlap tbo_token_distribution_threshold
     cpu_offload_gb offload_group_size offload_num_in_group offload_prefetch_step offload_mode ple_offload_embedding
     ple_offload_backend ple_offload_dir enable_paged_experts paged_experts_num_resident startup_weight_load_mode
-    schedule_policy enable_priority_scheduling disable_priority_preemption default_priority_value
+    schedule_policy disable_priority_preemption default_priority_value
     abort_on_priority_when_disabled schedule_low_priority_values_first priority_scheduling_preemption_threshold
-    retraction_policy prefill_decode_interval prefill_decode_interval_min_bs disable_overlap_schedule
-    num_continuous_decode_steps enable_mixed_chunk min_free_slots_delay enable_prefill_delayer
+    retraction_policy prefill_decode_interval prefill_decode_interval_min_bs 
+    min_free_slots_delay enable_prefill_delayer
     prefill_delayer_max_delay_passes prefill_delayer_token_usage_low_watermark prefill_delayer_forward_passes_buckets
     prefill_delayer_wait_seconds_buckets prefill_delayer_queue_min_ratio prefill_delayer_max_delay_ms
     radix_eviction_policy radix_eviction_policy_config enable_session_radix_cache strip_thinking_cache

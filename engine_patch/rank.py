@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
+from agentstate import engines
 from agentstate.database import Database
-from agentstate.errors import AgentStateError, EngineError
+from agentstate.errors import AgentStateError, DatabaseError, EngineError
 from agentstate.pages import PageStore, Space
 from agentstate.settings import ENGINE_LIMITS, Settings
 from engine_patch import identity
@@ -129,6 +131,9 @@ class Rank:
                 self.sessions.close()
                 self._space = space
                 self._engine = replace(self._engine, fingerprint=mark)
+                # The catalog would do so at its next heartbeat, and does when the database does not answer now.
+                with suppress(DatabaseError), self._database.write() as connection:
+                    engines.register(connection, self._engine)
                 self.sessions = self._open_sessions()
                 self.sessions.device = device
         except (AgentStateError, OSError, ValueError) as error:

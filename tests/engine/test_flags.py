@@ -89,11 +89,9 @@ def test_unknown_flags_are_named_in_one_warning_and_tested_ones_in_one_line(
     resolve: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "engine_patch.resolution")
-    resolve(enable_mixed_chunk=True, attention_backend="fa3", max_total_tokens=4096, api_key="hunter2")
+    resolve(enable_two_batch_overlap=True, attention_backend="fa3", max_total_tokens=4096, api_key="hunter2")
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "--enable-mixed-chunk, --attention-backend fa3" in warning.replace(
-        "--attention-backend fa3, --enable-mixed-chunk", "--enable-mixed-chunk, --attention-backend fa3"
-    )
+    assert "--enable-two-batch-overlap" in warning and "--attention-backend fa3" in warning
     (tested,) = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     assert "--max-total-tokens 4096" in tested
     assert "hunter2" not in warning + tested
@@ -151,6 +149,9 @@ def test_a_flag_that_an_upgrade_brings_is_unknown_and_keeps_pages_apart() -> Non
         ("model_path", "some/model", Standing.TESTED),
         ("hicache_size", 8, Standing.TESTED),
         ("cuda_graph_backend_prefill", "full", Standing.UNKNOWN),
+        ("enable_mixed_chunk", True, Standing.TESTED),
+        ("radix_eviction_policy", "lfu", Standing.TESTED),
+        ("radix_eviction_policy", "tlru", Standing.UNKNOWN),
     ],
     ids=str,
 )
@@ -165,7 +166,7 @@ def test_what_keeps_kv_does_not_keep_pages_apart_and_files_count_with_their_cont
     def marks(**given: Any) -> dict[str, str]:
         return dict(flags.marks([judge(field, value) for field, value in given.items()]))
 
-    assert marks(attention_backend="fa3", enable_mixed_chunk=True, port=1, dtype="float16", pp_size=2) == {}
+    assert marks(attention_backend="fa3", enable_two_batch_overlap=True, port=1, dtype="float16", pp_size=2) == {}
     assert marks(enable_tf32_matmul=True, model_impl="transformers") == {
         "enable_tf32_matmul": "True",
         "model_impl": "transformers",

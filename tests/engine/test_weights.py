@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +205,9 @@ def one(monkeypatch: pytest.MonkeyPatch) -> Any:
     one.page_size, one._server_args, one._device_pools, one._shape = 64, None, [], "shape"
     one._engine = identity.Engine("e", "n", 0, "", "", "m", loaded.mark.hex(), "")
     one.sessions = Sessions()
+    one._database = SimpleNamespace(write=lambda: nullcontext("connection"))
+    loaded.registered = []
+    monkeypatch.setattr(rank.engines, "register", lambda connection, engine: loaded.registered.append(engine))
 
     def move(open_store: Any, within_s: float) -> bool:
         if loaded.error is not None:
@@ -241,6 +245,7 @@ def test_a_rank_goes_over_to_the_pages_of_its_new_weights_and_is_registered_anew
     assert before.closed and not one.rank.sessions.closed
     assert one.rank.sessions.device == "the tree"
     assert one.rank._engine.fingerprint == (b"\xbb" * 32).hex()
+    assert one.loaded.registered == [one.rank._engine]
 
 
 def test_the_same_files_again_change_nothing(one: Any) -> None:

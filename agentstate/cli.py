@@ -183,9 +183,17 @@ def bench_pages(context: typer.Context) -> None:
         ]
     ),
 )
-def engine(context: typer.Context) -> None:
-    """Start SGLang with AgentState. Every argument is SGLang's and is passed through; where to keep pages, how much
-    memory to stage them in and which database to tell are settings, in environment variables."""
+def engine(
+    context: typer.Context,
+    check: Annotated[
+        bool, typer.Option("--check", help="Start nothing: print which flags are tested with AgentState, or refused.")
+    ] = False,
+) -> None:
+    """Start SGLang with AgentState. Every other argument is SGLang's and is passed through; where to keep pages, how
+    much memory to stage them in and which database to tell are settings, in environment variables."""
+    if check:
+        command = launcher.check_command(Settings(), context.args)
+        os.execve(command[0], command, dict(os.environ))
     command, environment = launcher.engine_command(Settings(), context.args, os.environ)
     os.execve(command[0], command, environment)
 

@@ -73,6 +73,12 @@ def sglang_command(
     return command, complete
 
 
+def check_command(settings: Settings, arguments: list[str]) -> list[str]:
+    """The command that prints where each SGLang flag of ``arguments`` stands with AgentState, and exits with 1 when one
+    is refused. SGLang reads them itself, and loads no model. Raises EngineError where there is no SGLang."""
+    return [engine_python(settings), "-W", "ignore", "-m", "engine_patch.flag_report", *arguments]
+
+
 def engine_python(settings: Settings) -> str:
     """The interpreter that has SGLang: the one that is set, or this one. Raises EngineError when it has not."""
     python = str(settings.engine_python or sys.executable)

@@ -99,17 +99,20 @@ class Arrivals:
 class LayerGate:
     """What a forward waits on before it reads a layer of the model: that layer's pages, in whichever pools it has.
 
-    Has what SGLang's pools and worker call of its own `LayerWiseLoadCounter`. A layer without a pool is never
-    waited for.
+    Has what SGLang's pools, worker and graph runner call of its own `LayerWiseLoadCounter`. A layer without a pool is
+    never waited for. Who waits for the last of ``num_layers`` waits for all layers of all pools: a forward replayed
+    from one graph waits once, for the last.
     """
 
     def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]]):
+        self.num_layers = max(routes, default=-1) + 1
         self.consumer_index = -1
         self.waited_s = 0.0
         # Of each batch that is not over, by layer.
         self._waits_s: dict[int, dict[int, float]] = {}
         self._routes = routes
-        self._arrivals = {arrivals for route in routes.values() for arrivals, _ in route}
+        self._all = [place for layer in sorted(routes) for place in routes[layer]]
+        self._arrivals = {arrivals for arrivals, _ in self._all}
 
     def set_consumer(self, index: int) -> None:
         self.consumer_index = index
@@ -117,7 +120,8 @@ class LayerGate:
             arrivals.set_consumer(index)
 
     def wait_until(self, threshold: int) -> None:
-        index, route = self.consumer_index, self._routes.get(threshold, ())
+        index = self.consumer_index
+        route = self._all if threshold == self.num_layers - 1 else self._routes.get(threshold, ())
         if not any(arrivals.awaited(index) for arrivals, _ in route):
             return
         started = time.perf_counter()

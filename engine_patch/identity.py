@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agentstate import ids
 from agentstate.engines import Engine
-from agentstate.pages import Quota, Space, fingerprint, weights_digest
+from agentstate.errors import SettingsError
+from agentstate.pages import Quota, Space, configuration, fingerprint, tensor_names, weights_digest
 from agentstate.settings import Settings
+from engine_patch import flags
 from engine_patch.pools import DevicePool
-from engine_patch.sglang_api import SUPPORTED, PoolName, get_model, get_parallel, get_serving
+from engine_patch.sglang_api import SUPPORTED, PoolName, get_model, get_parallel, get_serving, given_flags
 
 
 def space(settings: Settings, marks: Sequence[Mapping[PoolName, bytes]]) -> Space:
@@ -27,10 +31,10 @@ def space(settings: Settings, marks: Sequence[Mapping[PoolName, bytes]]) -> Spac
     )
 
 
-def fingerprints(page_size: int, pools: Sequence[DevicePool]) -> list[dict[PoolName, bytes]]:
+def fingerprints(server_args: Any, page_size: int, pools: Sequence[DevicePool]) -> list[dict[PoolName, bytes]]:
     """What a page of each pool is valid for, 32 bytes, on each rank; that of `PoolName.KV` stands for all pools and is
     there without them too. Reads samples of the checkpoint. Raises SettingsError where it has no weights."""
-    fields = _fields(page_size, pools)
+    fields = _fields(server_args, page_size, pools)
     names = {PoolName.KV, *(pool.name for pool in pools)}
     ranks = range(get_parallel().tp_size)
     return [{name: fingerprint(**fields, rank=rank, pool=name.value) for name in names} for rank in ranks]
@@ -59,14 +63,19 @@ def _reachable(host: str) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
 
 
-def _fields(page_size: int, pools: Sequence[DevicePool]) -> dict[str, Any]:
-    """What a page of any of ``pools`` is valid for: of all of them, since each is computed from the others."""
+def _fields(server_args: Any, page_size: int, pools: Sequence[DevicePool]) -> dict[str, Any]:
+    """What a page of any of ``pools`` is valid for: of all of them, since each is computed from the others.
+
+    These fields are always there. Whatever is added later belongs to `_further_fields`, or every stored page would be
+    unreachable after an upgrade. The version of SGLang counts, since its kernels may lay out KV in another way.
+    """
     model, parallel = get_model(), get_parallel()
-    return dict(
+    checkpoint = checkpoint_of(model)
+    always = dict(
         sglang=SUPPORTED,
-        weights=weights_digest(_checkpoint(model.model_path, model.revision)),
-        loader=[str(model.load_format), str(model.model_loader_extra_config)],
-        quantization_params=str(model.quantization_param_path),
+        weights=weights_digest(checkpoint),
+        loader=[str(model.load_format or "auto"), str(model.model_loader_extra_config)],
+        quantization_params=_digest_of(model.quantization_param_path),
         rl_quantization=str(model.rl_quant_profile),
         model_overrides=str(model.json_model_override_args),
         dtype=str(model.dtype),
@@ -76,12 +85,69 @@ def _fields(page_size: int, pools: Sequence[DevicePool]) -> dict[str, Any]:
         tp_size=parallel.tp_size,
         pp_size=parallel.pp_size,
     )
+    return always | _further_fields(server_args, model, checkpoint)
 
 
-def _checkpoint(model_path: str, revision: str | None) -> Path:
-    """Where the weights are: ``model_path`` itself, or where the hub's cache keeps that model."""
-    if Path(model_path).exists():
-        return Path(model_path)
+def _further_fields(server_args: Any, model: Any, checkpoint: Path) -> dict[str, Any]:
+    """What a page is valid for beside what is always there: each only where it is not at its default, so that pages
+    which are stored stay reachable when one is added."""
+    code = sorted(checkpoint.glob("*.py")) if model.trust_remote_code and checkpoint.is_dir() else ()
+    further = {
+        # Of a flag that nobody has run with AgentState, nobody knows that KV is the same with it and without.
+        "flags": dict(flags.marks(given_flags(server_args))),
+        "code": [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in code],
+    }
+    return {name: value for name, value in further.items() if value}
+
+
+def _digest_of(path: str | None) -> str:
+    """The content of a file of parameters, wherever it lies; "None" without one. Raises SettingsError where it cannot
+    be read."""
+    if path is None:
+        return str(path)
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise SettingsError(
+            f"--quantization-param-path {path} cannot be read ({error.strerror}), and KV depends on it"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a checkpoint must have in common with another one whose weights are loaded over its own: the running model
+    is configured by the first, and keeps what the second lacks. ``tensors`` is empty where that cannot be told."""
+
+    configuration: dict[str, bytes]
+    tensors: frozenset[str]
+
+
+def shape() -> Shape:
+    """That of the checkpoint that is loaded, as its files are now. Raises SettingsError where one is damaged."""
+    checkpoint = checkpoint_of(get_model())
+    return Shape(configuration(checkpoint), frozenset(tensor_names(checkpoint)))
+
+
+def in_the_way(before: Shape, now: Shape) -> str | None:
+    """Why pages of an engine that has loaded ``now`` over ``before`` need not be those of an engine that is started
+    with ``now``; None when they are."""
+    model = get_model()
+    if model.quantization is not None:
+        return "its quantized weights were updated in place"
+    if model.load_format not in (None, "auto", "safetensors"):
+        return f"its weights were updated with the load format {model.load_format}"
+    if not now.tensors or before != now:
+        return f"its weights were updated from {model.model_path}, which has another configuration or other tensors"
+    return None
+
+
+def checkpoint_of(model: Any) -> Path:
+    """Where the weights are: the model's path itself, or where the hub's cache keeps that model."""
+    if Path(model.model_path).exists():
+        return Path(model.model_path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model_path, revision=revision, local_files_only=True))
+    found = snapshot_download(
+        model.model_path, revision=model.revision, cache_dir=model.download_dir, local_files_only=True
+    )
+    return Path(found)

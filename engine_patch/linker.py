@@ -48,6 +48,18 @@ class AgentStateLinker(UnifiedCacheLinker):
         """Restore and spill nothing from now on, and say why."""
         self._rank.retire(reason)
 
+    def suspend(self, reason: str) -> None:
+        """Restore and spill nothing while weights are being updated, until `resume` or `retire`."""
+        self._rank.suspend(reason)
+
+    def resume(self) -> None:
+        """Go on as before."""
+        self._rank.resume()
+
+    def reload(self) -> str | None:
+        """Go over to the pages of weights that have been loaded from files; the reason where that cannot be done."""
+        return self._rank.reload()
+
     def close(self) -> None:
         self._rank.close()
 

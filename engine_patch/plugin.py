@@ -11,17 +11,23 @@ import os
 import time
 from typing import Any
 
-BACKEND = "agentstate"
+from engine_patch import weights
+from engine_patch.flags import BACKEND
+
 _POLL_S = 0.001
 
 
 def register() -> None:
     """Entry point `sglang.srt.plugins`: run early in every SGLang process, whether or not the flag is given.
     Registers and decides nothing; the linker and its store are made by the scheduler processes alone."""
+    from engine_patch import resolution, warm_up
     from engine_patch import sglang_api as sgl
-    from engine_patch import warm_up
 
-    sgl.register_resolution_hook("handle_hicache")(_resolve_arguments)
+    # In the order in which SGLang takes these steps.
+    sgl.register_resolution_hook("handle_deprecated_dp_attention")(resolution.judge_flags)
+    sgl.register_resolution_hook("handle_mxfp8_kv_cache_compatibility")(resolution.choose_page_size)
+    sgl.register_resolution_hook("handle_hicache")(resolution.complete)
+    sgl.register_resolution_hook("validate_deepep_v2_dispatch_token_budget")(resolution.conclude)
     sgl.register_radix_cache_backend(BACKEND, _create_cache)
     sgl.warmup(warm_up.NAME)(warm_up.warm_up)
     sgl.add_attention_backend_choices(["agentstate_cpu"])
@@ -39,8 +45,25 @@ def register() -> None:
         "sglang.srt.managers.scheduler.Scheduler.abort_request", _before_abort, sgl.HookType.AROUND
     )
     sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+        ".process_batch_result_decode",
+        _before_decode_result,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._observe_weight_load",
-        _before_weight_update,
+        _before_weight_load,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.begin_weight_update",
+        _before_weight_session,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+        ".update_weights_from_disk",
+        _around_update_from_disk,
         sgl.HookType.AROUND,
     )
     sgl.HookRegistry.register(
@@ -61,50 +84,6 @@ def platform() -> str | None:
     # started from this one.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return "engine_patch.cpu.platform.CpuPlatform"
-
-
-def _resolve_arguments(server_args: Any, previous: Any) -> None:
-    from engine_patch import sglang_api as sgl
-    from engine_patch import warm_up
-
-    cfg = sgl.resolving_view(server_args)
-    if cfg.radix_cache_backend != BACKEND:
-        previous(server_args)
-        return
-    refused = [
-        flag
-        for flag, given in {
-            "--disable-radix-cache": cfg.disable_radix_cache,
-            "--enable-hierarchical-cache": cfg.enable_hierarchical_cache,
-            "--enable-lmcache": cfg.enable_lmcache,
-            "--enable-unified-cache-external-linker": cfg.enable_unified_cache_external_linker,
-            "--speculative-algorithm": cfg.speculative_algorithm,
-            "--disaggregation-mode": cfg.disaggregation_mode not in (None, "null"),
-            "--enable-streaming-session": cfg.enable_streaming_session,
-            "--pp-size": cfg.pp_size > 1,
-            "--dp-size": cfg.dp_size > 1,
-            "--dcp-size": cfg.dcp_size > 1,
-            "--attn-cp-size": cfg.attn_cp_size > 1,
-            # An adapter's KV is keyed by its name and path, which do not change when it is trained again.
-            "--enable-lora": cfg.enable_lora or cfg.lora_paths,
-        }.items()
-        if given
-    ]
-    if refused:
-        raise ValueError(f"--radix-cache-backend {BACKEND} cannot be combined with {', '.join(refused)}")
-    previous(server_args)
-    warm_ups = [*filter(None, (cfg.warmups or "").split(",")), *([] if cfg.skip_server_warmup else [warm_up.NAME])]
-    sgl.declare_resolution(
-        server_args,
-        "agentstate",
-        warmups=",".join(warm_ups) or None,
-        enable_unified_cache_external_linker=True,
-        unified_cache_external_linker_backend="dynamic",
-        unified_cache_external_linker_config={
-            "linker": "AgentStateLinker",
-            "linker_module_path": "engine_patch.linker",
-        },
-    )
 
 
 def _create_cache(ctx: Any) -> Any:
@@ -128,24 +107,60 @@ def _ours(scheduler: Any) -> Any:
     return cache if isinstance(cache, _cache_class()) else None
 
 
-def _before_weight_update(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
-    """Weights loaded into a running engine leave its checkpoint, and so its fingerprint, behind."""
+def _before_weight_load(original: Any, updater: Any, source: str) -> Any:
+    """Weights that come from elsewhere than files leave the engine's checkpoint, and so its fingerprint, behind."""
+    if source != "disk":
+        _retire_updated(updater)
+    return original(updater, source)
+
+
+def _before_weight_session(original: Any, updater: Any, request: Any) -> Any:
+    """Until a session of weight updates ends, weights may be written from outside without another word."""
+    _retire_updated(updater)
+    return original(updater, request)
+
+
+def _retire_updated(updater: Any) -> None:
     if (cache := _ours(updater.scheduler)) is not None:
         cache.agentstate.retire("its weights were updated in place; restart it to store pages again")
-    return original(updater, *args, **kwargs)
 
 
-def _before_memory_release(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
+def _around_update_from_disk(original: Any, updater: Any, request: Any) -> Any:
+    if (cache := _ours(updater.scheduler)) is None:
+        return original(updater, request)
+    cache.agentstate.suspend("its weights are being updated")
+    try:
+        output = original(updater, request)
+    except BaseException:
+        _retire_updated(updater)
+        raise
+    cache.linker.weights_updated(weights.after_update(request, output))
+    return output
+
+
+def _before_memory_release(original: Any, updater: Any, request: Any) -> Any:
     """SGLang takes the memory of the KV pool away and then empties the cache: nothing may use it any more by then."""
     if (cache := _ours(updater.scheduler)) is not None:
+        if weights.are_lost(request.tags, updater.scheduler.server_args):
+            cache.agentstate.retire("the memory of its weights was released; restart it to store pages again")
         cache.agentstate.drain()
-    return original(updater, *args, **kwargs)
+    return original(updater, request)
 
 
 def _before_abort(original: Any, scheduler: Any, abort: Any) -> Any:
     if (cache := _ours(scheduler)) is not None:
         cache.note_abort(abort)
     return original(scheduler, abort)
+
+
+def _before_decode_result(original: Any, processor: Any, batch: Any, result: Any) -> Any:
+    """SGLang passes over an output that is to be discarded in the results of prefills only: here it would be sent.
+    Loads belong to prefills, so that nothing here is marked; an engine in which something is, ends instead."""
+    if isinstance(processor.tree_cache, _cache_class()):
+        for req in batch.reqs:
+            if req.discard_output_reason is not None and not req.finished() and not req.is_retracted:
+                raise RuntimeError(f"request {req.rid} would be sent an output of KV that was not restored")
+    return original(processor, batch, result)
 
 
 def _around_step_counters(original: Any, scheduler: Any, batch: Any, result: Any) -> None:

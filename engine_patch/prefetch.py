@@ -143,6 +143,14 @@ class Prefetches:
                 while claims:
                     self._release(claims.popitem()[1])
 
+    def move(self, store: PageStore) -> None:
+        """Abandon everything, and read from another store from now on: its pages have the same keys."""
+        with self._mutex:
+            self._store = store
+            for claims in (self._requests, self._sessions):
+                while claims:
+                    self._release(claims.popitem()[1])
+
     def _claim(self, claims: _Claims, owner: str, keys: Sequence[bytes], expires_s: float | None) -> _Claim | None:
         """Enter a claim in place of the owner's last; None when not all of ``keys`` are stored."""
         plan = pieces(keys, self._readings)

@@ -30,6 +30,7 @@ from engine_patch.sglang_api import (
     UnifiedRadixCache,
     release_kv_cache,
 )
+from engine_patch.weights import Weights
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
@@ -73,7 +74,11 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         return int(mask.nonzero()[-1]) if mask.any() else 0
 
     def finish_loads(self) -> list[str]:
-        """Wait for the loads of the batch that just ran: the rids that failed, identical on every rank."""
+        """Wait for the loads of the batch that just ran: the rids that failed, identical on every rank. Loads start
+        with a batch of prefills and are over with it, so that a batch that only decodes has none."""
+        if self.inflight_load_index < 0:
+            # What is queued belongs to a batch that has not run.
+            return []
         rids, self.inflight_load_rids = self.inflight_load_rids, []
         if not rids:
             return []
@@ -97,6 +102,18 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         if linker.quarantines_pages and all(self._on_all_ranks([not linker.stuck])):
             linker.release_quarantine()
             self.unlocked = True
+
+    def weights_updated(self, weights: Weights) -> None:
+        """Weights were updated while it was suspended. On every rank: what one of them doubts, all do."""
+        linker = self.cache_linker
+        same, of_files = self._on_all_ranks([weights is Weights.SAME, weights is Weights.OF_FILES])
+        reason = linker.reload() if of_files else None
+        if of_files and not all(self._on_all_ranks([reason is None])):
+            linker.retire(reason or "the weights of another rank were updated in a way that cannot be told")
+        elif same or of_files:
+            linker.resume()
+        else:
+            linker.retire("its weights were updated in place, and what they are cannot be told; restart it to store")
 
     def _on_all_ranks(self, local: Sequence[bool]) -> list[bool]:
         """Which of these is so on every rank, all of which ask."""

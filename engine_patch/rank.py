@@ -4,13 +4,15 @@ opened together and closed in an order that loses nothing."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import Any
 
+from agentstate import engines
 from agentstate.database import Database
-from agentstate.errors import EngineError
-from agentstate.pages import PageStore
+from agentstate.errors import AgentStateError, DatabaseError, EngineError
+from agentstate.pages import PageStore, Space
 from agentstate.settings import ENGINE_LIMITS, Settings
 from engine_patch import identity
 from engine_patch.break_even import BreakEven
@@ -38,6 +40,9 @@ class Rank:
     def __init__(self, server_args: Any, params: Any, components: Any):
         self.settings = settings = Settings()
         self.off: str | None = None
+        # The reason of a `suspend` that has not ended.
+        self._suspended: str | None = None
+        self._server_args = server_args
         self.break_even = BreakEven()
         self.page_size: int = params.page_size
         pools: list[DevicePool] = []
@@ -45,28 +50,16 @@ class Rank:
             pools = device_pools(params, components)
         except EngineError as error:
             self.retire(f"AgentState cannot store what this model keeps: {error}")
-        of_ranks = identity.fingerprints(self.page_size, pools)
-        marks = of_ranks[rank := get_parallel().tp_rank]
-        space = identity.space(settings, of_ranks)
-
-        def open_store(pool: DevicePool) -> PageStore:
-            mark = marks[pool.name]
-            directory = identity.store_directory(settings, mark, rank)
-            return PageStore(directory, mark, pool.device_pages.geometry, space=space)
-
-        self.pools = StoredPools(pools, open_store, settings)
+        self._device_pools = pools
+        self._shape = identity.shape()
+        marks, self._space = self._identity()
+        self.pools = StoredPools(pools, self._opening(marks, self._space), settings)
         self._control = ControlEndpoint(settings.control_address, self)
-        self._engine = identity.engine(settings, server_args, space.node, marks[PoolName.KV], self._control.address)
-        database = Database(settings.sqlalchemy_url)
-        self.sessions = Sessions(
-            self.pools,
-            self._engine,
-            database,
-            settings,
-            page_size=self.page_size,
-            stores=lambda: self.off is None,
-            dead=space.take_dead,
+        self._engine = identity.engine(
+            settings, server_args, self._space.node, marks[PoolName.KV], self._control.address
         )
+        self._database = database = Database(settings.sqlalchemy_url)
+        self.sessions = self._open_sessions()
         self.metrics = Metrics(self._engine) if get_observability().enable_metrics else None
         self._control.serve()
         limits = {name: getattr(settings, name) for name in ENGINE_LIMITS}
@@ -81,11 +74,73 @@ class Rank:
             ", ".join(f"{name} {value}" for name, value in limits.items()),
         )
 
+    def _identity(self) -> tuple[Mapping[PoolName, bytes], Space]:
+        """The fingerprints of this rank's pools with the weights that are loaded, and the room of their stores."""
+        of_ranks = identity.fingerprints(self._server_args, self.page_size, self._device_pools)
+        return of_ranks[get_parallel().tp_rank], identity.space(self.settings, of_ranks)
+
+    def _opening(self, marks: Mapping[PoolName, bytes], space: Space) -> Callable[[DevicePool], PageStore]:
+        def open_store(pool: DevicePool) -> PageStore:
+            mark = marks[pool.name]
+            directory = identity.store_directory(self.settings, mark, get_parallel().tp_rank)
+            return PageStore(directory, mark, pool.device_pages.geometry, space=space)
+
+        return open_store
+
+    def _open_sessions(self) -> Sessions:
+        return Sessions(
+            self.pools,
+            self._engine,
+            self._database,
+            self.settings,
+            page_size=self.page_size,
+            stores=lambda: self.off is None,
+            dead=self._space.take_dead,
+        )
+
     def retire(self, reason: str) -> None:
         """Restore and spill nothing from now on, and say why, once: in the log and in `stat`."""
-        if self.off is None:
+        if self.off is None or self._suspended is not None:
             logger.warning("agentstate: this engine neither stores nor restores pages: %s", reason)
-            self.off = reason
+            self.off, self._suspended = reason, None
+
+    def suspend(self, reason: str) -> None:
+        """Restore and spill nothing until `resume`; nothing changes when it is retired."""
+        if self.off is None:
+            self.off = self._suspended = reason
+
+    def resume(self) -> None:
+        """End a `suspend`."""
+        if self._suspended is not None:
+            self.off = self._suspended = None
+
+    def reload(self) -> str | None:
+        """Other weights were loaded from files, and the device cache is empty: store and restore what is valid for
+        them. The reason, and nothing may be stored any more, where that cannot be done."""
+        try:
+            shape = identity.shape()
+            if (reason := identity.in_the_way(self._shape, shape)) is not None:
+                return reason
+            marks, space = self._identity()
+            mark = marks[PoolName.KV].hex()
+            if mark != self._engine.fingerprint:
+                if not self.pools.move(self._opening(marks, space), _DRAIN_S):
+                    return "its weights were updated while its drive did not answer"
+                device = self.sessions.device
+                # Its manifests are of the pages before; the engine is registered anew.
+                self.sessions.close()
+                self._space = space
+                self._engine = replace(self._engine, fingerprint=mark)
+                # The catalog would do so at its next heartbeat, and does when the database does not answer now.
+                with suppress(DatabaseError), self._database.write() as connection:
+                    engines.register(connection, self._engine)
+                self.sessions = self._open_sessions()
+                self.sessions.device = device
+        except (AgentStateError, OSError, ValueError) as error:
+            return f"its weights were updated, and their pages cannot be stored: {error}"
+        self._shape = shape
+        logger.info("agentstate: weights were updated: pages of %s: %s", mark[:16], self.pools.describe())
+        return None
 
     def close(self) -> None:
         """Store what is queued, write the manifests that wait, and close everything."""

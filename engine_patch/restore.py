@@ -277,6 +277,12 @@ class Restorer:
         self._batches.clear()
         self.arrivals.reset()
 
+    def move(self, store: PageStore) -> None:
+        """`reset`, and restore from another store from now on."""
+        self.reset()
+        self.prefetches.move(store)
+        self._store = store
+
     def close(self) -> None:
         for rid in list(self._pending):
             self.cancel(rid)

@@ -84,10 +84,11 @@ class _StoredPool:
         self.model_layers = pool.model_layers
         self.window_pages = pool.window_pages
         self.device_pages = pool.device_pages
+        self.pool = pool
         self.store = open_store(pool)
         self.page_bytes = self.device_pages.geometry.page_bytes
-        staging_bytes, timeout_s = settings.spill_staging_bytes // parts, settings.drive_timeout_s
-        self.spiller = Spiller(self.store, self.device_pages, staging_bytes, timeout_s)
+        self._staging_bytes, self._timeout_s = settings.spill_staging_bytes // parts, settings.drive_timeout_s
+        self.spiller = self._new_spiller()
         queue_pages = settings.spill_queue_bytes // parts // self.page_bytes
         # Of recurrent states SGLang has hardly more than its requests need, and ends when there is none.
         most = len(self.device_pages) // (4 if pool.name is PoolName.MAMBA else 2)
@@ -99,10 +100,27 @@ class _StoredPool:
             chunk_bytes=chunk_bytes(self.device_pages.device),
             backend=read_backend(settings.read_backend, self.device_pages.device),
         )
-        self.restorer = Restorer(self.store, self.device_pages, self.reader, timeout_s)
+        self.restorer = Restorer(self.store, self.device_pages, self.reader, self._timeout_s)
         # Whether nothing is spilled any more.
         self.ended = False
         self.quarantine = Quarantine(pool.allocator) if Quarantine.works(pool.allocator) else None
+
+    def _new_spiller(self) -> Spiller:
+        return Spiller(self.store, self.device_pages, self._staging_bytes, self._timeout_s)
+
+    def move(self, store: PageStore, within_s: float) -> bool:
+        """Store to and restore from ``store`` from now on. False, and nothing is stored any more, when the drive does
+        not take what waits for the store before within so many seconds."""
+        self.ended = self.spiller.close(within_s)
+        if not self.ended:
+            return False
+        stats, on = self.spiller.stats, self.spiller.on
+        self.restorer.move(store)
+        self.store.close()
+        self.store = store
+        self.spiller = self._new_spiller()
+        self.spiller.stats, self.spiller.on, self.ended = stats, on, False
+        return True
 
     def needed(self, keys: Sequence[bytes]) -> Sequence[bytes]:
         """Those of a chain without which it cannot be gone on from its end."""
@@ -369,6 +387,24 @@ class StoredPools:
             pool.spiller.drain()
             pool.spiller.results.clear()
         self._budget.clear()
+
+    def move(self, open_store: OpenStore, within_s: float) -> bool:
+        """Store to and restore from other stores from now on, when nothing is offered and nothing loaded. False when a
+        drive that does not answer keeps one from being closed: nothing may be stored any more then. Raises
+        PageStoreError, and changes nothing, where one cannot be opened."""
+        opened: list[PageStore] = []
+        try:
+            for pool in self._pools:
+                opened.append(open_store(pool.pool))
+        except BaseException:
+            for store in opened:
+                store.close()
+            raise
+        moved = [pool.move(store, within_s) for pool, store in zip(self._pools, opened, strict=True)]
+        for store, has_moved in zip(opened, moved, strict=True):
+            if not has_moved:
+                store.close()
+        return all(moved)
 
     def finish_spilling(self, within_s: float) -> None:
         """Store what is queued, as far as that can be done in so many seconds, and nothing more from then on."""

@@ -11,7 +11,7 @@ ones.
 from agentstate.pages.backends import KvikioBackend, PosixBackend, ReadBackend, staging_memory
 from agentstate.pages.eviction import ANYONE
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, Geometry
-from agentstate.pages.fingerprint import fingerprint, weights_digest
+from agentstate.pages.fingerprint import configuration, fingerprint, tensor_names, weights_digest
 from agentstate.pages.keys import PageKeys
 from agentstate.pages.merging import merge
 from agentstate.pages.pins import Pin, Segment
@@ -42,8 +42,10 @@ __all__ = [
     "StoreStats",
     "Stream",
     "Writer",
+    "configuration",
     "fingerprint",
     "merge",
     "staging_memory",
+    "tensor_names",
     "weights_digest",
 ]

@@ -42,9 +42,8 @@ def weights_digest(checkpoint: Path) -> str:
     if not weights:
         raise SettingsError(f"no model weights in {checkpoint}: cannot tell which model its KV pages belong to")
     digest = hashlib.sha256()
-    for name in _CONFIG_NAMES:
-        if (checkpoint / name).is_file():
-            digest.update(f"{name}\0".encode() + (checkpoint / name).read_bytes())
+    for name, content in configuration(checkpoint).items():
+        digest.update(f"{name}\0".encode() + content)
     for path in weights:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
@@ -55,21 +54,45 @@ def weights_digest(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
+def configuration(checkpoint: Path) -> dict[str, bytes]:
+    """The model's configuration files, by name."""
+    paths = [checkpoint / name for name in _CONFIG_NAMES]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def tensor_names(checkpoint: Path) -> set[str]:
+    """Of all tensors in a checkpoint's safetensors files; none when it has weights of another kind. Raises
+    SettingsError where a file is damaged."""
+    files = [path for path in sorted(checkpoint.glob("*")) if path.suffix in _WEIGHT_SUFFIXES]
+    if any(path.suffix != ".safetensors" for path in files):
+        return set()
+    names: set[str] = set()
+    for path in files:
+        with path.open("rb") as file:
+            names |= _header(file, path.stat().st_size)[0].keys()
+    return names
+
+
+def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """The tensors of a safetensors file by name, and where the first of them begins."""
+    header_bytes = int.from_bytes(file.read(8), "little")
+    try:
+        tensors = json.loads(file.read(min(header_bytes, size)))
+        found = {name: tensor["data_offsets"] for name, tensor in tensors.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SettingsError(f"{file.name} is not a safetensors file") from None
+    return found, 8 + header_bytes
+
+
 def _samples(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
     """Offsets and lengths, in bytes, of what stands for a weight file."""
     if Path(file.name).suffix != ".safetensors":
         yield from ((max(0, (size - _SAMPLE_BYTES) * i // 63), _SAMPLE_BYTES) for i in range(64))
         return
-    header_bytes = int.from_bytes(file.read(8), "little")
-    base = 8 + header_bytes
-    try:
-        tensors = json.loads(file.read(min(header_bytes, size)))
-        spans = [tensor["data_offsets"] for name, tensor in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"{file.name} is not a safetensors file") from None
-    # Only now: whoever takes a sample moves the file's position.
+    # At once: whoever takes a sample moves the file's position.
+    spans, base = _header(file, size)
     yield 0, base
-    for start, end in sorted(spans):
+    for start, end in sorted(spans.values()):
         length = min(_SAMPLE_BYTES, end - start)
         for offset in (start, (start + end - length) // 2, end - length):
             yield base + offset, length

@@ -10,7 +10,6 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 ATTENTION = "agentstate_cpu"
-PAGE_SIZE = 64
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -23,8 +22,6 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         # SGLang's default for `--device cpu` is a backend of that kernel build; nobody can have meant it here.
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION
-        if server_args.page_size is None:
-            server_args.page_size = PAGE_SIZE
         if server_args.dtype == "auto" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
             # Without AVX-512, torch multiplies bfloat16 matrices about nine times slower than float32 ones.
             server_args.dtype = "float32"

@@ -1,8 +1,16 @@
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from engine_patch.arrivals import Arrivals
+import pytest
+import sglang
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter
+
+from engine_patch.arrivals import Arrivals, LayerGate
 
 
 def test_batches_are_numbered_and_land_when_every_layer_has() -> None:
@@ -97,3 +105,70 @@ def test_one_that_arrives_between_its_forward_and_its_end_has_not_arrived_in_tim
     arrivals.complete(batch, 0)
     assert not arrivals.finish(batch)
     assert not arrivals.stuck
+
+
+class Recorded(Arrivals):
+    def __init__(self, layers: int):
+        super().__init__(layers)
+        self.waits: list[int] = []
+
+    def wait_until(self, layer: int) -> None:
+        self.waits.append(layer)
+        super().wait_until(layer)
+
+
+@pytest.fixture
+def hybrid() -> tuple[LayerGate, Recorded, Recorded]:
+    """A model of five layers: 0, 2 and 4 are one pool's, 1 and 4 another's, 3 is nobody's; all have arrived."""
+    one, other = Recorded(3), Recorded(2)
+    gate = LayerGate({0: [(one, 0)], 1: [(other, 0)], 2: [(one, 1)], 4: [(one, 2), (other, 1)]})
+    for arrivals in (one, other):
+        batch = arrivals.begin()
+        for layer in range(3 if arrivals is one else 2):
+            arrivals.complete(batch, layer)
+    gate.set_consumer(0)
+    return gate, one, other
+
+
+def test_a_forward_waits_for_each_layer_where_it_lies(hybrid: tuple[LayerGate, Recorded, Recorded]) -> None:
+    gate, one, other = hybrid
+    assert gate.num_layers == 5
+    for layer in range(4):
+        gate.wait_until(layer)
+    assert (one.waits, other.waits) == ([0, 1], [0])
+
+
+def test_a_forward_of_one_graph_waits_once_for_all_layers_of_all_pools(
+    hybrid: tuple[LayerGate, Recorded, Recorded],
+) -> None:
+    from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import PrefillCudaGraphRunner
+
+    gate, one, other = hybrid
+    pool = SimpleNamespace(layer_transfer_counter=gate)
+    runner: Any = SimpleNamespace(_is_full_backend=True, model_runner=SimpleNamespace(token_to_kv_pool=pool))
+    PrefillCudaGraphRunner._wait_for_layer_loads(runner)
+    assert (sorted(one.waits), sorted(other.waits)) == ([0, 1, 2], [0, 1])
+    gate.set_consumer(-1)
+    PrefillCudaGraphRunner._wait_for_layer_loads(runner)
+    assert len(one.waits) == 3
+
+
+def public(thing: Any) -> set[str]:
+    return {name for name in dir(thing) if not name.startswith("_")}
+
+
+def test_the_gate_has_all_of_the_stock_counter_that_is_not_the_loader_s() -> None:
+    loaders = {"producer_index", "on_layer_ready", "futures", "update_producer", "complete", "fail", "finish"}
+    assert public(LayerWiseLoadCounter(1)) - loaders <= public(LayerGate({}))
+
+
+def test_the_gate_has_what_sglang_reads_of_a_counter() -> None:
+    read: set[str] = set()
+    for path in (Path(sglang.__file__).parent / "srt").rglob("*.py"):
+        text = path.read_text()
+        # The storage backends have counters of their own.
+        if "layer_transfer_counter" in text and "storage" not in path.parts:
+            read |= set(re.findall(r"(?:layer_transfer_counter|\bcounter)\.([a-z]\w*)", text))
+    # HiCache's counter, with speculation or PD disaggregation, both of which are refused.
+    assert {"consumer_index", "num_layers", "set_consumer", "wait_until"} <= read
+    assert read - {"events", "producer_index"} <= public(LayerGate({}))

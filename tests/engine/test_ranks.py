@@ -96,3 +96,13 @@ def test_pages_are_held_until_no_rank_writes_to_its_own(own: bool) -> None:
     agreements = rank.agreements
     rank.wrapper.tidy(set)
     assert rank.agreements == agreements
+
+
+def test_a_batch_that_only_decodes_finishes_no_load_that_waits_for_its_own_batch() -> None:
+    rank = Rank(Finished({"a", "b"}, None, NUMBERS))
+    rank.wrapper.inflight_load_index = -1
+    assert rank.wrapper.finish_loads() == []
+    assert (rank.wrapper.inflight_load_rids, rank.agreements) == (["a", "b"], 0)
+    # Now it has started, and what fails is told.
+    rank.wrapper.inflight_load_index, rank.other = 5, [1, 1, 1]
+    assert rank.wrapper.finish_loads() == ["a", "b"]

@@ -15,6 +15,7 @@ import torch
 from contents import drop, key, keys, write
 from device import PAGE_SIZE, PAGES, aligned_kv_tensors, as_bytes, fill, kv_tensors, page_of
 
+from agentstate.errors import PageStoreLocked
 from agentstate.pages import ANYONE, PageStore, Quota, fingerprint
 from agentstate.settings import Settings
 from engine_patch.arrivals import LayerGate
@@ -34,6 +35,7 @@ class Stage:
         self.state = [(torch.zeros(33, 3, 5),) for _ in range(3)]
         for tensors in (self.full, self.window, self.state):
             fill(tensors)
+        self.tensors = {PoolName.KV: self.full, PoolName.SWA: self.window}
         self.stores: dict[PoolName, PageStore] = {}
         self.drive_timeout_s = 60.0
         self.spill_queue_bytes = 1 << 30
@@ -516,3 +518,84 @@ def test_pages_that_others_deleted_count_as_lost(stage: Stage, opened: Callable[
     store.attend()
     assert pools.lost == before + 2
     assert pools.take_losers() == {ANYONE}
+
+
+def test_after_a_move_pages_of_the_same_keys_are_those_of_the_other_store(stage: Stage, tmp_path: Path) -> None:
+    pools = stage.open(PoolName.KV, PoolName.SWA)
+
+    def store_of(weights: str) -> Callable[[DevicePool], PageStore]:
+        def open_store(pool: DevicePool) -> PageStore:
+            mark = fingerprint(pool=pool.name, weights=weights)
+            directory = tmp_path / weights / pool.name
+            stage.stores[pool.name] = PageStore(directory, mark, pool.device_pages.geometry)
+            return stage.stores[pool.name]
+
+        return open_store
+
+    def both(numbers: Sequence[int]) -> list[PoolTransfer]:
+        return [transfer(name, range(1, 4), slots(*numbers)) for name in (PoolName.KV, PoolName.SWA)]
+
+    old = {name: [page_of(tensors, n) for n in (4, 5, 6)] for name, tensors in stage.tensors.items()}
+    assert offered(pools, *both([4, 5, 6]))
+    before = dict(stage.stores)
+    fraction = pools.prefetch("ses", keys(1, 2, 3), 60)
+    while fraction() is None:
+        pass
+    assert pools.staged_for(keys(1, 2, 3))
+
+    assert pools.move(store_of("new"), 60)
+    assert pools.durable(keys(1, 2, 3)) == 0
+    # What was read from the store before has the same keys, and is not that of these weights.
+    assert not pools.staged_for(keys(1, 2, 3))
+    assert pools.prefetch("ses", keys(1, 2, 3), 60)() == 0.0
+    for tensors in stage.tensors.values():
+        for layer in tensors:
+            for tensor in layer:
+                tensor.add_(1)
+    new = {name: [page_of(tensors, n) for n in (4, 5, 6)] for name, tensors in stage.tensors.items()}
+    assert new != old
+    assert offered(pools, *both([4, 5, 6]))
+
+    def restored() -> dict[PoolName, list[Any]]:
+        transfers = both([10, 11, 12])
+        assert pools.load("r", [transfers[0], transfer(PoolName.SWA, [2, 3], slots(11, 12))])
+        assert pools.finish(pools.start(())).failed == set()
+        return {name: [page_of(tensors, n) for n in (11, 12)] for name, tensors in stage.tensors.items()}
+
+    assert restored() == {name: pages[1:] for name, pages in new.items()}
+    # And back, where the pages of before still are.
+    assert pools.move(store_of_directory(before, stage), 60)
+    assert pools.durable(keys(1, 2, 3)) == 3
+    assert restored() == {name: pages[1:] for name, pages in old.items()}
+    pools.finish_spilling(60)
+    pools.close()
+
+
+def store_of_directory(before: dict[PoolName, PageStore], stage: Stage) -> Callable[[DevicePool], PageStore]:
+    """Opens the stores again that were open ``before``."""
+
+    def open_store(pool: DevicePool) -> PageStore:
+        was = before[pool.name]
+        return PageStore(was.directory, was.fingerprint, was.geometry)
+
+    return open_store
+
+
+def test_a_store_that_cannot_be_opened_leaves_all_as_they_are(stage: Stage, tmp_path: Path) -> None:
+    pools = stage.open(PoolName.KV, PoolName.SWA)
+    transfers = [transfer(name, [1], slots(4)) for name in (PoolName.KV, PoolName.SWA)]
+    opened: list[PageStore] = []
+
+    def open_store(pool: DevicePool) -> PageStore:
+        if opened:
+            raise PageStoreLocked("another engine has it")
+        opened.append(PageStore(tmp_path / "new", fingerprint(weights="new"), pool.device_pages.geometry))
+        return opened[-1]
+
+    with pytest.raises(PageStoreLocked):
+        pools.move(open_store, 60)
+    PageStore(tmp_path / "new", fingerprint(weights="new"), opened[0].geometry).close()  # its lock is free
+    assert offered(pools, *transfers)
+    assert pools.durable(keys(1)) == 1
+    pools.finish_spilling(60)
+    pools.close()

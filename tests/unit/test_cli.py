@@ -91,6 +91,17 @@ def test_a_wrong_model_path(home: Path, fake_sglang: Path) -> None:
     assert "--model-path" in only_line(run("engine", **environment))
 
 
+def test_a_check_of_flags_starts_nothing_and_hands_on_its_exit_code(home: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "$@"\nexit 1\n')
+    python.chmod(0o755)
+    environment = {"AGENTSTATE_HOME": str(home), "AGENTSTATE_ENGINE_PYTHON": str(python)}
+    done = run("engine", "--model-path", "/no/such/model", "--check", "--pp-size", "2", **environment)
+    assert done.returncode == 1
+    assert done.stdout.split()[-5:] == ["engine_patch.flag_report", "--model-path", "/no/such/model", "--pp-size", "2"]
+    assert not home.exists()
+
+
 def test_an_occupied_engine_port(home: Path, fake_sglang: Path, taken_port: int, tmp_path: Path) -> None:
     environment = {"AGENTSTATE_HOME": str(home), "AGENTSTATE_ENGINE_PYTHON": str(fake_sglang)}
     line = only_line(run("engine", "--model-path", str(tmp_path), "--port", str(taken_port), **environment))

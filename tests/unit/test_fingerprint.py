@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from agentstate.errors import SettingsError
+from agentstate.pages import configuration, tensor_names, weights_digest
 from agentstate.pages import fingerprint as module_surface
-from agentstate.pages import weights_digest
 from agentstate.pages.fingerprint import fingerprint
 
 TENSORS = {"a": (0, 300_000), "b": (300_000, 300_010), "c": (300_010, 2_000_000)}
@@ -106,6 +106,20 @@ def test_names_sizes_and_the_configuration_count(checkpoint: Path) -> None:
     (checkpoint / "model-3.safetensors").unlink()
     digests.add(weights_digest(checkpoint))
     assert len(digests) == 6
+
+
+def test_the_tensors_of_all_files_are_named(checkpoint: Path) -> None:
+    assert tensor_names(checkpoint) == {"a", "b", "c", "d"}
+    (checkpoint / "model-2.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0nojso")
+    with pytest.raises(SettingsError, match="model-2.safetensors"):
+        tensor_names(checkpoint)
+    (checkpoint / "model-2.safetensors").rename(checkpoint / "model-2.bin")
+    assert tensor_names(checkpoint) == set()
+
+
+def test_the_configuration_is_what_the_files_hold(checkpoint: Path) -> None:
+    assert configuration(checkpoint) == {"config.json": b'{"layers": 2}'}
+    assert configuration(checkpoint / "model-1.safetensors") == {}
 
 
 def test_the_directory_and_files_that_are_no_weights_do_not_count(checkpoint: Path, tmp_path: Path) -> None:

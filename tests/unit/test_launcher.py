@@ -13,7 +13,7 @@ import pytest
 
 from agentstate import launcher
 from agentstate.errors import AgentStateError, EngineError, PageStoreFull, PageStoreUnwritable, SettingsError
-from agentstate.launcher import engine_command, engine_python, require_free_port, require_page_directory
+from agentstate.launcher import check_command, engine_command, engine_python, require_free_port, require_page_directory
 from agentstate.settings import Settings
 
 
@@ -306,3 +306,11 @@ def test_a_disk_without_room_for_the_directory_is_full(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "mkdir", mkdir)
     with pytest.raises(PageStoreFull):
         require_page_directory(tmp_path / "pages")
+
+
+def test_a_check_is_made_by_the_interpreter_that_has_sglang(settings: Settings) -> None:
+    command = check_command(settings, ["--model-path", "m", "--pp-size", "2"])
+    assert command[0] == str(settings.engine_python)
+    assert command[-5:] == ["engine_patch.flag_report", "--model-path", "m", "--pp-size", "2"]
+    with pytest.raises(EngineError):
+        check_command(Settings(engine_python=Path("/no/such/python")), [])

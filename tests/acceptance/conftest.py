@@ -47,7 +47,8 @@ def make_stack(engine_python: Path, fork: Spawn) -> MakeStack:
         ports = {"service_port": free_port(), "engine_port": free_port()}
         stack = LocalStack(home, checkpoint, engine_python=engine_python, spawn_engine=fork, **ports)
         # Whether an engine restores what it has is for these tests to know, and not for its stopwatch to decide.
-        stack.environment = {**stack.environment, "AGENTSTATE_BREAK_EVEN": "off"}
+        # Nor is a lease to lapse while an engine starts.
+        stack.environment = {**stack.environment, "AGENTSTATE_BREAK_EVEN": "off", "AGENTSTATE_LEASE_TTL_S": "3600"}
         return stack
 
     return make

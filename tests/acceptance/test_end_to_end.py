@@ -191,7 +191,7 @@ def test_an_agent_goes_on_after_its_engine_was_killed(
     stack: LocalStack, generate: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = prompt(16, 16 * PAGE + 20)
-    with Client(stack.service_url) as service:
+    with Client(stack.service_url, timeout_s=300) as service:
         session = service.create_session(stack.model)
         turn = service.resume(session.id)
         assert turn.engine is not None
@@ -199,7 +199,7 @@ def test_an_agent_goes_on_after_its_engine_was_killed(
         right = generate(text, **turn.engine.extra_body)
         suspended = service.suspend(session.id, turn.lease, durable_timeout_ms=0)
         if suspended.operation is not None:
-            outcome = service.wait_operation(suspended.operation, timeout_s=60).result
+            outcome = service.wait_operation(suspended.operation, timeout_s=600).result
         else:
             outcome = suspended.kv.model_dump(mode="json")
         assert outcome is not None
@@ -214,7 +214,7 @@ def test_an_agent_goes_on_after_its_engine_was_killed(
         answer = generate(text, **turn.engine.extra_body)
         assert (answer.restored, answer.tokens) == (16 * PAGE, right.tokens)
         # A session of the engine that died is still answered for, from its manifest.
-        kept = service.suspend(session.id, turn.lease, durable_timeout_ms=5000).kv
+        kept = service.suspend(session.id, turn.lease, durable_timeout_ms=60_000).kv
         assert (kept.state, kept.tokens, kept.bytes) == ("durable", 16 * PAGE, outcome["bytes"])
 
 
@@ -241,7 +241,7 @@ def test_storing_goes_on_after_the_page_directory_was_deleted(stack: LocalStack,
 
 def test_an_engine_that_is_told_to_end_stores_what_it_has_first(stack: LocalStack, generate: Generator) -> None:
     text = prompt(17, 24 * PAGE + 20)
-    with Client(stack.service_url) as service:
+    with Client(stack.service_url, timeout_s=300) as service:
         session = service.create_session(stack.model)
         turn = service.resume(session.id)
         assert turn.engine is not None
@@ -249,7 +249,7 @@ def test_an_engine_that_is_told_to_end_stores_what_it_has_first(stack: LocalStac
         stack.stop_engine()
         stack.start_engine(*stack.engine_arguments)
         # Its manifest was written too.
-        kept = service.suspend(session.id, turn.lease, durable_timeout_ms=5000).kv
+        kept = service.suspend(session.id, turn.lease, durable_timeout_ms=60_000).kv
         assert (kept.state, kept.tokens) == ("durable", 24 * PAGE)
     answer = generate(text)
     assert (answer.restored, answer.tokens) == (24 * PAGE, right.tokens)

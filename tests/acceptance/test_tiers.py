@@ -110,7 +110,7 @@ def test_a_request_that_waits_is_read_for_already(stack: LocalStack, rank: Contr
 
 
 def test_the_service_still_suspends_and_resumes_beside_all_that(stack: LocalStack, generate: Generator) -> None:
-    with Client(stack.service_url) as client:
+    with Client(stack.service_url, timeout_s=300) as client:
         session = client.create_session(stack.model)
         resumed = client.resume(session.id)
         assert resumed.engine is not None

@@ -281,6 +281,7 @@ class Restorer:
         """`reset`, and restore from another store from now on."""
         self.reset()
         self.prefetches.move(store)
+        self._unread.clear()
         self._store = store
 
     def close(self) -> None:

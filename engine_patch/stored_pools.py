@@ -258,6 +258,18 @@ class StoredPools:
         """Whether a batch of full attention has stopped writing to the device."""
         return self._pools[0].restorer.landed(index)
 
+    def layers_landed(self, index: int) -> int:
+        """How many layers of a batch of full attention have stopped writing to the device."""
+        return self._pools[0].restorer.arrivals.layers_landed(index)
+
+    def abandon(self, index: int) -> None:
+        """Nobody waits for a batch of full attention any more."""
+        self._pools[0].restorer.arrivals.abandon(index)
+
+    def page_numbers(self, slots: torch.Tensor) -> torch.Tensor:
+        """The full-attention pages that are in ``slots``."""
+        return self._pools[0].device_pages.page_numbers(slots)
+
     @property
     def stuck(self) -> bool:
         """Whether a drive has not answered in time, and does not yet."""

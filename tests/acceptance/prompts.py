@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +21,12 @@ TINY = (*EXACT, "--skip-tokenizer-init", "--max-total-tokens", "8192", "--chunke
 @dataclass(frozen=True)
 class Generated:
     """``tokens`` are the output's ids; ``cached`` the prompt tokens that were not computed, ``restored`` of them
-    from disk."""
+    from disk: ``preloaded`` of those before the request ran."""
 
     tokens: tuple[int, ...]
     cached: int
     restored: int
+    preloaded: int = 0
 
 
 class Generator:
@@ -39,14 +43,61 @@ class Generator:
         answers = httpx.post(
             self._url, json={"input_ids": prompts, "sampling_params": sampling, **fields}, timeout=300
         ).raise_for_status()
-        return [
-            Generated(
-                tuple(answer["output_ids"]),
-                answer["meta_info"]["cached_tokens"],
-                (answer["meta_info"].get("cached_tokens_details") or {}).get("host", 0),
-            )
-            for answer in answers.json()
-        ]
+        return [_generated(answer) for answer in answers.json()]
+
+
+class Stream:
+    """One request whose ``tokens`` are to be seen as they come. Closed before its end, it leaves like a client whose
+    connection breaks."""
+
+    def __init__(self, engine_url: str, prompt: list[int], max_new_tokens: int, **fields: Any):
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": prompt, "sampling_params": sampling, "stream": True, **fields}
+        self.tokens: tuple[int, ...] = ()
+        self.answer: Generated | None = None
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._follow, args=(f"{engine_url}/generate", body))
+        self._thread.start()
+
+    def _follow(self, url: str, body: dict[str, Any]) -> None:
+        last = None
+        with httpx.Client(timeout=httpx.Timeout(10, read=1)) as client:
+            request = client.build_request("POST", url, json=body)
+            request.extensions["timeout"]["read"] = 600
+            response = client.send(request, stream=True)
+            try:
+                for line in response.iter_lines():
+                    if self._left.is_set():
+                        return
+                    if line.startswith("data: {"):
+                        last = json.loads(line[6:])
+                        self.tokens = tuple(last["output_ids"])
+            finally:
+                response.close()
+        assert last is not None
+        self.answer = _generated(last)
+
+    def wait(self, tokens: int, timeout_s: float = 300) -> None:
+        """Until so many tokens have come."""
+        until = time.monotonic() + timeout_s
+        while len(self.tokens) < tokens:
+            assert time.monotonic() < until, f"{len(self.tokens)} of {tokens} tokens came"
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        self._left.set()
+        self._thread.join()
+
+
+def _generated(answer: dict[str, Any]) -> Generated:
+    details = answer["meta_info"].get("cached_tokens_details") or {}
+    preloaded = details.get("storage", 0)
+    return Generated(
+        tuple(answer["output_ids"]),
+        answer["meta_info"]["cached_tokens"],
+        details.get("host", 0) + preloaded,
+        preloaded,
+    )
 
 
 def prompt(seed: int, tokens: int) -> list[int]:

@@ -74,8 +74,8 @@ class Preloads:
     allocated, evicted for, inserted and freed alike. What differs between ranks, the drives and the clocks, is agreed
     on: ``agree`` tells which of some answers is yes on all ranks.
 
-    A preload of which no layer arrives for ``drive_timeout_s`` on some rank is abandoned on all of them. ``unlocked`` is
-    called whenever device pages have become free or evictable.
+    A preload of which no layer arrives for ``drive_timeout_s`` on some rank is abandoned on all of them. ``unlocked``
+    is called whenever device pages have become free or evictable.
     """
 
     def __init__(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,25 +57,23 @@ class Stream:
         body = {"input_ids": prompt, "sampling_params": sampling, "stream": True, **fields}
         self.tokens: tuple[int, ...] = ()
         self.answer: Generated | None = None
-        self._left = threading.Event()
-        self._thread = threading.Thread(target=self._follow, args=(f"{engine_url}/generate", body))
+        self._loop = asyncio.new_event_loop()
+        self._following = self._loop.create_task(self._follow(f"{engine_url}/generate", body))
+        self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
-    def _follow(self, url: str, body: dict[str, Any]) -> None:
+    def _run(self) -> None:
+        with suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._following)
+        self._loop.close()
+
+    async def _follow(self, url: str, body: dict[str, Any]) -> None:
         last = None
-        with httpx.Client(timeout=httpx.Timeout(10, read=1)) as client:
-            request = client.build_request("POST", url, json=body)
-            request.extensions["timeout"]["read"] = 600
-            response = client.send(request, stream=True)
-            try:
-                for line in response.iter_lines():
-                    if self._left.is_set():
-                        return
-                    if line.startswith("data: {"):
-                        last = json.loads(line[6:])
-                        self.tokens = tuple(last["output_ids"])
-            finally:
-                response.close()
+        async with httpx.AsyncClient(timeout=600) as client, client.stream("POST", url, json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    last = json.loads(line[6:])
+                    self.tokens = tuple(last["output_ids"])
         assert last is not None
         self.answer = _generated(last)
 
@@ -84,8 +84,15 @@ class Stream:
             assert time.monotonic() < until, f"{len(self.tokens)} of {tokens} tokens came"
             time.sleep(0.02)
 
+    def join(self) -> Generated:
+        """Its answer, once it has ended."""
+        self._thread.join()
+        assert self.answer is not None
+        return self.answer
+
     def close(self) -> None:
-        self._left.set()
+        with suppress(RuntimeError):  # it may have ended by itself
+            self._loop.call_soon_threadsafe(self._following.cancel)
         self._thread.join()
 
 

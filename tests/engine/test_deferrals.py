@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -270,11 +269,12 @@ def test_what_arrives_after_the_weights_were_replaced_is_not_used(stage: Stage) 
 
 
 @pytest.mark.parametrize(
-    ("free", "evictable", "begins"),
-    # Running requests may need 14 tokens, the request 43 and 8 more.
-    [(65, 0, True), (45, 20, True), (64, 0, False), (45, 19, False)],
+    ("free", "evictable", "left"),
+    # Running requests may need 14 tokens, the request 43 and 8 more. ``left`` may be evicted afterwards.
+    [(65, 0, 0), (25, 40, 25), (64, 0, None), (25, 39, None)],
 )
-def test_memory_is_left_to_those_that_run_and_to_the_request(free: int, evictable: int, begins: bool) -> None:
+def test_memory_is_left_to_those_that_run_and_to_the_request(free: int, evictable: int, left: int | None) -> None:
+    begins = left is not None
     stage = Stage(free, evictable, preload_bytes=4)
     stage.store(key_of(LONG))
     engine = scheduler(running_request(), waiting=[long_request()])
@@ -283,7 +283,10 @@ def test_memory_is_left_to_those_that_run_and_to_the_request(free: int, evictabl
     assert len(stage.linker.loads) == begins
     # What finds no memory is read ahead as ever, which is begun once.
     assert stage.linker.read == ([] if begins else ["long"])
-    assert (stage.cache.evictable, stage.cache.locks) == (0 if begins and evictable and free < LONG else evictable, begins)
+    assert (stage.cache.evictable, stage.cache.locks) == (
+        0 if begins and evictable and free < LONG else evictable,
+        begins,
+    )
 
 
 def test_memory_is_left_to_those_that_came_before(stage: Stage) -> None:
@@ -334,6 +337,5 @@ def test_what_runs(stage: Stage, place: str, ended: bool) -> None:
     run: Any = running_request()
     run.finished = lambda: ended
     engine = scheduler(waiting=[long_request()])
-    batch: Callable[[Any], Any] = lambda req: type("Batch", (), {"reqs": [req]})
-    setattr(engine, place, run if place == "chunked_req" else batch(run))
+    setattr(engine, place, run if place == "chunked_req" else type("Batch", (), {"reqs": [run]}))
     assert stage.step(engine) == (["long"] if ended else [])

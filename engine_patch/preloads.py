@@ -50,10 +50,10 @@ class Preload:
             if len(tokens) < len(self.key):
                 tokens = tokens + req.output_ids
             own = RadixKey(tokens[: len(self.key)], req.extra_key, cache_salt=req.cache_salt)
-            self._brought[req.rid] = (own.extra_key, own.cache_salt, list(own.token_ids)) == (
+            self._brought[req.rid] = (own.extra_key, own.cache_salt, own.token_ids) == (
                 self.key.extra_key,
                 self.key.cache_salt,
-                list(self.key.raw_token_ids()),
+                self.key.raw_token_ids(),
             )
         return self._brought[req.rid]
 
@@ -177,12 +177,13 @@ class Preloads:
         return preload.batch is None or self._linker.landed(preload.batch)
 
     def _goes_on(self, preload: Preload) -> bool:
-        """Whether a layer has arrived lately."""
-        layers = 0 if preload.batch is None else self._linker.layers_landed(preload.batch)
-        now = time.monotonic()
+        """Whether this rank need not wait for its drive, or a layer has arrived lately."""
+        if preload.batch is None or self._landed(preload):
+            return True
+        layers, now = self._linker.layers_landed(preload.batch), time.monotonic()
         if layers > preload.layers:
             preload.layers, preload.progress_s = layers, now
-        return preload.batch is None or now < preload.progress_s + self._linker.drive_timeout_s
+        return now < preload.progress_s + self._linker.drive_timeout_s
 
     def _finish(self, preload: Preload, landed: bool) -> Finished:
         if preload.batch is None:

@@ -104,7 +104,7 @@ class Beside:
             row[f"{variant}_longest_s"] = round(max(gap for gaps, _ in found for gap in gaps), 4)
             ninth = [answer.ttft_s for _, answer in found if answer is not None]
             row[f"{variant}_ninth_ttft_s"] = round(statistics.median(ninth), 4) if ninth else None
-        for variant in (Variant.PRELOADED, Variant.LAYERS):
+        for variant in {Variant.PRELOADED, Variant.LAYERS} & p99.keys():
             for other in (Variant.NONE, Variant.HIT):
                 ratio, low, high = paired_ratio(p99[variant], p99[other])
                 row[f"{variant}_to_{other}"] = round(ratio, 4)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from prompts import PAGE, TINY, Generator, Stream, prompt
 from stacks import Drive, MakeStack
 
 from agentstate.local import LocalStack
+from benchmarks.beside import Beside, Variant
 
 READS = "extents"
 _EIGHT = [prompt(500 + number, 30) for number in range(8)]
@@ -135,3 +138,16 @@ def test_a_client_that_leaves_while_its_pages_are_read(beside: LocalStack, drive
     beside.flush_device()
     time.sleep(0.5)  # an idle engine counts its memory
     assert generate(text).restored == 12 * PAGE
+
+
+def test_its_cost_is_measured(beside: LocalStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = count(700)
+    monkeypatch.setattr("benchmarks.beside.unseen", lambda tokens: prompt(next(seeds), tokens))
+    variants = (Variant.NONE, Variant.HIT, Variant.PRELOADED)
+    told: list[str] = []
+    measure = Beside(dict.fromkeys(variants, beside), 8 * PAGE, 2, 400, told.append, lambda: told.append("step"))
+    row = asyncio.run(measure.run(rounds=2))
+    assert told == ["computing the context", "round 1", "step", "round 2", "step"]
+    assert [len(row[f"{variant}_p99_all_s"]) for variant in variants] == [2, 2, 2]
+    assert [row[f"{variant}_ninth_ttft_s"] is None for variant in variants] == [True, False, False]
+    assert row["preloaded_to_hit"] > 0

@@ -5,7 +5,7 @@ else to do restores layer by layer, at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ class StoredHit:
 
     key: RadixKey
     device_tokens: int
-    keys: list[bytes]
+    keys: Sequence[bytes]
 
 
 @dataclass(eq=False)

@@ -186,7 +186,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         """Whether device pages are in quarantine."""
         return self._pools.quarantines
 
-    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor) -> int:
+    def preload(self, rid: str, keys: Sequence[bytes], slots: torch.Tensor) -> int:
         """Load pages for no request, into slots that the caller owns: the number of a batch, to ask `landed` and
         `finish` with."""
         return self._pools.preload(rid, keys, slots, self._device_events())

@@ -31,7 +31,7 @@ class Preload:
     ``progress_s``, by the monotonic clock. It ``restores`` for a request, or is a prefetch."""
 
     key: RadixKey
-    keys: list[bytes]
+    keys: Sequence[bytes]
     batch: int | None
     prefix: torch.Tensor
     slots: torch.Tensor
@@ -110,7 +110,7 @@ class Preloads:
         name: str,
         key: RadixKey,
         found: MatchResult,
-        keys: list[bytes],
+        keys: Sequence[bytes],
         reserved: int,
         *,
         restores: bool = False,
@@ -142,7 +142,7 @@ class Preloads:
                 cache.dec_lock_ref(found.last_device_node, lock)
         return preload
 
-    def _load(self, name: str, keys: list[bytes], slots: torch.Tensor) -> int | None:
+    def _load(self, name: str, keys: Sequence[bytes], slots: torch.Tensor) -> int | None:
         try:
             return self._linker.preload(name, keys, slots)
         except Exception:

@@ -248,7 +248,7 @@ class StoredPools:
         of_pools = [pool.store.stats for pool in self._pools]
         return sum(stats.pages_evicted + stats.pages_dropped + stats.pages_vanished for stats in of_pools)
 
-    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor, ready: Sequence[torch.Event]) -> int:
+    def preload(self, rid: str, keys: Sequence[bytes], slots: torch.Tensor, ready: Sequence[torch.Event]) -> int:
         """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
         own."""
         pool = self._pools[0]

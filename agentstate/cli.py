@@ -395,6 +395,19 @@ def path(
 
 
 @bench.command()
+def beside(
+    models: Models = DEFAULT_MODELS,
+    tokens: Annotated[int, typer.Option(help="What the ninth request restores, whole pages of 64 at best.")] = 7488,
+    requests: Annotated[int, typer.Option(min=1, help="How many decode.")] = 8,
+    output: Annotated[int, typer.Option(help="Tokens of each: they have to outlast the ninth request.")] = 80,
+    rounds: Annotated[int, typer.Option(min=2, help="How often each variant is measured.")] = 8,
+    report: JsonPath = None,
+) -> None:
+    """A long restore beside requests that decode: how long those wait between two tokens."""
+    _room("benchmarks.beside").beside(Settings(), models.split(","), tokens, requests, output, rounds, report)
+
+
+@bench.command()
 def project(
     prefill_tflops: Annotated[float, typer.Option(help="What a prefill reaches, TFLOP/s.")] = 550,
     prefill_tokens_per_s: Annotated[

@@ -27,6 +27,7 @@ ENGINE_LIMITS = (
     "drive_timeout_s",
     "break_even",
     "read_ahead",
+    "preload_bytes",
     "prefetch_ttl_s",
     "heartbeat_interval_s",
 )
@@ -131,6 +132,12 @@ class Settings(BaseSettings):
         True,
         description="Whether the pages of a request that waits in the queue are read before its turn comes: on or off, "
         "the same on all ranks.",
+    )
+    preload_bytes: ByteSize = Field(
+        ByteSize(256 * MIB),
+        ge=0,
+        description="A request that restores at least so much of a rank is deferred while others run, until its pages "
+        "are on the device, so that those do not wait for the drive. 0: never. The same on all ranks.",
     )
     prefetch_ttl_s: float = Field(
         60.0, gt=0, description="How long pages that were prefetched to host memory are kept for the next request."

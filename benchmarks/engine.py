@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Sequence
@@ -53,8 +54,10 @@ class Engine:
         output_tokens: int,
         session_id: str | None = None,
         cache_salt: str | None = None,
+        times: list[float] | None = None,
     ) -> Answer:
-        """Exactly ``output_tokens`` greedy tokens after ``prompt``."""
+        """Exactly ``output_tokens`` greedy tokens after ``prompt``. When each arrived is added to ``times``, by the
+        event loop's clock; of those that arrive together, once."""
         body: dict[str, Any] = {
             "input_ids": list(prompt),
             "sampling_params": {"max_new_tokens": output_tokens, "temperature": 0, "ignore_eos": True},
@@ -74,6 +77,8 @@ class Engine:
                 async for line in response.aiter_lines():
                     if line.startswith("data: {"):
                         last = json.loads(line[6:])
+                        if times is not None and last.get("output_ids"):
+                            times.append(asyncio.get_running_loop().time())
                         if last.get("output_ids") and first_s is None:
                             first_s = time.perf_counter() - started_s
         except httpx.TransportError as error:

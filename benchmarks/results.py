@@ -16,7 +16,19 @@ from typing import Any
 from agentstate import __version__
 from agentstate.errors import SettingsError
 
-KINDS = ("ttft", "replay", "projection", "pages", "service", "soak", "gpu_restore", "throughput", "burst", "path")
+KINDS = (
+    "ttft",
+    "replay",
+    "projection",
+    "pages",
+    "service",
+    "soak",
+    "gpu_restore",
+    "throughput",
+    "burst",
+    "beside",
+    "path",
+)
 _PACKAGES = ("torch", "sglang", "lmcache")
 _VERSIONS = """import json, sys
 from importlib import metadata

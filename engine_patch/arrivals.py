@@ -75,6 +75,10 @@ class Arrivals:
         """Whether all layers of a batch have arrived or failed."""
         return all(layer.done() for layer in self.futures.get(batch, ()))
 
+    def layers_landed(self, batch: int) -> int:
+        """How many layers of a batch have arrived or failed."""
+        return sum(layer.done() for layer in self.futures.get(batch, ()))
+
     def finish(self, batch: int) -> bool:
         """Wait for the batch and forget it: whether all of its layers arrived and nobody abandoned it. A batch that is
         not known is complete. One that is abandoned is forgotten when it has `landed` all the same, and another one

@@ -17,8 +17,8 @@ from engine_patch.transfer import CopyLane, DevicePages, Place
 
 class Source(StrEnum):
     """Where pages are restored from: ``cold`` is the disk; ``host`` is staging, which they are in or on their way to
-    because they were read ahead or prefetched; ``device`` is the disk too, for no request yet but for a prefetch to
-    the device."""
+    because they were read ahead or prefetched; ``device`` is the disk too, preloaded: for a prefetch to the device, or
+    for a request that does not run yet."""
 
     COLD = "cold"
     HOST = "host"

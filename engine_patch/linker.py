@@ -34,6 +34,8 @@ class AgentStateLinker(UnifiedCacheLinker):
         self.page_size = self._rank.page_size
         self.drive_timeout_s = self._rank.settings.drive_timeout_s
         self.reads_ahead = self._rank.settings.read_ahead
+        self.preload_bytes = int(self._rank.settings.preload_bytes)
+        self.preload_stats = self._rank.preload_stats
         self.layer_done_counter = self._pools.gate
         self.pools = self._pools.device_pages
         if PoolName.MAMBA in self.pools:
@@ -155,14 +157,19 @@ class AgentStateLinker(UnifiedCacheLinker):
 
     # Before a request is admitted, and beside those that run.
 
-    def read_ahead(self, rid: str, keys: Sequence[str]) -> None:
+    def read_ahead(self, rid: str, keys: Sequence[bytes]) -> None:
         """Begin to read what a request that waits is going to load."""
         if self._rank.off is None:
-            self._pools.read_ahead(rid, PageKeys.from_hex(keys))
+            self._pools.read_ahead(rid, keys)
 
     def tidy(self, queued: Callable[[], Collection[str]]) -> None:
         """Let go of what was read for requests that are not ``queued`` any more."""
         self._pools.tidy(queued)
+
+    @property
+    def retired(self) -> bool:
+        """Whether nothing that is stored may be used any more."""
+        return self._rank.off is not None
 
     @property
     def restores(self) -> bool:
@@ -179,7 +186,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         """Whether device pages are in quarantine."""
         return self._pools.quarantines
 
-    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor) -> int:
+    def preload(self, rid: str, keys: Sequence[bytes], slots: torch.Tensor) -> int:
         """Load pages for no request, into slots that the caller owns: the number of a batch, to ask `landed` and
         `finish` with."""
         return self._pools.preload(rid, keys, slots, self._device_events())
@@ -187,6 +194,22 @@ class AgentStateLinker(UnifiedCacheLinker):
     def landed(self, batch: int) -> bool:
         """Whether `finish` would not wait."""
         return self._pools.landed(batch)
+
+    def layers_landed(self, batch: int) -> int:
+        """How many layers of a batch have arrived or failed."""
+        return self._pools.layers_landed(batch)
+
+    def abandon(self, batch: int) -> None:
+        """Nobody waits for a batch any more: `finish` returns at once, and it has failed."""
+        self._pools.abandon(batch)
+
+    def quarantine_slots(self, slots: torch.Tensor) -> None:
+        """Quarantine what a preload on some rank may still write to, like `quarantine`."""
+        self.quarantine(Finished(set(), numbers=(self._pools.page_numbers(slots),)))
+
+    def n_bytes(self, pages: int) -> int:
+        """What restoring a prefix of so many pages reads, on one rank."""
+        return self._pools.n_bytes(pages)
 
     def stored(self, keys: Sequence[str]) -> bool:
         """Whether all of these pages are stored."""

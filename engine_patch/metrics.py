@@ -35,6 +35,10 @@ _COUNTERS = {
     ),
     ("restore", "timed_out"): ("timed_out_restores", "Restores abandoned because the drive did not answer."),
     ("restore", "forward_wait_s"): ("forward_wait_seconds", "Time in which forwards waited for a layer."),
+    ("preload", "preloads"): ("preloads", "Restores beside running requests, and prefetches to the device."),
+    ("preload", "pages"): ("preloaded_pages", "Pages that they brought to the device."),
+    ("preload", "failed"): ("failed_preloads", "Preloads of which nothing was used."),
+    ("preload", "requests"): ("deferred_requests", "Requests deferred until their pages had been preloaded."),
     ("break_even", "computed"): ("break_even_requests", "Requests computed because restoring would take longer."),
     ("store", "pages_evicted"): ("evicted_pages", "Pages that were evicted for room."),
     ("store", "pages_evicted_needed"): ("evicted_needed_pages", "Evicted pages that a live manifest needed."),
@@ -48,6 +52,7 @@ _GAUGES = {
     ("store", "pages"): ("stored_pages", "Pages in the page store."),
     ("store", "bytes"): ("stored_bytes", "Bytes of extents in the page store."),
     ("spill", "waiting"): ("waiting_spills", "Offers and manifests that wait for the spilling thread."),
+    ("preload", "under_way"): ("preloads_under_way", "Preloads that are under way."),
     ("staged_bytes",): ("staged_bytes", "Staging memory with pages that were read and are not yet on the device."),
 }
 # Of restores, all pools together: the name, what it is, and of which powers of ten the

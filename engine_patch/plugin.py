@@ -181,7 +181,7 @@ def _around_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
     if (cache := _ours(scheduler)) is None:
         return original(scheduler, *args, **kwargs)
     cache.before_next_batch(scheduler)
-    with cache.device_tier.deferring(scheduler):
+    with cache.deferrals.deferring(scheduler):
         return original(scheduler, *args, **kwargs)
 
 

@@ -20,8 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from agentstate.pages import PageKeys
+from engine_patch.deferrals import Deferrals, StoredHit
 from engine_patch.device_tier import DeviceTier
 from engine_patch.linker import AgentStateLinker
+from engine_patch.preloads import Preloads
 from engine_patch.restore import Restored
 from engine_patch.sglang_api import (
     FINISH_ABORT,
@@ -84,7 +87,7 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
             return []
         index, self.inflight_load_index = self.inflight_load_index, -1
         found = self.cache_linker.finish(index)
-        over, *landed = self._on_all_ranks([not found.writing, *(rid not in found.failed for rid in rids)])
+        over, *landed = self.on_all_ranks([not found.writing, *(rid not in found.failed for rid in rids)])
         if not over:
             # Ranks give out pages alike.
             self.cache_linker.quarantine(found)
@@ -99,23 +102,23 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         rank's drive writes any more. At the same step on every rank."""
         linker = self.cache_linker
         linker.tidy(queued)
-        if linker.quarantines_pages and all(self._on_all_ranks([not linker.stuck])):
+        if linker.quarantines_pages and all(self.on_all_ranks([not linker.stuck])):
             linker.release_quarantine()
             self.unlocked = True
 
     def weights_updated(self, weights: Weights) -> None:
         """Weights were updated while it was suspended. On every rank: what one of them doubts, all do."""
         linker = self.cache_linker
-        same, of_files = self._on_all_ranks([weights is Weights.SAME, weights is Weights.OF_FILES])
+        same, of_files = self.on_all_ranks([weights is Weights.SAME, weights is Weights.OF_FILES])
         reason = linker.reload() if of_files else None
-        if of_files and not all(self._on_all_ranks([reason is None])):
+        if of_files and not all(self.on_all_ranks([reason is None])):
             linker.retire(reason or "the weights of another rank were updated in a way that cannot be told")
         elif same or of_files:
             linker.resume()
         else:
             linker.retire("its weights were updated in place, and what they are cannot be told; restart it to store")
 
-    def _on_all_ranks(self, local: Sequence[bool]) -> list[bool]:
+    def on_all_ranks(self, local: Sequence[bool]) -> list[bool]:
         """Which of these is so on every rank, all of which ask."""
         both = torch.tensor(local, dtype=torch.int)
         self.cache._all_reduce_attn_groups(both, torch.distributed.ReduceOp.MIN)
@@ -142,12 +145,15 @@ class AgentStateRadixCache(UnifiedRadixCache):
     def init_cache_linker(self, cache_linker: AgentStateLinker) -> None:
         self.agentstate = cache_linker
         self.linker = _LinkerWrapper(self, cache_linker)
-        self.device_tier = DeviceTier(self, cache_linker, self.linker.note_unlocked)
+        self.preloads = Preloads(self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked)
+        self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit)
+        self.device_tier = DeviceTier(self, cache_linker, self.preloads)
         cache_linker.attach(self.device_tier)
 
     def reset(self) -> None:
         if self.linker is not None:
-            self.device_tier.drop_arrivals()
+            self.preloads.drop()
+            self.deferrals.forget()
         super().reset()
 
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
@@ -164,26 +170,39 @@ class AgentStateRadixCache(UnifiedRadixCache):
             linker.request_finished(req.session_id, key)
 
     def read_ahead(self, scheduler: Scheduler, req: Req) -> None:
-        """Begin to read what a request will load, now that it is being queued behind others."""
-        if not self.agentstate.reads_ahead:
+        """Begin to read what a request will load, now that it is being queued behind others; unless it is to be
+        preloaded, which begins before the next batch."""
+        self.deferrals.queueing(req)
+        runs = scheduler.chunked_req or not scheduler.running_batch.is_empty()
+        if not (runs or scheduler.waiting_queue) or not (self.agentstate.reads_ahead or self.deferrals.on):
             return
-        busy = scheduler.waiting_queue or scheduler.chunked_req or not scheduler.running_batch.is_empty()
-        if busy and not self.device_tier.brings(req):
-            req.init_next_round_input(self, cow_mamba=False)
-            # When it is admitted it is matched again, and need not hit what is stored then.
-            if (found := self.linker.hit_markers.pop(req.rid, None)) is not None:
-                self.agentstate.read_ahead(req.rid, found.tail_hashes)
+        if not self.deferrals.brings(req):
+            hit = self._stored_hit(req)
+            preloaded = self.deferrals.matched(req, hit) and runs
+            if hit is not None and self.agentstate.reads_ahead and not preloaded:
+                self.agentstate.read_ahead(req.rid, hit.keys)
+
+    def _stored_hit(self, req: Req) -> StoredHit | None:
+        """What a queued request can restore. When it is admitted it is matched again, and need not hit that then."""
+        req.init_next_round_input(self, cow_mamba=False)
+        if (found := self.linker.hit_markers.pop(req.rid, None)) is None:
+            return None
+        end = found.device_hit_len + len(found.tail_hashes) * self.page_size
+        key = RadixKey(req.full_untruncated_fill_ids[:end], req.extra_key, cache_salt=req.cache_salt)
+        return StoredHit(key, found.device_hit_len, PageKeys.from_hex(found.tail_hashes))
 
     def before_next_batch(self, scheduler: Scheduler) -> None:
         """Everything that is done between two batches."""
         self._generates = scheduler.is_generation
+        self.device_tier.run(scheduler)
+        self.preloads.land()
         if self.linker.unlocked:
             # A request that found no room is not tried again before one that runs has ended, and the room that it
             # lacked may have been locked until it was stored.
             self.linker.unlocked = False
             scheduler.running_batch.batch_is_full = False
         self.requeue_failed(scheduler)
-        self.device_tier.run(scheduler)
+        self.deferrals.begin(scheduler)
         self.linker.tidy(lambda: self._queued(scheduler))
 
     def _queued(self, scheduler: Scheduler) -> set[str]:
@@ -193,7 +212,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
     @property
     def misses_memory(self) -> bool:
         """Whether device memory is neither free nor in the tree, because a drive writes to it."""
-        return self.device_tier.busy or self.agentstate.quarantines_pages
+        return bool(self.preloads) or self.agentstate.quarantines_pages
 
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
         """Mark the requests whose restore failed (see the module's docstring), and return those that the caller must

@@ -19,6 +19,7 @@ from engine_patch.break_even import BreakEven
 from engine_patch.control import ControlEndpoint
 from engine_patch.metrics import Metrics
 from engine_patch.pools import DevicePool, device_pools
+from engine_patch.restore import PreloadStats
 from engine_patch.sessions import Sessions
 from engine_patch.sglang_api import PoolName, get_observability, get_parallel
 from engine_patch.stored_pools import StoredPools
@@ -44,6 +45,7 @@ class Rank:
         self._suspended: str | None = None
         self._server_args = server_args
         self.break_even = BreakEven()
+        self.preload_stats = PreloadStats()
         self.page_size: int = params.page_size
         pools: list[DevicePool] = []
         try:
@@ -176,6 +178,7 @@ class Rank:
             "off": self.off,
             **self.pools.stat(),
             "break_even": asdict(self.break_even.stats),
+            "preload": asdict(self.preload_stats),
         }
 
     def tick(self) -> None:

@@ -50,6 +50,19 @@ class RestoreStats:
     timed_out: int = 0
 
 
+@dataclass
+class PreloadStats:
+    """Counters since the engine started: ``preloads`` whose ``pages`` are in the tree, whether a request or a prefetch
+    asked for them; those that ``failed``, and those that are ``under_way`` now. ``requests`` were deferred for what a
+    request asked for, until it was there."""
+
+    preloads: int = 0
+    pages: int = 0
+    failed: int = 0
+    under_way: int = 0
+    requests: int = 0
+
+
 class RestoredRequest(NamedTuple):
     """What one request got back: ``n_bytes`` as they were read, those that several requests needed with one of
     them."""

@@ -248,7 +248,7 @@ class StoredPools:
         of_pools = [pool.store.stats for pool in self._pools]
         return sum(stats.pages_evicted + stats.pages_dropped + stats.pages_vanished for stats in of_pools)
 
-    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor, ready: Sequence[torch.Event]) -> int:
+    def preload(self, rid: str, keys: Sequence[bytes], slots: torch.Tensor, ready: Sequence[torch.Event]) -> int:
         """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
         own."""
         pool = self._pools[0]
@@ -257,6 +257,18 @@ class StoredPools:
     def landed(self, index: int) -> bool:
         """Whether a batch of full attention has stopped writing to the device."""
         return self._pools[0].restorer.landed(index)
+
+    def layers_landed(self, index: int) -> int:
+        """How many layers of a batch of full attention have stopped writing to the device."""
+        return self._pools[0].restorer.arrivals.layers_landed(index)
+
+    def abandon(self, index: int) -> None:
+        """Nobody waits for a batch of full attention any more."""
+        self._pools[0].restorer.arrivals.abandon(index)
+
+    def page_numbers(self, slots: torch.Tensor) -> torch.Tensor:
+        """The full-attention pages that are in ``slots``."""
+        return self._pools[0].device_pages.page_numbers(slots)
 
     @property
     def stuck(self) -> bool:

@@ -4,6 +4,7 @@ tokens are those of an agent that was never suspended."""
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from models import VOCABULARY
-from prompts import TINY, Generated, Generator
+from prompts import TINY, Generated, Generator, Stream
 from stacks import Drive, MakeStack
 
 from agentstate.control import ControlClient
@@ -98,12 +99,9 @@ def extents(stack: LocalStack, store: str) -> dict[Path, ExtentHeader]:
     return {path: read_header(path) for path in sorted(paths, key=lambda path: path.name, reverse=True)}
 
 
-def recomputes_what_was_damaged(stack: LocalStack, store: str, layers: int, slot: int) -> Generated:
-    """With a bit flipped in the page at ``slot`` of the newest extent that is so long, in the store of so many layers
-    whose directory has that name. What the resumed turn found."""
-    wanted = Agent(stack, 3, cache_salt="never damaged").second_turn()
-    agent = Agent(stack, 3)
-    suspend(stack)
+def damage(stack: LocalStack, store: str, layers: int, slot: int) -> None:
+    """Flip a bit in the page at ``slot`` of the newest extent that is so long, in the store of so many layers whose
+    directory has that name."""
     found = extents(stack, store).items()
     path, header = next((p, h) for p, h in found if h.geometry.layers == layers and len(h.keys) > slot)
     offset, length = header.layout.component_range(layers - 1, 0, slot, 1)
@@ -112,6 +110,14 @@ def recomputes_what_was_damaged(stack: LocalStack, store: str, layers: int, slot
         byte = file.read(1)[0]
         file.seek(offset + length // 2)
         file.write(bytes([byte ^ 1]))
+
+
+def recomputes_what_was_damaged(stack: LocalStack, store: str, layers: int, slot: int) -> Generated:
+    """With a damaged page. What the resumed turn found."""
+    wanted = Agent(stack, 3, cache_salt="never damaged").second_turn()
+    agent = Agent(stack, 3)
+    suspend(stack)
+    damage(stack, store, layers, slot)
     resumed = agent.second_turn()
     assert resumed.tokens == wanted.tokens
     assert resumed.cached < wanted.cached
@@ -231,6 +237,45 @@ def test_ranks_agree_on_what_is_restored(start: Start, monkeypatch: pytest.Monke
     assert (first["rank"], second["rank"]) == (0, 1)
     assert (first["restore"]["pages_failed"], second["restore"]["pages_failed"]) == (0, 1)
     assert first["spill"]["pages_spilled"] + 1 == second["spill"]["pages_spilled"]
+
+
+def test_ranks_preload_alike_beside_a_request_that_runs(
+    start: Start, drive: Drive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    stack = start("llama", "--tp", "2", AGENTSTATE_DRIVE_TIMEOUT_S="3600", AGENTSTATE_PRELOAD_BYTES="1")
+    wanted = Agent(stack, 7, cache_salt="never suspended").second_turn()
+    agent = Agent(stack, 7)
+    suspend(stack)
+    with closing(Stream(stack.engine_url, tokens(9, 20), 6000)) as other:
+        other.wait(1)
+        # One rank's pages are there long before the other's.
+        drive.hang("rank1")
+        found: list[Generated] = []
+        asking = threading.Thread(target=lambda: found.append(agent.second_turn()))
+        asking.start()
+        while (stats := ask_ranks(stack, "stat"))[0]["restore"]["restores"] == 0:
+            time.sleep(0.05)
+        other.wait(len(other.tokens) + 10)
+        assert [stat["preload"]["under_way"] for stat in stats] == [1, 1]
+        assert not found
+        drive.answer()
+        asking.join()
+    assert (found[0].tokens, found[0].cached, found[0].preloaded) == (wanted.tokens, wanted.cached, wanted.cached)
+    assert [stat["preload"]["requests"] for stat in ask_ranks(stack, "stat")] == [1, 1]
+    # What fails on one rank is used on none: it is deferred again for what is left, and the rest of it is computed.
+    wanted = Agent(stack, 3, cache_salt="never damaged").second_turn()
+    agent = Agent(stack, 3)
+    suspend(stack)
+    damage(stack, "rank1", layers=4, slot=4)
+    with closing(Stream(stack.engine_url, tokens(11, 20), 6000)) as other:
+        other.wait(1)
+        resumed = agent.second_turn()
+    assert (resumed.tokens, resumed.cached, resumed.preloaded) == (wanted.tokens, 4 * PAGE, 4 * PAGE)
+    assert [stat["preload"]["failed"] for stat in ask_ranks(stack, "stat")] == [1, 1]
+    stack.flush_device()
+    time.sleep(0.5)  # an idle engine counts its memory
+    assert agent.second_turn().tokens == wanted.tokens
 
 
 def test_a_model_that_cannot_be_stored_is_served(start: Start) -> None:

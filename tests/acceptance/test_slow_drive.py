@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prompts import PAGE, TINY, Generator, prompt
+from prompts import PAGE, TINY, Generator, Stream, prompt
 from stacks import Drive, MakeStack
 
 from agentstate.local import LocalStack
@@ -32,7 +32,7 @@ def start(
         def start(timeout_s: float) -> LocalStack:
             home = tmp_path_factory.mktemp("slow_stack")
             stack = running.enter_context(closing(make_stack(home, checkpoints / "llama")))
-            own = {"AGENTSTATE_DRIVE_TIMEOUT_S": str(timeout_s)}
+            own = {"AGENTSTATE_DRIVE_TIMEOUT_S": str(timeout_s), "AGENTSTATE_PRELOAD_BYTES": "1"}
             stack.environment = {**stack.environment, **slow_drive, **own}
             stack.create_database()
             stack.start_engine(*TINY)
@@ -128,18 +128,47 @@ def test_a_request_whose_pages_do_not_come_is_recomputed(start: Start, drive: Dr
     answer = generate(later)
     assert (answer.tokens, answer.restored) == (right_later.tokens, 0)
     assert stack.stat()["restore"]["timed_out"] == after["timed_out"]
-    # When it does, pages are restored as ever, and an idle engine finds that none of its memory is missing.
     drive.answer()
+    restores_again(stack, text, right.tokens)
+    assert generate(later).tokens == right_later.tokens
+
+
+def restores_again(stack: LocalStack, text: list[int], tokens: tuple[int, ...]) -> None:
+    """When the drive answers, pages are restored as ever, and an idle engine finds that none of its memory is
+    missing."""
+    generate = Generator(stack.engine_url)
     while True:
         stack.flush_device()
         answer = generate(text)
-        assert answer.tokens == right.tokens
+        assert answer.tokens == tokens
         if answer.restored:
             break
         time.sleep(0.1)
     assert answer.restored == 10 * PAGE
     time.sleep(0.5)
-    assert generate(later).tokens == right_later.tokens
+    assert generate(text).tokens == tokens
+
+
+def test_nobody_waits_for_a_long_restore_whose_pages_do_not_come(start: Start, drive: Drive) -> None:
+    stack = start(5)
+    generate = Generator(stack.engine_url)
+    text = prompt(305, 10 * PAGE + 9)
+    right = generate(text)
+    stack.settle()
+    stack.flush_device()
+    before = stack.stat()
+    # It decodes while the drive is waited for, and its forwards never wait.
+    with closing(Stream(stack.engine_url, prompt(306, 30), 6000)) as other:
+        other.wait(1)
+        drive.hang(READS)
+        recomputed = generate(text)
+        assert (recomputed.tokens, recomputed.cached) == (right.tokens, 0)
+        after = stack.stat()
+        assert after["preload"]["failed"] == before["preload"]["failed"] + 1
+        assert after["restore"]["timed_out"] == before["restore"]["timed_out"] + 1
+        assert after["restore"]["forward_wait_s"] == before["restore"]["forward_wait_s"]
+        drive.answer()
+    restores_again(stack, text, right.tokens)
 
 
 READER = """

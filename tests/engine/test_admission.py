@@ -3,6 +3,7 @@ are. With stand-ins for the scheduler and the tree."""
 
 from __future__ import annotations
 
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,14 @@ def cache() -> AgentStateRadixCache:
     cache = AgentStateRadixCache.__new__(AgentStateRadixCache)
     cache._recomputing = []
     cache.device_tier = SimpleNamespace(run=lambda scheduler: None)
+    cache.preloads = SimpleNamespace(land=lambda: None)
+    cache.deferrals = SimpleNamespace(
+        on=False,
+        begin=lambda scheduler: None,
+        brings=lambda req: False,
+        queueing=lambda req: None,
+        matched=lambda req, hit: False,
+    )
     tree: Any = SimpleNamespace(
         tree_core=SimpleNamespace(finish_external_linker_offload=lambda *args: None),
         dec_lock_ref=lambda *args: None,
@@ -47,18 +56,73 @@ def test_a_request_that_found_no_room_is_tried_again_when_pages_are_unlocked(
     assert scheduler.running_batch.batch_is_full
 
 
-@pytest.mark.parametrize("reads_ahead", [False, True])
-def test_a_request_that_is_queued_behind_others_is_matched_to_be_read_ahead(
-    cache: AgentStateRadixCache, reads_ahead: bool
+class _Queued(SimpleNamespace):
+    """A request with three stored pages after one on the device, each time that it is matched."""
+
+    def __init__(self, cache: Any):
+        super().__init__(rid="r", full_untruncated_fill_ids=array("q", range(18)), extra_key=None, cache_salt="salt")
+        self.matches = 0
+        self._cache = cache
+
+    def init_next_round_input(self, tree: Any, cow_mamba: bool) -> None:
+        self.matches += 1
+        tail = [bytes([number] * 32).hex() for number in range(3)]
+        tree.linker.hit_markers[self.rid] = SimpleNamespace(tail_hashes=tail, device_hit_len=4)
+
+
+@pytest.fixture
+def queued(cache: AgentStateRadixCache) -> _Queued:
+    cache.tree_core = SimpleNamespace(page_size=4)
+    cache.linker.hit_markers = {}
+    linker: Any = cache.agentstate
+    linker.reads_ahead, linker.read = True, []
+    linker.read_ahead = lambda rid, keys: linker.read.append((rid, keys))
+    return _Queued(cache)
+
+
+def queue(*waiting: str, runs: bool = False) -> Any:
+    return SimpleNamespace(
+        waiting_queue=list(waiting), chunked_req=None, running_batch=SimpleNamespace(is_empty=lambda: not runs)
+    )
+
+
+@pytest.mark.parametrize(("reads_ahead", "preloads"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_request_that_is_queued_behind_others_is_matched_once(
+    cache: AgentStateRadixCache, queued: _Queued, reads_ahead: bool, preloads: bool
 ) -> None:
-    matched: list[Any] = []
     linker: Any = cache.agentstate
     linker.reads_ahead = reads_ahead
-    cache.device_tier.brings = lambda req: False
-    cache.linker.hit_markers = {}
-    req: Any = SimpleNamespace(rid="r", init_next_round_input=lambda tree, cow_mamba: matched.append(tree))
-    cache.read_ahead(SimpleNamespace(waiting_queue=["another"], chunked_req=None), req)
-    assert matched == ([cache] if reads_ahead else [])
+    hits: list[Any] = []
+    cache.deferrals.on = preloads
+    cache.deferrals.matched = lambda req, hit: hits.append(hit)
+    cache.read_ahead(queue(), queued)
+    assert queued.matches == 0  # there is nobody before it
+    cache.read_ahead(queue("another"), queued)
+    assert queued.matches == (reads_ahead or preloads)
+    pages = [bytes([number] * 32) for number in range(3)]
+    assert linker.read == ([("r", pages)] if reads_ahead else [])
+    # Nothing of it stays.
+    assert cache.linker.hit_markers == {}
+    for hit in hits:
+        assert (list(hit.key.token_ids), hit.key.cache_salt) == (list(range(16)), "salt")
+        assert (hit.device_tokens, hit.keys) == (4, pages)
+
+
+@pytest.mark.parametrize(("long", "runs", "read"), [(True, True, 0), (True, False, 1), (False, True, 1)])
+def test_what_is_going_to_be_preloaded_is_not_read_ahead(
+    cache: AgentStateRadixCache, queued: _Queued, long: bool, runs: bool, read: int
+) -> None:
+    linker: Any = cache.agentstate
+    cache.deferrals.on, cache.deferrals.matched = True, lambda req, hit: long
+    cache.read_ahead(queue("another", runs=runs), queued)
+    assert len(linker.read) == read
+
+
+def test_what_is_on_its_way_to_the_device_is_not_read_ahead(cache: AgentStateRadixCache, queued: _Queued) -> None:
+    forgotten: list[Any] = []
+    cache.deferrals.brings, cache.deferrals.queueing = lambda req: True, forgotten.append
+    cache.read_ahead(queue("another"), queued)
+    assert (queued.matches, forgotten) == (0, [queued])
 
 
 def test_it_is_tried_again_when_pages_that_were_quarantined_come_back(cache: AgentStateRadixCache) -> None:

@@ -18,7 +18,9 @@ def test_batches_are_numbered_and_land_when_every_layer_has() -> None:
     assert (arrivals.begin(), arrivals.begin()) == (0, 1)
     arrivals.complete(1, 0)
     assert not arrivals.landed(1)
+    assert (arrivals.layers_landed(1), arrivals.layers_landed(0)) == (1, 0)
     arrivals.complete(1, 1)
+    assert arrivals.layers_landed(1) == 2
     assert (arrivals.landed(1), arrivals.landed(0)) == (True, False)
     assert arrivals.finish(1)
     arrivals.complete(0, 0)

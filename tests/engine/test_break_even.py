@@ -85,7 +85,7 @@ def test_what_is_faster_to_restore_is_restored(linker: AgentStateLinker) -> None
 
 def test_what_is_in_host_memory_already_is_restored(linker: AgentStateLinker) -> None:
     teach(linker, fixed_s=0.003)
-    linker.read_ahead("b", [key(0).hex()])
+    linker.read_ahead("b", [key(0)])
     assert lookup(linker, "b", 1) == [1]
 
 
@@ -98,7 +98,7 @@ def test_it_can_be_turned_off(linker: AgentStateLinker) -> None:
 def test_a_prefetch_to_the_device_and_a_load_from_host_memory_teach_nothing(linker: AgentStateLinker) -> None:
     teach(linker, fixed_s=0.0002)
     for number in range(100):
-        linker.read_ahead(f"h{number}", [key(0).hex()])
+        linker.read_ahead(f"h{number}", [key(0)])
         assert linker.load(f"h{number}", [transfer(1, first_slot=1)])
         restored = linker.finish(linker.start_layer_wise_loading()).restored
         assert restored is not None

@@ -22,7 +22,7 @@ def scheduler(**cache: Any) -> Any:
 def test_an_engine_does_not_count_its_memory_while_a_drive_writes_to_some_of_it(busy: bool, quarantines: bool) -> None:
     idle: list[Any] = []
     linker = SimpleNamespace(quarantines_pages=quarantines)
-    engine = scheduler(device_tier=SimpleNamespace(busy=busy), agentstate=linker)
+    engine = scheduler(preloads=["one"] if busy else [], agentstate=linker)
     healthy: list[str] = []
     engine.maybe_send_health_check_signal = lambda: healthy.append("it lives")
     plugin._while_idle(idle.append, engine)

@@ -158,7 +158,8 @@ ATTRIBUTES: dict[type, str] = {
     Req: "rid session_id extra_key cache_salt kv full_untruncated_fill_ids skip_radix_cache_insert "
     "discard_output_reason finished_output finished_reason finished_len to_finish is_retracted retracted_stain "
     "retraction_count cached_tokens cached_tokens_device cached_tokens_host cached_tokens_storage "
-    "_cache_breakdown_computed origin_input_ids output_ids sampling_params multimodal_inputs session",
+    "_cache_breakdown_computed origin_input_ids output_ids sampling_params multimodal_inputs session "
+    "storage_hit_start storage_hit_length",
     ReqKvInfo: "holds_kv cache_inserted_len kv_allocated_len",
     Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us result_queue "
     "is_generation page_size server_args",
@@ -168,7 +169,7 @@ ATTRIBUTES: dict[type, str] = {
     SWATokenToKVPoolAllocator: "full_attn_allocator swa_attn_allocator page_size",
     SamplingParams: "max_new_tokens",
     ScheduleBatch: "reqs prefix_lens extend_lens batch_is_full",
-    MatchResult: "device_prefix_len",
+    MatchResult: "device_prefix_len last_device_node",
     unified_tree_core.UnifiedTreeNode: "id parent children last_access_time external_cache_stored hash_value",
     sgl.UnifiedCacheLinkerWrapper: "cache cache_linker hit_markers inflight_load_rids inflight_load_index "
     "private_load_indices",

@@ -20,6 +20,7 @@ from agentstate.pages import ANYONE, PageStore, Quota, fingerprint
 from agentstate.settings import Settings
 from engine_patch.arrivals import LayerGate
 from engine_patch.pools import DevicePool
+from engine_patch.restore import Source
 from engine_patch.sglang_api import PagedTokenToKVPoolAllocator, PoolName, PoolTransfer
 from engine_patch.stored_pools import StoredPools
 
@@ -388,6 +389,27 @@ def test_a_batch_that_is_over_is_waited_for_no_more(stage: Stage, opened: Callab
     assert restored is not None and len(restored.layer_waits_s) == 1
     pools.gate.wait_until(1)
     assert pools.gate.waited_for(index) == ()
+
+
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_pages_are_preloaded_into_slots_of_their_own(
+    stage: Stage, opened: Callable[..., StoredPools], abandoned: bool
+) -> None:
+    pools = opened(PoolName.KV)
+    write(stage.stores[PoolName.KV], keys(1, 2))
+    assert pools.page_numbers(slots(3, 7)).tolist() == [3, 7]
+    index = pools.preload("r", [key(1), key(2)], slots(3, 7), ())
+    if abandoned:
+        pools.abandon(index)
+        assert pools.finish(index).failed == {"r"}
+        return
+    pools.gate.set_consumer(index)
+    for layer in (1, 3, 5):
+        pools.gate.wait_until(layer)
+    assert (pools.layers_landed(index), pools.landed(index)) == (3, True)
+    failed, restored, *_ = pools.finish(index)
+    assert restored is not None
+    assert (failed, restored.sources) == (set(), {Source.DEVICE})
 
 
 @pytest.mark.parametrize("name", [PoolName.KV, PoolName.SWA, PoolName.MAMBA])

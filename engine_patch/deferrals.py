@@ -1,0 +1,206 @@
+"""Long restores beside requests that run. A forward that restores layer by layer takes as long as the drive does, and
+every request of the engine waits for it. A request with much to restore is therefore deferred while others run: the
+scheduler does not see it until its pages have been preloaded, and then finds them on the device. An engine with nothing
+else to do restores layer by layer, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine_patch.linker import AgentStateLinker
+from engine_patch.preloads import Preload, Preloads
+from engine_patch.sessions import Progress
+from engine_patch.sglang_api import CLIP_MAX_NEW_TOKENS, MatchPrefixParams, RadixKey, UnifiedRadixCache
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
+# How often a request is deferred before it is admitted as it is: for what another one brings, and for what it then
+# still misses.
+_MOST = 2
+
+
+@dataclass(frozen=True)
+class StoredHit:
+    """What a request can restore: the pages ``keys``, after ``device_tokens`` that are on the device. ``key`` covers
+    both. The same on all ranks."""
+
+    key: RadixKey
+    device_tokens: int
+    keys: Sequence[bytes]
+
+
+@dataclass(eq=False)
+class _Queued:
+    """What is known of a queued request: once it is ``matched``, what it can restore if that is ``long``; the preload
+    that it is ``deferred`` for, and how often it has been; whether it found too little memory (``short``)."""
+
+    matched: bool = False
+    long: StoredHit | None = None
+    deferred: Preload | None = None
+    times: int = 0
+    short: bool = False
+
+
+class Deferrals:
+    """Which queued requests the scheduler does not see. All that decides is the same on all ranks: the queue, the tree,
+    its memory, and what `Preloads` has agreed on.
+
+    ``match`` tells what a request can restore. With ``preload_bytes`` 0, and for a model with more than full attention,
+    nothing is preloaded for requests; they join what is under way for others all the same.
+    """
+
+    def __init__(
+        self,
+        cache: UnifiedRadixCache,
+        linker: AgentStateLinker,
+        preloads: Preloads,
+        match: Callable[[Req], StoredHit | None],
+    ):
+        self._cache = cache
+        self._linker = linker
+        self._preloads = preloads
+        self._match = match
+        self._least_bytes = linker.preload_bytes if len(cache._components_tuple) == 1 else 0
+        self._queued: dict[str, _Queued] = {}
+
+    @property
+    def on(self) -> bool:
+        """Whether requests are deferred for long restores of their own."""
+        return self._least_bytes > 0
+
+    def brings(self, req: Req) -> bool:
+        """Whether the request begins with everything that some preload brings."""
+        return any(preload.brings(req) for preload in self._preloads)
+
+    def queueing(self, req: Req) -> None:
+        """A request is being queued, perhaps again: what was known of it need not be so any more."""
+        self._queued.pop(req.rid, None)
+
+    def matched(self, req: Req, hit: StoredHit | None) -> bool:
+        """A request that is being queued can restore ``hit``: whether that is long."""
+        self._queued[req.rid] = known = _Queued(matched=True, long=self._if_long(hit))
+        return known.long is not None
+
+    def begin(self, scheduler: Scheduler) -> None:
+        """Defer the requests that join a preload, and those for which one can begin: there is memory that nothing
+        before them needs. First come, first served: behind a request that finds too little, no other gets any."""
+        queue = scheduler.waiting_queue
+        self._queued = {req.rid: known for req in queue if (known := self._queued.get(req.rid)) is not None}
+        for req in queue:
+            if (known := self._queued.get(req.rid)) is not None and known.deferred is not None:
+                self._go_on(req, known)
+        starts = self.on and any(True for _ in running(scheduler))
+        if not starts and not self._preloads:
+            return
+        reserved = needed_by_running(scheduler)
+        for req in queue:
+            known = self._queued.setdefault(req.rid, _Queued())
+            if known.deferred is None and known.times < _MOST:
+                if starts and not known.matched:
+                    known.matched, known.long = True, self._if_long(self._match(req))
+                known.deferred = self._joined(req, known.long)
+                if starts and known.deferred is None and known.long is not None:
+                    starts = self._start(req, known, known.long, reserved)
+            reserved += max(0, _whole(req) - (0 if known.deferred is None else len(known.deferred.key)))
+
+    def _go_on(self, req: Req, known: _Queued) -> None:
+        """See whether what a request is deferred for is over: then it is matched again."""
+        preload = known.deferred
+        if preload is None or preload.progress is Progress.RUNNING:
+            return
+        known.deferred, known.matched, known.long, known.short = None, False, None, False
+        known.times += 1
+        if preload.progress is Progress.DONE and preload.restores:
+            self._linker.preload_stats.requests += 1
+            # For what it reports as cached: this is from storage, although it finds it on the device.
+            start = len(preload.key) - len(preload.keys) * self._cache.page_size
+            if req.storage_hit_start is None or start < req.storage_hit_start:
+                req.storage_hit_start = start
+            req.storage_hit_length = len(preload.key) - req.storage_hit_start
+
+    def _joined(self, req: Req, hit: StoredHit | None) -> Preload | None:
+        """The preload that brings what a request begins with: all that is under way there, or what is long by itself
+        of what the request misses."""
+        page_size = self._cache.page_size
+        for preload in self._preloads:
+            if preload.brings(req):
+                return preload
+            if hit is not None:
+                common = preload.common(hit.keys, hit.device_tokens // page_size, page_size)
+                if common and self._linker.n_bytes(common) >= self._least_bytes:
+                    return preload
+        return None
+
+    def _start(self, req: Req, known: _Queued, hit: StoredHit, reserved: int) -> bool:
+        """Begin to preload what a request misses; False when there is too little memory for that."""
+        rest = _whole(req) - len(hit.key)
+        if self._preloads.fits(len(hit.keys), reserved + rest):
+            found = self._cache.match_prefix(MatchPrefixParams(key=hit.key))
+            if found.device_prefix_len != hit.device_tokens:
+                # The tree has changed since then.
+                if (anew := self._if_long(self._match(req))) is None:
+                    known.long = None
+                    return True
+                known.long = hit = anew
+                rest = _whole(req) - len(hit.key)
+                found = self._cache.match_prefix(MatchPrefixParams(key=hit.key))
+            known.deferred = self._preloads.start(req.rid, hit.key, found, hit.keys, reserved + rest, restores=True)
+        if known.deferred is None and not known.short:
+            known.short = True
+            if self._linker.reads_ahead:
+                self._linker.read_ahead(req.rid, hit.keys)
+        return known.deferred is not None
+
+    def _if_long(self, hit: StoredHit | None) -> StoredHit | None:
+        long = hit is not None and self.on and self._linker.n_bytes(len(hit.keys)) >= self._least_bytes
+        return hit if long else None
+
+    @contextmanager
+    def deferring(self, scheduler: Scheduler) -> Iterator[None]:
+        """Within it the scheduler does not see the requests that are deferred."""
+        before = scheduler.waiting_queue
+        deferred = [
+            req for req in before if (known := self._queued.get(req.rid)) is not None and known.deferred is not None
+        ]
+        if not deferred:
+            yield
+            return
+        place = {id(req): position for position, req in enumerate(before)}
+        deferred_ids = {id(req) for req in deferred}
+        scheduler.waiting_queue = [req for req in before if id(req) not in deferred_ids]
+        try:
+            yield
+        finally:
+            # What has been queued meanwhile comes last, as it would have.
+            queued = [*deferred, *scheduler.waiting_queue]
+            scheduler.waiting_queue = sorted(queued, key=lambda req: place.get(id(req), len(before)))
+
+    def forget(self) -> None:
+        """Nothing of what was known is so any more: the device memory is cleared."""
+        self._queued.clear()
+
+
+def running(scheduler: Scheduler) -> Iterator[Req]:
+    """The requests that run and have not ended, each once."""
+    batches = (scheduler.running_batch, scheduler.last_batch)
+    reqs = {id(req): req for batch in batches if batch for req in batch.reqs}
+    if scheduler.chunked_req is not None:
+        reqs[id(scheduler.chunked_req)] = scheduler.chunked_req
+    return (req for req in reqs.values() if not req.finished())
+
+
+def needed_by_running(scheduler: Scheduler) -> int:
+    """How many more tokens of KV the requests that run may need, of each as much of its answer as SGLang reckons with
+    when it admits one."""
+    return sum(max(0, _whole(req) - req.kv.kv_allocated_len) + scheduler.page_size for req in running(scheduler))
+
+
+def _whole(req: Req) -> int:
+    """How many tokens of KV a request may have in the end, as far as SGLang reckons with its answer."""
+    answer = len(req.output_ids) + CLIP_MAX_NEW_TOKENS
+    return len(req.origin_input_ids) + min(req.sampling_params.max_new_tokens, answer)

@@ -1,0 +1,230 @@
+"""Stored pages on their way to the device beside the forwards: into slots of their own, and from there into the radix
+tree, where requests match them like pages that never left."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine_patch.linker import AgentStateLinker
+from engine_patch.restore import Finished
+from engine_patch.sessions import Progress
+from engine_patch.sglang_api import EvictParams, InsertParams, RadixKey, UnifiedRadixCache
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Preload:
+    """The pages ``keys``, the last ones of ``key``, on their way to ``slots``, which are theirs until the tree has
+    them. ``prefix`` are the slots of what precedes them in the tree, ``node`` is the end of that, locked until then.
+    ``batch`` is None when this rank could not begin to load. Of the ``layers`` that have arrived the last one did at
+    ``progress_s``, by the monotonic clock. It ``restores`` for a request, or is a prefetch."""
+
+    key: RadixKey
+    keys: Sequence[bytes]
+    batch: int | None
+    prefix: torch.Tensor
+    slots: torch.Tensor
+    node: Any
+    lock: Any
+    progress_s: float
+    restores: bool
+    layers: int = 0
+    progress: Progress = Progress.RUNNING
+    _brought: dict[str, bool] = field(default_factory=dict)
+
+    def brings(self, req: Req) -> bool:
+        """Whether the request begins with everything that is on its way."""
+        if req.rid not in self._brought:
+            tokens = req.origin_input_ids
+            if len(tokens) < len(self.key):
+                tokens = tokens + req.output_ids
+            own = RadixKey(tokens[: len(self.key)], req.extra_key, cache_salt=req.cache_salt)
+            self._brought[req.rid] = (own.extra_key, own.cache_salt, own.token_ids) == (
+                self.key.extra_key,
+                self.key.cache_salt,
+                self.key.raw_token_ids(),
+            )
+        return self._brought[req.rid]
+
+    def common(self, keys: Sequence[bytes], first: int, page_size: int) -> int:
+        """How many of ``keys``, a chain's pages from number ``first`` on, are on their way."""
+        own_first = len(self.key) // page_size - len(self.keys)
+        start = max(first, own_first)
+        pages = 0
+        for key, own in zip(keys[start - first :], self.keys[start - own_first :], strict=False):
+            if key != own:
+                break
+            pages += 1
+        return pages
+
+
+class Preloads:
+    """Every method is for the scheduler's thread, between two batches, at the same step on every rank: slots are
+    allocated, evicted for, inserted and freed alike. What differs between ranks, the drives and the clocks, is agreed
+    on: ``agree`` tells which of some answers is yes on all ranks.
+
+    A preload of which no layer arrives for ``drive_timeout_s`` on some rank is abandoned on all of them. ``unlocked``
+    is called whenever device pages have become free or evictable.
+    """
+
+    def __init__(
+        self,
+        cache: UnifiedRadixCache,
+        linker: AgentStateLinker,
+        agree: Callable[[Sequence[bool]], list[bool]],
+        unlocked: Callable[[], None],
+    ):
+        self._cache = cache
+        self._linker = linker
+        self._agree = agree
+        self._unlocked = unlocked
+        self._stats = linker.preload_stats
+        self._under_way: list[Preload] = []
+
+    def __iter__(self) -> Iterator[Preload]:
+        return iter(self._under_way)
+
+    def __len__(self) -> int:
+        """How many are on their way, and have slots that are neither free nor in the tree."""
+        return len(self._under_way)
+
+    def fits(self, pages: int, reserved: int) -> bool:
+        """Whether there is memory for so many pages that is free or may be evicted, besides ``reserved`` tokens."""
+        cache = self._cache
+        room = cache.token_to_kv_pool_allocator.available_size() + cache.evictable_size()
+        return bool(room >= pages * cache.page_size + reserved)
+
+    def start(
+        self,
+        name: str,
+        key: RadixKey,
+        found: MatchResult,
+        keys: Sequence[bytes],
+        reserved: int,
+        *,
+        restores: bool = False,
+    ) -> Preload | None:
+        """Begin to load ``keys``, which is what of ``key`` comes after the match ``found``. None, and nothing has
+        changed, when there is too little memory that is free or may be evicted besides the ``reserved`` tokens of it.
+        ``name`` is what the log calls it."""
+        cache = self._cache
+        need = len(keys) * cache.page_size
+        allocator = cache.token_to_kv_pool_allocator
+        lock = cache.inc_lock_ref(found.last_device_node).to_dec_params()
+        slots = preload = None
+        try:
+            if self.fits(len(keys), reserved):
+                if (free := allocator.available_size()) < need:
+                    cache.evict(EvictParams(num_tokens=need - free))
+                slots = allocator.alloc(need)
+            if slots is not None:
+                root = cache.root_node_handle(key.extra_key)
+                indices = cache.tree_core.collect_full_device_indices(found.last_device_node, root)
+                prefix = indices[: found.device_prefix_len]
+                batch, node = self._load(name, keys, slots), found.last_device_node
+                preload = Preload(key, keys, batch, prefix, slots, node, lock, time.monotonic(), restores)
+                self._keep([*self._under_way, preload])
+        finally:
+            if preload is None:
+                if slots is not None:
+                    allocator.free(slots)
+                cache.dec_lock_ref(found.last_device_node, lock)
+        return preload
+
+    def _load(self, name: str, keys: Sequence[bytes], slots: torch.Tensor) -> int | None:
+        try:
+            return self._linker.preload(name, keys, slots)
+        except Exception:
+            # The other ranks may have begun: this one says that it failed when they agree on what became of it.
+            logger.exception("agentstate: pages could not be loaded ahead for %s", name)
+            return None
+
+    def land(self) -> None:
+        """Insert what has arrived on all ranks, and free the slots of what failed or stands still on one of them."""
+        if not self._under_way:
+            return
+        asked = [*map(self._landed, self._under_way), *map(self._goes_on, self._under_way)]
+        agreed = self._agree(asked)
+        count = len(self._under_way)
+        over = [
+            (preload, landed)
+            for preload, landed, goes_on in zip(self._under_way, agreed[:count], agreed[count:], strict=True)
+            if landed or not goes_on
+        ]
+        if not over:
+            return
+        finished = [self._finish(preload, landed) for preload, landed in over]
+        good = [not found.failed and not self._linker.retired for found in finished]
+        agreed = self._agree([*good, *(not found.writing for found in finished)])
+        for (preload, _), good_on_all, over_on_all in zip(over, agreed[: len(over)], agreed[len(over) :], strict=True):
+            self._keep([other for other in self._under_way if other is not preload])
+            if not over_on_all:
+                self._linker.quarantine_slots(preload.slots)
+            self._settle(preload, good_on_all)
+
+    def _landed(self, preload: Preload) -> bool:
+        return preload.batch is None or self._linker.landed(preload.batch)
+
+    def _goes_on(self, preload: Preload) -> bool:
+        """Whether this rank need not wait for its drive, or a layer has arrived lately."""
+        if preload.batch is None or self._landed(preload):
+            return True
+        layers, now = self._linker.layers_landed(preload.batch), time.monotonic()
+        if layers > preload.layers:
+            preload.layers, preload.progress_s = layers, now
+        return now < preload.progress_s + self._linker.drive_timeout_s
+
+    def _finish(self, preload: Preload, landed: bool) -> Finished:
+        if preload.batch is None:
+            return Finished({""})
+        if not landed:
+            self._linker.abandon(preload.batch)
+        return self._linker.finish(preload.batch)
+
+    def _settle(self, preload: Preload, good: bool) -> None:
+        if good:
+            # The tree frees the slots of what it got from elsewhere in the meantime.
+            self._cache.insert(
+                InsertParams(
+                    key=preload.key,
+                    value=torch.cat([preload.prefix.to(preload.slots.dtype), preload.slots]).to(torch.int64),
+                    prev_prefix_len=len(preload.prefix),
+                )
+            )
+        else:
+            self._cache.token_to_kv_pool_allocator.free(preload.slots)
+        self._cache.dec_lock_ref(preload.node, preload.lock)
+        self._unlocked()
+        self._end(preload, good)
+
+    def drop(self) -> None:
+        """Forget all of them, before the device memory is cleared: their slots and locks go with it."""
+        dropped = self._under_way
+        self._keep([])
+        for preload in dropped:
+            if preload.batch is not None:
+                self._linker.finish(preload.batch)
+            self._end(preload, False)
+
+    def _keep(self, under_way: list[Preload]) -> None:
+        self._under_way = under_way
+        self._stats.under_way = len(under_way)
+
+    def _end(self, preload: Preload, good: bool) -> None:
+        preload.progress = Progress.DONE if good else Progress.FAILED
+        if good:
+            self._stats.preloads += 1
+            self._stats.pages += len(preload.keys)
+        else:
+            self._stats.failed += 1

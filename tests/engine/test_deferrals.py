@@ -1,0 +1,349 @@
+"""Which queued requests are deferred, what is preloaded for them, and what becomes of both, with stand-ins for the
+scheduler, the tree and its memory."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from typing import Any
+
+import pytest
+from tree import PAGE_SIZE, Stage, key_of, pages_of, request, running_request, scheduler
+
+from engine_patch.sessions import Progress
+from engine_patch.sglang_api import RadixKey
+
+LONG = 40  # tokens of a restore that is long on these stages: ten pages
+
+
+@pytest.fixture
+def stage() -> Stage:
+    """What is stored is ``LONG`` and longer contexts; four pages are long."""
+    stage = Stage(preload_bytes=4)
+    for seed in range(5):
+        stage.store(key_of(LONG, seed))
+    return stage
+
+
+def long_request(rid: str = "long", seed: int = 0) -> Any:
+    return request(key_of(LONG + 3, seed), rid)
+
+
+def test_a_long_restore_is_preloaded_beside_running_requests(stage: Stage) -> None:
+    req = long_request()
+    engine = scheduler(running_request(), waiting=[req])
+    assert stage.step(engine) == []
+    assert engine.waiting_queue == [req]
+    assert stage.linker.loads == [pages_of(key_of(LONG))]
+    assert stage.step(engine) == []  # it is on its way, and nothing is begun again
+    assert len(stage.linker.loads) == 1
+    stage.linker.has_landed = True
+    assert stage.step(engine) == ["long"]
+    (inserted,) = stage.cache.inserted
+    assert list(inserted.key.token_ids) == list(key_of(LONG).token_ids)
+    # It says what is from storage, although it finds it on the device.
+    assert (req.storage_hit_start, req.storage_hit_length) == (0, LONG)
+    stats = stage.linker.preload_stats
+    assert (stats.requests, stats.preloads, stats.pages, stats.failed, stats.under_way) == (1, 1, 10, 0, 0)
+    engine.waiting_queue = []
+    stage.step(engine)
+    assert stage.left == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("preload_bytes", "runs", "stored", "components"),
+    [(4, False, LONG, 1), (4, True, 3 * PAGE_SIZE, 1), (0, True, LONG, 1), (4, True, LONG, 2)],
+    ids=["an idle engine", "a short restore", "turned off", "a window beside"],
+)
+def test_other_restores_are_admitted_at_once(preload_bytes: int, runs: bool, stored: int, components: int) -> None:
+    stage = Stage()
+    stage.cache._components_tuple = tuple(range(components))
+    stage.linker.preload_bytes = preload_bytes
+    stage.deferrals = type(stage.deferrals)(stage.cache, stage.linker, stage.preloads, stage.match)
+    stage.store(key_of(stored))
+    engine = scheduler(*([running_request()] if runs else []), waiting=[long_request()])
+    assert stage.step(engine) == ["long"]
+    assert stage.linker.loads == []
+
+
+def test_a_request_is_matched_once(stage: Stage) -> None:
+    """A match costs what its prompt is long."""
+    engine = scheduler(running_request(), waiting=[request(key_of(9, seed=9), "short"), long_request()])
+    for _ in range(3):
+        stage.step(engine)
+    assert stage.matched == ["short", "long"]
+    # One that is matched when it is queued is not matched again.
+    req = long_request("other", seed=1)
+    assert stage.deferrals.matched(req, stage.match(req))
+    engine.waiting_queue.append(req)
+    assert stage.step(engine) == ["short"]
+    assert stage.matched == ["short", "long", "other"]
+
+
+def test_a_tree_that_has_changed_since_the_match_is_matched_again(stage: Stage) -> None:
+    req = long_request()
+    stage.deferrals.matched(req, stage.match(req))
+    stage.cache.insert(type("Inserted", (), {"key": key_of(8)}))
+    engine = scheduler(running_request(), waiting=[req])
+    assert stage.step(engine) == []
+    assert stage.linker.loads == [pages_of(key_of(LONG))[2:]]
+    stage.linker.has_landed = True
+    stage.step(engine)
+    assert (req.storage_hit_start, req.storage_hit_length) == (8, LONG - 8)
+
+
+def test_the_order_of_the_queue_is_kept(stage: Stage) -> None:
+    first, second, third = (request(key_of(9, seed=seed), str(seed)) for seed in (7, 8, 9))
+    deferred = long_request()
+    engine = scheduler(running_request(), waiting=[first, deferred, second, third])
+    stage.step(engine)
+    with stage.deferrals.deferring(engine):
+        assert engine.waiting_queue == [first, second, third]
+        new = request(key_of(8), "new")
+        engine.waiting_queue = [second, new, third]  # one was admitted, one came, two were sorted
+    assert engine.waiting_queue == [deferred, second, third, new]
+
+
+def test_requests_that_begin_alike_share_a_preload(stage: Stage) -> None:
+    longer = key_of(LONG + 5 * PAGE_SIZE)
+    stage.store(longer)
+    fork = RadixKey(key_of(LONG).token_ids + array("q", range(7000, 7000 + 6 * PAGE_SIZE)))
+    stage.store(fork)
+    reqs = [
+        request(key_of(len(longer) + 3), "first"),
+        request(key_of(len(longer) + 2), "same"),
+        request(RadixKey(fork.token_ids + array("q", [1])), "fork"),
+    ]
+    # Of what these share with it, less is long by itself.
+    reqs += [request(RadixKey(key_of(3 * PAGE_SIZE).token_ids + array("q", [1] * 9)), "system prompt alone")]
+    engine = scheduler(running_request(), waiting=reqs)
+    assert stage.step(engine) == ["system prompt alone"]
+    assert stage.linker.loads == [pages_of(longer)]
+    stage.linker.landed_batches = {1}
+    # What the fork still misses is long, too.
+    assert stage.step(engine) == ["first", "same", "system prompt alone"]
+    assert stage.linker.loads == [pages_of(longer), pages_of(fork)[10:]]
+    stage.linker.landed_batches = {1, 2}
+    assert stage.step(engine) == ["first", "same", "fork", "system prompt alone"]
+    assert (reqs[2].storage_hit_start, reqs[2].storage_hit_length) == (0, len(fork))
+    assert stage.linker.preload_stats.requests == 4
+
+
+@pytest.mark.parametrize(
+    ("other", "joins"),
+    [
+        ({"cache_salt": "another"}, False),
+        ({"extra_key": "another"}, False),
+        ({}, True),
+    ],
+)
+def test_what_a_request_joins_is_its_own(stage: Stage, other: dict[str, str], joins: bool) -> None:
+    stage.tier.remember("s", key_of(16))
+    stage.tier.prefetch("s", pages_of(key_of(16)))
+    engine = scheduler(waiting=[request(key_of(21, **other), "like it"), request(key_of(12), "shorter")])
+    assert stage.step(engine) == (["shorter"] if joins else ["like it", "shorter"])
+    # What a session was prefetched for is on the device for its request.
+    stage.linker.has_landed = True
+    stage.step(engine)
+    assert engine.waiting_queue[0].storage_hit_length == 0
+    assert stage.linker.preload_stats.requests == 0
+
+
+def test_a_retracted_request_is_deferred_for_what_it_has_answered_too(stage: Stage) -> None:
+    req = request(key_of(LONG - 8), "retracted", output_ids=key_of(LONG + 3).token_ids[LONG - 8 :])
+    joining = request(key_of(LONG + 2), "joining")
+    engine = scheduler(running_request(), waiting=[req])
+    assert stage.step(engine) == []
+    assert stage.linker.loads == [pages_of(key_of(LONG))]
+    engine.waiting_queue.append(joining)
+    assert stage.step(engine) == []
+    # Queued again meanwhile, it is looked at anew, and joins what was begun for it.
+    stage.deferrals.queueing(req)
+    assert stage.step(engine) == []
+    assert len(stage.linker.loads) == 1
+
+
+def test_an_aborted_request_leaves_its_pages_to_others(stage: Stage) -> None:
+    engine = scheduler(running_request(), waiting=[long_request()])
+    stage.step(engine)
+    engine.waiting_queue = []
+    stage.step(engine)
+    assert stage.left == (1, 1, 0)
+    engine.waiting_queue = [long_request("again")]
+    assert stage.step(engine) == []
+    assert len(stage.linker.loads) == 1
+    stage.linker.has_landed = True
+    assert stage.step(engine) == ["again"]
+    engine.waiting_queue = []
+    stage.step(engine)
+    assert stage.left == (0, 0, 0)
+
+
+def test_a_request_whose_preloads_fail_is_admitted_as_it_is(stage: Stage) -> None:
+    free = stage.cache.token_to_kv_pool_allocator.free_slots
+    req = long_request()
+    engine = scheduler(running_request(), waiting=[req])
+    stage.linker.failed_batches = {1, 2}
+    stage.linker.landed_batches = {1, 2}
+    # After a page of it has failed, what is before it may still be long; but it is not deferred for ever.
+    assert stage.step(engine) == []
+    assert stage.step(engine) == []
+    assert stage.step(engine) == ["long"]
+    assert len(stage.linker.loads) == 2
+    assert stage.cache.token_to_kv_pool_allocator.free_slots == free
+    assert stage.cache.inserted == []
+    assert req.storage_hit_length == 0
+    assert (stage.linker.preload_stats.failed, stage.linker.preload_stats.requests) == (2, 0)
+    assert stage.cache.locks == 0
+
+
+def test_a_rank_that_cannot_begin_says_so_when_the_ranks_agree(stage: Stage) -> None:
+    free = stage.cache.token_to_kv_pool_allocator.free_slots
+    stage.linker.breaks = True
+    engine = scheduler(running_request(), waiting=[long_request()])
+    assert stage.step(engine) == []
+    assert stage.step(engine) == []
+    assert stage.step(engine) == ["long"]
+    assert (stage.cache.token_to_kv_pool_allocator.free_slots, stage.cache.locks) == (free, 0)
+
+
+@pytest.mark.parametrize("late", ["here", "elsewhere"])
+def test_a_drive_that_does_not_answer_is_waited_for_by_nobody(
+    stage: Stage, late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = scheduler(running_request(), waiting=[long_request()])
+    stage.step(engine)
+    now = time.monotonic()
+    # A layer arrives now and then: that is a slow drive.
+    for layer in range(1, 4):
+        monkeypatch.setattr(time, "monotonic", lambda at=now + 50 * layer: at)
+        stage.linker.layers = layer
+        assert stage.step(engine) == []
+    stage.linker.writing = late == "here"
+    if late == "here":
+        monkeypatch.setattr(time, "monotonic", lambda: now + 211)
+    else:
+        stage.other = lambda own: [False] * len(own)
+    stage.stored.clear()  # what is stored is not found any more while the drive does not answer
+    assert stage.step(engine) == ["long"]
+    assert stage.linker.abandoned == [1]
+    # Some rank's drive may still write to its pages: all ranks keep theirs from others.
+    assert [len(slots) for slots in stage.linker.quarantined] == [LONG]
+    assert stage.cache.inserted == []
+    assert stage.cache.locks == 0
+
+
+def test_a_preload_is_used_once_it_has_arrived_on_all_ranks(stage: Stage) -> None:
+    engine = scheduler(running_request(), waiting=[long_request()])
+    stage.step(engine)
+    assert stage.agreements == 0  # nothing is under way: nothing to agree on
+    stage.linker.has_landed = True
+    stage.other = lambda own: [False, True]
+    assert stage.step(engine) == []
+    assert (stage.cache.inserted, stage.linker.abandoned) == ([], [])
+    stage.other = lambda own: [True, True]
+    assert stage.step(engine) == ["long"]
+    assert len(stage.cache.inserted) == 1
+
+
+def test_a_rank_whose_pages_are_there_waits_for_the_others(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = scheduler(running_request(), waiting=[long_request()])
+    stage.step(engine)
+    stage.linker.has_landed = True
+    stage.other = lambda own: [False, True]
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1000)
+    assert stage.step(engine) == []
+    assert stage.linker.abandoned == []
+
+
+def test_a_preload_that_failed_on_another_rank_is_used_on_none(stage: Stage) -> None:
+    free = stage.cache.token_to_kv_pool_allocator.free_slots
+    engine = scheduler(running_request(), waiting=[long_request()])
+    stage.step(engine)
+    stage.linker.landed_batches = {1}
+    answers = iter([[True, True], [False, True]])
+    stage.other = lambda own: next(answers)
+    stage.step(engine)
+    assert stage.cache.inserted == []
+    assert stage.cache.token_to_kv_pool_allocator.free_slots == free - LONG  # the second attempt's
+    assert stage.linker.quarantined == []
+
+
+def test_what_arrives_after_the_weights_were_replaced_is_not_used(stage: Stage) -> None:
+    engine = scheduler(running_request(), waiting=[long_request()])
+    stage.step(engine)
+    stage.linker.has_landed = stage.linker.retired = True
+    stage.stored.clear()
+    assert stage.step(engine) == ["long"]
+    assert stage.cache.inserted == []
+
+
+@pytest.mark.parametrize(
+    ("free", "evictable", "left"),
+    # Running requests may need 14 tokens, the request 43 and 8 more. ``left`` may be evicted afterwards.
+    [(65, 0, 0), (25, 40, 25), (64, 0, None), (25, 39, None)],
+)
+def test_memory_is_left_to_those_that_run_and_to_the_request(free: int, evictable: int, left: int | None) -> None:
+    begins = left is not None
+    stage = Stage(free, evictable, preload_bytes=4)
+    stage.store(key_of(LONG))
+    engine = scheduler(running_request(), waiting=[long_request()])
+    for _ in range(2):
+        assert stage.step(engine) == ([] if begins else ["long"])
+    assert len(stage.linker.loads) == begins
+    # What finds no memory is read ahead as ever, which is begun once.
+    assert stage.linker.read == ([] if begins else ["long"])
+    assert (stage.cache.evictable, stage.cache.locks) == (left if begins else evictable, begins)
+
+
+def test_memory_is_left_to_those_that_came_before(stage: Stage) -> None:
+    first = request(key_of(400, seed=9), "first")
+    engine = scheduler(running_request(), waiting=[first, long_request()])
+    allocator = stage.cache.token_to_kv_pool_allocator
+    allocator.free_slots = 14 + 408 + LONG + 11 - 1
+    assert stage.step(engine) == ["first", "long"]
+    allocator.free_slots += 1
+    assert stage.step(engine) == ["first"]
+    # Behind one that finds no memory nobody gets any, though it be enough for him.
+    second, third = request(key_of(200, seed=8), "second"), long_request("third", seed=1)
+    stage.store(key_of(196, seed=8))
+    engine.waiting_queue += [second, third]
+    allocator.free_slots = 14 + 408 + 11 + 200
+    assert stage.step(engine) == ["first", "second", "third"]
+
+
+def test_a_cleared_device_ends_all_preloads(stage: Stage) -> None:
+    stage.tier.remember("s", key_of(16, seed=1))
+    progress = stage.tier.prefetch("s", pages_of(key_of(16, seed=1)))
+    req = long_request()
+    engine = scheduler(running_request(), waiting=[req])
+    stage.step(engine)
+    assert progress is not None
+    assert (len(stage.preloads), progress()) == (2, Progress.RUNNING)
+    stage.preloads.drop()
+    stage.deferrals.forget()
+    assert (len(stage.preloads), progress(), stage.linker.preload_stats.under_way) == (0, Progress.FAILED, 0)
+    with stage.deferrals.deferring(engine):
+        assert engine.waiting_queue == [req]
+
+
+def test_a_request_that_has_been_deferred_goes_on_when_nothing_runs_any_more(stage: Stage) -> None:
+    """What was begun is gone on with; what has not been begun is restored layer by layer."""
+    engine = scheduler(running_request(), waiting=[long_request()])
+    stage.step(engine)
+    engine.running_batch = None
+    engine.waiting_queue.append(long_request("later", seed=1))
+    assert stage.step(engine) == ["later"]
+    stage.linker.has_landed = True
+    assert stage.step(engine) == ["long", "later"]
+
+
+@pytest.mark.parametrize("place", ["running_batch", "last_batch", "chunked_req"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_runs(stage: Stage, place: str, ended: bool) -> None:
+    run: Any = running_request()
+    run.finished = lambda: ended
+    engine = scheduler(waiting=[long_request()])
+    setattr(engine, place, run if place == "chunked_req" else type("Batch", (), {"reqs": [run]}))
+    assert stage.step(engine) == (["long"] if ended else [])

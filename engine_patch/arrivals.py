@@ -20,14 +20,13 @@ class Arrivals:
         self._layers = layers
         self._timeout_s = timeout_s
         self._abandoned: set[int] = set()
+        # Of those, the ones that `finish` has told of.
+        self._finished: set[int] = set()
         self._next = 0
         self._awaited = -1
 
     def begin(self) -> int:
         """The number of a new batch."""
-        for batch in [batch for batch in self._abandoned if self.landed(batch)]:
-            self._abandoned.remove(batch)
-            self.futures.pop(batch, None)
         number, self._next = self._next, self._next + 1
         self.futures[number] = [Future() for _ in range(self._layers)]
         return number
@@ -64,8 +63,9 @@ class Arrivals:
         return batch in self.futures and batch not in self._abandoned
 
     def abandon(self, batch: int) -> None:
-        """Nobody is to wait for the batch any more."""
-        self._abandoned.add(batch)
+        """Nobody is to wait for the batch any more, if it is not forgotten already."""
+        if batch in self.futures:
+            self._abandoned.add(batch)
 
     def abandoned(self, batch: int) -> bool:
         """Whether nobody waits for the batch any more."""
@@ -81,10 +81,11 @@ class Arrivals:
 
     def finish(self, batch: int) -> bool:
         """Wait for the batch and forget it: whether all of its layers arrived and nobody abandoned it. A batch that is
-        not known is complete. One that is abandoned is forgotten when it has `landed` all the same, and another one
-        begins."""
+        not known is complete. One that is abandoned is forgotten by `tidy`, when it has `landed` all the same."""
         complete = all([self._arrived(batch, layer) for layer in self.futures.get(batch, ())])
-        if batch not in self._abandoned:
+        if batch in self._abandoned:
+            self._finished.add(batch)
+        else:
             self.futures.pop(batch, None)
         return complete
 
@@ -93,10 +94,23 @@ class Arrivals:
         """Whether a batch that was abandoned has not landed yet."""
         return not all(self.landed(batch) for batch in tuple(self._abandoned))
 
+    def tidy(self) -> None:
+        """Forget the batches that were finished before they had landed, and have since."""
+        for batch in [batch for batch in self._finished if self.landed(batch)]:
+            self._finished.remove(batch)
+            self._abandoned.remove(batch)
+            self.futures.pop(batch, None)
+
+    @property
+    def kept(self) -> int:
+        """How many batches are not forgotten."""
+        return len(self.futures)
+
     def reset(self) -> None:
         """Forget everything and number from 0 again."""
         self.futures.clear()
         self._abandoned.clear()
+        self._finished.clear()
         self._next, self._awaited = 0, -1
 
 
@@ -146,6 +160,11 @@ class LayerGate:
     def waited_for(self, index: int) -> tuple[float, ...]:
         """How many seconds forwards waited for each layer of a batch; to be asked once, when it is over."""
         return tuple(self._waits_s.pop(index, {}).values())
+
+    @property
+    def kept(self) -> int:
+        """How many batches' waits are kept for `waited_for`."""
+        return len(self._waits_s)
 
     def reset(self) -> None:
         """Forget the batches that were not over: their numbers are given again."""

@@ -12,9 +12,9 @@ since what is never restored is never measured again. Imports neither torch nor 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
@@ -23,7 +23,17 @@ _EXPLORE = 32  # one of so many that would be computed is restored
 _LEAST = 8  # measurements beyond those that a line is fitted through
 _FADE = 0.99  # what an observation counts beside the one after it
 _SHORTEST_S = 1e-3  # of what is shorter, the error is taken to be that of this
-_REMEMBERED = 1000
+
+
+class Word(IntEnum):
+    """What one rank says about a request's stored pages. Of all ranks the least word counts, because a step takes as
+    long as its slowest rank."""
+
+    COMPUTE = 0
+    """Computing is known to be faster."""
+    RESTORE = 1
+    STAGED = 2
+    """They are in host memory, or on their way there: they cost next to nothing."""
 
 
 @dataclass
@@ -79,13 +89,18 @@ class Line:
 
 class BreakEven:
     """Told of every step that computed something of a prompt, and asked for every request with stored pages. Used by
-    one thread."""
+    one thread.
+
+    With several ranks each has measurements of its own (`word`), and all must decide alike (`computes`), also which
+    requests are restored only to be measured: what one rank alone restores no rank does.
+    """
 
     def __init__(self) -> None:
         self.stats = BreakEvenStats()
         self._prefill = Line(3)
         self._wait = Line(2)
-        self._asked: OrderedDict[str, tuple[int, bool]] = OrderedDict()
+        # Of each request that waits: how many of its pages were asked about, and the answer.
+        self._asked: dict[str, tuple[int, bool]] = {}
         self._unexplored = 0
 
     def stepped(self, parts: Sequence[tuple[int, int]], seconds: float) -> None:
@@ -100,22 +115,27 @@ class BreakEven:
         if without_s < math.inf:
             self._wait.observe((1, n_bytes), min(waited_s, max(0.0, seconds - without_s)))
 
-    def computes(self, rid: str, cached: int, tokens: int, n_bytes: int) -> bool:
-        """Whether ``tokens`` tokens of a request should be computed, although their pages, ``n_bytes``, are stored. It
-        has ``cached`` tokens before them. The answer to a request stays the same, and counts once."""
-        known = self._asked.pop(rid, None)
-        if known is None or known[0] != tokens:
-            known = tokens, self._decide(cached, tokens, n_bytes)
-        self._asked[rid] = known
-        if len(self._asked) > _REMEMBERED:
-            self._asked.popitem(last=False)
-        return known[1]
-
-    def _decide(self, cached: int, tokens: int, n_bytes: int) -> bool:
+    def word(self, cached: int, tokens: int, n_bytes: int) -> Word:
+        """What this rank's measurements say about ``tokens`` tokens, whose pages, ``n_bytes``, are stored, after
+        ``cached`` tokens that are on the device."""
         # A step there is anyway, for what comes after these tokens.
         _, compute_s = self._prefill.bounds(_work([(cached, tokens)], steps=0))
         restore_s, _ = self._wait.bounds((1, n_bytes))
-        if compute_s * _MARGIN >= restore_s:
+        return Word.RESTORE if compute_s * _MARGIN >= restore_s else Word.COMPUTE
+
+    def computes(self, rid: str, pages: int, word: int) -> bool:
+        """Whether a request's stored pages are computed all the same. ``pages`` and ``word`` are what all ranks have
+        agreed on, and so is the answer. It stays the same while the request waits, and counts once; only what has been
+        staged since is restored in any case."""
+        if word == Word.STAGED:
+            return False
+        known = self._asked.get(rid)
+        if known is None or known[0] != pages:
+            known = self._asked[rid] = pages, self._decide(word)
+        return known[1]
+
+    def _decide(self, word: int) -> bool:
+        if word != Word.COMPUTE:
             return False
         self._unexplored += 1
         if self._unexplored == _EXPLORE:
@@ -124,6 +144,17 @@ class BreakEven:
             return False
         self.stats.computed += 1
         return True
+
+    def tidy(self, queued: Callable[[], Collection[str]]) -> None:
+        """Forget what was answered to requests that are not ``queued`` any more."""
+        if self._asked:
+            still = queued()
+            self._asked = {rid: answer for rid, answer in self._asked.items() if rid in still}
+
+    @property
+    def kept(self) -> int:
+        """How many requests' answers are remembered."""
+        return len(self._asked)
 
 
 def _work(parts: Sequence[tuple[int, int]], steps: int) -> tuple[float, float, float]:

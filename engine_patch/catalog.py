@@ -75,6 +75,11 @@ class Catalog:
             self._unsaved[manifest.session_id] = manifest
             self._changed.notify()
 
+    @property
+    def waiting(self) -> int:
+        """Manifests that wait to be written."""
+        return len(self._unsaved)
+
     def load(self, session_id: str) -> Manifest | None:
         """The manifest that SQL holds of a session for this engine's pages. Raises DatabaseError."""
         with self._database.read() as connection:

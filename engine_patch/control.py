@@ -67,6 +67,11 @@ class ControlEndpoint:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="agentstate-control", daemon=True)
 
+    @property
+    def waiting(self) -> int:
+        """How many peers wait for an answer."""
+        return len(self._waiters)
+
     def serve(self) -> None:
         """Answer from now on."""
         self._thread.start()

@@ -180,6 +180,11 @@ class Deferrals:
             queued = [*deferred, *scheduler.waiting_queue]
             scheduler.waiting_queue = sorted(queued, key=lambda req: place.get(id(req), len(before)))
 
+    @property
+    def kept(self) -> int:
+        """Of how many queued requests something is known."""
+        return len(self._queued)
+
     def forget(self) -> None:
         """Nothing of what was known is so any more: the device memory is cleared."""
         self._queued.clear()

@@ -1,10 +1,11 @@
 """What of the sessions is on the device, and what is asked of it from outside of the scheduler: to bring a session
-back before its next request, to let go of it first, to store again what the store has lost."""
+back before its next request, or to let go of it first."""
 
 from __future__ import annotations
 
 import logging
 import queue
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Token ids that are remembered, of the sessions that were used last: 8 bytes each.
 _REMEMBERED_TOKENS = 16_000_000
-_REMEMBERED_PREFETCHES = 1000
 
 
 @dataclass
@@ -60,7 +60,8 @@ class DeviceTier:
         self._asked: queue.SimpleQueue[Callable[[Scheduler], None]] = queue.SimpleQueue()
         self._sessions: OrderedDict[str, RadixKey] = OrderedDict()
         self._tokens = 0
-        self._prefetches: OrderedDict[str, _Prefetch] = OrderedDict()
+        self._prefetches: dict[str, _Prefetch] = {}
+        self._prefetching = threading.Lock()
         # Its Rust tree, SGLang's default, lets nobody look at single nodes.
         self._sees_nodes = isinstance(cache.tree_core, UnifiedTreeCore)
         self._alone = get_parallel().tp_size == 1
@@ -107,15 +108,26 @@ class DeviceTier:
         None when it cannot be done: the tree is keyed by token ids, which only a process that has served the session
         has, and the session's newest ones need not be those of ``keys``.
         """
+        self.kept()  # forgets those that have ended, with their token ids
         prefetch = self._prefetches.get(session_id)
         if prefetch is None or prefetch.progress is not Progress.RUNNING or prefetch.keys != keys:
             if (key := self._tokens_of(session_id, keys)) is None:
                 return None
-            prefetch = self._prefetches[session_id] = _Prefetch(key, keys)
+            prefetch = _Prefetch(key, keys)
+            with self._prefetching:
+                self._prefetches[session_id] = prefetch
             self._asked.put(lambda scheduler: self._try(prefetch, scheduler))
-            while len(self._prefetches) > _REMEMBERED_PREFETCHES:
-                self._prefetches.popitem(last=False)
         return lambda: prefetch.progress
+
+    def kept(self) -> dict[str, int]:
+        """What has been asked for and has not been done. From any thread."""
+        with self._prefetching:
+            self._prefetches = {
+                session_id: prefetch
+                for session_id, prefetch in self._prefetches.items()
+                if prefetch.progress is Progress.RUNNING
+            }
+            return {"tree_tasks": self._asked.qsize(), "device_prefetches": len(self._prefetches)}
 
     def _tokens_of(self, session_id: str, keys: list[bytes]) -> RadixKey | None:
         """What the tree calls the pages ``keys``. A page's key covers all tokens before it, so that the last one
@@ -143,17 +155,6 @@ class DeviceTier:
         if self._linker.restores:
             prefetch.preload = self._preloads.start("a prefetch", prefetch.key, found, missing, reserved)
         return Progress.FAILED if prefetch.preload is None else Progress.RUNNING
-
-    def offer_again(self, key: RadixKey) -> None:
-        """Offer those nodes along ``key`` to the store whose pages it had and has lost: evicted or found damaged. In
-        SGLang's Python tree only, and without tensor parallelism, where one rank may have lost what others have and
-        all must offer alike; elsewhere they are offered again once they have left the device and come back."""
-        lost = []
-        for node in self._path(key) if self._sees_nodes and self._alone else ():
-            if node.external_cache_stored and not self._linker.stored(node.hash_value or ()):
-                node.external_cache_stored = False
-                lost.append(node.id)
-        self._cache.linker.offload_nodes(lost[::-1])
 
     def _path(self, key: RadixKey) -> Iterator[Any]:
         """The nodes along ``key`` that are on the device, from its end to the root."""

@@ -37,6 +37,11 @@ class Failures:
             rids = queued()
             self._unusable = {rid: keys for rid, keys in self._unusable.items() if rid in rids}
 
+    @property
+    def kept(self) -> int:
+        """How many requests are not forgotten."""
+        return len(self._unusable)
+
     def clear(self) -> None:
         self._unusable.clear()
 

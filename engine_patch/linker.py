@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from agentstate.pages import PageKeys
+from engine_patch.break_even import Word
 from engine_patch.feeds import Source
 from engine_patch.rank import Rank
 from engine_patch.restore import Finished, Restored
@@ -30,6 +31,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self._rank = Rank(server_args, params, components)
         self._pools = self._rank.pools
         self._cached = 0
+        self.word = Word.RESTORE
         self.forward_stream = forward_stream
         self.page_size = self._rank.page_size
         self.drive_timeout_s = self._rank.settings.drive_timeout_s
@@ -42,9 +44,11 @@ class AgentStateLinker(UnifiedCacheLinker):
             # The state has readers of its own, which do not come by the KV pool.
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
 
-    def attach(self, device: Device) -> None:
-        """The radix tree is there: from now on sessions can be moved in it."""
+    def attach(self, device: Device, kept: Callable[[], dict[str, int]]) -> None:
+        """The radix tree is there: from now on sessions can be moved in it, and `stat` shows what it has ``kept`` for
+        requests."""
         self._rank.sessions.device = device
+        self._rank.kept_by_tree = kept
 
     def retire(self, reason: str) -> None:
         """Restore and spill nothing from now on, and say why."""
@@ -72,22 +76,29 @@ class AgentStateLinker(UnifiedCacheLinker):
         self._cached = cached
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
-        """Every restorable prefix length, in pages; none where computing the longest one is faster (`BreakEven`), or
-        while the drive does not answer. After a failed restore of the request, those before what failed."""
+        """Every restorable prefix length, in pages; none while the drive does not answer; after a failed restore of
+        the request those before what failed. ``word`` is then whether restoring the longest one is worth its time, as
+        far as this rank knows."""
+        self.word = Word.RESTORE
         if not self.restores:
             return []
         full = next(transfer for transfer in transfers if transfer.name == PoolName.KV)
         keys = keys_of(full)
         lengths = self._pools.restorable_for(rid, keys)
-        if self._rank.settings.break_even and lengths and self._is_computed(rid, keys[: lengths[-1]]):
-            return []
+        if self._rank.settings.break_even and lengths:
+            self.word = self._word(keys[: lengths[-1]])
         return lengths
 
-    def _is_computed(self, rid: str, keys: PageKeys) -> bool:
-        # What is in memory already costs next to nothing.
-        return not self._pools.staged_for(keys) and self._rank.break_even.computes(
-            rid, self._cached, len(keys) * self.page_size, self._pools.n_bytes(len(keys))
-        )
+    def _word(self, keys: PageKeys) -> Word:
+        if self._pools.staged_for(keys):
+            return Word.STAGED
+        n_bytes = self._pools.n_bytes(len(keys))
+        return self._rank.break_even.word(self._cached, len(keys) * self.page_size, n_bytes)
+
+    def computes(self, rid: str, pages: int, word: int) -> bool:
+        """Whether a request's ``pages`` stored pages are computed, since that is faster: decided by what all ranks have
+        agreed on (`BreakEven`)."""
+        return self._rank.break_even.computes(rid, pages, word)
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         return self._rank.off is None and self._pools.load(rid, transfers)
@@ -143,7 +154,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             self._rank.break_even.restored(parts, seconds, restored.n_bytes, restored.waited_s)
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        return self._rank.off is None and self._pools.offer(transfers, self._device_events)
+        return self._rank.off is None and self._pools.offer(transfers, self._device_events, session_id)
 
     def num_completed_offloads(self) -> int:
         return self._pools.results
@@ -163,8 +174,9 @@ class AgentStateLinker(UnifiedCacheLinker):
             self._pools.read_ahead(rid, keys)
 
     def tidy(self, queued: Callable[[], Collection[str]]) -> None:
-        """Let go of what was read for requests that are not ``queued`` any more."""
+        """Let go of what is kept for requests that are not ``queued`` any more."""
         self._pools.tidy(queued)
+        self._rank.break_even.tidy(queued)
 
     @property
     def retired(self) -> bool:
@@ -211,9 +223,9 @@ class AgentStateLinker(UnifiedCacheLinker):
         """What restoring a prefix of so many pages reads, on one rank."""
         return self._pools.n_bytes(pages)
 
-    def stored(self, keys: Sequence[str]) -> bool:
+    def stored(self, transfers: Sequence[PoolTransfer]) -> bool:
         """Whether all of these pages are stored."""
-        return self._pools.durable(PageKeys.from_hex(keys)) == len(keys)
+        return self._pools.stored(transfers)
 
     @property
     def lost(self) -> int:

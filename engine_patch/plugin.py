@@ -167,8 +167,9 @@ def _around_step_counters(original: Any, scheduler: Any, batch: Any, result: Any
     """SGLang counts the time of its prefills, without pauses and without counting twice what overlaps."""
     before_us = scheduler.total_prefill_busy_us
     original(scheduler, batch, result)
-    if (busy_us := scheduler.total_prefill_busy_us - before_us) and (cache := _ours(scheduler)) is not None:
-        cache.prefilled(batch, busy_us / 1e6)
+    if (cache := _ours(scheduler)) is not None:
+        # Without a time what was not counted as a prefill.
+        cache.stepped(batch, (scheduler.total_prefill_busy_us - before_us) / 1e6)
 
 
 def _while_queueing(original: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

@@ -136,6 +136,13 @@ class Prefetches:
         """How many streams there are."""
         return len(self._readings)
 
+    def kept(self) -> dict[str, int]:
+        return {
+            "request_read_aheads": len(self._requests),
+            "session_read_aheads": len(self._sessions),
+            "streams_read_ahead": len(self._readings),
+        }
+
     def clear(self) -> None:
         """Abandon everything."""
         with self._mutex:

@@ -39,6 +39,11 @@ class Quarantine:
         """Whether any pages are in quarantine."""
         return self._quarantined is not None
 
+    @property
+    def kept(self) -> int:
+        """How many pages are in quarantine."""
+        return 0 if self._quarantined is None else len(self._quarantined)
+
     def add(self, pages: torch.Tensor) -> None:
         """Quarantine these page numbers, which are in use now, until `release`."""
         pages = pages.to(self._allocator.device)

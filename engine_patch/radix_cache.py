@@ -24,6 +24,7 @@ from agentstate.pages import PageKeys
 from engine_patch.deferrals import Deferrals, StoredHit
 from engine_patch.device_tier import DeviceTier
 from engine_patch.linker import AgentStateLinker
+from engine_patch.lost_pages import LostPages
 from engine_patch.preloads import Preloads
 from engine_patch.restore import Restored
 from engine_patch.sglang_api import (
@@ -45,8 +46,9 @@ logger = logging.getLogger(__name__)
 
 
 class _LinkerWrapper(UnifiedCacheLinkerWrapper):
-    """Stock, but that a load's verdict is one a request instead of one a batch, and that the linker is told more of
-    what it is asked for."""
+    """Stock, but that a load's verdict is one a request instead of one a batch, that ranks agree on what is worth
+    restoring, that nodes are offered which the tree does not offer, and that nothing stays of a match that another one
+    of the same request has replaced."""
 
     cache_linker: AgentStateLinker
 
@@ -56,25 +58,53 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         self.landed: dict[str, Restored] = {}
         # Whether device pages have become evictable, because they are stored now, or free, since someone last looked.
         self.unlocked = False
+        self.lost_pages = LostPages(cache, self, cache_linker, self.on_all_ranks)
+        self._rid = ""
+
+    def take_completed_offloads(self, finish_count: int) -> list[bool]:
+        results = super().take_completed_offloads(finish_count)
+        # Ranks agree on these next: so they do on whether one of them has lost pages, without asking for that alone.
+        return [*results, not self.lost_pages.look()] if results else results
 
     def commit_completed_offloads(self, successes: Sequence[bool]) -> None:
-        super().commit_completed_offloads(successes)
-        self.unlocked |= bool(successes)
+        *results, none_lost = successes
+        # Nothing in the tree says that these are not stored.
+        answered = zip(self.pending_offloads[: len(results)], results, strict=True)
+        failed = any(not stored and not offer.publish_node_ids for offer, stored in answered)
+        super().commit_completed_offloads(results)
+        self.lost_pages.lost_on(failed or not none_lost)
+        self.unlocked = True
+
+    def replace_pending_offload_node(self, ack_id: int, old_node_id: int, new_node_ids: list[int]) -> None:
+        """Stock takes the first offload that locks the node. That may be one of ours, which has none to mark."""
+        for index, pending in enumerate(self.pending_offloads):
+            if pending.lock_node_id == ack_id and (marked := pending.publish_node_ids):
+                parts = [new_node_ids if node == old_node_id else [node] for node in marked]
+                self.pending_offloads[index] = pending._replace(publish_node_ids=sum(parts, []))
 
     def note_unlocked(self) -> None:
         self.unlocked = True
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
+        # An earlier match may have found what is on the device by now: nothing would take its marker then.
+        self.hit_markers.pop(req.rid, None)
+        self._rid = req.rid
         self.cache_linker.matching(result.device_prefix_len)
         return super().match(key, req, result)
 
     def _sync_restorable_prefix(self, restorable: Sequence[int], *, num_pages: int, device_hit_pages: int) -> int:
-        """Stock, but that all lengths are entered at once: one at a time, a million of them took seconds."""
-        mask = torch.zeros(num_pages + 1, dtype=torch.int)
+        """The longest length that every rank can restore, as stock; 0 where all of them together find that computing it
+        is faster. Lengths are entered at once: one at a time, a million of them took seconds."""
         lengths = torch.from_numpy(np.array(restorable, dtype=np.int64))
+        mask = torch.zeros(num_pages + 2, dtype=torch.int)
         mask[lengths[(lengths > device_hit_pages) & (lengths <= num_pages)]] = 1
+        mask[-1] = self.cache_linker.word
         self.cache._all_reduce_attn_groups(mask, torch.distributed.ReduceOp.MIN)
-        return int(mask.nonzero()[-1]) if mask.any() else 0
+        common = mask[:-1].nonzero()
+        if not len(common):
+            return 0
+        pages = int(common[-1])
+        return 0 if self.cache_linker.computes(self._rid, pages, int(mask[-1])) else pages
 
     def finish_loads(self) -> list[str]:
         """Wait for the loads of the batch that just ran: the rids that failed, identical on every rank. Loads start
@@ -124,6 +154,16 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         self.cache._all_reduce_attn_groups(both, torch.distributed.ReduceOp.MIN)
         return [bool(one) for one in both.tolist()]
 
+    def kept(self) -> dict[str, int]:
+        """What is kept for requests and offers at the moment, by SGLang and for it."""
+        return {
+            "hit_markers": len(self.hit_markers),
+            "private_loads": len(self.private_load_indices),
+            "loads_in_flight": len(self.inflight_load_rids),
+            "locked_offers": len(self.pending_offloads),
+            "untimed_restores": len(self.landed),
+        }
+
 
 class AgentStateRadixCache(UnifiedRadixCache):
     """`UnifiedRadixCache` of one rank, its pages linked to the rank's page store.
@@ -140,7 +180,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self._recomputing: list[_Recomputation] = []
         # SGLang sends embeddings also of a request that is marked as sent.
         self._generates = True
-        self._lost = 0
+        self._locked_tokens = 0
 
     def init_cache_linker(self, cache_linker: AgentStateLinker) -> None:
         self.agentstate = cache_linker
@@ -148,12 +188,25 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.preloads = Preloads(self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked)
         self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit)
         self.device_tier = DeviceTier(self, cache_linker, self.preloads)
-        cache_linker.attach(self.device_tier)
+        cache_linker.attach(self.device_tier, self.kept)
+
+    def kept(self) -> dict[str, int]:
+        """What the tree keeps for requests and offers. From any thread; ``locked_tokens`` are those that no eviction
+        may take, before the newest batch."""
+        return {
+            **self.linker.kept(),
+            **self.device_tier.kept(),
+            "preloads": len(self.preloads),
+            "deferrals": self.deferrals.kept,
+            "recomputations": len(self._recomputing),
+            "locked_tokens": self._locked_tokens,
+        }
 
     def reset(self) -> None:
         if self.linker is not None:
             self.preloads.drop()
             self.deferrals.forget()
+            self.linker.landed.clear()
         super().reset()
 
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
@@ -162,12 +215,9 @@ class AgentStateRadixCache(UnifiedRadixCache):
             # The insert may have kept less than it was offered; what it kept is what the manifest may list.
             tokens = req.full_untruncated_fill_ids[: req.kv.cache_inserted_len]
             key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
-            linker = self.agentstate
-            if linker.lost != self._lost:
-                self._lost = linker.lost
-                self.device_tier.offer_again(key)
+            self.linker.lost_pages.finished(req.session_id, key)
             self.device_tier.remember(req.session_id, key)
-            linker.request_finished(req.session_id, key)
+            self.agentstate.request_finished(req.session_id, key)
 
     def read_ahead(self, scheduler: Scheduler, req: Req) -> None:
         """Begin to read what a request will load, now that it is being queued behind others; unless it is to be
@@ -204,6 +254,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.requeue_failed(scheduler)
         self.deferrals.begin(scheduler)
         self.linker.tidy(lambda: self._queued(scheduler))
+        self._locked_tokens = self.protected_size()
 
     def _queued(self, scheduler: Scheduler) -> set[str]:
         """The requests that are queued, or about to be queued again."""
@@ -227,11 +278,14 @@ class AgentStateRadixCache(UnifiedRadixCache):
             req.discard_output_reason = FINISH_ABORT("KV restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
         return [req for req in failed if not req.finished_output]
 
-    def prefilled(self, batch: ScheduleBatch, seconds: float) -> None:
-        """A batch of prompts, or of parts of them, took so long."""
-        landed = [found for req in batch.reqs if (found := self.linker.landed.pop(req.rid, None)) is not None]
-        parts = list(zip(batch.prefix_lens, batch.extend_lens, strict=False))
-        self.agentstate.stepped(parts, seconds, landed[0] if landed else None)
+    def stepped(self, batch: ScheduleBatch, seconds: float) -> None:
+        """A batch is over. It took ``seconds`` if it was one of prompts, or of parts of them; 0 when that is not
+        known."""
+        waiting = self.linker.landed
+        landed = [waiting.pop(req.rid) for req in batch.reqs if req.rid in waiting] if waiting else []
+        if seconds:
+            parts = list(zip(batch.prefix_lens, batch.extend_lens, strict=False))
+            self.agentstate.stepped(parts, seconds, landed[0] if landed else None)
 
     def requeue_failed(self, scheduler: Scheduler) -> None:
         """Queue again what no batch holds any more."""

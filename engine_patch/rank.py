@@ -46,6 +46,7 @@ class Rank:
         self._server_args = server_args
         self.break_even = BreakEven()
         self.preload_stats = PreloadStats()
+        self.kept_by_tree: Callable[[], dict[str, int]] = dict
         self.page_size: int = params.page_size
         pools: list[DevicePool] = []
         try:
@@ -179,6 +180,18 @@ class Rank:
             **self.pools.stat(),
             "break_even": asdict(self.break_even.stats),
             "preload": asdict(self.preload_stats),
+            "kept": self._kept(),
+        }
+
+    def _kept(self) -> dict[str, int]:
+        """What is kept for requests, sessions on their way and peers, here and in SGLang: all zero when nothing runs.
+        What is stored, and the sessions that are remembered, do not count."""
+        return {
+            **self.kept_by_tree(),
+            **self.pools.kept(),
+            **self.sessions.kept(),
+            "break_even_answers": self.break_even.kept,
+            "waiting_peers": self._control.waiting,
         }
 
     def tick(self) -> None:

@@ -276,6 +276,17 @@ class Restorer:
         writing = late and self._pages.addressable
         return Finished(failed, batch.restored if complete else None, (numbers,), writing, unusable)
 
+    def kept(self) -> dict[str, int]:
+        return {
+            "queued_loads": len(self._pending),
+            "queued_feeds": len(self._feeds),
+            "batches": len(self._batches),
+            "running_batches": sum(batches.unfinished_tasks for batches in self._queues.values()),
+            "awaited_batches": self.arrivals.kept,
+            **self.prefetches.kept(),
+            **self._reader.kept(),
+        }
+
     def drain(self) -> None:
         """Wait for what runs."""
         for batches in self._queues.values():

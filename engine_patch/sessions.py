@@ -112,6 +112,9 @@ class Sessions:
 
         self._pools.then(settle)
 
+    def kept(self) -> dict[str, int]:
+        return {"unsettled_sessions": len(self._unsettled), "unsaved_manifests": self._catalog.waiting}
+
     def standing(self, session_id: str) -> dict[str, Any]:
         """The answer of a ``flush`` as of now."""
         standing = self._ledger.standing(session_id)

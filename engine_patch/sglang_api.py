@@ -59,6 +59,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (  # noqa: E
     UnifiedCacheLinker,
     UnifiedCacheLinkerWrapper,
 )
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffload as PendingOffload  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeCore  # noqa: E402
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache  # noqa: E402
 from sglang.srt.mem_cache.utils import get_storage_hash_str  # noqa: E402
@@ -128,6 +129,7 @@ __all__ = [
     "MambaPool",
     "MatchPrefixParams",
     "PagedTokenToKVPoolAllocator",
+    "PendingOffload",
     "PoolName",
     "PoolTransfer",
     "RadixKey",

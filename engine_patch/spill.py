@@ -51,6 +51,7 @@ class _Offer:
     numbers: torch.Tensor
     ready: Sequence[torch.Event]
     skipped: bool
+    session_id: str | None
     # Whether its device pages are being read, and whether its result is in: after that they are not.
     copying: bool = False
     answered: bool = False
@@ -101,11 +102,18 @@ class Spiller:
         self._thread = threading.Thread(target=self._run, name="agentstate-spill", daemon=True)
         self._thread.start()
 
-    def offer(self, keys: Sequence[bytes], numbers: torch.Tensor, ready: Sequence[torch.Event] = ()) -> None:
+    def offer(
+        self,
+        keys: Sequence[bytes],
+        numbers: torch.Tensor,
+        ready: Sequence[torch.Event] = (),
+        session_id: str | None = None,
+    ) -> None:
         """Queue pages for writing: ``numbers`` are their page numbers on the device, which the caller keeps unchanged
-        until the result is in. ``ready`` are the events after which the device pages may be read."""
+        until the result is in. ``ready`` are the events after which the device pages may be read. The pages of a
+        session count as needed by it as soon as they are written."""
         # Decided here, and answered in turn: ranks are not told at the same time, and each must answer every offer.
-        offer = _Offer(keys, numbers, ready, skipped=not self.on)
+        offer = _Offer(keys, numbers, ready, skipped=not self.on, session_id=session_id)
         with self._answering:
             if not self._unanswered and self._hangs():
                 # Not even queued: as long as the drive hangs, nothing would take it out.
@@ -162,6 +170,17 @@ class Spiller:
     def waiting(self) -> int:
         """Offers and actions that are queued or being worked on."""
         return self._queue.unfinished_tasks
+
+    def kept(self) -> dict[str, int]:
+        return {
+            "unanswered_offers": len(self._unanswered),
+            "untaken_results": len(self.results),
+            "spill_tasks": self.waiting,
+            "pages_on_their_way": len(self._on_their_way),
+            "chains_to_merge": len(self._chains),
+            "drafts": self._writer.in_use,
+            **self._merge_reader.kept(),
+        }
 
     def drain(self) -> None:
         """Wait until everything queued so far is done."""
@@ -263,7 +282,7 @@ class Spiller:
                 run = new[start : start + self._writer.pages_an_extent]
                 keys = [every[i] for i in run]
                 published = self._writer.write(keys, partial(self._fill, offer, offer.numbers[run]))
-                published.add_done_callback(lambda _: self._moved())
+                published.add_done_callback(partial(self._published, offer, keys))
                 publishing.append((keys, published))
                 self._on_their_way.update(keys)
         except _Abandoned:
@@ -271,6 +290,13 @@ class Spiller:
         except Exception as error:
             failure = error
         self._writer.after(partial(self._conclude, offer, skipped, len(new), late, publishing, failure))
+
+    def _published(self, offer: _Offer, keys: list[bytes], published: Future[None]) -> None:
+        self._moved()
+        if offer.session_id and published.exception() is None:
+            # Before what follows is published: in a store that is full of needed pages it would be these that make
+            # room for it.
+            self._store.need(keys, offer.session_id)
 
     def _conclude(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -77,6 +77,11 @@ class OfferBudget:
         self._pages = [0] * len(self._most)
         self.full = False
 
+    @property
+    def kept(self) -> int:
+        """How many offers the tree has taken no answer for."""
+        return len(self._offers)
+
 
 class _StoredPool:
     def __init__(self, pool: DevicePool, open_store: OpenStore, settings: Settings, parts: int):
@@ -125,6 +130,13 @@ class _StoredPool:
     def needed(self, keys: Sequence[bytes]) -> Sequence[bytes]:
         """Those of a chain without which it cannot be gone on from its end."""
         return keys if self.window_pages is None else keys[-self.window_pages :]
+
+    def kept(self) -> Counter[str]:
+        quarantined = 0 if self.quarantine is None else self.quarantine.kept
+        kept = Counter({"pinned_extents": self.store.pinned, "quarantined_pages": quarantined})
+        kept.update(self.restorer.kept())
+        kept.update(self.spiller.kept())
+        return kept
 
     def stat(self) -> dict[str, Any]:
         prefetches = self.restorer.prefetches
@@ -214,6 +226,7 @@ class StoredPools:
         those that are about to be queued again."""
         self._failures.tidy(queued)
         for pool in self._pools:
+            pool.restorer.arrivals.tidy()
             if pool.restorer.prefetches:
                 pool.restorer.prefetches.tidy(queued())
 
@@ -339,6 +352,16 @@ class StoredPools:
             unusable,
         )
 
+    def stored(self, transfers: Sequence[PoolTransfer]) -> bool:
+        """Whether all that `offer` would store of these is stored."""
+        given = {transfer.name: transfer for transfer in transfers}
+        for pool in self._pools:
+            if (transfer := given.get(pool.name)) is not None:
+                keys = keys_of(transfer) if pool.window_pages is None else _offered(pool, transfer)[0]
+                if not all(pool.store.stored(keys)):
+                    return False
+        return True
+
     def staged_for(self, keys: Sequence[bytes]) -> bool:
         """Whether these pages are in host memory, or on their way there."""
         return any(pool.restorer.prefetches.covers(pool.needed(keys)) for pool in self._pools)
@@ -348,10 +371,15 @@ class StoredPools:
         for pool in self._pools:
             pool.spiller.on = on
 
-    def offer(self, transfers: Sequence[PoolTransfer], ready: Callable[[], Sequence[torch.Event]]) -> bool:
+    def offer(
+        self,
+        transfers: Sequence[PoolTransfer],
+        ready: Callable[[], Sequence[torch.Event]],
+        session_id: str | None = None,
+    ) -> bool:
         """Queue a tree node's pages for writing, those of each pool that it has; ``ready`` tells the events after which
         they may be read. One result follows for all. False, and nothing queued, when too much waits already, which it
-        does on all ranks or on none (`Waiting`)."""
+        does on all ranks or on none (`OfferBudget`)."""
         if not self._pools:
             return False
         given = {transfer.name: transfer for transfer in transfers}
@@ -362,7 +390,7 @@ class StoredPools:
             return False
         events = ready()
         for pool, (keys, numbers) in zip(self._pools, offered, strict=True):
-            pool.spiller.offer(keys, numbers, events)
+            pool.spiller.offer(keys, numbers, events, session_id)
         return True
 
     @property
@@ -436,6 +464,16 @@ class StoredPools:
         return ", ".join(
             f"{pool.name.value} {pool.page_bytes:,} bytes ({pool.store.stats.pages} stored)" for pool in self._pools
         )
+
+    def kept(self) -> dict[str, int]:
+        """What is kept for requests, offers and prefetches at the moment, of all pools together: nothing when nothing
+        runs."""
+        kept = Counter(
+            {"budgeted_offers": self._budget.kept, "gate_waits": self.gate.kept, "failed_restores": self._failures.kept}
+        )
+        for pool in self._pools:
+            kept.update(pool.kept())
+        return dict(kept)
 
     def stat(self) -> dict[str, Any]:
         """The counters of full attention, and below ``pools`` those of the others by name; what waits is everyone's."""

@@ -64,6 +64,11 @@ class Handles:
             for extent in extents:
                 self._entries.setdefault(extent.path, _Entry()).streams += 1
 
+    @property
+    def kept(self) -> int:
+        """How many extents streams need, open or not."""
+        return len(self._entries)
+
     def leave(self, extents: Iterable[StoredExtent]) -> None:
         """The stream does not read them any more."""
         closing = []

@@ -141,6 +141,7 @@ class LayerwiseReader:
         self._free: _Free = deque(
             (self.staging[i * self.chunk_bytes : (i + 1) * self.chunk_bytes], None) for i in range(count)
         )
+        self._buffers = count
         # How many buffers streams leave to more urgent ones. One is enough for some progress.
         kept = max(1, count // 8)
         self._left = {
@@ -152,6 +153,7 @@ class LayerwiseReader:
         self._most_in_background = max(1, threads - 1)
         self._in_background = 0
         self._streams: list[Stream] = []
+        self._open_streams = 0
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="agentstate-close")
         self._lock = threading.Lock()
         # There may be something to do. A buffer that comes back wakes one thread: waking all costs as much as a read.
@@ -175,8 +177,16 @@ class LayerwiseReader:
         stream = Stream(self, pin, list(first), list(others), background)
         with self._lock:
             self._streams.append(stream)
+            self._open_streams += 1
             self._work_to_do.notify_all()
         return stream
+
+    def kept(self) -> dict[str, int]:
+        """What is not free at the moment: streams, until the last read of them has ended, the extents that they read,
+        and buffers of staging."""
+        with self._lock:
+            buffers = self._buffers - len(self._free)
+            return {"streams": self._open_streams, "extents": self._handles.kept, "staging_buffers": buffers}
 
     @property
     def staged_bytes(self) -> int:
@@ -497,6 +507,7 @@ class Stream:
                 self._reader._release(buffer, reading.result().keep_until if reading.exception() is None else None)
             self.ahead.clear()
             self._destinations = ()
+            self._reader._open_streams -= 1
 
     def __enter__(self) -> Stream:
         return self

@@ -415,6 +415,11 @@ class PageStore:
                 break
         raise KeyError(keys[found])
 
+    @property
+    def pinned(self) -> int:
+        """How many extents a pin keeps where they are."""
+        return len(self._pinned)
+
     def _segments(self, runs: list[Run]) -> list[Segment]:
         extents: dict[int, StoredExtent] = {}
         for number in dict.fromkeys(run.number for run in runs):

@@ -73,6 +73,11 @@ class Writer:
         """Run ``action`` once everything written so far is published, or has failed."""
         return self._publisher.submit(action)
 
+    @property
+    def in_use(self) -> int:
+        """How many extents are being filled, or have been and are not published yet."""
+        return _DRAFTS - self._free.qsize()
+
     def close(self) -> None:
         """Publish what was written."""
         self._publisher.shutdown()

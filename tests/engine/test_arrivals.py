@@ -80,11 +80,33 @@ def test_a_batch_that_does_not_arrive_in_time_is_given_up() -> None:
     arrivals.complete(batch, 1)
     assert arrivals.landed(batch)
     assert not arrivals.stuck
-    arrivals.begin()
-    assert not arrivals.abandoned(batch)
+    assert arrivals.kept == 2
+    arrivals.tidy()
+    assert (arrivals.abandoned(batch), arrivals.kept) == (False, 1)
     for layer in range(2):
         arrivals.complete(other, layer)
     assert arrivals.finish(other)
+
+
+def test_a_batch_that_was_given_up_is_not_complete_however_late_it_is_finished() -> None:
+    arrivals = Arrivals(1)
+    batch = arrivals.begin()
+    arrivals.abandon(batch)
+    arrivals.fail(batch, OSError())
+    arrivals.tidy()
+    arrivals.begin()
+    assert not arrivals.finish(batch)
+    arrivals.tidy()
+    assert arrivals.kept == 1
+
+
+def test_what_is_forgotten_cannot_be_given_up() -> None:
+    arrivals = Arrivals(1)
+    batch = arrivals.begin()
+    arrivals.complete(batch, 0)
+    assert arrivals.finish(batch)
+    arrivals.abandon(batch)
+    assert (arrivals.abandoned(batch), arrivals.kept) == (False, 0)
 
 
 def test_a_batch_can_be_given_up_before_its_time() -> None:

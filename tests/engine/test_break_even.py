@@ -50,8 +50,10 @@ def transfer(pages: int, first_slot: int = 0) -> PoolTransfer:
 
 
 def lookup(linker: AgentStateLinker, rid: str, pages: int) -> list[int]:
+    """What one rank, alone, restores."""
     linker.matching(0)
-    return linker.lookup(rid, [transfer(pages)])
+    lengths = linker.lookup(rid, [transfer(pages)])
+    return [] if lengths and linker.computes(rid, lengths[-1], linker.word) else lengths
 
 
 def teach(linker: AgentStateLinker, fixed_s: float) -> None:
@@ -75,6 +77,13 @@ def test_what_is_faster_to_compute_is_not_found(linker: AgentStateLinker) -> Non
     assert lookup(linker, "b", 1) == []
     assert lookup(linker, "c", LONG) == list(range(1, LONG + 1))
     assert linker._rank.break_even.stats.computed == 1
+    # It is remembered while the request waits.
+    assert lookup(linker, "b", 1) == []
+    assert (linker._rank.break_even.stats.computed, linker._rank.break_even.kept) == (1, 3)
+    linker.tidy(lambda: {"c"})
+    assert linker._rank.break_even.kept == 1
+    linker.tidy(set)
+    assert linker._rank.break_even.kept == 0
 
 
 def test_what_is_faster_to_restore_is_restored(linker: AgentStateLinker) -> None:

@@ -51,6 +51,7 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.GenerateReqInput, "* input_ids sampling_params bootstrap_host"),
     (sgl.HookRegistry.register, "target hook hook_type"),
     (sgl.HybridReqToTokenPool.register_layer_transfer_counter, "self layer_transfer_counter"),
+    (sgl.PendingOffload, "lock_node_id lock_params publish_node_ids"),
     (sgl.PoolTransfer, "* name device_indices keys"),
     (sgl.RadixKey, "token_ids extra_key * cache_salt"),
     (sgl.UnifiedCacheLinkerWrapper, "cache cache_linker"),
@@ -76,7 +77,6 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.EvictParams, "num_tokens"),
     (sgl.InsertParams, "key value * prev_prefix_len"),
     (sgl.MatchPrefixParams, "key"),
-    (sgl.UnifiedCacheLinkerWrapper.offload_nodes, "self node_ids"),
     (sgl.UnifiedRadixCache.match_prefix, "self params"),
     (sgl.UnifiedRadixCache.insert, "self params"),
     (sgl.UnifiedRadixCache.evict, "self params"),
@@ -85,6 +85,10 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.UnifiedRadixCache.root_node_handle, "self extra_key"),
     (sgl.UnifiedTreeCore.node_by_id, "self node_id"),
     (sgl.UnifiedTreeCore.collect_full_device_indices, "self from_node_id until_node_id"),
+    (sgl.UnifiedTreeCore.collect_path_info, "self end_node_ids"),
+    (sgl.UnifiedTreeCore.get_component_device_value, "self node_id component_type"),
+    (sgl.UnifiedTreeCore.get_hash_values, "self node_id"),
+    (sgl.UnifiedRadixCache.protected_size, "self"),
     (Req.init_next_round_input, "self tree_cache * cow_mamba"),
     (Scheduler._prefetch_kvcache, "self req"),
     (Scheduler.abort_request, "self recv_req"),
@@ -124,7 +128,20 @@ OVERRIDDEN: list[tuple[type, type, str, str]] = [
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "checkpoint_into_tree", "self req up_to kwargs"),
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "finish_external_linker_loads", "self reqs"),
     (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "__init__", "self cache cache_linker"),
+    (
+        _LinkerWrapper,
+        sgl.UnifiedCacheLinkerWrapper,
+        "_sync_restorable_prefix",
+        "self restorable num_pages device_hit_pages",
+    ),
     (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "commit_completed_offloads", "self successes"),
+    (
+        _LinkerWrapper,
+        sgl.UnifiedCacheLinkerWrapper,
+        "replace_pending_offload_node",
+        "self ack_id old_node_id new_node_ids",
+    ),
+    (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "take_completed_offloads", "self finish_count"),
     (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "finish_loads", "self"),
     (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "match", "self key req result"),
     (CpuAttention, TorchNativeAttnBackend, "__init__", "self model_runner"),
@@ -345,7 +362,7 @@ def test_every_symbol_of_the_api_module_is_there_and_listed() -> None:
 
 
 def test_every_symbol_of_the_api_module_is_known_by_how_it_is_used() -> None:
-    known = {symbol.__qualname__.split(".")[0] for symbol, _ in CALLED}
+    known = {symbol.__qualname__.split(".")[0].lstrip("_") for symbol, _ in CALLED}
     known |= {stock.__name__ for _, stock, _, _ in OVERRIDDEN} | {owner.__name__ for owner in ATTRIBUTES}
     ours = {name for name in sgl.__all__ if getattr(getattr(sgl, name), "__module__", "") == sgl.__name__}
     tested_apart = ours | {"SUPPORTED", "ComponentType", "HookType", "PoolName", "add_attention_backend_choices"}

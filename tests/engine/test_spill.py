@@ -551,3 +551,20 @@ def test_chains_to_be_merged_are_remembered_in_so_many_bytes(
     assert spiller._chains_bytes == 32 * 8
     spiller._remember(PageKeys.of(keys(*range(11))))
     assert not spiller._chains and spiller._chains_bytes == 0
+
+
+@pytest.mark.parametrize("session", ["new", None])
+def test_pages_of_a_session_do_not_make_room_for_each_other(rank: Rank, session: str | None) -> None:
+    """In a store that is full of what live manifests need, what its own manifest does not list yet would go first."""
+    for number in range(8):
+        before = keys((number, 1), (number, 2))
+        rank.write(before)
+        rank.store.need(before, f"session {number}")
+    rank.store.quota = Quota(rank.store.stats.bytes + rank.store.stats.bytes // 16)
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, rank.store.draft_bytes(5))
+    pages = list(range(6))
+    spiller.offer(keys(*pages), torch.tensor(pages), session_id=session)
+    spiller.close()
+    assert list(spiller.results) == [session is not None]
+    assert rank.store.stats.pages_evicted_needed == (12 if session else 2)

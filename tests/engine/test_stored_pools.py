@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -621,3 +622,106 @@ def test_a_store_that_cannot_be_opened_leaves_all_as_they_are(stage: Stage, tmp_
     assert pools.durable(keys(1)) == 1
     pools.finish_spilling(60)
     pools.close()
+
+
+def damage(store: PageStore, page: object) -> None:
+    """Flip one bit of a stored page."""
+    with store.pin(keys(page)) as pin:
+        (segment,) = pin.segments
+    offset, _ = segment.extent.layout.component_range(1, 0, segment.slot, 1)
+    with segment.extent.path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def open_extents() -> list[str]:
+    """The extents that this process has open."""
+    paths = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            paths.append(os.readlink(descriptor))
+    return [path for path in paths if path.endswith(".ext")]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_is_left_of_a_storm(stage: Stage, opened: Callable[..., StoredPools], seed: int) -> None:
+    names = (PoolName.KV, PoolName.SWA)
+    pools, dice = opened(*names), random.Random(seed)
+    fresh = pools.kept()
+    assert fresh and not any(fresh.values())
+    pages = list(range(12))
+    running: list[int] = []
+    seen: set[str] = set()
+
+    def transfers(first: int, count: int) -> list[PoolTransfer]:
+        some = pages[first : first + count]
+        return [transfer(name, some, slots(*(1 + page for page in some))) for name in names]
+
+    def look() -> None:
+        seen.update(name for name, count in pools.kept().items() if count)
+
+    def offer() -> None:
+        pools.offer(transfers(dice.randrange(8), dice.randint(1, 4)), tuple)
+
+    def take() -> None:
+        while pools.results:
+            pools.pop_result()
+
+    def load() -> None:
+        for _ in range(dice.randint(1, 3)):
+            pools.load(f"r{dice.random()}", transfers(dice.randrange(8), dice.randint(1, 4)))
+        look()
+        if dice.random() < 0.3:
+            assert pools.load("gone", transfers(0, 1))
+            assert pools.cancel("gone")
+        running.append(pools.start(()))
+
+    def finish() -> None:
+        if running:
+            index = running.pop(dice.randrange(len(running)))
+            if dice.random() < 0.3:
+                pools.gate.abandon(index)
+            pools.gate.set_consumer(index)
+            pools.gate.wait_until(dice.randrange(6))
+            pools.finish(index)
+
+    def ahead() -> None:
+        pools.read_ahead(f"q{dice.random()}", keys(*pages[: dice.randint(1, 8)]))
+        pools.prefetch(f"s{dice.randrange(3)}", keys(*pages[: dice.randint(1, 8)]), ttl_s=0)
+
+    def break_one() -> None:
+        with contextlib.suppress(KeyError):
+            damage(stage.stores[dice.choice(names)], dice.choice(pages))
+
+    def lose() -> None:
+        drop(stage.stores[dice.choice(names)], *keys(dice.choice(pages)))
+
+    def settle() -> None:
+        chain = keys(*pages[: dice.randint(1, 12)])
+        pools.then(lambda: pools.merge(chain))
+
+    def reset() -> None:
+        running.clear()
+        pools.reset()
+
+    for name in names:
+        write(stage.stores[name], keys(*pages))
+    load()
+    storm = [offer, offer, offer, take, load, load, finish, ahead, break_one, lose, settle]
+    for _ in range(150):
+        dice.choice(storm)()
+        look()
+        if dice.random() < 0.02:
+            reset()
+    while running:
+        finish()
+    # Enough of it was there to be left.
+    assert seen >= {"streams", "pinned_extents", "queued_loads", "batches", "awaited_batches", "budgeted_offers"}
+    deadline = time.monotonic() + 60
+    while (kept := pools.kept()) != fresh:
+        assert time.monotonic() < deadline, {name: count for name, count in kept.items() if count}
+        take()
+        pools.tidy(set)
+    assert open_extents() == []

@@ -1,0 +1,119 @@
+"""Pages that the store has lost, evicted or found damaged, while they are still on the device.
+
+The radix tree marks what is stored, and offers it no more. So these pages are offered past the tree, when a request of
+their session has ended: with the lock that the tree takes for an offer of its own, and nothing to mark when the result
+is in. All ranks offer alike: what one of them has lost is offered by all, and is known to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+
+from engine_patch.linker import AgentStateLinker
+from engine_patch.sglang_api import (
+    ComponentType,
+    MatchPrefixParams,
+    PendingOffload,
+    PoolName,
+    PoolTransfer,
+    RadixKey,
+    UnifiedCacheLinkerWrapper,
+    UnifiedRadixCache,
+    get_parallel,
+)
+
+# Of sessions whose ids are remembered. Of one that is forgotten, the pages are looked at once more.
+_MOST_SESSIONS = 100_000
+
+
+class LostPages:
+    """Told when pages were lost, on any rank (`look`, `lost_on`), and when a request of a session has ended. Offers
+    through ``wrapper``; ``on_all_ranks`` tells what is so on every rank."""
+
+    def __init__(
+        self,
+        cache: UnifiedRadixCache,
+        wrapper: UnifiedCacheLinkerWrapper,
+        linker: AgentStateLinker,
+        on_all_ranks: Callable[[Sequence[bool]], list[bool]],
+    ):
+        self._cache = cache
+        self._wrapper = wrapper
+        self._linker = linker
+        self._on_all_ranks = on_all_ranks
+        self._alone = get_parallel().tp_size == 1
+        self._counted = 0
+        self._ever = False
+        # The sessions whose pages have been looked at since pages were last lost.
+        self._looked_at: set[str] = set()
+
+    def look(self) -> bool:
+        """Whether this rank has lost pages since it was last asked."""
+        before, self._counted = self._counted, self._linker.lost
+        return self._counted != before
+
+    def lost_on(self, some_rank: bool) -> None:
+        """Whether ``some_rank`` has lost pages, or has not stored what was offered here: the same on all of them."""
+        if some_rank:
+            self._ever = True
+            self._looked_at.clear()
+
+    def finished(self, session_id: str, key: RadixKey) -> None:
+        """A request of the session has ended with ``key`` in the tree: offer again what of it is not stored."""
+        if self._alone:
+            self.lost_on(self.look())
+        if not self._ever or session_id in self._looked_at:
+            return
+        if len(self._looked_at) >= _MOST_SESSIONS:
+            self._looked_at.clear()
+        self._looked_at.add(session_id)
+        nodes = list(self._path(key))
+        if not nodes:
+            return
+        stored = self._on_all_ranks([self._linker.stored(transfers) for _, transfers in nodes])
+        for (node, transfers), is_stored in zip(nodes, stored, strict=True):
+            if not is_stored and not self._offer(node, transfers, session_id):
+                # A chain is to have no holes. The next request tries again.
+                self._looked_at.discard(session_id)
+                break
+
+    def _path(self, key: RadixKey) -> Iterator[tuple[int, list[PoolTransfer]]]:
+        """The nodes along ``key`` that are on the device, from the root on, with what the tree would offer of them;
+        without those that have been offered and not answered."""
+        cache, core = self._cache, self._cache.tree_core
+        found = cache.match_prefix(MatchPrefixParams(key=key.page_aligned(cache.page_size)))
+        pending = self._wrapper.pending_offloads
+        offered = set(chain.from_iterable(offer.publish_node_ids or [offer.lock_node_id] for offer in pending))
+        (path,) = core.collect_path_info([found.last_device_node])
+        for node in path:
+            if node.node_id not in offered and (keys := core.get_hash_values(node.node_id)):
+                full = core.collect_full_device_indices(node.node_id, node.parent_id)
+                transfers = [PoolTransfer(name=PoolName.KV, device_indices=full, keys=keys)]
+                yield node.node_id, transfers + self._windowed(node.node_id, keys)
+
+    def _windowed(self, node: int, keys: Sequence[str]) -> list[PoolTransfer]:
+        """What a node has in the pools beside full attention."""
+        cache, transfers = self._cache, []
+        if ComponentType.SWA in cache.components:
+            slots = cache.tree_core.get_component_device_value(node, ComponentType.SWA)
+            if slots is not None and (pages := len(slots) // cache.page_size):
+                slots = slots[-pages * cache.page_size :]
+                transfers.append(PoolTransfer(name=PoolName.SWA, device_indices=slots, keys=list(keys[-pages:])))
+        if ComponentType.MAMBA in cache.components:
+            state = cache.tree_core.get_component_device_value(node, ComponentType.MAMBA)
+            if state is not None:
+                transfers.append(PoolTransfer(name=PoolName.MAMBA, device_indices=state, keys=[keys[-1]]))
+        return transfers
+
+    def _offer(self, node: int, transfers: list[PoolTransfer], session_id: str) -> bool:
+        lock = self._cache.inc_lock_ref(node).to_dec_params()
+        queued = False
+        try:
+            queued = self._linker.offload(transfers, session_id=session_id)
+        finally:
+            if not queued:
+                self._cache.dec_lock_ref(node, lock)
+        if queued:
+            self._wrapper.pending_offloads.append(PendingOffload(node, lock, []))
+        return queued

@@ -1,0 +1,140 @@
+"""SGLang's radix cache on memory of its own, without an engine: its trees and its allocator are real, the linker and
+the requests are stand-ins."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+
+from engine_patch.break_even import Word
+from engine_patch.radix_cache import AgentStateRadixCache
+from engine_patch.restore import PreloadStats
+from engine_patch.sglang_api import (
+    ComponentType,
+    InsertParams,
+    MatchPrefixParams,
+    PagedTokenToKVPoolAllocator,
+    PoolName,
+    PoolTransfer,
+    RadixKey,
+)
+
+PAGE_SIZE = 4
+PAGES = 64
+TREES = ("python", "rust")
+
+
+class Linker:
+    """What of a linker the tree asks: ``stores`` are the keys that its rank has, ``offers`` those that it was offered
+    and has not answered."""
+
+    pools = {PoolName.KV: None}
+    word = Word.RESTORE
+    restores = reads_ahead = True
+    preload_bytes = 0
+    preload_stats = PreloadStats()
+    quarantines_pages = stuck = False
+
+    def __init__(self) -> None:
+        self.stores: set[str] = set()
+        self.offers: list[list[str]] = []
+        self.lost = 0
+        self.refuses = False
+        self.finished: list[str] = []
+        self._answers: list[bool] = []
+
+    def attach(self, device: Any, kept: Callable[[], dict[str, int]]) -> None:
+        self.kept_by_tree = kept
+
+    def lose(self, *keys: str) -> None:
+        self.stores -= set(keys)
+        self.lost += len(keys)
+
+    def answer(self, stored: bool) -> None:
+        """Everything that was offered is stored, or nothing."""
+        for keys in self.offers:
+            self.stores.update(keys if stored else ())
+            self._answers.append(stored)
+        self.offers.clear()
+
+    def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        if not self.refuses:
+            self.offers.append(transfers[0].keys)
+        return not self.refuses
+
+    def stored(self, transfers: Sequence[PoolTransfer]) -> bool:
+        return self.stores.issuperset(transfers[0].keys)
+
+    def num_completed_offloads(self) -> int:
+        return len(self._answers)
+
+    def pop_completed_offload(self) -> bool:
+        return self._answers.pop(0)
+
+    def matching(self, cached: int) -> None: ...
+
+    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
+        keys = transfers[0].keys
+        return [pages for pages in range(1, len(keys) + 1) if self.stores.issuperset(keys[:pages])]
+
+    def computes(self, rid: str, pages: int, word: int) -> bool:
+        return False
+
+    def tidy(self, queued: Any) -> None: ...
+
+    def request_finished(self, session_id: str, key: RadixKey) -> None:
+        self.finished.append(session_id)
+
+    def reset(self) -> None:
+        self.offers.clear()
+        self._answers.clear()
+
+
+class Tree(AgentStateRadixCache):
+    """``agree`` is called for what ranks agree on, with what this one says."""
+
+    def __init__(self, backend: str, agree: Callable[[torch.Tensor], None] = lambda said: None):
+        kv: Any = SimpleNamespace()
+        params: Any = CacheInitParams(
+            disable=False,
+            req_to_token_pool=None,
+            token_to_kv_pool_allocator=PagedTokenToKVPoolAllocator(
+                PAGES * PAGE_SIZE, PAGE_SIZE, torch.float32, "cpu", kv, need_sort=False
+            ),
+            page_size=PAGE_SIZE,
+            tree_components=(ComponentType.FULL,),
+            tree_core_backend=backend,
+        )
+        super().__init__(params)
+        self.agree = agree
+        self.store = Linker()
+        self.init_cache_linker(self.store)
+
+    def _all_reduce_attn_groups(self, tensor: torch.Tensor, op: Any) -> None:
+        assert op == torch.distributed.ReduceOp.MIN
+        self.agree(tensor)
+
+    def compute(self, key: RadixKey, session_id: str = "s") -> None:
+        """A request of a session computes what of ``key`` is not there, and ends."""
+        there = self.match_prefix(MatchPrefixParams(key=key))
+        slots = self.token_to_kv_pool_allocator.alloc(len(key) - there.device_prefix_len)
+        root = self.root_node_handle(key.extra_key)
+        prefix = self.tree_core.collect_full_device_indices(there.last_device_node, root)
+        self.insert(InsertParams(key=key, value=torch.cat([prefix, slots]), session_id=session_id))
+        self.linker.lost_pages.finished(session_id, key)
+
+    def settle(self, stored: bool = True) -> None:
+        """Everything that was offered is stored, or nothing, and the tree knows."""
+        self.store.answer(stored)
+        self.check_hicache_events()
+
+
+def key_of(pages: int, seed: int = 0, shared: int = 0) -> RadixKey:
+    """A key of so many pages, ``shared`` of them everybody's."""
+    own = [1000 + seed * 1000 + i for i in range((pages - shared) * PAGE_SIZE)]
+    return RadixKey(array("q", [*range(shared * PAGE_SIZE), *own]))

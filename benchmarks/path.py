@@ -242,7 +242,8 @@ class Rank:
         linker = AgentStateLinker.__new__(AgentStateLinker)
         linker.page_size, linker._pools, linker._cached = self._page_size, self.pools, 0
         linker._rank = SimpleNamespace(off=None, break_even=BreakEven(), settings=Settings())
-        ranks = SimpleNamespace(cache=SimpleNamespace(_all_reduce_attn_groups=lambda *_: None))
+        alone = SimpleNamespace(_all_reduce_attn_groups=lambda *_: None)
+        ranks = SimpleNamespace(cache=alone, cache_linker=linker, _rid="r")
         lengths = linker.lookup("r", [PoolTransfer(name=PoolName.KV, keys=self._hashes)])
         agreed = _LinkerWrapper._sync_restorable_prefix(ranks, lengths, num_pages=self.pages, device_hit_pages=0)
         if agreed != self.pages:

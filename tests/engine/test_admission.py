@@ -35,6 +35,8 @@ def cache() -> AgentStateRadixCache:
     cache.agentstate = cache.linker.cache_linker = SimpleNamespace(tidy=lambda queued: None, quarantines_pages=False)
     offload = SimpleNamespace(publish_node_ids=[1], lock_node_id=1, lock_params=None)
     cache.linker.pending_offloads = [offload, offload]
+    cache.linker.lost_pages = SimpleNamespace(lost_on=lambda some_rank: None)
+    cache.protected_size = lambda: 0
     return cache
 
 
@@ -44,10 +46,10 @@ def test_a_request_that_found_no_room_is_tried_again_when_pages_are_unlocked(
 ) -> None:
     batch = SimpleNamespace(batch_is_full=True)
     scheduler: Any = SimpleNamespace(running_batch=batch, waiting_queue=[], is_generation=True)
-    cache.linker.commit_completed_offloads([])
     cache.before_next_batch(scheduler)
     assert scheduler.running_batch.batch_is_full
-    cache.linker.commit_completed_offloads([stored])
+    # The last one is that no rank has lost pages.
+    cache.linker.commit_completed_offloads([stored, True])
     cache.before_next_batch(scheduler)
     assert not scheduler.running_batch.batch_is_full
     # Once: what is still too large for the room does not hold up every step.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine_patch.break_even import Word
 from engine_patch.radix_cache import _LinkerWrapper
 from engine_patch.sglang_api import UnifiedCacheLinkerWrapper
 
@@ -21,7 +22,8 @@ def agreed(wrapper: Any, lengths: list[int], others: list[int], num_pages: int, 
         theirs[[length for length in others if length <= num_pages]] = 1
         torch.minimum(mask, theirs, out=mask)
 
-    ranks = SimpleNamespace(cache=SimpleNamespace(_all_reduce_attn_groups=reduce))
+    linker = SimpleNamespace(word=Word.RESTORE, computes=lambda rid, pages, word: False)
+    ranks = SimpleNamespace(cache=SimpleNamespace(_all_reduce_attn_groups=reduce), cache_linker=linker, _rid="r")
     found = wrapper._sync_restorable_prefix(ranks, lengths, num_pages=num_pages, device_hit_pages=device_hit_pages)
     assert isinstance(found, int)
     return found

@@ -14,11 +14,11 @@ import torch
 from device import PAGE_SIZE
 from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 
-from engine_patch.break_even import BreakEven, Word
+from engine_patch.break_even import BreakEven
 from engine_patch.linker import AgentStateLinker
 from engine_patch.radix_cache import _LinkerWrapper
 from engine_patch.restore import Finished
-from engine_patch.sglang_api import PoolName, PoolTransfer, RadixKey, UnifiedCacheLinkerWrapper
+from engine_patch.sglang_api import PoolName, PoolTransfer, RadixKey
 
 
 class Linker(SimpleNamespace):
@@ -235,21 +235,3 @@ def test_ranks_restore_what_all_of_them_have_in_host_memory(ranks: Any) -> None:
     second.staged_for = lambda keys: True
     # Also when it has been decided otherwise before it was read.
     assert ranks("r") == [True, True]
-
-
-@pytest.mark.parametrize("device_hit_pages", [0, 3])
-@pytest.mark.parametrize("own", [[], [2], [1, 2, 3, 4, 5, 6, 7, 8], [4, 7, 8, 30], range(1, 9)])
-@pytest.mark.parametrize("other", [[], [2, 7], [8, 3, 4], range(1, 9)])
-def test_the_longest_common_length_is_that_of_stock(device_hit_pages: int, own: Any, other: Any) -> None:
-    def agree(mask: torch.Tensor, op: Any) -> None:
-        theirs = torch.zeros_like(mask)
-        theirs[[pages for pages in other if pages > device_hit_pages]] = 1
-        theirs[9:] = 1
-        mask.copy_(torch.minimum(mask, theirs))
-
-    wrapper = _LinkerWrapper.__new__(_LinkerWrapper)
-    wrapper.cache, wrapper._rid = SimpleNamespace(_all_reduce_attn_groups=agree), "r"
-    wrapper.cache_linker = SimpleNamespace(word=Word.RESTORE, computes=lambda rid, pages, word: word != Word.RESTORE)
-    arguments: dict[str, int] = {"num_pages": 8, "device_hit_pages": device_hit_pages}
-    stock = UnifiedCacheLinkerWrapper._sync_restorable_prefix(wrapper, own, **arguments)
-    assert wrapper._sync_restorable_prefix(own, **arguments) == stock

@@ -182,9 +182,7 @@ def path(settings: Settings, tokens: str, page_sizes: str, report: Path | None) 
             console.print(f"{row['tokens']:,} tokens, pages of {row['page_size']}, {row['part']}", highlight=False)
     if measuring.returncode:
         raise EngineError("the measurement ended early; the lines above say why")
-    table = Table(
-        "tokens", "page", "part", *(Column(name, justify="right") for name in ("interpreter, s", "calls/GB"))
-    )
+    table = Table("tokens", "page", "part", *(Column(name, justify="right") for name in ("interpreter, s", "calls/GB")))
     for row in rows:
         shown = [f"{row['tokens']:,}", f"{row['page_size']}", row["part"], f"{row['interpreter_s']:.3f}"]
         # Of what kind they are, the raw result says.

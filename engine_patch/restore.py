@@ -284,7 +284,9 @@ class Restorer:
             )
             with batch.landing:
                 batch.lane.finish()
-        numbers = torch.cat([load.numbers[:] for load in batch.loads])
+        # An accelerator's pages are never written to by a drive, and may not be known yet after a batch that failed.
+        on_host = self._pages.device.type == "cpu"
+        numbers = torch.cat([load.numbers[:] for load in batch.loads if on_host] or [torch.empty(0, dtype=torch.int64)])
         unusable = {rid: frozenset(keys or ()) for rid, keys in batch.unusable.items()} if complete else {}
         writing = late and self._pages.addressable
         return Finished(failed, batch.restored if complete else None, (numbers,), writing, unusable)

@@ -36,6 +36,14 @@ class CopyLane:
             else:
                 self._stream.wait_event(event)
 
+    def so_far(self) -> tuple[torch.Event, ...]:
+        """Events for `after`: everything that the calling thread has queued until now, on its own stream."""
+        if self._stream is None:
+            return ()
+        event = self._module.Event()
+        event.record()
+        return (event,)
+
     def queueing(self) -> AbstractContextManager[object]:
         """Within it, torch queues on this lane."""
         return nullcontext() if self._stream is None else self._module.stream(self._stream)
@@ -76,9 +84,11 @@ class PageNumbers:
     def __init__(self, device: DevicePages, slots: torch.Tensor, lane: CopyLane):
         # Whoever gave them may use their memory for others before they are looked at.
         self._device, self._slots, self._lane = device, slots.detach().clone(), lane
+        self._given = lane.so_far()
 
     @cached_property
     def _found(self) -> torch.Tensor:
+        self._lane.after(self._given)
         with self._lane.queueing():
             return self._device.page_numbers(self._slots)
 

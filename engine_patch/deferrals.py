@@ -94,6 +94,8 @@ class Deferrals:
         for req in queue:
             if (known := self._queued.get(req.rid)) is not None and known.deferred is not None:
                 self._go_on(req, known)
+        if not queue:
+            return
         starts = self.on and any(True for _ in running(scheduler))
         if not starts and not self._preloads:
             return

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from agentstate.pages import Chunk, Destination, Stream
-from engine_patch.transfer import CopyLane, DevicePages, Place
+from engine_patch.transfer import CopyLane, DevicePages, PageNumbers, Place
 
 
 class Source(StrEnum):
@@ -92,7 +92,7 @@ class Load:
 
     rid: str
     keys: Sequence[bytes]
-    numbers: torch.Tensor
+    numbers: torch.Tensor | PageNumbers
     missing: tuple[bytes, ...] = ()
     sources: set[Source] = field(default_factory=set)
     n_bytes: int = 0

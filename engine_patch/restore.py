@@ -20,7 +20,7 @@ from engine_patch.failures import Unusable
 from engine_patch.feeds import Feed, Load, Portion, Reading, Source, pieces
 from engine_patch.prefetch import Prefetches
 from engine_patch.staging import PinnedMemory
-from engine_patch.transfer import CopyLane, DevicePages
+from engine_patch.transfer import CopyLane, DevicePages, PageNumbers
 
 logger = logging.getLogger(__name__)
 
@@ -175,17 +175,30 @@ class Restorer:
         for thread in self._threads:
             thread.start()
 
-    def queue(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor) -> None:
+    def queue(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor | PageNumbers) -> None:
         """Queue ``keys`` for the device pages ``numbers``. Reading begins now, of what is not being read already."""
         self._pending[rid] = self._load(rid, keys, numbers, self._feeds, Source.COLD)
 
-    def preload(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor, ready: Sequence[torch.Event] = ()) -> int:
+    def preload(
+        self,
+        rid: str,
+        keys: Sequence[bytes],
+        numbers: torch.Tensor | PageNumbers,
+        ready: Sequence[torch.Event] = (),
+    ) -> int:
         """Load ``keys`` into the device pages ``numbers`` for no request yet, as a batch of its own, whose index it
         returns: in no other batch's way, below what requests wait for."""
         feeds: list[Feed] = []
         return self._begin([self._load(rid, keys, numbers, feeds, Source.DEVICE)], feeds, ready, background=True)
 
-    def _load(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor, feeds: list[Feed], source: Source) -> Load:
+    def _load(
+        self,
+        rid: str,
+        keys: Sequence[bytes],
+        numbers: torch.Tensor | PageNumbers,
+        feeds: list[Feed],
+        source: Source,
+    ) -> Load:
         """A load that is fed by ``feeds``, by what has been read ahead, and by streams of its own; the latter two are
         entered in ``feeds``."""
         load = Load(rid, keys, numbers)
@@ -271,7 +284,9 @@ class Restorer:
             )
             with batch.landing:
                 batch.lane.finish()
-        numbers = torch.cat([load.numbers for load in batch.loads])
+        # An accelerator's pages are never written to by a drive, and may not be known yet after a batch that failed.
+        on_host = self._pages.device.type == "cpu"
+        numbers = torch.cat([load.numbers[:] for load in batch.loads if on_host] or [torch.empty(0, dtype=torch.int64)])
         unusable = {rid: frozenset(keys or ()) for rid, keys in batch.unusable.items()} if complete else {}
         writing = late and self._pages.addressable
         return Finished(failed, batch.restored if complete else None, (numbers,), writing, unusable)

@@ -18,7 +18,7 @@ import torch
 from agentstate.errors import PageStoreError, PageStoreFull
 from agentstate.pages import ExtentDraft, LayerwiseReader, PageKeys, PageStore, Writer, merge
 from engine_patch.staging import PinnedMemory
-from engine_patch.transfer import DevicePages
+from engine_patch.transfer import DevicePages, PageNumbers
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class SpillStats:
 @dataclass
 class _Offer:
     keys: Sequence[bytes]
-    numbers: torch.Tensor
+    numbers: torch.Tensor | PageNumbers
     ready: Sequence[torch.Event]
     skipped: bool
     session_id: str | None
@@ -105,7 +105,7 @@ class Spiller:
     def offer(
         self,
         keys: Sequence[bytes],
-        numbers: torch.Tensor,
+        numbers: torch.Tensor | PageNumbers,
         ready: Sequence[torch.Event] = (),
         session_id: str | None = None,
     ) -> None:

@@ -29,6 +29,7 @@ from engine_patch.restore import Finished, Restored, RestoredRequest, Restorer, 
 from engine_patch.sglang_api import PoolName, PoolTransfer
 from engine_patch.spill import Spiller, SpillStats
 from engine_patch.staging import read_backend
+from engine_patch.transfer import PageNumbers
 
 OpenStore = Callable[[DevicePool], PageStore]
 # More than a reader takes by itself: beside a forward, threads that hand over less often disturb it less. An
@@ -265,7 +266,8 @@ class StoredPools:
         """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
         own."""
         pool = self._pools[0]
-        return pool.restorer.preload(rid, keys, pool.device_pages.page_numbers(slots), ready)
+        device = pool.device_pages
+        return pool.restorer.preload(rid, keys, device.numbers_in(slots, device.background), ready)
 
     def landed(self, index: int) -> bool:
         """Whether a batch of full attention has stopped writing to the device."""
@@ -312,7 +314,9 @@ class StoredPools:
             return False
         for pool in self._pools:
             transfer = given[pool.name]
-            pool.restorer.queue(rid, keys_of(transfer), pool.device_pages.page_numbers(transfer.device_indices))
+            device = pool.device_pages
+            numbers = device.numbers_in(transfer.device_indices, device.inbound)
+            pool.restorer.queue(rid, keys_of(transfer), numbers)
         return True
 
     def cancel(self, rid: str) -> bool:
@@ -501,12 +505,12 @@ def keys_of(transfer: PoolTransfer) -> PageKeys:
     return PageKeys.from_hex(transfer.keys)
 
 
-def _offered(pool: _StoredPool, transfer: PoolTransfer | None) -> tuple[PageKeys, torch.Tensor]:
+def _offered(pool: _StoredPool, transfer: PoolTransfer | None) -> tuple[PageKeys, torch.Tensor | PageNumbers]:
     if transfer is None:
         return PageKeys(), torch.empty(0, dtype=torch.int64)
     keys = keys_of(transfer)
     if pool.window_pages is None:
-        return keys, pool.device_pages.page_numbers(transfer.device_indices)
+        return keys, pool.device_pages.numbers_in(transfer.device_indices, pool.device_pages.outbound)
     # What has left the window may have left the pool: its slots are those of the pool's empty first page.
     held = pool.device_pages.held_pages(transfer.device_indices)
     own = PageKeys.of(keys[position] for position, _ in held)

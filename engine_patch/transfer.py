@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,14 @@ class CopyLane:
                 event.synchronize()
             else:
                 self._stream.wait_event(event)
+
+    def so_far(self) -> tuple[torch.Event, ...]:
+        """Events for `after`: everything that the calling thread has queued until now, on its own stream."""
+        if self._stream is None:
+            return ()
+        event = self._module.Event()
+        event.record()
+        return (event,)
 
     def queueing(self) -> AbstractContextManager[object]:
         """Within it, torch queues on this lane."""
@@ -66,6 +75,25 @@ class Place(NamedTuple):
 
     run: slice | None
     index: np.ndarray | torch.Tensor | None = None
+
+
+class PageNumbers:
+    """The page numbers in ``slots`` of a device, found by the first `__getitem__` (`DevicePages.numbers_in`), which
+    raises ValueError where slots are no whole pages."""
+
+    def __init__(self, device: DevicePages, slots: torch.Tensor, lane: CopyLane):
+        # Whoever gave them may use their memory for others before they are looked at.
+        self._device, self._slots, self._lane = device, slots.detach().clone(), lane
+        self._given = lane.so_far()
+
+    @cached_property
+    def _found(self) -> torch.Tensor:
+        self._lane.after(self._given)
+        with self._lane.queueing():
+            return self._device.page_numbers(self._slots)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._found[index]
 
 
 class DevicePages:
@@ -107,6 +135,11 @@ class DevicePages:
         if not torch.equal(slots, ((numbers * size)[:, None] + torch.arange(size)).flatten()):
             raise ValueError("KV slots that are not whole, aligned pages cannot be stored or restored")
         return self._existing(numbers)
+
+    def numbers_in(self, slots: torch.Tensor, lane: CopyLane) -> PageNumbers:
+        """What `page_numbers` finds, when it is first asked for and on the thread that asks: there it waits for a copy
+        on ``lane``, which the scheduler must not."""
+        return PageNumbers(self, slots, lane)
 
     def held_pages(self, slots: torch.Tensor) -> list[tuple[int, int]]:
         """Of ``slots``, which are pages of which some may be no longer held: the position and the number of each page

@@ -187,3 +187,14 @@ def test_tensors_of_another_layout_are_refused() -> None:
         DevicePages([(good, good), (good, torch.zeros(8, 2, 5))], 4)
     with pytest.raises(ValueError, match="layers of different page sizes"):
         DevicePages([(good, good), (good,)], 4)
+
+
+def test_page_numbers_are_looked_for_when_they_are_asked_for() -> None:
+    """By then the memory that they were given in may be another's."""
+    device = DevicePages(kv_tensors(), PAGE_SIZE)
+    slots = torch.arange(3 * PAGE_SIZE, 5 * PAGE_SIZE)
+    numbers, wrong = (device.numbers_in(given, device.inbound) for given in (slots, slots[1:]))
+    slots.fill_(0)
+    assert numbers[:].tolist() == [3, 4] and numbers[1:].tolist() == [4]
+    with pytest.raises(ValueError, match="whole, aligned pages"):
+        wrong[:]

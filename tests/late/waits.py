@@ -73,6 +73,9 @@ NOTICED_BY = {
         "gpu/test_cuda_transfer.py::test_a_copy_begins_after_the_events_that_it_was_told_of",
         "late/test_restore.py::test_what_an_earlier_forward_still_writes_does_not_overwrite_what_is_restored",
     ),
+    "engine_patch/transfer.py CopyLane.so_far: event.record": (
+        "late/test_pools.py::test_what_is_preloaded_is_there_when_it_has_landed",
+    ),
     "engine_patch/transfer.py CopyLane.fence: event.record": (
         "gpu/test_cuda_transfer.py::test_a_fence_is_waited_for_by_any_thread",
     ),
@@ -84,6 +87,9 @@ NOTICED_BY = {
     ),
     "engine_patch/transfer.py CopyLane.finish: wait": (
         "late/test_staging.py::test_what_is_verified_is_what_the_device_has",
+    ),
+    "engine_patch/transfer.py PageNumbers._found: self._lane.after": (
+        "late/test_pools.py::test_what_is_preloaded_is_there_when_it_has_landed",
     ),
 }
 

@@ -33,7 +33,7 @@ def taught(
 
 def computes(known: BreakEven, pages: int, cached: int = 0, rid: str = "") -> bool:
     rid = rid or f"{pages}-{cached}-{random.random()}"
-    return known.computes(rid, cached, pages * PAGE, pages * PAGE_BYTES)
+    return known.computes(rid, pages, known.word(cached, pages * PAGE, pages * PAGE_BYTES))
 
 
 def test_a_line_is_found_in_noise_and_is_less_sure_away_from_what_it_saw() -> None:

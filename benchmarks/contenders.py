@@ -191,7 +191,7 @@ class AgentStateStore(Contender):
     def read(self, device: DeviceMemory) -> None:
         with self._reader.open(self._store.pin(self._keys)) as stream:
             if self._straight:
-                stream.hurry(Destination(range(len(self._keys)), device.memory))
+                stream.hurry([Destination(range(len(self._keys)), device.memory)])
             for chunk in stream:
                 if chunk.wrong:
                     raise RuntimeError(f"pages {chunk.wrong} of {self.directory} are not what was written")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentstate.errors import BadExtent, UnknownFormat
-from agentstate.pages import ExtentDraft, ExtentHeader, Geometry, PageStore, reading
+from agentstate.pages import ExtentDraft, ExtentHeader, Geometry, PageStore, handles
 from agentstate.pages.extent import ALIGNMENT, FORMAT_VERSION, PREFIX, ExtentLayout, block_seed, checksum, page_seed
 from agentstate.pages.keys import PageKeys
 
@@ -229,7 +229,7 @@ def test_no_flipped_byte_yields_a_wrong_page(tmp_path: Path, monkeypatch: pytest
     (path,) = (tmp_path / "extents").iterdir()
     original = path.read_bytes()
     # The damage lies in the page cache, from where it is read: no disk has to be waited for.
-    monkeypatch.setattr(reading, "open_direct", lambda path, flags: os.open(path, flags))
+    monkeypatch.setattr(handles, "open_direct", lambda path, flags: os.open(path, flags))
     reader = reader_for(TINY, 32 << 10)
     outcomes = {"refused": 0, "found": 0, "harmless": 0}
     with path.open("r+b", buffering=0) as file, store.pin(pages) as pin:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -217,7 +218,7 @@ class AgentStateLinker(UnifiedCacheLinker):
 
     def quarantine_slots(self, slots: torch.Tensor) -> None:
         """Quarantine what a preload on some rank may still write to, like `quarantine`."""
-        self.quarantine(Finished(set(), numbers=(self._pools.page_numbers(slots),)))
+        self.quarantine(Finished(set(), numbers=(partial(self._pools.page_numbers, slots),)))
 
     def n_bytes(self, pages: int) -> int:
         """What restoring a prefix of so many pages reads, on one rank."""

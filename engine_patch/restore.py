@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -92,14 +92,14 @@ class Restored:
 
 
 class Finished(NamedTuple):
-    """The rids whose pages must not be used, and what was restored; None when that is nothing. ``numbers`` are the
-    batch's device pages, a tensor a pool; ``writing`` is whether the drive may still write to them: when they are
-    `addressable` and the batch was abandoned. ``unusable`` are the pages because of which requests failed, by rid:
+    """The rids whose pages must not be used, and what was restored; None when that is nothing. ``numbers`` find
+    the batch's device pages, a tensor a pool, for a quarantine; ``writing`` is whether the drive may still write to
+    them: when they are `addressable` and the batch was abandoned. ``unusable`` are the pages because of which requests failed, by rid:
     nothing for those that failed for another reason."""
 
     failed: set[str]
     restored: Restored | None = None
-    numbers: tuple[torch.Tensor, ...] = ()
+    numbers: tuple[Callable[[], torch.Tensor], ...] = ()
     writing: bool = False
     unusable: Unusable = {}
 
@@ -123,6 +123,10 @@ class _Batch:
     straight: int = 0
     # Held while pages are copied to the device: none are any more once the batch is abandoned and this was free.
     landing: threading.Lock = field(default_factory=threading.Lock)
+
+    def numbers(self) -> torch.Tensor:
+        """The device pages of all loads."""
+        return torch.cat([load.numbers[:] for load in self.loads])
 
 
 _Queue = queue.Queue[tuple[int, _Batch] | None]
@@ -284,12 +288,9 @@ class Restorer:
             )
             with batch.landing:
                 batch.lane.finish()
-        # An accelerator's pages are never written to by a drive, and may not be known yet after a batch that failed.
-        on_host = self._pages.device.type == "cpu"
-        numbers = torch.cat([load.numbers[:] for load in batch.loads if on_host] or [torch.empty(0, dtype=torch.int64)])
         unusable = {rid: frozenset(keys or ()) for rid, keys in batch.unusable.items()} if complete else {}
         writing = late and self._pages.addressable
-        return Finished(failed, batch.restored if complete else None, (numbers,), writing, unusable)
+        return Finished(failed, batch.restored if complete else None, (batch.numbers,), writing, unusable)
 
     def kept(self) -> dict[str, int]:
         return {

@@ -290,11 +290,11 @@ class StoredPools:
         """Whether a drive has not answered in time, and does not yet."""
         return any(pool.restorer.arrivals.stuck for pool in self._pools)
 
-    def quarantine(self, numbers: Sequence[torch.Tensor]) -> None:
-        """Quarantine those of these device pages, a tensor a pool, for which that works."""
+    def quarantine(self, numbers: Sequence[Callable[[], torch.Tensor]]) -> None:
+        """Quarantine those device pages, a tensor a pool, for which that works."""
         for pool, of_pool in zip(self._pools, numbers, strict=True):
             if pool.quarantine is not None:
-                pool.quarantine.add(of_pool)
+                pool.quarantine.add(of_pool())
 
     def release_quarantine(self) -> None:
         """End the quarantine of device pages."""

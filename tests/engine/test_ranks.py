@@ -63,7 +63,7 @@ class Rank:
         tensor.copy_(torch.minimum(tensor, torch.tensor(self.other, dtype=tensor.dtype)))
 
 
-NUMBERS = (torch.tensor([1, 2]),)
+NUMBERS = (lambda: torch.tensor([1, 2]),)
 
 
 @pytest.mark.parametrize(

@@ -647,7 +647,7 @@ def test_a_drive_that_does_not_answer_is_not_waited_for(rank: Rank, monkeypatch:
     found = restorer.finish(index)
     assert (found.failed, found.restored) == ({"a", "b"}, None)
     assert found.writing is rank.pages.addressable
-    assert [pages.tolist() for pages in found.numbers] == [[10, 11, 12, 13]]
+    assert [pages().tolist() for pages in found.numbers] == [[10, 11, 12, 13]]
     assert restorer.arrivals.stuck
     assert not restorer.landed(index)
     assert (restorer.stats.timed_out, restorer.stats.requests_failed) == (1, 2)

@@ -237,7 +237,7 @@ def test_what_a_node_has_in_each_pool_is_stored_and_comes_back(
     found = pools.finish(index)
     restored = found.restored
     assert (found.failed, found.writing) == (set(), False)
-    assert [numbers.tolist() for numbers in found.numbers] == [[10, 11, 12], [1, 2], [7]]
+    assert [numbers().tolist() for numbers in found.numbers] == [[10, 11, 12], [1, 2], [7]]
     # Of all pools, once; its pages are those of full attention.
     assert restored is not None
     assert {rid: share.pages for rid, share in restored.requests.items()} == {"r": 3}

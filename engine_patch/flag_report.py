@@ -9,7 +9,7 @@ import contextlib
 import io
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -84,19 +84,11 @@ def document() -> str:
             "",
             "These have no effect on KV, by reading SGLang:",
             "",
-            *(
-                line
-                for group, names in flags.NO_EFFECT.items()
-                for line in [f"- {group}:", *("  " + line for line in _listed(names.split()))]
-            ),
+            *_grouped(flags.NO_EFFECT),
             "",
             "These do nothing without a flag that is refused:",
             "",
-            *(
-                line
-                for owner, names in flags.INERT.items()
-                for line in [f"- `{flags.spelling(owner)}`:", *("  " + line for line in _listed(names.split()))]
-            ),
+            *_grouped({f"`{flags.spelling(owner)}`": names for owner, names in flags.INERT.items()}),
             "",
             "## Refused",
             "",
@@ -132,6 +124,13 @@ def document() -> str:
 
 def _values(values: Iterable[object]) -> str:
     return ", ".join(f"`{value}`" for value in sorted(map(str, values)))
+
+
+def _grouped(groups: Mapping[str, str]) -> Iterator[str]:
+    """A list of groups, with the names that are in each."""
+    for group, names in groups.items():
+        yield f"- {group}:"
+        yield from ("  " + line for line in _listed(names.split()))
 
 
 def _listed(fields: Iterable[str]) -> list[str]:

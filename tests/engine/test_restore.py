@@ -172,8 +172,8 @@ def test_a_page_that_one_fork_lacks_fails_it_alone(rank: Rank, restorer: Restore
     assert are_restored(rank, [0, 1, 2, 3], [20, 21, 22, 23])
 
 
-def test_forks_that_are_abandoned_are_not_written_to_any_more(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
-    rank.write(keys(0, 1, 2, 3))
+def restorer_of_a_drive_that_hangs(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> tuple[Restorer, threading.Event]:
+    """Reads of pages wait until the event is set."""
     answers, real = threading.Event(), os.preadv
 
     def hangs(fd: int, buffers: list[object], offset: int) -> int:
@@ -183,6 +183,12 @@ def test_forks_that_are_abandoned_are_not_written_to_any_more(rank: Rank, monkey
 
     restorer = Restorer(rank.store, rank.pages, reader_for(rank.store.geometry, 1), timeout_s=0.05)
     monkeypatch.setattr(os, "preadv", hangs)
+    return restorer, answers
+
+
+def test_forks_that_are_abandoned_are_not_written_to_any_more(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank.write(keys(0, 1, 2, 3))
+    restorer, answers = restorer_of_a_drive_that_hangs(rank, monkeypatch)
     queue(restorer, "a", [0, 1, 2], [10, 11, 12])
     queue(restorer, "b", [0, 1, 2, 3], [20, 21, 22, 23])
     found = restorer.finish(restorer.start())
@@ -631,16 +637,7 @@ def test_what_a_drive_does_not_give_back_is_dropped_the_second_time(
 
 def test_a_drive_that_does_not_answer_is_not_waited_for(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     rank.write(keys(0, 1, 2, 3))
-    answers = threading.Event()
-    real = os.preadv
-
-    def hangs(fd: int, buffers: list[object], offset: int) -> int:
-        if offset:  # headers are read
-            assert answers.wait(30)
-        return real(fd, buffers, offset)
-
-    restorer = Restorer(rank.store, rank.pages, reader_for(rank.store.geometry, 1), timeout_s=0.05)
-    monkeypatch.setattr(os, "preadv", hangs)
+    restorer, answers = restorer_of_a_drive_that_hangs(rank, monkeypatch)
     queue(restorer, "a", [0, 1], [10, 11])
     queue(restorer, "b", [2, 3], [12, 13])
     index = restorer.start()

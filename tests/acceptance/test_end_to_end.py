@@ -268,13 +268,19 @@ def test_what_an_engine_does_is_in_its_metrics_and_its_log(stack: LocalStack, ge
         samples = (line.rpartition(" ") for line in lines if line.startswith("agentstate:"))
         return {name.partition("{")[0]: float(value) for name, _, value in samples}
 
-    while (samples := told()).get("agentstate:restores_total") != restored["restores"]:
+    expected = {
+        "agentstate:restores_total": restored["restores"],
+        "agentstate:restored_pages_total": restored["pages_restored"],
+        "agentstate:restore_duration_seconds_count": restored["restores"],
+        "agentstate:restore_duration_seconds_sum": pytest.approx(restored["seconds"]),
+        "agentstate:restore_bytes_per_second_count": restored["restores"],
+        "agentstate:layer_wait_seconds_count": 30 * restored["restores"],
+    }
+    # A scrape may fall between two samples of one restore.
+    deadline = time.monotonic() + 60
+    while {name: (samples := told()).get(name) for name in expected} != expected and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert samples["agentstate:restored_pages_total"] == restored["pages_restored"]
-    assert samples["agentstate:restore_duration_seconds_count"] == restored["restores"]
-    assert samples["agentstate:restore_duration_seconds_sum"] == pytest.approx(restored["seconds"])
-    assert samples["agentstate:restore_bytes_per_second_count"] == restored["restores"]
-    assert samples["agentstate:layer_wait_seconds_count"] == 30 * restored["restores"]
+    assert {name: samples.get(name) for name in expected} == expected
     assert samples["agentstate:spilled_bytes_total"] > 0
     log = (stack.home / "engine.log").read_text()
     line = rf"restored {7 * PAGE} tokens for \w+, [\d.]+ MB in [\d.]+ ms \([\d.]+ GB/s\), source cold\n"

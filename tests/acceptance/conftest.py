@@ -20,10 +20,12 @@ from agentstate.settings import Settings
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever waits for an engine is stopped when it hangs, not when the machine is slow."""
+    """Whoever waits for an engine is stopped when it hangs, not when the machine is slow. Tests of the engine that many
+    of them share come last: an idle engine keeps a core busy."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.timeout(1800))
+    items.sort(key=lambda item: "stack" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")

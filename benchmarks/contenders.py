@@ -195,7 +195,7 @@ class AgentStateStore(Contender):
             for chunk in stream:
                 if chunk.wrong:
                     raise RuntimeError(f"pages {chunk.wrong} of {self.directory} are not what was written")
-                for segment, _, arrays in chunk.parts:
+                for segment, arrays in chunk.parts:
                     for component, array in enumerate(arrays):
                         device.scatter(chunk.layer, component, segment.first, array)
 

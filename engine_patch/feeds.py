@@ -162,7 +162,7 @@ class Feed:
 
     def rows(self, portion: Portion, chunk: Chunk) -> Iterator[tuple[range, list[np.ndarray | torch.Tensor]]]:
         """What of a chunk has to be copied for a portion: pages of the stream, and their rows of each component."""
-        for segment, _, arrays in chunk.parts:
+        for segment, arrays in chunk.parts:
             pages = intersection(portion.pages, range(segment.first, segment.first + segment.pages))
             if pages:
                 own = slice(pages.start - segment.first, pages.stop - segment.first)

@@ -21,11 +21,11 @@ from __future__ import annotations
 import mmap
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -69,7 +69,7 @@ class Geometry:
         """Bytes of one page in all layers."""
         return self.layers * self.layer_bytes
 
-    @property
+    @cached_property
     def block_pages(self) -> int:
         """How many pages a block has: as many as 1 MiB of the smallest component takes."""
         return -(-_BLOCK_BYTES // min(self.component_bytes))
@@ -111,6 +111,14 @@ def block_seed(fingerprint: bytes, keys: Sequence[bytes]) -> int:
     return page_seed(fingerprint, PageKeys.of(keys).packed)
 
 
+class Range(NamedTuple):
+    """Bytes ``[start, end)`` of a slab, and in them the offset in the slab and the length of each component."""
+
+    start: int
+    end: int
+    components: list[tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class ExtentLayout:
     """Where everything lies in an extent of ``pages`` pages: it follows from their number and geometry alone."""
@@ -131,11 +139,38 @@ class ExtentLayout:
     def file_bytes(self) -> int:
         return self.data_offset + self.geometry.layers * self.slab_bytes
 
+    def layer_offset(self, layer: int) -> int:
+        """Where a layer's slab starts in the file: a multiple of 4 KiB."""
+        return self.data_offset + layer * self.slab_bytes
+
     def component_range(self, layer: int, component: int, slot: int, count: int) -> tuple[int, int]:
         """Offset in the file and length, in bytes, of ``count`` pages from ``slot`` on."""
+        offset, length = self._in_slab(component, slot, count)
+        return self.layer_offset(layer) + offset, length
+
+    def ranges(self, slot: int, count: int) -> list[Range]:
+        """Which ranges of every layer's slab ``count`` pages from ``slot`` on are; adjacent components are one."""
+        found = self._ranges.get((slot, count))
+        if found is None:
+            members: list[tuple[int, int]] = []
+            found = []
+            for component in range(len(self.geometry.component_bytes)):
+                offset, length = self._in_slab(component, slot, count)
+                if members and sum(members[-1]) != offset:
+                    found.append(Range(members[0][0], sum(members[-1]), members))
+                    members = []
+                members.append((offset, length))
+            found.append(Range(members[0][0], sum(members[-1]), members))
+            self._ranges[slot, count] = found
+        return found
+
+    @cached_property
+    def _ranges(self) -> dict[tuple[int, int], list[Range]]:
+        return {}
+
+    def _in_slab(self, component: int, slot: int, count: int) -> tuple[int, int]:
         sizes = self.geometry.component_bytes
-        start = self.data_offset + layer * self.slab_bytes + self.pages * sum(sizes[:component])
-        return start + slot * sizes[component], count * sizes[component]
+        return self.pages * sum(sizes[:component]) + slot * sizes[component], count * sizes[component]
 
 
 @lru_cache(maxsize=1024)
@@ -200,28 +235,30 @@ class ExtentHeader:
             parts = [[rows[block.start : block.stop]] for rows in components]
             self.block_checksums[layer, number] = checksum(seed, layer, parts)
 
-    def wrong_slots(self, layer: int, slot: int, components: Sequence[Sequence[Any]]) -> Iterator[int]:
+    def wrong_slots(self, layer: int, slot: int, components: Sequence[Sequence[Any]]) -> list[int]:
         """Of the pages from ``slot`` on whose bytes in ``layer`` are said to be ``components``, those that are not what
         was written, as slots; so are slots that the extent has not.
 
         Of each component there are arrays of shape (pages, component bytes), which follow each other.
         """
+        wrong: list[int] = []
         pages, size = len(self.keys), self.geometry.block_pages
         rows = [_Rows(arrays) for arrays in components]
-        block_seeds, block_sums = self._block_seeds, self._block_sums[layer]
+        seeds, sums = self._block_seeds, self._block_sums[layer]
         at, end = slot, slot + len(rows[0])
         while at < end:
             block, last = at // size, min((at // size + 1) * size, pages)
             if at % size == 0 and at < last <= end:
                 parts = [of_component.part(at - slot, last - slot) for of_component in rows]
-                if checksum(block_seeds[block], layer, parts) == block_sums[block]:
+                if checksum(seeds[block], layer, parts) == sums[block]:
                     at = last
                     continue
             # Part of a block, or one in which not every page is right.
             parts = [of_component.part(at - slot, at - slot + 1) for of_component in rows]
             if at >= pages or checksum(self._page_seeds[at], layer, parts) != int(self.checksums[layer, at]):
-                yield at
+                wrong.append(at)
             at += 1
+        return wrong
 
     def packed(self) -> bytes:
         """The header's msgpack map."""
@@ -330,24 +367,31 @@ def _each(rows: np.ndarray) -> Iterable[Any]:
 class _Rows:
     """Rows of arrays that follow each other."""
 
+    __slots__ = ("_arrays", "_length", "_starts")
+
     def __init__(self, arrays: Sequence[Any]):
         self._arrays = arrays
-        self._starts = [0] if len(arrays) == 1 else list(accumulate((len(array) for array in arrays), initial=0))[:-1]
+        if len(arrays) == 1:
+            self._starts, self._length = [0], len(arrays[0])
+        else:
+            *self._starts, self._length = accumulate((len(array) for array in arrays), initial=0)
 
     def __len__(self) -> int:
-        return self._starts[-1] + len(self._arrays[-1]) if self._arrays else 0
+        return self._length
 
-    def part(self, first: int, last: int) -> list[Any]:
+    def part(self, first: int, last: int) -> Sequence[Any]:
         """The arrays of the rows from ``first`` to before ``last``."""
-        starts = self._starts
-        if len(starts) == 1:
-            return [self._arrays[0][first:last]]
+        starts, arrays = self._starts, self._arrays
+        if first == 0 and last == self._length:
+            return arrays
+        if len(arrays) == 1:
+            return (arrays[0][first:last],)
         i, end = bisect_right(starts, first) - 1, bisect_left(starts, last)
-        if starts[i] == first and (last == len(self) if end == len(starts) else starts[end] == last):
-            return list(self._arrays[i:end])
+        if starts[i] == first and (last == self._length if end == len(starts) else starts[end] == last):
+            return arrays[i:end]
         found = []
         while i < len(starts) and starts[i] < last:
-            array = self._arrays[i]
+            array = arrays[i]
             found.append(array[max(0, first - starts[i]) : last - starts[i]])
             i += 1
         return found

@@ -9,8 +9,8 @@ import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,7 +62,10 @@ class Handles:
         """A stream is going to read ``extents``, each of which is named once."""
         with self._mutex:
             for extent in extents:
-                self._entries.setdefault(extent.path, _Entry()).streams += 1
+                entry = self._entries.get(extent.path)
+                if entry is None:
+                    entry = self._entries[extent.path] = _Entry(self, extent)
+                entry.streams += 1
 
     @property
     def kept(self) -> int:
@@ -78,54 +81,45 @@ class Handles:
                 entry.streams -= 1
                 if not entry.streams:
                     del self._entries[extent.path]
-                    closing += self._forget(extent, entry)
+                    closing += self._forget(entry)
         for handle in closing:
             handle.close()
 
-    @contextmanager
-    def reading(self, extent: StoredExtent) -> Iterator[Handle]:
+    def reading(self, extent: StoredExtent) -> AbstractContextManager[Handle]:
         """The extent, open until the end. Raises BadExtent when it is gone or its header is damaged or of another
         layout, and OSError when it could not be opened this time."""
-        with self._mutex:
-            entry = self._entries[extent.path]
-            entry.readers += 1
-        try:
-            with entry.opening:
-                if entry.handle is None:
-                    self._enter_open(extent, entry, patiently(lambda: self._opened(extent, entry), self._close_idle))
-                handle = entry.handle
-            assert handle is not None
-            with self._mutex:
-                self._open.move_to_end(extent.path)
-                if extent.path in self._headers:
-                    self._headers.move_to_end(extent.path)
-            yield handle
-        finally:
-            with self._mutex:
-                entry.readers -= 1
+        return self._entries[extent.path]
 
-    def _opened(self, extent: StoredExtent, entry: _Entry) -> Handle:
+    def _open_now(self, entry: _Entry) -> Handle:
+        """The handle of an entry that has a reader, opened if need be."""
+        with entry.opening:
+            if entry.handle is None:
+                self._enter_open(entry, patiently(lambda: self._opened(entry), self._close_idle))
+            handle = entry.handle
+        assert handle is not None
+        return handle
+
+    def _opened(self, entry: _Entry) -> Handle:
         with self._mutex:
             closing = self._idle(len(self._open) - self._most + 1)
         for handle in closing:
             handle.close()
-        return Handle(extent, self._backend, entry.header)
+        return Handle(entry.extent, self._backend, entry.header)
 
-    def _enter_open(self, extent: StoredExtent, entry: _Entry, handle: Handle) -> None:
+    def _enter_open(self, entry: _Entry, handle: Handle) -> None:
         closing = []
         with self._mutex:
-            self._open[extent.path] = entry
+            self._open[entry.path] = entry
             entry.handle = handle
             if entry.header is None:
                 entry.header = handle.header
-                self._headers[extent.path] = entry
-                self._kept_bytes += _bytes_of(extent.layout)
-            for path, kept in list(self._headers.items()):
-                if self._kept_bytes <= self._header_bytes:
-                    break
-                if not kept.readers:
-                    self._forget_header(path)
-                    closing += [self._taken_out(path)] if kept.handle is not None else []
+                self._headers[entry.path] = entry
+                self._kept_bytes += _bytes_of(entry.extent.layout)
+            if self._kept_bytes > self._header_bytes:
+                for kept in [entry for entry in self._headers.values() if not entry.readers]:
+                    closing += self._forget(kept)
+                    if self._kept_bytes <= self._header_bytes:
+                        break
         for closed in closing:
             closed.close()
 
@@ -137,36 +131,58 @@ class Handles:
 
     def _idle(self, count: int) -> list[Handle]:
         """Take out up to ``count`` of those that are open and not being read."""
-        idle = [path for path, entry in self._open.items() if not entry.readers] if count > 0 else []
-        return [self._taken_out(path) for path in idle[:count]]
+        idle = [entry for entry in self._open.values() if not entry.readers] if count > 0 else []
+        return [self._taken_out(entry) for entry in idle[:count]]
 
-    def _taken_out(self, path: Path) -> Handle:
-        entry = self._open.pop(path)
+    def _taken_out(self, entry: _Entry) -> Handle:
+        del self._open[entry.path]
         handle, entry.handle = entry.handle, None
         assert handle is not None
         return handle
 
-    def _forget(self, extent: StoredExtent, entry: _Entry) -> list[Handle]:
-        if extent.path in self._headers:
-            self._forget_header(extent.path)
-        return [self._taken_out(extent.path)] if entry.handle is not None else []
-
-    def _forget_header(self, path: Path) -> None:
-        entry = self._headers.pop(path)
-        assert entry.header is not None
-        self._kept_bytes -= _bytes_of(entry.header.layout)
-        entry.header = None
+    def _forget(self, entry: _Entry) -> list[Handle]:
+        """Keep neither the header nor the file: the handle to close, if there is one."""
+        if entry.header is not None:
+            del self._headers[entry.path]
+            self._kept_bytes -= _bytes_of(entry.header.layout)
+            entry.header = None
+        return [self._taken_out(entry)] if entry.handle is not None else []
 
 
 class _Entry:
-    """An extent that ``streams`` streams need and that ``readers`` threads read just now."""
+    """An extent that ``streams`` streams need and that ``readers`` threads read just now: each of them within it, as
+    a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, handles: Handles, extent: StoredExtent):
+        self.extent = extent
+        self.path = extent.path
         self.streams = 0
         self.readers = 0
         self.opening = threading.Lock()
         self.handle: Handle | None = None
         self.header: ExtentHeader | None = None
+        self._handles = handles
+
+    def __enter__(self) -> Handle:
+        handles = self._handles
+        with handles._mutex:
+            self.readers += 1
+            handle = self.handle
+            if handle is not None:
+                handles._open.move_to_end(self.path)
+                return handle
+        try:
+            return handles._open_now(self)
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        with self._handles._mutex:
+            self.readers -= 1
 
 
 class Handle:
@@ -201,15 +217,17 @@ class Handle:
         component, the next free position, and the bytes that were read. Raises OSError, and BadExtent when the file is
         too short."""
         arrays, n_bytes = [], 0
-        for start, end, members in _coalesced(_spans(segment, layer)):
+        extent, slot, pages, _ = segment
+        offset = extent.layout.layer_offset(layer)
+        for start, end, members in extent.layout.ranges(slot, pages):
             skew = start % ALIGNMENT
             wanted = align(skew + end - start)
-            got = self._file.read(buffer[position : position + wanted], start - skew)
-            self._require(got, skew + end - start, end)
+            got = self._file.read(buffer[position : position + wanted], offset + start - skew)
+            self._require(got, skew + end - start, offset + end)
             n_bytes += got
-            for offset, length in members:
-                first = position + skew + offset - start
-                arrays.append(buffer[first : first + length].reshape(segment.pages, -1))
+            for begin, length in members:
+                first = position + skew + begin - start
+                arrays.append(buffer[first : first + length].reshape(pages, length // pages))
             position += wanted
         return arrays, position, n_bytes
 
@@ -217,7 +235,9 @@ class Handle:
         """Read one layer of a segment to where its components are to be, in arrays that follow each other: the number
         of bytes. Raises OSError, BadExtent when the file is too short, and ValueError for arrays of another size."""
         n_bytes, arrays_of = 0, iter(components)
-        for start, end, members in _coalesced(_spans(segment, layer)):
+        offset = segment.extent.layout.layer_offset(layer)
+        for begin, end, members in segment.extent.layout.ranges(segment.slot, segment.pages):
+            start, end = offset + begin, offset + end
             into = [array for _ in members for array in next(arrays_of)]
             for i in range(0, len(into), _MOST_ARRAYS):
                 some = into[i : i + _MOST_ARRAYS]
@@ -268,21 +288,3 @@ def is_of_drive(error: OSError) -> bool:
 def _bytes_of(layout: ExtentLayout) -> int:
     # Beside the file's bytes of it, an object a key and a number a seed.
     return layout.data_offset + 150 * layout.pages
-
-
-def _spans(segment: Segment, layer: int) -> list[tuple[int, int]]:
-    """Where the components of a segment are in one layer: offsets and lengths."""
-    layout = segment.extent.layout
-    components = range(len(layout.geometry.component_bytes))
-    return [layout.component_range(layer, component, segment.slot, segment.pages) for component in components]
-
-
-def _coalesced(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Adjacent (offset, length) spans as one range each: start, end, and the spans in it."""
-    members: list[tuple[int, int]] = []
-    for offset, length in spans:
-        if members and sum(members[-1]) != offset:
-            yield members[0][0], sum(members[-1]), members
-            members = []
-        members.append((offset, length))
-    yield members[0][0], sum(members[-1]), members

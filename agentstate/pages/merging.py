@@ -69,7 +69,7 @@ def _rewrite(
         for chunk in stream:
             wrong.update(chunk.wrong)
             unread |= bool(chunk.unread)
-            for segment, _, arrays in chunk.parts:
+            for segment, arrays in chunk.parts:
                 for component, rows in enumerate(arrays):
                     draft.component(chunk.layer, component)[segment.first : segment.first + segment.pages] = rows
         usable = not wrong and not unread

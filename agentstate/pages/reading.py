@@ -22,7 +22,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
@@ -59,10 +58,9 @@ class Urgency(IntEnum):
 
 class Part(NamedTuple):
     """What was read of one segment in one layer: one uint8 array of shape (pages, component bytes) a component, in
-    the memory that the backend reads into, and the header of its extent, which says what they should be."""
+    the memory that the backend reads into."""
 
     segment: Segment
-    header: ExtentHeader
     arrays: list[Buffer]
 
 
@@ -304,6 +302,8 @@ class Stream:
         self._reading_begun = threading.Condition(reader._lock)
         self._extents = list({segment.extent.path: segment.extent for segment in pin.segments}.values())
         reader._handles.enter(self._extents)
+        # Of runs of its pages, by their first one and their number, the header in which they were found.
+        self._looked_up: dict[tuple[int, int], ExtentHeader] = {}
         self._taken = 0
         self._total = len(first) + len(others) * (reader.geometry.layers - 1)
 
@@ -373,55 +373,60 @@ class Stream:
     ) -> Chunk:
         if free_after is not None:
             free_after()
-        position, wanted = 0, self._wanted
-        for segment in run if wanted is None else _within(run, wanted):
-            with self._reported(chunk, segment), self._reader._handles.reading(segment.extent) as handle:
-                arrays, position, n_bytes = patiently(partial(handle.read, segment, chunk.layer, buffer, position))
-                chunk.n_bytes += n_bytes
-                on_host = self._reader._backend.on_host(arrays)
-                self._verify(chunk, segment, handle.header, [[array] for array in on_host])
-                chunk.parts.append(Part(segment, handle.header, arrays))
+        position, handles = 0, self._reader._handles
+        for segment in run if self._wanted is None else _within(run, self._wanted):
+            try:
+                with handles.reading(segment.extent) as handle:
+                    arrays, position, n_bytes = patiently(partial(handle.read, segment, chunk.layer, buffer, position))
+                    chunk.n_bytes += n_bytes
+                    on_host = self._reader._backend.on_host(arrays)
+                    self._verify(chunk, segment, handle.header, [[array] for array in on_host])
+                    chunk.parts.append(Part(segment, arrays))
+            except (BadExtent, OSError) as error:
+                _report(chunk, segment, error)
         return chunk
 
     def _read_to(self, destinations: Sequence[Destination], chunk: Chunk, run: tuple[Segment, ...]) -> Chunk:
+        handles = self._reader._handles
         for destination in destinations:
-            for own in _within(run, [destination.pages]):
-                rows = destination.rows(chunk.layer, range(own.first, own.first + own.pages))
-                with self._reported(chunk, own), self._reader._handles.reading(own.extent) as handle:
-                    chunk.n_bytes += patiently(partial(handle.read_to, rows, own, chunk.layer))
-                    self._verify(chunk, own, handle.header, rows)
+            for segment in _within(run, [destination.pages]):
+                rows = destination.rows(chunk.layer, range(segment.first, segment.first + segment.pages))
+                try:
+                    with handles.reading(segment.extent) as handle:
+                        chunk.n_bytes += patiently(partial(handle.read_to, rows, segment, chunk.layer))
+                        self._verify(chunk, segment, handle.header, rows)
+                except (BadExtent, OSError) as error:
+                    _report(chunk, segment, error)
         return chunk
-
-    @contextmanager
-    def _reported(self, chunk: Chunk, segment: Segment) -> Iterator[None]:
-        """What goes wrong with a segment is said in its chunk."""
-        try:
-            yield
-        except BadExtent as error:
-            chunk.wrong |= dict.fromkeys(range(segment.first, segment.first + segment.pages), str(error))
-        except OSError as error:
-            chunk.unread.append((segment, error))
 
     def _verify(
         self, chunk: Chunk, segment: Segment, header: ExtentHeader, components: Sequence[Sequence[Buffer]]
     ) -> None:
-        wrong = self._wrong_pages(chunk.layer, segment, header, components)
-        chunk.wrong |= dict.fromkeys(wrong, "its bytes are not those that were written")
+        """Enter in ``chunk`` the pages of ``segment`` whose bytes are not those that were written for them."""
+        wrong = {
+            segment.first + slot - segment.slot for slot in header.wrong_slots(chunk.layer, segment.slot, components)
+        }
+        if not self._has(segment, header):
+            # Where they lie is the index's word, which may be wrong.
+            written = header.keys[segment.slot : segment.slot + segment.pages]
+            if header.fingerprint != self.pin.fingerprint:
+                written = PageKeys()
+            for i, key in enumerate(self.pin.keys[segment.first : segment.first + segment.pages]):
+                if i >= len(written) or written[i] != key:
+                    wrong.add(segment.first + i)
+        if wrong:
+            chunk.wrong |= dict.fromkeys(sorted(wrong), "its bytes are not those that were written")
 
-    def _wrong_pages(
-        self, layer: int, segment: Segment, header: ExtentHeader, components: Sequence[Sequence[Buffer]]
-    ) -> Iterator[int]:
-        """The pages of a segment whose bytes in ``layer`` are not those that were written for them."""
-        wanted = self.pin.keys[segment.first : segment.first + segment.pages]
-        # Where they lie is the index's word, which may be wrong.
-        written = header.keys[segment.slot : segment.slot + segment.pages]
-        if header.fingerprint != self.pin.fingerprint:
-            written = PageKeys()
-        wrong = set(header.wrong_slots(layer, segment.slot, components))
-        if wrong or wanted != written:
-            for i, key in enumerate(wanted):
-                if segment.slot + i in wrong or i >= len(written) or written[i] != key:
-                    yield segment.first + i
+    def _has(self, segment: Segment, header: ExtentHeader) -> bool:
+        """Whether an extent has the pages of ``segment`` where it should have them. It is looked up for one layer."""
+        extent, slot, pages, first = segment
+        if self._looked_up.get((first, pages)) is not header:
+            if header.fingerprint != self.pin.fingerprint:
+                return False
+            if header.keys[slot : slot + pages] != self.pin.keys[first : first + pages]:
+                return False
+            self._looked_up[first, pages] = header
+        return True
 
     def hurry(
         self,
@@ -516,12 +521,24 @@ class Stream:
         self.close()
 
 
+def _report(chunk: Chunk, segment: Segment, error: BadExtent | OSError) -> None:
+    """Enter in ``chunk`` that a segment could not be read."""
+    if isinstance(error, OSError):
+        chunk.unread.append((segment, error))
+    else:
+        chunk.wrong |= dict.fromkeys(range(segment.first, segment.first + segment.pages), str(error))
+
+
 def _within(run: Sequence[Segment], ranges: Sequence[range]) -> Iterator[Segment]:
     """What of the segments of a run is in any of ``ranges``, in the order of the run, and no page twice."""
+    ordered = sorted(ranges, key=lambda pages: pages.start)
     for segment in run:
         at, end = segment.first, segment.first + segment.pages
-        for pages in sorted(ranges, key=lambda pages: pages.start):
+        for pages in ordered:
             first, last = max(at, pages.start), min(end, pages.stop)
+            if last - first == segment.pages:
+                yield segment
+                break
             if first < last:
                 yield segment._replace(slot=segment.slot + first - segment.first, pages=last - first, first=first)
                 at = last

@@ -71,7 +71,7 @@ def test_what_is_not_is_copied_there_and_put_in_its_slots_from_where_it_is(tmp_p
         for chunk in stream:
             assert all(isinstance(array, torch.Tensor) for part in chunk.parts for array in part.arrays)
             wrong |= {(chunk.layer, page) for page in chunk.wrong}
-            for segment, _, arrays in chunk.parts:
+            for segment, arrays in chunk.parts:
                 pages.scatter(chunk.layer, torch.arange(segment.first, segment.first + segment.pages), arrays)
     assert wrong == {(2, 1)}
     restored = [page_of(tensors, number) for number in range(4)]

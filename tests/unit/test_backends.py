@@ -150,7 +150,7 @@ def test_a_buffer_is_not_overwritten_before_its_consumer_allows_it(store: PageSt
 
     def looking(chunk: Chunk) -> Callable[[], None]:
         def look() -> None:
-            for segment, _, arrays in chunk.parts:
+            for segment, arrays in chunk.parts:
                 for i in range(segment.pages):
                     found = [array[i].tobytes() for array in arrays]
                     looked.append(found == right[0, chunk.layer, segment.first + i])

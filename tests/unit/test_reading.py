@@ -206,7 +206,7 @@ def test_what_has_a_destination_is_read_there(store: PageStore, own: range, chun
         for layer in range(WIDE.layers):
             for chunk in stream.layer(layer):
                 assert chunk.unusable() == set()
-                for segment, _, arrays in chunk.parts:
+                for segment, arrays in chunk.parts:
                     staged += segment.pages
                     for i, page in enumerate(range(segment.first, segment.first + segment.pages)):
                         for component in range(2):
@@ -231,7 +231,7 @@ def test_what_the_consumer_does_not_want_is_not_read(store: PageStore) -> None:
             (chunk.layer, page, arrays[1][page - segment.first].tobytes())
             for layer in range(WIDE.layers)
             for chunk in stream.layer(layer)
-            for segment, _, arrays in chunk.parts
+            for segment, arrays in chunk.parts
             for page in range(segment.first, segment.first + segment.pages)
         ]
     # One page was there before, in the only buffer that is not kept back.

@@ -76,7 +76,7 @@ def read(reader: LayerwiseReader, pins: Sequence[Pin]) -> dict[tuple[int, int, i
                 unusable = chunk.unusable()
                 for page in range(chunk.first, chunk.first + chunk.count):
                     found[number, layer, page] = None
-                for segment, _, arrays in chunk.parts:
+                for segment, arrays in chunk.parts:
                     for i, page in enumerate(range(segment.first, segment.first + segment.pages)):
                         if page not in unusable:
                             found[number, layer, page] = [array[i].tobytes() for array in arrays]

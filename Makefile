@@ -15,6 +15,8 @@ ENGINE_SET_UP := .venv/engine/complete
 ADAPTERS_SET_UP := .venv/adapters/complete
 RUN := AGENTSTATE_ENGINE_PYTHON=$(CURDIR)/$(ENGINE) AGENTSTATE_CACHE_DIR=$(CACHE) OMP_WAIT_POLICY=passive
 PYTEST := -m pytest --durations=5
+# A process a core, each with databases, engines and caches of its own.
+PARALLEL := -n auto --dist loadgroup
 
 .PHONY: help demo test test-service test-adapters test-engine test-late test-gpu lint setup clean
 
@@ -34,20 +36,20 @@ demo: $(SERVICE_SET_UP) $(ENGINE_SET_UP)
 test: lint test-service test-adapters test-engine
 
 test-service: $(SERVICE_SET_UP)
-	$(SERVICE) $(PYTEST) tests/unit tests/integration tests/migration tests/faults
+	$(SERVICE) $(PYTEST) $(PARALLEL) tests/unit tests/integration tests/migration tests/faults
 
 test-adapters: $(ADAPTERS_SET_UP)
 	$(ADAPTERS) -m mypy
-	$(ADAPTERS) $(PYTEST) tests/adapters
+	$(ADAPTERS) $(PYTEST) $(PARALLEL) tests/adapters
 
 test-engine: setup model
-	$(RUN) $(ENGINE) $(PYTEST) --disable-warnings tests/engine tests/gpu tests/late
-	$(RUN) $(ADAPTERS) $(PYTEST) tests/acceptance
+	$(RUN) $(ENGINE) $(PYTEST) $(PARALLEL) --disable-warnings tests/engine tests/gpu tests/late
+	$(RUN) $(ADAPTERS) $(PYTEST) $(PARALLEL) tests/acceptance
 
 # Every policy, many seeds, and for every wait each of the tests that are named for it.
 POLICIES ?= late,eager,$(shell seq -s, -f random:%.0f 1 20)
 test-late: $(ENGINE_SET_UP)
-	$(RUN) $(ENGINE) $(PYTEST) --disable-warnings tests/gpu tests/late --late-policies $(POLICIES) --late-thorough
+	$(RUN) $(ENGINE) $(PYTEST) $(PARALLEL) --disable-warnings tests/gpu tests/late --late-policies $(POLICIES) --late-thorough
 
 test-gpu:
 	$(PYTHON) $(PYTEST) tests/gpu

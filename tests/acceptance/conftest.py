@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from agentstate.settings import Settings
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever waits for an engine is stopped when it hangs, not when the machine is slow. Tests of the engine that many
-    of them share come last: an idle engine keeps a core busy."""
+    """Whoever waits for an engine is stopped when it hangs, not when the machine is slow. Tests that share an engine
+    run in one process, one after the other."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.timeout(1800))
-    items.sort(key=lambda item: "stack" in getattr(item, "fixturenames", ()))
+            shared = "shared_stack" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("stack" if shared else item.path.stem))
 
 
 @pytest.fixture(scope="session")
@@ -90,13 +91,48 @@ def smollm2() -> Path:
     return checkpoint
 
 
+class SharedStack:
+    """The stack of all tests that take ``stack``, started for the first of them."""
+
+    def __init__(self, make: Callable[[], LocalStack]):
+        self._make = make
+        self._running: LocalStack | None = None
+
+    def get(self) -> LocalStack:
+        if self._running is None:
+            self._running = self._make()
+            self._running.start_service()
+            # Chunks are small, so that restores also meet chunked prefills.
+            self._running.start_engine(*EXACT, "--chunked-prefill-size", "512", "--enable-metrics")
+        return self._running
+
+    def close(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, smollm2: Path) -> Iterator[LocalStack]:
-    with closing(make_stack(tmp_path_factory.mktemp("stack"), smollm2)) as stack:
-        stack.start_service()
-        # Chunks are small, so that restores also meet chunked prefills.
-        stack.start_engine(*EXACT, "--chunked-prefill-size", "512", "--enable-metrics")
-        yield stack
+def shared_stack(
+    tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, request: pytest.FixtureRequest
+) -> Iterator[SharedStack]:
+    def make() -> LocalStack:
+        return make_stack(tmp_path_factory.mktemp("stack"), request.getfixturevalue("smollm2"))
+
+    with closing(SharedStack(make)) as shared:
+        yield shared
+
+
+@pytest.fixture(autouse=True)
+def ended_when_others_run(request: pytest.FixtureRequest) -> None:
+    """An idle engine keeps a core busy."""
+    if "shared_stack" not in request.fixturenames:
+        request.getfixturevalue("shared_stack").close()
+
+
+@pytest.fixture
+def stack(shared_stack: SharedStack) -> LocalStack:
+    return shared_stack.get()
 
 
 @pytest.fixture

@@ -70,6 +70,17 @@ def counted() -> Counter[str]:
     return totals
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # One of several processes: the first one sums up.
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["faults"] = dict(totals)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    totals.update(getattr(node, "workeroutput", {}).get("faults", {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if totals:
         lost, unread, wrong = (totals.pop(name, 0) for name in ("pages lost", "pages unread", "wrong pages"))

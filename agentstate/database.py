@@ -22,11 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import alembic.command
 import sqlalchemy as sa
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
@@ -45,6 +41,10 @@ CONNECT_TIMEOUT_S = 5
 POOL_SIZE = 10
 POSTGRESQL_OPTIONS = "-c statement_timeout=15s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s"
 MIGRATION_LOCK = 0x6167656E74737461  # "agentsta": the advisory lock that lets one process migrate at a time
+
+
+# Where Alembic keeps the revision.
+_VERSIONS = sa.table("alembic_version", sa.column("version_num"))
 
 
 class now_us(FunctionElement[int]):
@@ -162,34 +162,23 @@ class Database:
 
     def upgrade(self) -> None:
         """Bring the schema to this version's. Safe to call from many processes at once; nothing is left half-done."""
-        config = Config()
-        config.set_main_option("script_location", str(_scripts_dir()))
         if self.is_sqlite:
             with self.write() as connection:
-                config.attributes["connection"] = connection
-                alembic.command.upgrade(config, "head")
+                _migrate(connection)
             return
         # A migration may run for longer than any statement of the service is allowed to.
         engine = sa.create_engine(self._url, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
         with self._errors(), engine.begin() as connection:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
-            config.attributes["connection"] = connection
-            alembic.command.upgrade(config, "head")
+            _migrate(connection)
 
     def check_schema(self) -> None:
         """Raises SchemaOutdated or SchemaNewer unless the schema is this version's."""
-        scripts = ScriptDirectory(str(_scripts_dir()))
-        head = scripts.get_current_head()
-        # Before the first migration SQLite has no file, which a reader must not create.
-        missing = self.is_sqlite and not Path(self._url.database or "").exists()
-        if missing:
-            found = None
-        else:
-            with self.read() as connection:
-                found = MigrationContext.configure(connection).get_current_revision()
+        head = migrations.HEAD
+        found = self._revision()
         if found == head:
             return
-        if found is None or found in {script.revision for script in scripts.walk_revisions()}:
+        if found is None or found in _revisions():
             raise SchemaOutdated(
                 f"the schema of {self.url} is at revision {found or 'none'}, this version of AgentState needs {head}: "
                 "run `agentstate db upgrade`"
@@ -198,6 +187,16 @@ class Database:
             f"the schema of {self.url} is at revision {found}, which this version of AgentState (at {head}) does not "
             "know: upgrade AgentState, or point AGENTSTATE_DATABASE_URL at another database"
         )
+
+    def _revision(self) -> str | None:
+        """The revision of the schema; None when there is none yet."""
+        # Before the first migration SQLite has no file, which a reader must not create.
+        if self.is_sqlite and not Path(self._url.database or "").exists():
+            return None
+        with self.read() as connection:
+            if not sa.inspect(connection).has_table(_VERSIONS.name):
+                return None
+            return connection.execute(sa.select(_VERSIONS.c.version_num)).scalar()
 
     def close(self) -> None:
         """Close the idle connections. The object opens new ones if it is used again."""
@@ -240,6 +239,27 @@ class Database:
             if type(error) is sa.exc.DatabaseError:
                 raise DatabaseError(f"{self.url}: {error.orig}") from error
             raise
+
+
+# Alembic is imported late: only who migrates needs it, and it takes as long as everything else here together.
+
+
+def _migrate(connection: Connection) -> None:
+    """Bring the schema to this version's, in the connection's transaction."""
+    import alembic.command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_scripts_dir()))
+    config.attributes["connection"] = connection
+    alembic.command.upgrade(config, migrations.HEAD)
+
+
+def _revisions() -> set[str]:
+    """Every revision that this version knows."""
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory(str(_scripts_dir())).walk_revisions()}
 
 
 def _scripts_dir() -> Path:

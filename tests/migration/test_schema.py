@@ -14,6 +14,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 import migrations
 from agentstate import manifests
@@ -55,6 +56,11 @@ def test_the_migrations_make_the_schema_of_the_models(database: Database) -> Non
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, metadata) == []
+
+
+def test_the_newest_migration_is_the_head() -> None:
+    scripts = ScriptDirectory(str(Path(migrations.__file__).parent))
+    assert scripts.get_current_head() == migrations.HEAD
 
 
 def test_what_is_told_of_a_manifest_lies_before_its_keys(database: Database) -> None:

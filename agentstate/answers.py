@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentstate.manifests import KvState
-from agentstate.models import EntryKind, OperationState, SessionStatus, ToolCallState
+from agentstate.fleet.manifests import KvState
+from agentstate.sql.models import EntryKind, OperationState, SessionStatus, ToolCallState
 
 _SESSION = {
     "id": "ses_01k8z3v9q4e7w2m5n8r1t6y0ab",

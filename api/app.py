@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import agentstate
-from agentstate.collection import Collector
-from agentstate.database import Database
-from agentstate.operations import Operations
-from agentstate.sessions import Sessions
+from agentstate.fleet.operations import Operations
+from agentstate.sessions.collection import Collector
+from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 from api import (
     branches,
     engines,

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import sqlalchemy as sa
 from starlette.concurrency import run_in_threadpool
 
-from agentstate.database import Database
 from agentstate.errors import DatabaseError
-from agentstate.models import sessions
+from agentstate.sql.database import Database
+from agentstate.sql.models import sessions
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from agentstate import answers, engines
-from agentstate.database import instant
+from agentstate import answers
+from agentstate.fleet import engines
+from agentstate.sql.database import instant
 from api.problems import COMMON
 from api.service import CallerDep, ServiceDep
 

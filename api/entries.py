@@ -8,9 +8,9 @@ from fastapi import APIRouter, Query, Response, status
 from sqlalchemy.engine import Connection
 
 from agentstate import answers
-from agentstate.leases import LeaseKey
-from agentstate.outcomes import Order
-from agentstate.transcript import EntryPage, NewEntry
+from agentstate.sessions.leases import LeaseKey
+from agentstate.sessions.outcomes import Order
+from agentstate.sessions.transcript import EntryPage, NewEntry
 from api.problems import COMMON, responses
 from api.schemas import MAX_ENTRIES, AppendEntries, LeaseProof, Name, SessionId
 from api.service import SessionsDep

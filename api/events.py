@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from agentstate.errors import AgentStateError
-from agentstate.sessions import Sessions
+from agentstate.sessions.verbs import Sessions
 from api.problems import COMMON, responses
 from api.schemas import SessionId
 from api.service import Service, ServiceDep, SessionsDep

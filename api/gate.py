@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from starlette.concurrency import run_in_threadpool
 
-from agentstate import tenants
-from agentstate.database import Database
 from agentstate.errors import RateLimited, Unauthenticated
-from agentstate.sessions import DEFAULT_TENANT
-from agentstate.tenants import Tenant
+from agentstate.sessions import tenants
+from agentstate.sessions.tenants import Tenant
+from agentstate.sessions.verbs import DEFAULT_TENANT
+from agentstate.sql.database import Database
 
 TRUST_S = 5.0
 MAX_REMEMBERED = 10_000

@@ -8,8 +8,8 @@ from typing import Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from agentstate import engines
 from agentstate.errors import DatabaseError, DatabaseUnreachable
+from agentstate.fleet import engines
 from api.service import ServiceDep
 
 router = APIRouter(tags=["health"])

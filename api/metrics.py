@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from agentstate.database import Database, now_us
-from agentstate.models import SessionStatus, leases, sessions
+from agentstate.sql.database import Database, now_us
+from agentstate.sql.models import SessionStatus, leases, sessions
 
 COUNT_S = 10.0
 BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from agentstate import answers, operations
-from agentstate.database import instant
-from agentstate.operations import Operation
+from agentstate import answers
+from agentstate.fleet import operations
+from agentstate.fleet.operations import Operation
+from agentstate.sql.database import instant
 from api.problems import COMMON, responses
 from api.schemas import Name
 from api.service import CallerDep, ServiceDep

@@ -9,11 +9,12 @@ from fastapi import APIRouter, Response, status
 from sqlalchemy.engine import Connection
 from starlette.concurrency import run_in_threadpool
 
-from agentstate import answers, operations
+from agentstate import answers
 from agentstate.errors import AgentStateError, EngineError, EngineUnreachable
-from agentstate.operations import Kind, Outcome, PrefetchState, Question, Tier
-from agentstate.outcomes import PagesOfSession
-from agentstate.sessions import Sessions
+from agentstate.fleet import operations
+from agentstate.fleet.operations import Kind, Outcome, PrefetchState, Question, Tier
+from agentstate.sessions.outcomes import PagesOfSession
+from agentstate.sessions.verbs import Sessions
 from api.operations import view
 from api.problems import COMMON
 from api.schemas import PrefetchPages, SessionId

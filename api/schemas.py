@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from agentstate.models import EntryKind
-from agentstate.operations import Tier
-from agentstate.outcomes import SuspendReason
+from agentstate.fleet.operations import Tier
+from agentstate.sessions.outcomes import SuspendReason
+from agentstate.sql.models import EntryKind
 
 MAX_ENTRIES = 1000
 MAX_TAIL = 1000

@@ -10,10 +10,10 @@ import socket
 import uvicorn
 from fastapi import FastAPI
 
-from agentstate import tenants
-from agentstate.database import Database
 from agentstate.errors import SchemaOutdated, SettingsError
+from agentstate.sessions import tenants
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 from api.app import create_app
 from api.observation import configure_logging
 

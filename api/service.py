@@ -7,11 +7,11 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
-from agentstate.database import Database
-from agentstate.operations import Operations
-from agentstate.sessions import Sessions
+from agentstate.fleet.operations import Operations
+from agentstate.sessions.tenants import Tenant
+from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
-from agentstate.tenants import Tenant
+from agentstate.sql.database import Database
 from api.changes import Changes
 from api.gate import Gate
 from api.metrics import Metrics

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Response, status
 
 from agentstate import answers
-from agentstate.database import instant
-from agentstate.outcomes import Keep, Order, Session
+from agentstate.sessions.outcomes import Keep, Order, Session
+from agentstate.sql.database import instant
 from api.problems import COMMON, responses
 from api.schemas import MAX_LIST, CreateSession, Name, SessionId, UpdateSession
 from api.service import SeenDep, SessionsDep, etag

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Response, status
 from sqlalchemy.engine import Connection
 
 from agentstate import answers
-from agentstate.database import instant
-from agentstate.outcomes import ToolCall
+from agentstate.sessions.outcomes import ToolCall
+from agentstate.sql.database import instant
 from api.entries import proof
 from api.problems import COMMON, responses
 from api.schemas import ClaimToolCall, FinishToolCall, Name, SessionId

@@ -16,12 +16,12 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from agentstate import answers
-from agentstate.database import instant
 from agentstate.errors import DatabaseError, EngineError, SessionBusy, TooManyOperations
-from agentstate.leases import Lease
-from agentstate.manifests import KvState
-from agentstate.operations import Kind, Outcome, Question, Tier
-from agentstate.outcomes import Resumed, Suspended
+from agentstate.fleet.manifests import KvState
+from agentstate.fleet.operations import Kind, Outcome, Question, Tier
+from agentstate.sessions.leases import Lease
+from agentstate.sessions.outcomes import Resumed, Suspended
+from agentstate.sql.database import instant
 from api.entries import page, proof
 from api.prefetch import start_later
 from api.problems import COMMON, responses

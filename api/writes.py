@@ -16,10 +16,11 @@ from pydantic import BaseModel
 from sqlalchemy.engine import Connection
 from starlette.background import BackgroundTask
 
-from agentstate import answers, idempotency, transcript
-from agentstate.database import Database, instant
-from agentstate.idempotency import Once
-from agentstate.transcript import Entry
+from agentstate import answers
+from agentstate.sessions import idempotency, transcript
+from agentstate.sessions.idempotency import Once
+from agentstate.sessions.transcript import Entry
+from agentstate.sql.database import Database, instant
 from api.service import CallerDep, service_of
 
 

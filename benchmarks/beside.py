@@ -20,8 +20,8 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
-from agentstate.local import LocalStack
 from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.engine import Answer, Engine

@@ -15,9 +15,9 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
 from agentstate.ids import new
-from agentstate.local import LocalStack
 from agentstate.settings import Settings
 from benchmarks import device, results
 from benchmarks.engine import Answer, Engine

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from agentstate import engines, launcher
-from agentstate.control import ControlClient
-from agentstate.database import Database
+from agentstate.cli import launcher
 from agentstate.errors import EngineError, EngineUnreachable, SettingsError
+from agentstate.fleet import engines
+from agentstate.fleet.control import ControlClient
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 from benchmarks import projection, results, traces
 from benchmarks.calibration import Calibration
 from benchmarks.probe import probe

@@ -12,18 +12,19 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from agentstate import engines, ids, manifests
+from agentstate import ids
 from agentstate.client import Client
 from agentstate.client import message as message_entry
-from agentstate.database import Database, now_us
-from agentstate.engines import Engine
-from agentstate.manifests import Manifest
-from agentstate.models import EntryKind, SessionStatus
-from agentstate.models import entries as entries_table
-from agentstate.models import leases as leases_table
-from agentstate.models import manifests as manifests_table
-from agentstate.models import sessions as sessions_table
-from agentstate.sessions import DEFAULT_TENANT
+from agentstate.fleet import engines, manifests
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import Manifest
+from agentstate.sessions.verbs import DEFAULT_TENANT
+from agentstate.sql.database import Database, now_us
+from agentstate.sql.models import EntryKind, SessionStatus
+from agentstate.sql.models import entries as entries_table
+from agentstate.sql.models import leases as leases_table
+from agentstate.sql.models import manifests as manifests_table
+from agentstate.sql.models import sessions as sessions_table
 
 MODEL = "bench"
 PAGE_SIZE = 64

@@ -31,8 +31,8 @@ async def probe(
     say: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Measure an idle engine with the store on and break-even off. ``stat`` is what it says of itself
-    (`agentstate.control`). The pool has room for the longest of ``lengths`` with the most of ``new_tokens`` and an
-    answer of ``DECODED``.
+    (`agentstate.fleet.control`). The pool has room for the longest of ``lengths`` with the most of ``new_tokens`` and
+    an answer of ``DECODED``.
 
     For each length: the prompt computed, then with each of ``new_tokens`` after it as a memory hit, and with the second
     of them restored after a flush, medians of ``repeats``, each with one token of answer; and answers of ``DECODED``

@@ -34,14 +34,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from agentstate import ids
+from agentstate.cli.local import LocalService, free_port
 from agentstate.client import AsyncClient, Client
 from agentstate.client import message as message_entry
-from agentstate.control import pack, unpack
-from agentstate.database import Database
-from agentstate.engines import Engine
 from agentstate.errors import SettingsError
-from agentstate.local import LocalService, free_port
-from agentstate.manifests import KvState
+from agentstate.fleet.control import pack, unpack
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import KvState
+from agentstate.sql.database import Database
 from benchmarks import conversations, results
 from benchmarks.session_peers import ADDED, Peer, alternatives
 from benchmarks.study import quantile

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from agentstate.local import LocalStack
+from agentstate.cli.local import LocalStack
 from benchmarks.engine import Answer, Engine
 from benchmarks.replay import VOCABULARY
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from agentstate import launcher
+from agentstate.cli import launcher
+from agentstate.cli.local import LocalStack, free_port
 from agentstate.errors import EngineError, SettingsError
-from agentstate.local import LocalStack, free_port
 from agentstate.settings import Settings
 from benchmarks.models import GEOMETRIES
 from benchmarks.terminal import console

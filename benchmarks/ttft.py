@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from agentstate.cli.local import LocalStack
 from agentstate.client import Client
 from agentstate.errors import EngineError
-from agentstate.local import LocalStack
 from benchmarks import device
 from benchmarks.engine import Answer, Engine
 from benchmarks.replay import unseen

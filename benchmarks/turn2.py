@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from agentstate import launcher
+from agentstate.cli import launcher
 from agentstate.errors import EngineError, SettingsError
 from agentstate.settings import Settings
 from benchmarks import results

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
+from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
-from agentstate.local import LocalStack
 from agentstate.pages import Geometry, inventory
 from agentstate.settings import Settings
 from benchmarks import results, traces

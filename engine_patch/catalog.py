@@ -16,12 +16,12 @@ from itertools import chain
 
 from sqlalchemy.engine import Connection
 
-from agentstate import engines, manifests
-from agentstate.database import Database
-from agentstate.engines import Engine
 from agentstate.errors import DatabaseError
-from agentstate.manifests import Manifest
+from agentstate.fleet import engines, manifests
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import Manifest
 from agentstate.pages import ANYONE
+from agentstate.sql.database import Database
 
 logger = logging.getLogger(__name__)
 

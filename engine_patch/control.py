@@ -1,4 +1,4 @@
-"""The control endpoint of one rank: answers the verbs that `agentstate.control` lists, from a thread of its own."""
+"""The control endpoint of one rank: a thread of its own answers the verbs that `agentstate.fleet.control` lists."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import zmq
 
-from agentstate.control import pack, unpack
 from agentstate.errors import EngineError
+from agentstate.fleet.control import pack, unpack
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from agentstate import ids
-from agentstate.engines import Engine
 from agentstate.errors import SettingsError
+from agentstate.fleet.engines import Engine
 from agentstate.pages import Quota, Space, configuration, fingerprint, tensor_names, weights_digest
 from agentstate.settings import Settings
 from engine_patch import flags

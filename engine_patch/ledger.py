@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from agentstate.manifests import KEY_BYTES, KvState, Manifest, split_keys
+from agentstate.fleet.manifests import KEY_BYTES, KvState, Manifest, split_keys
 
 # Keys of sessions that SQL knows as well: 32 bytes a page.
 _REMEMBERED_BYTES = 64 << 20

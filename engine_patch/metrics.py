@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from agentstate.engines import Engine
+from agentstate.fleet.engines import Engine
 from engine_patch.restore import Restored
 
 # What of `AgentStateLinker.stat` is told, by its place there: the metric's name, and what it is.

@@ -9,11 +9,11 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from agentstate import engines
-from agentstate.database import Database
 from agentstate.errors import AgentStateError, DatabaseError, EngineError
+from agentstate.fleet import engines
 from agentstate.pages import PageStore, Space
 from agentstate.settings import ENGINE_LIMITS, Settings
+from agentstate.sql.database import Database
 from engine_patch import identity
 from engine_patch.break_even import BreakEven
 from engine_patch.control import ControlEndpoint

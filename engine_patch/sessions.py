@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import Any, Protocol
 
-from agentstate.database import Database
-from agentstate.engines import Engine
 from agentstate.errors import EngineError
-from agentstate.manifests import Manifest, split_keys
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import Manifest, split_keys
 from agentstate.pages import PageKeys
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 from engine_patch.catalog import Catalog
 from engine_patch.ledger import Ledger
 from engine_patch.sglang_api import RadixKey, get_storage_hash_str

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from agentstate.pages import READ_THREADS, LayerwiseReader, PageKeys, PageStore
-from agentstate.pages.store import StoreStats
+from agentstate.pages.space import StoreStats
 from agentstate.settings import Settings
 from engine_patch.arrivals import Arrivals, LayerGate
 from engine_patch.failures import Failures, together

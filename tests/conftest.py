@@ -14,8 +14,8 @@ import pytest
 import sqlalchemy as sa
 from tools import missing
 
-from agentstate.database import Database
-from agentstate.sessions import Sessions
+from agentstate.sessions.verbs import Sessions
+from agentstate.sql.database import Database
 
 ENGINE_TIMEOUT_S = 30.0
 

@@ -21,8 +21,8 @@ from sqlalchemy.engine import Connection
 
 from agentstate import ids
 from agentstate.adapters.tables import checkpoint_blobs, checkpoint_channels, checkpoint_writes, checkpoints
-from agentstate.database import Database, insert, now_us
-from agentstate.models import SessionStatus, sessions
+from agentstate.sql.database import Database, insert, now_us
+from agentstate.sql.models import SessionStatus, sessions
 
 DIGEST_BYTES = 32
 PAGE = 64

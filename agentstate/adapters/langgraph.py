@@ -39,9 +39,9 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from agentstate.adapters.checkpoints import PAGE, Checkpoint, Checkpoints, Loaded, Value, Write
-from agentstate.database import Database
-from agentstate.sessions import DEFAULT_TENANT
+from agentstate.sessions.verbs import DEFAULT_TENANT
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 
 RUN = 64
 SPLIT_BYTES = 4096  # a list that is smaller is stored as it is

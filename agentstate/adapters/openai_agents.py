@@ -24,7 +24,7 @@ from agentstate.answers import Entry
 from agentstate.client import AsyncClient, AsyncTurn, message, note
 from agentstate.client.turn import TurnOptions
 from agentstate.errors import SessionNotFound
-from agentstate.models import EntryKind
+from agentstate.sql.models import EntryKind
 
 PAGE = 1000
 # Items before the newest note of this kind were cleared.

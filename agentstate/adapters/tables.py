@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from sqlalchemy import JSON, Column, ForeignKey, Index, Integer, LargeBinary, Table, Text
 
-from agentstate.models import metadata
+from agentstate.sql.models import metadata
 
 # Checkpoint ids sort by their bytes, whatever the language of the database.
 _Bytewise = Text().with_variant(Text(collation="C"), "postgresql")

@@ -18,7 +18,7 @@ from agentstate.client.routes import Call
 from agentstate.client.transport import Attempt, exchange
 from agentstate.client.turn import AsyncTurn, Turn, TurnOptions
 from agentstate.errors import SessionExists
-from agentstate.models import OperationState
+from agentstate.sql.models import OperationState
 
 A = TypeVar("A")
 P = ParamSpec("P")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from agentstate.models import EntryKind
+from agentstate.sql.models import EntryKind
 
 
 def message(payload: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import Any, Protocol, Self, TypedDict, TypeVar, Unpack
 
 from pydantic import ValidationError
 
@@ -29,12 +29,27 @@ from agentstate.answers import (
 from agentstate.client import routes
 from agentstate.client.routes import Call
 from agentstate.errors import AgentStateError, EngineUnreachable, LeaseLost
-from agentstate.manifests import KvState
-
-if TYPE_CHECKING:
-    from agentstate.client.clients import AsyncClient, Client
+from agentstate.fleet.manifests import KvState
 
 RENEWALS_PER_TTL = 3
+
+A = TypeVar("A")
+
+
+class Sender(Protocol):
+    """What a turn needs of a client."""
+
+    def _send(self, call: Call[A]) -> A: ...
+
+    def wait_operation(self, operation_id: str, *, timeout_s: float) -> Operation: ...
+
+
+class AsyncSender(Protocol):
+    """What an asynchronous turn needs of a client."""
+
+    async def _send(self, call: Call[A]) -> A: ...
+
+    async def wait_operation(self, operation_id: str, *, timeout_s: float) -> Operation: ...
 
 
 class TurnOptions(TypedDict, total=False):
@@ -176,7 +191,7 @@ class Turn(_Turn):
     ``lease_ttl_s`` after this process has vanished.
     """
 
-    def __init__(self, client: Client, session_id: str, **options: Unpack[TurnOptions]):
+    def __init__(self, client: Sender, session_id: str, **options: Unpack[TurnOptions]):
         super().__init__(session_id, **options)
         self._client = client
         self._ending = threading.Event()
@@ -199,7 +214,7 @@ class Turn(_Turn):
 
     def append(self, *entries: dict[str, Any]) -> AppendedEntries:
         """Append all of them or none; they are kept once this returns. Raises LeaseLost, InvalidEntry."""
-        return self._client.append(self.session_id, self.lease, entries)
+        return self._client._send(routes.append(self.session_id, self.lease, entries))
 
     def wait_durable(self, *, timeout_s: float = 60.0) -> StoredKv:
         """After the block: what the engine has stored of the session, once that is settled. Raises TimeoutError."""
@@ -222,7 +237,7 @@ class Turn(_Turn):
 class AsyncTurn(_Turn):
     """`Turn`, with ``async with`` and awaited methods."""
 
-    def __init__(self, client: AsyncClient, session_id: str, **options: Unpack[TurnOptions]):
+    def __init__(self, client: AsyncSender, session_id: str, **options: Unpack[TurnOptions]):
         super().__init__(session_id, **options)
         self._client = client
         self._keeper: asyncio.Task[None] | None = None
@@ -246,7 +261,7 @@ class AsyncTurn(_Turn):
 
     async def append(self, *entries: dict[str, Any]) -> AppendedEntries:
         """Append all of them or none; they are kept once this returns. Raises LeaseLost, InvalidEntry."""
-        return await self._client.append(self.session_id, self.lease, entries)
+        return await self._client._send(routes.append(self.session_id, self.lease, entries))
 
     async def wait_durable(self, *, timeout_s: float = 60.0) -> StoredKv:
         """After the block: what the engine has stored of the session, once that is settled. Raises TimeoutError."""

@@ -16,8 +16,8 @@ from agentstate.pages.keys import PageKeys
 from agentstate.pages.merging import merge
 from agentstate.pages.pins import Pin, Segment
 from agentstate.pages.reading import READ_THREADS, Chunk, Destination, LayerwiseReader, Part, Stream
-from agentstate.pages.space import Quota, Space
-from agentstate.pages.store import PageStore, StoreStats
+from agentstate.pages.space import Quota, Space, StoreStats
+from agentstate.pages.store import PageStore
 from agentstate.pages.writing import Writer
 
 __all__ = [

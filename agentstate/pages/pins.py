@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from agentstate.pages.eviction import Extent
 from agentstate.pages.extent import ExtentLayout
 from agentstate.pages.keys import PageKeys
-
-if TYPE_CHECKING:
-    from agentstate.pages.store import PageStore
 
 
 class StoredExtent(NamedTuple):
@@ -35,14 +31,13 @@ class Segment(NamedTuple):
 
 class Pin:
     """The pages of one request, in order, and where they lie: ``segments``. Until `close` they stay there, whatever is
-    evicted or merged. A context manager."""
+    evicted or merged. ``release`` ends that. A context manager."""
 
-    def __init__(self, store: PageStore, keys: PageKeys, segments: list[Segment], extents: list[Extent]):
+    def __init__(self, fingerprint: bytes, keys: PageKeys, segments: list[Segment], release: Callable[[], None]):
+        self.fingerprint = fingerprint
         self.keys = keys
         self.segments = segments
-        self.fingerprint = store.fingerprint
-        self._store = store
-        self._extents = extents
+        self._release: Callable[[], None] | None = release
 
     def copies(self, pages: Iterable[int]) -> list[tuple[bytes, int]]:
         """The copies that are pinned of some of its ``pages``, as `PageStore.drop` takes them."""
@@ -50,8 +45,9 @@ class Pin:
         return [(self.keys[page], self.segments[bisect_right(firsts, page) - 1].extent.number) for page in pages]
 
     def close(self) -> None:
-        extents, self._extents = self._extents, []
-        self._store._release(extents)
+        release, self._release = self._release, None
+        if release is not None:
+            release()
 
     def __enter__(self) -> Pin:
         return self

@@ -17,10 +17,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from agentstate.pages.space import Lacking
+from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +25,16 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _RANK = re.compile(r"rank([0-9]{1,9})")
 _EXTENT = re.compile(r"[0-9a-f]{16}\.ext")
 _REST = re.compile(r"[0-9a-f]{16}\.(ext|spare)|data\.mdb|lock\.mdb|unfinished")
+
+
+class Lacking(NamedTuple):
+    """How many bytes are too many, by the quota and for the file system."""
+
+    by_quota: float
+    on_disk: float
+
+    def without(self, by_quota: int, on_disk: int) -> Lacking:
+        return Lacking(self.by_quota - by_quota, self.on_disk - on_disk)
 
 
 class Siblings:

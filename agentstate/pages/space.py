@@ -6,16 +6,14 @@ import itertools
 import os
 import threading
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from agentstate.errors import PageStoreFull
 from agentstate.pages.eviction import EvictionOrder, Extent
 from agentstate.pages.node import node_id
-from agentstate.pages.siblings import Siblings
-
-if TYPE_CHECKING:
-    from agentstate.pages.store import PageStore
+from agentstate.pages.siblings import Lacking, Siblings
 
 # The clock of uses leaves room to order the extents of one use among each other.
 WITHIN = 1 << 20
@@ -32,14 +30,41 @@ class Quota(NamedTuple):
 UNLIMITED = Quota()
 
 
-class Lacking(NamedTuple):
-    """How many bytes are too many, by the quota and for the file system."""
+@dataclass
+class StoreStats:
+    """Counters since open, but for ``pages``, ``extents`` and ``bytes``, which are what is stored now.
 
-    by_quota: float
-    on_disk: float
+    ``pages_evicted_needed`` are those of ``pages_evicted`` that a live manifest needed; ``pages_vanished`` were lost
+    because their files were deleted or replaced by somebody else.
+    """
 
-    def without(self, by_quota: int, on_disk: int) -> Lacking:
-        return Lacking(self.by_quota - by_quota, self.on_disk - on_disk)
+    pages: int = 0
+    extents: int = 0
+    bytes: int = 0
+    pages_written: int = 0
+    bytes_written: int = 0
+    pages_dropped: int = 0
+    pages_evicted: int = 0
+    pages_evicted_needed: int = 0
+    pages_vanished: int = 0
+    bad_extents: int = 0
+
+
+class Store(Protocol):
+    """What a space needs of the stores that share it; `PageStore` says more of each."""
+
+    directory: Path
+    stats: StoreStats
+
+    def evictable(self, extent: Extent) -> bool: ...
+
+    def evictable_bytes(self) -> int: ...
+
+    def take(self, extent: Extent) -> bool: ...
+
+    def put_back(self, extent: Extent) -> None: ...
+
+    def evict(self, victims: list[Extent], *, recycle: bool = False) -> Path | None: ...
 
 
 class Space:
@@ -65,7 +90,7 @@ class Space:
         # Held while an index changes or room is made, in whichever store: that may take as long as the disk does.
         self.lock = threading.Lock()
         self.order = EvictionOrder()
-        self._stores: list[PageStore] = []
+        self._stores: list[Store] = []
         self._siblings = None if root is None else Siblings(root, kin, rank, ranks)
         self._being_written = 0
         self._clock = itertools.count(1)
@@ -90,17 +115,17 @@ class Space:
 
     # The rest is for stores, which hold the lock.
 
-    def join(self, store: PageStore) -> None:
+    def join(self, store: Store) -> None:
         self._stores.append(store)
 
-    def leave(self, store: PageStore) -> None:
+    def leave(self, store: Store) -> None:
         self._stores.remove(store)
 
     def expect(self, n_bytes: int) -> None:
         """So many bytes (or so many fewer) are being written and are no extent yet."""
         self._being_written += n_bytes
 
-    def lacking(self, store: PageStore, n_bytes: int) -> Lacking:
+    def lacking(self, store: Store, n_bytes: int) -> Lacking:
         """What ``n_bytes`` more of a store would exceed."""
         status = os.statvfs(next(path for path in (store.directory, *store.directory.parents) if path.exists()))
         free = status.f_bavail * status.f_frsize - self.quota.free_fraction * status.f_blocks * status.f_frsize
@@ -108,7 +133,7 @@ class Space:
         held = self._bytes() + (self._siblings.n_bytes if self._siblings else 0)
         return Lacking(0 if self.quota.max_bytes is None else held + more - self.quota.max_bytes, more - free)
 
-    def require(self, store: PageStore, n_bytes: int) -> None:
+    def require(self, store: Store, n_bytes: int) -> None:
         """Raise PageStoreFull when there could be no room for ``n_bytes`` more, whatever was evicted for them."""
         lacking = self.lacking(store, n_bytes)
         if max(lacking) > 0 and self._siblings and self._siblings.look(lacking):
@@ -116,7 +141,7 @@ class Space:
         if max(lacking) > 0 and max(lacking) > self._evictable_bytes():
             raise self._full(store, n_bytes)
 
-    def evict_siblings(self, store: PageStore, n_bytes: int = 0) -> Lacking:
+    def evict_siblings(self, store: Store, n_bytes: int = 0) -> Lacking:
         """Evict of what others left as much as ``n_bytes`` more ask for: what they lack then."""
         lacking = self.lacking(store, n_bytes)
         while max(lacking) > 0 and self._siblings and self._siblings.look(lacking):
@@ -127,12 +152,12 @@ class Space:
                 break
         return lacking
 
-    def make(self, store: PageStore, n_bytes: int, *, recycle: bool = False) -> Path | None:
+    def make(self, store: Store, n_bytes: int, *, recycle: bool = False) -> Path | None:
         """Evict until there is room for ``n_bytes`` more of ``store``: the file of an evicted extent of it, if that is
         to be recycled and there is one. Raises PageStoreFull, and evicts nothing of these stores, when all that may be
         evicted would not be enough."""
         excess = max(self.evict_siblings(store, n_bytes))
-        victims: list[tuple[PageStore, Extent]] = []
+        victims: list[tuple[Store, Extent]] = []
         # More than once only where something was pinned in the meantime.
         while (missing := excess - sum(extent.file_bytes for _, extent in victims)) > 0:
             chosen = self._choose(missing) if missing <= self._evictable_bytes() else []
@@ -159,7 +184,7 @@ class Space:
                 raise
         return spare
 
-    def _choose(self, n_bytes: float) -> list[tuple[PageStore, Extent]]:
+    def _choose(self, n_bytes: float) -> list[tuple[Store, Extent]]:
         return self.order.choose(n_bytes, lambda store, extent: store.evictable(extent))
 
     def _bytes(self) -> int:
@@ -168,7 +193,7 @@ class Space:
     def _evictable_bytes(self) -> int:
         return sum(store.evictable_bytes() for store in self._stores)
 
-    def _full(self, store: PageStore, n_bytes: int) -> PageStoreFull:
+    def _full(self, store: Store, n_bytes: int) -> PageStoreFull:
         return PageStoreFull(
             f"no room for {n_bytes:,} bytes of KV pages in {store.directory}: {self._bytes():,} are stored, "
             "and what is left of them cannot be evicted"

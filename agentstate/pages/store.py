@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
@@ -36,7 +35,7 @@ from agentstate.pages.extent import ExtentDraft, ExtentHeader, ExtentLayout, Geo
 from agentstate.pages.index import DAMAGE, ExtentRecord, IndexChange, PageIndex, Run
 from agentstate.pages.keys import KEY_BYTES, PageKeys
 from agentstate.pages.pins import Pin, Segment, StoredExtent
-from agentstate.pages.space import UNLIMITED, Quota, Space
+from agentstate.pages.space import UNLIMITED, Quota, Space, StoreStats
 
 logger = logging.getLogger(__name__)
 
@@ -45,26 +44,6 @@ _NAME = re.compile(r"[0-9a-f]{16}\.ext")
 _TO_OPEN_BYTES = 1 << 20
 # Pairs of an extent and a session that needs it that are remembered: some 50 MiB.
 _MOST_TOLD = 1 << 19
-
-
-@dataclass
-class StoreStats:
-    """Counters since open, but for ``pages``, ``extents`` and ``bytes``, which are what is stored now.
-
-    ``pages_evicted_needed`` are those of ``pages_evicted`` that a live manifest needed; ``pages_vanished`` were lost
-    because their files were deleted or replaced by somebody else.
-    """
-
-    pages: int = 0
-    extents: int = 0
-    bytes: int = 0
-    pages_written: int = 0
-    bytes_written: int = 0
-    pages_dropped: int = 0
-    pages_evicted: int = 0
-    pages_evicted_needed: int = 0
-    pages_vanished: int = 0
-    bad_extents: int = 0
 
 
 class PageStore:
@@ -407,7 +386,7 @@ class PageStore:
                     for extent in extents:
                         extent.pins += 1
                     self._pinned.update(extents)
-                    return Pin(self, keys, self._segments(runs), extents)
+                    return Pin(self.fingerprint, keys, self._segments(runs), functools.partial(self._release, extents))
             # Something was merged or evicted since the look-up.
             before, runs = runs, self._runs(keys)
             if runs == before:

@@ -16,9 +16,9 @@ from typing import ClassVar
 
 import httpx
 
-from agentstate import launcher
+from agentstate.cli import launcher
+from agentstate.cli.local import ChildProcess, flush_device, free_port
 from agentstate.errors import EngineError
-from agentstate.local import ChildProcess, flush_device, free_port
 from benchmarks import device
 
 _STILL_S = 2.0

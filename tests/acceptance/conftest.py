@@ -15,7 +15,7 @@ from prompts import EXACT, Generator
 from stacks import Drive, MakeStack
 from zygote import Zygotes
 
-from agentstate.local import LocalStack, Spawn, free_port
+from agentstate.cli.local import LocalStack, Spawn, free_port
 from agentstate.settings import Settings
 
 

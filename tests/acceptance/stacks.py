@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from agentstate.local import LocalStack
+from agentstate.cli.local import LocalStack
 
 MakeStack = Callable[[Path, Path], LocalStack]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from agentstate.local import LocalStack
+from agentstate.cli.local import LocalStack
 from benchmarks.burst import Burst
 from benchmarks.throughput import Load, Throughput, Variant
 from benchmarks.ttft import VARIANTS, Prompts, Turn2

@@ -14,8 +14,8 @@ import httpx
 import pytest
 from prompts import PAGE, Generator, prompt
 
+from agentstate.cli.local import LocalStack, Process, spawn
 from agentstate.client import Client, message
-from agentstate.local import LocalStack, Process, spawn
 from agentstate.pages.extent import KEY_BYTES
 from agentstate.pages.files import read_header
 

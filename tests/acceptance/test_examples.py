@@ -14,7 +14,7 @@ import pytest
 from stacks import MakeStack
 from tools import missing
 
-from agentstate.local import LocalStack
+from agentstate.cli.local import LocalStack
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGE = 64

@@ -14,7 +14,7 @@ import pytest
 from prompts import PAGE, TINY, Generator, Stream, prompt
 from stacks import Drive, MakeStack
 
-from agentstate.local import LocalStack
+from agentstate.cli.local import LocalStack
 from benchmarks.beside import Beside, Variant
 
 READS = "extents"

@@ -16,8 +16,8 @@ from models import VOCABULARY
 from prompts import TINY, Generated, Generator, Stream
 from stacks import Drive, MakeStack
 
-from agentstate.control import ControlClient
-from agentstate.local import LocalStack
+from agentstate.cli.local import LocalStack
+from agentstate.fleet.control import ControlClient
 from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.files import read_header
 from agentstate.pages.inventory import store_directories

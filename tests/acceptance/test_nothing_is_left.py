@@ -17,7 +17,7 @@ from models import VOCABULARY
 from prompts import EXACT, PAGE, Generator
 from stacks import MakeStack
 
-from agentstate.local import LocalStack
+from agentstate.cli.local import LocalStack
 from agentstate.pages.files import read_header
 
 POOL_PAGES = 64

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agentstate.local import ChildProcess, Spawn
+from agentstate.cli.local import ChildProcess, Spawn
 from benchmarks.peers import servers
 from benchmarks.peers.comparison import PeerTurns, compare
 from benchmarks.peers.servers import FileLinkerServer

@@ -10,8 +10,8 @@ import pytest
 from prompts import PAGE, TINY, Generator, prompt
 from stacks import MakeStack
 
-from agentstate.control import ControlClient
-from agentstate.local import LocalStack
+from agentstate.cli.local import LocalStack
+from agentstate.fleet.control import ControlClient
 
 POOL_PAGES = 128
 QUOTA_PAGES = 50

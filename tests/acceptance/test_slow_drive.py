@@ -15,7 +15,7 @@ import pytest
 from prompts import PAGE, TINY, Generator, Stream, prompt
 from stacks import Drive, MakeStack
 
-from agentstate.local import LocalStack
+from agentstate.cli.local import LocalStack
 
 READS = "extents"
 

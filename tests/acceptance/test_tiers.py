@@ -11,10 +11,10 @@ import httpx
 import pytest
 from prompts import PAGE, Generator, prompt
 
+from agentstate.cli.local import LocalStack
 from agentstate.client import Client
-from agentstate.control import ControlClient
 from agentstate.errors import EngineRefused
-from agentstate.local import LocalStack
+from agentstate.fleet.control import ControlClient
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from zygote import Fork, Zygotes
 
-from agentstate.local import ChildProcess
+from agentstate.cli.local import ChildProcess
 
 IMPORTED = "colorsys"
 PROGRAM = f"""

@@ -1,7 +1,7 @@
 """Python programs that start at once: what they import is imported one time, and every program is a fork.
 
-`Zygotes` starts programs like `agentstate.local.spawn` does, from a command and an environment. The first command with
-an environment starts a zygote for it: a process that imports `MODULES` and then forks a child for each command. A child
+`Zygotes` starts programs like `agentstate.cli.local.spawn` does, from a command and an environment. The first command
+with an environment starts a zygote for it: a process that imports `MODULES` and forks a child for each command. A child
 is a process like any other: it leads a session, has the environment, the log and the working directory that it would
 have been started with, runs `python -m MODULE` to its end, and can be signalled and waited for. Two things differ from
 a process that was executed: what `multiprocessing` spawns is forked as well, and the kernel kills the child when its

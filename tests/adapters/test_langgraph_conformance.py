@@ -9,7 +9,7 @@ import pytest
 from langgraph.checkpoint.conformance import checkpointer_test, validate
 
 from agentstate.adapters.langgraph import AgentStateSaver
-from agentstate.database import Database
+from agentstate.sql.database import Database
 
 BASE = {"put": 17, "put_writes": 10, "get_tuple": 10, "list": 16, "delete_thread": 5}
 EXTENDED = {"delete_for_runs": 7, "copy_thread": 8, "prune": 8}

@@ -25,10 +25,10 @@ from typing_extensions import TypedDict
 from agentstate.adapters import langgraph as adapter
 from agentstate.adapters.langgraph import AgentStateSaver
 from agentstate.adapters.tables import checkpoint_blobs, checkpoint_channels, checkpoint_writes, checkpoints
-from agentstate.database import Database
 from agentstate.errors import SchemaOutdated
-from agentstate.models import sessions as sessions_table
-from agentstate.sessions import Sessions
+from agentstate.sessions.verbs import Sessions
+from agentstate.sql.database import Database
+from agentstate.sql.models import sessions as sessions_table
 
 TABLES = (checkpoints, checkpoint_channels, checkpoint_blobs, checkpoint_writes)
 LONG = "x" * 500

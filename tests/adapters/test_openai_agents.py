@@ -15,7 +15,7 @@ from stage import MODEL, Service
 from agentstate.adapters.openai_agents import AgentStateSession
 from agentstate.client import AsyncClient, message, note
 from agentstate.errors import LeaseLost, SessionBusy
-from agentstate.models import SessionStatus
+from agentstate.sql.models import SessionStatus
 
 
 def item(text: str) -> Any:

@@ -13,13 +13,13 @@ import sqlalchemy as sa
 from contents import keys
 from sqlalchemy.engine import Connection
 
-from agentstate import database as database_module
-from agentstate import engines, manifests
-from agentstate.database import Database
-from agentstate.engines import Engine
 from agentstate.errors import DatabaseError, DatabaseUnreachable
-from agentstate.manifests import Manifest
+from agentstate.fleet import engines, manifests
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import Manifest
 from agentstate.pages import ANYONE
+from agentstate.sql import database as database_module
+from agentstate.sql.database import Database
 from engine_patch.catalog import Catalog
 
 ENGINE = Engine("eng_1", "n", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f", "/pages")

@@ -8,8 +8,8 @@ import msgpack
 import pytest
 import zmq
 
-from agentstate.control import ControlClient, pack, unpack
 from agentstate.errors import EngineError, EngineRefused, EngineUnreachable
+from agentstate.fleet.control import ControlClient, pack, unpack
 from engine_patch.control import ControlEndpoint
 
 WAIT_S = 60

@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 from contents import keys
 
-from agentstate.manifests import Manifest
+from agentstate.fleet.manifests import Manifest
 from engine_patch import ledger as module
 from engine_patch.ledger import Ledger
 

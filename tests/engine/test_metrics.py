@@ -3,7 +3,7 @@ from __future__ import annotations
 import prometheus_client
 import pytest
 
-from agentstate.engines import Engine
+from agentstate.fleet.engines import Engine
 from engine_patch.feeds import Source
 from engine_patch.metrics import Metrics
 from engine_patch.restore import Restored, RestoredRequest

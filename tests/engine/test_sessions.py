@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from contents import keys
 
-from agentstate.database import Database
-from agentstate.engines import Engine
-from agentstate.manifests import Manifest
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import Manifest
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 from engine_patch.rank import Rank
 from engine_patch.sessions import Progress, Sessions
 from engine_patch.sglang_api import RadixKey

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from stage import PATIENCE_S, Peer, Service, serving
 
-from agentstate import operations
+from agentstate.fleet import operations
 from agentstate.settings import Settings
 
 

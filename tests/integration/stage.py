@@ -12,11 +12,12 @@ import httpx
 import msgpack
 import zmq
 
-from agentstate import engines, ids, operations
+from agentstate import ids
 from agentstate.client import Client
-from agentstate.database import Database
-from agentstate.engines import Engine
+from agentstate.fleet import engines, operations
+from agentstate.fleet.engines import Engine
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 from api.app import create_app
 from api.server import Server, listen
 

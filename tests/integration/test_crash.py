@@ -15,9 +15,9 @@ import pytest
 from stage import MODEL, PATIENCE_S
 from test_server import process
 
-from agentstate.database import Database
-from agentstate.local import free_port
+from agentstate.cli.local import free_port
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 
 ROUNDS = 4
 CLIENTS = 4

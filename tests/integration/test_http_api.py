@@ -12,9 +12,9 @@ import pytest
 import sqlalchemy as sa
 from stage import MODEL, Service, register, serving
 
-from agentstate import manifests
-from agentstate.manifests import Manifest
-from agentstate.sessions import Sessions
+from agentstate.fleet import manifests
+from agentstate.fleet.manifests import Manifest
+from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 
 

@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from stage import PATIENCE_S, Answers, Service, register, stored
 from test_http_api import assert_problem, created, proof, resumed
 
-from agentstate import manifests, operations
-from agentstate.manifests import Manifest
+from agentstate.fleet import manifests, operations
+from agentstate.fleet.manifests import Manifest
 
 WAIT_S = PATIENCE_S
 

@@ -19,12 +19,12 @@ import httpx
 import pytest
 from stage import MODEL, register, stored
 
+from agentstate.cli.local import free_port
 from agentstate.client import Client
-from agentstate.database import Database
 from agentstate.errors import DatabaseUnreachable, ServiceUnreachable, SettingsError
-from agentstate.local import free_port
-from agentstate.models import OperationState
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
+from agentstate.sql.models import OperationState
 from api.server import run
 
 ROOT = Path(__file__).parents[2]

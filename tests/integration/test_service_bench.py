@@ -12,8 +12,8 @@ import pytest
 import sqlalchemy as sa
 from stage import Service, register
 
-from agentstate.manifests import KvState
-from agentstate.models import entries, leases
+from agentstate.fleet.manifests import KvState
+from agentstate.sql.models import entries, leases
 from benchmarks import conversations
 from benchmarks.service import DATABASES
 

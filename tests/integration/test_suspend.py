@@ -10,11 +10,11 @@ import pytest
 import sqlalchemy as sa
 from stage import MODEL, PATIENCE_S, Answers, Service, register, stored
 
-from agentstate import operations
 from agentstate.answers import Lease
 from agentstate.errors import OperationNotFound
-from agentstate.manifests import KvState
-from agentstate.models import OperationState, SessionStatus
+from agentstate.fleet import operations
+from agentstate.fleet.manifests import KvState
+from agentstate.sql.models import OperationState, SessionStatus
 
 WAIT_S = PATIENCE_S
 

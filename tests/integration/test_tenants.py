@@ -9,10 +9,10 @@ import pytest
 from stage import MODEL, Service
 from test_http_api import assert_problem
 
-from agentstate import tenants
 from agentstate.errors import SettingsError
+from agentstate.sessions import tenants
+from agentstate.sessions.tenants import Tenant
 from agentstate.settings import Settings
-from agentstate.tenants import Tenant
 from api import gate
 from api.server import run
 

@@ -11,10 +11,10 @@ import pytest
 import sqlalchemy as sa
 from stage import MODEL, Service, register, stored
 
-from agentstate import operations
 from agentstate.client import AsyncClient, AsyncTurn, Turn, message, tool_call, tool_output
 from agentstate.errors import EngineUnreachable, LeaseLost, SessionBusy, ToolInFlight
-from agentstate.models import SessionStatus
+from agentstate.fleet import operations
+from agentstate.sql.models import SessionStatus
 
 HELLO = message({"role": "user", "content": "Hello"})
 

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from stage import MODEL, Service
 from test_http_api import assert_problem, created, note, proof, resumed
 
-from agentstate.collection import collect
-from agentstate.transcript import BLOB_BYTES
+from agentstate.sessions.collection import collect
+from agentstate.sessions.transcript import BLOB_BYTES
 
 
 def post(service: Service, path: str, key: str, body: dict[str, Any], **headers: str) -> httpx.Response:

@@ -17,13 +17,13 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 import migrations
-from agentstate import manifests
 from agentstate.adapters.tables import metadata
-from agentstate.database import Database
 from agentstate.errors import NotABranchPoint, SchemaNewer, SchemaOutdated
-from agentstate.manifests import Manifest
-from agentstate.sessions import Sessions
+from agentstate.fleet import manifests
+from agentstate.fleet.manifests import Manifest
+from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 from api.server import migrate, run
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentstate import engines
-from agentstate.database import Database
-from agentstate.engines import Engine
 from agentstate.errors import EngineUnreachable, SettingsError
+from agentstate.fleet import engines
+from agentstate.fleet.engines import Engine
+from agentstate.sql.database import Database
 from benchmarks.calibration import Calibration
 from benchmarks.commands import control_address
 

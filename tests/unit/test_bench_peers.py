@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from agentstate.cli.local import ChildProcess
 from agentstate.errors import EngineError
-from agentstate.local import ChildProcess
 from benchmarks import device, report, results
 from benchmarks.engine import Answer
 from benchmarks.peers.comparison import PeerTurns, absent, compare
@@ -151,7 +151,7 @@ def test_the_radix_cache_alone_stores_nothing(tmp_path: Path) -> None:
 
 
 def test_hicache_on_a_cpu_has_a_plug_in_that_sglang_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentstate.launcher.has_cuda", lambda: False)
+    monkeypatch.setattr("agentstate.cli.launcher.has_cuda", lambda: False)
     environment = HiCache(tmp_path / "home", tmp_path, PYTHON, [])._environment()
     program = (
         "from importlib.metadata import entry_points\n"

@@ -13,10 +13,6 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentstate import engines, manifests
-from agentstate.collection import collect
-from agentstate.database import Database
-from agentstate.engines import Engine
 from agentstate.errors import (
     EntryNotFound,
     EventsTrimmed,
@@ -28,13 +24,17 @@ from agentstate.errors import (
     SessionNotFound,
     ToolInFlight,
 )
-from agentstate.history import MAX_SEGMENTS, History, Segment
-from agentstate.leases import LeaseKey
-from agentstate.manifests import KvState, Manifest
-from agentstate.models import EntryKind
-from agentstate.outcomes import Order, SuspendReason
-from agentstate.sessions import Sessions
-from agentstate.transcript import BLOB_BYTES, NewEntry
+from agentstate.fleet import engines, manifests
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import KvState, Manifest
+from agentstate.sessions.collection import collect
+from agentstate.sessions.history import MAX_SEGMENTS, History, Segment
+from agentstate.sessions.leases import LeaseKey
+from agentstate.sessions.outcomes import Order, SuspendReason
+from agentstate.sessions.transcript import BLOB_BYTES, NewEntry
+from agentstate.sessions.verbs import Sessions
+from agentstate.sql.database import Database
+from agentstate.sql.models import EntryKind
 
 ENGINE = Engine("eng_1", "n1", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f1", "/pages")
 
@@ -200,7 +200,7 @@ def test_who_rewinds_a_session_that_is_run_needs_its_lease(sessions: Sessions) -
 
 
 def test_branches_are_bounded(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentstate.branches.MAX_SEGMENTS", 3)
+    monkeypatch.setattr("agentstate.sessions.branches.MAX_SEGMENTS", 3)
     session_id = sessions.create("m").id
     for _ in range(2):
         grow(sessions, session_id, note())

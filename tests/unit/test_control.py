@@ -10,8 +10,8 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentstate.control import ControlClient, pack, unpack
 from agentstate.errors import EngineError, EngineRefused, EngineUnreachable
+from agentstate.fleet.control import ControlClient, pack, unpack
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text() | st.binary(),

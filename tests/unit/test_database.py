@@ -8,9 +8,9 @@ import pytest
 import sqlalchemy as sa
 
 from agentstate import ids
-from agentstate.database import Database, instant, now_us
 from agentstate.errors import DatabaseError, DatabaseUnreachable, SettingsError
-from agentstate.models import operations
+from agentstate.sql.database import Database, instant, now_us
+from agentstate.sql.models import operations
 
 
 def insert_operation(connection: sa.Connection) -> None:

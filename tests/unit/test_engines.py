@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import sqlalchemy as sa
 
-from agentstate import engines
-from agentstate.database import Database
-from agentstate.engines import Engine
+from agentstate.fleet import engines
+from agentstate.fleet.engines import Engine
+from agentstate.sql.database import Database
 
 ENGINE = Engine("eng_1", "n1", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f1", "/pages")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from agentstate.engines import Engine
-from agentstate.kv import KvOutlook, Stored, choose, outlook, servers
-from agentstate.manifests import Coverage, KvState
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import Coverage, KvState
+from agentstate.fleet.placement import KvOutlook, Stored, choose, outlook, servers
 from agentstate.pages.node import node_id
 
 COVERAGE = Coverage(

@@ -11,9 +11,15 @@ from typing import Any
 
 import pytest
 
-from agentstate import launcher
+from agentstate.cli import launcher
+from agentstate.cli.launcher import (
+    check_command,
+    engine_command,
+    engine_python,
+    require_free_port,
+    require_page_directory,
+)
 from agentstate.errors import AgentStateError, EngineError, PageStoreFull, PageStoreUnwritable, SettingsError
-from agentstate.launcher import check_command, engine_command, engine_python, require_free_port, require_page_directory
 from agentstate.settings import Settings
 
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from agentstate.database import Database
 from agentstate.errors import LeaseLost, SessionBusy
-from agentstate.leases import LeaseKey
-from agentstate.models import EntryKind, SessionStatus
-from agentstate.outcomes import Resumed, SuspendReason
-from agentstate.sessions import Sessions
-from agentstate.transcript import NewEntry
+from agentstate.sessions.leases import LeaseKey
+from agentstate.sessions.outcomes import Resumed, SuspendReason
+from agentstate.sessions.transcript import NewEntry
+from agentstate.sessions.verbs import Sessions
+from agentstate.sql.database import Database
+from agentstate.sql.models import EntryKind, SessionStatus
 
 NOTE = NewEntry(EntryKind.NOTE, {"text": "hello"})
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import sqlalchemy as sa
 
-from agentstate import manifests
-from agentstate.database import Database
-from agentstate.manifests import Coverage, Manifest
+from agentstate.fleet import manifests
+from agentstate.fleet.manifests import Coverage, Manifest
+from agentstate.sql.database import Database
 
 
 def manifest(session_id: str = "ses_1", fingerprint: str = "f1", rank: int = 0, pages: int = 3) -> Manifest:

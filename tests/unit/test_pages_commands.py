@@ -13,13 +13,13 @@ import pytest
 from contents import MARK, MHA, keys, write
 from typer.testing import CliRunner, Result
 
-from agentstate import manifests
-from agentstate.cli import app
-from agentstate.database import Database
+from agentstate.cli.main import app
 from agentstate.errors import PageStoreLocked, SchemaOutdated, SettingsError
-from agentstate.manifests import Manifest
+from agentstate.fleet import manifests
+from agentstate.fleet.manifests import Manifest
 from agentstate.pages import PageStore
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,6 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentstate import engines, manifests
-from agentstate.collection import collect
-from agentstate.database import Database
-from agentstate.engines import Engine
 from agentstate.errors import (
     EntryNotFound,
     InvalidEntry,
@@ -23,12 +19,16 @@ from agentstate.errors import (
     SessionExpired,
     SessionNotFound,
 )
-from agentstate.leases import LeaseKey
-from agentstate.manifests import KvState, Manifest
-from agentstate.models import EntryKind, SessionStatus
-from agentstate.outcomes import Order, Resumed, SuspendReason
-from agentstate.sessions import Sessions
-from agentstate.transcript import NewEntry
+from agentstate.fleet import engines, manifests
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import KvState, Manifest
+from agentstate.sessions.collection import collect
+from agentstate.sessions.leases import LeaseKey
+from agentstate.sessions.outcomes import Order, Resumed, SuspendReason
+from agentstate.sessions.transcript import NewEntry
+from agentstate.sessions.verbs import Sessions
+from agentstate.sql.database import Database
+from agentstate.sql.models import EntryKind, SessionStatus
 
 ENGINE = Engine("eng_1", "n1", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f1", "/pages")
 

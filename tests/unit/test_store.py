@@ -15,7 +15,7 @@ from contents import MARK, MHA, MLA, WIDE, drop, expected, key, keys, read, read
 from agentstate.errors import FingerprintMismatch, PageStoreFull, PageStoreLocked, PageStoreUnwritable
 from agentstate.pages import Geometry, PageStore, fingerprint
 from agentstate.pages.index import PageIndex
-from agentstate.pages.store import StoreStats
+from agentstate.pages.space import StoreStats
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from agentstate.collection import collect
-from agentstate.database import Database
 from agentstate.errors import InvalidEntry, ToolInFlight
-from agentstate.models import EntryKind, SessionStatus
-from agentstate.outcomes import SuspendReason
-from agentstate.sessions import Sessions
-from agentstate.transcript import NewEntry
+from agentstate.sessions.collection import collect
+from agentstate.sessions.outcomes import SuspendReason
+from agentstate.sessions.transcript import NewEntry
+from agentstate.sessions.verbs import Sessions
+from agentstate.sql.database import Database
+from agentstate.sql.models import EntryKind, SessionStatus
 
 
 def call(call_id: str, expected_s: float | None = None) -> NewEntry:

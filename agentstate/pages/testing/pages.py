@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Sequence
-from copy import copy
 
 import numpy as np
 
@@ -59,9 +58,7 @@ def reader_for(geometry: Geometry, chunk_bytes: int = 1 << 20) -> LayerwiseReade
 
 def _borrowed(pin: Pin) -> Pin:
     """A pin of the same pages that a stream may close without letting go of them."""
-    borrowed = copy(pin)
-    borrowed._extents = []
-    return borrowed
+    return Pin(pin.fingerprint, pin.keys, pin.segments, lambda: None)
 
 
 def read(reader: LayerwiseReader, pins: Sequence[Pin]) -> dict[tuple[int, int, int], list[bytes] | None]:

@@ -198,7 +198,10 @@ class SharedSpaceMachine(RuleBasedStateMachine):
         assert len(before) == len(self.stores)
         for (store, name), page in self.pages.items():
             with self.stores[store].pin([name]) as pin:
-                page.needed, page.used = False, pin._extents[0].used / (1 << 20)
+                page.needed, page.used = (
+                    False,
+                    self.stores[store]._extents[pin.segments[0].extent.number].used / (1 << 20),
+                )
         self.clock = count(1 + max((int(page.used) + 1 for page in self.pages.values()), default=0))
 
     @invariant()

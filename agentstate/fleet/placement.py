@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from agentstate.engines import Engine
-from agentstate.manifests import Coverage, KvState
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import Coverage, KvState
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,6 @@ import zmq.asyncio
 from sqlalchemy.engine import Connection
 
 from agentstate import ids
-from agentstate.control import AsyncControlClient
-from agentstate.database import Database, now_us
-from agentstate.engines import Engine
 from agentstate.errors import (
     DatabaseError,
     EngineError,
@@ -40,8 +37,11 @@ from agentstate.errors import (
     OperationNotFound,
     TooManyOperations,
 )
-from agentstate.manifests import KvState
-from agentstate.models import OperationState, operations
+from agentstate.fleet.control import AsyncControlClient
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import KvState
+from agentstate.sql.database import Database, now_us
+from agentstate.sql.models import OperationState, operations
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentstate import toolcalls
-from agentstate.database import insert, now_us
 from agentstate.errors import EntryNotFound, InvalidEntry
-from agentstate.history import History
-from agentstate.models import EntryKind, blobs
-from agentstate.models import entries as table
+from agentstate.sessions import toolcalls
+from agentstate.sessions.history import History
+from agentstate.sql.database import insert, now_us
+from agentstate.sql.models import EntryKind, blobs
+from agentstate.sql.models import entries as table
 
 BLOB_BYTES = 256 * 1024
 MAX_METADATA_BYTES = 64 * 1024  # it is read whenever its session is

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import httpx
 
-from agentstate import engines, launcher
-from agentstate.control import ControlClient
-from agentstate.database import Database
-from agentstate.engines import Engine
+from agentstate.cli import launcher
 from agentstate.errors import EngineError
+from agentstate.fleet import engines
+from agentstate.fleet.control import ControlClient
+from agentstate.fleet.engines import Engine
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 
 # Patience with what is on its way, on however busy a machine. Who waits notices at once when a process ends.
 _SERVICE_START_S, _ENGINE_START_S, _REGISTRATION_S, _ENGINE_END_S = 300, 1200, 120, 180

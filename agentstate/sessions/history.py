@@ -17,7 +17,7 @@ from typing import Any, Self
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentstate.models import entries, segments
+from agentstate.sql.models import entries, segments
 
 MAX_SEGMENTS = 256
 

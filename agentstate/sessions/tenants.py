@@ -16,9 +16,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentstate import ids
-from agentstate.database import insert, now_us
 from agentstate.errors import KeyNotFound, SettingsError
-from agentstate.models import api_keys, tenants
+from agentstate.sql.database import insert, now_us
+from agentstate.sql.models import api_keys, tenants
 
 PREFIX = "ags_"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

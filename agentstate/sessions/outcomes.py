@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from agentstate.engines import Engine
-from agentstate.kv import KvOutlook, Server
-from agentstate.leases import Lease
-from agentstate.models import SessionStatus, ToolCallState
-from agentstate.transcript import Entry, EntryPage
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.placement import KvOutlook, Server
+from agentstate.sessions.leases import Lease
+from agentstate.sessions.transcript import Entry, EntryPage
+from agentstate.sql.models import SessionStatus, ToolCallState
 
 
 class SuspendReason(StrEnum):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentstate.database import now_us
-from agentstate.models import engines
+from agentstate.sql.database import now_us
+from agentstate.sql.models import engines
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 
-from agentstate import branches, engines, ids, leases, manifests, rows, toolcalls, transcript
-from agentstate.database import Database, now_us
+from agentstate import ids
 from agentstate.errors import (
     EventsTrimmed,
     ModelMismatch,
@@ -23,12 +22,12 @@ from agentstate.errors import (
     ToolCallUnknown,
     ToolInFlight,
 )
-from agentstate.history import History
-from agentstate.kv import choose, outlook
-from agentstate.leases import Lease, LeaseKey
-from agentstate.models import EntryKind, SessionStatus, ToolCallState
-from agentstate.models import sessions as table
-from agentstate.outcomes import (
+from agentstate.fleet import engines, manifests
+from agentstate.fleet.placement import choose, outlook
+from agentstate.sessions import branches, leases, rows, toolcalls, transcript
+from agentstate.sessions.history import History
+from agentstate.sessions.leases import Lease, LeaseKey
+from agentstate.sessions.outcomes import (
     Appended,
     Claimed,
     Keep,
@@ -41,8 +40,11 @@ from agentstate.outcomes import (
     SuspendReason,
     ToolCall,
 )
-from agentstate.rows import Rows
-from agentstate.transcript import EntryPage, NewEntry
+from agentstate.sessions.rows import Rows
+from agentstate.sessions.transcript import EntryPage, NewEntry
+from agentstate.sql.database import Database, now_us
+from agentstate.sql.models import EntryKind, SessionStatus, ToolCallState
+from agentstate.sql.models import sessions as table
 
 DEFAULT_TENANT = "default"
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentstate import branches, manifests
-from agentstate.database import Database, now_us
 from agentstate.errors import DatabaseError
-from agentstate.history import History, Segment
-from agentstate.models import blobs, entries, idempotency, operations, segments, sessions, tool_calls, tool_timings
+from agentstate.fleet import manifests
+from agentstate.sessions import branches
+from agentstate.sessions.history import History, Segment
+from agentstate.sql.database import Database, now_us
+from agentstate.sql.models import blobs, entries, idempotency, operations, segments, sessions, tool_calls, tool_timings
 
 logger = logging.getLogger(__name__)
 

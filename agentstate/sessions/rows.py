@@ -1,6 +1,6 @@
 """The rows of one tenant's sessions: how they are found, locked, made and changed.
 
-What `agentstate.sessions` builds its verbs from; each of these is a part of a verb's transaction.
+What `agentstate.sessions.verbs` builds its verbs from; each of these is a part of a verb's transaction.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentstate import branches, ids, leases, manifests, toolcalls, transcript
-from agentstate.database import insert, now_us
+from agentstate import ids
 from agentstate.errors import RevisionStale, SessionExists, SessionExpired, SessionNotFound
-from agentstate.history import History
-from agentstate.kv import Stored
-from agentstate.leases import LeaseKey
-from agentstate.models import SessionStatus
-from agentstate.models import leases as leases_table
-from agentstate.models import sessions as table
-from agentstate.models import tenants as tenants_table
-from agentstate.outcomes import Appended, Session, ToolCall
-from agentstate.transcript import Entry, NewEntry
+from agentstate.fleet import manifests
+from agentstate.fleet.placement import Stored
+from agentstate.sessions import branches, leases, toolcalls, transcript
+from agentstate.sessions.history import History
+from agentstate.sessions.leases import LeaseKey
+from agentstate.sessions.outcomes import Appended, Session, ToolCall
+from agentstate.sessions.transcript import Entry, NewEntry
+from agentstate.sql.database import insert, now_us
+from agentstate.sql.models import SessionStatus
+from agentstate.sql.models import leases as leases_table
+from agentstate.sql.models import sessions as table
+from agentstate.sql.models import tenants as tenants_table
 
 # What every request runs is built once: to build a statement takes longer than to run it.
 _named = sa.and_(table.c.tenant == sa.bindparam("of_tenant"), table.c.name == sa.bindparam("called"))

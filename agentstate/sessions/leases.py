@@ -16,9 +16,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentstate.database import insert, now_us
 from agentstate.errors import LeaseLost, SessionBusy
-from agentstate.models import leases
+from agentstate.sql.database import insert, now_us
+from agentstate.sql.models import leases
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from agentstate import launcher
+from agentstate.cli import launcher
+from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError, SettingsError
-from agentstate.local import LocalStack
 from agentstate.settings import Settings
 
 ENGINE_PORT, SERVICE_PORT = 30701, 8701
 PAIRS = 5
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "openai_loop.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "openai_loop.py"
 
 console = Console()
 

@@ -13,8 +13,8 @@ from enum import StrEnum
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentstate.database import insert, now_us
-from agentstate.models import manifests
+from agentstate.sql.database import insert, now_us
+from agentstate.sql.models import manifests
 
 KEY_BYTES = 32  # SHA-256
 

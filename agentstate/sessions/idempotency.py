@@ -19,9 +19,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentstate.database import insert, now_us
 from agentstate.errors import IdempotencyKeyInUse, IdempotencyKeyReused
-from agentstate.models import idempotency
+from agentstate.sql.database import insert, now_us
+from agentstate.sql.models import idempotency
 
 # An answer that waits for an engine for longer than any request does: its service is gone.
 UNFINISHED_S = 300

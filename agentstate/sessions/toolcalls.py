@@ -17,8 +17,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentstate.errors import InvalidEntry
-from agentstate.history import History
-from agentstate.models import ToolCallState, tool_calls, tool_timings
+from agentstate.sessions.history import History
+from agentstate.sql.models import ToolCallState, tool_calls, tool_timings
 
 OPEN = (ToolCallState.CLAIMED, ToolCallState.UNKNOWN)
 TIMINGS = 100  # how many of a tool's last durations an estimate is made of

@@ -1,7 +1,7 @@
 """Where histories branch: what a fork or a rewind keeps, and what a deleted session leaves behind.
 
 Nothing is copied and nothing is deleted here, so the cost does not depend on the length of a history. What no history
-reaches any more is only marked; `agentstate.collection` takes it away.
+reaches any more is only marked; `agentstate.sessions.collection` takes it away.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentstate import transcript
-from agentstate.database import now_us
 from agentstate.errors import NotABranchPoint
-from agentstate.history import MAX_SEGMENTS, History
-from agentstate.models import leases, segments, sessions
+from agentstate.sessions import transcript
+from agentstate.sessions.history import MAX_SEGMENTS, History
+from agentstate.sql.database import now_us
+from agentstate.sql.models import leases, segments, sessions
 
 
 @dataclass(frozen=True)

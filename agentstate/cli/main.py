@@ -17,14 +17,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from agentstate import __version__, launcher
-from agentstate import tenants as tenancy
-from agentstate.collection import collect
-from agentstate.commands.pages import pages
-from agentstate.database import Database, instant
+from agentstate import __version__
+from agentstate.cli import launcher
+from agentstate.cli.pages import pages
 from agentstate.errors import AgentStateError, EngineError, SettingsError
-from agentstate.sessions import DEFAULT_TENANT
+from agentstate.sessions import tenants as tenancy
+from agentstate.sessions.collection import collect
+from agentstate.sessions.verbs import DEFAULT_TENANT
 from agentstate.settings import ENGINE_LIMITS, ENGINE_PLACES, Settings
+from agentstate.sql.database import Database, instant
 
 app = typer.Typer(
     help="Suspendable LLM agents on SGLang. Settings are AGENTSTATE_* variables; `agentstate settings` lists them.",
@@ -203,7 +204,7 @@ def demo(
     report: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """An agent works, is suspended, its engine is killed, and it goes on from NVMe: on this machine, for real."""
-    from agentstate.demo import run
+    from agentstate.cli.demo import run
 
     raise typer.Exit(0 if run(Settings(), report) else 1)
 
@@ -464,7 +465,3 @@ def main() -> None:
     except AgentStateError as error:
         print(f"agentstate: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Column, Table
 
-from agentstate import manifests
-from agentstate.database import Database
 from agentstate.errors import PageStoreLocked, SettingsError
+from agentstate.fleet import manifests
 from agentstate.pages import inventory
 from agentstate.pages.node import kept_id
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 
 pages = typer.Typer(help="The page directory.", no_args_is_help=True)
 

@@ -1,0 +1,5 @@
+"""`python -m agentstate.cli` is `agentstate`."""
+
+from agentstate.cli.main import main
+
+main()

@@ -1,1 +1,0 @@
-"""Groups of commands that are too large for `agentstate.cli`, a file a group."""

@@ -1,0 +1,1 @@
+"""The database: ``models`` are its tables, ``database`` its connections and its schema, SQLite or PostgreSQL."""

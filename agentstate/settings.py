@@ -14,6 +14,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from agentstate.errors import SettingsError
 
 MIB = 1024 * 1024
+# Whose sessions are of calls that need no key.
+DEFAULT_TENANT = "default"
 # What an engine reads: where it finds things, and how it works.
 ENGINE_PLACES = ("home", "database_url", "pages_dir", "control_address", "engine_base_url", "engine_python")
 ENGINE_LIMITS = (

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from agentstate.errors import RateLimited, Unauthenticated
 from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Tenant
-from agentstate.sessions.verbs import DEFAULT_TENANT
+from agentstate.settings import DEFAULT_TENANT
 from agentstate.sql.database import Database
 
 TRUST_S = 5.0

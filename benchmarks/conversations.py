@@ -18,7 +18,7 @@ from agentstate.client import message as message_entry
 from agentstate.fleet import engines, manifests
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
-from agentstate.sessions.verbs import DEFAULT_TENANT
+from agentstate.settings import DEFAULT_TENANT
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import EntryKind, SessionStatus
 from agentstate.sql.models import entries as entries_table

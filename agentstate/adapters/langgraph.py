@@ -39,8 +39,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from agentstate.adapters.checkpoints import PAGE, Checkpoint, Checkpoints, Loaded, Value, Write
-from agentstate.sessions.verbs import DEFAULT_TENANT
-from agentstate.settings import Settings
+from agentstate.settings import DEFAULT_TENANT, Settings
 from agentstate.sql.database import Database
 
 RUN = 64

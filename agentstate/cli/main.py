@@ -1,4 +1,8 @@
-"""The command line: `agentstate serve | engine | demo | db | keys | tenants | pages | bench | version`."""
+"""The command line: `agentstate serve | engine | demo | db | keys | tenants | pages | bench | version`.
+
+A command imports what it needs when it runs: SQLAlchemy and NumPy together take a second, which nobody wants to wait
+for `--help`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,11 +25,10 @@ from agentstate import __version__
 from agentstate.cli import launcher
 from agentstate.cli.pages import pages
 from agentstate.errors import AgentStateError, EngineError, SettingsError
-from agentstate.sessions import tenants as tenancy
-from agentstate.sessions.collection import collect
-from agentstate.sessions.verbs import DEFAULT_TENANT
-from agentstate.settings import ENGINE_LIMITS, ENGINE_PLACES, Settings
-from agentstate.sql.database import Database, instant
+from agentstate.settings import DEFAULT_TENANT, ENGINE_LIMITS, ENGINE_PLACES, Settings
+
+if TYPE_CHECKING:
+    from agentstate.sql.database import Database
 
 app = typer.Typer(
     help="Suspendable LLM agents on SGLang. Settings are AGENTSTATE_* variables; `agentstate settings` lists them.",
@@ -93,6 +96,8 @@ def upgrade() -> None:
 @db.command("gc")
 def collect_garbage() -> None:
     """Delete what no session reaches any more, as a running service does by itself from time to time."""
+    from agentstate.sessions.collection import collect
+
     now = Settings()
     with _database(now) as database:
         collected = collect(database, expired_after_s=now.expired_retention_s)
@@ -105,6 +110,8 @@ def create_key(
     note: Annotated[str, typer.Option(help="What it is for.")] = "",
 ) -> None:
     """Make an API key. It is printed now and never again."""
+    from agentstate.sessions import tenants as tenancy
+
     with _database(Settings()) as database, database.write() as connection:
         made = tenancy.create_key(connection, tenant, note)
     _errors.print(f"key {made.key.id} of tenant {tenant}; send it as Authorization: Bearer", highlight=False)
@@ -114,6 +121,9 @@ def create_key(
 @keys.command("list")
 def list_keys(as_json: AsJson = False) -> None:
     """List the keys, without their secrets."""
+    from agentstate.sessions import tenants as tenancy
+    from agentstate.sql.database import instant
+
     with _database(Settings()) as database, database.read() as connection:
         found = tenancy.list_keys(connection)
     rows = [
@@ -138,6 +148,8 @@ def list_keys(as_json: AsJson = False) -> None:
 @keys.command("revoke")
 def revoke_key(key_id: Annotated[str, typer.Argument(help="As `agentstate keys list` shows it.")]) -> None:
     """Let a key be valid no more. Running services notice within seconds."""
+    from agentstate.sessions import tenants as tenancy
+
     with _database(Settings()) as database, database.write() as connection:
         tenancy.revoke_key(connection, key_id)
 
@@ -153,6 +165,8 @@ def set_tenant(
     ] = None,
 ) -> None:
     """Set the limits of a tenant, both of them."""
+    from agentstate.sessions import tenants as tenancy
+
     with _database(Settings()) as database, database.write() as connection:
         tenancy.put(connection, tenancy.Tenant(name, expires_in_s, requests_per_s))
 
@@ -446,6 +460,8 @@ _errors = Console(stderr=True)
 @contextmanager
 def _database(settings: Settings) -> Iterator[Database]:
     """The database, its schema this version's: a SQLite that is not there yet is made."""
+    from agentstate.sql.database import Database
+
     _room("api.server").prepare(settings)
     database = Database(settings.sqlalchemy_url)
     try:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,11 +20,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Column, Table
 
 from agentstate.errors import PageStoreLocked, SettingsError
-from agentstate.fleet import manifests
-from agentstate.pages import inventory
-from agentstate.pages.node import kept_id
 from agentstate.settings import Settings
-from agentstate.sql.database import Database
+
+if TYPE_CHECKING:
+    from agentstate.pages import inventory
+    from agentstate.sql.database import Database
 
 pages = typer.Typer(help="The page directory.", no_args_is_help=True)
 
@@ -35,6 +35,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 @pages.command("ls")
 def list_stores(directory: PagesDir = None, as_json: AsJson = False) -> None:
     """List the stores of a page directory: one a fingerprint and rank."""
+    from agentstate.pages import inventory
+
     rows = []
     with _progress("reading headers", _stores(directory)) as advance:
         for store in _stores(directory):
@@ -65,6 +67,8 @@ def show(
 ) -> None:
     """Show what an extent says of itself, or where a page lies. The last extent with a page is the one that serves
     it. Ends with status 1 when nothing is found."""
+    from agentstate.pages import inventory
+
     root = directory or Settings().pages_path
     found = [_description(report, slot) for report, slot in inventory.holding(root, name.lower())]
     if as_json:
@@ -105,6 +109,8 @@ def _description(report: inventory.ExtentReport, slot: int | None) -> dict[str, 
 def du(directory: PagesDir = None, as_json: AsJson = False) -> None:
     """What the bytes of every store are: pages that are found (live), pages that a later extent has too, extents that
     cannot be read, and files of a write that was broken off."""
+    from agentstate.pages import inventory
+
     root = directory or Settings().pages_path
     rows = []
     for store in inventory.store_directories(root):
@@ -129,6 +135,8 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Read and verify every stored page. Ends with status 1 when something is broken and was not repaired."""
+    from agentstate.pages import inventory
+
     found: list[dict[str, Any]] = []
     extents = dropped = 0
     stores = _stores(directory)
@@ -161,6 +169,9 @@ def gc(
 ) -> None:
     """Delete the extents that no manifest in the database needs, and the manifests of stores that are gone. Ends with
     status 1 when an engine has a store open: that one is left as it is, and the others are collected."""
+    from agentstate.pages import inventory
+    from agentstate.sql.database import Database
+
     settings = Settings()
     database = Database(settings.sqlalchemy_url)
     rows, refused = [], []
@@ -200,6 +211,9 @@ def _root(directory: Path | None) -> Path:
 
 def _dead_manifests(database: Database, root: Path, dry_run: bool) -> int:
     """Delete the manifests of this directory's stores that are not there any more: how many there are."""
+    from agentstate.fleet import manifests
+    from agentstate.pages.node import kept_id
+
     if (node := kept_id(root)) is None:
         return 0
     dead = 0
@@ -213,17 +227,23 @@ def _dead_manifests(database: Database, root: Path, dry_run: bool) -> int:
 
 
 def _chains(database: Database, fingerprint: str, rank: int) -> Iterator[list[bytes]]:
+    from agentstate.fleet import manifests
+
     with database.read() as connection:
         yield from (keys for _, keys in manifests.chains(connection, fingerprint, rank))
 
 
 def _stores(directory: Path | None) -> list[Path]:
+    from agentstate.pages import inventory
+
     return inventory.store_directories(_root(directory))
 
 
 @contextmanager
 def _progress(what: str, stores: Sequence[Path]) -> Iterator[Any]:
     """A progress bar over the bytes of ``stores``: a function that advances it."""
+    from agentstate.pages import inventory
+
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=inventory.total_bytes(stores))

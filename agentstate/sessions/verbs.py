@@ -42,11 +42,10 @@ from agentstate.sessions.outcomes import (
 )
 from agentstate.sessions.rows import Rows
 from agentstate.sessions.transcript import EntryPage, NewEntry
+from agentstate.settings import DEFAULT_TENANT
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import EntryKind, SessionStatus, ToolCallState
 from agentstate.sql.models import sessions as table
-
-DEFAULT_TENANT = "default"
 
 
 class Sessions:

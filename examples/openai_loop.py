@@ -31,7 +31,7 @@ STEPS: dict[str, list[tuple[str, tuple[str, dict[str, Any]] | None]]] = {
     "survey": [
         ("Which files of this project define errors?", ("search", {"pattern": r"class \w+Error\b"})),
         ("How many bytes do 64 pages of 30 layers take, at 49152 bytes?", ("calculate", {"expression": "64*30*49152"})),
-        ("Read how sessions work.", ("read_file", {"path": "agentstate/sessions.py", "chars": 15500})),
+        ("Read how sessions work.", ("read_file", {"path": "agentstate/sessions/verbs.py", "chars": 15500})),
     ],
     "conclude": [("What does suspending a session do?", None)],
 }

@@ -30,11 +30,12 @@ _REMEMBERED_UNREAD = 100_000
 
 @dataclass
 class RestoreStats:
-    """Counters since the engine started. Of ``bytes_read``, ``bytes_straight`` were read to where they are needed and
-    passed no staging. ``pages_failed`` were damaged, or could not be read in two restores, and were dropped;
-    ``pages_unread`` could not be read this time and were kept; ``timed_out`` are the batches that had not arrived yet
-    when they were abandoned, because a drive did not answer.
-    ``first_layer_s`` is how long it took until the first layer of a batch was there, of ``seconds`` in all, and
+    """Counters since the engine started. ``restores`` are the batches that brought a request its pages. Of
+    ``bytes_read``, ``bytes_straight`` were read to where they are needed and passed no staging. ``pages_failed`` were
+    damaged, or could not be read in two restores, and were dropped; ``pages_unread`` could not be read this time and
+    were kept; ``timed_out`` are the batches that had not arrived yet when they were abandoned, because a drive did not
+    answer.
+    ``first_layer_s`` is how long it took until the first layer of such a batch was there, of ``seconds`` in all, and
     ``forward_wait_s`` how long forwards waited for a layer."""
 
     restores: int = 0
@@ -463,10 +464,12 @@ class Restorer:
             if load.rid not in batch.failed
         }
         with self._counting:
-            self.stats.restores += 1
-            self.stats.pages_restored += sum(of_request.pages for of_request in requests.values())
             self.stats.bytes_read += batch.n_bytes
             self.stats.bytes_straight += batch.straight
+            if not requests:
+                return None
+            self.stats.restores += 1
+            self.stats.pages_restored += sum(of_request.pages for of_request in requests.values())
             self.stats.first_layer_s += first_layer_s
             self.stats.seconds += seconds
-        return Restored(requests, seconds) if requests else None
+        return Restored(requests, seconds)

@@ -19,6 +19,7 @@ from agentstate.cli.local import LocalStack, Spawn, free_port
 from agentstate.settings import Settings
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whoever waits for an engine is stopped when it hangs, not when the machine is slow. Tests that share an engine
     run in one process, one after the other."""

@@ -256,31 +256,37 @@ def test_an_engine_that_is_told_to_end_stores_what_it_has_first(stack: LocalStac
 
 
 def test_what_an_engine_does_is_in_its_metrics_and_its_log(stack: LocalStack, generate: Generator) -> None:
+    def told() -> dict[str, float]:
+        """Every sample, once all restores are in all of them: a scrape may fall between two."""
+        restored = stack.stat()["restore"]
+        expected = {
+            "agentstate:restores_total": restored["restores"],
+            "agentstate:restored_pages_total": restored["pages_restored"],
+            "agentstate:restore_duration_seconds_count": restored["restores"],
+            "agentstate:restore_duration_seconds_sum": pytest.approx(restored["seconds"]),
+            "agentstate:restore_bytes_per_second_count": restored["restores"],
+        }
+        deadline = time.monotonic() + 60
+        while True:
+            lines = httpx.get(f"{stack.engine_url}/metrics").text.splitlines()
+            found = (line.rpartition(" ") for line in lines if line.startswith("agentstate:"))
+            samples = {name.partition("{")[0]: float(value) for name, _, value in found}
+            of_restores = {name: samples.get(name, 0.0) for name in expected}
+            if of_restores == expected or time.monotonic() > deadline:
+                assert of_restores == expected
+                return samples
+            time.sleep(0.1)
+
+    before = told()
     text = prompt(18, 7 * PAGE + 20)
     generate(text)
     spilled(stack)
     stack.flush_device()
     assert generate(text).restored == 7 * PAGE
-    restored = stack.stat()["restore"]
-
-    def told() -> dict[str, float]:
-        lines = httpx.get(f"{stack.engine_url}/metrics").text.splitlines()
-        samples = (line.rpartition(" ") for line in lines if line.startswith("agentstate:"))
-        return {name.partition("{")[0]: float(value) for name, _, value in samples}
-
-    expected = {
-        "agentstate:restores_total": restored["restores"],
-        "agentstate:restored_pages_total": restored["pages_restored"],
-        "agentstate:restore_duration_seconds_count": restored["restores"],
-        "agentstate:restore_duration_seconds_sum": pytest.approx(restored["seconds"]),
-        "agentstate:restore_bytes_per_second_count": restored["restores"],
-        "agentstate:layer_wait_seconds_count": 30 * restored["restores"],
-    }
-    # A scrape may fall between two samples of one restore.
-    deadline = time.monotonic() + 60
-    while {name: (samples := told()).get(name) for name in expected} != expected and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert {name: samples.get(name) for name in expected} == expected
+    samples = told()
+    assert samples["agentstate:restores_total"] == before.get("agentstate:restores_total", 0) + 1
+    waited = before.get("agentstate:layer_wait_seconds_count", 0)
+    assert samples["agentstate:layer_wait_seconds_count"] == waited + 30
     assert samples["agentstate:spilled_bytes_total"] > 0
     log = (stack.home / "engine.log").read_text()
     line = rf"restored {7 * PAGE} tokens for \w+, [\d.]+ MB in [\d.]+ ms \([\d.]+ GB/s\), source cold\n"

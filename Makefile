@@ -15,8 +15,8 @@ ENGINE_SET_UP := .venv/engine/complete
 ADAPTERS_SET_UP := .venv/adapters/complete
 RUN := AGENTSTATE_ENGINE_PYTHON=$(CURDIR)/$(ENGINE) AGENTSTATE_CACHE_DIR=$(CACHE) OMP_WAIT_POLICY=passive
 PYTEST := -m pytest --durations=5
-# A process a core, each with databases, engines and caches of its own.
-PARALLEL := -n auto --dist loadgroup
+# A process a core, each with databases and engines of its own.
+PARALLEL := -n auto
 
 .PHONY: help demo test test-service test-adapters test-engine test-late test-gpu lint setup clean
 
@@ -44,7 +44,7 @@ test-adapters: $(ADAPTERS_SET_UP)
 
 test-engine: setup model
 	$(RUN) $(ENGINE) $(PYTEST) $(PARALLEL) --disable-warnings tests/engine tests/gpu tests/late
-	$(RUN) $(ADAPTERS) $(PYTEST) $(PARALLEL) tests/acceptance
+	$(RUN) $(ADAPTERS) $(PYTEST) $(PARALLEL) --dist loadfile tests/acceptance
 
 # Every policy, many seeds, and for every wait each of the tests that are named for it.
 POLICIES ?= late,eager,$(shell seq -s, -f random:%.0f 1 20)

@@ -18,7 +18,7 @@ from agentstate import Client
 from agentstate.client import message
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = "\n".join(path.read_text() for path in sorted((ROOT / "agentstate").glob("*.py")))
+LIBRARY = "\n".join(path.read_text() for path in sorted((ROOT / "agentstate").rglob("*.py")))
 
 
 def play(service: Client, session_id: str, model: str, text: str) -> tuple[int, int, float]:

@@ -19,15 +19,11 @@ from agentstate.cli.local import LocalStack, Spawn, free_port
 from agentstate.settings import Settings
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever waits for an engine is stopped when it hangs, not when the machine is slow. Tests that share an engine
-    run in one process, one after the other."""
+    """Whoever waits for an engine is stopped when it hangs, not when the machine is slow."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.timeout(1800))
-            shared = "shared_stack" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("stack" if shared else item.path.stem))
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +109,9 @@ class SharedStack:
             self._running = None
 
 
+SHARED = pytest.StashKey[SharedStack]()
+
+
 @pytest.fixture(scope="session")
 def shared_stack(
     tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, request: pytest.FixtureRequest
@@ -121,14 +120,16 @@ def shared_stack(
         return make_stack(tmp_path_factory.mktemp("stack"), request.getfixturevalue("smollm2"))
 
     with closing(SharedStack(make)) as shared:
+        request.config.stash[SHARED] = shared
         yield shared
 
 
 @pytest.fixture(autouse=True)
 def ended_when_others_run(request: pytest.FixtureRequest) -> None:
     """An idle engine keeps a core busy."""
-    if "shared_stack" not in request.fixturenames:
-        request.getfixturevalue("shared_stack").close()
+    shared = request.config.stash.get(SHARED, None)
+    if shared is not None and "shared_stack" not in request.fixturenames:
+        shared.close()
 
 
 @pytest.fixture

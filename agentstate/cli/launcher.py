@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from agentstate.errors import EngineError, PageStoreFull, PageStoreUnwritable, SettingsError
+from agentstate.private import make_directory
 from agentstate.settings import Settings
 
 BACKEND = "agentstate"
@@ -114,7 +115,7 @@ def require_page_directory(directory: Path) -> None:
     """Raises PageStoreUnwritable or PageStoreFull unless pages can be written to ``directory``, which is created."""
     advice = "point AGENTSTATE_PAGES_DIR at a directory on another disk"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise PageStoreFull(

@@ -20,6 +20,7 @@ from agentstate.errors import EngineError
 from agentstate.fleet import engines
 from agentstate.fleet.control import ControlClient
 from agentstate.fleet.engines import Engine
+from agentstate.private import make_directory, make_file
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 
@@ -63,6 +64,7 @@ Spawn = Callable[[Sequence[str], Mapping[str, str], Path], Process]
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
+    make_file(log)
     with log.open("ab") as output:
         # A session of its own: an engine is several processes, and all of them are killed at once.
         return subprocess.Popen(
@@ -124,7 +126,7 @@ class LocalService:
     """
 
     def __init__(self, home: Path, *, service_port: int, settings: Mapping[str, str] | None = None):
-        home.mkdir(parents=True, exist_ok=True)
+        make_directory(home)
         self.home = home
         self.service_url = f"http://127.0.0.1:{service_port}"
         self._service: ChildProcess | None = None

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agentstate.errors import PageStoreLocked
+from agentstate.private import FILE_MODE, close_to_others, make_directory
 
 # Whoever evicts from a store that nobody has open holds its lock for a moment.
 _PATIENCE_S = 1.0
@@ -50,8 +51,10 @@ class StoreDirectory:
         """Try to take the lock; False where that may work soon, unless it was the ``last`` attempt."""
         try:
             for directory in (self.extents, self.partial):
-                directory.mkdir(parents=True, exist_ok=True)
-            self._fds.append(os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+                make_directory(directory)
+            # One of an earlier release may have been open to everybody.
+            close_to_others(self.path)
+            self._fds.append(os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
             # While it is open, nothing else gets its number.
             self._fds.append(os.open(self.extents, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             fcntl.flock(self._fds[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,7 +90,7 @@ class StoreDirectory:
         if self._opened_as is None or self._identities() != self._opened_as:
             return False
         if not self.partial.is_dir():
-            self.partial.mkdir()
+            make_directory(self.partial)
         return True
 
     def condemn(self) -> None:

@@ -14,6 +14,7 @@ import lmdb
 
 from agentstate.errors import BadExtent
 from agentstate.pages.extent import PREFIX, ExtentHeader
+from agentstate.private import FILE_MODE
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -28,11 +29,11 @@ def is_full(error: OSError | lmdb.Error) -> bool:
 def open_direct(path: Path, flags: int) -> int:
     """Open for direct I/O, or buffered where the file system refuses that."""
     try:
-        return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, 0o644)
+        return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, FILE_MODE)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return os.open(path, flags | os.O_CLOEXEC, 0o644)
+        return os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ import numpy as np
 
 from agentstate.pages.extent import FORMAT_VERSION, Geometry
 from agentstate.pages.keys import KEY_BYTES, PageKeys
+from agentstate.private import FILE_MODE, make_directory, make_file
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class PageIndex:
             logger.warning("page store: the index %s is made anew: %s", directory, damage)
             self.close()
             shutil.rmtree(directory)
-        directory.mkdir(exist_ok=True)
+        make_directory(directory)
         if damage is not None or not self._data.exists():
             self._begin(b"..")
             self._map()
@@ -154,8 +155,10 @@ class PageIndex:
     def _begin(self, weight: bytes = b".") -> None:
         """A damaged index may end the process that works on it, and must not do so for ever: the marks of what was not
         finished are counted. A change is often under way when a process is killed, so one of those is not enough."""
-        with suppress(OSError), self._unfinished.open("ab") as file:
-            file.write(weight)
+        with suppress(OSError):
+            make_file(self._unfinished)
+            with self._unfinished.open("ab") as file:
+                file.write(weight)
 
     def _finish(self, ended: int = 0) -> None:
         with suppress(OSError):
@@ -174,6 +177,7 @@ class PageIndex:
             readonly=readonly,
             create=False,
             lock=not readonly,
+            mode=FILE_MODE,
         )
 
     def _name(self) -> None:

@@ -14,6 +14,7 @@ import socket
 from pathlib import Path
 
 from agentstate import ids
+from agentstate.private import make_directory, make_file
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def node_id(root: Path, wanted: str | None = None) -> str:
     """
     file = root / "node"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             # Engines that start at once wait for each other, and agree.
@@ -36,6 +37,7 @@ def node_id(root: Path, wanted: str | None = None) -> str:
             if (known := _read(file)) is None:
                 known = wanted or (_host() if any(root.glob("*/rank*/extents")) else ids.new(_host()))
                 draft = root / "node.draft"
+                make_file(draft)
                 with draft.open("w") as out:
                     out.write(known + "\n")
                     out.flush()

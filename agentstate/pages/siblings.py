@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from agentstate.private import FILE_MODE
+
 logger = logging.getLogger(__name__)
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
@@ -135,7 +137,7 @@ class _Sibling:
         for part in (self.path, self.path / "extents"):
             if not stat.S_ISDIR(part.lstat().st_mode):
                 raise NotADirectoryError(part)
-        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield

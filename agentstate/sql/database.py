@@ -17,7 +17,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from sqlalchemy.sql.expression import FunctionElement
 
 import migrations
 from agentstate.errors import DatabaseError, DatabaseUnreachable, SchemaNewer, SchemaOutdated, SettingsError
+from agentstate.private import close_to_others, make_directory, make_file
 
 DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql+psycopg")
 BUSY_TIMEOUT_S = 10
@@ -165,6 +166,9 @@ class Database:
         if self.is_sqlite:
             with self.write() as connection:
                 _migrate(connection)
+            # An earlier release left it to be read by everybody.
+            with suppress(OSError):
+                close_to_others(Path(self._url.database or ""))
             return
         # A migration may run for longer than any statement of the service is allowed to.
         engine = sa.create_engine(self._url, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
@@ -204,14 +208,19 @@ class Database:
         self._reader.dispose()
 
     def _make_parent(self) -> None:
-        parent = Path(self._url.database or "").absolute().parent
+        file = Path(self._url.database or "").absolute()
+        if file.exists() or file.name == ":memory:":
+            return
         try:
-            parent.mkdir(parents=True, exist_ok=True)
+            make_directory(file.parent)
         except OSError as error:
             raise DatabaseUnreachable(
-                f"the directory {parent} of the SQLite database cannot be created: {error.strerror}; "
+                f"the directory {file.parent} of the SQLite database cannot be created: {error.strerror}; "
                 "set AGENTSTATE_HOME or AGENTSTATE_DATABASE_URL"
             ) from error
+        # SQLite gives the files beside it the same mode. Where nothing can be made, it says what is wrong.
+        with suppress(OSError):
+            make_file(file)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

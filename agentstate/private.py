@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -14,11 +15,14 @@ def make_directory(directory: Path) -> None:
     """Make a directory that only this user may enter, and those above it that are missing. One that is there stays as
     it is: an operator may share it on purpose. Raises OSError."""
     missing = []
-    while not directory.exists():
-        missing.append(directory)
-        directory = directory.parent
+    above = directory
+    while not above.exists():
+        missing.append(above)
+        above = above.parent
     for path in reversed(missing):
         path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+    if not directory.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
 
 
 def close_to_others(path: Path) -> None:

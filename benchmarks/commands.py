@@ -96,10 +96,9 @@ def replay(
 
 
 def calibrate(
-    engine_url: str, control_address: str, output: Path, name: str, layers: int, token_bytes: int, longest: int
+    engine_url: str, control: ControlClient, output: Path, name: str, layers: int, token_bytes: int, longest: int
 ) -> None:
-    """Write a running engine's calibration record. ``control_address`` is that of its first rank."""
-    control = ControlClient(control_address)
+    """Write a running engine's calibration record. ``control`` asks its first rank."""
     machine = results.machine()
     versions = ", ".join(f"{package} {version}" for package, version in results.versions().items())
     source = f"measured by `agentstate bench calibrate` on {machine['cores']} cores of {machine['cpu']}; {versions}"
@@ -125,14 +124,14 @@ def calibrate(
     console.print(f"{output} is written; a restore runs at {record['restore_gb_per_s']} GB/s")
 
 
-def control_address(database: Database, engine_url: str, timeout_s: float) -> str:
-    """Where the first rank of the engine at ``engine_url`` answers. Raises EngineUnreachable when it has not registered
+def control_of(database: Database, engine_url: str, timeout_s: float) -> ControlClient:
+    """What asks the first rank of the engine at ``engine_url``. Raises EngineUnreachable when it has not registered
     itself, or not been heard of for ``timeout_s``."""
     with database.read() as connection:
         live = engines.live(connection, timeout_s)
     for engine in live:
         if engine.base_url == f"{engine_url.rstrip('/')}/v1" and engine.rank == 0:
-            return engine.control_address
+            return ControlClient(engine.control_address, engine.control_secret)
     known = ", ".join(sorted({engine.base_url for engine in live})) or "none"
     raise EngineUnreachable(f"no engine at {engine_url} has registered itself; those that have: {known}")
 

@@ -38,7 +38,7 @@ from agentstate.cli.local import LocalService, free_port
 from agentstate.client import AsyncClient, Client
 from agentstate.client import message as message_entry
 from agentstate.errors import SettingsError
-from agentstate.fleet.control import pack, unpack
+from agentstate.fleet.control import new_secret, pack, protect, unpack
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import KvState
 from agentstate.sql.database import Database
@@ -276,11 +276,11 @@ async def _on(
     entries = sum(length * count for length, count in plan.sessions.items())
     peers_entries = sum(length * count for length, count in plan.peer_sessions.items())
     async with AsyncExitStack() as stack:
-        with tempfile.TemporaryDirectory(prefix="bench-") as home, _stand_in() as address:
+        with tempfile.TemporaryDirectory(prefix="bench-") as home, _stand_in() as endpoint:
             whole_url = server.create(OURS).render_as_string(hide_password=False)
             database = stack.enter_context(closing(Database(whole_url)))
             database.upgrade()
-            engine = _engine(address)
+            engine = _engine(*endpoint)
             filling = progress.add_task(f"{name}: filling {OURS}", total=entries)
             conversations.fill(database, plan.sessions, engine, lambda count: progress.advance(filling, count))
             for peer in alternatives(name):
@@ -432,8 +432,8 @@ def _filesystem(directory: str) -> str:
 
 
 @contextmanager
-def _stand_in() -> Iterator[str]:
-    """A control endpoint in a process of its own: its address."""
+def _stand_in() -> Iterator[tuple[str, str]]:
+    """A control endpoint in a process of its own: its address and its secret."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer_flushes, args=(theirs,), daemon=True)
@@ -446,9 +446,10 @@ def _stand_in() -> Iterator[str]:
 
 
 def _answer_flushes(pipe: Pipe) -> None:
-    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket, secret = zmq.Context.instance().socket(zmq.ROUTER), new_secret()
+    protect(socket, secret, server=True)
     socket.bind("tcp://127.0.0.1:*")
-    pipe.send(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+    pipe.send((socket.getsockopt_string(zmq.LAST_ENDPOINT), secret))
     while True:
         *sender, raw = socket.recv_multipart()
         assert unpack(raw)["verb"] == "flush"
@@ -457,12 +458,13 @@ def _answer_flushes(pipe: Pipe) -> None:
         )
 
 
-def _engine(control_address: str) -> Engine:
+def _engine(control_address: str, control_secret: str) -> Engine:
     return Engine(
         id=ids.new("eng"),
         node="bench",
         rank=0,
         control_address=control_address,
+        control_secret=control_secret,
         base_url="http://127.0.0.1:30000/v1",
         model=conversations.MODEL,
         fingerprint="0" * 64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import threading
 import time
@@ -9,21 +10,34 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
 
 from agentstate.errors import EngineError
-from agentstate.fleet.control import pack, unpack
+from agentstate.fleet.control import MAX_BYTES, new_secret, pack, protect, unpack
 
 logger = logging.getLogger(__name__)
 
 _POLL_MS = 2  # how often what waits is looked at again
 _IDLE_MS = 200  # how long `close` may have to wait
 _TICK_S = 1.0
+_MOST_WAITERS = 256
+_LONGEST_WAIT_S = 600.0
 
 
 class _Waiter(NamedTuple):
     peer: list[bytes]
     answer: Callable[[], dict[str, Any]]
     deadline_s: float
+
+
+class _Knows:
+    """Lets those connect who have the key that follows from a secret."""
+
+    def __init__(self, secret: str):
+        self._key = zmq.curve_public(secret.encode())
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return hmac.compare_digest(key, self._key)
 
 
 class Verbs(Protocol):
@@ -47,18 +61,27 @@ class Verbs(Protocol):
 
 class ControlEndpoint:
     """Binds ``address`` (``*`` takes a free port; `address` then says which), and from `serve` to `close` asks
-    ``verbs`` what peers ask. A peer waits for what is ``pending`` up to its own timeout. Raises EngineError when the
-    address cannot be bound.
+    ``verbs`` what peers ask who know its ``secret``. A peer waits for what is ``pending`` up to its own timeout, ten
+    minutes at most; of more than 256 peers that wait, the others are refused. Raises EngineError when the address
+    cannot be bound.
     """
 
     def __init__(self, address: str, verbs: Verbs):
+        self.secret = new_secret()
         self._verbs = verbs
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        # A context of its own: who may connect is decided for all sockets of one.
+        self._context = zmq.Context()
+        self._gate = ThreadAuthenticator(self._context, log=logging.getLogger(f"{__name__}.gate"))
+        self._gate.start()
+        self._gate.configure_curve_callback(domain="*", credentials_provider=_Knows(self.secret))
+        self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
+        protect(self._socket, self.secret, server=True)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
-            self._socket.close()
+            self._end()
             raise EngineError(
                 f"the control endpoint {address} cannot be bound ({error}): set AGENTSTATE_CONTROL_ADDRESS"
             ) from error
@@ -80,7 +103,12 @@ class ControlEndpoint:
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._end()
+
+    def _end(self) -> None:
         self._socket.close()
+        self._gate.stop()
+        self._context.term()
 
     def _run(self) -> None:
         next_tick_s = time.monotonic() + _TICK_S
@@ -100,8 +128,11 @@ class ControlEndpoint:
     def _answer(self, peer: list[bytes], raw: bytes) -> None:
         try:
             request = unpack(raw)
-            deadline_s = time.monotonic() + float(request.get("timeout_ms", 0)) / 1000
+            timeout_s = float(request.get("timeout_ms", 0)) / 1000
+            deadline_s = time.monotonic() + (timeout_s if 0 <= timeout_s <= _LONGEST_WAIT_S else _LONGEST_WAIT_S)
             match request.get("verb"):
+                case "flush" | "prefetch" if len(self._waiters) >= _MOST_WAITERS:
+                    self._send(peer, {"ok": False, "error": f"{_MOST_WAITERS} peers wait for answers already"})
                 case "flush":
                     session = str(request["session"])
                     self._waiters.append(_Waiter(peer, lambda: self._verbs.flush(session), deadline_s))

@@ -45,7 +45,9 @@ def store_directory(settings: Settings, mark: bytes, rank: int) -> Path:
     return settings.pages_path.absolute() / mark.hex()[:32] / f"rank{rank}"
 
 
-def engine(settings: Settings, server_args: Any, node: str, mark: bytes, control_address: str) -> Engine:
+def engine(
+    settings: Settings, server_args: Any, node: str, mark: bytes, *, control_address: str, control_secret: str
+) -> Engine:
     """This rank as SQL knows it, under an id of its own. ``node`` is the id of its pages' directory."""
     return Engine(
         id=ids.new("eng"),
@@ -56,6 +58,7 @@ def engine(settings: Settings, server_args: Any, node: str, mark: bytes, control
         model=get_serving().served_model_name or get_model().model_path,
         fingerprint=mark.hex(),
         pages_dir=str(settings.pages_path.absolute()),
+        control_secret=control_secret,
     )
 
 

@@ -59,7 +59,12 @@ class Rank:
         self.pools = StoredPools(pools, self._opening(marks, self._space), settings)
         self._control = ControlEndpoint(settings.control_address, self)
         self._engine = identity.engine(
-            settings, server_args, self._space.node, marks[PoolName.KV], self._control.address
+            settings,
+            server_args,
+            self._space.node,
+            marks[PoolName.KV],
+            control_address=self._control.address,
+            control_secret=self._control.secret,
         )
         self._database = database = Database(settings.sqlalchemy_url)
         self.sessions = self._open_sessions()

@@ -249,7 +249,7 @@ class LocalStack(LocalService):
         """The control endpoint of the engine's youngest rank. Raises EngineError when none is registered."""
         if not (ranks := self.ranks()):
             raise EngineError("no engine has told the service that it is there")
-        return ControlClient(ranks[0].control_address)
+        return ControlClient(ranks[0].control_address, ranks[0].control_secret)
 
     def settle(self) -> dict[str, Any]:
         """Wait until everything that was offered is stored: what the engine says of itself then. A request's pages are
@@ -271,7 +271,7 @@ class LocalStack(LocalService):
         """What the registered engine says of itself; None while none answers, as one that was killed does not."""
         for engine in self.ranks():
             try:
-                return ControlClient(engine.control_address).call("stat", _STAT_S)
+                return ControlClient(engine.control_address, engine.control_secret).call("stat", _STAT_S)
             except EngineError:
                 continue
         return None

@@ -281,8 +281,8 @@ def calibrate(
     """Measure what a running engine takes, for `replay --simulate --calibration`."""
     room, settings = _room("benchmarks.commands"), Settings()
     with _database(settings) as database:
-        address = room.control_address(database, engine_url, settings.engine_timeout_s)
-    room.calibrate(engine_url, address, output, name, layers, token_bytes, longest)
+        control = room.control_of(database, engine_url, settings.engine_timeout_s)
+    room.calibrate(engine_url, control, output, name, layers, token_bytes, longest)
 
 
 @bench.command()

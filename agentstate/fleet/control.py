@@ -23,8 +23,9 @@ spilling on. The other states of the first three are those of ``KvState`` for a 
 ``cold`` for a prefetch, which also says in ``tier`` where the pages went: to host memory where the device cannot be
 reached; ``demoted`` for a demote. What an engine does not know or cannot do is answered with an error.
 
-An endpoint is bound to loopback unless an operator sets ``AGENTSTATE_CONTROL_ADDRESS`` otherwise. It carries no
-secrets and authenticates nobody: whoever reaches it can ask for durability and for statistics, not for pages.
+An endpoint is bound to loopback unless an operator sets ``AGENTSTATE_CONTROL_ADDRESS`` otherwise. It answers who knows
+its secret, which the engine makes up when it starts and registers in SQL: the key of both sides of a CURVE connection
+(ZeroMQ's), so exchanges are encrypted and cannot be replayed. Nobody else gets an answer.
 """
 
 from __future__ import annotations
@@ -38,6 +39,26 @@ import zmq
 import zmq.asyncio
 
 from agentstate.errors import EngineRefused, EngineUnreachable
+
+# A request brings at most the page keys of a context: 32 MB of them are a million pages.
+MAX_BYTES = 64 << 20
+
+
+def new_secret() -> str:
+    """A secret for an endpoint: 40 characters."""
+    secret: bytes = zmq.curve_keypair()[1]
+    return secret.decode()
+
+
+def protect(socket: Any, secret: str, *, server: bool) -> None:
+    """Have a socket talk to those alone who know ``secret``, before it is bound or connected. A server also needs
+    somebody who says so (`zmq.auth`)."""
+    public = zmq.curve_public(secret.encode())
+    socket.curve_secretkey, socket.curve_publickey = secret.encode(), public
+    if server:
+        socket.curve_server = True
+    else:
+        socket.curve_serverkey = public
 
 
 def pack(message: dict[str, Any]) -> bytes:
@@ -60,10 +81,12 @@ def unpack(raw: bytes) -> dict[str, Any]:
 
 class ControlClient:
     """Calls the verbs of one engine rank. Thread-safe: every call opens its own socket, so a call that timed out
-    leaves no half-finished exchange behind for the next one."""
+    leaves no half-finished exchange behind for the next one. Without a ``secret``, the engine is of a release that had
+    none."""
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, secret: str | None = None):
         self.address = address
+        self._secret = secret
 
     def call(self, verb: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
         """Send one request and wait for its answer.
@@ -71,7 +94,7 @@ class ControlClient:
         Raises EngineUnreachable when no answer came within ``timeout_s`` (the engine may still act on the
         request) and EngineRefused when the engine answered with an error.
         """
-        with _exchange(zmq.Context.instance(), self.address, verb) as socket:
+        with _exchange(zmq.Context.instance(), self.address, self._secret, verb) as socket:
             socket.send(pack({"verb": verb, **arguments}))
             if not socket.poll(int(timeout_s * 1000), zmq.POLLIN):
                 raise _silent(self.address, verb, timeout_s)
@@ -81,13 +104,14 @@ class ControlClient:
 class AsyncControlClient:
     """The same on an event loop, where waiting costs no thread. ``context`` is the loop's own."""
 
-    def __init__(self, address: str, context: zmq.asyncio.Context):
+    def __init__(self, address: str, secret: str | None, context: zmq.asyncio.Context):
         self.address = address
+        self._secret = secret
         self._context = context
 
     async def call(self, verb: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
         """Raises EngineUnreachable, EngineRefused."""
-        with _exchange(self._context, self.address, verb) as socket:
+        with _exchange(self._context, self.address, self._secret, verb) as socket:
             await socket.send(pack({"verb": verb, **arguments}))
             if not await socket.poll(int(timeout_s * 1000), zmq.POLLIN):
                 raise _silent(self.address, verb, timeout_s)
@@ -95,11 +119,13 @@ class AsyncControlClient:
 
 
 @contextmanager
-def _exchange(context: Any, address: str, verb: str) -> Iterator[Any]:
+def _exchange(context: Any, address: str, secret: str | None, verb: str) -> Iterator[Any]:
     """A socket for one request and its answer."""
     socket = context.socket(zmq.REQ)
     socket.setsockopt(zmq.LINGER, 0)
     try:
+        if secret is not None:
+            protect(socket, secret, server=False)
         socket.connect(address)
         yield socket
     except ValueError as error:

@@ -6,7 +6,7 @@ else than its heartbeat says that an engine runs, and a live engine may have die
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -20,7 +20,8 @@ class Engine:
     """One rank of an engine.
 
     ``base_url`` is the OpenAI base URL of the server the rank belongs to (the same for all its ranks);
-    ``control_address`` the rank's own ZeroMQ endpoint; ``model`` the name it is served under; ``pages_dir`` the root
+    ``control_address`` the rank's own ZeroMQ endpoint and ``control_secret`` what it answers to (`fleet.control`), None
+    for an engine of an earlier release; ``model`` the name it is served under; ``pages_dir`` the root
     of its page store. The times are microseconds of the database's clock, 0 before the engine is registered.
     """
 
@@ -34,6 +35,7 @@ class Engine:
     pages_dir: str
     started_us: int = 0
     heartbeat_us: int = 0
+    control_secret: str | None = field(default=None, repr=False)
 
 
 def register(connection: Connection, engine: Engine) -> None:
@@ -60,6 +62,7 @@ def register(connection: Connection, engine: Engine) -> None:
             model=engine.model,
             fingerprint=engine.fingerprint,
             pages_dir=engine.pages_dir,
+            control_secret=engine.control_secret,
             started_us=now_us(),
             heartbeat_us=now_us(),
         )

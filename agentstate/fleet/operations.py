@@ -312,7 +312,7 @@ class Operations:
     async def _ask_rank(self, question: Question, number: int, deadline: float) -> Outcome:
         rank = question.ranks[number]
         left_ms = max(0, round((deadline - time.monotonic()) * 1000))
-        answer = await AsyncControlClient(rank.control_address, self._context).call(
+        answer = await AsyncControlClient(rank.control_address, rank.control_secret, self._context).call(
             question.kind, left_ms / 1000 + GRACE_S, timeout_ms=left_ms, **question.arguments(number)
         )
         try:

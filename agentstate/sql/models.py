@@ -232,6 +232,7 @@ engines = Table(
     Column("pages_dir", Text, nullable=False),
     Column("started_us", BigInteger, nullable=False),
     Column("heartbeat_us", BigInteger, nullable=False),
+    Column("control_secret", Text),  # null: the engine is of a release that had none
 )
 
 operations = Table(

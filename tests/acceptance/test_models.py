@@ -58,7 +58,9 @@ def ask_ranks(stack: LocalStack, verb: str, **arguments: Any) -> list[dict[str, 
     """What each rank of the engine answers at its control endpoint."""
     found = stack.ranks()
     found.sort(key=lambda engine: engine.rank)
-    return [ControlClient(engine.control_address).call(verb, 60, **arguments) for engine in found]
+    return [
+        ControlClient(engine.control_address, engine.control_secret).call(verb, 60, **arguments) for engine in found
+    ]
 
 
 def suspend(stack: LocalStack) -> None:

@@ -9,7 +9,8 @@ import pytest
 import zmq
 
 from agentstate.errors import EngineError, EngineRefused, EngineUnreachable
-from agentstate.fleet.control import ControlClient, pack, unpack
+from agentstate.fleet.control import ControlClient, new_secret, pack, protect, unpack
+from engine_patch import control
 from engine_patch.control import ControlEndpoint
 
 WAIT_S = 60
@@ -75,14 +76,15 @@ def endpoint(rank: Rank) -> Iterator[ControlEndpoint]:
 
 @pytest.fixture
 def client(endpoint: ControlEndpoint) -> ControlClient:
-    return ControlClient(endpoint.address)
+    return ControlClient(endpoint.address, endpoint.secret)
 
 
-def raw_call(address: str, request: bytes) -> dict[str, Any]:
+def raw_call(endpoint: ControlEndpoint, request: bytes) -> dict[str, Any]:
     socket = zmq.Context.instance().socket(zmq.REQ)
     socket.setsockopt(zmq.LINGER, 0)
     try:
-        socket.connect(address)
+        protect(socket, endpoint.secret, server=False)
+        socket.connect(endpoint.address)
         socket.send(request)
         assert socket.poll(WAIT_S * 1000), "no answer"
         return unpack(socket.recv())
@@ -186,15 +188,16 @@ def test_malformed_requests_are_refused_and_the_endpoint_goes_on(
     rank: Rank, endpoint: ControlEndpoint, raw: bytes
 ) -> None:
     rank.states["s"] = "durable"
-    answer = raw_call(endpoint.address, raw)
+    answer = raw_call(endpoint, raw)
     assert answer["ok"] is False
     assert answer["error"]
-    assert ControlClient(endpoint.address).call("stat", WAIT_S) == rank.statistics
+    assert ControlClient(endpoint.address, endpoint.secret).call("stat", WAIT_S) == rank.statistics
 
 
 def test_a_message_without_an_envelope_is_answered_too(rank: Rank, endpoint: ControlEndpoint) -> None:
     dealer = zmq.Context.instance().socket(zmq.DEALER)
     dealer.setsockopt(zmq.LINGER, 0)
+    protect(dealer, endpoint.secret, server=False)
     dealer.connect(endpoint.address)
     dealer.send(pack({"verb": "stat"}))
     assert dealer.poll(WAIT_S * 1000)
@@ -211,7 +214,7 @@ def test_an_address_that_is_taken_or_none_is_named(rank: Rank, endpoint: Control
 def test_closing_frees_the_address_also_while_somebody_waits(rank: Rank) -> None:
     rank.states["s"] = "pending"
     endpoint = serving(rank)
-    client = ControlClient(endpoint.address)
+    client = ControlClient(endpoint.address, endpoint.secret)
     errors: list[EngineError] = []
 
     def call() -> None:
@@ -227,7 +230,7 @@ def test_closing_frees_the_address_also_while_somebody_waits(rank: Rank) -> None
     caller.join(WAIT_S)
     assert len(errors) == 1
     again = serving(rank, endpoint.address)
-    assert client.call("stat", WAIT_S) == rank.statistics
+    assert ControlClient(again.address, again.secret).call("stat", WAIT_S) == rank.statistics
     again.close()
 
 
@@ -259,3 +262,54 @@ def test_spilling_is_turned_off_and_on(client: ControlClient) -> None:
     assert client.call("spill", WAIT_S, on=True)["state"] == "on"
     with pytest.raises(EngineRefused, match="malformed"):
         client.call("spill", WAIT_S)
+
+
+@pytest.mark.parametrize("secret", [None, new_secret()], ids=["none", "another"])
+def test_who_does_not_know_the_secret_gets_no_answer(rank: Rank, endpoint: ControlEndpoint, secret: str | None) -> None:
+    rank.states["s"] = "durable"
+    with pytest.raises(EngineUnreachable, match="did not answer 'flush'"):
+        ControlClient(endpoint.address, secret).call("flush", 0.5, session="s")
+    # It was not asked either, and answers who does.
+    assert not rank.asked.acquire(blocking=False)
+    assert ControlClient(endpoint.address, endpoint.secret).call("stat", WAIT_S) == rank.statistics
+
+
+def test_every_endpoint_has_a_secret_of_its_own(endpoint: ControlEndpoint) -> None:
+    other = serving(Rank())
+    assert other.secret != endpoint.secret
+    other.close()
+
+
+def test_so_many_peers_may_wait(
+    rank: Rank, endpoint: ControlEndpoint, client: ControlClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_MOST_WAITERS", 3)
+    rank.states["s"] = "pending"
+    answers: list[dict[str, Any]] = []
+
+    def wait() -> None:
+        answers.append(client.call("flush", WAIT_S, session="s", timeout_ms=WAIT_S * 1000))
+
+    peers = [threading.Thread(target=wait) for _ in range(3)]
+    for peer in peers:
+        peer.start()
+    while endpoint.waiting < 3:
+        assert rank.asked.acquire(timeout=WAIT_S)
+    for verb in ("flush", "prefetch"):
+        with pytest.raises(EngineRefused, match="3 peers wait for answers already"):
+            client.call(verb, WAIT_S, session="s", tier="host", timeout_ms=1)
+    # What waits for nobody is answered, and who waits goes on.
+    assert client.call("stat", WAIT_S) == rank.statistics
+    rank.states["s"] = "durable"
+    for peer in peers:
+        peer.join(WAIT_S)
+    assert [answer["state"] for answer in answers] == ["durable"] * 3
+
+
+@pytest.mark.parametrize("timeout_ms", [float("inf"), float("nan"), 1e300, -1])
+def test_nobody_waits_for_ever(
+    rank: Rank, client: ControlClient, timeout_ms: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_LONGEST_WAIT_S", 0.05)
+    rank.states["s"] = "pending"
+    assert client.call("flush", WAIT_S, session="s", timeout_ms=timeout_ms)["state"] == "pending"

@@ -15,6 +15,7 @@ import zmq
 from agentstate import ids
 from agentstate.client import Client
 from agentstate.fleet import engines, operations
+from agentstate.fleet.control import new_secret, protect
 from agentstate.fleet.engines import Engine
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
@@ -60,6 +61,10 @@ def serving(settings: Settings) -> Iterator[Service]:
         database.close()
 
 
+SECRET = new_secret()
+"""Of all peers."""
+
+
 @dataclass
 class Peer:
     """The control endpoint of an engine rank. ``answer`` makes the reply to each request; None leaves it unanswered."""
@@ -71,6 +76,7 @@ class Peer:
     def __post_init__(self) -> None:
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        protect(self._socket, SECRET, server=True)
         self._socket.bind("tcp://127.0.0.1:*")
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._closing = threading.Event()
@@ -128,6 +134,7 @@ def register(database: Database, control_address: str, **changes: Any) -> Engine
         "node": "n1",
         "rank": 0,
         "control_address": control_address,
+        "control_secret": SECRET,
         "base_url": "http://127.0.0.1:30000/v1",
         "model": MODEL,
         "fingerprint": "f1",

@@ -14,7 +14,7 @@ from agentstate.fleet import engines
 from agentstate.fleet.engines import Engine
 from agentstate.sql.database import Database
 from benchmarks.calibration import Calibration
-from benchmarks.commands import control_address
+from benchmarks.commands import control_of
 
 FIXED = {
     "name": "x",
@@ -111,6 +111,6 @@ def test_the_first_rank_of_the_engine_at_a_url_is_found(database: Database) -> N
             address = f"tcp://127.0.0.1:{5000 + rank}"
             engine = Engine(f"eng_{rank}", "n1", rank, address, "http://127.0.0.1:30000/v1", "m", "f1", "/pages")
             engines.register(connection, engine)
-    assert control_address(database, "http://127.0.0.1:30000/", 10) == "tcp://127.0.0.1:5000"
+    assert control_of(database, "http://127.0.0.1:30000/", 10).address == "tcp://127.0.0.1:5000"
     with pytest.raises(EngineUnreachable, match="30001.*http://127.0.0.1:30000/v1"):
-        control_address(database, "http://127.0.0.1:30001", 10)
+        control_of(database, "http://127.0.0.1:30001", 10)

@@ -216,7 +216,7 @@ def renew(session_id: SessionId, body: RenewLease, service: ServiceDep, sessions
 
 def _resumed(resumed: Resumed, operation_id: str | None) -> answers.Resumed:
     session = resumed.session
-    namespace = {"cache_salt": session.cache_salt, "extra_key": session.extra_key}
+    namespace = {"cache_salt": resumed.cache_salt, "extra_key": session.extra_key}
     link = None
     if resumed.engine is not None:
         link = answers.EngineLink(

@@ -21,6 +21,7 @@ from sqlalchemy.engine import Connection
 
 from agentstate import ids
 from agentstate.adapters.tables import checkpoint_blobs, checkpoint_channels, checkpoint_writes, checkpoints
+from agentstate.sessions import salts
 from agentstate.sql.database import Database, insert, now_us
 from agentstate.sql.models import SessionStatus, sessions
 
@@ -351,6 +352,7 @@ def _ensure(connection: Connection, tenant: str, thread_id: str, **values: Any) 
             revision=1,
             created_us=now_us(),
             updated_us=now_us(),
+            kv_scope=salts.scope_of(connection, tenant),
             **values,
         )
         .on_conflict_do_nothing(index_elements=["tenant", "name"])

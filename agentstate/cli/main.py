@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
@@ -56,6 +57,10 @@ Models = Annotated[str, typer.Option(help="Like `ttft --model`, several with com
 DEFAULT_MODELS = "smollm2-135m-instruct,qwen2.5-7b"
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the raw result to this file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+KvGroup = Annotated[
+    str | None,
+    typer.Option(help="Tenants of this group share KV, and can tell by time what the others' prompts are. *: all do."),
+]
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -108,13 +113,18 @@ def collect_garbage() -> None:
 def create_key(
     tenant: Annotated[str, typer.Option(help="Whose sessions it gives access to.")] = DEFAULT_TENANT,
     note: Annotated[str, typer.Option(help="What it is for.")] = "",
+    kv_group: KvGroup = None,
 ) -> None:
     """Make an API key. It is printed now and never again."""
     from agentstate.sessions import tenants as tenancy
 
     with _database(Settings()) as database, database.write() as connection:
+        if kv_group is not None:
+            tenancy.put(connection, replace(tenancy.find(connection, tenant), kv_group=kv_group or None))
         made = tenancy.create_key(connection, tenant, note)
+        of_tenant = tenancy.find(connection, tenant)
     _errors.print(f"key {made.key.id} of tenant {tenant}; send it as Authorization: Bearer", highlight=False)
+    _errors.print(tenancy.sharing(of_tenant), highlight=False)
     print(made.secret)
 
 
@@ -163,12 +173,25 @@ def set_tenant(
     requests_per_s: Annotated[
         float | None, typer.Option(min=0, help="How many it may send. None: AGENTSTATE_REQUESTS_PER_S.")
     ] = None,
+    kv_group: KvGroup = None,
 ) -> None:
-    """Set the limits of a tenant, both of them."""
+    """Set the limits of a tenant, and whom its new sessions share KV with: all of them."""
     from agentstate.sessions import tenants as tenancy
 
     with _database(Settings()) as database, database.write() as connection:
-        tenancy.put(connection, tenancy.Tenant(name, expires_in_s, requests_per_s))
+        tenancy.put(connection, tenancy.Tenant(name, expires_in_s, requests_per_s, kv_group or None))
+        of_tenant = tenancy.find(connection, name)
+    _errors.print(tenancy.sharing(of_tenant), highlight=False)
+
+
+@tenants.command("rotate-kv-secret")
+def rotate_kv_secret() -> None:
+    """Take a new secret for the KV of all tenants: what is stored of it now is never found again."""
+    from agentstate.sessions import salts
+
+    with _database(Settings()) as database, database.write() as connection:
+        dropped = salts.rotate(connection)
+    print(f"{dropped:,} manifests dropped: those sessions are recomputed when they are resumed")
 
 
 @pages.command("bench", context_settings={**_PASSED_ON, "help_option_names": []})

@@ -187,6 +187,11 @@ def forget_store(connection: Connection, fingerprint: str, rank: int, node: str)
     )
 
 
+def forget_all(connection: Connection, session_ids: sa.Select[tuple[str]]) -> int:
+    """Drop every manifest of the selected sessions: how many."""
+    return connection.execute(sa.delete(manifests).where(manifests.c.session_id.in_(session_ids))).rowcount
+
+
 def forget(connection: Connection, session_id: str) -> None:
     """Drop every manifest of a session. The pages stay until their store needs the room."""
     connection.execute(sa.delete(manifests).where(manifests.c.session_id == session_id))

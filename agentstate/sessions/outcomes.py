@@ -75,7 +75,8 @@ class Suspended:
 
 @dataclass(frozen=True)
 class Resumed:
-    """All that the next turn needs; ``engine`` is None when no live engine serves the session's model."""
+    """All that the next turn needs; ``engine`` is None when no live engine serves the session's model. ``cache_salt``
+    tells the session's KV apart from others'; it is more than what its client chose (`salts`)."""
 
     session: Session
     lease: Lease
@@ -83,6 +84,7 @@ class Resumed:
     pending_tool_calls: list[str]
     engine: Server | None
     kv: KvOutlook
+    cache_salt: str | None
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ _FIND = current().where(_named)
 
 def stored(connection: Connection, row: Any, history: History) -> Stored:
     """What is stored of a session: its own pages, or until there are some those from before its last branch."""
-    owners = [row.id, *(owner for owner in history.owners() if owner != row.id)]
+    owners = [row.id, *_in_scope(connection, row, [owner for owner in history.owners() if owner != row.id])]
     found = manifests.coverage(connection, owners)
     own = [coverage for coverage in found if coverage.session_id == row.id and coverage.updated_us > row.branched_us]
     if own:
@@ -198,6 +198,15 @@ def stored(connection: Connection, row: Any, history: History) -> Stored:
         if of_owner:
             return Stored(of_owner, inherited=True)
     return Stored()
+
+
+def _in_scope(connection: Connection, row: Any, owners: Sequence[str]) -> list[str]:
+    """Those of a session's ancestors whose pages it finds: the keys of others have another salt."""
+    if not owners:
+        return []
+    scopes = connection.execute(sa.select(table.c.id, table.c.kv_scope).where(table.c.id.in_(owners)))
+    same = {uid for uid, scope in scopes if scope == row.kv_scope}
+    return [owner for owner in owners if owner in same]
 
 
 def change(connection: Connection, uid: str, **values: Any) -> Session:

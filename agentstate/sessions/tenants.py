@@ -21,17 +21,21 @@ from agentstate.sql.database import insert, now_us
 from agentstate.sql.models import api_keys, tenants
 
 PREFIX = "ags_"
+EVERYBODY = "*"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Tenant:
     """``expires_in_s`` is when its sessions expire that are created without an expiry, ``requests_per_s`` how many
-    it may send to one service; None where the service's own settings hold."""
+    it may send to one service; None where the service's own settings hold. ``kv_group`` is whom its new sessions share
+    KV with: None is nobody, `EVERYBODY` is whoever reaches the engine, and any other name the tenants of that group.
+    """
 
     id: str
     expires_in_s: float | None
     requests_per_s: float | None
+    kv_group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,13 @@ def put(connection: Connection, tenant: Tenant) -> None:
     """Make a tenant, or change its limits. Raises SettingsError when its name cannot be one."""
     if not NAME.fullmatch(tenant.id):
         raise SettingsError(f"{tenant.id!r} is no name of a tenant: letters, digits, '.', '_' and '-', at most 64")
-    limits = {"expires_in_s": tenant.expires_in_s, "requests_per_s": tenant.requests_per_s}
+    if tenant.kv_group not in (None, EVERYBODY) and not NAME.fullmatch(tenant.kv_group):
+        raise SettingsError(f"{tenant.kv_group!r} is no name of a group: letters, digits, '.', '_' and '-', at most 64")
+    limits = {
+        "expires_in_s": tenant.expires_in_s,
+        "requests_per_s": tenant.requests_per_s,
+        "kv_group": tenant.kv_group,
+    }
     connection.execute(
         insert(connection.dialect.name, tenants)
         .values(id=tenant.id, created_us=now_us(), **limits)
@@ -66,7 +76,15 @@ def put(connection: Connection, tenant: Tenant) -> None:
 def find(connection: Connection, tenant_id: str) -> Tenant:
     """A tenant's limits; the defaults where it was never put."""
     row = connection.execute(sa.select(tenants).where(tenants.c.id == tenant_id)).one_or_none()
-    return Tenant(tenant_id, row.expires_in_s if row else None, row.requests_per_s if row else None)
+    return Tenant(tenant_id, None, None) if row is None else _tenant(row)
+
+
+def sharing(tenant: Tenant) -> str:
+    """Whom a tenant's new sessions share KV with, in a sentence."""
+    if tenant.kv_group is None:
+        return f"the KV of tenant {tenant.id} is its own"
+    others = "everybody who reaches the engines" if tenant.kv_group == EVERYBODY else f"group {tenant.kv_group}"
+    return f"the KV of tenant {tenant.id} is shared with {others}, who can tell by time what its prompts are"
 
 
 def create_key(connection: Connection, tenant_id: str, note: str = "") -> NewKey:
@@ -109,7 +127,11 @@ def authenticate(connection: Connection, secret: str) -> Tenant | None:
         .join(api_keys)
         .where(api_keys.c.secret_hash == _hash(secret), api_keys.c.revoked_us.is_(None))
     ).one_or_none()
-    return None if row is None else Tenant(row.id, row.expires_in_s, row.requests_per_s)
+    return None if row is None else _tenant(row)
+
+
+def _tenant(row: sa.Row[tuple[object, ...]]) -> Tenant:
+    return Tenant(**{name: row._mapping[name] for name in Tenant.__dataclass_fields__})
 
 
 def _hash(secret: str) -> bytes:

@@ -24,7 +24,7 @@ from agentstate.errors import (
 )
 from agentstate.fleet import engines, manifests
 from agentstate.fleet.placement import choose, outlook
-from agentstate.sessions import branches, leases, rows, toolcalls, transcript
+from agentstate.sessions import branches, leases, rows, salts, toolcalls, transcript
 from agentstate.sessions.history import History
 from agentstate.sessions.leases import Lease, LeaseKey
 from agentstate.sessions.outcomes import (
@@ -91,6 +91,7 @@ class Sessions:
                 metadata=metadata or {},
                 cache_salt=cache_salt,
                 extra_key=extra_key,
+                kv_scope=salts.scope_of(connection, self._tenant),
                 next_seq=1,
                 expires_in_s=expires_in_s,
             )
@@ -193,6 +194,7 @@ class Sessions:
                 pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
                 engine=server,
                 kv=outlook(session.model, stored, server, live),
+                cache_salt=salts.salt(connection, before.kv_scope, session.cache_salt),
             )
 
     def suspend(
@@ -324,7 +326,8 @@ class Sessions:
     ) -> Session:
         """A new session that has this one's history up to the entry ``at``, or all of it. Nothing is copied.
 
-        It has the parent's model and namespace, and unless given its metadata. Raises EntryNotFound, SessionExists;
+        It has the parent's model and namespace, the scope of KV that the tenant's new sessions have (`salts`), and
+        unless given its metadata. Raises EntryNotFound, SessionExists;
         NotABranchPoint where a tool call would be cut off from its result.
         """
         transcript.check_metadata(metadata or {})
@@ -341,6 +344,7 @@ class Sessions:
                 metadata=parent._mapping["metadata"] if metadata is None else metadata,
                 cache_salt=parent.cache_salt,
                 extra_key=parent.extra_key,
+                kv_scope=salts.scope_of(connection, self._tenant),
                 head_entry=branch.head_id,
                 next_seq=branch.next_seq,
                 own_seq=branch.next_seq,

@@ -68,6 +68,15 @@ class OperationState(StrEnum):
     FAILED = "failed"
 
 
+# What this installation has made up for itself.
+settings = Table(
+    "settings",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+    Column("updated_us", BigInteger, nullable=False),
+)
+
 tenants = Table(
     "tenants",
     metadata,
@@ -75,6 +84,7 @@ tenants = Table(
     Column("expires_in_s", Float),  # of its sessions that are created without one; null: they do not expire
     Column("requests_per_s", Float),  # null: what the service's settings say
     Column("created_us", BigInteger, nullable=False),
+    Column("kv_group", Text),  # whom its new sessions share KV with: null is nobody, "*" everybody, else that group
 )
 
 api_keys = Table(
@@ -114,6 +124,7 @@ sessions = Table(
     Column("expires_us", BigInteger),
     Column("deleted_us", BigInteger),  # the row stays while others share its entries
     Column("garbage", Boolean, nullable=False, server_default=false()),  # it may own entries that nothing reaches
+    Column("kv_scope", Text),  # who shares its KV; null is everybody who reaches the engine
     Index("ix_sessions_name", "tenant", "name", unique=True),
     Index("ix_sessions_status", "status"),
     Index("ix_sessions_expiry", "expires_us", **_only_where("expires_us IS NOT NULL AND deleted_us IS NULL")),

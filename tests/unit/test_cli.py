@@ -147,6 +147,9 @@ def test_keys_are_made_listed_and_revoked(home: Path) -> None:
 
 def test_limits_of_a_tenant_and_a_collection(home: Path) -> None:
     environment = {"AGENTSTATE_HOME": str(home)}
-    assert run("tenants", "set", "acme", "--expires-in-s", "60", **environment).returncode == 0
+    assert "acme is its own" in run("tenants", "set", "acme", "--expires-in-s", "60", **environment).stderr
+    assert "shared with group g" in run("keys", "create", "--tenant", "acme", "--kv-group", "g", **environment).stderr
+    assert "no name of a group" in only_line(run("tenants", "set", "acme", "--kv-group", "a b", **environment))
+    assert run("tenants", "rotate-kv-secret", **environment).stdout.startswith("0 manifests dropped")
     assert "no name of a tenant" in only_line(run("tenants", "set", "a b", **environment))
     assert run("db", "gc", **environment).stdout.strip() == "0 sessions, 0 entries, 0 blobs, 0 records"

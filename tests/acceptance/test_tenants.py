@@ -42,7 +42,8 @@ class Tenant:
     def asks(self, text: list[int]) -> Generated:
         """In a session of its own."""
         with Client(self._stack.service_url, api_key=self._key, timeout_s=60) as client:
-            with client.turn(client.create_session(self._stack.model).id) as turn:
+            session = client.create_session(self._stack.model)
+            with client.turn(session.id) as turn:
                 return Generator(self._stack.engine_url)(text, **turn.extra_body)
 
 

@@ -5,8 +5,10 @@ with ``BEGIN IMMEDIATE``, so two writers wait for each other instead of failing 
 a committed transaction survives a crash of the process; after a power loss the newest transactions may be missing, the
 database is never corrupt.
 
-**PostgreSQL** runs at READ COMMITTED, with limits on how long a statement runs, waits for a lock, or idles in a
-transaction. A committed transaction is as durable as the server's ``synchronous_commit`` makes it.
+**PostgreSQL** writes at READ COMMITTED: what follows the lock of a row sees all that was committed before it. Reads run
+at REPEATABLE READ, read-only, so that several statements see one snapshot. There are limits on how long a statement
+runs, waits for a lock, or idles in a transaction. A committed transaction is as durable as the server's
+``synchronous_commit`` makes it.
 
 Transactions are short by design: never hold one while waiting for an engine or for a client.
 """
@@ -41,6 +43,7 @@ BUSY_TIMEOUT_S = 10
 CONNECT_TIMEOUT_S = 5
 POOL_SIZE = 10
 POSTGRESQL_OPTIONS = "-c statement_timeout=15s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s"
+READ_ONLY = "25006"  # SQLSTATE of a write in a transaction that cannot
 MIGRATION_LOCK = 0x6167656E74737461  # "agentsta": the advisory lock that lets one process migrate at a time
 
 
@@ -121,7 +124,7 @@ class Database:
             _configure_sqlite(self._writer, begin="BEGIN IMMEDIATE", read_only=False)
             _configure_sqlite(self._reader, begin="BEGIN", read_only=True)
         else:
-            self._writer = self._reader = sa.create_engine(
+            self._writer = sa.create_engine(
                 self._url,
                 pool_size=POOL_SIZE,
                 max_overflow=POOL_SIZE,
@@ -129,10 +132,12 @@ class Database:
                 pool_pre_ping=True,
                 connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "options": POSTGRESQL_OPTIONS},
             )
+            # The same pool. The driver's BEGIN says it, so it costs no round trip.
+            self._reader = self._writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """One consistent transaction for reading; on SQLite it cannot write.
+        """One transaction for reading, which cannot write: all of its statements see the same snapshot.
 
         Raises DatabaseUnreachable when no connection can be had, DatabaseError when a statement fails for a reason
         of the database's (a lock not got in time, a full disk).
@@ -245,7 +250,7 @@ class Database:
             if error.connection_invalidated:
                 raise DatabaseUnreachable(f"{self.url}: the connection broke: {error.orig}") from error
             # SQLite raises the bare class for a file that is damaged or not a database.
-            if type(error) is sa.exc.DatabaseError:
+            if type(error) is sa.exc.DatabaseError or getattr(error.orig, "sqlstate", None) == READ_ONLY:
                 raise DatabaseError(f"{self.url}: {error.orig}") from error
             raise
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -415,3 +415,57 @@ def test_a_tail_is_whole_and_no_longer_than_it_must_be(shared: Sessions, data: s
     assert [entry.seq for entry in resumed.tail.entries] == list(range(cut, len(transcript) + 1))
     assert resumed.tail.has_more is (cut > 1)
     assert resumed.pending_tool_calls == [call_id for call_id, span in spans.items() if len(span) == 1]
+
+
+# --- what is read while others write
+
+
+@contextmanager
+def before_statement(number: int, act: Callable[[], None]) -> Iterator[None]:
+    """``act`` before the thread's statement of this number, counted from 1; its own statements do not count."""
+    seen = 0
+    thread = threading.get_ident()
+
+    def count(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        nonlocal seen
+        if threading.get_ident() == thread and not statement.startswith("BEGIN"):
+            seen += 1
+            if seen == number:
+                worker = threading.Thread(target=act)
+                worker.start()
+                worker.join()
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", count)
+    try:
+        yield
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", count)
+    assert seen >= number
+
+
+READS: list[Callable[[Sessions, str], list[str]]] = [
+    lambda sessions, name: [entry.payload["content"] for entry in sessions.entries(name).entries],
+    lambda sessions, name: [entry.payload["content"] for entry in sessions.since(name, 0)[1].entries],
+]
+
+
+@pytest.mark.parametrize("read", READS, ids=["entries", "since"])
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_read_sees_one_transcript_while_another_rewinds_and_goes_on(
+    database: Database, sessions: Sessions, read: Callable[[Sessions, str], list[str]], number: int
+) -> None:
+    """Between the statements of the read the session is rewound, twice, so that its history has several owners."""
+    name = sessions.create("m").id
+    key = resume(sessions, name).lease.key
+    old = sessions.append(name, key, [message("a"), message("b"), message("c")])
+    sessions.rewind(name, None, at=old.entries[1].id, key=key)
+    sessions.append(name, key, [message("d"), message("e")])
+    before = ["a", "b", "d", "e"]
+
+    def rewind() -> None:
+        sessions.rewind(name, None, at=old.entries[0].id, key=key)
+        sessions.append(name, key, [message("f")])
+
+    with before_statement(number, rewind):
+        assert read(sessions, name) == before
+    assert read(sessions, name) == ["a", "f"]

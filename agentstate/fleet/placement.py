@@ -71,6 +71,11 @@ def choose(model: str, stored: Stored, live: Sequence[Engine]) -> Server | None:
     return best if best is not None and rank(best) > (False, 0) else None
 
 
+def named(base_url: str, live: Sequence[Engine]) -> Server | None:
+    """The engine that answers under ``base_url``, if it is live."""
+    return next((server for server in servers(live) if server.base_url == base_url), None)
+
+
 def restorable(server: Server, stored: Stored) -> int:
     """Tokens that every rank of ``server`` has stored on its node: a page counts only where all ranks have it."""
     found = _of_server(server, stored)

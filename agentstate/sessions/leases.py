@@ -41,16 +41,30 @@ class Lease:
     expires_us: int
 
 
-def take(connection: Connection, session_id: str, ttl_s: float, revision: int, *, token: str | None = None) -> Lease:
+def take(
+    connection: Connection,
+    session_id: str,
+    ttl_s: float,
+    revision: int,
+    *,
+    token: str | None = None,
+    engine: str | None = None,
+) -> Lease:
     """Take a session's lease, or take it over when it has lapsed, with the next epoch.
 
-    ``token`` is the secret of the new lease; without one it is made up. One statement decides, so of several callers
+    ``token`` is the secret of the new lease; without one it is made up. ``engine`` is the base URL of the engine that
+    is to serve the turn. One statement decides, so of several callers
     one gets it. Raises SessionBusy, with ``revision``, while another lease is valid.
     """
     token = token or secrets.token_urlsafe(32)
     row = connection.execute(
         _taking(connection.dialect.name),
-        {"session": session_id, "hash": LeaseKey(token, 0).token_hash, "ttl_us": _microseconds(ttl_s)},
+        {
+            "session": session_id,
+            "hash": LeaseKey(token, 0).token_hash,
+            "ttl_us": _microseconds(ttl_s),
+            "engine": engine,
+        },
     ).one_or_none()
     if row is None:
         raise _busy(remaining_s(connection, session_id), revision)
@@ -90,10 +104,13 @@ def renew(connection: Connection, session_id: str, key: LeaseKey, ttl_s: float, 
     return Lease(key, expires_us)
 
 
-def release(connection: Connection, session_id: str, key: LeaseKey, revision: int) -> None:
-    """End a valid lease; the session can be resumed at once. Raises LeaseLost."""
-    if connection.execute(_RELEASE, _shown(session_id, key)).rowcount != 1:
+def release(connection: Connection, session_id: str, key: LeaseKey, revision: int) -> str | None:
+    """End a valid lease; the session can be resumed at once. The engine that it was taken for. Raises LeaseLost."""
+    released = connection.execute(_RELEASE, _shown(session_id, key)).one_or_none()
+    if released is None:
         raise _lost(key, revision)
+    engine: str | None = released.engine
+    return engine
 
 
 # Built once: every request runs some of them.
@@ -107,12 +124,16 @@ _held = sa.and_(
 _LEFT = sa.select(leases.c.expires_us - now_us()).where(leases.c.session_id == sa.bindparam("session"))
 _REQUIRE = sa.select(now_us()).select_from(leases).where(_held)
 _RENEW = sa.update(leases).where(_held).values(expires_us=now_us() + _ttl_us).returning(leases.c.expires_us)
-_RELEASE = sa.update(leases).where(_held).values(token_hash=None, expires_us=0)
+_RELEASE = sa.update(leases).where(_held).values(token_hash=None, expires_us=0).returning(leases.c.engine)
 
 
 @cache
 def _taking(dialect: str) -> Any:
-    new = {"token_hash": sa.bindparam("hash"), "expires_us": now_us() + _ttl_us}
+    new = {
+        "token_hash": sa.bindparam("hash"),
+        "expires_us": now_us() + _ttl_us,
+        "engine": sa.bindparam("engine", type_=sa.Text()),
+    }
     return (
         insert(dialect, leases)
         .values(session_id=sa.bindparam("session"), epoch=1, **new)

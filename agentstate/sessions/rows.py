@@ -178,9 +178,9 @@ def current() -> sa.Select[Any]:
     )
     status = sa.case((lapsed, SessionStatus.IDLE.value), else_=table.c.status)
     others = [column for column in table.c if column.name != "status"]
-    return sa.select(*others, status.label("status"), now_us().label("time_us")).select_from(
-        table.outerjoin(leases_table)
-    )
+    return sa.select(
+        *others, status.label("status"), now_us().label("time_us"), leases_table.c.engine.label("engine")
+    ).select_from(table.outerjoin(leases_table))
 
 
 _FIND = current().where(_named)

@@ -23,7 +23,7 @@ from agentstate.errors import (
     ToolInFlight,
 )
 from agentstate.fleet import engines, manifests
-from agentstate.fleet.placement import choose, outlook
+from agentstate.fleet.placement import choose, named, outlook
 from agentstate.sessions import branches, leases, rows, salts, toolcalls, transcript
 from agentstate.sessions.history import History
 from agentstate.sessions.leases import Lease, LeaseKey
@@ -179,14 +179,21 @@ class Sessions:
                     f"session {session_id} runs {before.model!r}, not {expect_model!r} as expected",
                     revision=before.revision,
                 )
-            lease = leases.take(connection, before.id, lease_ttl_s, before.revision, token=token)
-            if before.status == SessionStatus.RUNNING:  # its lease was not released: it lapsed
-                toolcalls.abandon(connection, before.id)
-            session = rows.change(connection, before.id, status=SessionStatus.RUNNING)
             history = History.of(connection, before)
             stored = rows.stored(connection, before, history)
             live = engines.live(connection, self._engine_timeout_s)
-            server = choose(session.model, stored, live)
+            server = choose(before.model, stored, live)
+            lease = leases.take(
+                connection,
+                before.id,
+                lease_ttl_s,
+                before.revision,
+                token=token,
+                engine=server.base_url if server else None,
+            )
+            if before.status == SessionStatus.RUNNING:  # its lease was not released: it lapsed
+                toolcalls.abandon(connection, before.id)
+            session = rows.change(connection, before.id, status=SessionStatus.RUNNING)
             return Resumed(
                 session=session,
                 lease=lease,
@@ -209,12 +216,13 @@ class Sessions:
         """End a turn: release the lease and tell whom to ask for the durability of the KV.
 
         ``expires_in_s``, counted from now, replaces the session's expiry; ``release_kv`` forgets what is stored of
-        its KV. Raises LeaseLost, and ToolInFlight when the reason is ``done`` while a tool call is claimed. Nothing
+        its KV. To be asked is the engine that the resume named, or nobody if it is not live any more; where the resume
+        found none, the one that would be chosen now. Raises LeaseLost, and ToolInFlight when the reason is ``done`` while a tool call is claimed. Nothing
         of the KV is known to be durable by this alone.
         """
         with self._database.write() as connection:
             before = self._rows.lock(connection, session_id)
-            leases.release(connection, before.id, key, before.revision)
+            engine = leases.release(connection, before.id, key, before.revision)
             running = toolcalls.in_flight(connection, before.id) if reason is SuspendReason.DONE else []
             if running:
                 raise ToolInFlight(
@@ -225,7 +233,10 @@ class Sessions:
             expiry = {} if expires_in_s is None else {"expires_us": rows.from_now(expires_in_s)}
             session = rows.change(connection, before.id, status=SessionStatus.SUSPENDED, **expiry)
             live = engines.live(connection, self._engine_timeout_s)
-            server = choose(session.model, rows.stored(connection, before, History.of(connection, before)), live)
+            if engine is not None:
+                server = named(engine, live)
+            else:
+                server = choose(session.model, rows.stored(connection, before, History.of(connection, before)), live)
             if release_kv:
                 manifests.forget(connection, before.id)
             return Suspended(
@@ -241,14 +252,17 @@ class Sessions:
             return leases.renew(connection, before.id, key, lease_ttl_s, before.revision)
 
     def pages(self, session_id: str) -> PagesOfSession:
-        """The engine that the session would be resumed on, and which pages each of its ranks stores of it.
+        """The engine that runs the session, or that it would be resumed on, and which pages each rank stores of it.
 
         Without an engine, or pages, there are none. Reads as many bytes as the manifests have.
         """
         with self._database.read() as connection:
             row = self._rows.find(connection, session_id)
             stored = rows.stored(connection, row, History.of(connection, row))
-            server = choose(row.model, stored, engines.live(connection, self._engine_timeout_s))
+            live = engines.live(connection, self._engine_timeout_s)
+            running = row.status == SessionStatus.RUNNING and row.engine is not None
+            server = named(row.engine, live) if running else None
+            server = server or choose(row.model, stored, live)
             ranks = server.ranks if server else ()
             keys = []
             for rank in ranks:

@@ -209,6 +209,7 @@ leases = Table(
     Column("token_hash", LargeBinary),  # SHA-256; null once released. The row stays, for its epoch
     Column("epoch", BigInteger, nullable=False),  # only grows
     Column("expires_us", BigInteger, nullable=False),
+    Column("engine", Text),  # base URL of the engine that the newest resume named; null where there was none
     Index("ix_leases_expiry", "expires_us"),
 )
 

@@ -291,6 +291,41 @@ def test_resume_and_suspend_know_the_engine_and_the_pages(sessions: Sessions, da
     assert suspended.session.status is SessionStatus.SUSPENDED
 
 
+def test_the_engine_that_a_resume_named_is_asked_for_its_barrier(sessions: Sessions, database: Database) -> None:
+    """Two live engines of one model, and nothing stored yet that would tell which of them served the turn."""
+    other = Engine("eng_2", "n2", 0, "tcp://127.0.0.1:6000", "http://127.0.0.1:31000/v1", "m", "f1", "/more")
+    with database.write() as connection:
+        engines.register(connection, ENGINE)
+        engines.register(connection, other)
+    for _ in range(2):
+        session = sessions.create("m")
+        resumed = resume(sessions, session.id)
+        assert resumed.engine is not None
+        (named,) = resumed.engine.ranks
+        (unnamed,) = {ENGINE.id, other.id} - {named.id}
+        # Of equals, the engine with the youngest heartbeat would be chosen.
+        with database.write() as connection:
+            connection.execute(
+                sa.text("UPDATE engines SET heartbeat_us = heartbeat_us + 1000000 WHERE id = :id"), {"id": unnamed}
+            )
+        assert [rank.id for rank in sessions.pages(session.id).ranks] == [named.id]
+        suspended = sessions.suspend(session.id, resumed.lease.key, SuspendReason.USER_WAIT)
+        assert [rank.id for rank in suspended.ranks] == [named.id]
+
+
+def test_nobody_is_asked_for_what_an_engine_served_that_is_gone(sessions: Sessions, database: Database) -> None:
+    with database.write() as connection:
+        engines.register(connection, ENGINE)
+    session = sessions.create("m")
+    resumed = resume(sessions, session.id)
+    other = Engine("eng_2", "n2", 0, "tcp://127.0.0.1:6000", "http://127.0.0.1:31000/v1", "m", "f1", "/more")
+    with database.write() as connection:
+        engines.unregister(connection, ENGINE.id)
+        engines.register(connection, other)
+    assert sessions.suspend(session.id, resumed.lease.key, SuspendReason.USER_WAIT).ranks == []
+    assert resume(sessions, session.id).engine is not None
+
+
 def test_suspending_may_move_the_expiry(sessions: Sessions) -> None:
     session = sessions.create("m", expires_in_s=10)
     key = resume(sessions, session.id).lease.key

@@ -31,7 +31,8 @@ _TELL_S = 600.0
 class Catalog:
     """Registers ``engine`` and keeps it registered until `close`. ``saved`` is called, on the catalog's thread, with
     every manifest once it is committed; ``needed``, now and then, with the sessions of all live manifests and their
-    chains, one by one. ``losers`` are the sessions whose pages the stores may have lost since it was asked last: their
+    chains, one by one: those of the engine's own node, since what another page directory keeps says nothing of this
+    one's pages. ``losers`` are the sessions whose pages the stores may have lost since it was asked last: their
     manifests, all of them where `ANYONE` is among these, are cut to what is still ``stored`` of their chains;
     ``n_bytes`` is what so many pages take. At the start all of them are looked at. ``dead`` are the stores that have
     been evicted as a whole, by the first digits of their fingerprints and their ranks: their manifests go."""
@@ -103,7 +104,7 @@ class Catalog:
         with self._changed:
             unsaved = list(self._unsaved.values())
         with self._database.read() as connection:
-            saved = manifests.chains(connection, self._engine.fingerprint, self._engine.rank)
+            saved = manifests.chains(connection, self._engine.fingerprint, self._engine.rank, self._engine.node)
             self._needed(chain(saved, ((manifest.session_id, manifest.page_keys()) for manifest in unsaved)))
         self._told_s = time.monotonic()
 

@@ -216,9 +216,10 @@ class Sessions:
         """End a turn: release the lease and tell whom to ask for the durability of the KV.
 
         ``expires_in_s``, counted from now, replaces the session's expiry; ``release_kv`` forgets what is stored of
-        its KV. To be asked is the engine that the resume named, or nobody if it is not live any more; where the resume
-        found none, the one that would be chosen now. Raises LeaseLost, and ToolInFlight when the reason is ``done`` while a tool call is claimed. Nothing
-        of the KV is known to be durable by this alone.
+        its KV. ``ranks`` are those of the engine that the resume named, none if it is not live any more; if the resume
+        named none, those of the engine that would be chosen now. Nothing of the KV is known to be durable by this alone.
+
+        Raises LeaseLost, and ToolInFlight when the reason is ``done`` while a tool call is claimed.
         """
         with self._database.write() as connection:
             before = self._rows.lock(connection, session_id)

@@ -13,11 +13,13 @@ import sqlalchemy as sa
 from contents import keys
 from sqlalchemy.engine import Connection
 
+from agentstate import ids
 from agentstate.errors import DatabaseError, DatabaseUnreachable
 from agentstate.fleet import engines, manifests
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
 from agentstate.pages import ANYONE
+from agentstate.pages.node import node_id
 from agentstate.sql import database as database_module
 from agentstate.sql.database import Database
 from engine_patch.catalog import Catalog
@@ -395,6 +397,50 @@ def test_manifests_are_cut_when_the_store_has_lost_what_they_list_and_no_others_
     stores.losers.append({ANYONE})
     cut_to(catalog, "c", 1)
     catalog.close()
+
+
+def test_two_engines_of_a_machine_with_directories_of_their_own_leave_each_others_manifests_alone(
+    database: Switched, saved: Saved, tmp_path: Path
+) -> None:
+    """One model, one machine: session "a" has moved from the first engine to the second, with more pages there."""
+    told: dict[str, dict[str, list[bytes]]] = {}
+    marks: dict[str, threading.Event] = {}
+    catalogs = {}
+    nodes = [node_id(tmp_path / name) for name in ("first", "second")]
+    with database.write() as connection:
+        for node, pages in zip(nodes, ((1, 2), (1, 2, 3)), strict=True):
+            manifests.save(connection, replace(manifest("a", *pages), node=node))
+    for node, pages in zip(nodes, (2, 3), strict=True):
+        looked = marks[node] = threading.Event()
+
+        def needed(chains: Iterable[tuple[str, list[bytes]]], node: str = node) -> None:
+            found = list(chains)
+            assert len(found) == len(dict(found))
+            told[node] = dict(found)
+
+        def stored(chain: Sequence[bytes], pages: int = pages, looked: threading.Event = looked) -> int:
+            looked.set()
+            return min(pages, len(chain))
+
+        catalogs[node] = Catalog(
+            database,
+            replace(ENGINE, id=ids.new("eng"), node=node, pages_dir=node),
+            HEARTBEAT_S,
+            saved=saved,
+            needed=needed,
+            stored=stored,
+            losers=set,
+            dead=list,
+            n_bytes=int,
+        )
+    for looked in marks.values():
+        assert looked.wait(WAIT_S)
+    for catalog in catalogs.values():
+        catalog.close()
+    assert told == {nodes[0]: {"a": keys(1, 2)}, nodes[1]: {"a": keys(1, 2, 3)}}
+    with database.read() as connection:
+        left = {one.node: one.tokens for one in manifests.coverage(connection, ["a"])}
+    assert left == {nodes[0]: 128, nodes[1]: 192}
 
 
 def test_what_was_lost_before_the_start_is_cut_too(database: Switched, saved: Saved) -> None:

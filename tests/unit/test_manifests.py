@@ -96,13 +96,14 @@ def test_a_manifest_whose_numbers_disagree_cannot_be_made(change: dict[str, obje
         replace(manifest(), **change)
 
 
-def test_the_chains_of_a_fingerprint_and_rank_are_those_of_all_its_sessions(database: Database) -> None:
+def test_the_chains_of_a_store_are_those_of_all_its_sessions(database: Database) -> None:
     with database.write() as connection:
         for session, pages in (("ses_1", 3), ("ses_2", 0), ("ses_3", 1)):
             manifests.save(connection, manifest(session, pages=pages))
         manifests.save(connection, manifest("ses_4", fingerprint="f2"))
         manifests.save(connection, manifest("ses_5", rank=1))
+        manifests.save(connection, replace(manifest(pages=1), node="n2"))
     with database.read() as connection:
-        found = sorted(manifests.chains(connection, "f1", 0), key=lambda one: len(one[1]))
+        found = sorted(manifests.chains(connection, "f1", 0, "n1"), key=lambda one: len(one[1]))
     right = [("ses_2", 0), ("ses_3", 1), ("ses_1", 3)]
     assert found == [(session, manifest(pages=pages).page_keys()) for session, pages in right]

@@ -6,6 +6,7 @@
     ├── SettingsError                a setting is wrong, or the machine does not allow it
     ├── DatabaseError                the database refused or broke off a statement
     │   ├── DatabaseUnreachable      no connection: server down, directory missing or not writable
+    │   ├── DatabaseFull             its disk is full
     │   ├── SchemaOutdated           the schema is older than this version: migrate it
     │   └── SchemaNewer              the schema is newer than this version: upgrade AgentState
     ├── SessionError                 what a session does not allow now
@@ -82,6 +83,10 @@ class DatabaseError(AgentStateError):
 
 class DatabaseUnreachable(DatabaseError):
     """The database cannot be reached."""
+
+
+class DatabaseFull(DatabaseError):
+    """The disk of the database is full."""
 
 
 class SchemaOutdated(DatabaseError):

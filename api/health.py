@@ -8,7 +8,7 @@ from typing import Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from agentstate.errors import DatabaseError, DatabaseUnreachable
+from agentstate.errors import DatabaseError, DatabaseFull, DatabaseUnreachable
 from agentstate.fleet import engines
 from api.service import ServiceDep
 
@@ -25,7 +25,8 @@ class Check(BaseModel):
 
 
 class Readiness(BaseModel):
-    """``ready`` needs the database and its schema; without an engine the service works, with unknown KV."""
+    """``ready`` needs a database that can be written to, and its schema; without an engine the service works, with
+    unknown KV."""
 
     status: Literal["ready", "unavailable"]
     database: Check
@@ -41,7 +42,7 @@ async def healthz() -> Health:
 
 @router.get("/readyz", responses={503: {"model": Readiness, "description": "Not ready"}})
 def readyz(response: Response, service: ServiceDep) -> Readiness:
-    """Looks at the database, its schema and the engines."""
+    """Looks at the database, whether it can be written to, its schema, and the engines."""
     unseen = Check(ok=False, detail="not looked at: the database does not answer")
     readiness = Readiness(
         status="unavailable",
@@ -51,6 +52,7 @@ def readyz(response: Response, service: ServiceDep) -> Readiness:
     )
     try:
         service.database.check_schema()
+        service.database.check_writable()
         with service.database.read() as connection:
             live = engines.live(connection, service.settings.engine_timeout_s)
         readiness.engine = Check(ok=bool(live), detail=f"{len(live)} live" if live else "none is live")
@@ -58,6 +60,8 @@ def readyz(response: Response, service: ServiceDep) -> Readiness:
     except DatabaseUnreachable as error:
         readiness.database = Check(ok=False, detail=str(error))
         readiness.migrations = unseen
+    except DatabaseFull as error:
+        readiness.database = Check(ok=False, detail=str(error))
     except DatabaseError as error:
         readiness.migrations = Check(ok=False, detail=str(error))
         readiness.engine = Check(ok=False, detail="not looked at: the schema is not this version's")

@@ -133,11 +133,15 @@ def load(connection: Connection, session_id: str, fingerprint: str, rank: int, n
     return None if row is None else Manifest(**row._mapping)
 
 
-def chains(connection: Connection, fingerprint: str, rank: int, node: str) -> Iterator[tuple[str, list[bytes]]]:
-    """The session and the page keys of every manifest of a store, a manifest at a time."""
+def chains(
+    connection: Connection, fingerprint: str, rank: int, node: str | None = None
+) -> Iterator[tuple[str, list[bytes]]]:
+    """The session and the page keys of every manifest of a fingerprint and rank, a manifest at a time: those of a node,
+    or of all nodes."""
+    of_node = sa.true() if node is None else manifests.c.node == node
     rows = connection.execute(
         sa.select(manifests.c.session_id, manifests.c["keys"]).where(
-            manifests.c.fingerprint == fingerprint, manifests.c.rank == rank, manifests.c.node == node
+            manifests.c.fingerprint == fingerprint, manifests.c.rank == rank, of_node
         ),
         execution_options={"yield_per": 100},
     )

@@ -217,7 +217,7 @@ class Sessions:
 
         ``expires_in_s``, counted from now, replaces the session's expiry; ``release_kv`` forgets what is stored of
         its KV. ``ranks`` are those of the engine that the resume named, none if it is not live any more; if the resume
-        named none, those of the engine that would be chosen now. Nothing of the KV is known to be durable by this alone.
+        named none, those of the engine that would be chosen now. This alone makes nothing of the KV durable.
 
         Raises LeaseLost, and ToolInFlight when the reason is ``done`` while a tool call is claimed.
         """

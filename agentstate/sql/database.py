@@ -10,6 +10,11 @@ at REPEATABLE READ, read-only, so that several statements see one snapshot. Ther
 runs, waits for a lock, or idles in a transaction. A committed transaction is as durable as the server's
 ``synchronous_commit`` makes it.
 
+Only a server that can be written to is connected to, unless the URL sets ``target_session_attrs``: after a failover the
+connections to a server that has become read-only are thrown away, and of several hosts the new primary is found. Behind
+a PgBouncer in transaction mode (``pgbouncer=true`` in the URL) nothing is prepared, and the limits are set in each
+transaction.
+
 Transactions are short by design: never hold one while waiting for an engine or for a client.
 """
 
@@ -26,8 +31,15 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import Connection, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.engine import Connection, ExceptionContext
+from sqlalchemy.exc import (
+    DBAPIError,
+    DisconnectionError,
+    InterfaceError,
+    InvalidatePoolError,
+    InvalidRequestError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import NullPool
@@ -35,15 +47,29 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 
 import migrations
-from agentstate.errors import DatabaseError, DatabaseUnreachable, SchemaNewer, SchemaOutdated, SettingsError
+from agentstate.errors import (
+    DatabaseError,
+    DatabaseFull,
+    DatabaseUnreachable,
+    SchemaNewer,
+    SchemaOutdated,
+    SettingsError,
+)
 from agentstate.private import close_to_others, make_directory, make_file
+from agentstate.sql import address
 
-DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql+psycopg")
 BUSY_TIMEOUT_S = 10
 CONNECT_TIMEOUT_S = 5
 POOL_SIZE = 10
-POSTGRESQL_OPTIONS = "-c statement_timeout=15s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s"
+POSTGRESQL_LIMITS = {
+    "statement_timeout": "15s",
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "60s",
+}
+# What PostgreSQL (14 and later) tells of itself, without being asked, with every answer.
+READ_ONLY_SIGNS = (b"in_hot_standby", b"default_transaction_read_only")
 READ_ONLY = "25006"  # SQLSTATE of a write in a transaction that cannot
+FULL = "53100"  # SQLSTATE of a disk that is full
 MIGRATION_LOCK = 0x6167656E74737461  # "agentsta": the advisory lock that lets one process migrate at a time
 
 
@@ -91,18 +117,11 @@ class Database:
     """
 
     def __init__(self, url: str):
-        try:
-            self._url = make_url(url)
-            backend = self._url.get_backend_name()
-        except (ArgumentError, NoSuchModuleError):
-            raise SettingsError("AGENTSTATE_DATABASE_URL is not a database URL") from None
-        if self._url.drivername not in DRIVERS:
-            raise SettingsError(
-                f"AGENTSTATE_DATABASE_URL names {self._url.drivername}: use sqlite:///FILE or postgresql://…"
-            )
-        self.is_sqlite = backend == "sqlite"
+        self._address = address.parse(url)
+        self._url = self._address.url
+        self.is_sqlite = self._address.is_sqlite
         self._thread = threading.local()  # the transaction that the thread has begun
-        self.url = self._url.render_as_string(hide_password=True)  # safe to log
+        self.url = self._address.shown  # safe to log
         if self.is_sqlite:
             if self._url.database in (None, "", ":memory:"):
                 raise SettingsError("AGENTSTATE_DATABASE_URL must name a file: an in-memory SQLite cannot be shared")
@@ -113,6 +132,7 @@ class Database:
                 max_overflow=0,
                 pool_timeout=BUSY_TIMEOUT_S,
                 connect_args={"timeout": BUSY_TIMEOUT_S},
+                hide_parameters=True,
             )
             self._reader = sa.create_engine(
                 self._url,
@@ -120,6 +140,7 @@ class Database:
                 max_overflow=POOL_SIZE,
                 pool_timeout=BUSY_TIMEOUT_S,
                 connect_args={"timeout": BUSY_TIMEOUT_S},
+                hide_parameters=True,
             )
             _configure_sqlite(self._writer, begin="BEGIN IMMEDIATE", read_only=False)
             _configure_sqlite(self._reader, begin="BEGIN", read_only=True)
@@ -130,8 +151,10 @@ class Database:
                 max_overflow=POOL_SIZE,
                 pool_timeout=CONNECT_TIMEOUT_S,
                 pool_pre_ping=True,
-                connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "options": POSTGRESQL_OPTIONS},
+                connect_args=self._connect_args(limits=not self._address.pooled),
+                hide_parameters=True,
             )
+            _configure_postgresql(self._writer, self._address)
             # The same pool. The driver's BEGIN says it, so it costs no round trip.
             self._reader = self._writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
@@ -176,7 +199,7 @@ class Database:
                 close_to_others(Path(self._url.database or ""))
             return
         # A migration may run for longer than any statement of the service is allowed to.
-        engine = sa.create_engine(self._url, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT_S})
+        engine = sa.create_engine(self._url, poolclass=NullPool, connect_args=self._connect_args(limits=False))
         with self._errors(), engine.begin() as connection:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
             _migrate(connection)
@@ -196,6 +219,30 @@ class Database:
             f"the schema of {self.url} is at revision {found}, which this version of AgentState (at {head}) does not "
             "know: upgrade AgentState, or point AGENTSTATE_DATABASE_URL at another database"
         )
+
+    def check_writable(self) -> None:
+        """Raises DatabaseUnreachable unless the database can be written to now. Writes nothing."""
+        with self.write() as connection:
+            if not self.is_sqlite and connection.exec_driver_sql("SHOW transaction_read_only").scalar() == "on":
+                connection.invalidate()
+                raise DatabaseUnreachable(self._read_only())
+
+    def _read_only(self) -> str:
+        return (
+            f"{self.url} is read-only for now, as a standby or during a failover: try again, and name all hosts in "
+            "AGENTSTATE_DATABASE_URL"
+        )
+
+    def _connect_args(self, *, limits: bool) -> dict[str, Any]:
+        """What the driver is told beside the URL; with ``limits``, those of every statement."""
+        told: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT_S, **self._address.connect_args}
+        if limits:
+            # Those of the URL come last, and count.
+            own = dict(self._url.query).get("options", "")
+            told["options"] = " ".join([*(f"-c {name}={value}" for name, value in POSTGRESQL_LIMITS.items()), str(own)])
+        if self._address.pooled:
+            told["prepare_threshold"] = None
+        return told
 
     def _revision(self) -> str | None:
         """The revision of the schema; None when there is none yet."""
@@ -235,7 +282,9 @@ class Database:
         except PoolTimeout as error:
             raise DatabaseError(f"{self.url}: no connection became free in time; try again") from error
         except (OperationalError, InterfaceError) as error:
-            reason = " ".join(str(error.orig).split())
+            reason = self._address.masked(" ".join(str(error.orig).split()))
+            if _is_full(error.orig):
+                raise DatabaseFull(f"{self.url}: {reason}; make room on its disk") from error
             # Without a statement the driver failed to connect; a locked file was reached all the same.
             unreached = error.statement is None and "locked" not in reason
             if unreached or error.connection_invalidated or "unable to open" in reason:
@@ -247,11 +296,19 @@ class Database:
                 raise DatabaseUnreachable(f"{self.url} cannot be reached: {reason}; {hint}") from error
             raise DatabaseError(f"{self.url}: {reason}") from error
         except DBAPIError as error:
+            if error.connection_invalidated and _sqlstate(error.orig) == READ_ONLY:
+                raise DatabaseUnreachable(self._read_only()) from error
             if error.connection_invalidated:
-                raise DatabaseUnreachable(f"{self.url}: the connection broke: {error.orig}") from error
+                reason = self._address.masked(str(error.orig))
+                raise DatabaseUnreachable(f"{self.url}: the connection broke: {reason}") from error
             # SQLite raises the bare class for a file that is damaged or not a database.
-            if type(error) is sa.exc.DatabaseError or getattr(error.orig, "sqlstate", None) == READ_ONLY:
-                raise DatabaseError(f"{self.url}: {error.orig}") from error
+            if type(error) is sa.exc.DatabaseError or _sqlstate(error.orig) == READ_ONLY:
+                raise DatabaseError(f"{self.url}: {self._address.masked(str(error.orig))}") from error
+            raise
+        except InvalidRequestError as error:
+            # The pool has connected anew, more than once, and found read-only servers only.
+            if isinstance(error.__cause__ or error.__context__, DisconnectionError):
+                raise DatabaseUnreachable(self._read_only()) from error
             raise
 
 
@@ -278,6 +335,41 @@ def _revisions() -> set[str]:
 
 def _scripts_dir() -> Path:
     return Path(migrations.__file__).parent
+
+
+def _sqlstate(error: BaseException | None) -> str | None:
+    return getattr(error, "sqlstate", None)
+
+
+def _is_full(error: BaseException | None) -> bool:
+    # The low byte is the primary code.
+    sqlite_code: int = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return sqlite_code == sqlite3.SQLITE_FULL or _sqlstate(error) == FULL
+
+
+def _configure_postgresql(engine: sa.Engine, where: address.Address) -> None:
+    @sa.event.listens_for(engine, "handle_error")
+    def on_error(context: ExceptionContext) -> None:
+        # Not where the transaction itself is one for reading.
+        reads = context.connection is not None and context.connection.get_execution_options().get("postgresql_readonly")
+        if _sqlstate(context.original_exception) == READ_ONLY and not reads:
+            context.is_disconnect = True  # with this connection goes the whole pool
+
+    if where.writable:
+
+        @sa.event.listens_for(engine, "checkout")
+        def on_checkout(connection: Any, record: Any, proxy: Any) -> None:
+            # After the pool's ping, with whose answer the server tells what it has become.
+            if any(connection.pgconn.parameter_status(sign) == b"on" for sign in READ_ONLY_SIGNS):
+                raise InvalidatePoolError
+
+    if where.pooled:
+        # A server's settings outlive the transaction there, and would be somebody else's.
+        setting = sa.select(*(sa.func.set_config(name, value, True) for name, value in POSTGRESQL_LIMITS.items()))
+
+        @sa.event.listens_for(engine, "begin")
+        def on_begin(connection: Connection) -> None:
+            connection.execute(setting)
 
 
 def _configure_sqlite(engine: sa.Engine, *, begin: str, read_only: bool) -> None:

@@ -54,6 +54,7 @@ def test_slugs_are_unique() -> None:
 def test_what_may_succeed_later_says_so() -> None:
     assert {kind.__name__ for kind in tree(AgentStateError) if kind.retryable} == {
         "DatabaseError",
+        "DatabaseFull",
         "DatabaseUnreachable",
         "SessionBusy",
         "ServiceUnreachable",

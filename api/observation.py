@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -17,7 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentstate import ids
 from agentstate.errors import SettingsError
+from agentstate.sessions.tenants import PREFIX
 from agentstate.settings import Settings
+from agentstate.sql.address import HIDDEN, mask, parse
 
 logger = logging.getLogger("agentstate.requests")
 
@@ -27,6 +30,7 @@ SESSION_PATH = re.compile(r"/v1/sessions/([A-Za-z0-9][A-Za-z0-9_.:-]{0,127})(?:/
 # Asked all the time, by machines.
 QUIET = ("/healthz", "/readyz", "/metrics")
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(context)s"
+_CREDENTIAL = re.compile(rf"(?i)(\bbearer\s+|\b{PREFIX})[^\s\"',;]+")
 
 _context: ContextVar[dict[str, str] | None] = ContextVar("agentstate_request", default=None)
 
@@ -41,7 +45,21 @@ class RequestContext(logging.Filter):
         return True
 
 
-class JsonFormatter(logging.Formatter):
+class TextFormatter(logging.Formatter):
+    """Lines of text, without ``secrets`` and without what looks like a password or an API key."""
+
+    def __init__(self, secrets: Collection[str] = ()):
+        super().__init__(TEXT_FORMAT)
+        self._secrets = secrets
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._masked(super().format(record))
+
+    def _masked(self, text: str) -> str:
+        return _CREDENTIAL.sub(rf"\g<1>{HIDDEN}", mask(text, self._secrets))
+
+
+class JsonFormatter(TextFormatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -49,20 +67,21 @@ class JsonFormatter(logging.Formatter):
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": self._masked(record.getMessage()),
             **getattr(record, "request", {}),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = self._masked(self.formatException(record.exc_info))
         return json.dumps(line, default=str)
 
 
 def configure_logging(settings: Settings) -> None:
-    """Let the process log in the format that the settings name."""
+    """Let the process log in the format that the settings name, and without its secrets. Raises SettingsError."""
+    secrets = parse(settings.sqlalchemy_url).secrets
     handler = logging.StreamHandler()
     handler.addFilter(RequestContext())
-    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else logging.Formatter(TEXT_FORMAT))
+    handler.setFormatter(JsonFormatter(secrets) if settings.log_format == "json" else TextFormatter(secrets))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
 
 

@@ -69,9 +69,11 @@ def test_a_service_starts_from_nothing_says_where_it_is_and_stops_when_told(tmp_
         assert part in line
 
 
-def test_a_password_is_masked(tmp_path: Path, postgresql: Any) -> None:
+@pytest.mark.parametrize("of_query", [False, True], ids=["before the host", "query parameter"])
+def test_a_password_is_masked(tmp_path: Path, postgresql: Any, of_query: bool) -> None:
     port, log = free_port(), tmp_path / "log"
-    url = postgresql.create_database(postgresql.template).replace("postgres:@", "postgres:hunter2@")
+    url = postgresql.create_database(postgresql.template)
+    url = f"{url}&password=hunter2" if of_query else url.replace("postgres:@", "postgres:hunter2@")
     assert "hunter2" in url
     with process(log, AGENTSTATE_DATABASE_URL=url, AGENTSTATE_PORT=str(port)):
         pass

@@ -25,6 +25,10 @@ from agentstate.sql.models import EntryKind, blobs
 from agentstate.sql.models import entries as table
 
 BLOB_BYTES = 256 * 1024
+# What the payloads of one page have at most: more than the body of a request may have, so that any entry fits.
+MAX_PAGE_BYTES = 16 * 1024 * 1024
+# So many entries are a page without their sizes being added up first: what is no blob has less than ``BLOB_BYTES``.
+MAX_UNMEASURED = MAX_PAGE_BYTES // BLOB_BYTES
 MAX_METADATA_BYTES = 64 * 1024  # it is read whenever its session is
 MAX_JSON_DEPTH = 64  # well within what every JSON reader and writer takes
 
@@ -59,7 +63,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class EntryPage:
-    """A run of entries; ``has_more`` says whether the history goes on beyond its end, for a tail before its start."""
+    """A run of entries; ``has_more`` says whether the history goes on beyond its end, for a tail before its start.
+
+    It has fewer entries than were asked for where their payloads have more than ``MAX_PAGE_BYTES``.
+    """
 
     entries: list[Entry]
     has_more: bool
@@ -172,6 +179,53 @@ def read(connection: Connection, name: str, history: History) -> list[Entry]:
     return _complete(connection, name, found.all())
 
 
+def page(connection: Connection, name: str, rest: History, limit: int, *, newest: bool = False) -> EntryPage:
+    """The oldest ``limit`` entries of ``rest``, or the newest; by ``seq`` in any case. One entry at least."""
+    wanted = rest.newest(limit) if newest else rest.oldest(limit)
+    found = _read_bounded(connection, name, wanted, newest=newest)
+    return EntryPage(found, has_more=rest.length > len(found))
+
+
+def _read_bounded(connection: Connection, name: str, wanted: History, *, newest: bool) -> list[Entry]:
+    """`read`, of the oldest entries or the newest, as many as have ``MAX_PAGE_BYTES``."""
+    if not wanted.segments:
+        return []
+    if wanted.length > MAX_UNMEASURED:
+        wanted = _within_bytes(connection, wanted, newest=newest)
+    rows = connection.execute(_reading(len(wanted.segments)), wanted.as_parameters()).all()
+    if any(row.blob is not None for row in rows):
+        wanted = _within_bytes(connection, wanted, newest=newest)
+        rows = [row for row in rows if wanted.owner_of(row.seq) is not None]
+    return _complete(connection, name, rows)
+
+
+def _within_bytes(connection: Connection, wanted: History, *, newest: bool) -> History:
+    """The oldest entries of ``wanted``, or the newest, as many as have ``MAX_PAGE_BYTES``; one at least."""
+    beyond = _beyond(connection.dialect.name, len(wanted.segments), newest)
+    cut: int | None = connection.execute(beyond, {**wanted.as_parameters(), "most": MAX_PAGE_BYTES}).scalar_one()
+    if cut is None:
+        return wanted
+    return wanted.between(cut + 1, wanted.segments[-1].last) if newest else wanted.between(1, cut - 1)
+
+
+@cache
+def _beyond(dialect: str, parts: int, newest: bool) -> Any:
+    """The ``seq`` of the first entry that does not fit. No payload is read for it, only how long it is."""
+    if dialect == "postgresql":
+        inline = sa.func.octet_length(sa.cast(table.c.payload, sa.Text))
+    else:
+        inline = sa.func.length(table.c.payload)
+    stored = sa.select(sa.func.length(blobs.c.content)).where(blobs.c.key == table.c.blob).scalar_subquery()
+    order = table.c.seq.desc() if newest else table.c.seq
+    until = sa.func.sum(inline + sa.func.coalesce(stored, 0)).over(order_by=order)
+    number = sa.func.row_number().over(order_by=order)
+    sized = (
+        sa.select(table.c.seq, until.label("until"), number.label("number")).where(History.entries(parts)).subquery()
+    )
+    first = sa.func.max(sized.c.seq) if newest else sa.func.min(sized.c.seq)
+    return sa.select(first).where(sized.c.until > sa.bindparam("most"), sized.c.number > 1)
+
+
 def by_id(connection: Connection, name: str, ids: Sequence[str]) -> dict[str, Entry]:
     """Entries by their ids, for whoever knows that they are the session's."""
     found = connection.execute(_SELECT.where(table.c.id.in_(ids)))
@@ -189,17 +243,37 @@ def find(connection: Connection, name: str, history: History, entry_id: str) -> 
 
 
 def tail(connection: Connection, name: str, history: History, length: int) -> EntryPage:
-    """The newest ``length`` entries, and more where that would separate a tool result from its call."""
+    """The newest ``length`` entries, and more where that would separate a tool result from its call.
+
+    Where that is more than ``MAX_PAGE_BYTES``, fewer: it begins after the results whose calls do not fit.
+    """
     if length == 0 or not history.segments:
         return EntryPage([], has_more=bool(history.segments))
-    newest = history.newest(length)
-    found = read(connection, name, newest)
+    wanted = history.newest(length)
+    found = _read_bounded(connection, name, wanted, newest=True)
+    newest = history.between(found[0].seq, wanted.segments[-1].last)
     called = {entry.call_id for entry in found if entry.kind is EntryKind.TOOL_CALL}
     cut = newest.first
     if any(entry.kind is EntryKind.TOOL_RESULT and entry.call_id not in called for entry in found):
         cut = toolcalls.whole_from(connection, history, cut)
-        found = read(connection, name, history.between(cut, newest.first - 1)) + found
-    return EntryPage(found, has_more=cut > history.first)
+        found = _read_bounded(connection, name, history.between(cut, newest.segments[-1].last), newest=True)
+        if found[0].seq > cut:
+            found = _whole(found)
+    return EntryPage(found, has_more=not found or found[0].seq > history.first)
+
+
+def _whole(found: list[Entry]) -> list[Entry]:
+    """The newest of ``found`` that have no result without its call."""
+    while True:
+        called = {entry.call_id for entry in found if entry.kind is EntryKind.TOOL_CALL}
+        alone = [
+            number
+            for number, entry in enumerate(found)
+            if entry.kind is EntryKind.TOOL_RESULT and entry.call_id not in called
+        ]
+        if not alone:
+            return found
+        found = found[alone[-1] + 1 :]
 
 
 _KINDS = {kind.value: kind for kind in EntryKind}

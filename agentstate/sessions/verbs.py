@@ -280,7 +280,8 @@ class Sessions:
     def entries(
         self, session_id: str, *, after: str | None = None, limit: int = 100, order: Order = Order.ASCENDING
     ) -> EntryPage:
-        """At most ``limit`` entries by ``seq``, those that follow the entry ``after`` in the given order.
+        """At most ``limit`` entries by ``seq``, those that follow the entry ``after`` in the given order; fewer where
+        they are large (`EntryPage`).
 
         Raises EntryNotFound when ``after`` is no entry of the session.
         """
@@ -290,20 +291,17 @@ class Sessions:
             if after is not None:
                 at = transcript.find(connection, session_id, rest, after).seq
                 rest = rest.between(at + 1, row.next_seq) if order is Order.ASCENDING else rest.between(1, at - 1)
-            wanted = rest.oldest(limit) if order is Order.ASCENDING else rest.newest(limit)
-            found = transcript.read(connection, session_id, wanted)
+            found = transcript.page(connection, session_id, rest, limit, newest=order is Order.DESCENDING)
         if order is Order.DESCENDING:
-            found.reverse()
-        return EntryPage(found, has_more=rest.length > wanted.length)
+            found.entries.reverse()
+        return found
 
     def since(self, session_id: str, seq: int, limit: int = 100) -> tuple[Session, EntryPage]:
         """The session, and the oldest entries of its history that come after ``seq``."""
         with self._database.read() as connection:
             row = self._rows.find(connection, session_id)
             rest = History.of(connection, row).between(seq + 1, row.next_seq)
-            wanted = rest.oldest(limit)
-            found = transcript.read(connection, session_id, wanted)
-            return rows.session_of(row), EntryPage(found, has_more=rest.length > wanted.length)
+            return rows.session_of(row), transcript.page(connection, session_id, rest, limit)
 
     def seen(self, session_id: str, seq: int) -> Session:
         """The session, for who has seen its entries up to ``seq``, 0 for none of them.

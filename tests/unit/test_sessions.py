@@ -22,6 +22,7 @@ from agentstate.errors import (
 from agentstate.fleet import engines, manifests
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import KvState, Manifest
+from agentstate.sessions import transcript
 from agentstate.sessions.collection import collect
 from agentstate.sessions.leases import LeaseKey
 from agentstate.sessions.outcomes import Order, Resumed, SuspendReason
@@ -504,3 +505,91 @@ def test_a_read_sees_one_transcript_while_another_rewinds_and_goes_on(
     with before_statement(number, rewind):
         assert read(sessions, name) == before
     assert read(sessions, name) == ["a", "f"]
+
+
+# --- large entries
+
+
+def sized(name: str, kib: int) -> NewEntry:
+    return NewEntry(EntryKind.MESSAGE, {"role": "user", "content": name, "filling": "x" * (kib * 1024)})
+
+
+def contents(entries: list[Any]) -> list[str]:
+    return [entry.payload["content"] for entry in entries]
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of 1,000 KiB; of entries below 256 KiB, the sizes of more than three are added up."""
+    monkeypatch.setattr(transcript, "MAX_PAGE_BYTES", 1000 * 1024)
+    monkeypatch.setattr(transcript, "MAX_UNMEASURED", 3)
+
+
+@pytest.mark.usefixtures("small_pages")
+@pytest.mark.parametrize("kib", [240, 450], ids=["rows", "blobs"])
+def test_a_page_is_bounded_by_bytes_and_nothing_is_skipped(sessions: Sessions, kib: int) -> None:
+    session = sessions.create("m")
+    key = resume(sessions, session.id).lease.key
+    names = [f"entry {number}" for number in range(9)]
+    for name in names:
+        sessions.append(session.id, key, [sized(name, kib)])
+    most = 1000 // kib
+    for order, right in ((Order.ASCENDING, names), (Order.DESCENDING, names[::-1])):
+        found: list[str] = []
+        after, has_more = None, True
+        while has_more:
+            page = sessions.entries(session.id, after=after, limit=8, order=order)
+            assert 0 < len(page.entries) <= most
+            found += contents(page.entries)
+            after, has_more = page.entries[-1].id, page.has_more
+        assert found == right
+    seen: list[str] = []
+    while len(seen) < len(names):
+        page = sessions.since(session.id, len(seen))[1]
+        assert 0 < len(page.entries) <= most
+        seen += contents(page.entries)
+        assert page.has_more == (len(seen) < len(names))
+    assert seen == names
+    sessions.suspend(session.id, key, SuspendReason.USER_WAIT)
+    tail = resume(sessions, session.id, tail=8).tail
+    assert contents(tail.entries) == names[-most:] and tail.has_more
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_an_entry_that_is_larger_than_a_page_comes_alone(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    key = resume(sessions, session.id).lease.key
+    sessions.append(session.id, key, [sized("a", 1), sized("b", 1500), sized("c", 1)])
+    pages = []
+    after, has_more = None, True
+    while has_more:
+        page = sessions.entries(session.id, after=after)
+        pages.append(contents(page.entries))
+        after, has_more = page.entries[-1].id, page.has_more
+    assert pages == [["a"], ["b"], ["c"]]
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_a_tail_that_is_bounded_by_bytes_has_no_result_without_its_call(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    key = resume(sessions, session.id).lease.key
+    large = NewEntry(EntryKind.TOOL_RESULT, {"output": "x" * 700 * 1024}, "far")
+    steps = [call("far"), sized("a", 400), call("near"), large, output("near"), sized("b", 100), sized("c", 100)]
+    for step in steps:
+        sessions.append(session.id, key, [step])
+    sessions.suspend(session.id, key, SuspendReason.USER_WAIT)
+    tail = resume(sessions, session.id).tail
+    # The call "far" does not fit beside its result; so the tail begins after that one, and after "near", whose call
+    # is before it.
+    assert contents(tail.entries) == ["b", "c"] and tail.has_more
+
+
+@pytest.mark.usefixtures("small_pages")
+def test_a_tail_goes_back_to_a_call_that_fits(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    key = resume(sessions, session.id).lease.key
+    for step in (sized("a", 500), call("near"), sized("b", 400), output("near"), sized("c", 100)):
+        sessions.append(session.id, key, [step])
+    sessions.suspend(session.id, key, SuspendReason.USER_WAIT)
+    tail = resume(sessions, session.id, tail=2).tail
+    assert [entry.seq for entry in tail.entries] == [2, 3, 4, 5] and tail.has_more

@@ -31,6 +31,7 @@
     ├── IdempotencyKeyReused         the Idempotency-Key came with another request before
     ├── IdempotencyKeyInUse          the first request with the Idempotency-Key is still being answered
     ├── Unauthenticated              no API key, or none that is valid
+    ├── HostRefused                  the service has no API key and is asked under a name that is not this machine's
     ├── RateLimited                  the tenant sends too many requests; carries ``retry_after_s``
     ├── KeyNotFound                  there is no such API key
     ├── RequestRefused               the service refused the request itself (seen by clients only)
@@ -207,6 +208,10 @@ class IdempotencyKeyInUse(AgentStateError):
 
 class Unauthenticated(AgentStateError):
     """A valid API key is needed."""
+
+
+class HostRefused(AgentStateError):
+    """Without API keys the service answers under a name of its own machine only."""
 
 
 class RateLimited(AgentStateError):

@@ -31,6 +31,7 @@ from api import (
 from api.bodies import BodyLimit
 from api.changes import Changes
 from api.gate import Gate
+from api.guard import Guard
 from api.metrics import Metrics
 from api.observation import Observation, tracing
 from api.service import Service
@@ -79,6 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.add_middleware(BodyLimit)
+    app.add_middleware(Guard)
     app.add_middleware(Observation, provider=traces)
     for resource in (
         sessions,

@@ -1,7 +1,8 @@
-"""The bound on request bodies."""
+"""The bounds on request bodies: in size, and in time."""
 
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,10 +13,13 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 # Of a body that is too large so much is still read, and thrown away: a client that is cut off while it sends sees a
 # broken connection instead of the answer.
 MAX_DRAINED_BYTES = 64 * 1024 * 1024
+# What a whole body may take to arrive. It is held in memory meanwhile.
+BODY_TIMEOUT_S = 60.0
 
 
 class BodyLimit:
-    """ASGI middleware: answers 413 to a body of more than ``MAX_BODY_BYTES``, whether or not its length was announced.
+    """ASGI middleware: answers 413 to a body of more than ``MAX_BODY_BYTES``, whether or not its length was announced,
+    and 408 to one that takes more than ``BODY_TIMEOUT_S``.
 
     The body is held in memory until it is complete, as the endpoints would do.
     """
@@ -29,8 +33,23 @@ class BodyLimit:
             return
         held: list[Message] = []
         size_bytes = 0
+        deadline_s = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
         while True:
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    message = await receive()
+            except TimeoutError:
+                held.clear()
+                slow = problem(
+                    HTTPStatus.REQUEST_TIMEOUT,
+                    "body-too-slow",
+                    "The body did not arrive in time.",
+                    f"a body must arrive within {BODY_TIMEOUT_S:g} s",
+                    retryable=True,
+                    headers={"Connection": "close"},
+                )
+                await slow(scope, receive, send)
+                return
             size_bytes += len(message.get("body", b""))
             if size_bytes <= MAX_BODY_BYTES:
                 held.append(message)

@@ -34,20 +34,23 @@ class Gate:
     def __init__(self, database: Database, requests_per_s: float):
         self._database = database
         self._requests_per_s = requests_per_s
-        self._known: dict[str | None, tuple[float, Tenant | None]] = {}
+        self._known: dict[str | None, tuple[float, Tenant | None, bool]] = {}
         self._buckets: dict[str, _Bucket] = {}
 
-    async def admit(self, authorization: str | None) -> Tenant:
-        """The tenant of a request with this ``Authorization``. Raises Unauthenticated, RateLimited, DatabaseError."""
+    async def admit(self, authorization: str | None) -> tuple[Tenant, bool]:
+        """The tenant of a request with this ``Authorization``, and whether everybody is, because there is no API key.
+
+        Raises Unauthenticated, RateLimited, DatabaseError.
+        """
         scheme, _, secret = (authorization or "").partition(" ")
         secret = secret.strip()
         key = secret if scheme.lower() == "bearer" and secret else None
-        until_s, tenant = self._known.get(key, (0.0, None))
+        until_s, tenant, open_to_all = self._known.get(key, (0.0, None, False))
         if until_s < time.monotonic():
-            tenant = await run_in_threadpool(self._look_up, key)
+            tenant, open_to_all = await run_in_threadpool(self._look_up, key)
             if len(self._known) >= MAX_REMEMBERED:
                 self._known.clear()
-            self._known[key] = (time.monotonic() + TRUST_S, tenant)
+            self._known[key] = (time.monotonic() + TRUST_S, tenant, open_to_all)
         if tenant is None:
             raise Unauthenticated(
                 "this API key is not valid"
@@ -55,13 +58,15 @@ class Gate:
                 else "send an API key as Authorization: Bearer, see `agentstate keys create`"
             )
         self._take(tenant)
-        return tenant
+        return tenant, open_to_all
 
-    def _look_up(self, key: str | None) -> Tenant | None:
+    def _look_up(self, key: str | None) -> tuple[Tenant | None, bool]:
         with self._database.read() as connection:
             if key is not None and (tenant := tenants.authenticate(connection, key)) is not None:
-                return tenant
-            return None if tenants.any_key(connection) else tenants.find(connection, DEFAULT_TENANT)
+                return tenant, False
+            if tenants.any_key(connection):
+                return None, False
+            return tenants.find(connection, DEFAULT_TENANT), True
 
     def _take(self, tenant: Tenant) -> None:
         rate = self._requests_per_s if tenant.requests_per_s is None else tenant.requests_per_s

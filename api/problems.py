@@ -1,8 +1,8 @@
 """Errors over HTTP: every one is ``application/problem+json`` (RFC 9457), also those that the framework raises.
 
-The ``type`` of a problem is ``/problems/`` and the slug of its error (see `agentstate.errors`), or one of the six
+The ``type`` of a problem is ``/problems/`` and the slug of its error (see `agentstate.errors`), or one of those
 that are about requests: ``invalid-request``, ``not-found``, ``method-not-allowed``, ``body-too-large``,
-``precondition-required`` and ``internal-error``.
+``body-too-slow``, ``unsupported-encoding``, ``precondition-required`` and ``internal-error``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from agentstate import errors
 
@@ -41,6 +42,7 @@ STATUS: dict[type[errors.AgentStateError], HTTPStatus] = {
     errors.NotABranchPoint: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.IdempotencyKeyReused: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
+    errors.HostRefused: HTTPStatus.FORBIDDEN,
     errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
     errors.TooManyOperations: HTTPStatus.TOO_MANY_REQUESTS,
     errors.DatabaseError: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -87,7 +89,10 @@ def responses(**texts: str) -> dict[int | str, dict[str, Any]]:
 COMMON = responses(
     _400="Not HTTP or JSON that can be read",
     _401="A valid API key is needed",
+    _403="Without API keys the service is for this machine only",
+    _408="The body did not come in time",
     _413="The body is too large",
+    _415="The body is compressed",
     _422="Malformed, or not fitting the session",
     _429="Too many requests or operations: see Retry-After",
     _503="The database does not answer",
@@ -137,6 +142,11 @@ def install(app: FastAPI) -> None:
 
 def _own(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, errors.AgentStateError)
+    return answer_to(error)
+
+
+def answer_to(error: errors.AgentStateError) -> JSONResponse:
+    """The problem that one of our own errors is."""
     status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
     more: dict[str, Any] = {}
     headers: dict[str, str] = {}
@@ -180,7 +190,20 @@ def _framework(request: Request, error: Exception) -> JSONResponse:
     slug = slugs.get(error.status_code, "invalid-request")
     title = HTTPStatus(error.status_code).phrase
     detail = f"{request.method} {request.url.path}: {error.detail}"
-    return problem(error.status_code, slug, title, detail, headers=dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(sorted(_allowed(request)))
+    return problem(error.status_code, slug, title, detail, headers=headers)
+
+
+def _allowed(request: Request) -> set[str]:
+    """What may be done with the path: the framework names the methods of one of its routes only."""
+    methods: set[str] = set()
+    for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes):
+            methods.add(method)
+    return methods | ({"HEAD"} if "GET" in methods else set())
 
 
 def _unexpected(request: Request, error: Exception) -> JSONResponse:

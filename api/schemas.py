@@ -28,6 +28,10 @@ SessionId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:
 def _number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("a number is expected")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError("the number is too large") from None
     return value
 
 

@@ -19,6 +19,9 @@ from api.observation import configure_logging
 
 # What is still being answered when the service is told to end gets so long.
 SHUTDOWN_S = 30
+# Longer than any client of ours keeps an idle connection (`agentstate.client.transport`), so that no request is sent on
+# one that is being closed.
+KEEP_ALIVE_S = 75
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +97,12 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, log_level: str = "warning"):
         config = uvicorn.Config(
-            app, log_config=None, log_level=log_level, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S
+            app,
+            log_config=None,
+            log_level=log_level,
+            access_log=False,
+            timeout_graceful_shutdown=SHUTDOWN_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
         super().__init__(config)
         self._app = app

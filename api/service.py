@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Request
 
 from agentstate.fleet.operations import Operations
+from agentstate.sessions.rows import Seen
 from agentstate.sessions.tenants import Tenant
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
@@ -39,10 +40,9 @@ async def service_of(request: Request) -> Service:
 ServiceDep = Annotated[Service, Depends(service_of)]
 
 
-async def _caller(
-    request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
-) -> Tenant:
-    return await (await service_of(request)).gate.admit(authorization)
+async def _caller(request: Request) -> Tenant:
+    tenant: Tenant = request.state.tenant  # `Guard` has let it in
+    return tenant
 
 
 CallerDep = Annotated[Tenant, Depends(_caller)]
@@ -62,28 +62,30 @@ def etag(revision: int, status: str) -> str:
 
 async def _seen(
     if_match: Annotated[
-        str | None, Header(description="The ETag or revision that the caller has seen, or * for any.", examples=["*"])
+        str | None,
+        Header(description="The ETags or revisions that the caller has seen, or * for any.", examples=["*"]),
     ] = None,
-) -> int | None:
-    """The revision that the caller has seen; None for any. One that is none of ours matches nothing."""
+) -> Seen:
+    """The revisions that the caller has seen; None for any. One that is none of ours matches nothing."""
     if if_match is None:
         raise PreconditionRequired
-    return _revision(if_match)
+    return _revisions(if_match)
 
 
 async def _maybe_seen(
-    if_match: Annotated[str | None, Header(description="Refuse (412) unless this is the session's ETag.")] = None,
-) -> int | None:
-    return None if if_match is None else _revision(if_match)
+    if_match: Annotated[str | None, Header(description="Refuse (412) unless this has the session's ETag.")] = None,
+) -> Seen:
+    return None if if_match is None else _revisions(if_match)
 
 
-def _revision(tag: str) -> int | None:
-    tag = tag.strip()
-    if tag == "*":
-        return None
-    number = tag.removeprefix("W/").strip('"').partition("-")[0]
+def _revisions(tags: str) -> Seen:
+    return None if tags.strip() == "*" else frozenset(map(_revision, tags.split(",")))
+
+
+def _revision(tag: str) -> int:
+    number = tag.strip().removeprefix("W/").strip('"').partition("-")[0]
     return int(number) if number.isascii() and number.isdecimal() and len(number) < 19 else 0
 
 
-SeenDep = Annotated[int | None, Depends(_seen)]
-MaybeSeenDep = Annotated[int | None, Depends(_maybe_seen)]
+SeenDep = Annotated[Seen, Depends(_seen)]
+MaybeSeenDep = Annotated[Seen, Depends(_maybe_seen)]

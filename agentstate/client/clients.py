@@ -15,7 +15,7 @@ from agentstate.answers import Entry, Operation, Session
 from agentstate.client import routes
 from agentstate.client.events import Following
 from agentstate.client.routes import Call
-from agentstate.client.transport import Attempt, exchange
+from agentstate.client.transport import Attempt, exchange, settings_of
 from agentstate.client.turn import AsyncTurn, Turn, TurnOptions
 from agentstate.errors import SessionExists
 from agentstate.sql.models import OperationState
@@ -82,7 +82,7 @@ class Client(_Connection):
 
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0, retries: int = 2):
         super().__init__(base_url, api_key=api_key, timeout_s=timeout_s, retries=retries)
-        self._http = httpx.Client(base_url=base_url, headers=self._headers)
+        self._http = httpx.Client(headers=self._headers, **settings_of(base_url))
 
     def __enter__(self) -> Self:
         return self
@@ -177,7 +177,7 @@ class AsyncClient(_Connection):
 
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0, retries: int = 2):
         super().__init__(base_url, api_key=api_key, timeout_s=timeout_s, retries=retries)
-        self._http = httpx.AsyncClient(base_url=base_url, headers=self._headers)
+        self._http = httpx.AsyncClient(headers=self._headers, **settings_of(base_url))
 
     async def __aenter__(self) -> Self:
         return self

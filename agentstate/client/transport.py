@@ -17,11 +17,14 @@ import httpx
 
 from agentstate.client.routes import Call, Repeat
 from agentstate.errors import AgentStateError, RequestRefused, ServiceUnreachable, SessionBusy
+from agentstate.loopback import is_loopback
 
 A = TypeVar("A")
 
 CONNECT_TIMEOUT_S = 5.0
 FIRST_WAIT_S = 0.1
+# Shorter than a service keeps an idle connection.
+LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=30.0)
 # A service that wants a client to wait for longer is asked again by the caller, if at all.
 LONGEST_WAIT_S = 5.0
 # Such a request has not reached the service.
@@ -78,6 +81,12 @@ def exchange(
         if not again or left == 0:
             raise error from cause
     raise AssertionError("the last attempt returns or raises")
+
+
+def settings_of(base_url: str) -> dict[str, Any]:
+    """What both clients give httpx for a service at ``base_url``: a proxy from the environment is not asked for what is
+    on this machine."""
+    return {"base_url": base_url, "limits": LIMITS, "trust_env": not is_loopback(base_url)}
 
 
 def problem(response: httpx.Response) -> AgentStateError:

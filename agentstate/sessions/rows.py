@@ -5,7 +5,7 @@ What `agentstate.sessions.verbs` builds its verbs from; each of these is a part 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
 
@@ -61,6 +61,10 @@ def _making(dialect: str, expires: bool, branched: bool) -> Any:
     )
 
 
+# The revision that a caller has seen, several any of which it may be, or None for any at all.
+Seen = int | Collection[int] | None
+
+
 class Rows:
     """The rows of ``tenant``'s sessions."""
 
@@ -74,15 +78,17 @@ class Rows:
             session_id,
         )
 
-    def lock(self, connection: Connection, session_id: str, revision: int | None = None) -> Any:
+    def lock(self, connection: Connection, session_id: str, revision: Seen = None) -> Any:
         """A session's row as stored, which nobody else changes before this transaction ends."""
         row = self._existing(
             connection.execute(_LOCK, {"of_tenant": self.tenant, "called": session_id}).one_or_none(),
             session_id,
         )
-        if revision is not None and revision != row.revision:
+        seen = {revision} if isinstance(revision, int) else revision
+        if seen is not None and row.revision not in seen:
+            shown = " or ".join(map(str, sorted(seen)))
             raise RevisionStale(
-                f"session {session_id} is at revision {row.revision}, not {revision}: reload it", revision=row.revision
+                f"session {session_id} is at revision {row.revision}, not {shown}: reload it", revision=row.revision
             )
         return row
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -111,9 +111,13 @@ def _check_entry(entry: NewEntry) -> None:
     if not isinstance(name, str) or not name or "\0" in name:
         raise InvalidEntry(f"tool call {entry.call_id!r} needs the tool's name in its payload")
     if expected_s is not None and (
-        isinstance(expected_s, bool) or not isinstance(expected_s, int | float) or not 0 <= expected_s < math.inf
+        isinstance(expected_s, bool)
+        or not isinstance(expected_s, int | float)
+        # An integer of any length is a number to Python, but none that a database can store.
+        or not 0 <= expected_s <= sys.float_info.max
     ):
-        raise InvalidEntry(f"tool call {entry.call_id!r}: expected_s is not a number of seconds: {expected_s!r}")
+        shown = "a very long integer" if isinstance(expected_s, int) else repr(expected_s)
+        raise InvalidEntry(f"tool call {entry.call_id!r}: expected_s is not a number of seconds: {shown}")
 
 
 def check_json(value: dict[str, Any], what: str) -> bytes:

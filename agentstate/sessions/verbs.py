@@ -40,7 +40,7 @@ from agentstate.sessions.outcomes import (
     SuspendReason,
     ToolCall,
 )
-from agentstate.sessions.rows import Rows
+from agentstate.sessions.rows import Rows, Seen
 from agentstate.sessions.transcript import EntryPage, NewEntry
 from agentstate.settings import DEFAULT_TENANT
 from agentstate.sql.database import Database, now_us
@@ -122,7 +122,7 @@ class Sessions:
     def update(
         self,
         session_id: str,
-        revision: int | None,
+        revision: Seen,
         *,
         metadata: dict[str, Any] | None = None,
         expires_in_s: float | Keep | None = Keep.KEEP,
@@ -142,7 +142,7 @@ class Sessions:
                 changes["expires_us"] = rows.from_now(expires_in_s)
             return rows.change(connection, before.id, **changes)
 
-    def delete(self, session_id: str, revision: int | None) -> None:
+    def delete(self, session_id: str, revision: Seen) -> None:
         """Delete a session; its id is free again at once. What forks share with it stays, the rest is collected later.
 
         Raises SessionBusy while somebody runs it.
@@ -161,7 +161,7 @@ class Sessions:
         lease_ttl_s: float,
         tail: int,
         expect_model: str | None = None,
-        revision: int | None = None,
+        revision: Seen = None,
         token: str | None = None,
     ) -> Resumed:
         """Take the session's lease and give back all that its next turn needs, in one transaction.
@@ -330,7 +330,7 @@ class Sessions:
     def fork(
         self,
         session_id: str,
-        revision: int | None,
+        revision: Seen,
         *,
         at: str | None = None,
         fork_id: str | None = None,
@@ -370,7 +370,7 @@ class Sessions:
                 toolcalls.copy_open(connection, parent.id, uid)
             return session
 
-    def rewind(self, session_id: str, revision: int | None, *, at: str | None, key: LeaseKey | None = None) -> Session:
+    def rewind(self, session_id: str, revision: Seen, *, at: str | None, key: LeaseKey | None = None) -> Session:
         """Make the entry ``at`` the head again, or with None go back to before the first entry. The entries after it
         are taken back; their ``seq`` stay unused.
 

@@ -32,6 +32,7 @@ def test_problem_types_are_pinned() -> None:
         "tool-call-unknown": 409,
         "tool-call-final": 409,
         "idempotency-key-in-use": 409,
+        "host-refused": 403,
         "session-expired": 410,
         "events-trimmed": 410,
         "revision-stale": 412,

@@ -1,0 +1,84 @@
+"""Who is let in, before anything of a body is read; and what HTTP asks of every route.
+
+A request under ``/v1`` is authenticated by its headers alone. A service without API keys serves this machine only, and
+so only under a name of this machine: otherwise a web page whose own name was made to resolve to a loopback address
+could read and delete sessions.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from agentstate.errors import AgentStateError, HostRefused
+from agentstate.loopback import is_loopback
+from api.problems import answer_to, problem
+
+
+class Guard:
+    """ASGI middleware. Leaves the tenant in the scope's state, answers HEAD as GET without a body, and 415 to bodies
+    that are compressed."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        asked_for_head = scope["method"] == "HEAD"
+        if asked_for_head:
+            send = without_body(send)
+        if scope["path"] == "/v1" or scope["path"].startswith("/v1/"):
+            service = scope["app"].state.service
+            try:
+                tenant, open_to_all = await service.gate.admit(headers.get(b"authorization"))
+                if open_to_all:
+                    _require_local(headers.get(b"host"), headers.get(b"origin"))
+            except AgentStateError as error:
+                await answer_to(error)(scope, receive, send)
+                return
+            scope.setdefault("state", {})["tenant"] = tenant
+        encoding = headers.get(b"content-encoding", "").strip().lower()
+        if encoding not in ("", "identity"):
+            refused = problem(
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                "unsupported-encoding",
+                "The body has an encoding that the service does not read.",
+                f"a body with Content-Encoding {encoding[:40]!r} is not read: send it as it is",
+                headers={"Accept-Encoding": "identity"},
+            )
+            await refused(scope, receive, send)
+            return
+        if not asked_for_head:
+            await self._app(scope, receive, send)
+            return
+        # The server keeps its own: it must know that no body follows.
+        inner = {**scope, "method": "GET"}
+        try:
+            await self._app(inner, receive, send)
+        finally:
+            scope |= {name: inner[name] for name in ("route", "path_params") if name in inner}
+
+
+def without_body(send: Send) -> Send:
+    """``send`` for an answer that ends with its headers, also where the body would be a stream without an end."""
+
+    async def headers_only(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return headers_only
+
+
+def _require_local(host: str | None, origin: str | None) -> None:
+    """Raises HostRefused unless both, where they are given, are names of this machine."""
+    for name, value, url in (("Host", host, f"//{host}"), ("Origin", origin, origin or "")):
+        if value and not is_loopback(url):
+            raise HostRefused(
+                f"{name} {value[:100]!r} is no name of this machine, and the service has no API key: make one with "
+                "`agentstate keys create`, or ask under 127.0.0.1 or localhost"
+            )

@@ -24,6 +24,7 @@ from api import (
     operations,
     prefetch,
     problems,
+    reference,
     sessions,
     toolcalls,
     turns,
@@ -78,6 +79,9 @@ def create_app(settings: Settings) -> FastAPI:
         version=agentstate.__version__,
         description="Sessions of LLM agents that can be suspended and resumed. Errors are RFC 9457 problems.",
         lifespan=lifespan,
+        # Those of the framework load their scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
     )
     app.add_middleware(BodyLimit)
     app.add_middleware(Guard)
@@ -94,6 +98,7 @@ def create_app(settings: Settings) -> FastAPI:
         engines,
         health,
         metrics,
+        reference,
     ):
         app.include_router(resource.router)
     problems.install(app)

@@ -237,3 +237,20 @@ def test_a_full_disk_is_told_as_such_and_nothing_is_written(tmp_path: Path) -> N
         service.app.state.service.database.close()
         assert service.http.get(f"{session.headers['location']}/entries").json()["data"] == []
         assert service.http.post(f"{session.headers['location']}/entries", json=body).status_code == 201
+
+
+# --- the reference
+
+
+def test_the_reference_page_needs_no_internet_and_names_every_route(service: Service) -> None:
+    page = service.http.get("/docs")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    for outside in ("http:", "https:", "//", "<script", "<link", "<img", "@import"):
+        assert outside not in page.text.replace("http://127.0.0.1:30000/v1", "")
+    document = service.http.get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        for method in operations:
+            assert f"<span class=method>{method.upper()}</span><code>{path}</code>" in page.text
+    for name in document["components"]["schemas"]:
+        assert f'id="{name}"' in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]

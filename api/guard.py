@@ -60,7 +60,7 @@ class Guard:
         try:
             await self._app(inner, receive, send)
         finally:
-            scope |= {name: inner[name] for name in ("route", "path_params") if name in inner}
+            scope.update({name: inner[name] for name in ("route", "path_params") if name in inner})
 
 
 def without_body(send: Send) -> Send:

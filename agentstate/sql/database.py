@@ -68,6 +68,7 @@ POSTGRESQL_LIMITS = {
 }
 # What PostgreSQL (14 and later) tells of itself, without being asked, with every answer.
 READ_ONLY_SIGNS = (b"in_hot_standby", b"default_transaction_read_only")
+SNAPSHOT = "agentstate_snapshot"  # execution option of a connection that reads
 READ_ONLY = "25006"  # SQLSTATE of a write in a transaction that cannot
 FULL = "53100"  # SQLSTATE of a disk that is full
 MIGRATION_LOCK = 0x6167656E74737461  # "agentsta": the advisory lock that lets one process migrate at a time
@@ -155,8 +156,7 @@ class Database:
                 hide_parameters=True,
             )
             _configure_postgresql(self._writer, self._address)
-            # The same pool. The driver's BEGIN says it, so it costs no round trip.
-            self._reader = self._writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            self._reader = self._writer.execution_options(**{SNAPSHOT: True})  # the same pool
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -347,13 +347,29 @@ def _is_full(error: BaseException | None) -> bool:
     return sqlite_code == sqlite3.SQLITE_FULL or _sqlstate(error) == FULL
 
 
+def _reads(connection: Connection) -> bool:
+    return bool(connection.get_execution_options().get(SNAPSHOT))
+
+
 def _configure_postgresql(engine: sa.Engine, where: address.Address) -> None:
+    from psycopg import IsolationLevel
+
     @sa.event.listens_for(engine, "handle_error")
     def on_error(context: ExceptionContext) -> None:
         # Not where the transaction itself is one for reading.
-        reads = context.connection is not None and context.connection.get_execution_options().get("postgresql_readonly")
+        reads = context.connection is not None and _reads(context.connection)
         if _sqlstate(context.original_exception) == READ_ONLY and not reads:
             context.is_disconnect = True  # with this connection goes the whole pool
+
+    @sa.event.listens_for(engine, "begin")
+    def on_begin(connection: Connection) -> None:
+        # The driver's BEGIN says it, so it costs no round trip. SQLAlchemy's own option costs as much as a statement:
+        # it sets and resets everything each time.
+        reads = _reads(connection)
+        driver: Any = connection.connection.driver_connection
+        if bool(driver.read_only) != reads:
+            driver.read_only = reads or None
+            driver.isolation_level = IsolationLevel.REPEATABLE_READ if reads else None
 
     if where.writable:
 
@@ -368,7 +384,7 @@ def _configure_postgresql(engine: sa.Engine, where: address.Address) -> None:
         setting = sa.select(*(sa.func.set_config(name, value, True) for name, value in POSTGRESQL_LIMITS.items()))
 
         @sa.event.listens_for(engine, "begin")
-        def on_begin(connection: Connection) -> None:
+        def limit(connection: Connection) -> None:
             connection.execute(setting)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from types import TracebackType
@@ -40,12 +41,16 @@ class _Connection:
 
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0, retries: int = 2):
         self._base_url = base_url
+        self._api_key = api_key
         self._timeout_s = timeout_s
         self._retries = retries
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
     def _exchange(self, call: Call[A]) -> Generator[Attempt, httpx.Response | httpx.TransportError, A]:
         return exchange(call, where=self._base_url, timeout_s=self._timeout_s, retries=self._retries)
+
+    def _apart(self) -> Client:
+        return Client(self._base_url, api_key=self._api_key, timeout_s=self._timeout_s, retries=self._retries)
 
 
 def _now(route: Callable[P, Call[A]]) -> Callable[Concatenate[Client, P], A]:
@@ -94,6 +99,9 @@ class Client(_Connection):
 
     def close(self) -> None:
         self._http.close()
+
+    def _blocking(self) -> Client:
+        return self
 
     create_session = _now(routes.create_session)
     list_sessions = _now(routes.list_sessions)
@@ -178,6 +186,8 @@ class AsyncClient(_Connection):
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0, retries: int = 2):
         super().__init__(base_url, api_key=api_key, timeout_s=timeout_s, retries=retries)
         self._http = httpx.AsyncClient(base_url=base_url, headers=self._headers)
+        self._renewing: Client | None = None
+        self._lock = threading.Lock()
 
     async def __aenter__(self) -> Self:
         return self
@@ -188,7 +198,16 @@ class AsyncClient(_Connection):
         await self.close()
 
     async def close(self) -> None:
+        with self._lock:
+            if self._renewing is not None:
+                self._renewing.close()
         await self._http.aclose()
+
+    def _blocking(self) -> Client:
+        with self._lock:
+            if self._renewing is None:
+                self._renewing = self._apart()
+            return self._renewing
 
     create_session = _awaited(routes.create_session)
     list_sessions = _awaited(routes.list_sessions)

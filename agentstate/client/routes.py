@@ -6,8 +6,9 @@ method's, and what it returns says what to send, what comes back and when sendin
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
@@ -52,6 +53,11 @@ class Call(Generic[A]):
     body: dict[str, Any] | None = None
     headers: dict[str, str] = field(default_factory=dict)
     wait_s: float = 0.0
+
+
+def once(call: Call[A], **headers: str) -> Call[A]:
+    """``call`` with an Idempotency-Key of its own: however often it is sent, it is carried out once."""
+    return replace(call, headers={"Idempotency-Key": uuid.uuid4().hex, **call.headers, **headers})
 
 
 def create_session(

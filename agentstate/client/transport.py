@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import random
-import uuid
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from agentstate.client.routes import Call, Repeat
+from agentstate.client.routes import Call, Repeat, once
 from agentstate.errors import AgentStateError, RequestRefused, ServiceUnreachable, SessionBusy
 
 A = TypeVar("A")
@@ -46,15 +45,14 @@ def exchange(
     succeed later, and where its answer was lost and ``call.repeat`` says that this does no harm. That a session is busy
     is for the caller to wait for.
     """
-    headers = dict(call.headers)
     if call.repeat is Repeat.KEYED:
-        headers["Idempotency-Key"] = uuid.uuid4().hex
+        call = once(call)
     request = {
         "method": call.method,
         "url": call.path,
         "params": call.params,
         "json": call.body,
-        "headers": headers,
+        "headers": call.headers,
         "timeout": httpx.Timeout(timeout_s + call.wait_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
     }
     wait_s = 0.0

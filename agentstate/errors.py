@@ -23,6 +23,7 @@
     │   ├── ToolCallClaimed          another one executes the tool call, or did
     │   ├── ToolCallUnknown          the claimant of the tool call vanished: nobody knows whether it ran
     │   ├── ToolCallFinal            the tool call has a result already
+    │   ├── ToolCallReused           the tool call's id is that of another call
     │   ├── EventsTrimmed            the events after the given one are not a continuation of it any more
     │   └── ModelMismatch            the session runs another model than the caller expects
     ├── OperationNotFound
@@ -170,6 +171,10 @@ class ToolCallUnknown(SessionError):
 
 class ToolCallFinal(SessionError):
     """The tool call has a result already."""
+
+
+class ToolCallReused(SessionError):
+    """The id is that of another tool call: of another tool, or with other arguments."""
 
 
 class EventsTrimmed(SessionError):

@@ -32,6 +32,7 @@ STATUS: dict[type[errors.AgentStateError], HTTPStatus] = {
     errors.ToolCallClaimed: HTTPStatus.CONFLICT,
     errors.ToolCallUnknown: HTTPStatus.CONFLICT,
     errors.ToolCallFinal: HTTPStatus.CONFLICT,
+    errors.ToolCallReused: HTTPStatus.CONFLICT,
     errors.IdempotencyKeyInUse: HTTPStatus.CONFLICT,
     errors.SessionExpired: HTTPStatus.GONE,
     errors.EventsTrimmed: HTTPStatus.GONE,

@@ -1,7 +1,8 @@
 """``/v1/sessions/{id}/tool-calls``: claim a tool call before it is executed, and give it its result.
 
 Of several who claim one call one is told to execute it, with 201. Whoever claims it later gets its result (200), or
-learns that it has none yet, or that nobody knows whether it ran (409).
+learns that it has none yet, or that nobody knows whether it ran (409). An id stands for one call of a session: with
+another tool or other arguments it is refused (409).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def finish(
                 }
             }
         },
-        **responses(_409="It is claimed, or unknown; or someone else runs the session"),
+        **responses(_409="It is claimed, unknown or another call; or someone else runs the session"),
     },
 )
 def claim(

@@ -232,7 +232,8 @@ def claim_tool_call(
     """Claim a tool call, before executing it. It is to be executed by the caller only when its ``state`` is claimed.
 
     A call that has its result already is answered with it. The ``lease`` is needed while the session is being run.
-    Raises ToolCallClaimed, ToolCallUnknown (its claimant vanished: it may have run or not), SessionBusy, LeaseLost.
+    Raises ToolCallClaimed, ToolCallUnknown (its claimant vanished: it may have run or not), ToolCallReused (the id is
+    that of a call of another tool or with other arguments), SessionBusy, LeaseLost.
     """
     body = {"name": name, "arguments": arguments, "expected_s": expected_s, **_held(lease)}
     path = _session(session_id, "tool-calls", _part(call_id))

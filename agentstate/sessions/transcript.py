@@ -129,6 +129,11 @@ def check_json(value: dict[str, Any], what: str) -> bytes:
     raise InvalidEntry(f"{what} is nested deeper than {MAX_JSON_DEPTH} levels")
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values are the same JSON, whatever the order of their keys. Unlike in Python, true is not 1."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
 def step(entry: Entry) -> toolcalls.Claim | toolcalls.Finish | None:
     """What an entry means for the tool calls of its session."""
     if entry.call_id is None:

@@ -403,8 +403,9 @@ class Sessions:
     ) -> Claimed:
         """Append a tool call before it is executed; of several claimants one is told to execute it.
 
-        Needs the lease while the session is being run. Raises ToolCallClaimed, ToolCallUnknown, SessionBusy,
-        LeaseLost, InvalidEntry.
+        The same call is one of the same id, tool and arguments; ``expected_s`` may differ. Needs the lease while the
+        session is being run. Raises ToolCallReused, ToolCallClaimed, ToolCallUnknown, SessionBusy, LeaseLost,
+        InvalidEntry.
         """
         payload = {"name": name, "arguments": arguments}
         if expected_s is not None:
@@ -415,6 +416,8 @@ class Sessions:
             before = self._rows.lock(connection, session_id)
             history = History.of(connection, before)
             found = toolcalls.known(connection, before.id, history, [call_id]).get(call_id)
+            if found is not None:
+                self._rows.require_same_call(connection, before, history, found, payload)
             if found is not None and found.state is ToolCallState.CLAIMED:
                 raise ToolCallClaimed(
                     f"tool call {call_id!r} is claimed: wait for its result", revision=before.revision

@@ -212,6 +212,8 @@ def test_a_tool_call_is_claimed_once_and_its_result_is_kept(service: Service) ->
     assert_problem(service.http.put(f"{path}/result", json={**lease, "error": "x"}), 409, "tool-call-final")
     again = service.http.put(path, json=claim)
     assert (again.status_code, again.json()["result"]) == (200, {"output": {"hits": 3}})
+    for other in ({"name": "delete"}, {"arguments": {"q": 2}}):
+        assert_problem(service.http.put(path, json={**claim, **other}), 409, "tool-call-reused")
     unknown = service.http.put("/v1/sessions/mine/tool-calls/none/result", json={**lease, "output": 1})
     assert_problem(unknown, 404, "tool-call-not-found")
     second = service.http.put("/v1/sessions/mine/tool-calls/c2", json={**lease, "name": "search"})

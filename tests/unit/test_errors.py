@@ -31,6 +31,7 @@ def test_problem_types_are_pinned() -> None:
         "tool-call-claimed": 409,
         "tool-call-unknown": 409,
         "tool-call-final": 409,
+        "tool-call-reused": 409,
         "idempotency-key-in-use": 409,
         "session-expired": 410,
         "events-trimmed": 410,

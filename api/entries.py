@@ -20,16 +20,16 @@ from api.writes import Answer, WriteDep, entry
 router = APIRouter(prefix="/v1/sessions/{session_id}/entries", tags=["entries"], responses={**COMMON, **GONE})
 
 
-@router.get("", operation_id="list_entries")
+@router.get("", response_model=answers.EntryList, operation_id="list_entries")
 def read(
     session_id: SessionId,
     sessions: SessionsDep,
     after: Annotated[Name | None, Query(description="Go on after this entry.")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_ENTRIES)] = 100,
     order: Annotated[Order, Query(description="By seq.")] = Order.ASCENDING,
-) -> answers.EntryList:
+) -> Response:
     """Page through the transcript."""
-    return page(sessions.entries(session_id, after=after, limit=limit, order=order))
+    return Answer(page(sessions.entries(session_id, after=after, limit=limit, order=order))).response()
 
 
 @router.post(

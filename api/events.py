@@ -14,6 +14,7 @@ from fastapi import APIRouter, Header, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
+from agentstate import documents
 from agentstate.errors import AgentStateError
 from agentstate.sessions.verbs import Sessions
 from api.problems import COMMON, responses
@@ -71,7 +72,7 @@ async def _stream(service: Service, sessions: Sessions, session_id: str, uid: st
                 return
             for item in page.entries:
                 seq = item.seq
-                yield _event("entry", entry(item).model_dump_json(), item.seq)
+                yield _event("entry", documents.dump(entry(item)), item.seq)
             if page.has_more:
                 continue
             if session.revision != revision:

@@ -10,6 +10,7 @@ a writer found stored cannot be swept before the writer commits.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import FunctionElement
 
 from agentstate import ids
 from agentstate.adapters.tables import checkpoint_blobs, checkpoint_channels, checkpoint_writes, checkpoints
@@ -195,10 +199,10 @@ class Checkpoints:
         if before is not None:
             query = query.where(table.id < before)
         for name, value in (metadata or {}).items():
-            # The database looks for texts under plain names. Everything is compared again below: only there is a
-            # number not its digits.
-            if isinstance(value, str) and name.isidentifier():
-                query = query.where(table.metadata[name].as_string() == value)
+            # The database looks for the pair as it was written, not into the JSON: one row with something that its
+            # JSON functions refuse would fail them all. Everything is compared again below.
+            if isinstance(value, str):
+                query = query.where(_has(table.metadata, f"{json.dumps(name)}: {json.dumps(value)}"))
         order = (table.id, thread_name, table.namespace)
         if after is not None:
             query = query.where(sa.tuple_(*order) < sa.tuple_(after.id, after.thread_id, after.namespace))
@@ -336,6 +340,26 @@ def _is(tenant: str, thread_id: str) -> sa.ColumnElement[bool]:
 
 def _rows(tenant: str) -> sa.Select[Any]:
     return sa.select(checkpoints, thread_name.label("thread_id")).join(sessions).where(sessions.c.tenant == tenant)
+
+
+class _has(FunctionElement[bool]):
+    """SQL expression: whether a JSON column's text contains another text, as it is."""
+
+    type = sa.Boolean()
+    inherit_cache = True
+
+    def __init__(self, column: sa.ColumnElement[Any], text: str):
+        super().__init__(sa.cast(column, sa.Text()), sa.literal(text, sa.Text()))
+
+
+@compiles(_has, "sqlite")
+def _has_sqlite(element: _has, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"instr({compiler.process(element.clauses, **kw)}) > 0"
+
+
+@compiles(_has, "postgresql")
+def _has_postgresql(element: _has, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"strpos({compiler.process(element.clauses, **kw)}) > 0"
 
 
 def _ensure(connection: Connection, tenant: str, thread_id: str, **values: Any) -> str:

@@ -38,6 +38,7 @@ from langgraph.checkpoint.base import Checkpoint as GraphCheckpoint
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
+from agentstate import documents
 from agentstate.adapters.checkpoints import PAGE, Checkpoint, Checkpoints, Loaded, Value, Write
 from agentstate.settings import DEFAULT_TENANT, Settings
 from agentstate.sql.database import Database
@@ -115,7 +116,7 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
         values = checkpoint["channel_values"]
         apart = ("channel_values", "channel_versions")
         encoding, body = self.serde.dumps_typed({name: v for name, v in checkpoint.items() if name not in apart})
-        shown: dict[str, Any] = {**get_serializable_checkpoint_metadata(config, metadata)}
+        shown: dict[str, Any] = documents.finite({**get_serializable_checkpoint_metadata(config, metadata)})
         self._store.put(
             Checkpoint(
                 thread_id=thread_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from agentstate import documents
 from agentstate.answers import Entry, Session
 
 
@@ -33,7 +34,7 @@ class Following:
         kind, data = self._kind, "\n".join(self._data)
         self.begin()
         if kind == "entry":
-            entry = Entry.model_validate_json(data)
+            entry = documents.parse(Entry, data)
             self.seq = entry.seq
             yield entry
         elif kind == "session":

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel
 
+from agentstate import documents
 from agentstate.answers import (
     AppendedEntries,
     EngineList,
@@ -243,12 +244,12 @@ def claim_tool_call(
 def finish_tool_call(
     session_id: str, call_id: str, *, output: Any = None, error: Any = None, lease: Lease | None = None
 ) -> Call[ToolCall]:
-    """Give a tool call its result: its ``error`` if there is one, else its ``output``.
+    """Give a tool call its result: its ``error`` if there is one, else its ``output``; see `tool_output`.
 
     The ``lease`` is needed while the session is being run, and none otherwise: a tool may end while its session is
     suspended. Raises ToolCallNotFound, ToolCallFinal, SessionBusy, LeaseLost.
     """
-    result = {"output": output} if error is None else {"error": error}
+    result = {"output": documents.finite(output)} if error is None else {"error": documents.finite(error)}
     path = _session(session_id, "tool-calls", _part(call_id), "result")
     return Call(_model(ToolCall), "PUT", path, Repeat.KEYED, body={**result, **_held(lease)})
 
@@ -280,7 +281,7 @@ def _post(
 
 
 def _model(answer: type[M]) -> Callable[[httpx.Response], M]:
-    return lambda response: answer.model_validate_json(response.content)
+    return lambda response: documents.parse(answer, response.content)
 
 
 def _session(session_id: str, *parts: str) -> str:

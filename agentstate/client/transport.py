@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 import httpx
 
+from agentstate import documents
 from agentstate.client.routes import Call, Repeat, once
-from agentstate.errors import AgentStateError, RequestRefused, ServiceUnreachable, SessionBusy
+from agentstate.errors import AgentStateError, InvalidEntry, RequestRefused, ServiceUnreachable, SessionBusy
 
 A = TypeVar("A")
 
@@ -43,7 +44,7 @@ def exchange(
 
     A request is repeated, at most ``retries`` times, where the service did not get it, where it says that the same may
     succeed later, and where its answer was lost and ``call.repeat`` says that this does no harm. That a session is busy
-    is for the caller to wait for.
+    is for the caller to wait for. Raises InvalidEntry, and sends nothing, where the body cannot be JSON.
     """
     if call.repeat is Repeat.KEYED:
         call = once(call)
@@ -51,8 +52,8 @@ def exchange(
         "method": call.method,
         "url": call.path,
         "params": call.params,
-        "json": call.body,
-        "headers": call.headers,
+        "content": _body(call),
+        "headers": {**call.headers, **({} if call.body is None else {"Content-Type": "application/json"})},
         "timeout": httpx.Timeout(timeout_s + call.wait_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
     }
     wait_s = 0.0
@@ -76,6 +77,13 @@ def exchange(
         if not again or left == 0:
             raise error from cause
     raise AssertionError("the last attempt returns or raises")
+
+
+def _body(call: Call[Any]) -> bytes | None:
+    try:
+        return None if call.body is None else documents.encode(call.body)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidEntry(f"what {call.method} {call.path} was to send is not JSON: {error}") from error
 
 
 def problem(response: httpx.Response) -> AgentStateError:

@@ -17,6 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentstate import documents
 from agentstate.errors import EntryNotFound, InvalidEntry
 from agentstate.sessions import toolcalls
 from agentstate.sessions.history import History
@@ -82,8 +83,12 @@ def check(new: Sequence[NewEntry]) -> None:
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
-    """Raises InvalidEntry when it is no JSON or has more than ``MAX_METADATA_BYTES``."""
+    """Raises InvalidEntry when it is no JSON of Unicode, or has more than ``MAX_METADATA_BYTES``."""
     size_bytes = len(check_json(metadata, "metadata"))
+    try:
+        json.dumps(metadata, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidEntry(f"metadata is not Unicode: {error}") from None
     if size_bytes > MAX_METADATA_BYTES:
         raise InvalidEntry(f"metadata has {size_bytes} bytes, {MAX_METADATA_BYTES} are allowed: append a note instead")
 
@@ -94,14 +99,14 @@ def _check_entry(entry: NewEntry) -> None:
         if entry.call_id is not None:
             raise InvalidEntry(f"a {entry.kind} has no call_id, {entry.call_id!r} was given")
         return
-    if not entry.call_id:
-        raise InvalidEntry(f"a {entry.kind} needs a call_id")
+    if not entry.call_id or not documents.is_text(entry.call_id):
+        raise InvalidEntry(f"a {entry.kind} needs a call_id, of Unicode characters other than NUL")
     if entry.kind is EntryKind.TOOL_RESULT:
         if ("output" in entry.payload) == ("error" in entry.payload):
             raise InvalidEntry(f"the result of tool call {entry.call_id!r} needs either output or error in its payload")
         return
     name, expected_s = entry.payload.get("name"), entry.payload.get("expected_s")
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name or not documents.is_text(name):
         raise InvalidEntry(f"tool call {entry.call_id!r} needs the tool's name in its payload")
     if expected_s is not None and (
         isinstance(expected_s, bool) or not isinstance(expected_s, int | float) or not 0 <= expected_s < math.inf
@@ -110,10 +115,9 @@ def _check_entry(entry: NewEntry) -> None:
 
 
 def check_json(value: dict[str, Any], what: str) -> bytes:
-    """``value`` as JSON. Raises InvalidEntry when it cannot be."""
-    # Python's JSON takes two things in that no database and no client gives back: NaN and lone surrogates.
+    """``value`` as JSON. Raises InvalidEntry when it cannot be: with NaN, which Python's JSON takes in, it cannot."""
     try:
-        content = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+        content = documents.encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidEntry(f"{what} is not JSON: {error}") from None
     level: list[Any] = [value]

@@ -269,6 +269,23 @@ def test_a_filter_compares_values_and_not_their_texts(saver: AgentStateSaver) ->
     assert list(saver.list(thread("t"), filter={'odd "key".': "x"})) == []
 
 
+def test_a_row_that_is_odd_does_not_fail_the_lists(saver: AgentStateSaver, database: Database) -> None:
+    def put_with(mark: Any) -> None:
+        checkpoint = {**empty_checkpoint(), "channel_values": {}}
+        saver.put(thread("t"), checkpoint, {"source": "loop", "step": 0, "parents": {}, "mark": mark}, {})
+
+    for mark in ("plain", float("nan"), "\ud800", "a\0b", ["\udcff", float("inf")]):
+        put_with(mark)
+    if database.is_sqlite:  # as earlier versions stored it
+        with database.write() as connection:
+            connection.exec_driver_sql(
+                "UPDATE checkpoints SET metadata = replace(metadata, '\"NaN\"', 'NaN') WHERE metadata LIKE '%NaN%'"
+            )
+    assert len(list(saver.list(thread("t"), filter={"source": "loop"}))) == 5
+    for mark in ("plain", "\ud800"):
+        assert [each.metadata["mark"] for each in saver.list(None, filter={"mark": mark, "step": 0})] == [mark]
+
+
 # --- threads are sessions
 
 

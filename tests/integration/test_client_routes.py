@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from stage import MODEL, Service, serving
 
 from agentstate.answers import Entry, Session
-from agentstate.client import AsyncClient, message, note, tool_call
-from agentstate.errors import AgentStateError, RequestRefused, SessionNotFound
+from agentstate.client import AsyncClient, message, note, tool_call, tool_error, tool_output
+from agentstate.errors import AgentStateError, InvalidEntry, RequestRefused, SessionNotFound, ToolCallReused
 from agentstate.settings import Settings
 
 
@@ -89,10 +90,12 @@ def test_tool_calls(service: Service, session: Session) -> None:
         claimed = client.claim_tool_call("s", "c1", "read", {"path": "a"}, expected_s=2, lease=turn.lease)
         assert (claimed.state, claimed.name, claimed.expected_s) == ("claimed", "read", 2)
         with pytest.raises(AgentStateError, match="is claimed"):
-            client.claim_tool_call("s", "c1", "read", lease=turn.lease)
+            client.claim_tool_call("s", "c1", "read", {"path": "a"}, lease=turn.lease)
     done = client.finish_tool_call("s", "c1", output=["text"])
     assert done.state == "done"
-    assert client.claim_tool_call("s", "c1", "read").result == {"output": ["text"]}
+    assert client.claim_tool_call("s", "c1", "read", {"path": "a"}).result == {"output": ["text"]}
+    with pytest.raises(ToolCallReused):
+        client.claim_tool_call("s", "c1", "read", {"path": "b"})
     client.claim_tool_call("s", "c2", "read")
     assert client.finish_tool_call("s", "c2", error="no such file").state == "failed"
 
@@ -104,6 +107,50 @@ def test_a_tool_calls_id_is_whatever_the_model_made_up(service: Service, session
     assert service.client.claim_tool_call("s", call_id, "read").result == {"output": 1}
     route = 'route="/v1/sessions/{session_id}/tool-calls/{call_id}/result"'
     assert route in service.http.get("/metrics").text
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
+def test_what_a_tool_gave_is_never_lost(service: Service, session: Session) -> None:
+    """It ran: its output is accepted, kept, and given back wherever it is read."""
+    client, output = service.client, {"files": ["\udcff.txt", "\ud800"], "text": "é"}
+    with client.turn("s") as turn:
+        assert client.claim_tool_call("s", "c", "list", lease=turn.lease).state == "claimed"
+        client.finish_tool_call("s", "c", output=output, lease=turn.lease)
+        assert client.claim_tool_call("s", "c", "list", lease=turn.lease).result == {"output": output}
+        appended = turn.append(tool_call("d", "mean"), tool_output("d", output), note({"mean": "\udcff"}))
+        numbers = [math.nan, {"most": math.inf, "least": (-math.inf, 1.5)}]
+        client.claim_tool_call("s", "e", "mean", lease=turn.lease)
+        client.finish_tool_call("s", "e", output=numbers, lease=turn.lease)
+    named = {"output": ["NaN", {"most": "Infinity", "least": ["-Infinity", 1.5]}]}
+    assert client.claim_tool_call("s", "e", "mean").result == named
+    assert tool_error("c", math.nan)["payload"] == {"error": "NaN"}
+    entries = client.entries("s").data
+    assert appended.data == entries[5:8]
+    assert [entry.payload for entry in entries[4:]] == [
+        {"output": output},
+        {"name": "mean", "arguments": None},
+        {"output": output},
+        {"mean": "\udcff"},
+        {"name": "mean", "arguments": None},
+        named,
+    ]
+    assert client.resume("s").entries.data == entries
+    events = client.events("s")
+    assert [next(events) for _ in entries] == entries
+
+
+def test_what_is_no_json_is_refused_before_anything_runs(service: Service, session: Session) -> None:
+    client, before = service.client, service.client.read("s")
+    for attempt in (
+        lambda: client.claim_tool_call("s", "c", "read", {"x": math.nan}),
+        lambda: client.claim_tool_call("s", "c", "read", {"x": {1, 2}}),
+        lambda: client.update("s", revision="*", metadata={"x": math.inf}),
+        lambda: client.create_session(MODEL, metadata={"x": "\ud800"}),
+    ):
+        with pytest.raises(InvalidEntry, match="JSON|Unicode"):
+            attempt()
+    assert client.read("s") == before
+    assert len(client.list_sessions().data) == 1
 
 
 def test_a_prefetch_without_an_engine(service: Service, session: Session) -> None:

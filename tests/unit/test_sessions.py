@@ -25,7 +25,7 @@ from agentstate.fleet.manifests import KvState, Manifest
 from agentstate.sessions.collection import collect
 from agentstate.sessions.leases import LeaseKey
 from agentstate.sessions.outcomes import Order, Resumed, SuspendReason
-from agentstate.sessions.transcript import NewEntry
+from agentstate.sessions.transcript import BLOB_BYTES, NewEntry
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.database import Database
 from agentstate.sql.models import EntryKind, SessionStatus
@@ -189,7 +189,9 @@ def test_concurrent_appends_leave_no_gap(database_url: str) -> None:
         ([call("c1"), output("c1"), output("c1")], "has a result already"),
         ([output("c1"), call("c1")], "append the call first"),
         ([NewEntry(EntryKind.NOTE, {"x": float("nan")})], "not JSON"),
-        ([NewEntry(EntryKind.NOTE, {"x": "\ud800"})], "not JSON"),
+        ([NewEntry(EntryKind.TOOL_CALL, {"name": "t\ud800"}, "c1")], "name"),
+        ([NewEntry(EntryKind.TOOL_CALL, {"name": "t"}, "c1\udcff")], "call_id"),
+        ([NewEntry(EntryKind.TOOL_CALL, {"name": "t"}, "c1\0")], "call_id"),
         ([NewEntry(EntryKind.NOTE, {"x": {1, 2}})], "not JSON"),
     ],
 )
@@ -217,6 +219,21 @@ def test_odd_but_valid_json_comes_back_unchanged(sessions: Sessions) -> None:
     payload = {"nul": "a\0b", "emoji": "☕🦆", "big": 2**80, "small": 1e-300, "list": [None, True, {}], "": 0}
     sessions.append(session.id, resume(sessions, session.id).lease.key, [NewEntry(EntryKind.NOTE, payload)])
     assert sessions.entries(session.id).entries[0].payload == payload
+
+
+def test_texts_that_are_not_unicode_are_kept_in_entries_and_refused_in_metadata(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    payloads = [{"name": "\udcff.txt", "\ud800": 1}, {"text": "\udcff" * BLOB_BYTES}]
+    sessions.append(
+        session.id,
+        resume(sessions, session.id).lease.key,
+        [NewEntry(EntryKind.NOTE, payload) for payload in payloads],
+    )
+    assert [entry.payload for entry in sessions.entries(session.id).entries] == payloads
+    with pytest.raises(InvalidEntry, match="not Unicode"):
+        sessions.create("m", metadata=payloads[0])
+    with pytest.raises(InvalidEntry, match="not JSON"):
+        sessions.update(session.id, None, metadata={"x": float("nan")})
 
 
 # --- paging

@@ -24,7 +24,7 @@
     │   ├── ToolCallUnknown          the claimant of the tool call vanished: nobody knows whether it ran
     │   ├── ToolCallFinal            the tool call has a result already
     │   ├── ToolCallReused           the tool call's id is that of another call
-    │   ├── EventsTrimmed            the events after the given one are not a continuation of it any more
+    │   ├── EventsTrimmed            the session never had the event after which it is to be followed
     │   └── ModelMismatch            the session runs another model than the caller expects
     ├── OperationNotFound
     ├── TooManyOperations            the service follows as many operations as it can
@@ -178,7 +178,7 @@ class ToolCallReused(SessionError):
 
 
 class EventsTrimmed(SessionError):
-    """The session was rewound past that event: read it again."""
+    """The session never had that event: read it."""
 
 
 class ModelMismatch(SessionError):

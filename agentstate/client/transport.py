@@ -26,7 +26,7 @@ FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
 # Such a request has not reached the service.
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-_GATEWAY = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+GATEWAY = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _may_succeed_later(error: AgentStateError, status: int, repeat: Repeat) -> b
         return True  # refused before anything was done
     if repeat is Repeat.NEVER or isinstance(error, SessionBusy):
         return False
-    return error.retryable or status in _GATEWAY
+    return error.retryable or status in GATEWAY
 
 
 def _retry_after_s(response: httpx.Response) -> float:

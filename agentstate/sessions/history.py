@@ -74,6 +74,10 @@ class History:
         """Whose entry ``seq`` of this history is; None where it has none."""
         return next((part.owner_id for part in self.segments if part.first <= seq <= part.last), None)
 
+    def newest_to(self, seq: int) -> int:
+        """The ``seq`` of the newest entry up to ``seq``; 0 where there is none."""
+        return max((min(part.last, seq) for part in self.segments if part.first <= seq), default=0)
+
     def owners(self) -> list[str]:
         """The sessions whose entries these are, the newest entries' first."""
         return list(dict.fromkeys(part.owner_id for part in reversed(self.segments)))

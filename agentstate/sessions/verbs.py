@@ -36,6 +36,7 @@ from agentstate.sessions.outcomes import (
     Resumed,
     Session,
     SessionPage,
+    Since,
     Suspended,
     SuspendReason,
     ToolCall,
@@ -281,24 +282,26 @@ class Sessions:
             found.reverse()
         return EntryPage(found, has_more=rest.length > wanted.length)
 
-    def since(self, session_id: str, seq: int, limit: int = 100) -> tuple[Session, EntryPage]:
-        """The session, and the oldest entries of its history that come after ``seq``."""
+    def since(self, session_id: str, seq: int, limit: int = 100) -> Since:
+        """What there is for who has seen the entries of a session up to ``seq``."""
         with self._database.read() as connection:
             row = self._rows.find(connection, session_id)
-            rest = History.of(connection, row).between(seq + 1, row.next_seq)
+            history = History.of(connection, row)
+            rest = history.between(seq + 1, row.next_seq)
             wanted = rest.oldest(limit)
             found = transcript.read(connection, session_id, wanted)
-            return rows.session_of(row), EntryPage(found, has_more=rest.length > wanted.length)
+            page = EntryPage(found, has_more=rest.length > wanted.length)
+            return Since(rows.session_of(row), history.newest_to(seq), page)
 
     def seen(self, session_id: str, seq: int) -> Session:
         """The session, for who has seen its entries up to ``seq``, 0 for none of them.
 
-        Raises EventsTrimmed when that entry is not in its history, as after a rewind.
+        Raises EventsTrimmed when it never had such an entry. One that a rewind took back since is none.
         """
         with self._database.read() as connection:
             row = self._rows.find(connection, session_id)
-            if seq and History.of(connection, row).owner_of(seq) is None:
-                raise EventsTrimmed(f"entry {seq} is not in session {session_id}: read it again", revision=row.revision)
+            if seq >= row.next_seq:
+                raise EventsTrimmed(f"session {session_id} never had an entry {seq}: read it", revision=row.revision)
             return rows.session_of(row)
 
     def append(self, session_id: str, key: LeaseKey, new: Sequence[NewEntry]) -> Appended:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stage import MODEL, Service, serving
 
-from agentstate.answers import Entry, Session
+from agentstate.answers import Entry, Rewound, Session
 from agentstate.client import AsyncClient, message, note, tool_call, tool_error, tool_output
-from agentstate.errors import AgentStateError, InvalidEntry, RequestRefused, SessionNotFound, ToolCallReused
+from agentstate.errors import (
+    AgentStateError,
+    DatabaseUnreachable,
+    InvalidEntry,
+    RequestRefused,
+    SessionNotFound,
+    ToolCallReused,
+)
+from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 
 
@@ -188,6 +197,111 @@ def test_async_events_end_with_the_session(service: Service, session: Session) -
         return seen
 
     assert asyncio.run(follow()) == ["Entry", "Entry", "Entry", "Session"]
+
+
+def follow(
+    service: Service, is_async: bool, enough: Callable[[list[Any]], bool], between: Callable[[int], None] | None = None
+) -> list[Any]:
+    """The first events of session ``s`` by either client; ``between`` is called after each, with their number."""
+    between = between or (lambda seen: None)
+
+    async def work() -> list[Any]:
+        seen: list[Any] = []
+        async with AsyncClient(service.base_url) as client:
+            async for event in client.events("s"):
+                seen.append(event)
+                await asyncio.to_thread(between, len(seen))
+                if enough(seen):
+                    break
+        return seen
+
+    if is_async:
+        return asyncio.run(work())
+    seen: list[Any] = []
+    for event in service.client.events("s"):
+        seen.append(event)
+        between(len(seen))
+        if enough(seen):
+            break
+    return seen
+
+
+either = pytest.mark.parametrize("is_async", [False, True], ids=["client", "async client"])
+
+
+@either
+def test_a_text_may_hold_any_character(service: Service, is_async: bool) -> None:
+    texts = ["one\u2028two\u2029three\u0085four", "\x0b\x0c\x1c\r\n", "after"]
+    service.client.create_session(MODEL, id="s")
+    with service.client.turn("s") as turn:
+        turn.append(*(note({"text": text}) for text in texts))
+    assert [event.payload["text"] for event in follow(service, is_async, lambda seen: len(seen) == 3)] == texts
+
+
+@either
+def test_a_follower_is_told_what_was_taken_back(service: Service, session: Session, is_async: bool) -> None:
+    first = service.client.entries("s").data[0]
+
+    def rewind(seen: int) -> None:
+        if seen == 4:  # the entries, and how the session stands
+            service.client.rewind("s", first.id, revision="*")
+            with service.client.turn("s") as turn:
+                turn.append(note({"text": "instead"}))
+
+    seen = follow(service, is_async, lambda seen: isinstance(seen[-1], Entry) and seen[-1].seq == 4, rewind)
+    events = [event for event in seen if not isinstance(event, Session)]
+    assert [event.seq for event in events] == [1, 2, 3, 1, 4]
+    assert [type(event) for event in events] == [Entry, Entry, Entry, Rewound, Entry]
+
+
+@either
+def test_a_follower_outlasts_an_outage(
+    service: Service, session: Session, is_async: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First the database is away while it is connected, then the connection breaks while it is away."""
+    since, seen = Sessions.since, Sessions.seen
+    left: dict[str, list[Exception]] = {"since": [], "seen": []}
+
+    def failing(name: str, verb: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if left[name]:
+                raise left[name].pop()
+            return verb(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Sessions, "since", failing("since", since))
+    monkeypatch.setattr(Sessions, "seen", failing("seen", seen))
+    monkeypatch.setattr("api.events.RETRY_S", 0.01)
+
+    def outage(count: int) -> None:
+        if count == 4:
+            left["since"] = [DatabaseUnreachable()] * 3
+        elif count == 5:
+            left["seen"] = [DatabaseUnreachable()] * 5
+            left["since"] = [RuntimeError("the connection breaks")]
+        if count in (4, 5):
+            with service.client.turn("s") as turn:
+                turn.append(note({"text": str(count)}))
+
+    # The fourth event is the session after its three entries.
+    events = follow(service, is_async, lambda seen: isinstance(seen[-1], Entry) and seen[-1].seq == 5, outage)
+    assert left == {"since": [], "seen": []}
+    assert [event.seq for event in events if isinstance(event, Entry)] == [1, 2, 3, 4, 5]
+
+
+def test_followers_leave_the_connections_of_requests_alone(service: Service, session: Session) -> None:
+    async def work() -> str:
+        async with AsyncClient(service.base_url, timeout_s=60, retries=0) as client:
+            followers = [client.events("s") for _ in range(101)]
+            for follower in followers:
+                assert isinstance(await anext(follower), Entry)
+            status = (await client.read("s")).status
+            for follower in followers:
+                await follower.aclose()  # type: ignore[attr-defined]
+            return status
+
+    assert asyncio.run(work()) == "suspended"
 
 
 def test_errors_of_this_version_are_its_own_classes(service: Service, session: Session) -> None:

@@ -168,8 +168,11 @@ def test_a_rewind_takes_entries_back_and_their_numbers_stay_unused(sessions: Ses
     with pytest.raises(EntryNotFound):
         sessions.rewind(session.id, None, at=ids[1])
     with pytest.raises(EventsTrimmed):
-        sessions.seen(session.id, 3)
-    assert sessions.seen(session.id, 5).id == session.id
+        sessions.seen(session.id, 7)
+    for seq, kept in ((0, 0), (1, 1), (3, 1), (4, 1), (5, 5), (6, 6)):
+        assert sessions.seen(session.id, seq).id == session.id
+        since = sessions.since(session.id, seq)
+        assert (since.kept, [entry.seq for entry in since.page.entries]) == (kept, [n for n in (1, 5, 6) if n > seq])
 
 
 def test_a_rewind_to_the_start_leaves_nothing(sessions: Sessions) -> None:

@@ -58,8 +58,10 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
     Its threads are the sessions of ``tenant``; those of others are not there for it. It needs no API key, since it has
     the database.
 
-    Every method may raise DatabaseError. A lease is neither taken nor asked for: two runs of one thread at once make
-    two branches, of which neither loses a checkpoint, and the one that ends last is the thread's newest. Who wants
+    Ids may be anything that has a text, UUIDs for instance. Every method may raise DatabaseError. A thread whose
+    session has expired is neither read nor written to (SessionExpired). One whose session is deleted during a run is
+    gone, and the run ends with SessionNotFound. A lease is neither taken nor asked for: two runs of one thread at once
+    make two branches, of which neither loses a checkpoint, and the one that ends last is the thread's newest. Who wants
     only one at a time runs the graph in a turn.
     """
 
@@ -123,7 +125,7 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
                 namespace=namespace,
                 id=checkpoint["id"],
                 parent_id=get_checkpoint_id(config),
-                run_id=shown.get("run_id"),
+                run_id=None if shown.get("run_id") is None else str(shown["run_id"]),
                 metadata=shown,
                 versions=checkpoint["channel_versions"],
                 encoding=encoding,
@@ -202,13 +204,13 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
 
     def delete_thread(self, thread_id: str) -> None:
         """Delete a thread's checkpoints. The session stays; deleting the session deletes its checkpoints too."""
-        self._store.delete_thread(thread_id)
+        self._store.delete_thread(str(thread_id))
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
-        self._store.delete_runs(run_ids)
+        self._store.delete_runs([str(run_id) for run_id in run_ids])
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        self._store.copy_thread(source_thread_id, target_thread_id)
+        self._store.copy_thread(str(source_thread_id), str(target_thread_id))
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Raises ValueError for a strategy other than ``keep_latest`` and ``delete``."""
@@ -216,9 +218,9 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
             raise ValueError(f"there is no pruning strategy {strategy!r}: use 'keep_latest' or 'delete'")
         for thread_id in thread_ids:
             if strategy == "delete":
-                self._store.delete_thread(thread_id)
+                self._store.delete_thread(str(thread_id))
             else:
-                self._store.prune(thread_id)
+                self._store.prune(str(thread_id))
 
     # --- the same, asynchronously: in a thread, because every one of them is one short wait for the database
 

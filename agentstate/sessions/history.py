@@ -5,7 +5,8 @@ segments, each a run of consecutive ``seq`` of one owner; the last one is the se
 closed and stored in the table ``segments``. ``seq`` grows along a history and is never given twice in one: after a
 rewind the numbers of the entries that were taken back stay unused.
 
-The list is bounded by ``MAX_SEGMENTS``, so that a read stays a constant number of statements.
+The list is bounded by ``MAX_SEGMENTS``, so that a read stays a constant number of statements. Those that rewinds leave
+are made one now and then, by giving their entries new ``seq`` (`agentstate.sessions.branches.compact`).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from agentstate import ids
 from agentstate.errors import (
@@ -336,8 +337,7 @@ class Sessions:
         transcript.check_metadata(metadata or {})
         uid = ids.new("ses")
         with self._database.write() as connection:
-            parent = self._rows.lock(connection, session_id, revision)
-            history = History.of(connection, parent)
+            parent, history = self._to_branch(connection, session_id, revision)
             branch = branches.branch_at(connection, parent, history, at)
             session = self._rows.make(
                 connection,
@@ -368,9 +368,8 @@ class Sessions:
         ToolInFlight while a tool call is claimed.
         """
         with self._database.write() as connection:
-            before = self._rows.lock(connection, session_id, revision)
+            before, history = self._to_branch(connection, session_id, revision)
             self._rows.require_turn(connection, before, key)
-            history = History.of(connection, before)
             branch = branches.START if at is None else branches.branch_at(connection, before, history, at)
             if branch.head_id == before.head_entry:
                 return rows.session_of(before)
@@ -391,6 +390,14 @@ class Sessions:
                 open_calls=0,
                 branched_us=now_us(),
             )
+
+    def _to_branch(self, connection: Connection, session_id: str, revision: int | None) -> tuple[Any, History]:
+        row = self._rows.lock(connection, session_id, revision)
+        history = History.of(connection, row)
+        if branches.compact(connection, row, history):
+            row = self._rows.lock(connection, session_id)
+            history = History.of(connection, row)
+        return row, history
 
     # --- tool calls
 

@@ -26,6 +26,7 @@
     │   ├── ToolCallReused           the tool call's id is that of another call
     │   ├── EventsTrimmed            the session never had the event after which it is to be followed
     │   └── ModelMismatch            the session runs another model than the caller expects
+    ├── InvalidId                    an id that no session and no tool call can have
     ├── OperationNotFound
     ├── TooManyOperations            the service follows as many operations as it can
     ├── IdempotencyKeyReused         the Idempotency-Key came with another request before
@@ -183,6 +184,10 @@ class EventsTrimmed(SessionError):
 
 class ModelMismatch(SessionError):
     """The session runs another model than the caller expects."""
+
+
+class InvalidId(AgentStateError):
+    """No session and no tool call can have this id."""
 
 
 class OperationNotFound(AgentStateError):

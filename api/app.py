@@ -33,6 +33,7 @@ from api.changes import Changes
 from api.gate import Gate
 from api.metrics import Metrics
 from api.observation import Observation, tracing
+from api.paths import EncodedSlashes
 from api.service import Service
 
 
@@ -78,6 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
         description="Sessions of LLM agents that can be suspended and resumed. Errors are RFC 9457 problems.",
         lifespan=lifespan,
     )
+    app.add_middleware(EncodedSlashes)
     app.add_middleware(BodyLimit)
     app.add_middleware(Observation, provider=traces)
     for resource in (

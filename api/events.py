@@ -22,7 +22,7 @@ from agentstate import answers, documents
 from agentstate.errors import AgentStateError, DatabaseError
 from agentstate.sessions.verbs import Sessions
 from api.problems import COMMON, responses
-from api.schemas import SessionId
+from api.schemas import PathId
 from api.service import Service, ServiceDep, SessionsDep
 from api.sessions import view
 from api.writes import entry
@@ -49,7 +49,7 @@ Seq = Annotated[int, Header(ge=0, lt=2**63, description="The last entry that the
     responses={200: {"description": "Events, until either side ends it", "content": {"text/event-stream": {}}}},
 )
 async def events(
-    session_id: SessionId,
+    session_id: PathId,
     service: ServiceDep,
     sessions: SessionsDep,
     last_event_id: Seq = 0,

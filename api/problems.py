@@ -40,6 +40,7 @@ STATUS: dict[type[errors.AgentStateError], HTTPStatus] = {
     errors.ModelMismatch: HTTPStatus.PRECONDITION_FAILED,
     errors.InvalidEntry: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.NotABranchPoint: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.InvalidId: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.IdempotencyKeyReused: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
     errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,

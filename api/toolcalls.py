@@ -15,7 +15,7 @@ from agentstate.sessions.outcomes import ToolCall
 from agentstate.sql.database import instant
 from api.entries import proof
 from api.problems import COMMON, responses
-from api.schemas import ClaimToolCall, FinishToolCall, Name, SessionId
+from api.schemas import ClaimToolCall, FinishToolCall, PathId
 from api.service import SessionsDep
 from api.sessions import GONE
 from api.writes import Answer, WriteDep
@@ -34,7 +34,7 @@ router = APIRouter(
     responses=responses(_404="No such session or tool call", _409="It has a result; or someone else runs the session"),
 )
 def finish(
-    session_id: SessionId, call_id: Name, body: FinishToolCall, write: WriteDep, sessions: SessionsDep
+    session_id: PathId, call_id: PathId, body: FinishToolCall, write: WriteDep, sessions: SessionsDep
 ) -> Response:
     """Append the result of a tool call. Needs the lease while the session is being run, and none otherwise."""
 
@@ -74,9 +74,7 @@ def finish(
         **responses(_409="It is claimed, unknown or another call; or someone else runs the session"),
     },
 )
-def claim(
-    session_id: SessionId, call_id: Name, body: ClaimToolCall, write: WriteDep, sessions: SessionsDep
-) -> Response:
+def claim(session_id: PathId, call_id: PathId, body: ClaimToolCall, write: WriteDep, sessions: SessionsDep) -> Response:
     """Append a tool call, before executing it. Needs the lease while the session is being run."""
 
     def act(_: Connection) -> Answer:

@@ -28,7 +28,7 @@ from agentstate.sql.database import instant
 from api.entries import page, proof
 from api.prefetch import start_later
 from api.problems import COMMON, responses
-from api.schemas import RenewLease, ResumeSession, SessionId, SuspendSession
+from api.schemas import PathId, RenewLease, ResumeSession, SuspendSession
 from api.service import CallerDep, MaybeSeenDep, ServiceDep, SessionsDep
 from api.sessions import GONE, view
 from api.writes import Answer, WriteDep
@@ -74,7 +74,7 @@ LINKS = {
     },
 )
 async def resume(
-    session_id: SessionId,
+    session_id: PathId,
     service: ServiceDep,
     caller: CallerDep,
     sessions: SessionsDep,
@@ -136,7 +136,7 @@ async def resume(
     responses=responses(_409="The lease is lost, or a tool call has no result"),
 )
 async def suspend(
-    session_id: SessionId,
+    session_id: PathId,
     body: SuspendSession,
     service: ServiceDep,
     caller: CallerDep,
@@ -220,7 +220,7 @@ async def suspend(
     operation_id="renew_lease",
     responses=responses(_409="The lease is lost"),
 )
-def renew(session_id: SessionId, body: RenewLease, service: ServiceDep, sessions: SessionsDep) -> answers.Lease:
+def renew(session_id: PathId, body: RenewLease, service: ServiceDep, sessions: SessionsDep) -> answers.Lease:
     """Keep the lease. Needs no Idempotency-Key: renewing again renews again."""
     ttl_s = body.lease_ttl_s or service.settings.lease_ttl_s
     return _lease(sessions.renew(session_id, proof(body.lease), lease_ttl_s=ttl_s))

@@ -17,8 +17,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentstate import documents
-from agentstate.errors import EntryNotFound, InvalidEntry
+from agentstate import documents, ids
+from agentstate.errors import EntryNotFound, InvalidEntry, InvalidId
 from agentstate.sessions import toolcalls
 from agentstate.sessions.history import History
 from agentstate.sql.database import insert, now_us
@@ -99,8 +99,12 @@ def _check_entry(entry: NewEntry) -> None:
         if entry.call_id is not None:
             raise InvalidEntry(f"a {entry.kind} has no call_id, {entry.call_id!r} was given")
         return
-    if not entry.call_id or not documents.is_text(entry.call_id):
-        raise InvalidEntry(f"a {entry.kind} needs a call_id, of Unicode characters other than NUL")
+    if not entry.call_id:
+        raise InvalidEntry(f"a {entry.kind} needs a call_id")
+    try:
+        ids.check(entry.call_id)
+    except InvalidId as error:
+        raise InvalidEntry(f"the call_id of a {entry.kind}: {error}") from None
     if entry.kind is EntryKind.TOOL_RESULT:
         if ("output" in entry.payload) == ("error" in entry.payload):
             raise InvalidEntry(f"the result of tool call {entry.call_id!r} needs either output or error in its payload")
@@ -181,9 +185,9 @@ def read(connection: Connection, name: str, history: History) -> list[Entry]:
     return _complete(connection, name, found.all())
 
 
-def by_id(connection: Connection, name: str, ids: Sequence[str]) -> dict[str, Entry]:
+def by_id(connection: Connection, name: str, wanted: Sequence[str]) -> dict[str, Entry]:
     """Entries by their ids, for whoever knows that they are the session's."""
-    found = connection.execute(_SELECT.where(table.c.id.in_(ids)))
+    found = connection.execute(_SELECT.where(table.c.id.in_(wanted)))
     return {entry.id: entry for entry in _complete(connection, name, found.all())}
 
 

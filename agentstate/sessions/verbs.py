@@ -81,14 +81,14 @@ class Sessions:
         expires_in_s: float | None = None,
     ) -> Session:
         """A new session, under an id of the caller's if it brings one. Without ``expires_in_s`` it expires as the
-        tenant's sessions do. Raises SessionExists, InvalidEntry."""
+        tenant's sessions do. Raises SessionExists, InvalidEntry, InvalidId."""
         transcript.check_metadata(metadata or {})
         uid = ids.new("ses")
         with self._database.write() as connection:
             return self._rows.make(
                 connection,
                 id=uid,
-                name=session_id or uid,
+                name=uid if session_id is None else ids.check(session_id),
                 model=model,
                 metadata=metadata or {},
                 cache_salt=cache_salt,
@@ -331,7 +331,7 @@ class Sessions:
         """A new session that has this one's history up to the entry ``at``, or all of it. Nothing is copied.
 
         It has the parent's model and namespace, the scope of KV that the tenant's new sessions have (`salts`), and
-        unless given its metadata. Raises EntryNotFound, SessionExists;
+        unless given its metadata. Raises EntryNotFound, SessionExists, InvalidId;
         NotABranchPoint where a tool call would be cut off from its result.
         """
         transcript.check_metadata(metadata or {})
@@ -342,7 +342,7 @@ class Sessions:
             session = self._rows.make(
                 connection,
                 id=uid,
-                name=fork_id or uid,
+                name=uid if fork_id is None else ids.check(fork_id),
                 model=parent.model,
                 metadata=parent._mapping["metadata"] if metadata is None else metadata,
                 cache_salt=parent.cache_salt,

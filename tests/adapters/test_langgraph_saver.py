@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 from agentstate.adapters import langgraph as adapter
 from agentstate.adapters.langgraph import AgentStateSaver
 from agentstate.adapters.tables import checkpoint_blobs, checkpoint_channels, checkpoint_writes, checkpoints
-from agentstate.errors import SchemaOutdated, SessionExpired, SessionNotFound
+from agentstate.errors import InvalidId, SchemaOutdated, SessionExpired, SessionNotFound
 from agentstate.sessions import tenants
 from agentstate.sessions.collection import collect
 from agentstate.sessions.outcomes import SuspendReason
@@ -347,6 +347,30 @@ def test_an_id_may_be_a_uuid(database: Database, saver: AgentStateSaver) -> None
         delete(thread_id)
         assert saver.get_tuple(thread(thread_id)) is None
         assert count(database, checkpoints, str(thread_id)) == 0
+
+
+@pytest.mark.parametrize("odd", ["user@example.com", "a/b", "ü", "x" * 129])
+def test_a_thread_may_be_called_what_a_session_may(saver: AgentStateSaver, sessions: Sessions, odd: str) -> None:
+    put(saver, thread(odd), n=1)
+    assert sessions.read(odd).id == odd
+    assert [each.config["configurable"]["thread_id"] for each in saver.list(thread(odd))] == [odd]
+
+
+@pytest.mark.parametrize("odd", ["", "a\0b", "\ud800", "~a", "x" * 1025])
+def test_a_thread_may_not_be_called_what_a_session_may_not(
+    saver: AgentStateSaver, sessions: Sessions, odd: str
+) -> None:
+    for attempt in (
+        lambda: put(saver, thread(odd), n=1),
+        lambda: saver.put_writes(thread(odd, "1"), [("n", 1)], "task"),
+        lambda: saver.get_tuple(thread(odd)),
+        lambda: list(saver.list(thread(odd))),
+        lambda: saver.delete_thread(odd),
+        lambda: saver.copy_thread("t", odd),
+        lambda: sessions.create("m", session_id=odd),
+    ):
+        with pytest.raises(InvalidId):
+            attempt()
 
 
 def test_a_deleted_session_leaves_no_checkpoint_however_long_its_forks_live(

@@ -109,7 +109,48 @@ def test_tool_calls(service: Service, session: Session) -> None:
     assert client.finish_tool_call("s", "c2", error="no such file").state == "failed"
 
 
-@pytest.mark.parametrize("call_id", ["a/b", "/", "a//b/", "result/x", "ä ?#%2F"])
+ODD_IDS = ["user@example.com", "a/b", "a/entries", "ü", "漢字 50%", "%2F", "a?b#c", "x" * 129, "é" * 475]
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
+def test_a_session_may_be_called_what_frameworks_call_it(service: Service) -> None:
+    client = service.client
+    for odd in ODD_IDS:
+        session = client.create_session(MODEL, id=odd)
+        assert session.id == odd
+        assert client.ensure_session(odd, MODEL) == client.read(odd) == session
+        with client.turn(odd) as turn:
+            assert client.claim_tool_call(odd, odd, "read", lease=turn.lease).id == odd
+            assert client.finish_tool_call(odd, odd, output=odd, lease=turn.lease).state == "done"
+            turn.append(tool_call(f"{odd}2", "read"), tool_output(f"{odd}2", 1))
+        assert [entry.call_id for entry in client.entries(odd).data] == [odd, odd, f"{odd}2", f"{odd}2"]
+        assert client.fork(odd, revision="*", id=f"fork of {odd}").id == f"fork of {odd}"
+        assert client.update(odd, revision="*", metadata={"a": 1}).metadata == {"a": 1}
+        assert isinstance(next(client.events(odd)), Entry)
+        assert service.http.post("/v1/sessions", json={"model": MODEL, "id": f"{odd}3"}).headers["Location"].isascii()
+    names = [session.id for session in client.list_sessions(limit=1000).data]
+    assert set(ODD_IDS) < set(names)
+    assert [session.id for session in client.list_sessions(after=names[3], limit=1).data] == [names[4]]
+    for odd in ODD_IDS:
+        client.delete(odd, revision="*")
+
+
+@pytest.mark.parametrize("odd", ["a\nb", "~a", "x" * 1025, "\0"])
+def test_every_door_refuses_the_same_ids(service: Service, session: Session, odd: str) -> None:
+    client = service.client
+    for attempt in (
+        lambda: client.create_session(MODEL, id=odd),
+        lambda: client.fork("s", revision="*", id=odd),
+        lambda: client.read(odd),
+        lambda: client.claim_tool_call("s", odd, "read"),
+        lambda: client.finish_tool_call("s", odd, output=1),
+        lambda: client.append("s", client.resume("s").lease, [tool_call(odd, "read")]),
+    ):
+        with pytest.raises(RequestRefused, match="invalid-request|not-found"):
+            attempt()
+
+
+@pytest.mark.parametrize("call_id", ["a/b", "/", "a//b/", "result/x", "a/result", "ä ?#%2F"])
 def test_a_tool_calls_id_is_whatever_the_model_made_up(service: Service, session: Session, call_id: str) -> None:
     assert service.client.claim_tool_call("s", call_id, "read").id == call_id
     assert service.client.finish_tool_call("s", call_id, output=1).id == call_id

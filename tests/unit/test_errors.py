@@ -39,6 +39,7 @@ def test_problem_types_are_pinned() -> None:
         "model-mismatch": 412,
         "invalid-entry": 422,
         "not-a-branch-point": 422,
+        "invalid-id": 422,
         "idempotency-key-reused": 422,
         "rate-limited": 429,
         "too-many-operations": 429,

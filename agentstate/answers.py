@@ -80,6 +80,13 @@ class Entry(BaseModel):
     created_at: datetime
 
 
+class Rewound(BaseModel):
+    """The entries of a session after ``seq``, 0 for all of them, were taken back."""
+
+    session_id: str
+    seq: int
+
+
 class EntryList(BaseModel):
     model_config = _example(_ENTRIES)
 

@@ -24,8 +24,10 @@
     │   ├── ToolCallClaimed          another one executes the tool call, or did
     │   ├── ToolCallUnknown          the claimant of the tool call vanished: nobody knows whether it ran
     │   ├── ToolCallFinal            the tool call has a result already
-    │   ├── EventsTrimmed            the events after the given one are not a continuation of it any more
+    │   ├── ToolCallReused           the tool call's id is that of another call
+    │   ├── EventsTrimmed            the session never had the event after which it is to be followed
     │   └── ModelMismatch            the session runs another model than the caller expects
+    ├── InvalidId                    an id that no session and no tool call can have
     ├── OperationNotFound
     ├── TooManyOperations            the service follows as many operations as it can
     ├── IdempotencyKeyReused         the Idempotency-Key came with another request before
@@ -178,12 +180,20 @@ class ToolCallFinal(SessionError):
     """The tool call has a result already."""
 
 
+class ToolCallReused(SessionError):
+    """The id is that of another tool call: of another tool, or with other arguments."""
+
+
 class EventsTrimmed(SessionError):
-    """The session was rewound past that event: read it again."""
+    """The session never had that event: read it."""
 
 
 class ModelMismatch(SessionError):
     """The session runs another model than the caller expects."""
+
+
+class InvalidId(AgentStateError):
+    """No session and no tool call can have this id."""
 
 
 class OperationNotFound(AgentStateError):

@@ -35,6 +35,7 @@ from api.gate import Gate
 from api.guard import Guard
 from api.metrics import Metrics
 from api.observation import Observation, tracing
+from api.paths import EncodedSlashes
 from api.service import Service
 
 
@@ -83,6 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    app.add_middleware(EncodedSlashes)
     app.add_middleware(BodyLimit)
     app.add_middleware(Guard)
     app.add_middleware(Observation, provider=traces)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response, status
 from agentstate import answers
 from api.entries import proof
 from api.problems import COMMON, responses
-from api.schemas import ForkSession, RewindSession, SessionId
+from api.schemas import ForkSession, PathId, RewindSession
 from api.service import SeenDep, SessionsDep
 from api.sessions import CONDITIONAL, GONE, LINKS, changed, created
 from api.writes import WriteDep
@@ -25,9 +25,7 @@ router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["branches"], respon
         **responses(_409="The id is taken, or the Idempotency-Key in use"),
     },
 )
-def fork(
-    session_id: SessionId, body: ForkSession, revision: SeenDep, write: WriteDep, sessions: SessionsDep
-) -> Response:
+def fork(session_id: PathId, body: ForkSession, revision: SeenDep, write: WriteDep, sessions: SessionsDep) -> Response:
     """Create a session that shares this one's history up to an entry. It has no lease, and tool calls that wait for
     a result only where it branches off at the head."""
     return write.run(
@@ -51,7 +49,7 @@ def fork(
     responses=responses(_409="Someone runs it, or a tool call is being executed"),
 )
 def rewind(
-    session_id: SessionId, body: RewindSession, revision: SeenDep, write: WriteDep, sessions: SessionsDep
+    session_id: PathId, body: RewindSession, revision: SeenDep, write: WriteDep, sessions: SessionsDep
 ) -> Response:
     """Make an entry the head again. Needs the lease while the session is being run."""
     key = None if body.lease is None else proof(body.lease)

@@ -12,7 +12,7 @@ from agentstate.sessions.leases import LeaseKey
 from agentstate.sessions.outcomes import Order
 from agentstate.sessions.transcript import EntryPage, NewEntry
 from api.problems import COMMON, responses
-from api.schemas import MAX_ENTRIES, AppendEntries, LeaseProof, Name, SessionId
+from api.schemas import MAX_ENTRIES, AppendEntries, LeaseProof, Name, PathId
 from api.service import SessionsDep
 from api.sessions import GONE
 from api.writes import Answer, WriteDep, entry
@@ -20,16 +20,16 @@ from api.writes import Answer, WriteDep, entry
 router = APIRouter(prefix="/v1/sessions/{session_id}/entries", tags=["entries"], responses={**COMMON, **GONE})
 
 
-@router.get("", operation_id="list_entries")
+@router.get("", response_model=answers.EntryList, operation_id="list_entries")
 def read(
-    session_id: SessionId,
+    session_id: PathId,
     sessions: SessionsDep,
     after: Annotated[Name | None, Query(description="Go on after this entry.")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_ENTRIES)] = 100,
     order: Annotated[Order, Query(description="By seq.")] = Order.ASCENDING,
-) -> answers.EntryList:
+) -> Response:
     """Page through the transcript."""
-    return page(sessions.entries(session_id, after=after, limit=limit, order=order))
+    return Answer(page(sessions.entries(session_id, after=after, limit=limit, order=order))).response()
 
 
 @router.post(
@@ -39,7 +39,7 @@ def read(
     operation_id="append_entries",
     responses=responses(_409="The lease is lost, or the Idempotency-Key in use"),
 )
-def append(session_id: SessionId, body: AppendEntries, write: WriteDep, sessions: SessionsDep) -> Response:
+def append(session_id: PathId, body: AppendEntries, write: WriteDep, sessions: SessionsDep) -> Response:
     """Append one or many entries, all or none, under the lease."""
 
     def act(_: Connection) -> Answer:

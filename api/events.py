@@ -2,11 +2,15 @@
 
 ``entry`` events come once each, in order, with their ``seq`` as id: a client that was cut off goes on with
 ``Last-Event-ID``. ``session`` events, without an id, tell how the session stands after a change; changes that follow
-each other closely are told once.
+each other closely are told once. ``rewind`` tells that the entries after its ``seq``, which is its id too, were taken
+back, also while the client was away.
+
+The stream ends with the session, told by ``end``, and with the service. A database that does not answer is waited for.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -14,21 +18,25 @@ from fastapi import APIRouter, Header, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from agentstate.errors import AgentStateError
+from agentstate import answers, documents
+from agentstate.errors import AgentStateError, DatabaseError
 from agentstate.sessions.verbs import Sessions
 from api.problems import COMMON, responses
-from api.schemas import SessionId
+from api.schemas import PathId
 from api.service import Service, ServiceDep, SessionsDep
 from api.sessions import view
 from api.writes import entry
 
 KEEP_ALIVE_S = 15.0
+RETRY_S = 1.0
 PAGE = 100
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(
     prefix="/v1/sessions/{session_id}",
     tags=["events"],
-    responses={**COMMON, **responses(_404="No such session", _410="Expired, or rewound past Last-Event-ID: reload it")},
+    responses={**COMMON, **responses(_404="No such session", _410="Expired, or Last-Event-ID is none of its entries")},
 )
 
 Seq = Annotated[int, Header(ge=0, lt=2**63, description="The last entry that the client has seen.")]
@@ -41,7 +49,7 @@ Seq = Annotated[int, Header(ge=0, lt=2**63, description="The last entry that the
     responses={200: {"description": "Events, until either side ends it", "content": {"text/event-stream": {}}}},
 )
 async def events(
-    session_id: SessionId,
+    session_id: PathId,
     service: ServiceDep,
     sessions: SessionsDep,
     last_event_id: Seq = 0,
@@ -62,16 +70,25 @@ async def _stream(service: Service, sessions: Sessions, session_id: str, uid: st
     with service.changes.watch(uid) as watch:
         while not watch.closing:
             try:
-                session, page = await run_in_threadpool(sessions.since, session_id, seq, PAGE)
+                since = await run_in_threadpool(sessions.since, session_id, seq, PAGE)
+            except DatabaseError as error:
+                logger.warning("what happens to session %s is not seen for now: %s", session_id, error)
+                yield ": the database does not answer\n\n"
+                await watch.wait(RETRY_S)
+                continue
             except AgentStateError as error:
                 yield _event("end", f'{{"reason": "{error.slug()}"}}')
                 return
+            session, page = since.session, since.page
             if session.uid != uid:
                 yield _event("end", '{"reason": "session-not-found"}')
                 return
+            if since.kept < seq:
+                seq = since.kept
+                yield _event("rewind", answers.Rewound(session_id=session_id, seq=seq).model_dump_json(), seq)
             for item in page.entries:
                 seq = item.seq
-                yield _event("entry", entry(item).model_dump_json(), item.seq)
+                yield _event("entry", documents.dump(entry(item)), item.seq)
             if page.has_more:
                 continue
             if session.revision != revision:

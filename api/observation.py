@@ -25,8 +25,8 @@ from agentstate.sql.address import HIDDEN, mask, parse
 logger = logging.getLogger("agentstate.requests")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-# Only what can be an id: a path may hold anything, and a log line must stay one.
-SESSION_PATH = re.compile(r"/v1/sessions/([A-Za-z0-9][A-Za-z0-9_.:-]{0,127})(?:/|$)")
+# An id as it was sent, its odd characters encoded: a log line must stay one.
+SESSION_PATH = re.compile(rb"/v1/sessions/([A-Za-z0-9_.:@%!$&'()*+,;=-]{1,3072})(?:/|$)")
 # Asked all the time, by machines.
 QUIET = ("/healthz", "/readyz", "/metrics")
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(context)s"
@@ -122,8 +122,8 @@ class Observation:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
         request_id = given if REQUEST_ID.fullmatch(given) else ids.new("req")
         context = {"request_id": request_id}
-        if session := SESSION_PATH.match(scope["path"]):
-            context["session_id"] = session[1]
+        if session := SESSION_PATH.match(scope.get("raw_path") or b""):
+            context["session_id"] = session[1].decode()
         token = _context.set(context)
         status = 500
         started_s = time.perf_counter()

@@ -17,7 +17,7 @@ from agentstate.sessions.outcomes import PagesOfSession
 from agentstate.sessions.verbs import Sessions
 from api.operations import view
 from api.problems import COMMON
-from api.schemas import PrefetchPages, SessionId
+from api.schemas import PathId, PrefetchPages
 from api.service import CallerDep, Service, ServiceDep, SessionsDep
 from api.sessions import GONE
 from api.writes import Answer, WriteDep
@@ -45,7 +45,7 @@ router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["turns"], responses
     },
 )
 async def prefetch(
-    session_id: SessionId,
+    session_id: PathId,
     body: PrefetchPages,
     service: ServiceDep,
     caller: CallerDep,

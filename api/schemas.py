@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from agentstate import ids
+from agentstate.errors import InvalidId
 from agentstate.fleet.operations import Tier
 from agentstate.sessions.outcomes import SuspendReason
 from agentstate.sql.models import EntryKind
+from api.paths import decoded
 
 MAX_ENTRIES = 1000
 MAX_TAIL = 1000
@@ -21,8 +24,18 @@ MAX_PREFETCH_MS = 120_000
 
 # PostgreSQL stores no NUL character in a text.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00]+$")]
-# An id is part of a path, and of what engines and their logs show.
-SessionId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}$")]
+
+
+def _id(value: str) -> str:
+    try:
+        return ids.check(value)
+    except InvalidId as error:
+        raise ValueError(str(error)) from None
+
+
+# What a caller chose as the id of a session or a tool call, in a body and in a path.
+Id = Annotated[str, StringConstraints(min_length=1, max_length=ids.MAX_BYTES, pattern=ids.PATTERN), AfterValidator(_id)]
+PathId = Annotated[Id, BeforeValidator(decoded)]
 
 
 def _number(value: Any) -> Any:
@@ -54,7 +67,7 @@ class CreateSession(Body):
     model_config = _example(model="smollm2", metadata={"user": "u_17"}, expires_in_s=86400)
 
     model: Name = Field(description="The name under which an engine serves it.")
-    id: SessionId | None = Field(default=None, description="An id of the caller's own.")
+    id: Id | None = Field(default=None, description="An id of the caller's own.")
     metadata: dict[str, Any] = Field(default_factory=dict)
     expires_in_s: ExpiryS | None = None
     cache_salt: Name | None = Field(default=None, description="Sessions with different salts share no pages.")
@@ -81,7 +94,7 @@ class NewEntry(Body):
             "error; others are the caller's own."
         )
     )
-    call_id: Name | None = Field(default=None, description="Of a tool call and its result.")
+    call_id: Id | None = Field(default=None, description="Of a tool call and its result.")
 
 
 class AppendEntries(Body):
@@ -152,7 +165,7 @@ class ForkSession(Body):
     model_config = _example(at="ent_01k8z3vb1r9d0c3f6h8j2k4m5n", metadata={"branch": "b"})
 
     at: Name | None = Field(default=None, description="The last entry to share; the head if not given.")
-    id: SessionId | None = Field(default=None, description="An id of the caller's own.")
+    id: Id | None = Field(default=None, description="An id of the caller's own.")
     metadata: dict[str, Any] | None = Field(default=None, description="The parent's if not given.")
     expires_in_s: ExpiryS | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Header, Query, Response, status
 
@@ -10,7 +11,7 @@ from agentstate import answers
 from agentstate.sessions.outcomes import Keep, Order, Session
 from agentstate.sql.database import instant
 from api.problems import COMMON, responses
-from api.schemas import MAX_LIST, CreateSession, Name, SessionId, UpdateSession
+from api.schemas import MAX_LIST, CreateSession, Id, PathId, UpdateSession
 from api.service import SeenDep, SessionsDep, etag
 from api.writes import Answer, WriteDep
 
@@ -62,7 +63,7 @@ def create(body: CreateSession, write: WriteDep, sessions: SessionsDep) -> Respo
 @router.get("", operation_id="list_sessions")
 def list_sessions(
     sessions: SessionsDep,
-    after: Annotated[Name | None, Query(description="Go on after this id, whether or not it still exists.")] = None,
+    after: Annotated[Id | None, Query(description="Go on after this id, whether or not it still exists.")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = 100,
     order: Annotated[Order, Query(description="By id; ids that the service makes sort by time.")] = Order.ASCENDING,
 ) -> answers.SessionList:
@@ -84,7 +85,7 @@ def list_sessions(
     responses={200: _ETAG, 304: {"description": "Still the one of If-None-Match"}, **GONE},
 )
 def read(
-    session_id: SessionId,
+    session_id: PathId,
     sessions: SessionsDep,
     if_none_match: Annotated[str | None, Header(description="Answer 304 while this is the session's ETag.")] = None,
 ) -> Response:
@@ -103,7 +104,7 @@ def read(
     operation_id="update_session",
     responses={200: _ETAG, **GONE, **CONDITIONAL},
 )
-def update(session_id: SessionId, body: UpdateSession, revision: SeenDep, sessions: SessionsDep) -> Response:
+def update(session_id: PathId, body: UpdateSession, revision: SeenDep, sessions: SessionsDep) -> Response:
     """Change metadata key by key, null takes one away; and the expiry, null for never."""
     expires_in_s = body.expires_in_s if "expires_in_s" in body.model_fields_set else Keep.KEEP
     return changed(sessions.update(session_id, revision, metadata=body.metadata, expires_in_s=expires_in_s)).response()
@@ -115,7 +116,7 @@ def update(session_id: SessionId, body: UpdateSession, revision: SeenDep, sessio
     operation_id="delete_session",
     responses={**GONE, **CONDITIONAL, **responses(_409="The session is being run")},
 )
-def delete(session_id: SessionId, revision: SeenDep, sessions: SessionsDep) -> Response:
+def delete(session_id: PathId, revision: SeenDep, sessions: SessionsDep) -> Response:
     """Delete a session. Its forks keep what they share with it."""
     sessions.delete(session_id, revision)
     return Response(status_code=status.HTTP_204_NO_CONTENT)
@@ -123,7 +124,7 @@ def delete(session_id: SessionId, revision: SeenDep, sessions: SessionsDep) -> R
 
 def created(session: Session) -> Answer:
     """201, and where it is."""
-    headers = {"Location": f"/v1/sessions/{session.id}", "ETag": etag(session.revision, session.status)}
+    headers = {"Location": f"/v1/sessions/{quote(session.id, safe='')}", "ETag": etag(session.revision, session.status)}
     return Answer(view(session), status.HTTP_201_CREATED, headers)
 
 

@@ -1,7 +1,8 @@
 """``/v1/sessions/{id}/tool-calls``: claim a tool call before it is executed, and give it its result.
 
 Of several who claim one call one is told to execute it, with 201. Whoever claims it later gets its result (200), or
-learns that it has none yet, or that nobody knows whether it ran (409).
+learns that it has none yet, or that nobody knows whether it ran (409). An id stands for one call of a session: with
+another tool or other arguments it is refused (409).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from agentstate.sessions.outcomes import ToolCall
 from agentstate.sql.database import instant
 from api.entries import proof
 from api.problems import COMMON, responses
-from api.schemas import ClaimToolCall, FinishToolCall, Name, SessionId
+from api.schemas import ClaimToolCall, FinishToolCall, PathId
 from api.service import SessionsDep
 from api.sessions import GONE
 from api.writes import Answer, WriteDep
@@ -33,7 +34,7 @@ router = APIRouter(
     responses=responses(_404="No such session or tool call", _409="It has a result; or someone else runs the session"),
 )
 def finish(
-    session_id: SessionId, call_id: Name, body: FinishToolCall, write: WriteDep, sessions: SessionsDep
+    session_id: PathId, call_id: PathId, body: FinishToolCall, write: WriteDep, sessions: SessionsDep
 ) -> Response:
     """Append the result of a tool call. Needs the lease while the session is being run, and none otherwise."""
 
@@ -70,12 +71,10 @@ def finish(
                 }
             }
         },
-        **responses(_409="It is claimed, or unknown; or someone else runs the session"),
+        **responses(_409="It is claimed, unknown or another call; or someone else runs the session"),
     },
 )
-def claim(
-    session_id: SessionId, call_id: Name, body: ClaimToolCall, write: WriteDep, sessions: SessionsDep
-) -> Response:
+def claim(session_id: PathId, call_id: PathId, body: ClaimToolCall, write: WriteDep, sessions: SessionsDep) -> Response:
     """Append a tool call, before executing it. Needs the lease while the session is being run."""
 
     def act(_: Connection) -> Answer:

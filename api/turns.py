@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import re
 import time
+from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Header, Request, Response
 from sqlalchemy.engine import Connection
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
@@ -25,7 +28,7 @@ from agentstate.sql.database import instant
 from api.entries import page, proof
 from api.prefetch import start_later
 from api.problems import COMMON, responses
-from api.schemas import RenewLease, ResumeSession, SessionId, SuspendSession
+from api.schemas import PathId, RenewLease, ResumeSession, SuspendSession
 from api.service import CallerDep, MaybeSeenDep, ServiceDep, SessionsDep
 from api.sessions import GONE, view
 from api.writes import Answer, WriteDep
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["turns"], responses={**COMMON, **GONE})
 
+_WAIT = re.compile(r"(?:^|[,;])\s*wait=(\d{1,9})", re.ASCII)  # RFC 7240
 _LEASE = {"token": "$response.body#/lease/token", "epoch": "$response.body#/lease/epoch"}
 _LEASED = {"session_id": "$response.body#/session/id"}
 LINKS = {
@@ -70,15 +74,20 @@ LINKS = {
     },
 )
 async def resume(
-    session_id: SessionId,
+    session_id: PathId,
     service: ServiceDep,
     caller: CallerDep,
     sessions: SessionsDep,
     write: WriteDep,
     revision: MaybeSeenDep,
+    request: Request,
+    prefer: Annotated[str | None, Header(description="wait=N: wait N seconds at most for the lease.")] = None,
     body: ResumeSession | None = None,
 ) -> Response:
-    """Take the lease and get back all that the next turn needs. No engine is asked."""
+    """Take the lease and get back all that the next turn needs. No engine is asked.
+
+    A client that leaves while it waits for the lease does not get it any more.
+    """
     wanted = body or ResumeSession()
 
     def act(connection: Connection) -> Answer:
@@ -104,7 +113,8 @@ async def resume(
 
     if wanted.on_busy == "reject":
         return (await run_in_threadpool(write.run, act)).response()
-    deadline = time.monotonic() + wanted.busy_timeout_ms / 1000
+    preferred = _WAIT.search(prefer or "")
+    deadline = time.monotonic() + min(wanted.busy_timeout_ms / 1000, int(preferred[1]) if preferred else math.inf)
     uid = (await run_in_threadpool(sessions.read, session_id)).uid
     with service.changes.watch(uid) as watch:
         while True:
@@ -115,6 +125,8 @@ async def resume(
                 if left_s <= 0 or watch.closing:
                     raise
                 await watch.wait(min(left_s, busy.retry_after_s + 0.01))
+                if await request.is_disconnected():
+                    raise
 
 
 @router.post(
@@ -124,7 +136,7 @@ async def resume(
     responses=responses(_409="The lease is lost, or a tool call has no result"),
 )
 async def suspend(
-    session_id: SessionId,
+    session_id: PathId,
     body: SuspendSession,
     service: ServiceDep,
     caller: CallerDep,
@@ -208,7 +220,7 @@ async def suspend(
     operation_id="renew_lease",
     responses=responses(_409="The lease is lost"),
 )
-def renew(session_id: SessionId, body: RenewLease, service: ServiceDep, sessions: SessionsDep) -> answers.Lease:
+def renew(session_id: PathId, body: RenewLease, service: ServiceDep, sessions: SessionsDep) -> answers.Lease:
     """Keep the lease. Needs no Idempotency-Key: renewing again renews again."""
     ttl_s = body.lease_ttl_s or service.settings.lease_ttl_s
     return _lease(sessions.renew(session_id, proof(body.lease), lease_ttl_s=ttl_s))

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from sqlalchemy.engine import Connection
 from starlette.background import BackgroundTask
 
-from agentstate import answers
+from agentstate import answers, documents
 from agentstate.sessions import idempotency, transcript
 from agentstate.sessions.idempotency import Once
 from agentstate.sessions.transcript import Entry
@@ -40,7 +40,7 @@ class Answer:
         if self.body is None:
             return Response(status_code=self.status, headers=headers, background=self.then)
         return Response(
-            self.body.model_dump_json(),
+            documents.dump(self.body),
             status_code=self.status,
             headers=headers,
             media_type="application/json",

@@ -6,10 +6,16 @@ thread and however many checkpoints it asks for. Nothing here runs a model or ta
 Writers of one thread never wait for each other. What deletes waits for them: every row of a thread refers to its
 session, which a writer therefore holds against deletion, and which `_lock` holds against writers, so that a blob that
 a writer found stored cannot be swept before the writer commits.
+
+A thread whose session has expired is neither read nor written to. One whose session was deleted during a run is not
+made anew by the rest of that run: `Checkpoints` remembers which session a thread was when it was last read.
 """
 
 from __future__ import annotations
 
+import json
+import threading
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,15 +24,21 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import FunctionElement
 
 from agentstate import ids
 from agentstate.adapters.tables import checkpoint_blobs, checkpoint_channels, checkpoint_writes, checkpoints
+from agentstate.errors import SessionExists, SessionExpired, SessionNotFound
 from agentstate.sessions import salts
+from agentstate.sessions.rows import Rows
 from agentstate.sql.database import Database, insert, now_us
-from agentstate.sql.models import SessionStatus, sessions
+from agentstate.sql.models import sessions
 
 DIGEST_BYTES = 32
 PAGE = 64
+KNOWN = 10_000
 _BATCH = 1000  # rows that one statement names: both databases bound its parameters
 _TABLES = (checkpoint_writes, checkpoint_channels, checkpoint_blobs, checkpoints)
 
@@ -90,16 +102,20 @@ class Checkpoints:
     """The checkpoints of all threads of a tenant in one database. A thread is a session; `put` creates it with
     ``model``.
 
-    Every method raises DatabaseError. Thread-safe.
+    Every method raises DatabaseError, and those that read or write one thread raise SessionExpired. Thread-safe.
     """
 
     def __init__(self, database: Database, model: str, tenant: str):
         self._database = database
         self._model = model
         self._tenant = tenant
+        self._known = _KnownSessions()
 
     def put(self, checkpoint: Checkpoint, channels: dict[str, Value]) -> None:
-        """Store a checkpoint, in place of one of the same id, and the values of the channels that it changed."""
+        """Store a checkpoint, in place of one of the same id, and the values of the channels that it changed.
+
+        Raises SessionNotFound when the thread's session was deleted since the thread was last read.
+        """
         with self._database.write() as connection:
             session_id = self._ensure_session(connection, checkpoint.thread_id)
             row = {**vars(checkpoint), "session_id": session_id}
@@ -129,9 +145,13 @@ class Checkpoints:
                         for channel, value in channels.items()
                     ],
                 )
+        self._known.remember(checkpoint.thread_id, session_id)
 
     def put_writes(self, thread_id: str, namespace: str, checkpoint_id: str, writes: Sequence[Write]) -> None:
-        """Store what tasks wrote, once: a second time changes nothing, but for those at negative positions."""
+        """Store what tasks wrote, once: a second time changes nothing, but for those at negative positions.
+
+        Raises SessionNotFound as `put` does.
+        """
         with self._database.write() as connection:
             session_id = self._ensure_session(connection, thread_id)
             statement = insert(connection.dialect.name, checkpoint_writes)
@@ -159,6 +179,7 @@ class Checkpoints:
                 ]
                 if rows:
                     connection.execute(upsert, rows)
+        self._known.remember(thread_id, session_id)
 
     def get(self, thread_id: str, namespace: str, checkpoint_id: str | None = None) -> Loaded | None:
         """One checkpoint, by default the newest."""
@@ -167,6 +188,7 @@ class Checkpoints:
             query = query.where(checkpoints.c.id == checkpoint_id)
         with self._snapshot() as connection:
             rows = connection.execute(query.order_by(checkpoints.c.id.desc()).limit(1)).all()
+            self._known.remember(thread_id, rows[0].session_id if rows else _find(connection, self._tenant, thread_id))
             return next(iter(_load(connection, rows)), None)
 
     def page(
@@ -195,10 +217,10 @@ class Checkpoints:
         if before is not None:
             query = query.where(table.id < before)
         for name, value in (metadata or {}).items():
-            # The database looks for texts under plain names. Everything is compared again below: only there is a
-            # number not its digits.
-            if isinstance(value, str) and name.isidentifier():
-                query = query.where(table.metadata[name].as_string() == value)
+            # The database looks for the pair as it was written, not into the JSON: one row with something that its
+            # JSON functions refuse would fail them all. Everything is compared again below.
+            if isinstance(value, str):
+                query = query.where(_has(table.metadata, f"{json.dumps(name)}: {json.dumps(value)}"))
         order = (table.id, thread_name, table.namespace)
         if after is not None:
             query = query.where(sa.tuple_(*order) < sa.tuple_(after.id, after.thread_id, after.namespace))
@@ -210,6 +232,8 @@ class Checkpoints:
                 if all(row._mapping["metadata"].get(name) == value for name, value in (metadata or {}).items())
             ]
             found = _load(connection, fitting)
+            if thread_id is not None and not rows:
+                _find(connection, self._tenant, thread_id)
         return found, _checkpoint(rows[-1]) if len(rows) == limit else None
 
     def ancestors(self, checkpoint: Checkpoint, channels: Collection[str]) -> Iterator[Loaded]:
@@ -237,7 +261,10 @@ class Checkpoints:
         for batch in _batches(run_ids):
             with self._database.read() as connection:
                 of_runs = (
-                    _rows(self._tenant).where(checkpoints.c.run_id.in_(batch)).with_only_columns(thread_name).distinct()
+                    sa.select(thread_name)
+                    .join(checkpoints)
+                    .where(_exists(self._tenant), checkpoints.c.run_id.in_(batch))
+                    .distinct()
                 )
                 threads = connection.execute(of_runs).scalars().all()
             for thread_id in threads:
@@ -261,7 +288,7 @@ class Checkpoints:
         """
         with self._database.write() as connection:
             session_id = _lock(connection, self._tenant, thread_id)
-            if session_id is None:
+            if session_id is None or _find(connection, self._tenant, thread_id) is None:
                 return
             newest = (
                 sa.select(checkpoints.c.namespace, sa.func.max(checkpoints.c.id))
@@ -295,12 +322,13 @@ class Checkpoints:
             source = connection.execute(
                 sa.select(sessions).where(_is(self._tenant, source_id)).with_for_update(read=True, key_share=True)
             ).one_or_none()
-            if source is None:
+            if source is None or _find(connection, self._tenant, source_id) is None:
                 return
             session_id = _ensure(
                 connection,
                 self._tenant,
                 target_id,
+                None,
                 model=source.model,
                 cache_salt=source.cache_salt,
                 extra_key=source.extra_key,
@@ -315,7 +343,15 @@ class Checkpoints:
                 )
 
     def _ensure_session(self, connection: Connection, thread_id: str) -> str:
-        return _ensure(connection, self._tenant, thread_id, model=self._model)
+        return _ensure(
+            connection,
+            self._tenant,
+            thread_id,
+            self._known.find(thread_id),
+            model=self._model,
+            cache_salt=None,
+            extra_key=None,
+        )
 
     @contextmanager
     def _snapshot(self) -> Iterator[Connection]:
@@ -324,6 +360,26 @@ class Checkpoints:
             if connection.dialect.name == "postgresql":
                 connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             yield connection
+
+
+class _KnownSessions:
+    """Which session a thread is, as of its last read; the `KNOWN` threads that were used last."""
+
+    def __init__(self) -> None:
+        self._sessions: OrderedDict[str, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, thread_id: str) -> str | None:
+        with self._lock:
+            return self._sessions.get(thread_id)
+
+    def remember(self, thread_id: str, session_id: str | None) -> None:
+        with self._lock:
+            self._sessions.pop(thread_id, None)
+            if session_id is not None:
+                self._sessions[thread_id] = session_id
+                if len(self._sessions) > KNOWN:
+                    self._sessions.popitem(last=False)
 
 
 # What a thread is called: the id that clients give its session.
@@ -335,30 +391,82 @@ def _is(tenant: str, thread_id: str) -> sa.ColumnElement[bool]:
 
 
 def _rows(tenant: str) -> sa.Select[Any]:
-    return sa.select(checkpoints, thread_name.label("thread_id")).join(sessions).where(sessions.c.tenant == tenant)
+    """The checkpoints of the threads that have not expired."""
+    return sa.select(checkpoints, thread_name.label("thread_id")).join(sessions).where(_exists(tenant), ~_EXPIRED)
 
 
-def _ensure(connection: Connection, tenant: str, thread_id: str, **values: Any) -> str:
-    """The id of a thread's session, which is made with ``values`` if there is none."""
-    connection.execute(
-        insert(connection.dialect.name, sessions)
-        .values(
-            id=ids.new("ses"),
-            tenant=tenant,
-            name=thread_id,
-            metadata={},
-            status=SessionStatus.IDLE,
-            next_seq=1,
-            revision=1,
-            created_us=now_us(),
-            updated_us=now_us(),
-            kv_scope=salts.scope_of(connection, tenant),
-            **values,
-        )
-        .on_conflict_do_nothing(index_elements=["tenant", "name"])
-    )
-    session_id: str = connection.execute(sa.select(sessions.c.id).where(_is(tenant, thread_id))).scalar_one()
-    return session_id
+_EXPIRED = sa.and_(sessions.c.expires_us.is_not(None), sessions.c.expires_us <= now_us())
+
+
+def _exists(tenant: str) -> sa.ColumnElement[bool]:
+    # The row of a deleted session stays for as long as forks share its entries.
+    return sa.and_(sessions.c.tenant == tenant, sessions.c.deleted_us.is_(None))
+
+
+def _find(connection: Connection, tenant: str, thread_id: str, *, hold: bool = False) -> str | None:
+    """The id of a thread's session, None without one. ``hold`` it against deletion until the transaction ends.
+
+    Raises SessionExpired.
+    """
+    query = sa.select(sessions.c.id, _EXPIRED.label("expired")).where(_is(tenant, thread_id), _exists(tenant))
+    if hold:
+        query = query.with_for_update(read=True, key_share=True)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        return None
+    if row.expired:
+        raise SessionExpired(f"thread {thread_id} is a session that has expired")
+    found: str = row.id
+    return found
+
+
+class _has(FunctionElement[bool]):
+    """SQL expression: whether a JSON column's text contains another text, as it is."""
+
+    type = sa.Boolean()
+    inherit_cache = True
+
+    def __init__(self, column: sa.ColumnElement[Any], text: str):
+        super().__init__(sa.cast(column, sa.Text()), sa.literal(text, sa.Text()))
+
+
+@compiles(_has, "sqlite")
+def _has_sqlite(element: _has, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"instr({compiler.process(element.clauses, **kw)}) > 0"
+
+
+@compiles(_has, "postgresql")
+def _has_postgresql(element: _has, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"strpos({compiler.process(element.clauses, **kw)}) > 0"
+
+
+def _ensure(connection: Connection, tenant: str, thread_id: str, known: str | None, **values: Any) -> str:
+    """The id of a thread's session, held against deletion; it is made with ``values`` if there is none.
+
+    Raises SessionNotFound where it is not the one that is ``known``, SessionExpired.
+    """
+    found = _find(connection, tenant, thread_id, hold=True)
+    if known is not None and found != known:
+        raise SessionNotFound(f"the session of thread {thread_id} was deleted while the thread was run")
+    if found is None:
+        uid = ids.new("ses")
+        try:
+            made = Rows(tenant).make(
+                connection,
+                id=uid,
+                name=thread_id,
+                metadata={},
+                next_seq=1,
+                expires_in_s=None,
+                kv_scope=salts.scope_of(connection, tenant),
+                **values,
+            )
+            return made.uid
+        except SessionExists:  # another writer made it meanwhile
+            found = _find(connection, tenant, thread_id, hold=True)
+        if found is None:
+            raise SessionNotFound(f"the session of thread {thread_id} was deleted while the thread was run")
+    return found
 
 
 def _lock(connection: Connection, tenant: str, thread_id: str) -> str | None:

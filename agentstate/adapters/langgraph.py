@@ -38,6 +38,7 @@ from langgraph.checkpoint.base import Checkpoint as GraphCheckpoint
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
+from agentstate import documents, ids
 from agentstate.adapters.checkpoints import PAGE, Checkpoint, Checkpoints, Loaded, Value, Write
 from agentstate.settings import DEFAULT_TENANT, Settings
 from agentstate.sql.database import Database
@@ -57,9 +58,12 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
     Its threads are the sessions of ``tenant``; those of others are not there for it. It needs no API key, since it has
     the database.
 
-    Every method may raise DatabaseError. A lease is neither taken nor asked for: two runs of one thread at once make
-    two branches, of which neither loses a checkpoint, and the one that ends last is the thread's newest. Who wants
-    only one at a time runs the graph in a turn.
+    Ids may be anything whose text a session can have, UUIDs for instance; InvalidId says that it is not so. Every
+    method may raise DatabaseError. A thread whose session has expired is neither read nor written to
+    (SessionExpired). One whose session is deleted during a run is gone, and the run ends with SessionNotFound. A
+    lease is neither taken nor asked for: two runs of one thread at once make two branches, of which neither loses a
+    checkpoint, and the one that ends last is the thread's newest. Who wants only one at a time runs the graph in a
+    turn.
     """
 
     def __init__(
@@ -115,14 +119,14 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
         values = checkpoint["channel_values"]
         apart = ("channel_values", "channel_versions")
         encoding, body = self.serde.dumps_typed({name: v for name, v in checkpoint.items() if name not in apart})
-        shown: dict[str, Any] = {**get_serializable_checkpoint_metadata(config, metadata)}
+        shown: dict[str, Any] = documents.finite({**get_serializable_checkpoint_metadata(config, metadata)})
         self._store.put(
             Checkpoint(
                 thread_id=thread_id,
                 namespace=namespace,
                 id=checkpoint["id"],
                 parent_id=get_checkpoint_id(config),
-                run_id=shown.get("run_id"),
+                run_id=None if shown.get("run_id") is None else str(shown["run_id"]),
                 metadata=shown,
                 versions=checkpoint["channel_versions"],
                 encoding=encoding,
@@ -201,13 +205,13 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
 
     def delete_thread(self, thread_id: str) -> None:
         """Delete a thread's checkpoints. The session stays; deleting the session deletes its checkpoints too."""
-        self._store.delete_thread(thread_id)
+        self._store.delete_thread(_id(thread_id))
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
-        self._store.delete_runs(run_ids)
+        self._store.delete_runs([str(run_id) for run_id in run_ids])
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        self._store.copy_thread(source_thread_id, target_thread_id)
+        self._store.copy_thread(_id(source_thread_id), _id(target_thread_id))
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Raises ValueError for a strategy other than ``keep_latest`` and ``delete``."""
@@ -215,9 +219,9 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
             raise ValueError(f"there is no pruning strategy {strategy!r}: use 'keep_latest' or 'delete'")
         for thread_id in thread_ids:
             if strategy == "delete":
-                self._store.delete_thread(thread_id)
+                self._store.delete_thread(_id(thread_id))
             else:
-                self._store.prune(thread_id)
+                self._store.prune(_id(thread_id))
 
     # --- the same, asynchronously: in a thread, because every one of them is one short wait for the database
 
@@ -279,7 +283,7 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
     ) -> tuple[Sequence[CheckpointTuple], Checkpoint | None]:
         place = config["configurable"] if config else {}
         found, start = self._store.page(
-            thread_id=str(place["thread_id"]) if config else None,
+            thread_id=_id(place["thread_id"]) if config else None,
             namespace=place.get("checkpoint_ns"),
             checkpoint_id=place.get("checkpoint_id"),
             before=get_checkpoint_id(before) if before else None,
@@ -333,9 +337,14 @@ def _split(items: Sequence[tuple[str, bytes]]) -> Value:
     return Value(None, b"".join(digests), dict(zip(digests, bodies, strict=True)))
 
 
+def _id(thread_id: Any) -> str:
+    """A thread's id, which is that of a session. Raises InvalidId."""
+    return ids.check(str(thread_id))
+
+
 def _thread(config: RunnableConfig) -> tuple[str, str]:
     place = config["configurable"]
-    return str(place["thread_id"]), place.get("checkpoint_ns", "")
+    return _id(place["thread_id"]), place.get("checkpoint_ns", "")
 
 
 def _config(thread_id: str, namespace: str, checkpoint_id: str) -> RunnableConfig:

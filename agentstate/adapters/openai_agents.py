@@ -13,6 +13,7 @@ object is a ``Session`` like the SDK's others: every change is a turn of its own
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
@@ -20,13 +21,17 @@ from typing import Any, Self, cast
 
 from agents import ModelSettings, OpenAIProvider, RunConfig, SessionSettings, TResponseInputItem
 
+from agentstate import documents
 from agentstate.answers import Entry
 from agentstate.client import AsyncClient, AsyncTurn, message, note
 from agentstate.client.turn import TurnOptions
-from agentstate.errors import SessionNotFound
+from agentstate.errors import AgentStateError, RevisionStale, SessionNotFound
 from agentstate.sql.models import EntryKind
 
 PAGE = 1000
+# What one append may have: the service takes bodies of 8 MiB, of which a part is not entries.
+MAX_ENTRIES = 1000
+BATCH_BYTES = 7 * 1024 * 1024
 # Items before the newest note of this kind were cleared.
 CLEARED = {"openai_agents": "cleared"}
 
@@ -57,6 +62,7 @@ class AgentStateSession:
         self._model = model
         self._busy_timeout_s = busy_timeout_s
         self._running: AsyncTurn | None = None
+        self._changing = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         await self._client.ensure_session(self.session_id, self._model)
@@ -89,44 +95,59 @@ class AgentStateSession:
         """The conversation, the oldest item first; with a limit its newest items."""
         if limit is None and self.session_settings is not None:
             limit = self.session_settings.limit
-        newest_first: list[TResponseInputItem] = []
-        async for entry in self._newest_first(PAGE if limit is None else limit):
-            if limit is not None and len(newest_first) >= limit:
-                break
-            newest_first.append(_item(entry))
-        return newest_first[::-1]
+        found = [_item(entry) async for entry in self._newest_first(PAGE if limit is None else limit, at_most=limit)]
+        return found[::-1]
 
     async def add_items(self, items: list[TResponseInputItem]) -> None:
-        """Append items, all or none."""
+        """Append items, all or none.
+
+        More than one request may take go in several. Where one of them is refused, those before it are taken back;
+        where the process ends between them, they stay.
+        """
         if not items:
             return
-        async with self._writing() as turn:
-            await turn.append(*(message(dict(item)) for item in items))
+        first, *others = _batches([message(dict(item)) for item in items])
+        async with self._changing, self._writing() as turn:
+            appended = await turn.append(*first)
+            try:
+                for batch in others:
+                    await turn.append(*batch)
+            except AgentStateError:
+                before = appended.data[0].parent_id
+                await self._client.rewind(self.session_id, before, revision="*", lease=turn.lease)
+                raise
 
     async def pop_item(self) -> TResponseInputItem | None:
         """Take back the newest item, and what was noted after it; None when there is none."""
         if await self._is_empty():
             return None
-        async with self._writing() as turn:
-            async for entry in self._newest_first(1):
+        async with self._changing, self._writing() as turn:
+            while True:
+                # Read before the entry: the rewind fails where another one came to be the newest since.
                 current = await self._client.read(self.session_id)
-                await self._client.rewind(self.session_id, entry.parent_id, revision=current.revision, lease=turn.lease)
-                return _item(entry)
-        return None
+                newest = [entry async for entry in self._newest_first(1, at_most=1)]
+                if not newest:
+                    return None
+                before = newest[0].parent_id
+                try:
+                    await self._client.rewind(self.session_id, before, revision=current.revision, lease=turn.lease)
+                except RevisionStale:
+                    continue
+                return _item(newest[0])
 
     async def clear_session(self) -> None:
         """Start a new conversation. The old one stays in the session's history; it goes when the session is deleted."""
         if await self._is_empty():
             return
-        async with self._writing() as turn:
+        async with self._changing, self._writing() as turn:
             await turn.append(note(CLEARED))
 
     async def _is_empty(self) -> bool:
         return not await self.get_items(limit=1)
 
-    async def _newest_first(self, wanted: int) -> AsyncIterator[Entry]:
+    async def _newest_first(self, wanted: int, *, at_most: int | None = None) -> AsyncIterator[Entry]:
         """The messages since the conversation was last cleared. Reads about as many at once as are ``wanted``."""
-        after, more = None, wanted > 0
+        after, more, given = None, wanted > 0, 0
         while more:
             try:
                 page = await self._client.entries(self.session_id, after=after, limit=min(wanted, PAGE), order="desc")
@@ -137,6 +158,9 @@ class AgentStateSession:
                     return
                 if entry.kind is EntryKind.MESSAGE:
                     yield entry
+                    given += 1
+                    if given == at_most:
+                        return
             after, more = page.last_id, page.has_more
 
     @asynccontextmanager
@@ -153,6 +177,20 @@ class AgentStateSession:
                 await self._client.ensure_session(self.session_id, self._model)
                 turn = await stack.enter_async_context(self._client.turn(self.session_id, **options))
             yield turn
+
+
+def _batches(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Entries in groups that the service takes at once, one that is too large for it by itself."""
+    batches: list[list[dict[str, Any]]] = [[]]
+    size_bytes = 0
+    for entry in entries:
+        entry_bytes = len(documents.encode(entry))
+        if batches[-1] and (len(batches[-1]) == MAX_ENTRIES or size_bytes + entry_bytes > BATCH_BYTES):
+            batches.append([])
+            size_bytes = 0
+        batches[-1].append(entry)
+        size_bytes += entry_bytes + 1
+    return batches
 
 
 def _item(entry: Entry) -> TResponseInputItem:

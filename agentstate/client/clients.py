@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from types import TracebackType
@@ -11,19 +12,20 @@ from typing import Any, Concatenate, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import httpx
 
-from agentstate.answers import Entry, Operation, Session
+from agentstate.answers import Operation, Session
 from agentstate.client import routes
-from agentstate.client.events import Following
+from agentstate.client.events import Event, Following
 from agentstate.client.routes import Call
 from agentstate.client.transport import Attempt, exchange, settings_of
 from agentstate.client.turn import AsyncTurn, Turn, TurnOptions
-from agentstate.errors import SessionExists
+from agentstate.errors import AgentStateError, SessionExists
 from agentstate.sql.models import OperationState
 
 A = TypeVar("A")
 P = ParamSpec("P")
 
 POLL_S = 0.1
+UNBOUNDED = httpx.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=30.0)
 
 
 class SessionOptions(TypedDict, total=False):
@@ -40,12 +42,16 @@ class _Connection:
 
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0, retries: int = 2):
         self._base_url = base_url
+        self._api_key = api_key
         self._timeout_s = timeout_s
         self._retries = retries
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
     def _exchange(self, call: Call[A]) -> Generator[Attempt, httpx.Response | httpx.TransportError, A]:
         return exchange(call, where=self._base_url, timeout_s=self._timeout_s, retries=self._retries)
+
+    def _apart(self) -> Client:
+        return Client(self._base_url, api_key=self._api_key, timeout_s=self._timeout_s, retries=self._retries)
 
 
 def _now(route: Callable[P, Call[A]]) -> Callable[Concatenate[Client, P], A]:
@@ -83,6 +89,8 @@ class Client(_Connection):
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0, retries: int = 2):
         super().__init__(base_url, api_key=api_key, timeout_s=timeout_s, retries=retries)
         self._http = httpx.Client(headers=self._headers, **settings_of(base_url))
+        self._lock = threading.Lock()
+        self._following: httpx.Client | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -93,7 +101,21 @@ class Client(_Connection):
         self.close()
 
     def close(self) -> None:
+        with self._lock:
+            if self._following is not None:
+                self._following.close()
         self._http.close()
+
+    @property
+    def _streams(self) -> httpx.Client:
+        # Apart, and without a bound: who follows holds a connection for as long as the session lives.
+        with self._lock:
+            if self._following is None:
+                self._following = httpx.Client(headers=self._headers, **settings_of(self._base_url, UNBOUNDED))
+            return self._following
+
+    def _blocking(self) -> Client:
+        return self
 
     create_session = _now(routes.create_session)
     list_sessions = _now(routes.list_sessions)
@@ -124,19 +146,25 @@ class Client(_Connection):
         """A block in which this process runs the session: see `Turn`."""
         return Turn(self, session_id, **options)
 
-    def events(self, session_id: str, *, after: int = 0) -> Iterator[Entry | Session]:
-        """What happens to a session: every entry after the seq ``after``, once and in order, and the session as it
-        stands after a change. It ends when the session does; a connection that breaks is made again.
+    def events(self, session_id: str, *, after: int = 0) -> Iterator[Event]:
+        """What happens to a session: every entry after the seq ``after``, once and in order; the session as it stands
+        after a change; and `Rewound` where entries that came were taken back. It ends when the session does.
 
-        Raises SessionNotFound, SessionExpired, and EventsTrimmed when the session was rewound past ``after``.
+        A connection that breaks is made again, however long the service or its database is away meanwhile. Every
+        follower has a connection of its own. Raises SessionNotFound, SessionExpired, and EventsTrimmed when the
+        session never had an entry ``after``.
         """
         following = Following(after)
         while not following.ended:
-            following.begin()
-            response = self._send(routes.events(session_id, following.seq), stream=True)
             try:
-                for line in response.iter_lines():
-                    yield from following.take(line)
+                response = self._send(routes.events(session_id, following.seq), stream=True)
+            except AgentStateError as error:
+                time.sleep(following.pause_s(error))
+                continue
+            following.begin()
+            try:
+                for chunk in response.iter_bytes():
+                    yield from following.take(chunk)
             except httpx.TransportError:
                 pass
             finally:
@@ -160,7 +188,8 @@ class Client(_Connection):
                 time.sleep(attempt.wait_s)
             outcome: httpx.Response | httpx.TransportError
             try:
-                outcome = self._http.send(self._http.build_request(**attempt.request), stream=stream)
+                http = self._streams if stream else self._http
+                outcome = http.send(http.build_request(**attempt.request), stream=stream)
                 if not outcome.is_success:
                     outcome.read()
             except httpx.TransportError as error:
@@ -178,6 +207,9 @@ class AsyncClient(_Connection):
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0, retries: int = 2):
         super().__init__(base_url, api_key=api_key, timeout_s=timeout_s, retries=retries)
         self._http = httpx.AsyncClient(headers=self._headers, **settings_of(base_url))
+        self._lock = threading.Lock()
+        self._following: httpx.AsyncClient | None = None
+        self._renewing: Client | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -188,7 +220,26 @@ class AsyncClient(_Connection):
         await self.close()
 
     async def close(self) -> None:
+        with self._lock:
+            following, renewing = self._following, self._renewing
+        if renewing is not None:
+            renewing.close()
+        if following is not None:
+            await following.aclose()
         await self._http.aclose()
+
+    @property
+    def _streams(self) -> httpx.AsyncClient:
+        with self._lock:
+            if self._following is None:
+                self._following = httpx.AsyncClient(headers=self._headers, **settings_of(self._base_url, UNBOUNDED))
+            return self._following
+
+    def _blocking(self) -> Client:
+        with self._lock:
+            if self._renewing is None:
+                self._renewing = self._apart()
+            return self._renewing
 
     create_session = _awaited(routes.create_session)
     list_sessions = _awaited(routes.list_sessions)
@@ -219,19 +270,25 @@ class AsyncClient(_Connection):
         """A block in which this process runs the session: see `AsyncTurn`."""
         return AsyncTurn(self, session_id, **options)
 
-    async def events(self, session_id: str, *, after: int = 0) -> AsyncIterator[Entry | Session]:
-        """What happens to a session: every entry after the seq ``after``, once and in order, and the session as it
-        stands after a change. It ends when the session does; a connection that breaks is made again.
+    async def events(self, session_id: str, *, after: int = 0) -> AsyncIterator[Event]:
+        """What happens to a session: every entry after the seq ``after``, once and in order; the session as it stands
+        after a change; and `Rewound` where entries that came were taken back. It ends when the session does.
 
-        Raises SessionNotFound, SessionExpired, and EventsTrimmed when the session was rewound past ``after``.
+        A connection that breaks is made again, however long the service or its database is away meanwhile. Every
+        follower has a connection of its own. Raises SessionNotFound, SessionExpired, and EventsTrimmed when the
+        session never had an entry ``after``.
         """
         following = Following(after)
         while not following.ended:
-            following.begin()
-            response = await self._send(routes.events(session_id, following.seq), stream=True)
             try:
-                async for line in response.aiter_lines():
-                    for event in following.take(line):
+                response = await self._send(routes.events(session_id, following.seq), stream=True)
+            except AgentStateError as error:
+                await asyncio.sleep(following.pause_s(error))
+                continue
+            following.begin()
+            try:
+                async for chunk in response.aiter_bytes():
+                    for event in following.take(chunk):
                         yield event
             except httpx.TransportError:
                 pass
@@ -256,7 +313,8 @@ class AsyncClient(_Connection):
                 await asyncio.sleep(attempt.wait_s)
             outcome: httpx.Response | httpx.TransportError
             try:
-                outcome = await self._http.send(self._http.build_request(**attempt.request), stream=stream)
+                http = self._streams if stream else self._http
+                outcome = await http.send(http.build_request(**attempt.request), stream=stream)
                 if not outcome.is_success:
                     await outcome.aread()
             except httpx.TransportError as error:

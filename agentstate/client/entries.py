@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from agentstate import documents
 from agentstate.sql.models import EntryKind
 
 
@@ -26,10 +27,10 @@ def tool_call(call_id: str, name: str, arguments: Any = None, *, expected_s: flo
 
 
 def tool_output(call_id: str, output: Any) -> dict[str, Any]:
-    """What a tool call gave."""
-    return {"kind": EntryKind.TOOL_RESULT, "call_id": call_id, "payload": {"output": output}}
+    """What a tool call gave. Of numbers that JSON does not have it keeps the names: ``NaN``, ``Infinity``."""
+    return {"kind": EntryKind.TOOL_RESULT, "call_id": call_id, "payload": {"output": documents.finite(output)}}
 
 
 def tool_error(call_id: str, error: Any) -> dict[str, Any]:
     """Why a tool call failed."""
-    return {"kind": EntryKind.TOOL_RESULT, "call_id": call_id, "payload": {"error": error}}
+    return {"kind": EntryKind.TOOL_RESULT, "call_id": call_id, "payload": {"error": documents.finite(error)}}

@@ -6,8 +6,9 @@ method's, and what it returns says what to send, what comes back and when sendin
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
@@ -15,6 +16,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel
 
+from agentstate import documents
 from agentstate.answers import (
     AppendedEntries,
     EngineList,
@@ -52,6 +54,11 @@ class Call(Generic[A]):
     body: dict[str, Any] | None = None
     headers: dict[str, str] = field(default_factory=dict)
     wait_s: float = 0.0
+
+
+def once(call: Call[A], **headers: str) -> Call[A]:
+    """``call`` with an Idempotency-Key of its own: however often it is sent, it is carried out once."""
+    return replace(call, headers={"Idempotency-Key": uuid.uuid4().hex, **call.headers, **headers})
 
 
 def create_session(
@@ -226,7 +233,8 @@ def claim_tool_call(
     """Claim a tool call, before executing it. It is to be executed by the caller only when its ``state`` is claimed.
 
     A call that has its result already is answered with it. The ``lease`` is needed while the session is being run.
-    Raises ToolCallClaimed, ToolCallUnknown (its claimant vanished: it may have run or not), SessionBusy, LeaseLost.
+    Raises ToolCallClaimed, ToolCallUnknown (its claimant vanished: it may have run or not), ToolCallReused (the id is
+    that of a call of another tool or with other arguments), SessionBusy, LeaseLost.
     """
     body = {"name": name, "arguments": arguments, "expected_s": expected_s, **_held(lease)}
     path = _session(session_id, "tool-calls", _part(call_id))
@@ -236,12 +244,12 @@ def claim_tool_call(
 def finish_tool_call(
     session_id: str, call_id: str, *, output: Any = None, error: Any = None, lease: Lease | None = None
 ) -> Call[ToolCall]:
-    """Give a tool call its result: its ``error`` if there is one, else its ``output``.
+    """Give a tool call its result: its ``error`` if there is one, else its ``output``; see `tool_output`.
 
     The ``lease`` is needed while the session is being run, and none otherwise: a tool may end while its session is
     suspended. Raises ToolCallNotFound, ToolCallFinal, SessionBusy, LeaseLost.
     """
-    result = {"output": output} if error is None else {"error": error}
+    result = {"output": documents.finite(output)} if error is None else {"error": documents.finite(error)}
     path = _session(session_id, "tool-calls", _part(call_id), "result")
     return Call(_model(ToolCall), "PUT", path, Repeat.KEYED, body={**result, **_held(lease)})
 
@@ -273,7 +281,7 @@ def _post(
 
 
 def _model(answer: type[M]) -> Callable[[httpx.Response], M]:
-    return lambda response: answer.model_validate_json(response.content)
+    return lambda response: documents.parse(answer, response.content)
 
 
 def _session(session_id: str, *parts: str) -> str:

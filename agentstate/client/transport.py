@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import random
-import uuid
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -15,8 +14,9 @@ from typing import Any, TypeVar
 
 import httpx
 
-from agentstate.client.routes import Call, Repeat
-from agentstate.errors import AgentStateError, RequestRefused, ServiceUnreachable, SessionBusy
+from agentstate import documents
+from agentstate.client.routes import Call, Repeat, once
+from agentstate.errors import AgentStateError, InvalidEntry, RequestRefused, ServiceUnreachable, SessionBusy
 from agentstate.loopback import is_loopback
 
 A = TypeVar("A")
@@ -29,7 +29,7 @@ LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepali
 LONGEST_WAIT_S = 5.0
 # Such a request has not reached the service.
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-_GATEWAY = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+GATEWAY = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,16 @@ def exchange(
 
     A request is repeated, at most ``retries`` times, where the service did not get it, where it says that the same may
     succeed later, and where its answer was lost and ``call.repeat`` says that this does no harm. That a session is busy
-    is for the caller to wait for.
+    is for the caller to wait for. Raises InvalidEntry, and sends nothing, where the body cannot be JSON.
     """
-    headers = dict(call.headers)
     if call.repeat is Repeat.KEYED:
-        headers["Idempotency-Key"] = uuid.uuid4().hex
+        call = once(call)
     request = {
         "method": call.method,
         "url": call.path,
         "params": call.params,
-        "json": call.body,
-        "headers": headers,
+        "content": _body(call),
+        "headers": {**call.headers, **({} if call.body is None else {"Content-Type": "application/json"})},
         "timeout": httpx.Timeout(timeout_s + call.wait_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
     }
     wait_s = 0.0
@@ -83,10 +82,17 @@ def exchange(
     raise AssertionError("the last attempt returns or raises")
 
 
-def settings_of(base_url: str) -> dict[str, Any]:
+def settings_of(base_url: str, limits: httpx.Limits = LIMITS) -> dict[str, Any]:
     """What both clients give httpx for a service at ``base_url``: a proxy from the environment is not asked for what is
     on this machine."""
-    return {"base_url": base_url, "limits": LIMITS, "trust_env": not is_loopback(base_url)}
+    return {"base_url": base_url, "limits": limits, "trust_env": not is_loopback(base_url)}
+
+
+def _body(call: Call[Any]) -> bytes | None:
+    try:
+        return None if call.body is None else documents.encode(call.body)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidEntry(f"what {call.method} {call.path} was to send is not JSON: {error}") from error
 
 
 def problem(response: httpx.Response) -> AgentStateError:
@@ -114,7 +120,7 @@ def _may_succeed_later(error: AgentStateError, status: int, repeat: Repeat) -> b
         return True  # refused before anything was done
     if repeat is Repeat.NEVER or isinstance(error, SessionBusy):
         return False
-    return error.retryable or status in _GATEWAY
+    return error.retryable or status in GATEWAY
 
 
 def _retry_after_s(response: httpx.Response) -> float:

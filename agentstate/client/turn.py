@@ -1,14 +1,14 @@
 """A turn: the stretch in which one process runs a session.
 
-It begins with a resume and ends with a suspend, whatever happens in between; meanwhile the lease is renewed in the
-background, so that a model call or a tool may take as long as it takes.
+It begins with a resume and ends with a suspend, whatever happens in between; meanwhile the lease is renewed on a
+thread, so that a model call or a tool may take as long as it takes.
+
+A turn that is interrupted or cancelled ends too. Its resume and its suspend carry an Idempotency-Key. What broke off
+half-way is sent again on a thread: a lease that was taken meanwhile is given back, and the suspend arrives.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import threading
 from types import TracebackType
 from typing import Any, Protocol, Self, TypedDict, TypeVar, Unpack
 
@@ -27,8 +27,9 @@ from agentstate.answers import (
     Suspended,
 )
 from agentstate.client import routes
+from agentstate.client.keeper import BlockingSender, Keeper, apart
 from agentstate.client.routes import Call
-from agentstate.errors import AgentStateError, EngineUnreachable, LeaseLost
+from agentstate.errors import AgentStateError, EngineUnreachable, ToolInFlight
 from agentstate.fleet.manifests import KvState
 
 RENEWALS_PER_TTL = 3
@@ -36,7 +37,15 @@ RENEWALS_PER_TTL = 3
 A = TypeVar("A")
 
 
-class Sender(Protocol):
+class _Connected(Protocol):
+    def _blocking(self) -> BlockingSender:
+        """The client that threads of its turns share."""
+
+    def _apart(self) -> BlockingSender:
+        """Another client of the same service, for whoever asks to close."""
+
+
+class Sender(_Connected, Protocol):
     """What a turn needs of a client."""
 
     def _send(self, call: Call[A]) -> A: ...
@@ -44,7 +53,7 @@ class Sender(Protocol):
     def wait_operation(self, operation_id: str, *, timeout_s: float) -> Operation: ...
 
 
-class AsyncSender(Protocol):
+class AsyncSender(_Connected, Protocol):
     """What an asynchronous turn needs of a client."""
 
     async def _send(self, call: Call[A]) -> A: ...
@@ -70,6 +79,7 @@ class _Turn:
 
     def __init__(
         self,
+        connected: _Connected,
         session_id: str,
         *,
         lease_ttl_s: float = 60.0,
@@ -88,6 +98,7 @@ class _Turn:
         self.suspended: Suspended | None = None
         #: Whether the lease is known to be lost: another one may run the session, and nothing can be appended.
         self.lease_lost = False
+        self._connected = connected
         self._lease_ttl_s = lease_ttl_s
         self._kv_after = kv
         self._durable_timeout_ms = durable_timeout_ms
@@ -100,6 +111,7 @@ class _Turn:
             prefetch=prefetch,
         )
         self._resumed: Resumed | None = None
+        self._keeper: Keeper | None = None
 
     @property
     def resumed(self) -> Resumed:
@@ -150,15 +162,52 @@ class _Turn:
             )
         return self.resumed.engine
 
-    def _renewal(self) -> Call[Lease]:
-        return routes.renew(self.session_id, self.lease, lease_ttl_s=self._lease_ttl_s)
-
-    def _suspension(self, error: BaseException | None) -> Call[Suspended]:
-        # A turn that broke off is not done, whatever it meant to be.
-        reason = self.reason if error is None else "user_wait"
-        return routes.suspend(
-            self.session_id, self.lease, reason=reason, kv=self._kv_after, durable_timeout_ms=self._durable_timeout_ms
+    def _begin(self, resumed: Resumed) -> None:
+        self._resumed = resumed
+        self._keeper = Keeper(
+            self.session_id,
+            routes.renew(self.session_id, resumed.lease, lease_ttl_s=self._lease_ttl_s),
+            self._connected._blocking,
+            self._lease_ttl_s / RENEWALS_PER_TTL,
+            self._lose,
         )
+
+    def _lose(self) -> None:
+        self.lease_lost = True
+
+    def _ending(self, error: BaseException | None) -> Call[Suspended]:
+        """Keep the lease no longer; what is to be sent."""
+        if self._keeper is not None:
+            self._keeper.stop()
+        # A turn that broke off is not done, whatever it meant to be.
+        return self._suspension(self.lease, self.reason if error is None else "user_wait")
+
+    def _suspension(self, lease: Lease, reason: str) -> Call[Suspended]:
+        return routes.once(
+            routes.suspend(
+                self.session_id, lease, reason=reason, kv=self._kv_after, durable_timeout_ms=self._durable_timeout_ms
+            )
+        )
+
+    def _suspend_apart(self, suspension: Call[Suspended]) -> None:
+        def suspend(client: BlockingSender) -> None:
+            self.suspended = client._send(suspension)
+
+        apart(self.session_id, self._connected._apart(), suspend)
+
+    def _withdraw_apart(self, resumption: Call[Resumed]) -> None:
+        """Give back the lease that a resume may have taken after all."""
+        # If it took none so far it is not to wait for one.
+        again = routes.once(resumption, Prefer="wait=0")
+
+        def withdraw(client: BlockingSender) -> None:
+            try:
+                resumed = client._send(again)
+            except AgentStateError:
+                return
+            client._send(self._suspension(resumed.lease, "user_wait"))
+
+        apart(self.session_id, self._connected._apart(), withdraw)
 
     def _not_suspended(self, failure: AgentStateError, error: BaseException | None) -> None:
         if error is None:
@@ -187,30 +236,42 @@ class Turn(_Turn):
             turn.append(message({"role": "assistant", "content": reply.choices[0].message.content}))
 
     Entering it raises what `Client.resume` does. At its end the session is suspended, with ``reason``, also when the
-    block raises; an error of that suspend is raised, or noted on the block's own exception. The lease lapses
+    block raises; an error of that suspend is raised, or noted on the block's own exception. A turn that is ``done``
+    while a tool call has no result is suspended as ``tool_wait``, and raises ToolInFlight. The lease lapses
     ``lease_ttl_s`` after this process has vanished.
     """
 
     def __init__(self, client: Sender, session_id: str, **options: Unpack[TurnOptions]):
-        super().__init__(session_id, **options)
+        super().__init__(client, session_id, **options)
         self._client = client
-        self._ending = threading.Event()
-        self._keeper = threading.Thread(target=self._keep, name=f"agentstate-lease-{session_id}", daemon=True)
 
     def __enter__(self) -> Self:
-        self._resumed = self._client._send(self._resumption)
-        self._keeper.start()
+        resumption = routes.once(self._resumption)
+        try:
+            self._begin(self._client._send(resumption))
+        except AgentStateError:
+            raise
+        except BaseException:
+            self._withdraw_apart(resumption)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ending.set()
-        self._keeper.join()
+        suspension = self._ending(error)
         try:
-            self.suspended = self._client._send(self._suspension(error))
+            try:
+                self.suspended = self._client._send(suspension)
+            except ToolInFlight:
+                suspension = self._suspension(self.lease, "tool_wait")
+                self.suspended = self._client._send(suspension)
+                raise
         except AgentStateError as failure:
             self._not_suspended(failure, error)
+        except BaseException:
+            self._suspend_apart(suspension)
+            raise
 
     def append(self, *entries: dict[str, Any]) -> AppendedEntries:
         """Append all of them or none; they are kept once this returns. Raises LeaseLost, InvalidEntry."""
@@ -223,41 +284,49 @@ class Turn(_Turn):
             return suspended.kv
         return _settled(suspended, self._client.wait_operation(suspended.operation, timeout_s=timeout_s))
 
-    def _keep(self) -> None:
-        while not self._ending.wait(self._lease_ttl_s / RENEWALS_PER_TTL):
-            try:
-                self._client._send(self._renewal())
-            except LeaseLost:
-                self.lease_lost = True
-                return
-            except AgentStateError:
-                continue  # the service may be back before the lease lapses
-
 
 class AsyncTurn(_Turn):
-    """`Turn`, with ``async with`` and awaited methods."""
+    """`Turn`, with ``async with`` and awaited methods.
+
+    A tool may block the event loop: the lease is kept by a thread. Where the task is cancelled while the turn begins or
+    ends, the cancellation goes on at once and the session is suspended soon after, by a thread, for which the process
+    waits when it ends.
+    """
 
     def __init__(self, client: AsyncSender, session_id: str, **options: Unpack[TurnOptions]):
-        super().__init__(session_id, **options)
+        super().__init__(client, session_id, **options)
         self._client = client
-        self._keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._resumed = await self._client._send(self._resumption)
-        self._keeper = asyncio.create_task(self._keep(), name=f"agentstate-lease-{self.session_id}")
+        resumption = routes.once(self._resumption)
+        try:
+            self._begin(await self._client._send(resumption))
+        except AgentStateError:
+            raise
+        except BaseException:
+            self._withdraw_apart(resumption)
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._keeper is not None:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+        suspension = self._ending(error)
+        if isinstance(error, GeneratorExit):  # nobody runs this coroutine any more: nothing can be awaited
+            self._suspend_apart(suspension)
+            return
         try:
-            self.suspended = await self._client._send(self._suspension(error))
+            try:
+                self.suspended = await self._client._send(suspension)
+            except ToolInFlight:
+                suspension = self._suspension(self.lease, "tool_wait")
+                self.suspended = await self._client._send(suspension)
+                raise
         except AgentStateError as failure:
             self._not_suspended(failure, error)
+        except BaseException:
+            self._suspend_apart(suspension)
+            raise
 
     async def append(self, *entries: dict[str, Any]) -> AppendedEntries:
         """Append all of them or none; they are kept once this returns. Raises LeaseLost, InvalidEntry."""
@@ -269,14 +338,3 @@ class AsyncTurn(_Turn):
         if suspended.operation is None or suspended.kv.state is not KvState.PENDING:
             return suspended.kv
         return _settled(suspended, await self._client.wait_operation(suspended.operation, timeout_s=timeout_s))
-
-    async def _keep(self) -> None:
-        while True:
-            await asyncio.sleep(self._lease_ttl_s / RENEWALS_PER_TTL)
-            try:
-                await self._client._send(self._renewal())
-            except LeaseLost:
-                self.lease_lost = True
-                return
-            except AgentStateError:
-                continue  # the service may be back before the lease lapses

@@ -1,7 +1,8 @@
 """Where histories branch: what a fork or a rewind keeps, and what a deleted session leaves behind.
 
 Nothing is copied and nothing is deleted here, so the cost does not depend on the length of a history. What no history
-reaches any more is only marked; `agentstate.sessions.collection` takes it away.
+reaches any more is only marked; `agentstate.sessions.collection` takes it away. Only a session that is rewound again
+and again has entries numbered anew, now and then: see `compact`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from sqlalchemy.engine import Connection
 
 from agentstate.errors import NotABranchPoint
 from agentstate.sessions import transcript
-from agentstate.sessions.history import MAX_SEGMENTS, History
+from agentstate.sessions.history import MAX_SEGMENTS, History, Segment
 from agentstate.sql.database import now_us
-from agentstate.sql.models import leases, segments, sessions
+from agentstate.sql.models import entries, leases, segments, sessions, tool_calls
+
+COMPACT_AT = 64
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,48 @@ def branch_at(connection: Connection, row: Any, history: History, entry_id: str 
     return _bounded(Branch(history.between(1, place.seq), entry_id, place.seq + 1, 0), row)
 
 
+def compact(connection: Connection, row: Any, history: History) -> bool:
+    """Make one segment of the newest ones of a history that has ``COMPACT_AT`` or more, each left by a rewind.
+
+    Their entries keep their ids and get new ``seq``, which follow all that were ever given. Only entries of the session
+    itself are, and none that a fork shares. Gives back whether the history changed: then its row did, whose lock the
+    caller holds, but for its revision.
+    """
+    if len(history.segments) < COMPACT_AT:
+        return False
+    shared_to = connection.execute(
+        sa.select(sa.func.max(segments.c.last_seq)).where(
+            segments.c.owner_id == row.id, segments.c.session_id != row.id
+        )
+    ).scalar()
+    newest: list[Segment] = []
+    for part in history.segments[: -COMPACT_AT // 2 - 1 : -1]:
+        if part.owner_id != row.id or part.first <= (shared_to or 0):
+            break
+        newest.insert(0, part)
+    if len(newest) < 2:
+        return False
+    moves, next_seq = [], row.next_seq
+    for part in newest:
+        moves.append({"uid": row.id, "first": part.first, "last": part.last, "by": next_seq - part.first})
+        next_seq += part.length
+    for column in (entries.c.seq, tool_calls.c.call_seq, tool_calls.c.result_seq):
+        connection.execute(
+            sa.update(column.table)
+            .where(
+                column.table.c.session_id == sa.bindparam("uid"),
+                column.between(sa.bindparam("first"), sa.bindparam("last")),
+            )
+            .values({column.name: column + sa.bindparam("by")}),
+            moves,
+        )
+    History(history.segments[: -len(newest)]).close(connection, row.id)
+    connection.execute(
+        sa.update(sessions).where(sessions.c.id == row.id).values(own_seq=row.next_seq, next_seq=next_seq)
+    )
+    return True
+
+
 def bury(connection: Connection, row: Any) -> None:
     """Delete a session whose row is locked: its id is free, its row stays until nothing shares its entries."""
     mark_garbage(connection, [row.id, *History.of(connection, row).owners()])
@@ -77,7 +122,7 @@ def _bounded(branch: Branch, row: Any) -> Branch:
     # One more than now, for what the branch appends itself.
     if len(branch.history.segments) >= MAX_SEGMENTS:
         raise NotABranchPoint(
-            f"the history of session {row.name} was branched {MAX_SEGMENTS} times up to there: start a new session "
+            f"the history of session {row.name} was forked {MAX_SEGMENTS} times up to there: start a new session "
             "from what is worth keeping of it",
             revision=row.revision,
         )

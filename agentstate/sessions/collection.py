@@ -20,7 +20,17 @@ from agentstate.fleet import manifests
 from agentstate.sessions import branches
 from agentstate.sessions.history import History, Segment
 from agentstate.sql.database import Database, now_us
-from agentstate.sql.models import blobs, entries, idempotency, operations, segments, sessions, tool_calls, tool_timings
+from agentstate.sql.models import (
+    CHECKPOINT_TABLES,
+    blobs,
+    entries,
+    idempotency,
+    operations,
+    segments,
+    sessions,
+    tool_calls,
+    tool_timings,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +159,11 @@ def _collect_session(database: Database, session_id: str) -> tuple[int, bool]:
                     )
         if row.deleted_us is None:
             return removed, True
+        # Not left to the deletion of the session, which forks may put off for ever.
+        for name in CHECKPOINT_TABLES:
+            table = sa.table(name, sa.column("session_id"))
+            with database.write() as connection:
+                connection.execute(sa.delete(table).where(table.c.session_id == session_id))
         with database.write() as connection:
             shared = sa.exists().where(segments.c.owner_id == session_id)
             left = connection.execute(

@@ -5,7 +5,8 @@ segments, each a run of consecutive ``seq`` of one owner; the last one is the se
 closed and stored in the table ``segments``. ``seq`` grows along a history and is never given twice in one: after a
 rewind the numbers of the entries that were taken back stay unused.
 
-The list is bounded by ``MAX_SEGMENTS``, so that a read stays a constant number of statements.
+The list is bounded by ``MAX_SEGMENTS``, so that a read stays a constant number of statements. Those that rewinds leave
+are made one now and then, by giving their entries new ``seq`` (`agentstate.sessions.branches.compact`).
 """
 
 from __future__ import annotations
@@ -73,6 +74,10 @@ class History:
     def owner_of(self, seq: int) -> str | None:
         """Whose entry ``seq`` of this history is; None where it has none."""
         return next((part.owner_id for part in self.segments if part.first <= seq <= part.last), None)
+
+    def newest_to(self, seq: int) -> int:
+        """The ``seq`` of the newest entry up to ``seq``; 0 where there is none."""
+        return max((min(part.last, seq) for part in self.segments if part.first <= seq), default=0)
 
     def owners(self) -> list[str]:
         """The sessions whose entries these are, the newest entries' first."""

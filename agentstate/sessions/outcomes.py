@@ -59,6 +59,18 @@ class SessionPage:
 
 
 @dataclass(frozen=True)
+class Since:
+    """The session, and the oldest of the entries that come after some ``seq``.
+
+    ``kept`` is that ``seq``, or the newest before it where a rewind took that entry back.
+    """
+
+    session: Session
+    kept: int
+    page: EntryPage
+
+
+@dataclass(frozen=True)
 class Appended:
     session: Session
     entries: list[Entry]

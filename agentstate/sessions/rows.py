@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentstate import ids
-from agentstate.errors import RevisionStale, SessionExists, SessionExpired, SessionNotFound
+from agentstate.errors import RevisionStale, SessionExists, SessionExpired, SessionNotFound, ToolCallReused
 from agentstate.fleet import manifests
 from agentstate.fleet.placement import Stored
 from agentstate.sessions import branches, leases, toolcalls, transcript
@@ -167,6 +167,18 @@ class Rows:
             result=result,
             revision=row.revision,
         )
+
+    def require_same_call(
+        self, connection: Connection, row: Any, history: History, call: toolcalls.KnownCall, payload: dict[str, Any]
+    ) -> None:
+        """Raises ToolCallReused unless ``payload`` is that of ``call``, but for how long it is expected to take."""
+        (entry,) = transcript.read(connection, row.name, history.between(call.call_seq, call.call_seq))
+        if not all(transcript.alike(entry.payload.get(what), payload.get(what)) for what in ("name", "arguments")):
+            raise ToolCallReused(
+                f"the id {call.call_id!r} is that of a call of {call.name!r}, with other arguments or not of "
+                f"{payload['name']!r}: give every call of a session an id of its own",
+                revision=row.revision,
+            )
 
     def require_turn(self, connection: Connection, row: Any, key: LeaseKey | None) -> int:
         """The database's time, if the caller may change the transcript: its lease is valid, or nobody has one."""

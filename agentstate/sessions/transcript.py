@@ -17,7 +17,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from agentstate.errors import EntryNotFound, InvalidEntry
+from agentstate import documents, ids
+from agentstate.errors import EntryNotFound, InvalidEntry, InvalidId
 from agentstate.sessions import toolcalls
 from agentstate.sessions.history import History
 from agentstate.sql.database import insert, now_us
@@ -89,8 +90,12 @@ def check(new: Sequence[NewEntry]) -> None:
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
-    """Raises InvalidEntry when it is no JSON or has more than ``MAX_METADATA_BYTES``."""
+    """Raises InvalidEntry when it is no JSON of Unicode, or has more than ``MAX_METADATA_BYTES``."""
     size_bytes = len(check_json(metadata, "metadata"))
+    try:
+        json.dumps(metadata, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidEntry(f"metadata is not Unicode: {error}") from None
     if size_bytes > MAX_METADATA_BYTES:
         raise InvalidEntry(f"metadata has {size_bytes} bytes, {MAX_METADATA_BYTES} are allowed: append a note instead")
 
@@ -103,12 +108,16 @@ def _check_entry(entry: NewEntry) -> None:
         return
     if not entry.call_id:
         raise InvalidEntry(f"a {entry.kind} needs a call_id")
+    try:
+        ids.check(entry.call_id)
+    except InvalidId as error:
+        raise InvalidEntry(f"the call_id of a {entry.kind}: {error}") from None
     if entry.kind is EntryKind.TOOL_RESULT:
         if ("output" in entry.payload) == ("error" in entry.payload):
             raise InvalidEntry(f"the result of tool call {entry.call_id!r} needs either output or error in its payload")
         return
     name, expected_s = entry.payload.get("name"), entry.payload.get("expected_s")
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name or not documents.is_text(name):
         raise InvalidEntry(f"tool call {entry.call_id!r} needs the tool's name in its payload")
     if expected_s is not None and (
         isinstance(expected_s, bool)
@@ -121,10 +130,9 @@ def _check_entry(entry: NewEntry) -> None:
 
 
 def check_json(value: dict[str, Any], what: str) -> bytes:
-    """``value`` as JSON. Raises InvalidEntry when it cannot be."""
-    # Python's JSON takes two things in that no database and no client gives back: NaN and lone surrogates.
+    """``value`` as JSON. Raises InvalidEntry when it cannot be: with NaN, which Python's JSON takes in, it cannot."""
     try:
-        content = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+        content = documents.encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidEntry(f"{what} is not JSON: {error}") from None
     level: list[Any] = [value]
@@ -138,6 +146,11 @@ def check_json(value: dict[str, Any], what: str) -> bytes:
         if not level:
             return content
     raise InvalidEntry(f"{what} is nested deeper than {MAX_JSON_DEPTH} levels")
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values are the same JSON, whatever the order of their keys. Unlike in Python, true is not 1."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def step(entry: Entry) -> toolcalls.Claim | toolcalls.Finish | None:
@@ -230,9 +243,9 @@ def _beyond(dialect: str, parts: int, newest: bool) -> Any:
     return sa.select(first).where(sized.c.until > sa.bindparam("most"), sized.c.number > 1)
 
 
-def by_id(connection: Connection, name: str, ids: Sequence[str]) -> dict[str, Entry]:
+def by_id(connection: Connection, name: str, wanted: Sequence[str]) -> dict[str, Entry]:
     """Entries by their ids, for whoever knows that they are the session's."""
-    found = connection.execute(_SELECT.where(table.c.id.in_(ids)))
+    found = connection.execute(_SELECT.where(table.c.id.in_(wanted)))
     return {entry.id: entry for entry in _complete(connection, name, found.all())}
 
 

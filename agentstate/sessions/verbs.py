@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from agentstate import ids
 from agentstate.errors import (
@@ -36,6 +37,7 @@ from agentstate.sessions.outcomes import (
     Resumed,
     Session,
     SessionPage,
+    Since,
     Suspended,
     SuspendReason,
     ToolCall,
@@ -79,14 +81,14 @@ class Sessions:
         expires_in_s: float | None = None,
     ) -> Session:
         """A new session, under an id of the caller's if it brings one. Without ``expires_in_s`` it expires as the
-        tenant's sessions do. Raises SessionExists, InvalidEntry."""
+        tenant's sessions do. Raises SessionExists, InvalidEntry, InvalidId."""
         transcript.check_metadata(metadata or {})
         uid = ids.new("ses")
         with self._database.write() as connection:
             return self._rows.make(
                 connection,
                 id=uid,
-                name=session_id or uid,
+                name=uid if session_id is None else ids.check(session_id),
                 model=model,
                 metadata=metadata or {},
                 cache_salt=cache_salt,
@@ -296,22 +298,24 @@ class Sessions:
             found.entries.reverse()
         return found
 
-    def since(self, session_id: str, seq: int, limit: int = 100) -> tuple[Session, EntryPage]:
-        """The session, and the oldest entries of its history that come after ``seq``."""
+    def since(self, session_id: str, seq: int, limit: int = 100) -> Since:
+        """What there is for who has seen the entries of a session up to ``seq``."""
         with self._database.read() as connection:
             row = self._rows.find(connection, session_id)
-            rest = History.of(connection, row).between(seq + 1, row.next_seq)
-            return rows.session_of(row), transcript.page(connection, session_id, rest, limit)
+            history = History.of(connection, row)
+            rest = history.between(seq + 1, row.next_seq)
+            page = transcript.page(connection, session_id, rest, limit)
+            return Since(rows.session_of(row), history.newest_to(seq), page)
 
     def seen(self, session_id: str, seq: int) -> Session:
         """The session, for who has seen its entries up to ``seq``, 0 for none of them.
 
-        Raises EventsTrimmed when that entry is not in its history, as after a rewind.
+        Raises EventsTrimmed when it never had such an entry. One that a rewind took back since is none.
         """
         with self._database.read() as connection:
             row = self._rows.find(connection, session_id)
-            if seq and History.of(connection, row).owner_of(seq) is None:
-                raise EventsTrimmed(f"entry {seq} is not in session {session_id}: read it again", revision=row.revision)
+            if seq >= row.next_seq:
+                raise EventsTrimmed(f"session {session_id} never had an entry {seq}: read it", revision=row.revision)
             return rows.session_of(row)
 
     def append(self, session_id: str, key: LeaseKey, new: Sequence[NewEntry]) -> Appended:
@@ -340,19 +344,18 @@ class Sessions:
         """A new session that has this one's history up to the entry ``at``, or all of it. Nothing is copied.
 
         It has the parent's model and namespace, the scope of KV that the tenant's new sessions have (`salts`), and
-        unless given its metadata. Raises EntryNotFound, SessionExists;
+        unless given its metadata. Raises EntryNotFound, SessionExists, InvalidId;
         NotABranchPoint where a tool call would be cut off from its result.
         """
         transcript.check_metadata(metadata or {})
         uid = ids.new("ses")
         with self._database.write() as connection:
-            parent = self._rows.lock(connection, session_id, revision)
-            history = History.of(connection, parent)
+            parent, history = self._to_branch(connection, session_id, revision)
             branch = branches.branch_at(connection, parent, history, at)
             session = self._rows.make(
                 connection,
                 id=uid,
-                name=fork_id or uid,
+                name=uid if fork_id is None else ids.check(fork_id),
                 model=parent.model,
                 metadata=parent._mapping["metadata"] if metadata is None else metadata,
                 cache_salt=parent.cache_salt,
@@ -378,9 +381,8 @@ class Sessions:
         ToolInFlight while a tool call is claimed.
         """
         with self._database.write() as connection:
-            before = self._rows.lock(connection, session_id, revision)
+            before, history = self._to_branch(connection, session_id, revision)
             self._rows.require_turn(connection, before, key)
-            history = History.of(connection, before)
             branch = branches.START if at is None else branches.branch_at(connection, before, history, at)
             if branch.head_id == before.head_entry:
                 return rows.session_of(before)
@@ -402,6 +404,14 @@ class Sessions:
                 branched_us=now_us(),
             )
 
+    def _to_branch(self, connection: Connection, session_id: str, revision: Seen) -> tuple[Any, History]:
+        row = self._rows.lock(connection, session_id, revision)
+        history = History.of(connection, row)
+        if branches.compact(connection, row, history):
+            row = self._rows.lock(connection, session_id)
+            history = History.of(connection, row)
+        return row, history
+
     # --- tool calls
 
     def claim(
@@ -416,8 +426,9 @@ class Sessions:
     ) -> Claimed:
         """Append a tool call before it is executed; of several claimants one is told to execute it.
 
-        Needs the lease while the session is being run. Raises ToolCallClaimed, ToolCallUnknown, SessionBusy,
-        LeaseLost, InvalidEntry.
+        The same call is one of the same id, tool and arguments; ``expected_s`` may differ. Needs the lease while the
+        session is being run. Raises ToolCallReused, ToolCallClaimed, ToolCallUnknown, SessionBusy, LeaseLost,
+        InvalidEntry.
         """
         payload = {"name": name, "arguments": arguments}
         if expected_s is not None:
@@ -428,6 +439,8 @@ class Sessions:
             before = self._rows.lock(connection, session_id)
             history = History.of(connection, before)
             found = toolcalls.known(connection, before.id, history, [call_id]).get(call_id)
+            if found is not None:
+                self._rows.require_same_call(connection, before, history, found, payload)
             if found is not None and found.state is ToolCallState.CLAIMED:
                 raise ToolCallClaimed(
                     f"tool call {call_id!r} is claimed: wait for its result", revision=before.revision

@@ -98,6 +98,9 @@ api_keys = Table(
     Column("revoked_us", BigInteger),
 )
 
+# LangGraph's: rows of a session, described by the adapter alone.
+CHECKPOINT_TABLES = ("checkpoint_writes", "checkpoint_channels", "checkpoint_blobs", "checkpoints")
+
 sessions = Table(
     "sessions",
     metadata,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import operator
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -25,9 +26,15 @@ from typing_extensions import TypedDict
 from agentstate.adapters import langgraph as adapter
 from agentstate.adapters.langgraph import AgentStateSaver
 from agentstate.adapters.tables import checkpoint_blobs, checkpoint_channels, checkpoint_writes, checkpoints
-from agentstate.errors import SchemaOutdated
+from agentstate.errors import InvalidId, SchemaOutdated, SessionExpired, SessionNotFound
+from agentstate.sessions import tenants
+from agentstate.sessions.collection import collect
+from agentstate.sessions.outcomes import SuspendReason
+from agentstate.sessions.tenants import Tenant
+from agentstate.sessions.transcript import NewEntry
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.database import Database
+from agentstate.sql.models import EntryKind
 from agentstate.sql.models import sessions as sessions_table
 
 TABLES = (checkpoints, checkpoint_channels, checkpoint_blobs, checkpoint_writes)
@@ -269,6 +276,23 @@ def test_a_filter_compares_values_and_not_their_texts(saver: AgentStateSaver) ->
     assert list(saver.list(thread("t"), filter={'odd "key".': "x"})) == []
 
 
+def test_a_row_that_is_odd_does_not_fail_the_lists(saver: AgentStateSaver, database: Database) -> None:
+    def put_with(mark: Any) -> None:
+        checkpoint = {**empty_checkpoint(), "channel_values": {}}
+        saver.put(thread("t"), checkpoint, {"source": "loop", "step": 0, "parents": {}, "mark": mark}, {})
+
+    for mark in ("plain", float("nan"), "\ud800", "a\0b", ["\udcff", float("inf")]):
+        put_with(mark)
+    if database.is_sqlite:  # as earlier versions stored it
+        with database.write() as connection:
+            connection.exec_driver_sql(
+                "UPDATE checkpoints SET metadata = replace(metadata, '\"NaN\"', 'NaN') WHERE metadata LIKE '%NaN%'"
+            )
+    assert len(list(saver.list(thread("t"), filter={"source": "loop"}))) == 5
+    for mark in ("plain", "\ud800"):
+        assert [each.metadata["mark"] for each in saver.list(None, filter={"mark": mark, "step": 0})] == [mark]
+
+
 # --- threads are sessions
 
 
@@ -309,6 +333,131 @@ def test_a_copy_has_the_sources_kv_namespace_and_its_own_life(
     copied = saver.get_tuple(thread("copy"))
     assert copied.checkpoint["channel_values"]["log"] == [LONG] * 20
     assert copied.pending_writes == [("task", "log", 1)]
+
+
+def test_an_id_may_be_a_uuid(database: Database, saver: AgentStateSaver) -> None:
+    for delete in (saver.delete_thread, lambda thread_id: saver.prune([thread_id], strategy="delete")):
+        thread_id, run_id = uuid.uuid4(), uuid.uuid4()
+        config = put(saver, thread(thread_id), n=1)
+        put(saver, {**config, "metadata": {"run_id": str(run_id)}}, n=2)
+        saver.copy_thread(thread_id, uuid.uuid4())
+        saver.delete_for_runs([run_id])
+        saver.prune([thread_id])
+        assert [each.checkpoint["channel_values"] for each in saver.list(thread(thread_id))] == [{"n": 1}]
+        delete(thread_id)
+        assert saver.get_tuple(thread(thread_id)) is None
+        assert count(database, checkpoints, str(thread_id)) == 0
+
+
+@pytest.mark.parametrize("odd", ["user@example.com", "a/b", "ü", "x" * 129])
+def test_a_thread_may_be_called_what_a_session_may(saver: AgentStateSaver, sessions: Sessions, odd: str) -> None:
+    put(saver, thread(odd), n=1)
+    assert sessions.read(odd).id == odd
+    assert [each.config["configurable"]["thread_id"] for each in saver.list(thread(odd))] == [odd]
+
+
+@pytest.mark.parametrize("odd", ["", "a\0b", "\ud800", "~a", "x" * 1025])
+def test_a_thread_may_not_be_called_what_a_session_may_not(
+    saver: AgentStateSaver, sessions: Sessions, odd: str
+) -> None:
+    for attempt in (
+        lambda: put(saver, thread(odd), n=1),
+        lambda: saver.put_writes(thread(odd, "1"), [("n", 1)], "task"),
+        lambda: saver.get_tuple(thread(odd)),
+        lambda: list(saver.list(thread(odd))),
+        lambda: saver.delete_thread(odd),
+        lambda: saver.copy_thread("t", odd),
+        lambda: sessions.create("m", session_id=odd),
+    ):
+        with pytest.raises(InvalidId):
+            attempt()
+
+
+def test_a_deleted_session_leaves_no_checkpoint_however_long_its_forks_live(
+    database: Database, saver: AgentStateSaver, sessions: Sessions
+) -> None:
+    sessions.create("m", session_id="t")
+    lease = sessions.resume("t", lease_ttl_s=60, tail=0).lease.key
+    sessions.append("t", lease, [NewEntry(EntryKind.NOTE, {"text": "shared"})])
+    sessions.suspend("t", lease, SuspendReason.USER_WAIT)
+    fork = sessions.fork("t", None)
+    config = put(saver, {**thread("t"), "metadata": {"run_id": "r"}}, log=[LONG] * 20)
+    saver.put_writes(config, [("log", 1)], "task")
+    sessions.delete("t", None)
+    assert list(saver.list(None)) == list(saver.list(thread("t"))) == []
+    saver.delete_for_runs(["r"])
+    collect(database, expired_after_s=0)
+    with database.read() as connection:
+        left = [connection.execute(sa.select(sa.func.count()).select_from(table)).scalar() for table in TABLES]
+    assert left == [0] * len(TABLES)
+    assert [entry.payload for entry in sessions.entries(fork.id).entries] == [{"text": "shared"}]
+
+
+def test_an_expired_thread_is_neither_read_nor_written_to(
+    database: Database, saver: AgentStateSaver, sessions: Sessions
+) -> None:
+    config = put(saver, thread("t"), n=1)
+    put(saver, thread("other"), n=1)
+    with database.write() as connection:
+        connection.execute(sa.update(sessions_table).where(sessions_table.c.name == "t").values(expires_us=1))
+    another = AgentStateSaver(database, model="m")
+    for attempt in (
+        lambda: put(saver, config, n=2),
+        lambda: put(another, thread("t"), n=2),
+        lambda: saver.put_writes(config, [("n", 1)], "task"),
+        lambda: another.put_writes(config, [("n", 1)], "task"),
+        lambda: saver.get_tuple(thread("t")),
+        lambda: list(saver.list(thread("t"))),
+        lambda: saver.prune(["t"]),
+        lambda: saver.copy_thread("t", "copy"),
+        lambda: saver.copy_thread("other", "t"),
+    ):
+        with pytest.raises(SessionExpired, match="t"):
+            attempt()
+    assert [each.config["configurable"]["thread_id"] for each in saver.list(None)] == ["other"]
+    saver.delete_thread("t")
+    assert [count(database, table) for table in TABLES] == [0] * len(TABLES)
+
+
+@pytest.mark.parametrize("first_step", [True, False])
+def test_a_session_that_is_deleted_during_a_run_stays_deleted(
+    saver: AgentStateSaver, sessions: Sessions, first_step: bool
+) -> None:
+    sessions.create("m", session_id="t", cache_salt="salt")
+    if not first_step:
+        put(saver, thread("t"), n=1)
+    found = saver.get_tuple(thread("t"))  # as a run begins
+    config = found.config if found else thread("t")
+    sessions.delete("t", None)
+    for _ in range(2):
+        with pytest.raises(SessionNotFound, match="deleted"):
+            put(saver, config, n=2)
+        with pytest.raises(SessionNotFound):
+            saver.put_writes(thread("t", "1"), [("n", 1)], "task")
+    assert sessions.list().sessions == []
+    assert saver.get_tuple(thread("t")) is None  # the next run
+    put(saver, thread("t"), n=1)
+    assert sessions.read("t").cache_salt is None
+
+
+def test_a_session_that_was_made_anew_during_a_run_is_not_that_runs(saver: AgentStateSaver, sessions: Sessions) -> None:
+    config = put(saver, thread("t"), n=1)
+    sessions.delete("t", None)
+    sessions.create("m", session_id="t")
+    with pytest.raises(SessionNotFound):
+        put(saver, config, n=2)
+    assert list(saver.list(thread("t"))) == []
+
+
+def test_a_new_thread_expires_as_its_tenants_sessions_do(
+    database: Database, saver: AgentStateSaver, sessions: Sessions
+) -> None:
+    with database.write() as connection:
+        tenants.put(connection, Tenant("default", expires_in_s=3600, requests_per_s=None))
+    put(saver, thread("t"), n=1)
+    session = sessions.read("t")
+    assert session.expires_us is not None
+    assert session.expires_us >= session.created_us + 3_600_000_000
 
 
 # --- what is deleted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,7 +15,7 @@ from stage import MODEL, Service
 
 from agentstate.adapters.openai_agents import AgentStateSession
 from agentstate.client import AsyncClient, message, note
-from agentstate.errors import LeaseLost, SessionBusy
+from agentstate.errors import LeaseLost, RequestRefused, SessionBusy
 from agentstate.sql.models import SessionStatus
 
 
@@ -220,6 +221,80 @@ def test_messages_of_others_are_part_of_the_conversation(run: Any) -> None:
         async with session:
             assert session.turn is not None
             assert session.turn.session.model == "other"
+
+    run(work)
+
+
+@sqlite_only
+def test_popping_for_ever(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as a history may have segments, and then forked."""
+    monkeypatch.setattr("agentstate.sessions.branches.MAX_SEGMENTS", 12)
+    monkeypatch.setattr("agentstate.sessions.branches.COMPACT_AT", 8)
+
+    async def work(client: AsyncClient) -> None:
+        session = AgentStateSession("s", client, model=MODEL)
+        async with session:
+            for number in range(30):
+                await session.add_items([item(str(number)), item("wrong")])
+                assert await session.pop_item() == item("wrong")
+        assert texts(await session.get_items()) == [str(number) for number in range(30)]
+        fork = await client.fork("s", revision="*")
+        assert texts(await AgentStateSession(fork.id, client, model=MODEL).get_items(limit=2)) == ["28", "29"]
+
+    run(work)
+
+
+@sqlite_only
+def test_items_that_are_too_many_for_one_request(run: Any, service: Service) -> None:
+    many = [item(str(number)) for number in range(2500)]
+    large = [item(f"{number} {'é' * 1_000_000}") for number in range(6)]
+
+    async def work(client: AsyncClient) -> None:
+        session = AgentStateSession("s", client, model=MODEL)
+        await session.add_items(many)
+        await session.add_items(large)
+        assert await session.get_items(limit=6) == large
+        with pytest.raises(RequestRefused, match="body-too-large"):
+            await session.add_items([*many, item("x" * 9_000_000)])
+        assert await session.get_items() == [*many, *large]
+
+    run(work)
+
+
+@sqlite_only
+def test_changes_of_one_session_at_once(run: Any) -> None:
+    """Of one object, in a block and without one."""
+
+    async def work(client: AsyncClient) -> None:
+        session = AgentStateSession("s", client, model=MODEL)
+        for block in (contextlib.nullcontext(), session):
+            await session.add_items([item(str(number)) for number in range(8)])
+            async with block:
+                popped = await asyncio.gather(*(session.pop_item() for _ in range(10)))
+            assert sorted(texts([each for each in popped if each is not None])) == list("01234567")
+            assert popped.count(None) == 2
+
+    run(work)
+
+
+@sqlite_only
+def test_a_pop_takes_what_is_the_newest(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where something was appended, in the same turn, between reading it and taking it back."""
+
+    async def work(client: AsyncClient) -> None:
+        async with AgentStateSession("s", client, model=MODEL) as session:
+            await session.add_items([item("old")])
+            rewind, turn = client.rewind, session.turn
+            assert turn is not None
+
+            async def late(*args: Any, **kwargs: Any) -> Any:
+                monkeypatch.undo()
+                await turn.append(message(item("new")))
+                return await rewind(*args, **kwargs)
+
+            monkeypatch.setattr(client, "rewind", late)
+            assert await session.pop_item() == item("new")
+            assert texts(await session.get_items()) == ["old"]
 
     run(work)
 

@@ -270,7 +270,7 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/sessions", {"model": ""}, "body.model"),
     ("/v1/sessions", {"model": "a\0b"}, "body.model"),
     ("/v1/sessions", {"model": "m", "colour": "red"}, "body.colour"),
-    ("/v1/sessions", {"model": "m", "id": "a/b"}, "body.id"),
+    ("/v1/sessions", {"model": "m", "id": "~a/b"}, "body.id"),
     ("/v1/sessions", {"model": "m", "id": ""}, "body.id"),
     ("/v1/sessions", {"model": "m", "expires_in_s": 0}, "body.expires_in_s"),
     ("/v1/sessions/s/resume", {"prefetch": "moon"}, "body.prefetch"),

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import anyio
+import httpx
 import pytest
 import sqlalchemy as sa
-from stage import MODEL, Service, register, stored
+from stage import MODEL, PATIENCE_S, Service, register, stored
 
-from agentstate.client import AsyncClient, AsyncTurn, Turn, message, tool_call, tool_output
+from agentstate.client import AsyncClient, AsyncTurn, Client, Turn, message, tool_call, tool_output
 from agentstate.errors import EngineUnreachable, LeaseLost, SessionBusy, ToolInFlight
 from agentstate.fleet import operations
 from agentstate.sql.models import SessionStatus
@@ -86,10 +88,10 @@ def test_a_turn_whose_block_raises_ends_suspended_too(service: Service, run: Bot
         turn.append(tool_output("c", "known after all"))
 
 
-def test_a_suspend_that_is_refused_is_raised(service: Service, run: Both) -> None:
+def test_a_turn_that_is_done_too_early_says_so_and_is_suspended(service: Service, run: Both) -> None:
     with pytest.raises(ToolInFlight):
         run(lambda turn: [lambda: turn.append(tool_call("c", "read"))], reason="done")
-    assert service.client.read("s").status is SessionStatus.RUNNING
+    assert service.client.read("s").status is SessionStatus.SUSPENDED
 
 
 def test_a_busy_session_is_not_entered(service: Service, run: Both) -> None:
@@ -143,6 +145,160 @@ def test_a_turn_learns_that_its_lease_is_lost(service: Service, run: Both) -> No
 
     with pytest.raises(LeaseLost):
         run(work, lease_ttl_s=0.3)
+
+
+# --- turns that are cancelled
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never happened"
+        time.sleep(0.02)
+
+
+def ends_suspended(service: Service) -> None:
+    until(lambda: service.client.read("s").status is SessionStatus.SUSPENDED)
+
+
+def in_a_client(service: Service, work: Callable[[AsyncClient], Any]) -> Any:
+    service.client.create_session(MODEL, id="s")
+
+    async def run() -> Any:
+        async with AsyncClient(service.base_url) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+def test_a_turn_in_a_scope_that_is_cancelled_ends(service: Service) -> None:
+    async def work(client: AsyncClient) -> bool:
+        with anyio.CancelScope() as scope:
+            async with client.turn("s"):
+                scope.cancel()
+                await anyio.sleep_forever()
+        return scope.cancelled_caught
+
+    assert in_a_client(service, work)
+    ends_suspended(service)
+
+
+def test_a_cancellation_at_the_end_of_a_turn_is_not_swallowed(service: Service) -> None:
+    async def work(client: AsyncClient) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        async with client.turn("s"):
+            await asyncio.sleep(0)  # whatever the turn has on the loop has begun
+            task.cancel()
+        await asyncio.sleep(0)
+        pytest.fail("the cancellation was lost")
+
+    with pytest.raises(asyncio.CancelledError):
+        in_a_client(service, work)
+    ends_suspended(service)
+
+
+@pytest.mark.parametrize("path", ["resume", "suspend"])
+def test_a_turn_that_is_cancelled_while_its_answer_comes_ends(service: Service, path: str) -> None:
+    """The service has carried out what the client does not wait for any more."""
+
+    async def work(client: AsyncClient) -> None:
+        send, arrived = client._http.send, asyncio.Event()
+
+        async def hold(request: Any, **options: Any) -> Any:
+            answer = await send(request, **options)
+            if request.url.path.endswith(path):
+                arrived.set()
+                await asyncio.Event().wait()
+            return answer
+
+        client._http.send = hold  # type: ignore[method-assign]
+
+        async def turn() -> None:
+            async with client.turn("s"):
+                pass
+
+        task = asyncio.create_task(turn())
+        await arrived.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    in_a_client(service, work)
+    ends_suspended(service)
+    assert service.client.resume("s").lease.epoch == 2
+
+
+def test_a_sync_turn_that_is_interrupted_as_it_begins_ends(service: Service) -> None:
+    service.client.create_session(MODEL, id="s")
+    with Client(service.base_url) as client:
+        send = client._http.send
+
+        def interrupt(request: Any, **options: Any) -> Any:
+            send(request, **options)
+            raise KeyboardInterrupt
+
+        client._http.send = interrupt  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt), client.turn("s"):
+            pytest.fail("the block ran")
+    ends_suspended(service)
+
+
+def test_a_turn_that_nobody_runs_any_more_ends(service: Service) -> None:
+    """A coroutine that is closed in the block cannot await anything."""
+
+    async def work(client: AsyncClient) -> None:
+        turn = await client.turn("s").__aenter__()
+        with pytest.raises(StopIteration):
+            turn.__aexit__(GeneratorExit, GeneratorExit(), None).send(None)
+
+    in_a_client(service, work)
+    ends_suspended(service)
+
+
+def test_a_tool_that_blocks_the_event_loop_keeps_its_lease(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentstate.client.turn.RENEWALS_PER_TTL", 1000)
+
+    def expiry() -> int:
+        with service.database.read() as connection:
+            return connection.execute(sa.text("SELECT expires_us FROM leases")).scalar_one()
+
+    async def work(client: AsyncClient) -> None:
+        async with client.turn("s", lease_ttl_s=300.0) as turn:
+            first = expiry()
+            until(lambda: expiry() > first)
+            assert not turn.lease_lost
+
+    in_a_client(service, work)
+    ends_suspended(service)
+
+
+def test_who_left_while_waiting_for_a_session_does_not_get_it(service: Service) -> None:
+    service.client.create_session(MODEL, id="s")
+    held = service.client.resume("s")
+    body = {"on_busy": "wait", "busy_timeout_ms": 30_000}
+    with (
+        httpx.Client(base_url=service.base_url, timeout=httpx.Timeout(PATIENCE_S, read=0.2)) as leaver,
+        pytest.raises(httpx.ReadTimeout),
+    ):
+        leaver.post("/v1/sessions/s/resume", json=body)
+    service.client.suspend("s", held.lease, durable_timeout_ms=0)
+    # Nobody is before this one.
+    for _ in range(20):
+        assert service.client.read("s").status is SessionStatus.SUSPENDED
+        time.sleep(0.02)
+
+
+def test_how_long_to_wait_is_bounded_by_a_preference(service: Service) -> None:
+    service.client.create_session(MODEL, id="s")
+    held = service.client.resume("s")
+    answer = service.http.post(
+        "/v1/sessions/s/resume",
+        json={"on_busy": "wait", "busy_timeout_ms": 30_000},
+        headers={"Prefer": "respond-async, wait=0"},
+    )
+    assert answer.status_code == 409
+    assert service.client.renew("s", held.lease).epoch == held.lease.epoch
 
 
 def test_what_an_openai_client_needs(service: Service, run: Both) -> None:

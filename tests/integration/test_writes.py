@@ -212,6 +212,8 @@ def test_a_tool_call_is_claimed_once_and_its_result_is_kept(service: Service) ->
     assert_problem(service.http.put(f"{path}/result", json={**lease, "error": "x"}), 409, "tool-call-final")
     again = service.http.put(path, json=claim)
     assert (again.status_code, again.json()["result"]) == (200, {"output": {"hits": 3}})
+    for other in ({"name": "delete"}, {"arguments": {"q": 2}}):
+        assert_problem(service.http.put(path, json={**claim, **other}), 409, "tool-call-reused")
     unknown = service.http.put("/v1/sessions/mine/tool-calls/none/result", json={**lease, "output": 1})
     assert_problem(unknown, 404, "tool-call-not-found")
     second = service.http.put("/v1/sessions/mine/tool-calls/c2", json={**lease, "name": "search"})
@@ -305,14 +307,28 @@ def test_a_session_is_watched_from_where_the_client_was(service: Service) -> Non
     assert_problem(service.http.get(f"{path}/events"), 404, "session-not-found")
 
 
-def test_who_has_seen_what_was_taken_back_is_told_to_reload(service: Service) -> None:
+def test_who_has_seen_what_was_taken_back_is_told_so(service: Service) -> None:
     created(service, id="mine")
     turn = resumed(service, "mine")
     entries = {"lease": proof(turn), "entries": [note("a"), note("b")]}
     first = service.http.post("/v1/sessions/mine/entries", json=entries).json()["first_id"]
     rewind = {"at": first, "lease": proof(turn)}
     assert service.http.post("/v1/sessions/mine/rewind", json=rewind, headers={"If-Match": "*"}).status_code == 200
-    response = service.http.get("/v1/sessions/mine/events", headers={"Last-Event-ID": "2"})
+    append = {"lease": proof(turn), "entries": [note("c")]}
+    assert service.http.post("/v1/sessions/mine/entries", json=append).status_code == 201
+    with service.http.stream("GET", "/v1/sessions/mine/events", headers={"Last-Event-ID": "2"}) as stream:
+        found = events(stream.iter_lines())
+        event = next(found)
+        assert (event["event"], event["id"]) == ("rewind", "1")
+        assert json.loads(event["data"]) == {"session_id": "mine", "seq": 1}
+        assert [(event["event"], event["id"]) for event in [next(found)]] == [("entry", "3")]
+        assert next(found)["event"] == "session"
+        # And while it is connected.
+        rewind = {"at": None, "lease": proof(turn)}
+        httpx.post(f"{service.base_url}/v1/sessions/mine/rewind", json=rewind, headers={"If-Match": "*"})
+        event = next(found)
+        assert (event["event"], event["id"]) == ("rewind", "0")
+    response = service.http.get("/v1/sessions/mine/events", headers={"Last-Event-ID": "4"})
     assert_problem(response, 410, "events-trimmed")
     assert_problem(service.http.get("/v1/sessions/mine/events", params={"after": -1}), 422, "invalid-request")
 

@@ -27,6 +27,7 @@ from agentstate.errors import (
 from agentstate.fleet import engines, manifests
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import KvState, Manifest
+from agentstate.sessions import branches
 from agentstate.sessions.collection import collect
 from agentstate.sessions.history import MAX_SEGMENTS, History, Segment
 from agentstate.sessions.leases import LeaseKey
@@ -168,8 +169,11 @@ def test_a_rewind_takes_entries_back_and_their_numbers_stay_unused(sessions: Ses
     with pytest.raises(EntryNotFound):
         sessions.rewind(session.id, None, at=ids[1])
     with pytest.raises(EventsTrimmed):
-        sessions.seen(session.id, 3)
-    assert sessions.seen(session.id, 5).id == session.id
+        sessions.seen(session.id, 7)
+    for seq, kept in ((0, 0), (1, 1), (3, 1), (4, 1), (5, 5), (6, 6)):
+        assert sessions.seen(session.id, seq).id == session.id
+        since = sessions.since(session.id, seq)
+        assert (since.kept, [entry.seq for entry in since.page.entries]) == (kept, [n for n in (1, 5, 6) if n > seq])
 
 
 def test_a_rewind_to_the_start_leaves_nothing(sessions: Sessions) -> None:
@@ -206,9 +210,56 @@ def test_branches_are_bounded(sessions: Sessions, monkeypatch: pytest.MonkeyPatc
         grow(sessions, session_id, note())
         session_id = sessions.fork(session_id, None).id
     grow(sessions, session_id, note())
-    with pytest.raises(NotABranchPoint, match="3 times"):
+    with pytest.raises(NotABranchPoint, match="forked 3 times"):
         sessions.fork(session_id, None)
     assert MAX_SEGMENTS >= 100
+
+
+def test_a_session_may_be_rewound_for_ever(sessions: Sessions, database: Database) -> None:
+    """As `pop_item` does; its forks keep what they share, its tool calls their results, its followers their place."""
+    session_id = sessions.create("m").id
+    kept = grow(sessions, session_id, note("first"), call("c"), output("c"))
+    expected, forks = ["first", "c", "c"], {}
+    for number in range(MAX_SEGMENTS + 30):
+        kept += grow(sessions, session_id, note(f"kept {number}"), call(f"c{number}"), output(f"c{number}"))
+        expected += [f"kept {number}", f"c{number}", f"c{number}"]
+        grow(sessions, session_id, note("popped"))
+        sessions.rewind(session_id, None, at=kept[-1])
+        if number == 100:
+            forks[sessions.fork(session_id, None).id] = list(expected)
+    fork_id = sessions.fork(session_id, None).id
+    collect(database, expired_after_s=0)
+    for of, wanted in {session_id: expected, fork_id: expected, **forks}.items():
+        found: list[Any] = []
+        page = sessions.entries(of, limit=1000)
+        while page.entries:
+            found += page.entries
+            page = sessions.entries(of, after=found[-1].id, limit=1000)
+        assert [entry.payload.get("text", entry.call_id) for entry in found] == wanted
+        assert [entry.id for entry in found] == kept[: len(wanted)]
+        assert [entry.parent_id for entry in found] == [None, *kept[: len(wanted) - 1]]
+        for call_id in ("c", "c0", "c90", f"c{len(wanted) // 3 - 2}"):
+            claimed = sessions.claim(of, call_id, "search")
+            assert (claimed.fresh, claimed.call.result) == (False, {"output": "found"})
+    assert sessions.resume(session_id, lease_ttl_s=60, tail=7).tail.entries[0].id == kept[-8], "no call is cut off"
+    assert rows(database, "entries") == len(kept)
+
+
+def test_who_follows_a_session_is_told_of_new_numbers_as_of_a_rewind(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(branches, "COMPACT_AT", 4)
+    session_id = sessions.create("m").id
+    kept: list[str] = []
+    told: list[tuple[int, str]] = []
+    for number in range(20):
+        kept += grow(sessions, session_id, note(str(number)))
+        grow(sessions, session_id, note("popped"))
+        sessions.rewind(session_id, None, at=kept[-1])
+        since = sessions.since(session_id, told[-1][0] if told else 0)
+        told = [item for item in told if item[0] <= since.kept]
+        told += [(entry.seq, entry.id) for entry in since.page.entries]
+        assert [entry_id for _, entry_id in told] == kept
 
 
 # --- what is known of the KV
@@ -325,9 +376,13 @@ class Copy:
     entries: list[tuple[str, str]] = field(default_factory=list)  # id, text
 
 
+@pytest.mark.parametrize("compact_at", [2, branches.COMPACT_AT])
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_branches_are_as_if_they_had_been_copied(migrated_file: Path, data: st.DataObject) -> None:
+def test_branches_are_as_if_they_had_been_copied(
+    migrated_file: Path, monkeypatch: pytest.MonkeyPatch, compact_at: int, data: st.DataObject
+) -> None:
+    monkeypatch.setattr(branches, "COMPACT_AT", compact_at)
     with tempfile.TemporaryDirectory() as directory:
         shutil.copy(migrated_file, Path(directory) / "a.db")
         database = Database(f"sqlite:///{directory}/a.db")

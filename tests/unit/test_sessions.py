@@ -26,7 +26,7 @@ from agentstate.sessions import transcript
 from agentstate.sessions.collection import collect
 from agentstate.sessions.leases import LeaseKey
 from agentstate.sessions.outcomes import Order, Resumed, SuspendReason
-from agentstate.sessions.transcript import NewEntry
+from agentstate.sessions.transcript import BLOB_BYTES, NewEntry
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.database import Database
 from agentstate.sql.models import EntryKind, SessionStatus
@@ -190,7 +190,9 @@ def test_concurrent_appends_leave_no_gap(database_url: str) -> None:
         ([call("c1"), output("c1"), output("c1")], "has a result already"),
         ([output("c1"), call("c1")], "append the call first"),
         ([NewEntry(EntryKind.NOTE, {"x": float("nan")})], "not JSON"),
-        ([NewEntry(EntryKind.NOTE, {"x": "\ud800"})], "not JSON"),
+        ([NewEntry(EntryKind.TOOL_CALL, {"name": "t\ud800"}, "c1")], "name"),
+        ([NewEntry(EntryKind.TOOL_CALL, {"name": "t"}, "c1\udcff")], "call_id"),
+        ([NewEntry(EntryKind.TOOL_CALL, {"name": "t"}, "c1\0")], "call_id"),
         ([NewEntry(EntryKind.NOTE, {"x": {1, 2}})], "not JSON"),
     ],
 )
@@ -218,6 +220,21 @@ def test_odd_but_valid_json_comes_back_unchanged(sessions: Sessions) -> None:
     payload = {"nul": "a\0b", "emoji": "☕🦆", "big": 2**80, "small": 1e-300, "list": [None, True, {}], "": 0}
     sessions.append(session.id, resume(sessions, session.id).lease.key, [NewEntry(EntryKind.NOTE, payload)])
     assert sessions.entries(session.id).entries[0].payload == payload
+
+
+def test_texts_that_are_not_unicode_are_kept_in_entries_and_refused_in_metadata(sessions: Sessions) -> None:
+    session = sessions.create("m")
+    payloads = [{"name": "\udcff.txt", "\ud800": 1}, {"text": "\udcff" * BLOB_BYTES}]
+    sessions.append(
+        session.id,
+        resume(sessions, session.id).lease.key,
+        [NewEntry(EntryKind.NOTE, payload) for payload in payloads],
+    )
+    assert [entry.payload for entry in sessions.entries(session.id).entries] == payloads
+    with pytest.raises(InvalidEntry, match="not Unicode"):
+        sessions.create("m", metadata=payloads[0])
+    with pytest.raises(InvalidEntry, match="not JSON"):
+        sessions.update(session.id, None, metadata={"x": float("nan")})
 
 
 # --- paging
@@ -402,8 +419,8 @@ def test_every_verb_finds_its_rows_by_index(tmp_path: Any) -> None:
                 plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", one)
                 plans += [row.detail for row in plan]
     assert any("SEARCH entries" in line for line in plans)
-    # The few engines are read whole; a recursive query steps through what it has found itself.
-    allowed = ("SCAN engines", "SCAN cut", "SCAN CONSTANT", "SCAN blobs")
+    # The few engines are read whole, of the keys one; a recursive query steps through what it has found itself.
+    allowed = ("SCAN engines", "SCAN api_keys", "SCAN cut", "SCAN CONSTANT", "SCAN blobs")
     walked = {line for line in plans if line.startswith("SCAN") and not line.startswith(allowed)}
     assert walked == set()
     # Nor does one walk through all calls of a session: what comes after the session's id is in the index too.
@@ -481,7 +498,7 @@ def before_statement(number: int, act: Callable[[], None]) -> Iterator[None]:
 
 READS: list[Callable[[Sessions, str], list[str]]] = [
     lambda sessions, name: [entry.payload["content"] for entry in sessions.entries(name).entries],
-    lambda sessions, name: [entry.payload["content"] for entry in sessions.since(name, 0)[1].entries],
+    lambda sessions, name: [entry.payload["content"] for entry in sessions.since(name, 0).page.entries],
 ]
 
 
@@ -545,7 +562,7 @@ def test_a_page_is_bounded_by_bytes_and_nothing_is_skipped(sessions: Sessions, k
         assert found == right
     seen: list[str] = []
     while len(seen) < len(names):
-        page = sessions.since(session.id, len(seen))[1]
+        page = sessions.since(session.id, len(seen)).page
         assert 0 < len(page.entries) <= most
         seen += contents(page.entries)
         assert page.has_more == (len(seen) < len(names))

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from agentstate.errors import InvalidEntry, ToolInFlight
+from agentstate.errors import InvalidEntry, ToolCallClaimed, ToolCallReused, ToolCallUnknown, ToolInFlight
 from agentstate.sessions.collection import collect
 from agentstate.sessions.outcomes import SuspendReason
-from agentstate.sessions.transcript import NewEntry
+from agentstate.sessions.transcript import BLOB_BYTES, NewEntry
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.database import Database
 from agentstate.sql.models import EntryKind, SessionStatus
@@ -114,3 +114,38 @@ def test_how_long_a_tool_takes_outlives_its_sessions(sessions: Sessions, databas
     assert claimed.fresh
     assert claimed.call.typical_s == pytest.approx(3, abs=1)
     assert sessions.of("other").claim(sessions.of("other").create("m").id, "a", "search").call.typical_s is None
+
+
+def test_an_id_stands_for_one_call(sessions: Sessions, database: Database) -> None:
+    """Whatever became of the call, in a later turn too, and where its arguments are large."""
+    session = sessions.create("m")
+    key = sessions.resume(session.id, lease_ttl_s=60, tail=1).lease.key
+    arguments = {"q": "weather", "n": 1, "deep": [{"a": 1.5}], "text": "x" * BLOB_BYTES}
+    others = [
+        ("search", None),
+        ("search", {**arguments, "n": True}),
+        ("search", {**arguments, "more": None}),
+        ("delete", arguments),
+    ]
+
+    def refused() -> None:
+        for name, given in others:
+            with pytest.raises(ToolCallReused, match="'call_0'"):
+                sessions.claim(session.id, "call_0", name, given, key=key)
+
+    assert sessions.claim(session.id, "call_0", "search", arguments, key=key).fresh
+    refused()
+    with pytest.raises(ToolCallClaimed):
+        sessions.claim(session.id, "call_0", "search", arguments, key=key)
+    fork = sessions.fork(session.id, None)
+    with pytest.raises(ToolCallUnknown):
+        sessions.claim(fork.id, "call_0", "search", arguments)
+    with pytest.raises(ToolCallReused):
+        sessions.claim(fork.id, "call_0", "delete", arguments)
+    sessions.finish(session.id, "call_0", {"output": "rain"}, key=key)
+    sessions.suspend(session.id, key, SuspendReason.DONE)
+    key = sessions.resume(session.id, lease_ttl_s=60, tail=1).lease.key
+    refused()
+    same = sessions.claim(session.id, "call_0", "search", dict(reversed(arguments.items())), expected_s=3, key=key)
+    assert (same.fresh, same.call.result) == (False, {"output": "rain"})
+    assert len(sessions.entries(session.id).entries) == 2

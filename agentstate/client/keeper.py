@@ -1,0 +1,89 @@
+"""What a turn does on threads: renewing its lease, and ending when whoever runs it cannot wait for that.
+
+A thread and not a task, also where the turn is asynchronous: a tool that blocks the event loop must not cost the lease,
+and a turn that is cancelled must end all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+
+from agentstate.answers import Lease
+from agentstate.client.routes import Call
+from agentstate.errors import AgentStateError, LeaseLost
+
+logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
+
+
+class BlockingSender(Protocol):
+    """A client that threads may use, also several at once."""
+
+    def _send(self, call: Call[A]) -> A: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Keeper:
+    """Renews a lease every ``interval_s`` until it is stopped or the lease is lost, which it tells ``on_lost``.
+
+    ``sender`` gives the client to renew with; it is asked on the keeper's thread, when a renewal is due.
+    """
+
+    def __init__(
+        self,
+        session_id: str,
+        renewal: Call[Lease],
+        sender: Callable[[], BlockingSender],
+        interval_s: float,
+        on_lost: Callable[[], None],
+    ):
+        self._session_id = session_id
+        self._renewal = renewal
+        self._sender = sender
+        self._interval_s = interval_s
+        self._on_lost = on_lost
+        self._stopping = threading.Event()
+        threading.Thread(target=self._run, name=f"agentstate-lease-{session_id}", daemon=True).start()
+
+    def stop(self) -> None:
+        """Renew no more. Does not wait: a renewal that is under way ends by itself, and tells nobody."""
+        self._stopping.set()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._interval_s):
+            try:
+                self._sender()._send(self._renewal)
+            except LeaseLost:
+                if not self._stopping.is_set():
+                    self._on_lost()
+                return
+            except AgentStateError:
+                continue  # the service may be back before the lease lapses
+            except Exception as error:
+                # The client was closed, perhaps while it sent this.
+                if not self._stopping.is_set():
+                    logger.warning("the lease of session %s is not renewed any more: %s", self._session_id, error)
+                return
+
+
+def apart(session_id: str, client: BlockingSender, work: Callable[[BlockingSender], None]) -> None:
+    """Do ``work`` with ``client`` on a thread of its own, and close the client. The process does not end before it."""
+
+    def run() -> None:
+        try:
+            with client:
+                work(client)
+        except AgentStateError as error:
+            logger.warning("session %s stays as it is until its lease lapses: %s", session_id, error)
+
+    threading.Thread(target=run, name=f"agentstate-end-{session_id}", daemon=False).start()

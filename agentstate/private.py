@@ -33,6 +33,11 @@ def close_to_others(path: Path) -> None:
         path.chmod(mode & 0o700)
 
 
+def private(path: str, flags: int) -> int:
+    """An ``opener`` for `open`: what it makes is this user's alone."""
+    return os.open(path, flags, FILE_MODE)
+
+
 def make_file(path: Path) -> None:
     """Make an empty file that only this user may read, or close one that is there to others. Raises OSError."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))

@@ -106,7 +106,7 @@ def _session(name: str, length: int, engine: Engine, time_us: int) -> dict[sa.Ta
         "created_us": time_us,
         "updated_us": time_us,
     }
-    lease = {"session_id": uid, "token_hash": None, "epoch": 1, "expires_us": 0}
+    lease = {"session_id": uid, "token_hash": None, "epoch": 1, "expires_us": 0, "engine": engine.base_url}
     manifest = {**_manifest(uid, length, engine), "updated_us": time_us}
     return {sessions_table: [session], entries_table: entries, leases_table: [lease], manifests_table: [manifest]}
 

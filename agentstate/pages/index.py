@@ -28,7 +28,7 @@ import numpy as np
 
 from agentstate.pages.extent import FORMAT_VERSION, Geometry
 from agentstate.pages.keys import KEY_BYTES, PageKeys
-from agentstate.private import FILE_MODE, make_directory, make_file
+from agentstate.private import FILE_MODE, make_directory, private
 
 logger = logging.getLogger(__name__)
 
@@ -155,10 +155,8 @@ class PageIndex:
     def _begin(self, weight: bytes = b".") -> None:
         """A damaged index may end the process that works on it, and must not do so for ever: the marks of what was not
         finished are counted. A change is often under way when a process is killed, so one of those is not enough."""
-        with suppress(OSError):
-            make_file(self._unfinished)
-            with self._unfinished.open("ab") as file:
-                file.write(weight)
+        with suppress(OSError), open(self._unfinished, "ab", opener=private) as file:
+            file.write(weight)
 
     def _finish(self, ended: int = 0) -> None:
         with suppress(OSError):

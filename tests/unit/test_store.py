@@ -378,9 +378,9 @@ def test_a_kill_before_any_system_call_of_publishing_leaves_all_or_nothing(tmp_p
         write(store, keys(2, 3, 4), version=1)
         assert holds(store, keys(2, 3, 4), version=1) and holds(store, keys(1))
         store.close()
-    # open, fallocate, write, sync, close and rename come before it is there; the directory's sync after; the last
-    # child was not killed.
-    assert stored == [0] * 6 + [2] * 4
+    # open, fallocate, write, sync, close and rename come before it is there; the directory's sync, and the mark of what
+    # is under way in the index, after; the last child was not killed.
+    assert stored == [0] * 6 + [2] * 5
 
 
 def child(program: str, *arguments: Path) -> subprocess.CompletedProcess[str]:

@@ -81,26 +81,21 @@ def saved() -> Saved:
     return Saved()
 
 
-def started(database: Database, heartbeat_s: float, saved: Callable[[Manifest], None]) -> Catalog:
-    """A catalog of stores that lose nothing."""
-    return Catalog(
-        database,
-        ENGINE,
-        heartbeat_s,
-        saved=saved,
-        needed=list,
-        stored=len,
-        losers=set,
-        dead=list,
-        n_bytes=int,
-    )
+def started(
+    database: Database,
+    heartbeat_s: float,
+    saved: Callable[[Manifest], None],
+    engine: Engine = ENGINE,
+    **answers: Callable[..., Any],
+) -> Catalog:
+    """A catalog of stores that lose nothing, unless ``answers`` say otherwise."""
+    of_stores = {"needed": list, "stored": len, "losers": set, "dead": list, "n_bytes": int, **answers}
+    return Catalog(database, engine, heartbeat_s, saved=saved, **of_stores)
 
 
 @pytest.fixture
 def catalog(database: Database, saved: Saved) -> Iterator[Catalog]:
-    catalog = Catalog(
-        database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
-    )
+    catalog = started(database, HEARTBEAT_S, saved)
     yield catalog
     catalog.close()
 
@@ -125,9 +120,7 @@ def registered(database: Database) -> list[Engine]:
 
 
 def test_an_engine_is_registered_until_it_closes(database: Switched, saved: Saved) -> None:
-    catalog = Catalog(
-        database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
-    )
+    catalog = started(database, HEARTBEAT_S, saved)
     until(lambda: len(registered(database)) == 1)
     (found,) = registered(database)
     assert (found.id, found.control_address, found.pages_dir) == ("eng_1", ENGINE.control_address, "/pages")
@@ -237,9 +230,7 @@ def test_what_breaks_off_is_saved_again_and_nothing_else(
 
 def test_a_database_without_its_schema_is_waited_for(url: str, saved: Saved) -> None:
     database = Database(url)
-    catalog = Catalog(
-        database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
-    )
+    catalog = started(database, HEARTBEAT_S, saved)
     catalog.save(manifest("s", 1))
     with pytest.raises(DatabaseError):
         catalog.load("s")
@@ -260,9 +251,7 @@ def test_a_file_that_another_process_holds_is_waited_for(
     database.upgrade()
     holder = sqlite3.connect(tmp_path / "agentstate.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
-    catalog = Catalog(
-        database, ENGINE, HEARTBEAT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
-    )
+    catalog = started(database, HEARTBEAT_S, saved)
     catalog.save(manifest("s", 1))
     until(lambda: "manifests wait for the database" in caplog.text)
     assert saved.manifests == []
@@ -275,9 +264,7 @@ def test_a_file_that_another_process_holds_is_waited_for(
 
 
 def test_closing_writes_what_waits(database: Switched, saved: Saved) -> None:
-    catalog = Catalog(
-        database, ENGINE, WAIT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
-    )
+    catalog = started(database, WAIT_S, saved)
     wanted = [manifest(f"s{n}", n) for n in range(5)]
     for one in wanted:
         catalog.save(one)
@@ -288,9 +275,7 @@ def test_closing_writes_what_waits(database: Switched, saved: Saved) -> None:
 
 def test_closing_ends_also_while_sql_is_down(database: Switched, saved: Saved) -> None:
     database.down = True
-    catalog = Catalog(
-        database, ENGINE, WAIT_S, saved=saved, needed=list, stored=len, losers=set, dead=list, n_bytes=int
-    )
+    catalog = started(database, WAIT_S, saved)
     catalog.save(manifest("s", 1))
     catalog.close()
     assert saved.manifests == []
@@ -310,17 +295,7 @@ def test_the_chains_of_all_manifests_are_told_one_by_one_when_the_database_answe
         assert not isinstance(chains, list)
         told.append(dict(chains))
 
-    catalog = Catalog(
-        database,
-        ENGINE,
-        HEARTBEAT_S,
-        saved=saved,
-        needed=needed,
-        stored=len,
-        losers=set,
-        dead=list,
-        n_bytes=int,
-    )
+    catalog = started(database, HEARTBEAT_S, saved, needed=needed)
     until(lambda: bool(told))
     catalog.close()
     assert told == [{"a": keys(1, 2), "b": keys(3)}]
@@ -336,12 +311,10 @@ class Stores:
         self.asked: list[list[bytes]] = []
 
     def catalog(self, database: Database, saved: Saved) -> Catalog:
-        return Catalog(
+        return started(
             database,
-            ENGINE,
             HEARTBEAT_S,
-            saved=saved,
-            needed=list,
+            saved,
             stored=self.stored,
             losers=lambda: self.losers.pop(0) if self.losers else set(),
             dead=lambda: self.dead.pop(0) if self.dead else [],
@@ -422,16 +395,13 @@ def test_two_engines_of_a_machine_with_directories_of_their_own_leave_each_other
             looked.set()
             return min(pages, len(chain))
 
-        catalogs[node] = Catalog(
+        catalogs[node] = started(
             database,
-            replace(ENGINE, id=ids.new("eng"), node=node, pages_dir=node),
             HEARTBEAT_S,
-            saved=saved,
+            saved,
+            replace(ENGINE, id=ids.new("eng"), node=node, pages_dir=node),
             needed=needed,
             stored=stored,
-            losers=set,
-            dead=list,
-            n_bytes=int,
         )
     for looked in marks.values():
         assert looked.wait(WAIT_S)
@@ -532,17 +502,7 @@ def test_a_session_that_is_deleted_while_manifests_are_looked_at_does_not_come_b
                 manifests.forget(connection, "a")
         return 1
 
-    catalog = Catalog(
-        database,
-        ENGINE,
-        HEARTBEAT_S,
-        saved=saved,
-        needed=list,
-        stored=stored,
-        losers=set,
-        dead=list,
-        n_bytes=int,
-    )
+    catalog = started(database, HEARTBEAT_S, saved, stored=stored)
     until(lambda: (found := catalog.load("b")) is not None and found.tokens == 64)
     catalog.close()
     assert catalog.load("a") is None

@@ -14,18 +14,9 @@ import agentstate.client
 ROOT = Path(__file__).parents[2]
 
 PUBLIC = {
-    "agentstate": {"AsyncClient", "Client", "__version__"},
-    "agentstate.client": {
-        "AsyncClient",
-        "AsyncTurn",
-        "Client",
-        "Turn",
-        "message",
-        "note",
-        "tool_call",
-        "tool_error",
-        "tool_output",
-    },
+    # Which these are, test_client_surface.py says.
+    "agentstate": set(agentstate.__all__),
+    "agentstate.client": set(agentstate.client.__all__),
     "agentstate.errors": {"AgentStateError", "LeaseLost", "SessionBusy", "SessionNotFound"},
     "agentstate.adapters.langgraph": {"AgentStateSaver"},
     "agentstate.adapters.openai_agents": {"AgentStateSession"},
@@ -43,8 +34,6 @@ def programs() -> Iterator[tuple[str, str]]:
 
 
 def test_public_names_are_where_they_were() -> None:
-    assert set(agentstate.__all__) == PUBLIC["agentstate"]
-    assert set(agentstate.client.__all__) == {*PUBLIC["agentstate.client"]}
     for module in ("agentstate", "agentstate.client", "agentstate.errors"):
         assert not {name for name in PUBLIC[module] if not hasattr(import_module(module), name)}
     # Their frameworks are not installed here: the tests of the adapters import them.

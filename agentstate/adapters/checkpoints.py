@@ -31,7 +31,6 @@ from sqlalchemy.sql.expression import FunctionElement
 from agentstate import ids
 from agentstate.adapters.tables import checkpoint_blobs, checkpoint_channels, checkpoint_writes, checkpoints
 from agentstate.errors import SessionExists, SessionExpired, SessionNotFound
-from agentstate.sessions import salts
 from agentstate.sessions.rows import Rows
 from agentstate.sql.database import Database, insert, now_us
 from agentstate.sql.models import sessions
@@ -458,7 +457,6 @@ def _ensure(connection: Connection, tenant: str, thread_id: str, known: str | No
                 metadata={},
                 next_seq=1,
                 expires_in_s=None,
-                kv_scope=salts.scope_of(connection, tenant),
                 **values,
             )
             return made.uid

@@ -16,7 +16,7 @@ from agentstate import ids
 from agentstate.errors import RevisionStale, SessionExists, SessionExpired, SessionNotFound, ToolCallReused
 from agentstate.fleet import manifests
 from agentstate.fleet.placement import Stored
-from agentstate.sessions import branches, leases, toolcalls, transcript
+from agentstate.sessions import branches, leases, salts, toolcalls, transcript
 from agentstate.sessions.history import History
 from agentstate.sessions.leases import LeaseKey
 from agentstate.sessions.outcomes import Appended, Session, ToolCall
@@ -102,9 +102,11 @@ class Rows:
     def make(
         self, connection: Connection, *, expires_in_s: float | None, branched: bool = False, **values: Any
     ) -> Session:
-        """A new session. Without ``expires_in_s`` it expires as the tenant's do. Raises SessionExists."""
+        """A new session, in the scope of KV that the tenant's sessions have now (`salts`). Without ``expires_in_s`` it
+        expires as the tenant's do. Raises SessionExists."""
         statement = _making(connection.dialect.name, expires_in_s is not None, branched)
         values["tenant"] = self.tenant
+        values["kv_scope"] = salts.scope_of(connection, self.tenant)
         if expires_in_s is None:
             values["of_tenant"] = self.tenant
         else:

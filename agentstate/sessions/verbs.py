@@ -93,7 +93,6 @@ class Sessions:
                 metadata=metadata or {},
                 cache_salt=cache_salt,
                 extra_key=extra_key,
-                kv_scope=salts.scope_of(connection, self._tenant),
                 next_seq=1,
                 expires_in_s=expires_in_s,
             )
@@ -360,7 +359,6 @@ class Sessions:
                 metadata=parent._mapping["metadata"] if metadata is None else metadata,
                 cache_salt=parent.cache_salt,
                 extra_key=parent.extra_key,
-                kv_scope=salts.scope_of(connection, self._tenant),
                 head_entry=branch.head_id,
                 next_seq=branch.next_seq,
                 own_seq=branch.next_seq,

@@ -185,7 +185,7 @@ class Resumed(BaseModel):
             "pending_tool_calls": [],
             "engine": {
                 "base_url": "http://127.0.0.1:30000/v1",
-                "extra_body": {"session_id": _SESSION["id"]},
+                "extra_body": {"session_id": f"{_SESSION['id']}.AQAAAAAAAAAMxSOO9Sy2kz3Z7yJkqxM5cHRlbmFudCBkZWZhdWx0"},
             },
             "kv": {
                 "state": "durable",

@@ -234,7 +234,7 @@ def _resumed(resumed: Resumed, operation_id: str | None) -> answers.Resumed:
         link = answers.EngineLink(
             base_url=resumed.engine.base_url,
             extra_body={
-                "session_id": session.uid,
+                "session_id": resumed.engine_session,
                 **{name: value for name, value in namespace.items() if value is not None},
             },
         )

@@ -17,7 +17,6 @@ from rich.table import Column, Table
 
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
-from agentstate.ids import new
 from agentstate.settings import Settings
 from benchmarks import device, results
 from benchmarks.engine import Answer, Engine
@@ -44,7 +43,7 @@ class Burst:
     ):
         self._stack = stack
         self._contexts = [unseen(tokens) for _ in range(sessions)]
-        self._names = [new("ses") for _ in range(sessions)]
+        self._sessions = [stack.begin_turn().engine_session for _ in range(sessions)]
         self._say = say
         self._step = step
 
@@ -53,8 +52,8 @@ class Burst:
         device, all at once while it is there, and one after the other. Raises EngineError for what was not restored."""
         async with Engine(self._stack.engine_url) as engine:
             self._say("computing the contexts")
-            for context, name in zip(self._contexts, self._names, strict=True):
-                await engine.ask(context, 1, name)
+            for context, session in zip(self._contexts, self._sessions, strict=True):
+                await engine.ask(context, 1, session)
                 self._step()
             self._say("resuming all of them at once")
             measured = []
@@ -99,7 +98,7 @@ class Burst:
         return await asyncio.gather(*(self._ask(engine, session, tail) for session, tail in enumerate(tails)))
 
     async def _ask(self, engine: Engine, session: int, tail: list[int]) -> Answer:
-        return await engine.ask(self._contexts[session] + tail, _OUTPUT, self._names[session])
+        return await engine.ask(self._contexts[session] + tail, _OUTPUT, self._sessions[session])
 
 
 def burst(

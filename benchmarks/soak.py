@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from agentstate.cli.local import LocalStack
+from agentstate.sessions.outcomes import Resumed
 from benchmarks.engine import Answer, Engine
 from benchmarks.replay import VOCABULARY
 
@@ -105,14 +106,18 @@ class Soak:
         return len(contexts) - 1
 
     async def _suspended(self, reference: list[tuple[Turn, tuple[int, ...]]]) -> Outcome:
-        outcome = Outcome()
+        outcome, sessions = Outcome(), dict[int, Resumed]()
         restarts = set(self._random.sample(range(1, len(reference)), min(self._restarts, len(reference) - 1)))
         for number, (turn, right) in enumerate(reference):
             event = self._event(number in restarts)
-            session = f"{self._salt}-{turn.conversation}"
+            if turn.conversation not in sessions:
+                sessions[turn.conversation] = self._stack.begin_turn()
+            session = sessions[turn.conversation]
             await self._happen(event, session, turn, reference[:number])
             async with Engine(self._stack.engine_url) as engine:
-                answer = await engine.ask(turn.prompt, turn.output_tokens, session, cache_salt=self._salt)
+                answer = await engine.ask(
+                    turn.prompt, turn.output_tokens, session.engine_session, cache_salt=self._salt
+                )
             outcome.points[event] += 1
             outcome.restored_tokens += answer.restored_tokens
             if answer.tokens != right:
@@ -125,7 +130,9 @@ class Soak:
             return self._random.choice((Event.STOP, Event.KILL))
         return self._random.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
 
-    async def _happen(self, event: Event, session: str, turn: Turn, before: list[tuple[Turn, tuple[int, ...]]]) -> None:
+    async def _happen(
+        self, event: Event, session: Resumed, turn: Turn, before: list[tuple[Turn, tuple[int, ...]]]
+    ) -> None:
         if event is Event.KILL:
             self._stack.kill_engine()
             self._stack.start_engine(*self._stack.engine_arguments)
@@ -138,7 +145,7 @@ class Soak:
         self._stack.flush_device()
         rank = self._stack.control()
         if event in (Event.HOST, Event.DEVICE):
-            rank.call("prefetch", 70, session=session, tier=event.split()[0], timeout_ms=60_000)
+            rank.call("prefetch", 70, session=session.session.uid, tier=event.split()[0], timeout_ms=60_000)
         elif event is Event.CANCEL:
             self._break_off(session, turn)
         elif event is Event.CROWD and before:
@@ -152,12 +159,12 @@ class Soak:
             self._stack.settle()
             self._stack.flush_device()
 
-    def _break_off(self, session: str, turn: Turn) -> None:
+    def _break_off(self, session: Resumed, turn: Turn) -> None:
         body = {
             "input_ids": [*turn.prompt, *self._tokens(150)],
             "sampling_params": {"max_new_tokens": 64, "temperature": 0, "ignore_eos": True},
             "stream": True,
-            "session_id": session,
+            "session_id": session.engine_session,
             "cache_salt": self._salt,
         }
         try:

@@ -26,7 +26,6 @@ from rich.table import Column, Table
 
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
-from agentstate.ids import new
 from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.engine import Engine
@@ -136,13 +135,9 @@ async def _send(stack: LocalStack, load: Load, *, sessions: bool) -> float:
     """Output tokens a second, of the second of two times. Only requests of ``sessions`` have manifests."""
     async with Engine(stack.engine_url) as engine:
         for _ in range(2):
+            turns = [stack.begin_turn().engine_session if sessions else None for _ in range(load.requests)]
             started_s = time.perf_counter()
-            await asyncio.gather(
-                *(
-                    engine.ask(unseen(load.prompt_tokens), load.output_tokens, new("ses") if sessions else None)
-                    for _ in range(load.requests)
-                )
-            )
+            await asyncio.gather(*(engine.ask(unseen(load.prompt_tokens), load.output_tokens, turn) for turn in turns))
         return load.requests * load.output_tokens / (time.perf_counter() - started_s)
 
 

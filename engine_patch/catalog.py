@@ -1,4 +1,5 @@
-"""What this rank writes to SQL: that it is alive, and the manifests of the sessions it has served.
+"""What this rank writes to SQL: that it is alive, and the manifests of the sessions it has served; and the key that it
+reads there, with which turns are signed.
 
 One thread does it, so the scheduler never waits for the database. While SQL is down nothing is lost as long as the
 process lives: the newest manifest of every session waits here, and pages need no SQL.
@@ -17,10 +18,11 @@ from itertools import chain
 from sqlalchemy.engine import Connection
 
 from agentstate.errors import DatabaseError
-from agentstate.fleet import engines, manifests
+from agentstate.fleet import engines, manifests, turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
 from agentstate.pages import ANYONE
+from agentstate.sql import secret
 from agentstate.sql.database import Database
 
 logger = logging.getLogger(__name__)
@@ -30,12 +32,13 @@ _TELL_S = 600.0
 
 class Catalog:
     """Registers ``engine`` and keeps it registered until `close`. ``saved`` is called, on the catalog's thread, with
-    every manifest once it is committed; ``needed``, now and then, with the sessions of all live manifests and their
-    chains, one by one: those of the engine's own node, since what another page directory keeps says nothing of this
-    one's pages. ``losers`` are the sessions whose pages the stores may have lost since it was asked last: their
-    manifests, all of them where `ANYONE` is among these, are cut to what is still ``stored`` of their chains;
-    ``n_bytes`` is what so many pages take. At the start all of them are looked at. ``dead`` are the stores that have
-    been evicted as a whole, by the first digits of their fingerprints and their ranks: their manifests go."""
+    every manifest once it is committed, ``refused`` with those whose turn may publish none. ``needed`` is called, now
+    and then, with the sessions of all live manifests and their chains, one by one: those of the engine's own node,
+    since what another page directory keeps says nothing of this one's pages. ``losers`` are the sessions whose pages
+    the stores may have lost since it was asked last: their manifests, all of them where `ANYONE` is among these, are
+    cut to what is still ``stored`` of their chains; ``n_bytes`` is what so many pages take. At the start all of them
+    are looked at. ``dead`` are the stores that have been evicted as a whole, by the first digits of their fingerprints
+    and their ranks: their manifests go."""
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class Catalog:
         heartbeat_s: float,
         *,
         saved: Callable[[Manifest], None],
+        refused: Callable[[Manifest], None],
         needed: Callable[[Iterable[tuple[str, list[bytes]]]], None],
         stored: Callable[[Sequence[bytes]], int],
         losers: Callable[[], set[str]],
@@ -63,6 +67,9 @@ class Catalog:
         self._engine = engine
         self._heartbeat_s = heartbeat_s
         self._saved = saved
+        self._refused = refused
+        # What turn tokens are signed with; None until the database has been reached.
+        self.signing_key: bytes | None = None
         self._unsaved: dict[str, Manifest] = {}
         self._changed = threading.Condition()
         self._closing = self._closed = self._failing = False
@@ -150,7 +157,17 @@ class Catalog:
                     manifests.forget_store(connection, fingerprint, rank, self._engine.node)
             self._gone = []
 
+    def _learn_key(self) -> None:
+        """Read the key before the engine is up: the first request may be the first of a turn."""
+        try:
+            self._database.check_schema()
+            with self._database.write() as connection:
+                self.signing_key = turns.signing_key(secret.read(connection))
+        except DatabaseError:
+            pass  # the heartbeat tries again, before it tells the service that there is an engine
+
     def _run(self) -> None:
+        self._learn_key()
         while not self._closed:
             with self._changed:
                 self._changed.wait_for(self._has_work, self._heartbeat_s)
@@ -188,15 +205,17 @@ class Catalog:
                 engines.unregister(connection, self._engine.id)
             elif not engines.heartbeat(connection, self._engine.id):
                 engines.register(connection, self._engine)
+            # It may have been renewed.
+            self.signing_key = turns.signing_key(secret.read(connection))
         for manifest in list(batch.values()):
             try:
                 with self._database.write() as connection:
-                    manifests.save(connection, manifest)
+                    published = manifests.publish(connection, manifest)
             except DatabaseError:
                 raise
             except Exception:
                 # Not the database's state but this manifest: another attempt would fail alike.
                 logger.exception("agentstate: the manifest of session %r cannot be saved", manifest.session_id)
             else:
-                self._saved(manifest)
+                (self._saved if published else self._refused)(manifest)
             del batch[manifest.session_id]

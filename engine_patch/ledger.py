@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from agentstate.fleet.manifests import KEY_BYTES, KvState, Manifest, split_keys
+from agentstate.fleet.turns import Turn
 
 # Keys of sessions that SQL knows as well: 32 bytes a page.
 _REMEMBERED_BYTES = 64 << 20
@@ -17,10 +18,11 @@ _STANDING_BYTES = 1 << 10
 
 @dataclass(frozen=True)
 class Standing:
-    """A session as of its newest finished request: ``requests`` finished so far, ``settled`` of them stored, and
-    ``saved`` of them in SQL. Its newest settled request had ``pages`` whole pages, of which the first were stored:
-    ``keys`` packs the key of each of those."""
+    """A session as of its newest finished request, which was of the turn ``epoch``: ``requests`` finished so far,
+    ``settled`` of them stored, and ``saved`` of them in SQL. Its newest settled request had ``pages`` whole pages, of
+    which the first were stored: ``keys`` packs the key of each of those."""
 
+    epoch: int = 0
     requests: int = 0
     settled: int = 0
     saved: int = 0
@@ -56,12 +58,15 @@ class Ledger:
         self._held_bytes = 0
         self._mutex = threading.Lock()
 
-    def finished(self, session_id: str) -> int:
-        """A request of the session has finished and its pages are queued: the number of this request."""
+    def finished(self, turn: Turn) -> int | None:
+        """A request of a turn has finished and its pages are queued: the number of this request, or None when a later
+        turn of the session has been seen."""
         with self._mutex:
-            standing = self._standings.get(session_id, Standing())
-            standing = replace(standing, requests=standing.requests + 1)
-            self._put(session_id, standing)
+            standing = self._standings.get(turn.session_id, Standing())
+            if turn.epoch < standing.epoch:
+                return None
+            standing = replace(standing, epoch=turn.epoch, requests=standing.requests + 1)
+            self._put(turn.session_id, standing)
             return standing.requests
 
     def settled(self, session_id: str, request: int, keys: Sequence[bytes], durable: int) -> None:
@@ -78,6 +83,13 @@ class Ledger:
             standing = self._standings.get(manifest.session_id)
             if standing is not None and manifest.keys[-KEY_BYTES:] == standing.keys[-KEY_BYTES:]:
                 self._put(manifest.session_id, replace(standing, saved=standing.settled))
+
+    def refused(self, manifest: Manifest) -> None:
+        """SQL does not take ``manifest``: its turn is over, or its session deleted. What SQL says counts."""
+        with self._mutex:
+            standing = self._standings.get(manifest.session_id)
+            if standing is not None and standing.epoch <= manifest.epoch:
+                self._remove(manifest.session_id)
 
     def standing(self, session_id: str) -> dict[str, object] | None:
         """The answer of a ``flush`` right now, or None for a session that this process has not served."""

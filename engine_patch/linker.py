@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from agentstate.fleet.turns import Turn
 from agentstate.pages import PageKeys
 from engine_patch.break_even import Word
 from engine_patch.feeds import Source
@@ -17,6 +18,7 @@ from engine_patch.restore import Finished, Restored
 from engine_patch.sessions import Device
 from engine_patch.sglang_api import PoolName, PoolTransfer, RadixKey, UnifiedCacheLinker
 from engine_patch.stored_pools import keys_of
+from engine_patch.turns import RequestSession
 
 logger = logging.getLogger(__name__)
 
@@ -163,9 +165,13 @@ class AgentStateLinker(UnifiedCacheLinker):
     def pop_completed_offload(self) -> bool:
         return self._pools.pop_result()
 
-    def request_finished(self, session_id: str, key: RadixKey) -> None:
-        """A request of a session has ended with the tokens of ``key`` in the tree."""
-        self._rank.sessions.finished(session_id, key)
+    def turn(self, session: RequestSession) -> Turn | None:
+        """The turn that a request belongs to; None without a valid token."""
+        return self._rank.sessions.turn(session)
+
+    def request_finished(self, turn: Turn, key: RadixKey) -> None:
+        """A request of a turn has ended with the tokens of ``key`` in the tree."""
+        self._rank.sessions.finished(turn, key)
 
     # Before a request is admitted, and beside those that run.
 

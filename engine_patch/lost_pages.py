@@ -22,6 +22,7 @@ from engine_patch.sglang_api import (
     UnifiedRadixCache,
     get_parallel,
 )
+from engine_patch.turns import RequestSession
 
 # Of sessions whose ids are remembered. Of one that is forgotten, the pages are looked at once more.
 _MOST_SESSIONS = 100_000
@@ -45,7 +46,8 @@ class LostPages:
         self._alone = get_parallel().tp_size == 1
         self._counted = 0
         self._ever = False
-        # The sessions whose pages have been looked at since pages were last lost.
+        # The sessions whose pages have been looked at since pages were last lost, with their tokens: nobody else's
+        # request counts for one, and all ranks agree without knowing whether a token is valid.
         self._looked_at: set[str] = set()
 
     def look(self) -> bool:
@@ -59,23 +61,23 @@ class LostPages:
             self._ever = True
             self._looked_at.clear()
 
-    def finished(self, session_id: str, key: RadixKey) -> None:
+    def finished(self, session: RequestSession, key: RadixKey) -> None:
         """A request of the session has ended with ``key`` in the tree: offer again what of it is not stored."""
         if self._alone:
             self.lost_on(self.look())
-        if not self._ever or session_id in self._looked_at:
+        if not self._ever or session.sent in self._looked_at:
             return
         if len(self._looked_at) >= _MOST_SESSIONS:
             self._looked_at.clear()
-        self._looked_at.add(session_id)
+        self._looked_at.add(session.sent)
         nodes = list(self._path(key))
         if not nodes:
             return
         stored = self._on_all_ranks([self._linker.stored(transfers) for _, transfers in nodes])
         for (node, transfers), is_stored in zip(nodes, stored, strict=True):
-            if not is_stored and not self._offer(node, transfers, session_id):
+            if not is_stored and not self._offer(node, transfers, str(session)):
                 # A chain is to have no holes. The next request tries again.
-                self._looked_at.discard(session_id)
+                self._looked_at.discard(session.sent)
                 break
 
     def _path(self, key: RadixKey) -> Iterator[tuple[int, list[PoolTransfer]]]:

@@ -11,7 +11,7 @@ import os
 import time
 from typing import Any
 
-from engine_patch import weights
+from engine_patch import turns, weights
 from engine_patch.flags import BACKEND
 
 _POLL_S = 0.001
@@ -31,6 +31,17 @@ def register() -> None:
     sgl.register_radix_cache_backend(BACKEND, _create_cache)
     sgl.warmup(warm_up.NAME)(warm_up.warm_up)
     sgl.add_attention_backend_choices(["agentstate_cpu"])
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", _as_requested, sgl.HookType.AROUND
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        _as_tokenized,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.handle_generate_request", _as_scheduled, sgl.HookType.AROUND
+    )
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _around_next_batch, sgl.HookType.AROUND
     )
@@ -105,6 +116,23 @@ def _ours(scheduler: Any) -> Any:
     """The scheduler's radix cache, or None when it is another one's."""
     cache = getattr(scheduler, "tree_cache", None)
     return cache if isinstance(cache, _cache_class()) else None
+
+
+def _as_requested(original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    turns.separate(request)
+    return original(manager, request, *args, **kwargs)
+
+
+def _as_tokenized(original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    tokenized = original(manager, request, *args, **kwargs)
+    turns.join(tokenized)
+    return tokenized
+
+
+def _as_scheduled(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    if _ours(scheduler) is not None:
+        turns.separate(request)
+    return original(scheduler, request, *args, **kwargs)
 
 
 def _before_weight_load(original: Any, updater: Any, source: str) -> Any:

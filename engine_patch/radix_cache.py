@@ -34,6 +34,7 @@ from engine_patch.sglang_api import (
     UnifiedRadixCache,
     release_kv_cache,
 )
+from engine_patch.turns import RequestSession
 from engine_patch.weights import Weights
 
 if TYPE_CHECKING:
@@ -215,9 +216,12 @@ class AgentStateRadixCache(UnifiedRadixCache):
             # The insert may have kept less than it was offered; what it kept is what the manifest may list.
             tokens = req.full_untruncated_fill_ids[: req.kv.cache_inserted_len]
             key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
-            self.linker.lost_pages.finished(req.session_id, key)
-            self.device_tier.remember(req.session_id, key)
-            self.agentstate.request_finished(req.session_id, key)
+            session = RequestSession(req.session_id)
+            self.linker.lost_pages.finished(session, key)
+            # Who only knows the id is served, and changes nothing that is known of the session.
+            if (turn := self.agentstate.turn(session)) is not None:
+                self.device_tier.remember(turn.session_id, key)
+                self.agentstate.request_finished(turn, key)
 
     def read_ahead(self, scheduler: Scheduler, req: Req) -> None:
         """Begin to read what a request will load, now that it is being queued behind others; unless it is to be

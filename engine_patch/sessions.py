@@ -9,8 +9,10 @@ from enum import Enum, auto
 from typing import Any, Protocol
 
 from agentstate.errors import EngineError
+from agentstate.fleet import turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest, split_keys
+from agentstate.fleet.turns import Turn
 from agentstate.pages import PageKeys
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
@@ -18,6 +20,7 @@ from engine_patch.catalog import Catalog
 from engine_patch.ledger import Ledger
 from engine_patch.sglang_api import RadixKey, get_storage_hash_str
 from engine_patch.stored_pools import StoredPools
+from engine_patch.turns import RequestSession
 
 
 class Progress(Enum):
@@ -71,6 +74,7 @@ class Sessions:
             engine,
             settings.heartbeat_interval_s,
             saved=self._ledger.saved,
+            refused=self._ledger.refused,
             needed=pools.need_only,
             stored=pools.durable,
             losers=pools.take_losers,
@@ -81,14 +85,22 @@ class Sessions:
     def close(self) -> None:
         self._catalog.close()
 
-    def finished(self, session_id: str, key: RadixKey) -> None:
-        """A request of a session has ended with the tokens of ``key`` in the tree: publish its manifest as soon as
-        its pages are. Its keys are computed on the spilling thread, not the scheduler's."""
+    def turn(self, session: RequestSession) -> Turn | None:
+        """The turn that a request's token proves, or None."""
+        key = self._catalog.signing_key
+        return None if key is None or session.token is None else turns.verify(key, str(session), session.token)
+
+    def finished(self, turn: Turn, key: RadixKey) -> None:
+        """A request of a turn has ended with the tokens of ``key`` in the tree: publish the session's manifest as soon
+        as its pages are stored. Its keys are computed on the spilling thread, not the scheduler's."""
+        session_id = turn.session_id
         if not self._stores():
             # What is stored is not its newest request's any more.
             self._ledger.forget(session_id)
             return
-        request, ticket = self._ledger.finished(session_id), object()
+        if (request := self._ledger.finished(turn)) is None:
+            return
+        ticket = object()
         with self._settling:
             self._unsettled[session_id] = ticket, key
 
@@ -108,7 +120,7 @@ class Sessions:
                 self._ledger.forget(session_id)
             self._pools.need(session_id, keys[:durable])
             self._pools.merge(keys[:durable])
-            self._catalog.save(self._manifest(session_id, keys, durable))
+            self._catalog.save(self._manifest(turn, keys, durable))
 
         self._pools.then(settle)
 
@@ -174,9 +186,9 @@ class Sessions:
         tokens = pages * self._page_size
         return {"state": state, "tokens": tokens, "pages": pages, "bytes": self._pools.n_bytes(pages), "tier": tier}
 
-    def _manifest(self, session_id: str, keys: Sequence[bytes], durable: int) -> Manifest:
+    def _manifest(self, turn: Turn, keys: Sequence[bytes], durable: int) -> Manifest:
         return Manifest(
-            session_id=session_id,
+            session_id=turn.session_id,
             fingerprint=self._engine.fingerprint,
             rank=self._engine.rank,
             node=self._engine.node,
@@ -186,4 +198,6 @@ class Sessions:
             keys=b"".join(keys[:durable]),
             nbytes=self._pools.n_bytes(durable),
             lost_tokens=(len(keys) - durable) * self._page_size,
+            epoch=turn.epoch,
+            account=turn.account,
         )

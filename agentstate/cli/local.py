@@ -21,6 +21,8 @@ from agentstate.fleet import engines
 from agentstate.fleet.control import ControlClient
 from agentstate.fleet.engines import Engine
 from agentstate.private import make_directory, make_file
+from agentstate.sessions.outcomes import Resumed
+from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 
@@ -257,6 +259,16 @@ class LocalStack(LocalService):
         while (stat := self.stat())["spill"]["waiting"]:
             time.sleep(0.02)
         return stat
+
+    def begin_turn(self) -> Resumed:
+        """A turn of a new session, for who sends its requests to the engine by themselves. Needs no service; nobody
+        else can resume the session for a day."""
+        database = Database(self._settings.sqlalchemy_url)
+        try:
+            sessions = Sessions(database, self._settings.engine_timeout_s)
+            return sessions.resume(sessions.create(self.model).id, lease_ttl_s=86400, tail=0)
+        finally:
+            database.close()
 
     def ranks(self) -> list[Engine]:
         """The ranks of the engine that have told the service that they are there, the youngest heartbeat first."""

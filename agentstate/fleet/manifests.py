@@ -1,7 +1,7 @@
 """Manifests: which pages, in which order, hold the KV of a session up to a token length.
 
-An engine rank saves one when a request of a session has finished and its pages are published, so what a manifest
-lists was durable when it was written. The service reads them to tell how much of a session can be restored.
+An engine rank publishes one when a request of a session's turn has finished and its pages are stored, so what a
+manifest lists was durable when it was written. The service reads them to tell how much of a session can be restored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentstate.sql.database import insert, now_us
-from agentstate.sql.models import manifests
+from agentstate.sql.models import leases, manifests, sessions
 
 KEY_BYTES = 32  # SHA-256
 
@@ -51,7 +51,8 @@ class Manifest:
 
     ``keys`` packs one 32-byte key a page; ``tokens`` is what they cover, whole pages only; ``nbytes`` is the KV of
     those pages on this rank, uncompressed. ``lost_tokens`` are those after them, whole pages too, that the session had
-    and that are not stored: never written, or evicted. Raises ValueError when the first three do not agree.
+    and that are not stored: never written, or evicted. ``epoch`` and ``account`` are those of the turn that published
+    it (`fleet.turns`). Raises ValueError when the first three do not agree.
     """
 
     session_id: str
@@ -64,6 +65,8 @@ class Manifest:
     keys: bytes
     nbytes: int
     lost_tokens: int = 0
+    epoch: int = 0
+    account: str = ""
 
     def __post_init__(self) -> None:
         if self.page_size <= 0 or self.tokens < 0 or self.tokens % self.page_size:
@@ -90,11 +93,29 @@ def split_keys(keys: bytes) -> list[bytes]:
 _KEY = ("session_id", "fingerprint", "rank", "node")
 
 
-def save(connection: Connection, manifest: Manifest) -> None:
-    """Store ``manifest``, replacing the one of the same session, fingerprint, rank and node.
+def publish(connection: Connection, manifest: Manifest) -> bool:
+    """Save ``manifest`` if its turn is the session's newest, or one that was over before its successor began and that
+    has not published since. False, and nothing is saved, where the session is deleted, where the turn's lease lapsed
+    and was taken over, and where a later turn has published."""
+    # Whoever deletes the session or takes its lease has locked its row.
+    live = sa.select(sessions.c.id).where(sessions.c.id == manifest.session_id, sessions.c.deleted_us.is_(None))
+    if connection.execute(live.with_for_update(read=True, of=sessions)).one_or_none() is None:
+        return False
+    published = sa.select(manifests.c.epoch).where(*(manifests.c[name] == getattr(manifest, name) for name in _KEY))
+    oldest = sa.func.coalesce(published.scalar_subquery(), 0)
+    turn = sa.select(leases.c.epoch).where(
+        leases.c.session_id == manifest.session_id,
+        sa.literal(manifest.epoch).between(leases.c.fence, leases.c.epoch),
+        oldest <= manifest.epoch,
+    )
+    if connection.execute(turn).one_or_none() is None:
+        return False
+    save(connection, manifest)
+    return True
 
-    The last writer wins, also with a shorter manifest. The session need not exist in SQL.
-    """
+
+def save(connection: Connection, manifest: Manifest) -> None:
+    """Store ``manifest``, replacing the one of the same session, fingerprint, rank and node, whatever that says."""
     key = {name: getattr(manifest, name) for name in _KEY}
     content = {
         "engine_id": manifest.engine_id,
@@ -103,6 +124,8 @@ def save(connection: Connection, manifest: Manifest) -> None:
         "keys": manifest.keys,
         "nbytes": manifest.nbytes,
         "lost_tokens": manifest.lost_tokens,
+        "epoch": manifest.epoch,
+        "account": manifest.account,
         "updated_us": now_us(),
     }
     connection.execute(

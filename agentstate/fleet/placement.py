@@ -39,6 +39,12 @@ class Server:
     def model(self) -> str:
         return self.ranks[0].model
 
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether it tells a turn's token from the session's id. An engine of an earlier release has no control secret
+        either, and would take both for an id."""
+        return all(rank.control_secret is not None for rank in self.ranks)
+
 
 @dataclass(frozen=True)
 class KvOutlook:

@@ -139,7 +139,12 @@ def _taking(dialect: str) -> Any:
         .values(session_id=sa.bindparam("session"), epoch=1, **new)
         .on_conflict_do_update(
             index_elements=["session_id"],
-            set_={**new, "epoch": leases.c.epoch + 1},
+            set_={
+                **new,
+                "epoch": leases.c.epoch + 1,
+                # Who let it lapse may still be computing.
+                "fence": sa.case((leases.c.token_hash.is_(None), leases.c.fence), else_=leases.c.epoch + 1),
+            },
             where=leases.c.expires_us <= now_us(),
         )
         .returning(leases.c.epoch, leases.c.expires_us)

@@ -88,7 +88,8 @@ class Suspended:
 @dataclass(frozen=True)
 class Resumed:
     """All that the next turn needs; ``engine`` is None when no live engine serves the session's model. ``cache_salt``
-    tells the session's KV apart from others'; it is more than what its client chose (`salts`)."""
+    tells the session's KV apart from others'; it is more than what its client chose (`salts`). ``engine_session`` is
+    what goes to the engine as ``session_id``: the session's uid and the token of this turn (`fleet.turns`)."""
 
     session: Session
     lease: Lease
@@ -97,6 +98,7 @@ class Resumed:
     engine: Server | None
     kv: KvOutlook
     cache_salt: str | None
+    engine_session: str
 
 
 @dataclass(frozen=True)

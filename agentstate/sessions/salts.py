@@ -13,17 +13,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import secrets
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentstate.fleet import manifests
 from agentstate.sessions import tenants
-from agentstate.sql.database import insert, now_us
-from agentstate.sql.models import sessions, settings
-
-_NAME = "kv_secret"
+from agentstate.sql import secret
+from agentstate.sql.models import sessions
 
 
 def scope_of(connection: Connection, tenant_id: str) -> str | None:
@@ -33,37 +30,25 @@ def scope_of(connection: Connection, tenant_id: str) -> str | None:
     group = tenants.find(connection, tenant_id).kv_group
     if group == tenants.EVERYBODY:
         return None
-    return f"tenant {tenant_id}" if group is None else f"group {group}"
+    return scope_of_tenant(tenant_id) if group is None else f"group {group}"
 
 
-def salt(connection: Connection, scope: str | None, own: str | None) -> str | None:
-    """The salt of a session in a scope, ``own`` being the one that its client chose."""
+def scope_of_tenant(tenant_id: str) -> str:
+    """A tenant's own scope."""
+    return f"tenant {tenant_id}"
+
+
+def salt(secret: bytes, scope: str | None, own: str | None) -> str | None:
+    """The salt of a session in a scope, from the installation's secret. ``own`` is what the client chose."""
     if scope is None:
         return own
     text = f"{scope}\0{own or ''}".encode()
-    return base64.urlsafe_b64encode(hmac.digest(_secret(connection), text, hashlib.sha256)).decode().rstrip("=")
+    return base64.urlsafe_b64encode(hmac.digest(secret, text, hashlib.sha256)).decode().rstrip("=")
 
 
 def rotate(connection: Connection) -> int:
     """Take a new secret. The KV of all sessions that have a scope is out of reach from then on, and their manifests go:
-    how many."""
-    connection.execute(sa.update(settings).where(settings.c.name == _NAME).values(value=_new(), updated_us=now_us()))
+    how many. Turns that are under way publish no more manifests."""
+    secret.renew(connection)
     scoped = sa.select(sessions.c.id).where(sessions.c.kv_scope.is_not(None))
     return manifests.forget_all(connection, scoped)
-
-
-def _secret(connection: Connection) -> bytes:
-    stored = sa.select(settings.c.value).where(settings.c.name == _NAME)
-    if (value := connection.execute(stored).scalar()) is None:
-        # Whoever is first decides, for all services.
-        connection.execute(
-            insert(connection.dialect.name, settings)
-            .values(name=_NAME, value=_new(), updated_us=now_us())
-            .on_conflict_do_nothing(index_elements=["name"])
-        )
-        value = connection.execute(stored).scalar_one()
-    return bytes(value)
-
-
-def _new() -> bytes:
-    return secrets.token_bytes(32)

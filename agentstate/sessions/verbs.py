@@ -23,8 +23,9 @@ from agentstate.errors import (
     ToolCallUnknown,
     ToolInFlight,
 )
-from agentstate.fleet import engines, manifests
+from agentstate.fleet import engines, manifests, turns
 from agentstate.fleet.placement import choose, named, outlook
+from agentstate.fleet.turns import Turn
 from agentstate.sessions import branches, leases, rows, salts, toolcalls, transcript
 from agentstate.sessions.history import History
 from agentstate.sessions.leases import Lease, LeaseKey
@@ -45,6 +46,7 @@ from agentstate.sessions.outcomes import (
 from agentstate.sessions.rows import Rows, Seen
 from agentstate.sessions.transcript import EntryPage, NewEntry
 from agentstate.settings import DEFAULT_TENANT
+from agentstate.sql import secret
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import EntryKind, SessionStatus, ToolCallState
 from agentstate.sql.models import sessions as table
@@ -195,6 +197,12 @@ class Sessions:
             if before.status == SessionStatus.RUNNING:  # its lease was not released: it lapsed
                 toolcalls.abandon(connection, before.id)
             session = rows.change(connection, before.id, status=SessionStatus.RUNNING)
+            installation = secret.read(connection)
+            engine_session = before.id
+            if server is None or server.takes_tokens:
+                account = before.kv_scope or salts.scope_of_tenant(before.tenant)
+                turn = Turn(before.id, lease.key.epoch, account)
+                engine_session = turns.sign(turns.signing_key(installation), turn)
             return Resumed(
                 session=session,
                 lease=lease,
@@ -202,7 +210,8 @@ class Sessions:
                 pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
                 engine=server,
                 kv=outlook(session.model, stored, server, live),
-                cache_salt=salts.salt(connection, before.kv_scope, session.cache_salt),
+                cache_salt=salts.salt(installation, before.kv_scope, session.cache_salt),
+                engine_session=engine_session,
             )
 
     def suspend(

@@ -213,10 +213,11 @@ leases = Table(
     Column("epoch", BigInteger, nullable=False),  # only grows
     Column("expires_us", BigInteger, nullable=False),
     Column("engine", Text),  # base URL of the engine that the newest resume named; null where there was none
+    # The first epoch that may still publish manifests: those before it lapsed and were taken over.
+    Column("fence", BigInteger, nullable=False, server_default="0"),
     Index("ix_leases_expiry", "expires_us"),
 )
 
-# No foreign key: engines serve session ids that were never created here, and their pages can be restored too.
 manifests = Table(
     "manifests",
     metadata,
@@ -230,6 +231,8 @@ manifests = Table(
     Column("nbytes", BigInteger, nullable=False),
     Column("lost_tokens", BigInteger, nullable=False, server_default="0"),  # the session had them; not stored
     Column("updated_us", BigInteger, nullable=False),
+    Column("epoch", BigInteger, nullable=False, server_default="0"),  # of the turn that published it
+    Column("account", Text, nullable=False, server_default=text("''")),  # whom its bytes are charged to
     # 32 bytes a page, in order. The last column: SQLite reads all that is before the columns that are asked for.
     Column("keys", LargeBinary, nullable=False),
 )

@@ -96,9 +96,9 @@ def test_nothing_is_written_twice(stack: LocalStack, generate: Generator) -> Non
 
 def test_sessions_share_the_pages_of_a_common_system_prompt(stack: LocalStack, generate: Generator) -> None:
     system = prompt(5, 12 * PAGE)
-    generate(system + prompt(6, 4 * PAGE + 1), max_new_tokens=1, session_id="ses_first")
+    generate(system + prompt(6, 4 * PAGE + 1), max_new_tokens=1, session_id=stack.begin_turn().engine_session)
     before = spilled(stack)["pages_spilled"]
-    generate(system + prompt(7, 4 * PAGE + 1), max_new_tokens=1, session_id="ses_second")
+    generate(system + prompt(7, 4 * PAGE + 1), max_new_tokens=1, session_id=stack.begin_turn().engine_session)
     assert spilled(stack)["pages_spilled"] == before + 4
     keys = [key for path in extents(stack) for key in read_header(path).keys]
     assert len(keys) == len(set(keys))

@@ -87,8 +87,9 @@ def resumes_like_never_suspended(stack: LocalStack) -> None:
     wanted = Agent(stack, 1, cache_salt="never suspended").second_turn()
     assert wanted.cached and not wanted.restored
     assert Agent(stack, 2).second_turn().tokens != wanted.tokens  # a model that answers everything alike tests nothing
-    agent = Agent(stack, 1, session_id="ses_1")
-    for rank in ask_ranks(stack, "flush", session="ses_1", timeout_ms=30_000):
+    turn = stack.begin_turn()
+    agent = Agent(stack, 1, session_id=turn.engine_session)
+    for rank in ask_ranks(stack, "flush", session=turn.session.uid, timeout_ms=30_000):
         assert (rank["state"], rank["tokens"]) == ("durable", wanted.cached)
     suspend(stack)
     resumed = agent.second_turn()

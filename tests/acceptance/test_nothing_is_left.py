@@ -80,7 +80,7 @@ class Storm:
 
     def _ask(self, rid: str, prompt: list[int], new: int, leaves: bool) -> None:
         body = {"rid": rid, "input_ids": prompt, "sampling_params": {**SAMPLING, "max_new_tokens": new}}
-        body |= {"stream": True, "session_id": f"ses_{rid}"}
+        body |= {"stream": True, "session_id": self._stack.begin_turn().engine_session}
         try:
             with httpx.stream("POST", f"{self._stack.engine_url}/generate", json=body, timeout=300) as answer:
                 for _ in answer.iter_lines():
@@ -161,7 +161,8 @@ def test_nothing_is_left_of_storms(stack: LocalStack) -> None:
     assert kept_when_idle(stack, fresh) == fresh
 
     # Pages that are damaged, sessions that are brought back, and requests that are aborted meanwhile.
-    generate(common, max_new_tokens=4, session_id="ses_common")
+    turn = stack.begin_turn()
+    generate(common, max_new_tokens=4, session_id=turn.engine_session)
     stack.settle()
     stack.flush_device()
     flip_everything(stack)
@@ -169,7 +170,7 @@ def test_nothing_is_left_of_storms(stack: LocalStack) -> None:
     for number in range(4):
         storm.ask(f"damaged-{number}", common + tokens(50 + number, PAGE))
     for tier in ("device", "host"):
-        stack.control().call("prefetch", 60, session="ses_common", tier=tier, timeout_ms=0)
+        stack.control().call("prefetch", 60, session=turn.session.uid, tier=tier, timeout_ms=0)
     storm.post("abort_request", rid="damaged-1")
     storm.end()
     assert stack.stat()["restore"]["requests_failed"] > failed
@@ -188,16 +189,17 @@ def test_what_was_evicted_from_disk_while_it_is_on_the_device_is_stored_again(st
 
     stack.flush_device()
     text, other = tokens(60, 16 * PAGE + 1), tokens(61, 36 * PAGE)
-    right = generate(text, session_id="ses_lost")
-    assert flush("ses_lost") == ("durable", 16)
-    generate(other, max_new_tokens=1, session_id="ses_other")
-    assert flush("ses_other") == ("durable", 36)
-    assert flush("ses_lost") == ("lost", 0)
-    hit = generate(text, session_id="ses_lost")
+    lost, taker = stack.begin_turn(), stack.begin_turn()
+    right = generate(text, session_id=lost.engine_session)
+    assert flush(lost.session.uid) == ("durable", 16)
+    generate(other, max_new_tokens=1, session_id=taker.engine_session)
+    assert flush(taker.session.uid) == ("durable", 36)
+    assert flush(lost.session.uid) == ("lost", 0)
+    hit = generate(text, session_id=lost.engine_session)
     assert (hit.cached, hit.restored) == (16 * PAGE, 0)
-    assert flush("ses_lost") == ("durable", 16)
+    assert flush(lost.session.uid) == ("durable", 16)
     stack.flush_device()
-    restored = generate(text, session_id="ses_lost")
+    restored = generate(text, session_id=lost.engine_session)
     assert restored.restored == 16 * PAGE
     assert restored.tokens == hit.tokens == right.tokens
 

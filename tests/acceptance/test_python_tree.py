@@ -47,10 +47,11 @@ def test_a_demoted_session_is_evicted_before_an_older_one(
 ) -> None:
     older, newer = prompt(42, 8 * PAGE + 1), prompt(43, 8 * PAGE + 1)
     stack.flush_device()
-    generate(older, max_new_tokens=1, session_id="ses_older")
-    generate(newer, max_new_tokens=1, session_id="ses_newer")
-    assert flush(rank, "ses_newer") == ("durable", 8)
-    assert rank.call("demote", 60, session="ses_newer")["state"] == "demoted"
+    turn = stack.begin_turn()
+    generate(older, max_new_tokens=1, session_id=stack.begin_turn().engine_session)
+    generate(newer, max_new_tokens=1, session_id=turn.engine_session)
+    assert flush(rank, turn.session.uid) == ("durable", 8)
+    assert rank.call("demote", 60, session=turn.session.uid)["state"] == "demoted"
     # Fill the device up to a few pages, and ask for some more.
     generate(prompt(50, 108 * PAGE), max_new_tokens=1)
     generate(prompt(51, 8 * PAGE), max_new_tokens=1)
@@ -65,17 +66,18 @@ def test_pages_that_the_store_has_lost_are_stored_again(
 ) -> None:
     stack.flush_device()
     text = prompt(60, 20 * PAGE + 1)
-    right = generate(text, session_id="ses_lost")
-    assert flush(rank, "ses_lost") == ("durable", 20)
+    lost, taker = stack.begin_turn(), stack.begin_turn()
+    right = generate(text, session_id=lost.engine_session)
+    assert flush(rank, lost.session.uid) == ("durable", 20)
     # Another session takes the room, though it is needed too: this one was used before it.
-    generate(prompt(61, 40 * PAGE), max_new_tokens=1, session_id="ses_other")
-    assert flush(rank, "ses_other") == ("durable", 40)
-    assert flush(rank, "ses_lost") == ("lost", 0)
+    generate(prompt(61, 40 * PAGE), max_new_tokens=1, session_id=taker.engine_session)
+    assert flush(rank, taker.session.uid) == ("durable", 40)
+    assert flush(rank, lost.session.uid) == ("lost", 0)
     # Its pages are still on the device: a hit, after which they are on disk again.
-    hit = generate(text, session_id="ses_lost")
+    hit = generate(text, session_id=lost.engine_session)
     assert (hit.cached, hit.restored) == (20 * PAGE, 0)
-    assert flush(rank, "ses_lost") == ("durable", 20)
+    assert flush(rank, lost.session.uid) == ("durable", 20)
     stack.flush_device()
-    restored = generate(text, session_id="ses_lost")
+    restored = generate(text, session_id=lost.engine_session)
     assert restored.restored == 20 * PAGE
     assert restored.tokens == hit.tokens == right.tokens

@@ -63,13 +63,14 @@ def prefetching(stack: LocalStack, drive: Drive, session: str) -> tuple[threadin
 def test_a_request_joins_what_is_on_its_way_to_the_device(patient: LocalStack, drive: Drive) -> None:
     generate = Generator(patient.engine_url)
     text, other = prompt(300, 10 * PAGE + 9), prompt(301, 2 * PAGE)
-    right = generate(text, session_id="ses_joined")
+    turn = patient.begin_turn()
+    right = generate(text, session_id=turn.engine_session)
     patient.settle()
     patient.flush_device()
     before = patient.stat()["restore"]["restores"]
-    asking, answers = prefetching(patient, drive, "ses_joined")
+    asking, answers = prefetching(patient, drive, turn.session.uid)
     found: list[Any] = []
-    joining = threading.Thread(target=lambda: found.append(generate(text, session_id="ses_joined")))
+    joining = threading.Thread(target=lambda: found.append(generate(text, session_id=turn.engine_session)))
     joining.start()
     # Meanwhile others are served.
     generate(other, max_new_tokens=1)
@@ -85,12 +86,13 @@ def test_a_request_joins_what_is_on_its_way_to_the_device(patient: LocalStack, d
 def test_the_device_is_cleared_while_pages_are_on_their_way(patient: LocalStack, drive: Drive) -> None:
     generate = Generator(patient.engine_url)
     text = prompt(304, 10 * PAGE + 9)
-    right = generate(text, session_id="ses_cleared")
+    turn = patient.begin_turn()
+    right = generate(text, session_id=turn.engine_session)
     patient.settle()
     patient.flush_device()
     pause_s = 0.2
     while True:
-        asking, answers = prefetching(patient, drive, "ses_cleared")
+        asking, answers = prefetching(patient, drive, turn.session.uid)
         # It waits for the drive: nothing may write to memory that is given out again.
         clearing = threading.Thread(target=patient.flush_device)
         clearing.start()

@@ -36,14 +36,15 @@ def test_a_request_joins_what_was_prefetched_to_host_memory(
     stack: LocalStack, rank: ControlClient, generate: Generator
 ) -> None:
     text = prompt(40, 15 * PAGE + 9)
-    right = generate(text, session_id="ses_host")
-    tokens = durable(rank, "ses_host")
+    turn = stack.begin_turn()
+    right = generate(text, session_id=turn.engine_session)
+    tokens = durable(rank, turn.session.uid)
     stack.flush_device()
     before = stack.stat()["prefetch"]
-    answer = prefetch(rank, "ses_host", "host")
+    answer = prefetch(rank, turn.session.uid, "host")
     assert (answer["state"], answer["tier"], answer["tokens"]) == ("warm", "host", tokens)
     assert stack.stat()["staged_bytes"] > 0
-    restored = generate(text, session_id="ses_host")
+    restored = generate(text, session_id=turn.engine_session)
     assert restored.restored == 15 * PAGE
     assert restored.tokens == right.tokens
     after = stack.stat()["prefetch"]
@@ -55,18 +56,19 @@ def test_pages_that_were_prefetched_to_the_device_are_a_hit(
     stack: LocalStack, rank: ControlClient, generate: Generator
 ) -> None:
     text = prompt(41, 11 * PAGE + 9)
-    right = generate(text, session_id="ses_device")
-    durable(rank, "ses_device")
+    turn = stack.begin_turn()
+    right = generate(text, session_id=turn.engine_session)
+    durable(rank, turn.session.uid)
     stack.flush_device()
-    answer = prefetch(rank, "ses_device", "device")
+    answer = prefetch(rank, turn.session.uid, "device")
     assert (answer["state"], answer["tier"]) == ("warm", "device")
     before = stack.stat()["restore"]["restores"]
-    hit = generate(text, session_id="ses_device")
+    hit = generate(text, session_id=turn.engine_session)
     assert (hit.cached, hit.restored) == (11 * PAGE, 0)
     assert hit.tokens == right.tokens
     assert stack.stat()["restore"]["restores"] == before
     # What is there already needs nothing.
-    assert prefetch(rank, "ses_device", "device")["state"] == "warm"
+    assert prefetch(rank, turn.session.uid, "device")["state"] == "warm"
     assert stack.stat()["restore"]["restores"] == before
 
 

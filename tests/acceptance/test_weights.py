@@ -35,7 +35,7 @@ def retrained(checkpoint: Path, directory: Path) -> Path:
 
 def test_pages_belong_to_the_weights_that_computed_them(start: Start, checkpoints: Path, tmp_path: Path) -> None:  # noqa: F811
     stack = start("llama")
-    first = Agent(stack, 1, session_id="ses_1")
+    first = Agent(stack, 1, session_id=stack.begin_turn().engine_session)
     never = Agent(stack, 1, cache_salt="never suspended").second_turn()
     suspend(stack)
     (before,) = ask_ranks(stack, "stat")
@@ -59,7 +59,7 @@ def test_pages_belong_to_the_weights_that_computed_them(start: Start, checkpoint
     assert other.restored == 0
     wanted = Agent(stack, 1, cache_salt="never suspended, retrained").second_turn()
     assert wanted.tokens != never.tokens
-    second = Agent(stack, 1, session_id="ses_2")
+    second = Agent(stack, 1, session_id=stack.begin_turn().engine_session)
     suspend(stack)
     resumed = second.second_turn()
     assert (resumed.tokens, resumed.restored) == (wanted.tokens, wanted.cached)

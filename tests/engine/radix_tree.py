@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
+from agentstate.fleet.turns import Turn
 from engine_patch.break_even import Word
 from engine_patch.radix_cache import AgentStateRadixCache
 from engine_patch.restore import PreloadStats
@@ -23,6 +24,7 @@ from engine_patch.sglang_api import (
     PoolTransfer,
     RadixKey,
 )
+from engine_patch.turns import RequestSession
 
 PAGE_SIZE = 4
 PAGES = 64
@@ -87,8 +89,11 @@ class Linker:
 
     def tidy(self, queued: Any) -> None: ...
 
-    def request_finished(self, session_id: str, key: RadixKey) -> None:
-        self.finished.append(session_id)
+    def turn(self, session: RequestSession) -> Turn | None:
+        return Turn(str(session), 1, "")
+
+    def request_finished(self, turn: Turn, key: RadixKey) -> None:
+        self.finished.append(turn.session_id)
 
     def reset(self) -> None:
         self.offers.clear()
@@ -126,7 +131,7 @@ class Tree(AgentStateRadixCache):
         root = self.root_node_handle(key.extra_key)
         prefix = self.tree_core.collect_full_device_indices(there.last_device_node, root)
         self.insert(InsertParams(key=key, value=torch.cat([prefix, slots]), session_id=session_id))
-        self.linker.lost_pages.finished(session_id, key)
+        self.linker.lost_pages.finished(RequestSession(session_id), key)
 
     def settle(self, stored: bool = True) -> None:
         """Everything that was offered is stored, or nothing, and the tree knows."""

@@ -12,21 +12,24 @@ import pytest
 import sqlalchemy as sa
 from contents import keys
 from sqlalchemy.engine import Connection
+from turns import begin
 
 from agentstate import ids
 from agentstate.errors import DatabaseError, DatabaseUnreachable
-from agentstate.fleet import engines, manifests
+from agentstate.fleet import engines, manifests, turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
 from agentstate.pages import ANYONE
 from agentstate.pages.node import node_id
 from agentstate.sql import database as database_module
+from agentstate.sql import secret
 from agentstate.sql.database import Database
 from engine_patch.catalog import Catalog
 
 ENGINE = Engine("eng_1", "n", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f", "/pages")
 HEARTBEAT_S = 0.02
 WAIT_S = 60
+SESSIONS = ["before", *(f"s{n}" for n in range(30))]
 
 
 class Saved:
@@ -72,6 +75,7 @@ def url(tmp_path: Path) -> str:
 def database(url: str) -> Iterator[Switched]:
     database = Switched(url)
     database.upgrade()
+    begin(database, *SESSIONS, "s", "a", "b", "c")
     yield database
     database.close()
 
@@ -89,7 +93,15 @@ def started(
     **answers: Callable[..., Any],
 ) -> Catalog:
     """A catalog of stores that lose nothing, unless ``answers`` say otherwise."""
-    of_stores = {"needed": list, "stored": len, "losers": set, "dead": list, "n_bytes": int, **answers}
+    of_stores = {
+        "needed": list,
+        "stored": len,
+        "losers": set,
+        "dead": list,
+        "n_bytes": int,
+        "refused": lambda manifest: None,
+        **answers,
+    }
     return Catalog(database, engine, heartbeat_s, saved=saved, **of_stores)
 
 
@@ -171,7 +183,7 @@ def test_no_manifest_is_lost_while_sql_is_down(database: Switched, catalog: Cata
     catalog.save(manifest("before", 1))
     saved.wait_for(manifest("before", 1))
     database.down = True
-    wanted = [manifest(f"s{n}", n, n + 1) for n in range(30)]
+    wanted = [manifest(f"s{n}", n, n + 1) for n in range(len(SESSIONS) - 1)]
     for one in wanted[:15]:
         catalog.save(one)
     database.refused.clear()
@@ -184,7 +196,7 @@ def test_no_manifest_is_lost_while_sql_is_down(database: Switched, catalog: Cata
     database.down = False
     saved.wait_for(*wanted)
     assert [catalog.load(one.session_id) for one in wanted] == wanted
-    assert len(saved.manifests) == 31
+    assert len(saved.manifests) == len(SESSIONS)
 
 
 def test_the_newest_of_a_sessions_manifests_outlives_sql_being_down(
@@ -228,7 +240,9 @@ def test_what_breaks_off_is_saved_again_and_nothing_else(
     assert len(calls) > 3
 
 
-def test_a_database_without_its_schema_is_waited_for(url: str, saved: Saved) -> None:
+def test_a_database_without_its_schema_is_waited_for(url: str, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its sessions come with it.
+    monkeypatch.setattr(manifests, "publish", lambda connection, one: not manifests.save(connection, one))
     database = Database(url)
     catalog = started(database, HEARTBEAT_S, saved)
     catalog.save(manifest("s", 1))
@@ -249,6 +263,7 @@ def test_a_file_that_another_process_holds_is_waited_for(
     monkeypatch.setattr(database_module, "BUSY_TIMEOUT_S", 0.05)
     database = Database(url)
     database.upgrade()
+    begin(database, "s")
     holder = sqlite3.connect(tmp_path / "agentstate.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     catalog = started(database, HEARTBEAT_S, saved)
@@ -506,3 +521,36 @@ def test_a_session_that_is_deleted_while_manifests_are_looked_at_does_not_come_b
     until(lambda: (found := catalog.load("b")) is not None and found.tokens == 64)
     catalog.close()
     assert catalog.load("a") is None
+
+
+def test_a_manifest_of_a_turn_that_is_over_is_refused(database: Switched, saved: Saved) -> None:
+    begin(database, "taken over", epoch=7, fence=7)
+    refused = Saved()
+    catalog = started(database, HEARTBEAT_S, saved, refused=refused)
+    stale, unheard = replace(manifest("taken over", 1), epoch=6), manifest("unheard of", 1)
+    newest = replace(manifest("taken over", 2), epoch=7)
+    catalog.save(stale)
+    catalog.save(unheard)
+    refused.wait_for(stale, unheard)
+    catalog.save(newest)
+    saved.wait_for(newest)
+    catalog.close()
+    assert saved.manifests == [newest]
+    assert [catalog.load(one.session_id) for one in (newest, unheard)] == [newest, None]
+
+
+def test_turns_are_known_before_the_service_knows_the_engine(database: Switched, saved: Saved) -> None:
+    catalog = started(database, WAIT_S, saved)
+    until(lambda: catalog.signing_key is not None)
+    assert registered(database) == []
+    with database.write() as connection:
+        assert catalog.signing_key == turns.signing_key(secret.read(connection))
+    catalog.close()
+
+
+def test_a_renewed_secret_is_learnt(database: Switched, catalog: Catalog) -> None:
+    until(lambda: catalog.signing_key is not None)
+    before = catalog.signing_key
+    with database.write() as connection:
+        secret.renew(connection)
+    until(lambda: catalog.signing_key != before)

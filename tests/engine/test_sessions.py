@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from contents import keys
+from turns import turn
 
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
@@ -103,12 +104,12 @@ def test_a_flush_of_a_session_of_another_life_knows_what_that_had_lost(
 
 def test_an_engine_that_does_not_store_any_more_does_not_speak_for_newer_requests(stage: Stage) -> None:
     ledger = stage.sessions._ledger
-    ledger.settled("s", ledger.finished("s"), keys(1, 2), 2)
+    ledger.settled("s", ledger.finished(turn()), keys(1, 2), 2)
     ledger.saved(Manifest("s", "f", 0, "n", "e", PAGE_SIZE, 2 * PAGE_SIZE, b"".join(keys(1, 2)), 200))
     stage.catalog.load = lambda session: manifest(2, 0)
     stage.off = "its weights have changed"
     assert stage.sessions.standing("s")["state"] == "durable"
-    stage.sessions.finished("s", RadixKey(array("q"), None))
+    stage.sessions.finished(turn(), RadixKey(array("q"), None))
     assert stage.sessions.standing("s") == {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0}
 
 
@@ -136,7 +137,7 @@ def test_what_the_device_cannot_take_goes_to_host_memory(stage: Stage) -> None:
 def test_what_waits_for_the_drive_is_one_request_a_session(stage: Stage) -> None:
     key = RadixKey(array("q", range(2 * PAGE_SIZE)), None)
     for session_id in ("a", "b", "a", "a"):
-        stage.sessions.finished(session_id, key)
+        stage.sessions.finished(turn(session_id), key)
     assert len(stage.sessions._unsettled) == 2
     for settle in stage.pools.queued:
         settle()

@@ -78,8 +78,9 @@ def test_manifests_survive_the_new_order(empty: Database) -> None:
     manifest = Manifest("s", "f", 0, "n", "e", 64, 128, b"k" * 64, 1000, lost_tokens=64)
     with empty.write() as connection:
         manifests.save(connection, manifest)
-    for step in (lambda: downgrade(empty, "0004"), empty.upgrade):
-        step()
+    for earlier in ("0004", "0008"):
+        downgrade(empty, earlier)
+        empty.upgrade()
         with empty.read() as connection:
             assert manifests.load(connection, "s", "f", 0, "n") == manifest
 

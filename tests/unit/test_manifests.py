@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
+from turns import begin
 
 from agentstate.fleet import manifests
 from agentstate.fleet.manifests import Coverage, Manifest
 from agentstate.sql.database import Database
+from agentstate.sql.models import sessions
 
 
 def manifest(session_id: str = "ses_1", fingerprint: str = "f1", rank: int = 0, pages: int = 3) -> Manifest:
@@ -107,3 +109,40 @@ def test_the_chains_of_a_store_are_those_of_all_its_sessions(database: Database)
         found = sorted(manifests.chains(connection, "f1", 0, "n1"), key=lambda one: len(one[1]))
     right = [("ses_2", 0), ("ses_3", 1), ("ses_1", 3)]
     assert found == [(session, manifest(pages=pages).page_keys()) for session, pages in right]
+
+
+def published(database: Database, manifest: Manifest) -> bool:
+    with database.write() as connection:
+        return manifests.publish(connection, manifest)
+
+
+@pytest.mark.parametrize(
+    ("fence", "epochs", "right"),
+    [
+        (0, [3], [True]),  # its turn runs, or is over and none has come after it
+        (0, [2], [True]),  # it ended by itself, and was late
+        (3, [2], [False]),  # it lapsed and was taken over
+        (0, [4], [False]),  # no turn yet
+        (0, [3, 2, 3], [True, False, True]),
+    ],
+    ids=str,
+)
+def test_manifests_are_accepted_of_turns_that_count(
+    database: Database, fence: int, epochs: list[int], right: list[bool]
+) -> None:
+    begin(database, "ses_1", epoch=3, fence=fence)
+    assert [published(database, replace(manifest(), epoch=epoch)) for epoch in epochs] == right
+    with database.read() as connection:
+        found = manifests.load(connection, "ses_1", "f1", 0, "n1")
+    kept = [epoch for epoch, taken in zip(epochs, right, strict=True) if taken]
+    assert (found.epoch if found else None) == (kept[-1] if kept else None)
+
+
+def test_nothing_is_published_of_a_session_that_is_not_there(database: Database) -> None:
+    assert not published(database, manifest())
+    begin(database, "ses_1")
+    with database.write() as connection:
+        connection.execute(sa.update(sessions).values(deleted_us=1))
+    assert not published(database, replace(manifest(), epoch=1))
+    with database.read() as connection:
+        assert manifests.load(connection, "ses_1", "f1", 0, "n1") is None

@@ -1,0 +1,76 @@
+"""The turn that a request to an engine belongs to, and the token that proves it.
+
+A session's id is no secret: it is in logs, events and URLs. Who knows one must not be able to replace the session's
+manifest, so the service signs a token with every lease, and a client sends it where the id goes, as ``ID.TOKEN``:
+``session_id`` is the one field that all of SGLang's routes pass on and that changes no page key. Only services and
+engines can make a token (`sql.secret`). One of an earlier turn proves that turn: whether its manifest still counts is
+decided in SQL, when it is written (`fleet.manifests.publish`).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import struct
+from dataclasses import dataclass
+
+_VERSION = 1
+_HEAD = struct.Struct(">BQ")  # version, epoch
+_MAC_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn of a session: ``session_id`` is what engines know it by, ``epoch`` its lease's. ``account`` is whom the
+    pages are charged to: the scope of KV that the session belongs to, or its tenant."""
+
+    session_id: str
+    epoch: int
+    account: str
+
+
+def signing_key(secret: bytes) -> bytes:
+    """What tokens are signed with, of an installation's secret."""
+    return hmac.digest(secret, b"turn tokens", hashlib.sha256)
+
+
+def sign(key: bytes, turn: Turn) -> str:
+    """What a client of the turn sends as ``session_id``: ``ID.TOKEN``."""
+    head = _HEAD.pack(_VERSION, turn.epoch)
+    account = turn.account.encode()
+    token = base64.urlsafe_b64encode(head + _mac(key, head, account, turn.session_id) + account)
+    return f"{turn.session_id}.{token.decode().rstrip('=')}"
+
+
+def split(sent: str) -> tuple[str, str | None]:
+    """The id and the token of what was sent as ``session_id``; None where no part of it has a token's form."""
+    session_id, _, token = sent.rpartition(".")
+    return (session_id, token) if session_id and _parts(token) else (sent, None)
+
+
+def verify(key: bytes, session_id: str, token: str) -> Turn | None:
+    """The turn that ``token`` proves, or None where it is not a token for this session."""
+    if (parts := _parts(token)) is None:
+        return None
+    head, mac, account = parts
+    if not hmac.compare_digest(mac, _mac(key, head, account, session_id)):
+        return None
+    return Turn(session_id, _HEAD.unpack(head)[1], account.decode())
+
+
+def _mac(key: bytes, head: bytes, account: bytes, session_id: str) -> bytes:
+    text = head + struct.pack(">I", len(account)) + account + session_id.encode("utf-8", "surrogatepass")
+    return hmac.digest(key, text, hashlib.sha256)[:_MAC_BYTES]
+
+
+def _parts(token: str) -> tuple[bytes, bytes, bytes] | None:
+    """A token's head, MAC and account."""
+    try:
+        raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    if len(raw) < _HEAD.size + _MAC_BYTES or raw[0] != _VERSION:
+        return None
+    return raw[: _HEAD.size], raw[_HEAD.size : _HEAD.size + _MAC_BYTES], raw[_HEAD.size + _MAC_BYTES :]

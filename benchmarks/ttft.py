@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from agentstate.answers import Resumed
 from agentstate.cli.local import LocalStack
 from agentstate.client import Client
 from agentstate.errors import EngineError
@@ -110,7 +111,8 @@ class Turn2:
         self._step = step
         self._recomputes = recomputes
         self._session_id = ""
-        self._session = ""
+        # What its newest turn sends to the engine for it.
+        self._sent = ""
         self._expected: list[Sequence[int]] = []
         self._limit = 0.0
         self._samples = {variant: Samples() for variant in ("recompute", *VARIANTS)}
@@ -134,12 +136,11 @@ class Turn2:
         with Client(self._stack.service_url) as client:
             self._session_id = client.create_session(self._stack.model).id
             resumed = client.resume(self._session_id)
-            # What engines know the session by.
-            self._session = self._session_id if resumed.engine is None else resumed.engine.extra_body["session_id"]
+            self._sent = _sent(resumed)
             client.suspend(self._session_id, resumed.lease, durable_timeout_ms=0)
         async with Engine(self._stack.engine_url) as engine:
             await engine.ask(unseen(64), 2)
-            _, self._expected = await self._prompts.compute(engine, self._session)
+            _, self._expected = await self._prompts.compute(engine, self._sent)
         self._flushed()
         self._limit = device.read_limit(extents_of(self._stack))
 
@@ -191,13 +192,15 @@ class Turn2:
 
     async def _prepare(self, engine: Engine, variant: str) -> None:
         if variant == "memory_hit":
-            await engine.ask(self._prompts.context + unseen(TAIL), 2, self._session)
+            await engine.ask(self._prompts.context + unseen(TAIL), 2, self._sent)
             return
         self._flushed()
         self._stack.flush_device()
         if variant.endswith("_prefetch"):
             tier = variant.split("_")[1]
-            answer = self._stack.control().call("prefetch", 130, session=self._session, tier=tier, timeout_ms=_WAIT_MS)
+            answer = self._stack.control().call(
+                "prefetch", 130, session=self._session_id, tier=tier, timeout_ms=_WAIT_MS
+            )
             # Of a context that is larger than staging, so much is there.
             if answer["state"] not in ("warm", "partial") or answer["tier"] != tier:
                 raise EngineError(f"the prefetch to {tier} memory ended as {answer}")
@@ -205,7 +208,7 @@ class Turn2:
     async def _measure(self, engine: Engine, variant: str, number: int, samples: Samples) -> None:
         prompt, tail = self._prompts.number(number)
         before = self._stack.stat()["restore"]
-        answer = await engine.ask(prompt, OUTPUT, self._session)
+        answer = await engine.ask(prompt, OUTPUT, self._sent)
         after = self._stack.stat()["restore"]
         restored = answer.restored_tokens > 0
         if restored is not (variant in ("restore_cold", "restore_host_prefetch", "api_resume")):
@@ -224,6 +227,7 @@ class Turn2:
             started_s = time.perf_counter()
             resumed = client.resume(self._session_id)
             resume_s = time.perf_counter() - started_s
+            self._sent = _sent(resumed)
             await self._measure(engine, "api_resume", number, samples)
             samples.ttft_s[-1] += resume_s
             client.suspend(self._session_id, resumed.lease, durable_timeout_ms=_WAIT_MS // 2)
@@ -233,10 +237,15 @@ class Turn2:
 
     def _flushed(self) -> None:
         """Wait until everything of the session is durable and nothing is being written or merged."""
-        answer = self._stack.control().call("flush", 130, session=self._session, timeout_ms=_WAIT_MS)
+        answer = self._stack.control().call("flush", 130, session=self._session_id, timeout_ms=_WAIT_MS)
         if answer["state"] != "durable":
             raise EngineError(f"the session's KV is {answer['state']}, not durable")
         self._stack.settle()
+
+
+def _sent(resumed: Resumed) -> str:
+    """What a turn sends to the engine as its session. A peer's engine knows no sessions."""
+    return resumed.session.id if resumed.engine is None else resumed.engine.extra_body["session_id"]
 
 
 def floor_of(variant: str) -> str:

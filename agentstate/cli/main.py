@@ -446,6 +446,17 @@ def beside(
 
 
 @bench.command()
+def guesses(
+    model: Annotated[str, typer.Option(help="The model.")] = "smollm2-135m-instruct",
+    tokens: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 1024,
+    rounds: Annotated[int, typer.Option(min=2, help="How often a right and a wrong guess are made.")] = 20,
+    report: JsonPath = None,
+) -> None:
+    """Whether a tenant learns by the time of an answer what another tenant's prompt was."""
+    _room("benchmarks.guesses").guesses(Settings(), model, tokens, rounds, report)
+
+
+@bench.command()
 def project(
     prefill_tflops: Annotated[float, typer.Option(help="What a prefill reaches, TFLOP/s.")] = 550,
     prefill_tokens_per_s: Annotated[

@@ -264,14 +264,32 @@ def test_spilling_is_turned_off_and_on(client: ControlClient) -> None:
         client.call("spill", WAIT_S)
 
 
+VERBS: dict[str, dict[str, Any]] = {
+    "flush": {"session": "s"},
+    "prefetch": {"session": "s", "tier": "host"},
+    "demote": {"session": "s"},
+    "spill": {"on": False},
+    "stat": {},
+}
+
+
 @pytest.mark.parametrize("secret", [None, new_secret()], ids=["none", "another"])
-def test_who_does_not_know_the_secret_gets_no_answer(rank: Rank, endpoint: ControlEndpoint, secret: str | None) -> None:
-    rank.states["s"] = "durable"
-    with pytest.raises(EngineUnreachable, match="did not answer 'flush'"):
-        ControlClient(endpoint.address, secret).call("flush", 0.5, session="s")
+@pytest.mark.parametrize("verb", VERBS)
+def test_who_does_not_know_the_secret_gets_no_answer(
+    rank: Rank, endpoint: ControlEndpoint, secret: str | None, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(rank, verb, lambda *given: asked.append(given))
+    with pytest.raises(EngineUnreachable, match=f"did not answer '{verb}'"):
+        ControlClient(endpoint.address, secret).call(verb, 0.3, **VERBS[verb])
+    monkeypatch.undo()
     # It was not asked either, and answers who does.
-    assert not rank.asked.acquire(blocking=False)
     assert ControlClient(endpoint.address, endpoint.secret).call("stat", WAIT_S) == rank.statistics
+    assert asked == []
+
+
+def test_these_are_all_verbs() -> None:
+    assert VERBS.keys() == {name for name in vars(control.Verbs) if not name.startswith("_")} - {"tick"}
 
 
 def test_every_endpoint_has_a_secret_of_its_own(endpoint: ControlEndpoint) -> None:

@@ -12,10 +12,12 @@ import pytest
 import sqlalchemy as sa
 from stage import MODEL, Service, register, serving
 
-from agentstate.fleet import manifests
+from agentstate.fleet import manifests, turns
 from agentstate.fleet.manifests import Manifest
+from agentstate.fleet.turns import Turn
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
+from agentstate.sql import secret
 
 
 def created(service: Service, **body: Any) -> dict[str, Any]:
@@ -129,12 +131,37 @@ def test_resume_gives_an_openai_client_what_it_needs(service: Service) -> None:
     with service.database.write() as connection:
         manifests.save(connection, Manifest(session_id, "f1", 0, "n1", "eng_1", 64, 128, b"k" * 64, 1000))
     turn = resumed(service, session_id)
-    assert turn["engine"] == {
-        "base_url": "http://127.0.0.1:30000/v1",
-        "extra_body": {"session_id": session_id, "cache_salt": "salt", "extra_key": "key"},
-    }
+    assert turn["engine"]["base_url"] == "http://127.0.0.1:30000/v1"
+    sent = turn["engine"]["extra_body"]
+    assert {**sent, "session_id": None} == {"session_id": None, "cache_salt": "salt", "extra_key": "key"}
+    assert proven(service, sent["session_id"]) == Turn(session_id, 1, "tenant default")
     assert (turn["kv"]["state"], turn["kv"]["tokens"], turn["kv"]["valid"]) == ("durable", 128, True)
     assert (turn["kv"]["invalid_reason"], turn["kv"]["upper_bound"]) == (None, False)
+
+
+def proven(service: Service, sent: str) -> Turn | None:
+    """The turn that an engine takes a request for."""
+    session_id, token = turns.split(sent)
+    assert token is not None
+    with service.database.write() as connection:
+        return turns.verify(turns.signing_key(secret.read(connection)), session_id, token)
+
+
+def test_every_turn_has_a_token_of_its_own(service: Service) -> None:
+    register(service.database, "tcp://127.0.0.1:1")
+    session_id, seen = created(service)["id"], set()
+    for epoch in (1, 2):
+        turn = resumed(service, session_id)
+        seen.add(sent := turn["engine"]["extra_body"]["session_id"])
+        assert proven(service, sent) == Turn(session_id, epoch, "tenant default")
+        service.http.post(f"/v1/sessions/{session_id}/suspend", json={"lease": proof(turn), "reason": "user_wait"})
+    assert len(seen) == 2
+
+
+def test_an_engine_of_an_earlier_release_gets_the_id_alone(service: Service) -> None:
+    register(service.database, "tcp://127.0.0.1:1", control_secret=None)
+    session_id = created(service)["id"]
+    assert resumed(service, session_id)["engine"]["extra_body"] == {"session_id": session_id}
 
 
 def test_engines_know_a_session_by_a_name_that_no_other_ever_had(service: Service) -> None:
@@ -145,7 +172,7 @@ def test_engines_know_a_session_by_a_name_that_no_other_ever_had(service: Servic
         created(service, id="my-agent")
         turn = resumed(service, "my-agent")
         assert set(turn["engine"]["extra_body"]) == {"session_id"}
-        known.append(turn["engine"]["extra_body"]["session_id"])
+        known.append(turns.split(turn["engine"]["extra_body"]["session_id"])[0])
         service.http.post("/v1/sessions/my-agent/suspend", json={"lease": proof(turn), "reason": "done"})
         assert service.http.delete("/v1/sessions/my-agent", headers={"If-Match": "*"}).status_code == 204
     assert known[0] != known[1]

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,38 +93,51 @@ def server() -> Server:
     return made
 
 
-@contextmanager
-def pgbouncer(behind: Server, connections: int) -> Iterator[Path]:
-    """A PgBouncer in transaction mode with so many connections to the server: the directory of its socket."""
-    program = tool("pgbouncer")
-    directory = _directory()
-    configuration = directory / "pgbouncer.ini"
-    configuration.write_text(
-        f"""
-        [databases]
-        * = host={behind.directory} user=postgres
-        [pgbouncer]
-        pool_mode = transaction
-        default_pool_size = {connections}
-        listen_addr =
-        unix_socket_dir = {directory}
-        listen_port = 5432
-        auth_type = any
-        """.replace("        ", "")
-    )
-    configuration.chmod(0o644)
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen([program, configuration], stdout=log, stderr=log, cwd="/", **_as_user())
-    try:
+class PgBouncer:
+    """In transaction mode before a server, with so many connections to it. Its socket is in ``directory``."""
+
+    def __init__(self, behind: Server, connections: int):
+        program = tool("pgbouncer")
+        self.directory = _directory()
+        self._connections = connections
+        self._process: subprocess.Popen[bytes] | None = None
+        self.point_to(behind)
+        with (self.directory / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [program, self.directory / "pgbouncer.ini"], stdout=log, stderr=log, cwd="/", **_as_user()
+            )
         deadline_s = time.monotonic() + PATIENCE_S
-        while not (directory / ".s.PGSQL.5432").exists():
-            assert process.poll() is None and time.monotonic() < deadline_s, (directory / "log").read_text()
+        while not (self.directory / ".s.PGSQL.5432").exists():
+            running = self._process.poll() is None and time.monotonic() < deadline_s
+            assert running, (self.directory / "log").read_text()
             time.sleep(0.02)
-        yield directory
-    finally:
-        process.terminate()
-        process.wait()
-        shutil.rmtree(directory, ignore_errors=True)
+
+    def point_to(self, server: Server) -> None:
+        """Serve from this server from now on, as an operator has it do after a failover."""
+        configuration = self.directory / "pgbouncer.ini"
+        configuration.write_text(
+            f"""
+            [databases]
+            * = host={server.directory} user=postgres
+            [pgbouncer]
+            pool_mode = transaction
+            default_pool_size = {self._connections}
+            server_login_retry = 1
+            listen_addr =
+            unix_socket_dir = {self.directory}
+            listen_port = 5432
+            auth_type = any
+            """.replace("            ", "")
+        )
+        configuration.chmod(0o644)
+        if self._process is not None:
+            self._process.send_signal(signal.SIGHUP)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _run(program: str, *arguments: object) -> None:

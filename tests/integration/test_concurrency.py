@@ -12,11 +12,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stage import MODEL, Service
+from postgres import PgBouncer, server
+from stage import MODEL, PATIENCE_S, Service
+from test_server import process
+
+from agentstate.cli.local import free_port
+from agentstate.client import Client
+from agentstate.sql.database import Database
 
 SECONDS = float(os.environ.get("AGENTSTATE_TEST_CONCURRENCY_S", "6"))
 WRITERS = 16
@@ -34,50 +42,56 @@ def seen_enough(logs: list[Path]) -> bool:
     return len(appended) >= 20 and len(records) > len(appended) and len({one["epoch"] for one in appended}) >= 3
 
 
-@pytest.mark.timeout(SECONDS + 1800)
-def test_sixteen_writers_of_one_session(service: Service, tmp_path: Path) -> None:
-    session = service.client.create_session(MODEL)
-    logs = [tmp_path / f"{number}.log" for number in range(WRITERS)]
-    end = tmp_path / "end"
-    port = service.base_url.rpartition(":")[2]
+class Writers:
+    """Processes that all want to run one session, over the services at ``ports``."""
 
-    def start(number: int) -> subprocess.Popen[bytes]:
+    def __init__(self, directory: Path, ports: Sequence[int], session_id: str):
+        self.logs = [directory / f"{number}.log" for number in range(WRITERS)]
+        self.killed = 0
+        self._end = directory / "end"
+        self._ports = ",".join(map(str, ports))
+        self._session_id = session_id
+        self._dice = random.Random(7)
+        self._processes = [self._start(number) for number in range(WRITERS)]
+        while not all(log.exists() for log in self.logs):
+            time.sleep(0.05)
+
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
         # -S -E: nothing is needed but the standard library, and sixteen interpreters start at once.
-        command = [sys.executable, "-S", "-E", str(WORKER), port, session.id, str(logs[number]), str(end)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE)
+        command = [sys.executable, "-S", "-E", str(WORKER), self._ports, self._session_id]
+        return subprocess.Popen([*command, str(self.logs[number]), str(self._end)], stderr=subprocess.PIPE)
 
-    writers = [start(number) for number in range(WRITERS)]
-    killed = 0
-    dice = random.Random(7)
-    while not all(log.exists() for log in logs):
-        time.sleep(0.05)
-    until_s = time.monotonic() + SECONDS
-    # However busy the machine, it goes on until there is something to look at.
-    while time.monotonic() < until_s or killed < 5 or not seen_enough(logs):
-        time.sleep(SECONDS / 12)
-        victim = dice.randrange(WRITERS)
-        writers[victim].kill()
-        writers[victim].wait()
-        killed += 1
-        writers[victim] = start(victim)
-    end.touch()
-    for writer in writers:
-        _, errors = writer.communicate()
-        assert writer.returncode == 0, errors.decode()
+    def kill_one(self) -> None:
+        victim = self._dice.randrange(WRITERS)
+        self._processes[victim].kill()
+        self._processes[victim].wait()
+        self.killed += 1
+        self._processes[victim] = self._start(victim)
 
-    records = records_of(logs)
+    def appended(self) -> int:
+        return sum("appended" in record for record in records_of(self.logs))
+
+    def end(self) -> None:
+        self._end.touch()
+        for writer in self._processes:
+            _, errors = writer.communicate()
+            assert writer.returncode == 0, errors.decode()
+
+
+def assert_whole(client: Client, session_id: str, records: list[dict[str, Any]]) -> None:
+    """Nothing that was acknowledged is lost or there twice, one process at a time held the lease, and no tool ran
+    twice."""
     acknowledged = [tag for record in records for tag in record.get("appended", ())]
     executed = Counter(record["executed"] for record in records if "executed" in record)
     entries = []
     after = None
     while True:
-        page = service.client.entries(session.id, after=after, limit=1000)
+        page = client.entries(session_id, after=after, limit=1000)
         entries += page.data
         after = page.last_id
         if not page.has_more:
             break
     stored = [entry.payload["tag"] for entry in entries if entry.kind == "note"]
-    assert killed >= 5
     assert len(acknowledged) >= 20, "they did get to write"
     assert len(set(acknowledged)) == len(acknowledged)
     assert set(acknowledged) <= set(stored), "nothing that was acknowledged is lost"
@@ -102,3 +116,64 @@ def test_sixteen_writers_of_one_session(service: Service, tmp_path: Path) -> Non
     calls = Counter(entry.call_id for entry in entries if entry.kind == "tool_call")
     assert max(calls.values()) == 1
     assert set(executed) <= set(calls)
+
+
+@pytest.mark.timeout(SECONDS + 1800)
+def test_sixteen_writers_of_one_session(service: Service, tmp_path: Path) -> None:
+    session = service.client.create_session(MODEL)
+    port = int(service.base_url.rpartition(":")[2])
+    writers = Writers(tmp_path, [port], session.id)
+    until_s = time.monotonic() + SECONDS
+    # However busy the machine, it goes on until there is something to look at.
+    while time.monotonic() < until_s or writers.killed < 5 or not seen_enough(writers.logs):
+        time.sleep(SECONDS / 12)
+        writers.kill_one()
+    writers.end()
+    assert_whole(service.client, session.id, records_of(writers.logs))
+
+
+@pytest.mark.timeout(1800)
+def test_sixteen_writers_through_two_services_a_pgbouncer_and_a_failover(tmp_path: Path) -> None:
+    """One service is killed and comes back, the server fails over to its standby, and writers are killed all along."""
+    ports = [free_port(), free_port()]
+    with (
+        closing(server()) as primary,
+        closing(primary.standby()) as standby,
+        closing(PgBouncer(primary, 4)) as pooler,
+    ):
+        url = f"postgresql+psycopg://postgres@/postgres?host={pooler.directory}&pgbouncer=true"
+        variables = {"AGENTSTATE_HOME": str(tmp_path), "AGENTSTATE_DATABASE_URL": url}
+        database = Database(url)
+        database.upgrade()
+        database.close()
+
+        def service(port: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
+            return process(tmp_path / f"{port}.service.log", AGENTSTATE_PORT=str(port), **variables)
+
+        with service(ports[0]), Client(f"http://127.0.0.1:{ports[0]}", timeout_s=PATIENCE_S) as client:
+            session = client.create_session(MODEL)
+
+            def go_on() -> None:
+                """Until so much more has been written."""
+                enough = writers.appended() + 15
+                while writers.appended() < enough:
+                    time.sleep(0.2)
+                    writers.kill_one()
+
+            with service(ports[1]) as second:
+                writers = Writers(tmp_path, ports, session.id)
+                go_on()
+                second.kill()
+                second.wait()
+            go_on()
+            with service(ports[1]):
+                go_on()
+                primary.stop()
+                standby.promote()
+                standby.configure({"synchronous_standby_names": ""})
+                pooler.point_to(standby)
+                go_on()
+                while not seen_enough(writers.logs):
+                    go_on()
+                writers.end()
+                assert_whole(client, session.id, records_of(writers.logs))

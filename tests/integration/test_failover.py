@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import psycopg
 import pytest
-from postgres import Server, pgbouncer, server
+from postgres import PgBouncer, Server, server
 from stage import MODEL, PATIENCE_S, Service, serving
 
 from agentstate.errors import DatabaseError, DatabaseUnreachable
@@ -165,8 +166,8 @@ def test_a_server_that_turns_read_only_under_a_transaction_is_unreachable(primar
 
 
 def test_behind_a_pgbouncer_in_transaction_mode_many_sessions_run_on_few_connections(primary: Server) -> None:
-    with pgbouncer(primary, connections=2) as directory:
-        pooled = url(directory, more="&pgbouncer=true")
+    with closing(PgBouncer(primary, connections=2)) as pooler:
+        pooled = url(pooler.directory, more="&pgbouncer=true")
         migrated(pooled)
         database = Database(pooled)
         failures: list[BaseException] = []
@@ -201,5 +202,7 @@ def test_behind_a_pgbouncer_in_transaction_mode_many_sessions_run_on_few_connect
                 assert limits == ["15s", "10s", "1min"]
         database.close()
         # A server's connection keeps none of it for whoever has it next.
-        with psycopg.connect(host=str(directory), user="postgres", dbname="postgres", prepare_threshold=None) as other:
+        with psycopg.connect(
+            host=str(pooler.directory), user="postgres", dbname="postgres", prepare_threshold=None
+        ) as other:
             assert other.execute("SHOW statement_timeout").fetchone() == ("0",)

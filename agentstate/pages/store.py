@@ -58,7 +58,7 @@ _TO_OPEN_BYTES = 1 << 20
 # Pairs of an extent and a session that needs it that are remembered: some 50 MiB.
 _MOST_TOLD = 1 << 19
 # How long `scrub` waits for files that are being written over what was evicted.
-_WRITING_OVER_S = 10.0
+_WRITING_OVER_S = 1.0
 
 
 class PageStore:
@@ -796,7 +796,7 @@ class PageStore:
             self.stats.pages_erased += len(found)
             return len(found)
 
-    def scrub(self, keys: Iterable[bytes]) -> bool:
+    def scrub(self, keys: Iterable[bytes], stop: Callable[[], bool] = lambda: False) -> bool:
         """Make the files hold no copy of ``keys`` but one that is served: removed, superseded, dropped or evicted
         copies go. Whether that is so by now, and stays so after a power failure; if not, because something is pinned
         or a file is being written over, it is to be asked again.
@@ -808,7 +808,8 @@ class PageStore:
 
         A copy-on-write file system, a snapshot and a drive's spare cells may keep what was deleted.
 
-        Takes as long as the drive. May be called beside everything else. Raises OSError where a file cannot be read or
+        Takes as long as the drive, an extent after the other, and ends, with False, when ``stop`` says so in between.
+        May be called beside everything else. Raises OSError where a file cannot be read or
         deleted, and PageStoreError; what was done so far is done, and asking again goes on.
         """
         wanted = set(keys)
@@ -822,6 +823,8 @@ class PageStore:
                 written_over = set(self._written_over)
             suspects = self._with_dead_copies(extents, wanted)
             for extent in suspects:
+                if stop():
+                    return False
                 self._write_anew(extent)
             with self._write_ended:
                 ended = self._write_ended.wait_for(lambda: not written_over & self._written_over, _WRITING_OVER_S)

@@ -45,11 +45,11 @@ def salt(connection: Connection, scope: str | None, own: str | None) -> str | No
 
 
 def rotate(connection: Connection) -> int:
-    """Take a new secret. The KV of all sessions that have a scope is out of reach from then on, and their manifests go:
-    how many."""
+    """Take a new secret. The KV of all sessions that have a scope is out of reach from then on and is erased, and their
+    manifests go: how many."""
     connection.execute(sa.update(settings).where(settings.c.name == _NAME).values(value=_new(), updated_us=now_us()))
     scoped = sa.select(sessions.c.id).where(sessions.c.kv_scope.is_not(None))
-    return manifests.forget_all(connection, scoped)
+    return manifests.erase(connection, scoped)
 
 
 def _secret(connection: Connection) -> bytes:

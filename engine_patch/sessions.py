@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from enum import Enum, auto
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from agentstate.pages import PageKeys
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from engine_patch.catalog import Catalog
+from engine_patch.erasing import Eraser
 from engine_patch.ledger import Ledger
 from engine_patch.sglang_api import RadixKey, get_storage_hash_str
 from engine_patch.stored_pools import StoredPools
@@ -73,13 +75,27 @@ class Sessions:
             saved=self._ledger.saved,
             needed=pools.need_only,
             stored=pools.durable,
+            held=pools.held,
             losers=pools.take_losers,
             dead=dead,
             n_bytes=pools.n_bytes,
         )
 
+        self._eraser = Eraser(database, engine, pools, self._catalog)
+
+    def stop_erasing(self) -> bool:
+        """Erase nothing any more; False where the drive keeps it from ending. Before the stores are closed, or others
+        take their place."""
+        return self._eraser.close()
+
     def close(self) -> None:
+        self._eraser.close()
         self._catalog.close()
+
+    @property
+    def erasures(self) -> dict[str, int]:
+        """What of sessions that are gone waits to be erased, and what has been erased."""
+        return asdict(self._eraser.stats)
 
     def finished(self, session_id: str, key: RadixKey) -> None:
         """A request of a session has ended with the tokens of ``key`` in the tree: publish its manifest as soon as
@@ -109,6 +125,7 @@ class Sessions:
             self._pools.need(session_id, keys[:durable])
             self._pools.merge(keys[:durable])
             self._catalog.save(self._manifest(session_id, keys, durable))
+            self._catalog.abandon(session_id, keys, durable)
 
         self._pools.then(settle)
 

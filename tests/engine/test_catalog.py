@@ -81,6 +81,10 @@ def saved() -> Saved:
     return Saved()
 
 
+def nothing(keys: Sequence[bytes]) -> list[bool]:
+    return [False] * len(keys)
+
+
 def started(
     database: Database,
     heartbeat_s: float,
@@ -89,7 +93,7 @@ def started(
     **answers: Callable[..., Any],
 ) -> Catalog:
     """A catalog of stores that lose nothing, unless ``answers`` say otherwise."""
-    of_stores = {"needed": list, "stored": len, "losers": set, "dead": list, "n_bytes": int, **answers}
+    of_stores = {"needed": list, "stored": len, "held": nothing, "losers": set, "dead": list, "n_bytes": int, **answers}
     return Catalog(database, engine, heartbeat_s, saved=saved, **of_stores)
 
 
@@ -499,7 +503,7 @@ def test_a_session_that_is_deleted_while_manifests_are_looked_at_does_not_come_b
     def stored(chain: Sequence[bytes]) -> int:
         if chain == keys(1, 2):
             with database.write() as connection:
-                manifests.forget(connection, "a")
+                manifests.erase(connection, ["a"])
         return 1
 
     catalog = started(database, HEARTBEAT_S, saved, stored=stored)

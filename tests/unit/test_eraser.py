@@ -295,9 +295,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
-import test_erasing
+import test_eraser
 from agentstate.sql.database import Database
-rank = test_erasing.Rank(Database(sys.argv[1]), Path(sys.argv[2]))
+rank = test_eraser.Rank(Database(sys.argv[1]), Path(sys.argv[2]))
 rank.stores.scrub = lambda keys, stop: os.kill(os.getpid(), signal.SIGKILL)
 rank.erase()
 """

@@ -185,8 +185,13 @@ class Catalog:
         with self._changed:
             batch = list(self._abandoned)
         for session_id, beyond in batch:
-            with self._database.write() as connection:
-                manifests.abandon(connection, session_id, self._store, beyond)
+            try:
+                with self._database.write() as connection:
+                    manifests.abandon(connection, session_id, self._store, beyond)
+            except DatabaseError:
+                raise
+            except Exception:
+                logger.exception("agentstate: what session %r has stored cannot be remembered", session_id)
             with self._changed:
                 self._abandoned.remove((session_id, beyond))
 

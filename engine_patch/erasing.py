@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,19 +51,27 @@ class Eraser:
     since that takes as long as the drive.
 
     What is asked for stays in SQL until no file of the stores has it. So it is found by the next poll, or the next
-    engine on the stores, whenever this one is interrupted. What a manifest in SQL lists, or one in the ``catalog`` that
-    waits to be written, stays. Nothing is lost by a request that ends meanwhile: pages are removed from the stores on
-    the thread that settles requests, in between two of them.
+    engine on the stores, whenever this one is interrupted. What a manifest in SQL lists stays, or one in the
+    ``catalog`` that waits to be written, and the pages of requests that have ended and are ``unsettled``. Pages are
+    removed from the stores on the thread that settles requests, in between two of them.
     """
 
     def __init__(
-        self, database: Database, engine: Engine, stores: Stores, catalog: Catalog, *, poll_s: float = _POLL_S
+        self,
+        database: Database,
+        engine: Engine,
+        stores: Stores,
+        catalog: Catalog,
+        unsettled: Callable[[], Iterable[bytes]],
+        *,
+        poll_s: float = _POLL_S,
     ):
         self.stats = ErasureStats()
         self._database = database
         self._store = StoreName(engine.fingerprint, engine.rank, engine.node)
         self._stores = stores
         self._catalog = catalog
+        self._unsettled = unsettled
         self._poll_s = poll_s
         self._closing = threading.Event()
         # Held while pages are removed.
@@ -137,6 +145,7 @@ class Eraser:
 
             def remove() -> None:
                 listed = wanted.intersection(key for manifest in list(watched) for key in manifest.page_keys())
+                listed |= wanted.intersection(self._unsettled())
                 with self._removing:
                     try:
                         if not self._closing.is_set():

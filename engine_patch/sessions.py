@@ -4,7 +4,7 @@ for."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from enum import Enum, auto
 from typing import Any, Protocol
@@ -81,7 +81,7 @@ class Sessions:
             n_bytes=pools.n_bytes,
         )
 
-        self._eraser = Eraser(database, engine, pools, self._catalog)
+        self._eraser = Eraser(database, engine, pools, self._catalog, self._unsettled_keys)
 
     def stop_erasing(self) -> bool:
         """Erase nothing any more; False where the drive keeps it from ending. Before the stores are closed, or others
@@ -128,6 +128,13 @@ class Sessions:
             self._catalog.abandon(session_id, keys, durable)
 
         self._pools.then(settle)
+
+    def _unsettled_keys(self) -> Iterator[bytes]:
+        """The pages of requests that have ended and are not settled yet."""
+        with self._settling:
+            ended = [key for _, key in self._unsettled.values()]
+        for key in ended:
+            yield from PageKeys.from_hex(get_storage_hash_str(key, page_size=self._page_size))
 
     def kept(self) -> dict[str, int]:
         return {"unsettled_sessions": len(self._unsettled), "unsaved_manifests": self._catalog.waiting}

@@ -83,6 +83,7 @@ class Rank:
     def __init__(self, database: Database, directory: Path):
         self.database = database
         self.stores = Stores(directory)
+        self.unsettled: list[bytes] = []
 
     def serve(self, session_id: str, *pages: object) -> None:
         """Store what is new of a session's pages, and its manifest."""
@@ -94,7 +95,7 @@ class Rank:
     def erasing(self) -> Iterator[Catalog]:
         answers: dict[str, Any] = {"needed": list, "stored": len, "losers": set, "dead": list, "n_bytes": int}
         catalog = Catalog(self.database, ENGINE, 1, saved=lambda one: None, held=self.stores.held, **answers)
-        eraser = Eraser(self.database, ENGINE, self.stores, catalog, poll_s=POLL_S)
+        eraser = Eraser(self.database, ENGINE, self.stores, catalog, lambda: self.unsettled, poll_s=POLL_S)
         try:
             yield catalog
         finally:
@@ -278,6 +279,20 @@ def test_what_a_manifest_lists_that_waits_for_sql_is_kept(
         go.set()
         until(lambda: not rank.waiting())
     assert rank.stores.left(1, 2, 3) == {1}
+
+
+def test_what_a_request_has_that_is_not_settled_yet_is_kept(rank: Rank, database: Database, sessions: Sessions) -> None:
+    session = sessions.create("m")
+    rank.serve(session.uid, 1, 2)
+    rank.unsettled = keys(1, 3)
+    sessions.delete(session.id, None)
+    with rank.erasing():
+        until(lambda: rank.stores.left(2) == set())
+        assert (rank.waiting(), rank.stores.left(1)) == (1, {1})
+        # It has failed, and no manifest lists it.
+        rank.unsettled = []
+        until(lambda: not rank.waiting())
+    assert rank.stores.left(1) == set()
 
 
 def test_what_is_being_read_is_erased_when_that_is_over(rank: Rank, database: Database, sessions: Sessions) -> None:

@@ -660,12 +660,13 @@ class PageStore:
                     raise
                 self.stats.pages_written += len(header.keys)
                 self.stats.bytes_written += len(data)
-        except KeyError:
-            final.unlink(missing_ok=True)
-            raise
-        except (OSError, lmdb.Error) as error:
-            with suppress(OSError):
+        except (KeyError, OSError, lmdb.Error) as error:
+            try:
                 final.unlink(missing_ok=True)
+            except OSError:
+                self._undeleted.add(number)
+            if isinstance(error, KeyError):
+                raise
             if files.is_full(error):
                 raise PageStoreFull(f"no room for {len(data):,} bytes of KV pages in {self.directory}") from error
             if isinstance(error, lmdb.Error):

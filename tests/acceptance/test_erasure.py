@@ -18,8 +18,9 @@ from agentstate.pages import inventory
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 
-# What is looked for of each component of each layer of a page.
-SAMPLE_BYTES = 64
+# What is looked for of each component of each layer of a page. In the first layer, a token's V is the same wherever it
+# stands; so many bytes are of several tokens.
+SAMPLE_BYTES = 2048
 WAIT_S = 600
 
 Samples = dict[bytes, list[bytes]]

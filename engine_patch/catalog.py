@@ -11,7 +11,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 
@@ -20,6 +21,7 @@ from sqlalchemy.engine import Connection
 from agentstate.errors import DatabaseError
 from agentstate.fleet import engines, manifests, turns
 from agentstate.fleet.engines import Engine
+from agentstate.fleet.erasures import Chain, StoreName, head_of
 from agentstate.fleet.manifests import Manifest
 from agentstate.pages import ANYONE
 from agentstate.sql import secret
@@ -36,9 +38,10 @@ class Catalog:
     and then, with the sessions of all live manifests and their chains, one by one: those of the engine's own node,
     since what another page directory keeps says nothing of this one's pages. ``losers`` are the sessions whose pages
     the stores may have lost since it was asked last: their manifests, all of them where `ANYONE` is among these, are
-    cut to what is still ``stored`` of their chains; ``n_bytes`` is what so many pages take. At the start all of them
-    are looked at. ``dead`` are the stores that have been evicted as a whole, by the first digits of their fingerprints
-    and their ranks: their manifests go."""
+    cut to what is still ``stored`` of their chains, and what of the rest is ``held`` all the same is remembered, to be
+    erased with the session; ``n_bytes`` is what so many pages take. At the start all of them are looked at. ``dead``
+    are the stores that have been evicted as a whole, by the first digits of their fingerprints and their ranks: their
+    manifests go."""
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Catalog:
         refused: Callable[[Manifest], None],
         needed: Callable[[Iterable[tuple[str, list[bytes]]]], None],
         stored: Callable[[Sequence[bytes]], int],
+        held: Callable[[Sequence[bytes]], list[bool]],
         losers: Callable[[], set[str]],
         dead: Callable[[], list[tuple[str, int]]],
         n_bytes: Callable[[int], int],
@@ -57,6 +61,7 @@ class Catalog:
         self._database = database
         self._needed = needed
         self._stored = stored
+        self._held = held
         self._losers = losers
         self._dead = dead
         self._n_bytes = n_bytes
@@ -71,6 +76,10 @@ class Catalog:
         # What turn tokens are signed with; None until the database has been reached.
         self.signing_key: bytes | None = None
         self._unsaved: dict[str, Manifest] = {}
+        # What is being written, and what `watching` has told of since it began.
+        self._being_written: list[Manifest] = []
+        self._watched: list[Manifest] | None = None
+        self._abandoned: list[tuple[str, Chain]] = []
         self._changed = threading.Condition()
         self._closing = self._closed = self._failing = False
         self._schema_checked = False
@@ -81,12 +90,34 @@ class Catalog:
         """Queue a manifest; a newer one of the same session takes the place of one that still waits."""
         with self._changed:
             self._unsaved[manifest.session_id] = manifest
+            if self._watched is not None:
+                self._watched.append(manifest)
             self._changed.notify()
+
+    def abandon(self, session_id: str, keys: Sequence[bytes], first: int) -> None:
+        """Queue what is stored of a session's chain of ``keys`` from page ``first`` on, which its manifest does not
+        list."""
+        if (beyond := self._beyond(keys, first)) is not None:
+            with self._changed:
+                self._abandoned.append((session_id, beyond))
+                self._changed.notify()
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Manifest]]:
+        """The manifests that wait to be written, and those that are queued until the end, as they come. To be open once
+        at a time."""
+        with self._changed:
+            watched = self._watched = [*self._being_written, *self._unsaved.values()]
+        try:
+            yield watched
+        finally:
+            with self._changed:
+                self._watched = None
 
     @property
     def waiting(self) -> int:
-        """Manifests that wait to be written."""
-        return len(self._unsaved)
+        """Manifests that wait to be written, and what is beyond them."""
+        return len(self._unsaved) + len(self._abandoned)
 
     def load(self, session_id: str) -> Manifest | None:
         """The manifest that SQL holds of a session for this engine's pages. Raises DatabaseError."""
@@ -138,15 +169,42 @@ class Catalog:
                     lost_tokens = manifest.lost_tokens + manifest.tokens - tokens
                     kept, n_bytes = b"".join(keys[:pages]), self._n_bytes(pages)
                     short = replace(manifest, tokens=tokens, keys=kept, nbytes=n_bytes, lost_tokens=lost_tokens)
-                    cut.append((manifest, short))
+                    cut.append((manifest, short, self._beyond(keys, pages)))
         if cut:
             with self._database.write() as connection:
-                for manifest, short in cut:
+                for manifest, short, beyond in cut:
                     # A session that was deleted since must not come back.
                     if self._load(connection, manifest.session_id) == manifest:
-                        manifests.cut(connection, short)
+                        manifests.cut(connection, short, beyond)
         # One that waits to be saved may be of before.
         self._suspects = waiting if ANYONE in self._suspects else self._suspects & waiting
+
+    def _beyond(self, keys: Sequence[bytes], first: int) -> Chain | None:
+        """What is stored of a chain from its page ``first`` on, as far as anything is."""
+        held = self._held(keys[first:])
+        if not any(held):
+            return None
+        start, end = first + held.index(True), len(keys) - held[::-1].index(True)
+        return Chain(start, head_of(b"".join(keys)), b"".join(keys[start:end]))
+
+    def _save_abandoned(self) -> None:
+        """Remember what manifests do not list."""
+        with self._changed:
+            batch = list(self._abandoned)
+        for session_id, beyond in batch:
+            try:
+                with self._database.write() as connection:
+                    manifests.abandon(connection, session_id, self._store, beyond)
+            except DatabaseError:
+                raise
+            except Exception:
+                logger.exception("agentstate: what session %r has stored cannot be remembered", session_id)
+            with self._changed:
+                self._abandoned.remove((session_id, beyond))
+
+    @property
+    def _store(self) -> StoreName:
+        return StoreName(self._engine.fingerprint, self._engine.rank, self._engine.node)
 
     def _bury(self) -> None:
         """Drop the manifests of stores that are gone."""
@@ -172,9 +230,11 @@ class Catalog:
             with self._changed:
                 self._changed.wait_for(self._has_work, self._heartbeat_s)
                 batch, self._unsaved = self._unsaved, {}
+                self._being_written = list(batch.values())
                 closing = self._closing
             try:
                 self._write(batch, closing)
+                self._save_abandoned()
                 self._tell_needed()
                 self._cut()
                 self._bury()
@@ -193,7 +253,7 @@ class Catalog:
 
     def _has_work(self) -> bool:
         # After a failure even waiting manifests wait for the next heartbeat.
-        return self._closing or (bool(self._unsaved) and not self._failing)
+        return self._closing or (bool(self._unsaved or self._abandoned) and not self._failing)
 
     def _write(self, batch: dict[str, Manifest], closing: bool) -> None:
         """Say that the engine lives, then save ``batch``, from which everything that is done with is taken."""

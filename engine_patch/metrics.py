@@ -44,6 +44,7 @@ _COUNTERS = {
     ("store", "pages_evicted_needed"): ("evicted_needed_pages", "Evicted pages that a live manifest needed."),
     ("store", "pages_dropped"): ("dropped_pages", "Pages that were dropped because they were wrong."),
     ("store", "pages_vanished"): ("vanished_pages", "Pages whose files were deleted or replaced by others."),
+    ("store", "pages_erased"): ("erased_pages", "Pages that were erased with the sessions that they were of."),
     ("prefetch", "issued"): ("prefetches", "Reads begun before their request had device memory."),
     ("prefetch", "used"): ("used_prefetches", "Of these, those that a request used."),
     ("prefetch", "wasted"): ("wasted_prefetches", "Of these, those that expired or were abandoned."),

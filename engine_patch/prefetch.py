@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from agentstate.pages import LayerwiseReader, PageStore, Pin
@@ -131,6 +131,13 @@ class Prefetches:
             expired = [owner for owner, claim in self._sessions.items() if (claim.expires_s or 0) <= now]
             for session in expired:
                 self._release(self._sessions.pop(session))
+
+    def forget(self, pages: Set[bytes]) -> None:
+        """Abandon what was read with any of these pages, for whomever."""
+        with self._mutex:
+            for claims in (self._requests, self._sessions):
+                for owner in [owner for owner, claim in claims.items() if not pages.isdisjoint(claim.keys)]:
+                    self._release(claims.pop(owner))
 
     def __len__(self) -> int:
         """How many streams there are."""

@@ -132,7 +132,7 @@ class Rank:
             marks, space = self._identity()
             mark = marks[PoolName.KV].hex()
             if mark != self._engine.fingerprint:
-                if not self.pools.move(self._opening(marks, space), _DRAIN_S):
+                if not self.sessions.stop_erasing() or not self.pools.move(self._opening(marks, space), _DRAIN_S):
                     return "its weights were updated while its drive did not answer"
                 device = self.sessions.device
                 # Its manifests are of the pages before; the engine is registered anew.
@@ -153,6 +153,7 @@ class Rank:
     def close(self) -> None:
         """Store what is queued, write the manifests that wait, and close everything."""
         self._control.close()
+        self.sessions.stop_erasing()
         self.pools.finish_spilling(_DRAIN_S)
         # While the stores are open: it asks them what manifests may say.
         self.sessions.close()
@@ -185,6 +186,7 @@ class Rank:
             **self.pools.stat(),
             "break_even": asdict(self.break_even.stats),
             "preload": asdict(self.preload_stats),
+            "erasures": self.sessions.erasures,
             "kept": self._kept(),
         }
 

@@ -4,7 +4,8 @@ for."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from enum import Enum, auto
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from agentstate.pages import PageKeys
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from engine_patch.catalog import Catalog
+from engine_patch.erasing import Eraser
 from engine_patch.ledger import Ledger
 from engine_patch.sglang_api import RadixKey, get_storage_hash_str
 from engine_patch.stored_pools import StoredPools
@@ -77,13 +79,27 @@ class Sessions:
             refused=self._ledger.refused,
             needed=pools.need_only,
             stored=pools.durable,
+            held=pools.held,
             losers=pools.take_losers,
             dead=dead,
             n_bytes=pools.n_bytes,
         )
 
+        self._eraser = Eraser(database, engine, pools, self._catalog, self._unsettled_keys)
+
+    def stop_erasing(self) -> bool:
+        """Erase nothing any more; False where the drive keeps it from ending. Before the stores are closed, or others
+        take their place."""
+        return self._eraser.close()
+
     def close(self) -> None:
+        self._eraser.close()
         self._catalog.close()
+
+    @property
+    def erasures(self) -> dict[str, int]:
+        """What of sessions that are gone waits to be erased, and what has been erased."""
+        return asdict(self._eraser.stats)
 
     def turn(self, session: RequestSession) -> Turn | None:
         """The turn that a request's token proves, or None."""
@@ -121,8 +137,16 @@ class Sessions:
             self._pools.need(session_id, keys[:durable])
             self._pools.merge(keys[:durable])
             self._catalog.save(self._manifest(turn, keys, durable))
+            self._catalog.abandon(session_id, keys, durable)
 
         self._pools.then(settle)
+
+    def _unsettled_keys(self) -> Iterator[bytes]:
+        """The pages of requests that have ended and are not settled yet."""
+        with self._settling:
+            ended = [key for _, key in self._unsettled.values()]
+        for key in ended:
+            yield from PageKeys.from_hex(get_storage_hash_str(key, page_size=self._page_size))
 
     def kept(self) -> dict[str, int]:
         return {"unsettled_sessions": len(self._unsettled), "unsaved_manifests": self._catalog.waiting}

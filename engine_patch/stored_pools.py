@@ -168,6 +168,7 @@ class StoredPools:
         self._budget = OfferBudget([pool.most_offered for pool in self._pools])
         self._pages_refused = 0
         self._failures = Failures()
+        self._scrubbing = False
 
     @property
     def device(self) -> torch.device:
@@ -249,6 +250,26 @@ class StoredPools:
         other)."""
         return set().union(*(pool.store.take_losers() for pool in self._pools))
 
+    def held(self, keys: Sequence[bytes]) -> list[bool]:
+        """Of each of ``keys`` whether any pool has it stored, whether or not anything can be restored from it."""
+        of_pools = [pool.store.stored(keys) for pool in self._pools]
+        return [any(of_page) for of_page in zip(*of_pools, strict=True)] if of_pools else [False] * len(keys)
+
+    def remove(self, keys: Collection[bytes]) -> None:
+        """Stop serving pages, in all pools, to erase them (`PageStore.remove`). What is read ahead of them is
+        abandoned, so that it pins them no longer."""
+        for pool in self._pools:
+            pool.store.remove(keys)
+            pool.restorer.prefetches.forget(set(keys))
+
+    def scrub(self, keys: Collection[bytes], stop: Callable[[], bool]) -> bool:
+        """Whether no file of any pool has a copy of these pages that is not served (`PageStore.scrub`)."""
+        self._scrubbing = True
+        try:
+            return all([pool.store.scrub(keys, stop) for pool in self._pools])
+        finally:
+            self._scrubbing = False
+
     def merge(self, keys: Sequence[bytes]) -> None:
         """Merge the small extents of a stored chain when there is nothing else to do. A window's pages stay as they
         were written: they are read few at a time."""
@@ -258,9 +279,12 @@ class StoredPools:
 
     @property
     def lost(self) -> int:
-        """How many pages that were stored have been lost: evicted, dropped, or deleted by others. Only grows."""
+        """How many pages that were stored have been lost: evicted, dropped, erased, or deleted by others. It only
+        grows."""
         of_pools = [pool.store.stats for pool in self._pools]
-        return sum(stats.pages_evicted + stats.pages_dropped + stats.pages_vanished for stats in of_pools)
+        return sum(
+            stats.pages_evicted + stats.pages_dropped + stats.pages_vanished + stats.pages_erased for stats in of_pools
+        )
 
     def preload(self, rid: str, keys: Sequence[bytes], slots: torch.Tensor, ready: Sequence[torch.Event]) -> int:
         """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
@@ -460,7 +484,7 @@ class StoredPools:
         """After `finish_spilling`. A store that a drive still writes to is left as it is."""
         for pool in self._pools:
             pool.restorer.close()
-            if pool.ended:
+            if pool.ended and not self._scrubbing:
                 pool.store.close()
 
     def describe(self) -> str:

@@ -157,7 +157,7 @@ def list_keys(as_json: AsJson = False) -> None:
 
 @keys.command("revoke")
 def revoke_key(key_id: Annotated[str, typer.Argument(help="As `agentstate keys list` shows it.")]) -> None:
-    """Let a key be valid no more. Running services notice within seconds."""
+    """Let a key be valid no more. Running services notice within seconds. Sessions are the tenant's, and stay."""
     from agentstate.sessions import tenants as tenancy
 
     with _database(Settings()) as database, database.write() as connection:
@@ -186,12 +186,27 @@ def set_tenant(
 
 @tenants.command("rotate-kv-secret")
 def rotate_kv_secret() -> None:
-    """Take a new secret for the KV of all tenants: what is stored of it now is never found again."""
+    """Take a new secret for the KV of all tenants: what is stored of it now is never found again, and is erased."""
     from agentstate.sessions import salts
 
     with _database(Settings()) as database, database.write() as connection:
         dropped = salts.rotate(connection)
     print(f"{dropped:,} manifests dropped: those sessions are recomputed when they are resumed")
+
+
+@tenants.command("delete")
+def delete_tenant(
+    name: Annotated[str, typer.Argument(help="The tenant.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete all sessions of a tenant, with their KV, and revoke its keys."""
+    from agentstate.sessions import collection
+
+    if not yes:
+        typer.confirm(f"Delete every session of tenant {name}, also those that run?", abort=True)
+    with _database(Settings()) as database:
+        deleted = collection.remove_tenant(database, name)
+    print(f"{deleted:,} sessions deleted: engines erase their KV")
 
 
 @pages.command("bench", context_settings={**_PASSED_ON, "help_option_names": []})

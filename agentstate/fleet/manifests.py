@@ -2,21 +2,30 @@
 
 An engine rank publishes one when a request of a session's turn has finished and its pages are stored, so what a
 manifest lists was durable when it was written. The service reads them to tell how much of a session can be restored.
+
+Whatever stops to list a page sees to it that it is erased, once nothing else needs it (`agentstate.fleet.erasures`): at
+once where the session is gone or its pages are out of reach, and with the session where that has gone on another way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentstate.fleet import erasures
+from agentstate.fleet.erasures import Chain, StoreName, head_of
 from agentstate.sql.database import insert, now_us
-from agentstate.sql.models import leases, manifests, sessions
+from agentstate.sql.models import abandoned_pages, leases, manifest_heads, manifests, segments, sessions
+from agentstate.sql.models import erasures as erasures_table
 
-KEY_BYTES = 32  # SHA-256
+KEY_BYTES = erasures.KEY_BYTES
+# Of one session in one store. What was abandoned before is erased at once.
+MOST_ABANDONED = 64
 
 
 class KvState(StrEnum):
@@ -95,20 +104,20 @@ _KEY = ("session_id", "fingerprint", "rank", "node")
 
 def publish(connection: Connection, manifest: Manifest) -> bool:
     """Save ``manifest`` if its turn is the session's newest, or one that was over before its successor began and that
-    has not published since. False, and nothing is saved, where the session is deleted, where the turn's lease lapsed
-    and was taken over, and where a later turn has published."""
-    # Whoever deletes the session or takes its lease has locked its row.
-    live = sa.select(sessions.c.id).where(sessions.c.id == manifest.session_id, sessions.c.deleted_us.is_(None))
-    if connection.execute(live.with_for_update(read=True, of=sessions)).one_or_none() is None:
+    has not published since. False where the turn's lease lapsed and was taken over, or a later turn has published: then
+    what it lists is erased with the session; and where the session is gone: then it is erased now."""
+    if _is_gone(connection, manifest.session_id):
+        erasures.add(connection, manifest.session_id, _store_of(manifest), _chain_of(manifest))
         return False
-    published = sa.select(manifests.c.epoch).where(*(manifests.c[name] == getattr(manifest, name) for name in _KEY))
-    oldest = sa.func.coalesce(published.scalar_subquery(), 0)
+    key = {name: getattr(manifest, name) for name in _KEY}
+    published = sa.select(manifests.c.epoch).where(*_same(manifests, key)).scalar_subquery()
     turn = sa.select(leases.c.epoch).where(
         leases.c.session_id == manifest.session_id,
         sa.literal(manifest.epoch).between(leases.c.fence, leases.c.epoch),
-        oldest <= manifest.epoch,
+        sa.func.coalesce(published, 0) <= manifest.epoch,
     )
     if connection.execute(turn).one_or_none() is None:
+        _abandon(connection, key, _chain_of(manifest))
         return False
     save(connection, manifest)
     return True
@@ -116,31 +125,136 @@ def publish(connection: Connection, manifest: Manifest) -> bool:
 
 def save(connection: Connection, manifest: Manifest) -> None:
     """Store ``manifest``, replacing the one of the same session, fingerprint, rank and node, whatever that says."""
+    keys = manifest.keys
     key = {name: getattr(manifest, name) for name in _KEY}
+    before = _end(connection, key)
     content = {
         "engine_id": manifest.engine_id,
         "page_size": manifest.page_size,
         "tokens": manifest.tokens,
-        "keys": manifest.keys,
+        "keys": keys,
         "nbytes": manifest.nbytes,
         "lost_tokens": manifest.lost_tokens,
         "epoch": manifest.epoch,
         "account": manifest.account,
         "updated_us": now_us(),
     }
+    n_bytes, last_key = before or (0, b"")
+    goes_on = keys[max(0, n_bytes - KEY_BYTES) : n_bytes] == last_key
+    if not goes_on:
+        was = bytes(connection.execute(sa.select(manifests.c["keys"]).where(*_same(manifests, key))).scalar_one())
+        common = Chain(0, b"", was).common(keys)
+        _abandon(connection, key, Chain(common, head_of(was), was[common * KEY_BYTES :]))
     connection.execute(
         insert(connection.dialect.name, manifests)
         .values(**key, **content)
         .on_conflict_do_update(index_elements=list(key), set_=content)
     )
+    if n_bytes < erasures.HEAD_PAGES * KEY_BYTES or not goes_on:
+        _save_head(connection, key, keys)
+    if before is None:
+        # A fork that has pages of its own keeps its ancestors' no longer.
+        ancestors = sa.select(segments.c.owner_id).where(
+            segments.c.session_id == manifest.session_id, segments.c.owner_id != manifest.session_id
+        )
+        release(connection, connection.execute(ancestors.distinct()).scalars().all())
 
 
-def cut(connection: Connection, manifest: Manifest) -> None:
-    """Make a manifest that is there say less, as ``manifest`` does: its pages are gone. It stays as old as it is, since
-    nothing has been stored."""
-    same = (manifests.c[name] == getattr(manifest, name) for name in _KEY)
+def abandon(connection: Connection, session_id: str, store: StoreName, chain: Chain) -> None:
+    """Pages are stored of a session that its manifest does not list: they are erased with the session."""
+    if _is_gone(connection, session_id):
+        erasures.add(connection, session_id, store, chain)
+    else:
+        _abandon(connection, {"session_id": session_id, **vars(store)}, chain)
+
+
+def _is_gone(connection: Connection, session_id: str) -> bool:
+    """Whether a session was deleted or has expired. Otherwise it is there until the end of the transaction."""
+    found = sa.select(_over(sessions)).where(sessions.c.id == session_id).with_for_update(read=True)
+    gone: bool | None = connection.execute(found).scalar()
+    return gone is None or bool(gone)
+
+
+def _store_of(manifest: Manifest) -> StoreName:
+    return StoreName(manifest.fingerprint, manifest.rank, manifest.node)
+
+
+def _chain_of(manifest: Manifest) -> Chain:
+    return Chain(0, head_of(manifest.keys), manifest.keys)
+
+
+def _over(table: sa.FromClause) -> sa.ColumnElement[bool]:
+    return sa.or_(
+        table.c.deleted_us.is_not(None), sa.and_(table.c.expires_us.is_not(None), table.c.expires_us <= now_us())
+    )
+
+
+def _same(table: sa.Table, key: Mapping[str, object]) -> Iterator[sa.ColumnElement[bool]]:
+    return (table.c[name] == value for name, value in key.items())
+
+
+def _end(connection: Connection, key: Mapping[str, object]) -> tuple[int, bytes] | None:
+    """How many bytes of keys a manifest has, and the last key; None where there is no manifest."""
+    n_bytes = sa.func.length(manifests.c["keys"])
+    last = sa.func.substr(manifests.c["keys"], n_bytes - KEY_BYTES + 1, KEY_BYTES, type_=sa.LargeBinary)
+    row = connection.execute(sa.select(n_bytes, last).where(*_same(manifests, key))).one_or_none()
+    return None if row is None else (row[0], bytes(row[1]) if row[0] else b"")
+
+
+def _save_head(connection: Connection, key: Mapping[str, object], keys: bytes) -> None:
+    head = {"head": head_of(keys)}
+    connection.execute(
+        insert(connection.dialect.name, manifest_heads)
+        .values(**key, **head)
+        .on_conflict_do_update(index_elements=list(key), set_=head)
+    )
+
+
+def complete_heads(connection: Connection, store: StoreName) -> None:
+    """Add the heads of manifests that a store's engine of an earlier release has saved."""
+    heads = sa.and_(*(manifest_heads.c[name] == manifests.c[name] for name in _KEY))
+    rows = connection.execute(
+        sa.select(*(manifests.c[name] for name in _KEY), manifests.c["keys"])
+        .select_from(manifests.outerjoin(manifest_heads, heads))
+        .where(*_same(manifests, vars(store)), manifest_heads.c.session_id.is_(None))
+    ).all()
+    for row in rows:
+        _save_head(connection, {name: row._mapping[name] for name in _KEY}, bytes(row._mapping["keys"]))
+
+
+def _abandon(connection: Connection, key: Mapping[str, object], chain: Chain) -> None:
+    """Remember pages that a session's manifest does not list, or no more."""
+    if not chain.keys:
+        return
+    last = {**key, "last_key": chain.keys[-KEY_BYTES:]}
+    content = {"first_page": chain.first, "head": chain.head, "keys": chain.keys, "abandoned_us": now_us()}
+    connection.execute(
+        insert(connection.dialect.name, abandoned_pages)
+        .values(**last, **content)
+        .on_conflict_do_update(
+            index_elements=list(last), set_=content, where=abandoned_pages.c.first_page > chain.first
+        )
+    )
+    oldest = (
+        sa.select(abandoned_pages.c.last_key)
+        .where(*_same(abandoned_pages, key))
+        .order_by(abandoned_pages.c.abandoned_us.desc(), abandoned_pages.c.last_key)
+        .offset(MOST_ABANDONED)
+    )
+    for last_key in connection.execute(oldest).scalars().all():
+        which = sa.and_(*_same(abandoned_pages, key), abandoned_pages.c.last_key == last_key)
+        _erase_abandoned(connection, which)
+
+
+def cut(connection: Connection, manifest: Manifest, beyond: Chain | None = None) -> None:
+    """Make a manifest that is there say less, as ``manifest`` does: its pages are gone, but for some of ``beyond``,
+    which are there still. It stays as old as it is, since nothing has been stored."""
+    key = {name: getattr(manifest, name) for name in _KEY}
     less = {name: getattr(manifest, name) for name in ("tokens", "keys", "nbytes", "lost_tokens")}
-    connection.execute(sa.update(manifests).where(*same).values(less))
+    connection.execute(sa.update(manifests).where(*_same(manifests, key)).values(less))
+    _save_head(connection, key, manifest.keys)
+    if beyond is not None:
+        _abandon(connection, key, beyond)
 
 
 def load(connection: Connection, session_id: str, fingerprint: str, rank: int, node: str) -> Manifest | None:
@@ -204,21 +318,76 @@ def stores(connection: Connection, node: str) -> dict[tuple[str, int], int]:
 
 
 def forget_store(connection: Connection, fingerprint: str, rank: int, node: str) -> None:
-    """Drop every manifest of a store that is gone, given the first digits of its fingerprint."""
-    connection.execute(
-        sa.delete(manifests).where(
-            manifests.c.fingerprint.startswith(fingerprint, autoescape=True),
-            manifests.c.rank == rank,
-            manifests.c.node == node,
+    """Drop every manifest of a store that is gone, given the first digits of its fingerprint, and what was to be erased
+    in it."""
+    for table in (manifests, manifest_heads, abandoned_pages, erasures_table):
+        connection.execute(
+            sa.delete(table).where(
+                table.c.fingerprint.startswith(fingerprint, autoescape=True),
+                table.c.rank == rank,
+                table.c.node == node,
+            )
         )
+
+
+def erase(connection: Connection, session_ids: sa.Select[tuple[str]] | Collection[str]) -> int:
+    """Drop every manifest of some sessions, and have their pages erased, but for those that a manifest of another one
+    lists: how many manifests."""
+    which = manifests.c.session_id.in_(session_ids)
+    if connection.dialect.name == "postgresql":
+        # Or an engine might replace one between the next two statements.
+        locked = sa.select(sa.literal(1)).select_from(manifests).where(which).with_for_update().subquery()
+        connection.execute(sa.select(sa.func.count()).select_from(locked))
+    heads = sa.and_(*(manifest_heads.c[name] == manifests.c[name] for name in _KEY))
+    head = sa.func.coalesce(manifest_heads.c.head, sa.literal(b"", sa.LargeBinary))
+    taken = (
+        sa.select(*(manifests.c[name] for name in _KEY), sa.literal(0), head, now_us(), manifests.c["keys"])
+        .select_from(manifests.outerjoin(manifest_heads, heads))
+        .where(which, manifests.c.tokens > 0)
     )
+    connection.execute(sa.insert(erasures_table).from_select(_ERASURE, taken))
+    _erase_abandoned(connection, abandoned_pages.c.session_id.in_(session_ids))
+    connection.execute(sa.delete(manifest_heads).where(manifest_heads.c.session_id.in_(session_ids)))
+    return connection.execute(sa.delete(manifests).where(which)).rowcount
 
 
-def forget_all(connection: Connection, session_ids: sa.Select[tuple[str]]) -> int:
-    """Drop every manifest of the selected sessions: how many."""
-    return connection.execute(sa.delete(manifests).where(manifests.c.session_id.in_(session_ids))).rowcount
+_ERASURE = [*_KEY, "first_page", "head", "created_us", "keys"]
 
 
-def forget(connection: Connection, session_id: str) -> None:
-    """Drop every manifest of a session. The pages stay until their store needs the room."""
-    connection.execute(sa.delete(manifests).where(manifests.c.session_id == session_id))
+def _erase_abandoned(connection: Connection, which: sa.ColumnElement[bool]) -> None:
+    columns = (now_us() if name == "created_us" else abandoned_pages.c[name] for name in _ERASURE)
+    connection.execute(sa.insert(erasures_table).from_select(_ERASURE, sa.select(*columns).where(which)))
+    connection.execute(sa.delete(abandoned_pages).where(which))
+
+
+def release(connection: Connection, session_ids: Collection[str]) -> int:
+    """`erase` what is stored of those of some sessions that are deleted or have expired, unless a fork that has no
+    pages of its own yet is going to begin with theirs: how many manifests."""
+    found = (
+        connection.execute(_releasable().where(sessions.c.id.in_(session_ids))).scalars().all() if session_ids else []
+    )
+    return erase(connection, found) if found else 0
+
+
+def release_expired(connection: Connection, limit: int) -> int:
+    """`release` up to ``limit`` of the sessions that have expired: how many."""
+    expired = sa.and_(sessions.c.expires_us.is_not(None), sessions.c.deleted_us.is_(None))
+    stored = sa.or_(*(sa.exists().where(of.c.session_id == sessions.c.id) for of in (manifests, abandoned_pages)))
+    found = connection.execute(_releasable().where(expired, stored).limit(limit)).scalars().all()
+    if found:
+        erase(connection, found)
+    return len(found)
+
+
+def _releasable() -> sa.Select[Any]:
+    fork = sessions.alias()
+    begins_with_it = sa.exists().where(
+        segments.c.owner_id == sessions.c.id,
+        segments.c.session_id == fork.c.id,
+        fork.c.id != sessions.c.id,
+        sa.not_(_over(fork)),
+        # With another salt it would not find them.
+        fork.c.kv_scope.is_not_distinct_from(sessions.c.kv_scope),
+        ~sa.exists().where(manifests.c.session_id == fork.c.id),
+    )
+    return sa.select(sessions.c.id).where(_over(sessions), ~begins_with_it)

@@ -257,6 +257,13 @@ class PageIndex:
         """The extents that hold those of ``keys`` that are stored."""
         return {place[0] for place in self.places(keys) if place is not None}
 
+    def listed(self, numbers: Iterable[int]) -> dict[int, PageKeys]:
+        """The keys of those of some extents that are listed, in slot order, wherever they are found. As of one
+        moment."""
+        with self._env.begin(db=self._lists) as txn:
+            found = ((number, txn.get(_NUMBER.pack(number))) for number in numbers)
+            return {number: PageKeys(raw) for number, raw in found if raw and len(raw) % KEY_BYTES == 0}
+
     def records(self) -> dict[int, ExtentRecord]:
         """Every extent by its number."""
         with self._env.begin(db=self._extents) as txn:

@@ -8,7 +8,6 @@ without one: the one with the highest number. A page that an engine has dropped 
 from __future__ import annotations
 
 import mmap
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -21,6 +20,7 @@ import numpy as np
 from agentstate.errors import BadExtent, UnknownFormat
 from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.files import header_of, opened
+from agentstate.pages.rewriting import copy_pages, read_at
 from agentstate.pages.store import PageStore
 
 # The least digits of a page's key that `holding` takes for one.
@@ -246,7 +246,7 @@ def _broken(file: BinaryIO, header: ExtentHeader) -> tuple[int, ...]:
     for layer in range(header.geometry.layers):
         spans = [layout.component_range(layer, component, 0, pages) for component in range(len(sizes))]
         try:
-            _read(file, slab[: sum(length for _, length in spans)].data, spans[0][0])
+            read_at(file, slab[: sum(length for _, length in spans)].data, spans[0][0])
         except OSError:
             # Of a slab with a bad block only the pages on that block are lost.
             broken.update(_unreadable(file, header, layer))
@@ -271,19 +271,9 @@ def _components(file: BinaryIO, header: ExtentHeader, layer: int, slot: int) -> 
     parts = []
     for component, size in enumerate(header.geometry.component_bytes):
         part = np.empty(size, dtype=np.uint8)
-        _read(file, part.data, header.layout.component_range(layer, component, slot, 1)[0])
+        read_at(file, part.data, header.layout.component_range(layer, component, slot, 1)[0])
         parts.append(part)
     return parts
-
-
-def _read(file: BinaryIO, into: memoryview, offset: int) -> None:
-    # Not through a mapping: there a block that cannot be read would be a signal and not an error.
-    done = 0
-    while done < len(into):
-        got = os.preadv(file.fileno(), [into[done:]], offset + done)
-        if got == 0:
-            raise OSError(f"{file.name} ends in the middle of a page")
-        done += got
 
 
 def _rewrite(writer: PageStore, file: BinaryIO, header: ExtentHeader, broken: tuple[int, ...]) -> None:
@@ -291,12 +281,7 @@ def _rewrite(writer: PageStore, file: BinaryIO, header: ExtentHeader, broken: tu
     if not keep:
         return
     draft = writer.draft([header.keys[slot] for slot in keep], mmap.mmap(-1, writer.draft_bytes(len(keep))))
-    for layer in range(header.geometry.layers):
-        for row, slot in enumerate(keep):
-            parts = _components(file, header, layer, slot)
-            # A disk that has given back something wrong may do so again, and what is sealed now counts as right.
-            if any(header.wrong_slots(layer, slot, [[part[None]] for part in parts])):
-                raise OSError(f"{file.name}: page {header.keys[slot].hex()} was read as it was written, and then not")
-            for component, data in enumerate(parts):
-                draft.component(layer, component)[row] = data
+    # A disk that has given back something wrong may do so again, and what is sealed now counts as right.
+    for slot in sorted(copy_pages(file, header, keep, draft)):
+        raise OSError(f"{file.name}: page {header.keys[slot].hex()} was read as it was written, and then not")
     writer.publish(draft)

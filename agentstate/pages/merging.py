@@ -30,7 +30,8 @@ def merge(
     that is not small, or has 8 members, so a page is rewritten a few times at most. ``buffer`` bounds an extent's
     size. Every page is verified before it is written again; a run with a wrong page, which is dropped, or one that the
     disk did not give back this time, which is not, stays as it is. Readers of the old extents are not disturbed.
-    Raises KeyError when the chain is not stored (any more), PageStoreFull and OSError.
+    Raises KeyError when the chain is not stored (any more), also where that turns out in the middle, PageStoreFull and
+    OSError.
     """
     with store.pin(keys) as pin:
         runs = list(islice(_runs(store, pin.segments, len(buffer), range_bytes), most_runs))
@@ -74,6 +75,6 @@ def _rewrite(
                     draft.component(chunk.layer, component)[segment.first : segment.first + segment.pages] = rows
         usable = not wrong and not unread
         if usable:
-            store.publish(draft)
+            store.publish(draft, again=True)
     store.drop(pin.copies(wrong))
     return usable

@@ -35,7 +35,7 @@ class StoreStats:
     """Counters since open, but for ``pages``, ``extents`` and ``bytes``, which are what is stored now.
 
     ``pages_evicted_needed`` are those of ``pages_evicted`` that a live manifest needed; ``pages_vanished`` were lost
-    because their files were deleted or replaced by somebody else.
+    because their files were deleted or replaced by somebody else; ``pages_erased`` were removed to be erased.
     """
 
     pages: int = 0
@@ -47,6 +47,7 @@ class StoreStats:
     pages_evicted: int = 0
     pages_evicted_needed: int = 0
     pages_vanished: int = 0
+    pages_erased: int = 0
     bad_extents: int = 0
 
 

@@ -9,12 +9,18 @@
 
 The extents are the truth: at open the index is made to agree with them. Where two extents hold the same page, the
 later number wins, and an extent none of whose pages is found through the index any more is deleted.
+
+Pages are erased in two steps. `PageStore.remove` takes them out of the index: from then on they are missing to whoever
+asks. `PageStore.scrub` then writes what is left of their extents anew and deletes the old files, so that no file of the
+store has a byte of them. Keys, which are hashes, may stay in what LMDB has freed. What a file system keeps of deleted
+files is not this store's: blocks that were freed, snapshots, and the cells that a drive has levelled.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import mmap
 import os
 import re
 import struct
@@ -27,8 +33,15 @@ from pathlib import Path
 
 import lmdb
 
-from agentstate.errors import BadExtent, FingerprintMismatch, PageStoreError, PageStoreFull, PageStoreUnwritable
-from agentstate.pages import files
+from agentstate.errors import (
+    BadExtent,
+    FingerprintMismatch,
+    PageStoreError,
+    PageStoreFull,
+    PageStoreUnwritable,
+    UnknownFormat,
+)
+from agentstate.pages import files, rewriting
 from agentstate.pages.directory import StoreDirectory
 from agentstate.pages.eviction import ANYONE, Extent
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, ExtentLayout, Geometry, Memory
@@ -44,6 +57,8 @@ _NAME = re.compile(r"[0-9a-f]{16}\.ext")
 _TO_OPEN_BYTES = 1 << 20
 # Pairs of an extent and a session that needs it that are remembered: some 50 MiB.
 _MOST_TOLD = 1 << 19
+# How long `scrub` waits for files that are being written over what was evicted.
+_WRITING_OVER_S = 1.0
 
 
 class PageStore:
@@ -84,6 +99,13 @@ class PageStore:
         self._dropped: dict[bytes, Extent] = {}
         # Extents with a page that was wrong are looked up page by page, whatever is counted as live in them.
         self._doubted: set[int] = set()
+        # What `scrub` looks after beside extents: files that could not be deleted or that are damaged, by their
+        # numbers, what is being written, and of that what is written over the blocks of an evicted extent.
+        self._undeleted: set[int] = set()
+        self._being_written: set[int] = set()
+        self._written_over: set[int] = set()
+        self._write_ended = threading.Condition(self._mutex)
+        self._scrubbing = threading.Lock()
         self._next = 1
         self._closed = False
         with self._writing:
@@ -184,6 +206,7 @@ class PageStore:
         were, with their pins."""
         records = self._index.records()
         numbers, unknown, gone = [0], [], set(records)
+        self._undeleted.clear()
         size_of = functools.cache(self.draft_bytes)
         with os.scandir(self._directory.extents) as entries:
             for entry in entries:
@@ -235,6 +258,8 @@ class PageStore:
         except (BadExtent, OSError) as error:
             self.stats.bad_extents += 1
             logger.warning("page store: ignoring %s: %s", path, error)
+            if isinstance(error, BadExtent) and not isinstance(error, UnknownFormat):
+                self._undeleted.add(number)
             return
         if header.fingerprint != self.fingerprint or header.geometry != self.geometry:
             raise FingerprintMismatch(f"{path} was written for another model or layout than this store's")
@@ -300,6 +325,7 @@ class PageStore:
                 if failure is None:
                     logger.warning("page store: %s could not be deleted: %s", path, error)
                 failure = error
+                self._undeleted.add(extent.number)
                 continue
             self.stats.bytes -= extent.file_bytes
         return spare, failure
@@ -594,18 +620,25 @@ class PageStore:
         for keys of another length than 32 bytes."""
         return ExtentDraft(self.fingerprint, self.geometry, keys, buffer)
 
-    def publish(self, draft: ExtentDraft) -> None:
+    def publish(self, draft: ExtentDraft, *, again: bool = False) -> None:
         """Make the draft's pages durable and findable: written, `fdatasync`, renamed, directory synced, indexed.
 
         A reader, and a store opened after a crash, sees all of the extent or nothing. Raises PageStoreFull when there
-        is no room and OSError when the disk fails; then nothing of the draft is stored.
+        is no room and OSError when the disk fails; and KeyError where the pages are copies of what is stored, written
+        ``again``, and one of them is not stored any more. Then nothing of the draft is stored.
         """
+        self._publish(draft, again, evict=True)
+
+    def _publish(self, draft: ExtentDraft, again: bool, evict: bool) -> None:
         header, data = draft.seal()
         with self._writing:
             self._attend()
-            spare = self._space.make(self, len(data), recycle=True)
+            spare = self._space.make(self, len(data), recycle=True) if evict else None
             number, self._next = self._next, self._next + 1
             self._space.expect(len(data))
+            self._being_written.add(number)
+            if spare is not None:
+                self._written_over.add(number)
         final = self._directory.extent(number)
         try:
             try:
@@ -613,8 +646,12 @@ class PageStore:
             finally:
                 self._writing.acquire()
                 self._space.expect(-len(data))
+                with self._write_ended:
+                    self._being_written.discard(number)
+                    self._written_over.discard(number)
+                    self._write_ended.notify_all()
             try:
-                self._enter(number, header, len(data), mtime_ns)
+                self._enter(number, header, len(data), mtime_ns, again)
             except DAMAGE as error:
                 self._unwritable(error)
                 # Made anew, it has what has just been written.
@@ -623,9 +660,13 @@ class PageStore:
                     raise
                 self.stats.pages_written += len(header.keys)
                 self.stats.bytes_written += len(data)
-        except (OSError, lmdb.Error) as error:
-            with suppress(OSError):
+        except (KeyError, OSError, lmdb.Error) as error:
+            try:
                 final.unlink(missing_ok=True)
+            except OSError:
+                self._undeleted.add(number)
+            if isinstance(error, KeyError):
+                raise
             if files.is_full(error):
                 raise PageStoreFull(f"no room for {len(data):,} bytes of KV pages in {self.directory}") from error
             if isinstance(error, lmdb.Error):
@@ -634,7 +675,7 @@ class PageStore:
         finally:
             self._writing.release()
 
-    def _enter(self, number: int, header: ExtentHeader, file_bytes: int, mtime_ns: int) -> None:
+    def _enter(self, number: int, header: ExtentHeader, file_bytes: int, mtime_ns: int, again: bool) -> None:
         entered = Extent(number, len(header.keys), 0, file_bytes, mtime_ns, used=self._space.now())
         # First, or a look-up might find a page whose extent is not known yet.
         self._extents[number] = entered
@@ -646,6 +687,11 @@ class PageStore:
                         change.record(extent.number, extent.record())
                     else:
                         change.forget(extent.number)
+                if again:
+                    places = change.places(header.keys)
+                    for key in header.keys:
+                        if key not in places or places[key][0] not in self._extents:
+                            raise KeyError(key)
                 gained = self._take_over(change, number, header.keys)
                 recent, self._used_since = self._used_since, set()
                 for other in (recent - gained.keys()) & self._extents.keys():
@@ -692,27 +738,214 @@ class PageStore:
                 for (key, number), place in zip(copies, places, strict=True)
                 if place is not None and place[0] == number and number in self._extents
             }
-            if not found:
-                return 0
-            gone = Counter(extent.number for extent in found.values())
-            try:
-                with self._index.change() as change:
-                    for key in found:
-                        change.delete(key)
-                    for number, pages in gone.items():
-                        record = self._extents[number].record()
-                        change.record(number, record._replace(live=record.live - pages))
-            except lmdb.Error as error:
-                self._unwritable(error)
-                self._dropped.update(found)
-            for number, pages in gone.items():
-                self._extents[number].live -= pages
-            self.stats.pages -= len(found)
             self.stats.pages_dropped += len(found)
             with self._mutex:
-                self._losers.update(*(self._extents[number].needed_by or {ANYONE: 0} for number in gone))
-            self._delete([self._extents[number] for number in gone])
+                self._losers.update(*(extent.needed_by or {ANYONE: 0} for extent in found.values()))
+            self._stop_serving(found)
             return len(found)
+
+    def _stop_serving(self, found: Mapping[bytes, Extent]) -> None:
+        """Take pages out of the index, each of which it finds in an extent. The caller holds ``_writing``."""
+        if not found:
+            return
+        gone = Counter(extent.number for extent in found.values())
+        try:
+            with self._index.change() as change:
+                for key in found:
+                    change.delete(key)
+                for number, pages in gone.items():
+                    record = self._extents[number].record()
+                    change.record(number, record._replace(live=record.live - pages))
+        except lmdb.Error as error:
+            self._unwritable(error)
+            self._dropped.update(found)
+        for number, pages in gone.items():
+            self._extents[number].live -= pages
+        self.stats.pages -= len(found)
+        self._delete([self._extents[number] for number in gone])
+
+    def erase(self, keys: Iterable[bytes]) -> bool:
+        """`remove` pages and `scrub` what they leave: whether nothing of them is left. Raises like these."""
+        keys = list(keys)
+        self.remove(keys)
+        # A directory that had to be opened anew in between may have found them again.
+        return self.scrub(keys) and not any(self.stored(keys))
+
+    def remove(self, keys: Iterable[bytes]) -> int:
+        """Stop serving pages, to erase them: how many were served. From now on a look-up does not find them. What is
+        pinned stays readable; files have their bytes until `scrub` says that they have not.
+
+        One that is written later is a new page. Raises PageStoreError where the directory cannot be opened anew, and
+        OSError when the index cannot be read; then all may be served still.
+        """
+        keys = list(dict.fromkeys(keys))
+        with self._writing:
+            self._attend()
+            if self._closed:
+                return 0
+            try:
+                places = self._index.places(keys)
+            except (lmdb.Error, struct.error) as error:
+                self._unreadable(error)
+                raise OSError(f"the index of {self.directory} could not be read: {error}") from error
+            found = {
+                key: self._extents[place[0]]
+                for key, place in zip(keys, places, strict=True)
+                if place is not None and place[0] in self._extents and key not in self._dropped
+            }
+            self._stop_serving(found)
+            self.stats.pages_erased += len(found)
+            return len(found)
+
+    def scrub(self, keys: Iterable[bytes], stop: Callable[[], bool] = lambda: False) -> bool:
+        """Make the files hold no copy of ``keys`` but one that is served: removed, superseded, dropped or evicted
+        copies go. Whether that is so by now, and stays so after a power failure; if not, because something is pinned
+        or a file is being written over, it is to be asked again.
+
+        An extent with such a copy is written anew without it, every page verified, and its file is deleted; one whose
+        pages are all such copies is deleted. Pages beside it are lost where their bytes turn out wrong, where the drive
+        does not give them back, or where there is no room to write them anew. Extents whose headers are damaged, which
+        may hold anything, are deleted; those of a format that another release reads are not.
+
+        A copy-on-write file system, a snapshot and a drive's spare cells may keep what was deleted.
+
+        Takes as long as the drive, an extent after the other, and ends, with False, when ``stop`` says so in between.
+        May be called beside everything else. Raises OSError where a file cannot be read or
+        deleted, and PageStoreError; what was done so far is done, and asking again goes on.
+        """
+        wanted = set(keys)
+        with self._scrubbing:
+            with self._writing:
+                self._attend()
+                if self._closed:
+                    return False
+                extents = [extent for extent in self._extents.values() if extent.live < extent.pages]
+            with self._mutex:
+                written_over = set(self._written_over)
+            suspects = self._with_dead_copies(extents, wanted)
+            for extent in suspects:
+                if stop():
+                    return False
+                self._write_anew(extent)
+            with self._write_ended:
+                ended = self._write_ended.wait_for(lambda: not written_over & self._written_over, _WRITING_OVER_S)
+            with self._writing:
+                if self._closed:
+                    return False
+                self._attend()
+                try:
+                    self._delete_leftovers()
+                    files.sync_directory(self._directory.extents)
+                except OSError as error:
+                    if files.is_full(error):
+                        raise PageStoreFull(f"no room in {self.directory}: deletions could not be synced") from error
+                    raise
+                return ended and not any(self._has(extent) for extent in suspects)
+
+    def _with_dead_copies(self, extents: Iterable[Extent], wanted: set[bytes]) -> list[Extent]:
+        """Those of ``extents`` with a copy of ``wanted`` that is not served, and those whose keys cannot be read."""
+        found = []
+        for extent in extents:
+            try:
+                keys = self._keys_of(extent)
+                shared = wanted.intersection(keys) if keys is not None else ()
+                if keys is None or any(extent is not self._serving(key) for key in shared):
+                    found.append(extent)
+            except (lmdb.Error, struct.error) as error:
+                with self._writing:
+                    self._unreadable(error)
+                raise OSError(f"the index of {self.directory} could not be read: {error}") from error
+        return found
+
+    def _keys_of(self, extent: Extent) -> PageKeys | None:
+        """What an extent holds, in slot order; None where that cannot be told (any more)."""
+        listed = self._index.listed([extent.number]).get(extent.number)
+        if listed is not None and len(listed) == extent.pages:
+            return listed
+        try:
+            return files.read_header(self._directory.extent(extent.number)).keys
+        except BadExtent:
+            return None
+        except FileNotFoundError:
+            return PageKeys()
+
+    def _serving(self, key: bytes) -> Extent | None:
+        """The extent whose copy of a page is served."""
+        (place,) = self._index.places([key])
+        return None if place is None or key in self._dropped else self._extents.get(place[0])
+
+    def _write_anew(self, extent: Extent) -> None:
+        """Publish the pages that an extent serves in another one, after which nothing is served from it, and nothing
+        but a pin keeps it."""
+        while True:
+            with self._mutex:
+                if not self._has(extent):
+                    return
+                extent.pins += 1
+                self._pinned.add(extent)
+            try:
+                draft, wrong = self._draft_of(extent)
+            except BadExtent:
+                draft, wrong = None, []
+            finally:
+                self._release([extent])
+            self.drop((key, extent.number) for key in wrong)
+            try:
+                if draft is not None:
+                    # Without making room: what it replaces takes more, but for as long as that is pinned.
+                    self._publish(draft, again=True, evict=False)
+                elif extent.live:
+                    self._evict_one(extent)
+            except PageStoreFull:
+                self._evict_one(extent)
+            except KeyError:
+                # Another of its pages was dropped or removed just now.
+                continue
+            return
+
+    def _evict_one(self, extent: Extent) -> None:
+        with self._writing:
+            if self.take(extent):
+                self.evict([extent])
+
+    def _draft_of(self, extent: Extent) -> tuple[ExtentDraft | None, list[bytes]]:
+        """The pages that an extent serves, verified, ready to be published; and those that it cannot serve. Raises
+        BadExtent where it can serve none."""
+        if not extent.live:
+            return None, []
+        path = self._directory.extent(extent.number)
+        try:
+            with path.open("rb") as file:
+                header = files.header_of(file, path.name)
+                places = self._index.places(header.keys)
+                served = [
+                    slot
+                    for slot, (key, place) in enumerate(zip(header.keys, places, strict=True))
+                    if place == (extent.number, slot) and key not in self._dropped
+                ]
+                wrong: set[int] = set()
+                while good := [slot for slot in served if slot not in wrong]:
+                    keys = [header.keys[slot] for slot in good]
+                    draft = self.draft(keys, mmap.mmap(-1, self.draft_bytes(len(keys))))
+                    failed = rewriting.copy_pages(file, header, good, draft)
+                    if not failed:
+                        return draft, [header.keys[slot] for slot in sorted(wrong)]
+                    wrong |= failed
+                return None, [header.keys[slot] for slot in served]
+        except FileNotFoundError as error:
+            raise BadExtent(f"{path.name} is gone") from error
+
+    def _delete_leftovers(self) -> None:
+        """Delete the files that nothing refers to. The caller holds ``_writing``."""
+        for number in [number for number in self._undeleted if number not in self._extents]:
+            self._directory.extent(number).unlink(missing_ok=True)
+            self._undeleted.discard(number)
+        if self._written_over:
+            return
+        written = {self._directory.extent(number).name for number in self._being_written}
+        for path in self._directory.partial.iterdir():
+            if path.name not in written:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the store; what is pinned stays readable through the files that are open. May be called again."""

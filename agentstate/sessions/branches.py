@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentstate.errors import NotABranchPoint
+from agentstate.fleet import manifests
 from agentstate.sessions import transcript
 from agentstate.sessions.history import MAX_SEGMENTS, History, Segment
 from agentstate.sql.database import now_us
@@ -97,8 +98,10 @@ def compact(connection: Connection, row: Any, history: History) -> bool:
 
 
 def bury(connection: Connection, row: Any) -> None:
-    """Delete a session whose row is locked: its id is free, its row stays until nothing shares its entries."""
-    mark_garbage(connection, [row.id, *History.of(connection, row).owners()])
+    """Delete a session whose row is locked: its id is free, its row stays until nothing shares its entries. Its pages
+    are erased, unless a fork is going to begin with them, and so are those of its ancestors that only it was to."""
+    family = [row.id, *History.of(connection, row).owners()]
+    mark_garbage(connection, family)
     connection.execute(sa.delete(segments).where(segments.c.session_id == row.id))
     connection.execute(sa.delete(leases).where(leases.c.session_id == row.id))
     connection.execute(
@@ -107,6 +110,7 @@ def bury(connection: Connection, row: Any) -> None:
         # No id of a session that can be read has this sign.
         .values(name="~" + row.id, deleted_us=now_us(), revision=sessions.c.revision + 1)
     )
+    manifests.release(connection, family)
 
 
 def mark_garbage(connection: Connection, owner_ids: Collection[str]) -> None:

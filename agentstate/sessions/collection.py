@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from agentstate.sessions.history import History, Segment
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import (
     CHECKPOINT_TABLES,
+    api_keys,
     blobs,
     entries,
     idempotency,
@@ -39,6 +41,8 @@ HOUR_S = 3600
 IDEMPOTENCY_S = 24 * HOUR_S
 OPERATIONS_S = 7 * 24 * HOUR_S
 TIMINGS_S = 90 * 24 * HOUR_S
+# What has expired is erased that soon, however seldom the rest is collected.
+EXPIRY_S = 20.0
 # A blob that an entry is about to refer to, in a transaction that has not ended yet, must not go.
 BLOB_GRACE_S = 10 * 60
 
@@ -56,9 +60,10 @@ class Collected:
 def collect(database: Database, *, expired_after_s: float, blob_grace_s: float = BLOB_GRACE_S) -> Collected:
     """Delete sessions that expired ``expired_after_s`` ago or more, and everything that nothing reaches.
 
-    Safe beside services that write, and beside other collections. Raises DatabaseError; then what was deleted so far
-    stays deleted.
+    The KV of sessions that have expired is erased (`release_expired`). Safe beside services that write, and beside
+    other collections. Raises DatabaseError; then what was deleted so far stays deleted.
     """
+    release_expired(database)
     _bury_expired(database, expired_after_s)
     gone_sessions = gone_entries = 0
     for session_id in _marked(database):
@@ -68,8 +73,32 @@ def collect(database: Database, *, expired_after_s: float, blob_grace_s: float =
     return Collected(gone_sessions, gone_entries, _collect_blobs(database, blob_grace_s), _collect_records(database))
 
 
+def release_expired(database: Database) -> None:
+    """Have the KV of sessions that have expired erased, although it can still be told that they were. Raises
+    DatabaseError."""
+    while True:
+        with database.write() as connection:
+            released = manifests.release_expired(connection, BATCH)
+        if released < BATCH:
+            return
+
+
+def remove_tenant(database: Database, tenant_id: str) -> int:
+    """Delete all sessions of a tenant, also those that run, and revoke its keys: how many sessions. Raises
+    DatabaseError; then what was deleted so far stays deleted."""
+    with database.write() as connection:
+        connection.execute(
+            sa.update(api_keys)
+            .where(api_keys.c.tenant == tenant_id, api_keys.c.revoked_us.is_(None))
+            .values(revoked_us=now_us())
+        )
+    of_tenant = sa.and_(sessions.c.tenant == tenant_id, sessions.c.deleted_us.is_(None))
+    return _bury(database, of_tenant)
+
+
 class Collector:
-    """Collects every ``interval_s`` on a thread of its own, until it is closed."""
+    """Collects every ``interval_s`` on a thread of its own, until it is closed. The KV of what has expired is erased
+    sooner."""
 
     def __init__(self, database: Database, interval_s: float, expired_after_s: float):
         self._database = database
@@ -85,8 +114,14 @@ class Collector:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._closing.wait(self._interval_s):
+        waits_s = min(self._interval_s, EXPIRY_S)
+        collected_s = time.monotonic()
+        while not self._closing.wait(waits_s):
             try:
+                if time.monotonic() - collected_s + waits_s / 2 < self._interval_s:
+                    release_expired(self._database)
+                    continue
+                collected_s = time.monotonic()
                 collected = collect(self._database, expired_after_s=self._expired_after_s)
                 if collected != Collected():
                     logger.info("collected %s", collected)
@@ -102,6 +137,11 @@ def _bury_expired(database: Database, expired_after_s: float) -> None:
         sessions.c.deleted_us.is_(None),
         sessions.c.expires_us <= now_us() - round(expired_after_s * 1_000_000),
     )
+    _bury(database, due)
+
+
+def _bury(database: Database, due: sa.ColumnElement[bool]) -> int:
+    buried = 0
     while True:
         with database.write() as connection:
             rows = connection.execute(
@@ -109,8 +149,9 @@ def _bury_expired(database: Database, expired_after_s: float) -> None:
             ).all()
             for row in rows:
                 branches.bury(connection, row)
+        buried += len(rows)
         if len(rows) < BATCH:
-            return
+            return buried
 
 
 def _marked(database: Database) -> Iterator[str]:
@@ -169,8 +210,11 @@ def _collect_session(database: Database, session_id: str) -> tuple[int, bool]:
             left = connection.execute(
                 sa.delete(sessions).where(sessions.c.id == session_id, ~shared).returning(sessions.c.id)
             ).one_or_none()
-            if left is not None:
-                manifests.forget(connection, session_id)
+            if left is None:
+                # A fork may have been rewound to before what it shared.
+                manifests.release(connection, [session_id])
+            else:
+                manifests.erase(connection, [session_id])
             return removed, left is None
     except BaseException:
         with database.write() as connection:

@@ -47,8 +47,8 @@ def salt(secret: bytes, scope: str | None, own: str | None) -> str | None:
 
 
 def rotate(connection: Connection) -> int:
-    """Take a new secret. The KV of all sessions that have a scope is out of reach from then on, and their manifests go:
-    how many. Turns that are under way publish no more manifests."""
+    """Take a new secret. The KV of all sessions that have a scope is out of reach from then on and is erased, and their
+    manifests go: how many. Turns that are running publish no more manifests."""
     secret.renew(connection)
     scoped = sa.select(sessions.c.id).where(sessions.c.kv_scope.is_not(None))
-    return manifests.forget_all(connection, scoped)
+    return manifests.erase(connection, scoped)

@@ -146,7 +146,8 @@ class Sessions:
             return rows.change(connection, before.id, **changes)
 
     def delete(self, session_id: str, revision: Seen) -> None:
-        """Delete a session; its id is free again at once. What forks share with it stays, the rest is collected later.
+        """Delete a session; its id is free again at once. What forks share with it stays, the rest is collected later,
+        and its KV erased by the engines that have it.
 
         Raises SessionBusy while somebody runs it.
         """
@@ -225,8 +226,8 @@ class Sessions:
     ) -> Suspended:
         """End a turn: release the lease and tell whom to ask for the durability of the KV.
 
-        ``expires_in_s``, counted from now, replaces the session's expiry; ``release_kv`` forgets what is stored of
-        its KV. ``ranks`` are those of the engine that the resume named, none if it is not live any more; if the resume
+        ``expires_in_s``, counted from now, replaces the session's expiry; ``release_kv`` has what is stored of its KV
+        erased. ``ranks`` are those of the engine that the resume named, none if it is not live any more; if the resume
         named none, those of the engine that would be chosen now. This alone makes nothing of the KV durable.
 
         Raises LeaseLost, and ToolInFlight when the reason is ``done`` while a tool call is claimed.
@@ -249,7 +250,7 @@ class Sessions:
             else:
                 server = choose(session.model, rows.stored(connection, before, History.of(connection, before)), live)
             if release_kv:
-                manifests.forget(connection, before.id)
+                manifests.erase(connection, [before.id])
             return Suspended(
                 session=session,
                 pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],

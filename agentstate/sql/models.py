@@ -237,6 +237,51 @@ manifests = Table(
     Column("keys", LargeBinary, nullable=False),
 )
 
+_STORE = ("fingerprint", "rank", "node")
+
+# The beginnings of manifests, to sort them by: see `agentstate.fleet.erasures`.
+manifest_heads = Table(
+    "manifest_heads",
+    metadata,
+    Column("session_id", Text, primary_key=True),
+    Column("fingerprint", Text, primary_key=True),
+    Column("rank", Integer, primary_key=True, autoincrement=False),
+    Column("node", Text, primary_key=True),
+    Column("head", LargeBinary, nullable=False),
+    Index("ix_manifest_heads_head", *_STORE, "head"),
+)
+
+# What a session's manifests listed and list no more, since it went on another way: it is erased with the session.
+abandoned_pages = Table(
+    "abandoned_pages",
+    metadata,
+    Column("session_id", Text, primary_key=True),
+    Column("fingerprint", Text, primary_key=True),
+    Column("rank", Integer, primary_key=True, autoincrement=False),
+    Column("node", Text, primary_key=True),
+    Column("last_key", LargeBinary, primary_key=True),  # covers all that is before it
+    Column("first_page", Integer, nullable=False),
+    Column("head", LargeBinary, nullable=False),
+    Column("abandoned_us", BigInteger, nullable=False),
+    Column("keys", LargeBinary, nullable=False),  # from ``first_page`` of the chain on
+)
+
+# Pages of what is gone that are on an engine's disk still.
+erasures = Table(
+    "erasures",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("session_id", Text, nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("node", Text, nullable=False),
+    Column("first_page", Integer, nullable=False),
+    Column("head", LargeBinary, nullable=False),
+    Column("created_us", BigInteger, nullable=False),
+    Column("keys", LargeBinary, nullable=False),
+    Index("ix_erasures_store", *_STORE, "id"),
+)
+
 engines = Table(
     "engines",
     metadata,

@@ -16,13 +16,13 @@ from turns import begin
 
 from agentstate import ids
 from agentstate.errors import DatabaseError, DatabaseUnreachable
-from agentstate.fleet import engines, manifests, turns
+from agentstate.fleet import engines, erasures, manifests, turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
 from agentstate.pages import ANYONE
 from agentstate.pages.node import node_id
 from agentstate.sql import database as database_module
-from agentstate.sql import secret
+from agentstate.sql import models, secret
 from agentstate.sql.database import Database
 from engine_patch.catalog import Catalog
 
@@ -85,6 +85,10 @@ def saved() -> Saved:
     return Saved()
 
 
+def nothing(keys: Sequence[bytes]) -> list[bool]:
+    return [False] * len(keys)
+
+
 def started(
     database: Database,
     heartbeat_s: float,
@@ -96,6 +100,7 @@ def started(
     of_stores = {
         "needed": list,
         "stored": len,
+        "held": nothing,
         "losers": set,
         "dead": list,
         "n_bytes": int,
@@ -514,7 +519,7 @@ def test_a_session_that_is_deleted_while_manifests_are_looked_at_does_not_come_b
     def stored(chain: Sequence[bytes]) -> int:
         if chain == keys(1, 2):
             with database.write() as connection:
-                manifests.forget(connection, "a")
+                manifests.erase(connection, ["a"])
         return 1
 
     catalog = started(database, HEARTBEAT_S, saved, stored=stored)
@@ -554,3 +559,37 @@ def test_a_renewed_secret_is_learnt(database: Switched, catalog: Catalog) -> Non
     with database.write() as connection:
         secret.renew(connection)
     until(lambda: catalog.signing_key != before)
+
+
+def test_what_manifests_list_no_more_and_the_stores_still_have_is_remembered(database: Switched, saved: Saved) -> None:
+    """Pages after one that is gone are of no use, but they are of the session, and go with it."""
+    chain = keys(*range(8))
+    with database.write() as connection:
+        manifests.save(connection, manifest("a", *range(8)))
+    held = {chain[page] for page in (0, 1, 4, 6)}
+    answers = {"stored": lambda keys: 2, "held": lambda keys: [key in held for key in keys]}
+    catalog = started(database, HEARTBEAT_S, saved, **answers)
+    cut_to(catalog, "a", 2)
+    catalog.abandon("b", chain[:3], 2)
+    catalog.abandon("c", chain, 6)
+    until(lambda: not catalog.waiting)
+    catalog.close()
+    with database.read() as connection:
+        rows = connection.execute(sa.select(models.abandoned_pages)).all()
+    found = {row.session_id: (row.first_page, row._mapping["keys"]) for row in rows}
+    assert found == {"a": (4, b"".join(chain[4:7])), "c": (6, chain[6])}
+    assert {bytes(row.head) for row in rows} == {erasures.head_of(b"".join(chain))}
+
+
+def test_what_waits_to_be_written_is_told_to_who_watches(database: Switched, saved: Saved) -> None:
+    database.down = True
+    catalog = started(database, HEARTBEAT_S, saved)
+    catalog.save(manifest("a", 1))
+    assert database.refused.wait(WAIT_S)
+    with catalog.watching() as watched:
+        assert manifest("a", 1) in watched
+        catalog.save(manifest("b", 2))
+        assert manifest("b", 2) in watched
+    catalog.save(manifest("c", 3))
+    assert manifest("c", 3) not in watched
+    catalog.close()

@@ -248,3 +248,13 @@ def test_a_page_outside_of_the_request_that_joined_does_not_fail_it(rank: Rank, 
     assert restored(rank, restorer, [0, 1]) == {"r"}
     assert keys(1)[0] not in rank.store
     restorer.close()
+
+
+def test_what_is_read_of_pages_that_are_erased_is_abandoned(ahead: Prefetches, rank: Rank) -> None:
+    fractions = [ahead.for_session(session, keys(*pages), 60) for session, pages in (("a", (0, 1, 2)), ("b", (4, 5)))]
+    ahead.for_request("r", keys(1, 2))
+    ahead.forget(set(keys(2, 7)))
+    settled(lambda: fractions[1]() == 1)
+    assert fractions[0]() == 0
+    assert ahead.kept() == {"request_read_aheads": 0, "session_read_aheads": 1, "streams_read_ahead": 1}
+    settled(lambda: rank.store.pinned == 1)

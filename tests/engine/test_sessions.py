@@ -33,6 +33,9 @@ class Pools:
     def durable(self, keys: list[bytes], *, use: bool = False) -> int:
         return min(self.held, len(keys))
 
+    def held(self, keys: list[bytes]) -> list[bool]:
+        return [False] * len(keys)
+
     def n_bytes(self, pages: int) -> int:
         return 100 * pages
 
@@ -74,7 +77,9 @@ class Stage:
         )
         self.sessions.close()
         self.catalog = SimpleNamespace(
-            load=lambda session: None, save=lambda manifest: self.saved.append(manifest.session_id)
+            load=lambda session: None,
+            save=lambda manifest: self.saved.append(manifest.session_id),
+            abandon=lambda session, keys, first: None,
         )
         self.sessions._catalog = self.catalog  # type: ignore[assignment]
 
@@ -154,6 +159,15 @@ def test_manifests_are_written_while_the_stores_can_be_asked() -> None:
         finish_spilling=lambda within_s: log.append("everything is stored"),
         close=lambda: log.append("the stores are closed"),
     )
-    rank.sessions = SimpleNamespace(close=lambda: log.append("manifests are written"))
+    rank.sessions = SimpleNamespace(
+        stop_erasing=lambda: log.append("nothing is erased any more"),
+        close=lambda: log.append("manifests are written"),
+    )
     rank.close()
-    assert log == ["nobody asks any more", "everything is stored", "manifests are written", "the stores are closed"]
+    assert log == [
+        "nobody asks any more",
+        "nothing is erased any more",
+        "everything is stored",
+        "manifests are written",
+        "the stores are closed",
+    ]

@@ -18,6 +18,7 @@ from device import PAGE_SIZE, PAGES, aligned_kv_tensors, as_bytes, fill, kv_tens
 
 from agentstate.errors import PageStoreLocked
 from agentstate.pages import ANYONE, PageStore, Quota, fingerprint
+from agentstate.pages.testing.pages import traces
 from agentstate.settings import Settings
 from engine_patch.arrivals import LayerGate
 from engine_patch.pools import DevicePool
@@ -725,3 +726,27 @@ def test_nothing_is_left_of_a_storm(stage: Stage, opened: Callable[..., StoredPo
         take()
         pools.tidy(set)
     assert open_extents() == []
+
+
+def test_pages_are_erased_in_every_pool(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    pools = opened(PoolName.KV, PoolName.SWA)
+    write(stage.stores[PoolName.KV], keys(1, 2, 3))
+    write(stage.stores[PoolName.SWA], keys(2, 3, 4))
+    assert pools.held(keys(1, 2, 3, 4, 5)) == [True, True, True, True, False]
+    before = pools.lost
+    pools.prefetch("s", keys(2, 3), 60)
+    pools.remove(keys(2, 4))
+    assert pools.held(keys(1, 2, 3, 4)) == [True, False, True, False]
+    assert pools.lost == before + 3
+    for _ in range(600):
+        if pools.scrub(keys(2, 4), lambda: False):
+            break
+        time.sleep(0.1)
+    for store in stage.stores.values():
+        assert traces(store.directory, store.geometry, keys(2, 4)) == set()
+        assert traces(store.directory, store.geometry, keys(3)) == set(keys(3))
+
+
+def test_nothing_is_held_where_nothing_is_stored(opened: Callable[..., StoredPools]) -> None:
+    assert opened().held(keys(1, 2)) == [False, False]
+    assert opened().scrub(keys(1), lambda: False)

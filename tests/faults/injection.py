@@ -26,13 +26,14 @@ from agentstate.errors import PageStoreFull, PageStoreUnwritable
 from agentstate.pages import Geometry, PageStore, Quota, inventory, merge
 from agentstate.pages.files import read_header
 from agentstate.pages.space import UNLIMITED
-from agentstate.pages.testing.pages import MARK, content, drop, key, keys, read, reader_for, write
+from agentstate.pages.testing.pages import MARK, content, drop, key, keys, read, reader_for, traces, write
 
 MODES = {"count": 1, "kill": 2, "kill half-way": 3, "fail once": 4, "fail from then on": 5}
 KINDS = {"changes": 1, "reads": 2}
 GEOMETRY = Geometry(layers=2, page_size=4, component_bytes=(1000, 300))
 EXTENTS = [(1, 2), (3,), (4, 5, 6)]
 BEFORE = {1, 2, 3, 4, 5, 6}
+ERASED = {2, 3, 5}
 # A store with these extents holds no more than them.
 FULL = Quota(max_bytes=3 * 12288)
 
@@ -46,7 +47,8 @@ shim.faults_last.restype = ctypes.c_char_p
 class Scenario:
     """``act`` is what is disturbed. ``writes`` are the pages that are all there afterwards, as version 1, or none of
     them is; ``may_lose`` those that need not be there. ``prepare`` changes the files before the store is opened, and
-    ``opening`` says that opening it is part of what is disturbed."""
+    ``opening`` says that opening it is part of what is disturbed. Of the pages that it ``erases`` nothing may be left
+    when that is asked for again by the next process."""
 
     act: Callable[[PageStore], object] = lambda store: None
     writes: Collection[int] = ()
@@ -56,6 +58,7 @@ class Scenario:
     prepare: Callable[[Path], object] = lambda directory: None
     opening: bool = False
     stored: Collection[int] = frozenset(BEFORE)
+    erases: Collection[int] = ()
 
 
 @dataclass
@@ -131,6 +134,13 @@ SCENARIOS = {
     "drop": Scenario(lambda store: drop(store, key(5)), may_lose={5}),
     "drop several": Scenario(lambda store: drop(store, *keys(2, 3, 5)), may_lose={2, 3, 5}),
     "drop the last of an extent": Scenario(lambda store: drop(store, key(3)), may_lose={3}),
+    "erase": Scenario(lambda store: store.erase(keys(*ERASED)), may_lose=ERASED, erases=ERASED),
+    "erase what was broken off": Scenario(
+        lambda store: store.erase(keys(*ERASED)),
+        before=lambda store: store.remove(keys(2, 5)),
+        may_lose=ERASED,
+        erases=ERASED,
+    ),
     "release": Scenario(lambda store: store.kept.close(), before=held),  # type: ignore[attr-defined]
     "close": Scenario(lambda store: store.close(), before=lambda store: store.prefix_length(keys(1, 2, 3))),
     "open": Scenario(opening=True),
@@ -269,6 +279,9 @@ class Run:
                 self.problem(f"{whose} left something in partial")
             if store.stats.bad_extents:
                 self.problem(f"{whose} found bad extents")
+            erased = keys(*self.scenario.erases)
+            if not store.erase(erased) or traces(self.directory, GEOMETRY, erased):
+                self.problem(f"{whose} has not erased what it was told to")
             self.write_again(store)
             store.close()
 

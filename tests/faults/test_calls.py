@@ -31,6 +31,8 @@ OPERATIONS = [
     "drop",
     "drop several",
     "drop the last of an extent",
+    "erase",
+    "erase what was broken off",
     "release",
     "close",
     "open",
@@ -50,6 +52,7 @@ ALL_ERRORS = [
 ]
 READING = [
     "merge",
+    "erase",
     "publish over a spare",
     "open without an index",
     "open with an older index",
@@ -113,7 +116,7 @@ os.access("/end", 0)
 """
 
 
-@pytest.mark.parametrize("operation", ["publish what supersedes", "publish over a spare", "merge", "drop"])
+@pytest.mark.parametrize("operation", ["publish what supersedes", "publish over a spare", "merge", "drop", "erase"])
 def test_no_call_that_changes_anything_goes_unnoticed(
     operation: str, inject: Inject, shim: Path, directory: Path
 ) -> None:

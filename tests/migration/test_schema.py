@@ -19,7 +19,7 @@ from alembic.script import ScriptDirectory
 import migrations
 from agentstate.adapters.tables import metadata
 from agentstate.errors import NotABranchPoint, SchemaNewer, SchemaOutdated
-from agentstate.fleet import manifests
+from agentstate.fleet import erasures, manifests
 from agentstate.fleet.manifests import Manifest
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
@@ -83,6 +83,25 @@ def test_manifests_survive_the_new_order(empty: Database) -> None:
         empty.upgrade()
         with empty.read() as connection:
             assert manifests.load(connection, "s", "f", 0, "n") == manifest
+
+
+def test_manifests_that_are_there_get_their_heads(empty: Database) -> None:
+    empty.upgrade()
+    saved = [
+        Manifest(f"s{number}", "f", rank, "n", "e", 64, 64 * pages, bytes(range(32)) * pages, 1000)
+        for number, pages in enumerate([0, 1, 5, 128, 700] * 110)
+        for rank in (0, 1)
+    ]
+    with empty.write() as connection:
+        for manifest in saved:
+            manifests.save(connection, manifest)
+    downgrade(empty, "0008")
+    assert not tables(empty) & {"manifest_heads", "erasures", "abandoned_pages"}
+    empty.upgrade()
+    with empty.read() as connection:
+        heads = metadata.tables["manifest_heads"]
+        found = {(row.session_id, row.rank): bytes(row.head) for row in connection.execute(sa.select(heads))}
+    assert found == {(one.session_id, one.rank): erasures.head_of(one.keys) for one in saved}
 
 
 def test_up_down_up(empty: Database) -> None:

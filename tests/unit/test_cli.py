@@ -151,5 +151,6 @@ def test_limits_of_a_tenant_and_a_collection(home: Path) -> None:
     assert "shared with group g" in run("keys", "create", "--tenant", "acme", "--kv-group", "g", **environment).stderr
     assert "no name of a group" in only_line(run("tenants", "set", "acme", "--kv-group", "a b", **environment))
     assert run("tenants", "rotate-kv-secret", **environment).stdout.startswith("0 manifests dropped")
+    assert run("tenants", "delete", "acme", "--yes", **environment).stdout.startswith("0 sessions deleted")
     assert "no name of a tenant" in only_line(run("tenants", "set", "a b", **environment))
     assert run("db", "gc", **environment).stdout.strip() == "0 sessions, 0 entries, 0 blobs, 0 records"

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentstate.errors import BadExtent, PageStoreLocked
-from agentstate.pages import Geometry, PageStore, inventory
+from agentstate.pages import Geometry, PageStore, inventory, rewriting
 from agentstate.pages.files import read_header
 
 MARK = bytes(range(32))
@@ -186,20 +187,18 @@ def test_repair_seals_nothing_that_it_read_wrong(store: Path, monkeypatch: pytes
     first, _ = sorted((store / "extents").iterdir())
     flip(first, 2, 1)
     reports = list(inventory.check(store))
-    real, reads = inventory._components, []
+    real, reads = rewriting.read_at, list[int]()
 
-    def wrong(file: object, header: object, layer: int, slot: int) -> list[np.ndarray]:
-        parts = real(file, header, layer, slot)  # type: ignore[arg-type]
-        reads.append(slot)
-        if slot == 4:
-            parts[0][7] ^= 1
-        return parts
+    def wrong(file: BinaryIO, into: memoryview, offset: int) -> None:
+        real(file, into, offset)
+        into[-1] ^= 1
+        reads.append(offset)
 
-    monkeypatch.setattr(inventory, "_components", wrong)
+    monkeypatch.setattr(rewriting, "read_at", wrong)
     before = first.read_bytes()
     with pytest.raises(OSError, match="read"):
         inventory.repair(store, reports)
     monkeypatch.undo()
-    assert 4 in reads and first.read_bytes() == before
+    assert reads and first.read_bytes() == before
     assert inventory.repair(store, list(inventory.check(store))) == 1
     assert all(report.good for report in inventory.check(store))

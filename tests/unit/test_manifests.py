@@ -80,7 +80,7 @@ def test_forgetting_a_session_leaves_the_others(database: Database) -> None:
     with database.write() as connection:
         manifests.save(connection, manifest("ses_1"))
         manifests.save(connection, manifest("ses_2"))
-        manifests.forget(connection, "ses_1")
+        manifests.erase(connection, ["ses_1"])
         assert [one.session_id for one in manifests.coverage(connection, ["ses_1", "ses_2"])] == ["ses_2"]
 
 

@@ -16,7 +16,20 @@ import pytest
 from agentstate.errors import PageStoreFull, PageStoreLocked
 from agentstate.pages import Geometry, PageStore, Quota, merge
 from agentstate.pages.space import UNLIMITED
-from agentstate.pages.testing.pages import MARK, MHA, MLA, WIDE, drop, expected, key, keys, read, reader_for, write
+from agentstate.pages.testing.pages import (
+    MARK,
+    MHA,
+    MLA,
+    WIDE,
+    drop,
+    expected,
+    key,
+    keys,
+    read,
+    reader_for,
+    traces,
+    write,
+)
 
 HOUR_S = 3600.0
 
@@ -164,6 +177,52 @@ class PageStoreTests:
         with store.pin(chain) as pin:
             assert len(pin.segments) == 1
         self.assert_right(store, chain)
+        store.close()
+
+    def test_what_is_erased_is_in_no_file_and_what_lies_beside_it_is_kept(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        write(store, keys(1, 2, 3, 4))
+        write(store, keys(5))
+        write(store, keys(6, 7))
+        assert traces(tmp_path, MLA, keys(*range(9))) == set(keys(1, 2, 3, 4, 5, 6, 7))
+        assert store.erase(keys(2, 5, 6, 9))
+        assert traces(tmp_path, MLA, keys(*range(9))) == set(keys(1, 3, 4, 7))
+        assert store.stored(keys(1, 2, 3, 4, 5, 6, 7)) == [True, False, True, True, False, False, True]
+        assert (store.stats.pages, store.stats.pages_erased) == (4, 3)
+        self.assert_right(store, keys(1, 3, 4, 7))
+        assert store.erase(keys(2, 5, 6, 9))
+        store.close()
+        store = self.open(tmp_path, MLA)
+        assert store.prefix_length(keys(2)) == store.prefix_length(keys(5)) == 0
+        self.assert_right(store, keys(1, 3, 4, 7))
+        write(store, keys(2), version=1)
+        self.assert_right(store, keys(2), version=1)
+        store.close()
+
+    def test_copies_that_are_served_no_more_are_erased_too(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        write(store, keys(1, 2, 3))
+        write(store, keys(2), version=1)
+        write(store, keys(4, 5))
+        drop(store, key(4))
+        assert store.erase(keys(2, 4))
+        assert traces(tmp_path, MLA, keys(2, 4), versions=(0, 1)) == set()
+        self.assert_right(store, keys(1, 3, 5))
+        store.close()
+
+    def test_what_is_pinned_is_erased_when_it_is_let_go(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        write(store, keys(1, 2))
+        reader = reader_for(MLA)
+        with store.pin(keys(1, 2)) as pin:
+            assert not store.erase(keys(1))
+            with pytest.raises(KeyError):
+                store.pin(keys(1))
+            assert read(reader, [pin]) == expected(MLA, [pin])
+            self.assert_right(store, keys(2))
+        assert store.erase(keys(1))
+        assert traces(tmp_path, MLA, keys(1, 2)) == set(keys(2))
+        reader.close()
         store.close()
 
     def test_there_is_one_writer(self, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from agentstate.errors import PageStoreFull
 from agentstate.pages import Geometry, PageStore, Pin, Quota, Segment, inventory, merge
 from agentstate.pages.space import UNLIMITED
-from agentstate.pages.testing.pages import MARK, content, drop, keys, read, reader_for, write
+from agentstate.pages.testing.pages import MARK, content, drop, keys, read, reader_for, traces, write
 
 GEOMETRY = Geometry(layers=2, page_size=4, component_bytes=(300, 200))
 POOL = keys(*range(20))
@@ -222,6 +222,25 @@ class PageStoreMachine(RuleBasedStateMachine):
         dropped = {page for page, path in pinned if page in self.stored and self.path(page) == path}
         assert self.store.drop(pin.copies(range(len(pin.keys)))) == len(dropped)
         self.forget(dropped)
+
+    @rule(pages=_SOME)
+    def erase(self, pages: list[bytes]) -> None:
+        pinned = {page for one in self.pins for page in one.pin.keys}
+        beside = {segment.extent.path for one in self.pins for segment in one.pin.segments}
+        erased: list[bool] = []
+        self.erasing(pages, lambda: erased.append(self.store.erase(pages)))
+        if not pinned and not beside:
+            assert erased == [True]
+        if erased == [True]:
+            versions = [version for page in pages for version in self.written[page]]
+            assert traces(self.store.directory, GEOMETRY, pages, versions) == set()
+
+    def erasing(self, pages: list[bytes], act: Callable[[], object]) -> None:
+        before, stored = self.store.stats.pages_erased, self.stored & set(pages)
+        self.stored -= stored
+        assert self.losing(act) is None
+        assert self.store.stats.pages_erased == before + len(stored)
+        self.forget(stored)
 
     def let_go(self) -> None:
         for one in self.pins:

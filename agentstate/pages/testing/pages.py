@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 
@@ -50,6 +52,18 @@ def drop(store: PageStore, *pages: bytes) -> int:
     with store.pin([page for page in pages if page in store]) as pin:
         copies = pin.copies(range(len(pin.keys)))
     return store.drop(copies)
+
+
+def traces(directory: Path, geometry: Geometry, pages: Sequence[bytes], versions: Sequence[int] = (0,)) -> set[bytes]:
+    """Those of ``pages`` of which some file below ``directory`` has bytes: of any component of any layer the first or
+    the last 64, which no two pages have in common."""
+    ends = {}
+    components = range(len(geometry.component_bytes))
+    for page, version, layer, component in product(pages, versions, range(geometry.layers), components):
+        data = content(geometry, page, layer, component, version)
+        ends[data[:64]] = ends[data[-64:]] = page
+    files = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
+    return {page for end, page in ends.items() if any(end in data for data in files)}
 
 
 def reader_for(geometry: Geometry, chunk_bytes: int = 1 << 20) -> LayerwiseReader:

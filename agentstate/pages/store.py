@@ -237,7 +237,10 @@ class PageStore:
             logger.warning("page store: ignoring %s: %s", path, error)
             return
         if header.fingerprint != self.fingerprint or header.geometry != self.geometry:
-            raise FingerprintMismatch(f"{path} was written for another model or layout than this store's")
+            raise FingerprintMismatch(
+                f"{path} was written for another model or layout than this store's: delete it or move it away, or "
+                "point AGENTSTATE_PAGES_DIR at another directory"
+            )
         found = Extent(number, len(header.keys), 0, status.st_size, status.st_mtime_ns)
         self._extents[number] = _recognized(before.get(number), found)
         for other, pages in self._take_over(change, number, header.keys).items():

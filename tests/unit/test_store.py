@@ -199,7 +199,7 @@ def test_pages_of_another_model_or_layout_are_refused(store: PageStore) -> None:
     write(store, keys(1))
     store.close()
     for mark, geometry in [(fingerprint(model="other"), MLA), (MARK, MHA)]:
-        with pytest.raises(FingerprintMismatch, match="was written for another model or layout"):
+        with pytest.raises(FingerprintMismatch, match="was written for another model or layout.*AGENTSTATE_PAGES_DIR"):
             PageStore(store.directory, mark, geometry)
     # The refusal left no lock behind.
     assert holds(reopened(store), keys(1))

@@ -122,7 +122,7 @@ def _before_weight_session(original: Any, updater: Any, request: Any) -> Any:
 
 def _retire_updated(updater: Any) -> None:
     if (cache := _ours(updater.scheduler)) is not None:
-        cache.agentstate.retire("its weights were updated in place; restart it to store pages again")
+        cache.agentstate.retire(f"its weights were updated in place; {weights.RESTART}")
 
 
 def _around_update_from_disk(original: Any, updater: Any, request: Any) -> Any:
@@ -142,7 +142,7 @@ def _before_memory_release(original: Any, updater: Any, request: Any) -> Any:
     """SGLang takes the memory of the KV pool away and then empties the cache: nothing may use it any more by then."""
     if (cache := _ours(updater.scheduler)) is not None:
         if weights.are_lost(request.tags, updater.scheduler.server_args):
-            cache.agentstate.retire("the memory of its weights was released; restart it to store pages again")
+            cache.agentstate.retire(f"the memory of its weights was released; {weights.RESTART}")
         cache.agentstate.drain()
     return original(updater, request)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Any
 
+# What helps an engine whose weights are in doubt.
+RESTART = "restart it to store pages again"
 # SGLang's, of failures before the first tensor is loaded.
 _UNTOUCHED = ("Failed to get weights iterator", "Failed to get model loader")
 

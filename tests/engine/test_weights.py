@@ -156,6 +156,7 @@ def test_what_is_in_doubt_on_one_rank_stays_closed_on_all(
     engine: Engine, result: Any, fields: dict[str, Any], steps: list[str]
 ) -> None:
     assert engine.update(result, **fields) == steps
+    assert engine.log[-1].endswith("; restart it to store pages again")
 
 
 def test_an_update_that_raises_leaves_the_weights_in_doubt() -> None:

@@ -8,13 +8,19 @@ one flag that a user sets is completed here, when SGLang resolves its arguments,
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any
 
+from agentstate.errors import AgentStateError
 from engine_patch import weights
-from engine_patch.flags import BACKEND
+from engine_patch.flags import BACKEND, CPU_ATTENTION
 
 _POLL_S = 0.001
+
+
+class CannotStart(RuntimeError):
+    """Why an engine cannot start, in a sentence that says what to do."""
 
 
 def register() -> None:
@@ -30,7 +36,7 @@ def register() -> None:
     sgl.register_resolution_hook("validate_deepep_v2_dispatch_token_budget")(resolution.conclude)
     sgl.register_radix_cache_backend(BACKEND, _create_cache)
     sgl.warmup(warm_up.NAME)(warm_up.warm_up)
-    sgl.add_attention_backend_choices(["agentstate_cpu"])
+    sgl.add_attention_backend_choices([CPU_ATTENTION])
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _around_next_batch, sgl.HookType.AROUND
     )
@@ -72,6 +78,9 @@ def register() -> None:
         _before_memory_release,
         sgl.HookType.AROUND,
     )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.get_exception_traceback", _around_traceback, sgl.HookType.AROUND
+    )
 
 
 def platform() -> str | None:
@@ -91,7 +100,17 @@ def _create_cache(ctx: Any) -> Any:
 
     if not sgl.get_memory().enable_unified_cache_external_linker:
         raise RuntimeError(f"--radix-cache-backend {BACKEND} was not resolved: SGLang would never start its loads")
-    return sgl.create_unified_radix_cache(ctx, cache_class=_cache_class())
+    try:
+        return sgl.create_unified_radix_cache(ctx, cache_class=_cache_class())
+    except AgentStateError as error:
+        raise CannotStart(f"AgentState: {error}") from None
+
+
+def _around_traceback(original: Any) -> Any:
+    """SGLang logs what ended a scheduler with where it was raised. Of a page directory that another engine has, or that
+    cannot be used, that is of no use: the sentence alone is logged."""
+    error = sys.exc_info()[1]
+    return str(error) if isinstance(error, CannotStart) else original()
 
 
 def _cache_class() -> type:

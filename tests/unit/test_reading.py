@@ -581,6 +581,7 @@ def test_a_drive_that_hangs_in_the_background_leaves_a_thread_to_what_is_awaited
     idle = reader.open(store.pin(keys(*range(12))), background=True)
     assert backend.begun.wait(60)
     with reader._lock:
+        assert reader._in_background == 1
         assert reader._job() is None, "the other thread has nothing to do"
     stream = reader.open(store.pin(keys(3)))
     stream.hurry()

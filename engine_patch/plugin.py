@@ -7,6 +7,7 @@ one flag that a user sets is completed here, when SGLang resolves its arguments,
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -15,6 +16,8 @@ from typing import Any
 from agentstate.errors import AgentStateError
 from engine_patch import weights
 from engine_patch.flags import BACKEND, CPU_ATTENTION
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.001
 
@@ -147,6 +150,11 @@ def _retire_updated(updater: Any) -> None:
 def _around_update_from_disk(original: Any, updater: Any, request: Any) -> Any:
     if (cache := _ours(updater.scheduler)) is None:
         return original(updater, request)
+    damage = weights.damage(request)
+    if not all(cache.linker.on_all_ranks([damage is None])):
+        message = f"Nothing was loaded: {damage or 'another rank cannot read the files'}"
+        logger.error("agentstate: weights are not updated. %s", message)
+        return _failed_update(message)
     cache.agentstate.suspend("its weights are being updated")
     try:
         output = original(updater, request)
@@ -155,6 +163,12 @@ def _around_update_from_disk(original: Any, updater: Any, request: Any) -> Any:
         raise
     cache.linker.weights_updated(weights.after_update(request, output))
     return output
+
+
+def _failed_update(message: str) -> Any:
+    from engine_patch import sglang_api as sgl
+
+    return sgl.UpdateWeightFromDiskReqOutput(success=False, message=message, num_paused_requests=0)
 
 
 def _before_memory_release(original: Any, updater: Any, request: Any) -> Any:

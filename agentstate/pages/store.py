@@ -35,7 +35,7 @@ from agentstate.pages.extent import ExtentDraft, ExtentHeader, ExtentLayout, Geo
 from agentstate.pages.index import DAMAGE, ExtentRecord, IndexChange, PageIndex, Run
 from agentstate.pages.keys import KEY_BYTES, PageKeys
 from agentstate.pages.pins import Pin, Segment, StoredExtent
-from agentstate.pages.space import UNLIMITED, Quota, Space, StoreStats
+from agentstate.pages.space import MAKE_ROOM, UNLIMITED, Quota, Space, StoreStats
 
 logger = logging.getLogger(__name__)
 
@@ -553,7 +553,7 @@ class PageStore:
             for extent in victims:
                 self.put_back(extent)
             if files.is_full(failure):
-                raise PageStoreFull(f"no room in {self.directory}: not even eviction is possible") from failure
+                raise PageStoreFull(f"no room in {self.directory}, not even to evict; {MAKE_ROOM}") from failure
             raise failure
         for extent in victims:
             self.stats.pages -= extent.live
@@ -630,7 +630,8 @@ class PageStore:
             with suppress(OSError):
                 final.unlink(missing_ok=True)
             if files.is_full(error):
-                raise PageStoreFull(f"no room for {len(data):,} bytes of KV pages in {self.directory}") from error
+                what = f"no room for {len(data):,} bytes of KV pages in {self.directory}"
+                raise PageStoreFull(f"{what}; {MAKE_ROOM}") from error
             if isinstance(error, lmdb.Error):
                 raise OSError(f"the index of {self.directory} could not be written: {error}") from error
             raise

@@ -283,22 +283,34 @@ def test_closing_ends_also_while_sql_is_down(database: Switched, saved: Saved) -
 
 
 def test_the_chains_of_all_manifests_are_told_one_by_one_when_the_database_answers(
-    database: Switched, saved: Saved
+    database: Switched, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with database.write() as connection:
         manifests.save(connection, manifest("a", 1, 2))
         manifests.save(connection, manifest("b", 3))
         manifests.save(connection, manifest("c", 4, fingerprint="other"))
     told: list[dict[str, list[bytes]]] = []
+    read: list[str] = []
+    read_when_told: list[list[str]] = []
+    of_database = manifests.chains
+
+    def chains(*of: Any) -> Iterator[tuple[str, list[bytes]]]:
+        for one in of_database(*of):
+            read.append(one[0])
+            yield one
 
     def needed(chains: Iterable[tuple[str, list[bytes]]]) -> None:
-        assert not isinstance(chains, list)
-        told.append(dict(chains))
+        rest = iter(chains)
+        first = next(rest)
+        read_when_told.append(list(read))
+        told.append(dict([first, *rest]))
 
+    monkeypatch.setattr(manifests, "chains", chains)
     catalog = started(database, HEARTBEAT_S, saved, needed=needed)
     until(lambda: bool(told))
     catalog.close()
     assert told == [{"a": keys(1, 2), "b": keys(3)}]
+    assert [len(sessions) for sessions in read_when_told] == [1], "all keys together may be more than memory"
 
 
 class Stores:

@@ -248,7 +248,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_store_goes_on(store: PageStor
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, call, failing(number))
-        with pytest.raises(PageStoreFull, match="no room for .*; make room on its disk, or raise AGENTSTATE_PAGES_QUOTA"):
+        with pytest.raises(PageStoreFull, match="no room for .*; make room on its disk"):
             write(store, keys(2, 3))
     assert (files(store), store.stats) == (before, stats)
     assert len(os.listdir("/proc/self/fd")) == descriptors

@@ -7,6 +7,7 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from agentstate.errors import EngineError, EngineRefused, EngineUnreachable
 from agentstate.fleet.control import ControlClient, new_secret, pack, protect, unpack
@@ -272,6 +273,18 @@ def test_who_does_not_know_the_secret_gets_no_answer(rank: Rank, endpoint: Contr
     # It was not asked either, and answers who does.
     assert not rank.asked.acquire(blocking=False)
     assert ControlClient(endpoint.address, endpoint.secret).call("stat", WAIT_S) == rank.statistics
+
+
+def test_an_endpoints_public_key_opens_nothing(endpoint: ControlEndpoint) -> None:
+    with zmq.Context.instance().socket(zmq.REQ) as socket:
+        socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+        socket.curve_serverkey = zmq.curve_public(endpoint.secret.encode())
+        with socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH) as monitor:
+            socket.connect(endpoint.address)
+            told = parse_monitor_message(monitor.recv_multipart())
+            socket.disable_monitor()
+        socket.close(linger=0)
+    assert told["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
 def test_every_endpoint_has_a_secret_of_its_own(endpoint: ControlEndpoint) -> None:

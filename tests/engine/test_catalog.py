@@ -389,6 +389,7 @@ def test_two_engines_of_a_machine_with_directories_of_their_own_leave_each_other
 ) -> None:
     """One model, one machine: session "a" has moved from the first engine to the second, with more pages there."""
     told: dict[str, dict[str, list[bytes]]] = {}
+    asked: dict[str, set[int]] = {}
     marks: dict[str, threading.Event] = {}
     catalogs = {}
     nodes = [node_id(tmp_path / name) for name in ("first", "second")]
@@ -403,7 +404,10 @@ def test_two_engines_of_a_machine_with_directories_of_their_own_leave_each_other
             assert len(found) == len(dict(found))
             told[node] = dict(found)
 
-        def stored(chain: Sequence[bytes], pages: int = pages, looked: threading.Event = looked) -> int:
+        def stored(
+            chain: Sequence[bytes], node: str = node, pages: int = pages, looked: threading.Event = looked
+        ) -> int:
+            asked.setdefault(node, set()).add(len(chain))
             looked.set()
             return min(pages, len(chain))
 
@@ -420,6 +424,7 @@ def test_two_engines_of_a_machine_with_directories_of_their_own_leave_each_other
     for catalog in catalogs.values():
         catalog.close()
     assert told == {nodes[0]: {"a": keys(1, 2)}, nodes[1]: {"a": keys(1, 2, 3)}}
+    assert asked == {nodes[0]: {2}, nodes[1]: {3}}, "each is looked for where it is said to be"
     with database.read() as connection:
         left = {one.node: one.tokens for one in manifests.coverage(connection, ["a"])}
     assert left == {nodes[0]: 128, nodes[1]: 192}

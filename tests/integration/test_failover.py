@@ -132,6 +132,8 @@ def test_a_server_that_turns_read_only_is_left_and_found_again(primary: Server, 
         for method, path, body in (
             ("POST", "/v1/sessions", {"model": MODEL}),
             ("POST", f"/v1/sessions/{session_id}/resume", {}),
+            # A standby may be behind: nothing is read from one either.
+            ("GET", f"/v1/sessions/{session_id}", None),
         ):
             answer = service.http.request(method, path, json=body)
             assert (answer.status_code, answer.json()["retryable"]) == (503, True), answer.text
@@ -140,6 +142,19 @@ def test_a_server_that_turns_read_only_is_left_and_found_again(primary: Server, 
         primary.configure({"default_transaction_read_only": "off"})
         until(lambda: ready(service))
         assert service.client.resume(session_id).lease.epoch == 1
+
+
+def test_a_server_of_any_kind_is_ready_when_it_can_be_written_to(primary: Server, tmp_path: Path) -> None:
+    """Where the URL says that the service connects to whatever there is."""
+    migrated(url(primary.directory))
+    any_server = url(primary.directory, more="&target_session_attrs=any")
+    with serving(Settings(home=tmp_path, database_url=any_server)) as service:
+        session_id = service.client.create_session(MODEL).id
+        primary.configure({"default_transaction_read_only": "on"})
+        until(lambda: not ready(service))
+        assert service.client.read(session_id).id == session_id
+        primary.configure({"default_transaction_read_only": "off"})
+        until(lambda: ready(service))
 
 
 def test_a_server_that_turns_read_only_under_a_transaction_is_unreachable(primary: Server) -> None:

@@ -132,8 +132,6 @@ def test_a_server_that_turns_read_only_is_left_and_found_again(primary: Server, 
         for method, path, body in (
             ("POST", "/v1/sessions", {"model": MODEL}),
             ("POST", f"/v1/sessions/{session_id}/resume", {}),
-            # A standby may be behind: nothing is read from one either.
-            ("GET", f"/v1/sessions/{session_id}", None),
         ):
             answer = service.http.request(method, path, json=body)
             assert (answer.status_code, answer.json()["retryable"]) == (503, True), answer.text
@@ -142,6 +140,27 @@ def test_a_server_that_turns_read_only_is_left_and_found_again(primary: Server, 
         primary.configure({"default_transaction_read_only": "off"})
         until(lambda: ready(service))
         assert service.client.resume(session_id).lease.epoch == 1
+
+
+def test_nothing_is_read_from_a_server_that_has_become_read_only(primary: Server) -> None:
+    """A standby may be behind, and never say so."""
+    database = Database(url(primary.directory))
+
+    def reads() -> bool:
+        try:
+            with database.read() as connection:
+                return bool(connection.exec_driver_sql("SELECT true").scalar())
+        except DatabaseUnreachable:
+            return False
+
+    try:
+        assert reads()
+        primary.configure({"default_transaction_read_only": "on"})
+        until(lambda: not reads())
+        primary.configure({"default_transaction_read_only": "off"})
+        until(reads)
+    finally:
+        database.close()
 
 
 def test_a_server_of_any_kind_is_ready_when_it_can_be_written_to(primary: Server, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from agentstate.errors import SettingsError
-from agentstate.pages import tensor_names
 
 # What helps an engine whose weights are in doubt.
 RESTART = "restart it to store pages again"
@@ -42,6 +41,9 @@ def damage(request: Any) -> str | None:
     SGLang would notice in the middle of loading them, load them once more to take that back, and end. What it looks for
     on the hub, or does not load from files, is its own affair.
     """
+    # Late: every process of SGLang loads this module.
+    from agentstate.pages import tensor_names
+
     checkpoint = Path(request.model_path)
     if request.load_format not in (None, "auto", "safetensors") or not checkpoint.is_dir():
         return None

@@ -121,6 +121,10 @@ def test_streams_that_wait_leave_room_for_the_one_that_is_consumed(store: PageSt
     """However many streams wait with all the memory they can get, one more is read to its end, and then they are."""
     reader = reader_for(store.geometry, chunk_bytes=1)
     waiting = [reader.open(store.pin(keys(*range(12)))) for _ in range(3)]
+    while any(stream.staged is None for stream in waiting):
+        time.sleep(0.001)
+    with reader._lock:
+        assert reader._free, "a buffer is left to what is more urgent"
     with reader.open(store.pin(keys(3, 2, 1))) as stream:
         assert len(
             {(chunk.layer, page) for chunk in stream for page in range(chunk.first, chunk.first + chunk.count)}

@@ -27,11 +27,17 @@ def check(arguments: list[str]) -> int:
     """Print where each flag that is given stands. The exit code: 1 when one is refused, 2 when SGLang does not
     understand them."""
     complaint = io.StringIO()
+    # As the plug-in does before a start.
+    sgl.add_attention_backend_choices([flags.CPU_ATTENTION])
     try:
         with contextlib.redirect_stderr(complaint):
             given = sgl.given_flags(sgl.parse_arguments(arguments))
     except SystemExit:
         print(complaint.getvalue().strip().rpartition("\n")[2], file=sys.stderr)
+        return 2
+    except Exception as error:
+        # Of a configuration file, or of a value that only looks right: a start would end with a traceback.
+        print(f"SGLang does not understand these flags: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     _print(given)
     for sentences in (flags.refusal(given), flags.untested(given)):

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 BACKEND = "agentstate"
+# Our attention on a CPU, which SGLang lets be chosen once the plug-in has told it so.
+CPU_ATTENTION = "agentstate_cpu"
 # Of a file that an unknown flag names, no more than this goes into the fingerprint.
 _MOST_BYTES = 64 << 20
 
@@ -121,7 +123,7 @@ TESTED = {
     "num_continuous_decode_steps": Tested("a restore waits for them"),
     "disable_overlap_schedule": Tested("a failed restore is noticed at once"),
     "radix_eviction_policy": Tested("what the device evicts is stored before", frozenset({"lfu"})),
-    "attention_backend": Tested("tested on a CPU", frozenset({"agentstate_cpu", "torch_native"})),
+    "attention_backend": Tested("tested on a CPU", frozenset({CPU_ATTENTION, "torch_native"})),
 }
 
 _LEAVE_OUT = "leave it out"

@@ -7,14 +7,23 @@ one flag that a user sets is completed here, when SGLang resolves its arguments,
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import time
 from typing import Any
 
+from agentstate.errors import AgentStateError
 from engine_patch import turns, weights
-from engine_patch.flags import BACKEND
+from engine_patch.flags import BACKEND, CPU_ATTENTION
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.001
+
+
+class CannotStart(RuntimeError):
+    """Why an engine cannot start, in a sentence that says what to do."""
 
 
 def register() -> None:
@@ -30,7 +39,7 @@ def register() -> None:
     sgl.register_resolution_hook("validate_deepep_v2_dispatch_token_budget")(resolution.conclude)
     sgl.register_radix_cache_backend(BACKEND, _create_cache)
     sgl.warmup(warm_up.NAME)(warm_up.warm_up)
-    sgl.add_attention_backend_choices(["agentstate_cpu"])
+    sgl.add_attention_backend_choices([CPU_ATTENTION])
     sgl.HookRegistry.register(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", _as_requested, sgl.HookType.AROUND
     )
@@ -83,6 +92,9 @@ def register() -> None:
         _before_memory_release,
         sgl.HookType.AROUND,
     )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.get_exception_traceback", _around_traceback, sgl.HookType.AROUND
+    )
 
 
 def platform() -> str | None:
@@ -102,7 +114,17 @@ def _create_cache(ctx: Any) -> Any:
 
     if not sgl.get_memory().enable_unified_cache_external_linker:
         raise RuntimeError(f"--radix-cache-backend {BACKEND} was not resolved: SGLang would never start its loads")
-    return sgl.create_unified_radix_cache(ctx, cache_class=_cache_class())
+    try:
+        return sgl.create_unified_radix_cache(ctx, cache_class=_cache_class())
+    except AgentStateError as error:
+        raise CannotStart(f"AgentState: {error}") from None
+
+
+def _around_traceback(original: Any) -> Any:
+    """SGLang logs what ended a scheduler with where it was raised. Of a page directory that another engine has, or that
+    cannot be used, that is of no use: the sentence alone is logged."""
+    error = sys.exc_info()[1]
+    return str(error) if isinstance(error, CannotStart) else original()
 
 
 def _cache_class() -> type:
@@ -150,12 +172,17 @@ def _before_weight_session(original: Any, updater: Any, request: Any) -> Any:
 
 def _retire_updated(updater: Any) -> None:
     if (cache := _ours(updater.scheduler)) is not None:
-        cache.agentstate.retire("its weights were updated in place; restart it to store pages again")
+        cache.agentstate.retire(f"its weights were updated in place; {weights.RESTART}")
 
 
 def _around_update_from_disk(original: Any, updater: Any, request: Any) -> Any:
     if (cache := _ours(updater.scheduler)) is None:
         return original(updater, request)
+    damage = weights.damage(request)
+    if not all(cache.linker.on_all_ranks([damage is None])):
+        message = f"Nothing was loaded: {damage or 'another rank cannot read the files'}"
+        logger.error("agentstate: weights are not updated. %s", message)
+        return _failed_update(message)
     cache.agentstate.suspend("its weights are being updated")
     try:
         output = original(updater, request)
@@ -166,11 +193,17 @@ def _around_update_from_disk(original: Any, updater: Any, request: Any) -> Any:
     return output
 
 
+def _failed_update(message: str) -> Any:
+    from engine_patch import sglang_api as sgl
+
+    return sgl.UpdateWeightFromDiskReqOutput(success=False, message=message, num_paused_requests=0)
+
+
 def _before_memory_release(original: Any, updater: Any, request: Any) -> Any:
     """SGLang takes the memory of the KV pool away and then empties the cache: nothing may use it any more by then."""
     if (cache := _ours(updater.scheduler)) is not None:
         if weights.are_lost(request.tags, updater.scheduler.server_args):
-            cache.agentstate.retire("the memory of its weights was released; restart it to store pages again")
+            cache.agentstate.retire(f"the memory of its weights was released; {weights.RESTART}")
         cache.agentstate.drain()
     return original(updater, request)
 

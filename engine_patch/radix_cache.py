@@ -35,7 +35,7 @@ from engine_patch.sglang_api import (
     release_kv_cache,
 )
 from engine_patch.turns import RequestSession
-from engine_patch.weights import Weights
+from engine_patch.weights import RESTART, Weights
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
@@ -143,11 +143,12 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         same, of_files = self.on_all_ranks([weights is Weights.SAME, weights is Weights.OF_FILES])
         reason = linker.reload() if of_files else None
         if of_files and not all(self.on_all_ranks([reason is None])):
-            linker.retire(reason or "the weights of another rank were updated in a way that cannot be told")
+            reason = reason or "the weights of another rank were updated in a way that cannot be told"
+            linker.retire(f"{reason}; {RESTART}")
         elif same or of_files:
             linker.resume()
         else:
-            linker.retire("its weights were updated in place, and what they are cannot be told; restart it to store")
+            linker.retire(f"its weights were updated in place, and what they are cannot be told; {RESTART}")
 
     def on_all_ranks(self, local: Sequence[bool]) -> list[bool]:
         """Which of these is so on every rank, all of which ask."""

@@ -33,7 +33,7 @@ from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view  
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook  # noqa: E402
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST  # noqa: E402
 from sglang.srt.entrypoints.warmup import warmup  # noqa: E402
-from sglang.srt.managers.io_struct import GenerateReqInput  # noqa: E402
+from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqOutput  # noqa: E402
 from sglang.srt.managers.schedule_batch import FINISH_ABORT  # noqa: E402
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS  # noqa: E402
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator  # noqa: E402
@@ -139,6 +139,7 @@ __all__ = [
     "UnifiedCacheLinkerWrapper",
     "UnifiedRadixCache",
     "UnifiedTreeCore",
+    "UpdateWeightFromDiskReqOutput",
     "add_attention_backend_choices",
     "check_version",
     "create_unified_radix_cache",

@@ -8,8 +8,13 @@ doubt leaves the engine without a store, until it is restarted.
 from __future__ import annotations
 
 from enum import Enum, auto
+from pathlib import Path
 from typing import Any
 
+from agentstate.errors import SettingsError
+
+# What helps an engine whose weights are in doubt.
+RESTART = "restart it to store pages again"
 # SGLang's, of failures before the first tensor is loaded.
 _UNTOUCHED = ("Failed to get weights iterator", "Failed to get model loader")
 
@@ -28,6 +33,25 @@ def after_update(request: Any, output: Any) -> Weights:
     if not output.success:
         return Weights.SAME if output.message.startswith(_UNTOUCHED) else Weights.IN_DOUBT
     return Weights.OF_FILES if request.flush_cache else Weights.IN_DOUBT
+
+
+def damage(request: Any) -> str | None:
+    """What is wrong with the files of an update from disk, as far as their headers tell; None where nothing is known.
+
+    SGLang would notice in the middle of loading them, load them once more to take that back, and end. What it looks for
+    on the hub, or does not load from files, is its own affair.
+    """
+    # Late: every process of SGLang loads this module.
+    from agentstate.pages import tensor_names
+
+    checkpoint = Path(request.model_path)
+    if request.load_format not in (None, "auto", "safetensors") or not checkpoint.is_dir():
+        return None
+    try:
+        tensor_names(checkpoint)
+    except (SettingsError, OSError) as error:
+        return str(error)
+    return None
 
 
 def are_lost(tags: list[str] | None, server_args: Any) -> bool:

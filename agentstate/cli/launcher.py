@@ -124,8 +124,9 @@ def require_page_directory(directory: Path) -> None:
         raise PageStoreUnwritable(
             f"the page directory {directory} cannot be created ({error.strerror}): {advice}"
         ) from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise PageStoreUnwritable(f"the page directory {directory} cannot be written: {advice}")
+    for mode, what in ((os.W_OK | os.X_OK, "written"), (os.R_OK, "read")):
+        if not os.access(directory, mode):
+            raise PageStoreUnwritable(f"the page directory {directory} cannot be {what}: {advice}")
     disk = os.statvfs(directory)
     # Where there are pages, the engine makes room by evicting some.
     if disk.f_bavail * disk.f_frsize < _LEAST_FREE_BYTES and not any(directory.glob("*/*/extents/*.ext")):

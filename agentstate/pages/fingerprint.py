@@ -74,13 +74,17 @@ def tensor_names(checkpoint: Path) -> set[str]:
 
 
 def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    """The tensors of a safetensors file by name, and where the first of them begins."""
+    """The tensors of a safetensors file by name, and where the first of them begins. Raises SettingsError where it is
+    none, or not all there."""
     header_bytes = int.from_bytes(file.read(8), "little")
     try:
         tensors = json.loads(file.read(min(header_bytes, size)))
         found = {name: tensor["data_offsets"] for name, tensor in tensors.items() if name != "__metadata__"}
+        missing = 8 + header_bytes + max((end for _, end in found.values()), default=0) - size
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SettingsError(f"{file.name} is not a safetensors file") from None
+    if missing > 0:
+        raise SettingsError(f"{file.name} ends {missing:,} bytes too early: it is damaged, or still being copied")
     return found, 8 + header_bytes
 
 

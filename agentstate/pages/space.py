@@ -15,6 +15,7 @@ from agentstate.pages.eviction import EvictionOrder, Extent
 from agentstate.pages.node import node_id
 from agentstate.pages.siblings import Lacking, Siblings
 
+MAKE_ROOM = "make room on its disk, or raise AGENTSTATE_PAGES_QUOTA"
 # The clock of uses leaves room to order the extents of one use among each other.
 WITHIN = 1 << 20
 
@@ -197,5 +198,5 @@ class Space:
     def _full(self, store: Store, n_bytes: int) -> PageStoreFull:
         return PageStoreFull(
             f"no room for {n_bytes:,} bytes of KV pages in {store.directory}: {self._bytes():,} are stored, "
-            "and what is left of them cannot be evicted"
+            f"and what is left of them cannot be evicted; {MAKE_ROOM}"
         )

@@ -48,7 +48,7 @@ from agentstate.pages.extent import ExtentDraft, ExtentHeader, ExtentLayout, Geo
 from agentstate.pages.index import DAMAGE, ExtentRecord, IndexChange, PageIndex, Run
 from agentstate.pages.keys import KEY_BYTES, PageKeys
 from agentstate.pages.pins import Pin, Segment, StoredExtent
-from agentstate.pages.space import UNLIMITED, Quota, Space, StoreStats
+from agentstate.pages.space import MAKE_ROOM, UNLIMITED, Quota, Space, StoreStats
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +262,10 @@ class PageStore:
                 self._undeleted.add(number)
             return
         if header.fingerprint != self.fingerprint or header.geometry != self.geometry:
-            raise FingerprintMismatch(f"{path} was written for another model or layout than this store's")
+            raise FingerprintMismatch(
+                f"{path} was written for another model or layout than this store's: delete it or move it away, or "
+                "point AGENTSTATE_PAGES_DIR at another directory"
+            )
         found = Extent(number, len(header.keys), 0, status.st_size, status.st_mtime_ns)
         self._extents[number] = _recognized(before.get(number), found)
         for other, pages in self._take_over(change, number, header.keys).items():
@@ -576,7 +579,7 @@ class PageStore:
             for extent in victims:
                 self.put_back(extent)
             if files.is_full(failure):
-                raise PageStoreFull(f"no room in {self.directory}: not even eviction is possible") from failure
+                raise PageStoreFull(f"no room in {self.directory}, not even to evict; {MAKE_ROOM}") from failure
             raise failure
         for extent in victims:
             self.stats.pages -= extent.live
@@ -668,7 +671,8 @@ class PageStore:
             if isinstance(error, KeyError):
                 raise
             if files.is_full(error):
-                raise PageStoreFull(f"no room for {len(data):,} bytes of KV pages in {self.directory}") from error
+                what = f"no room for {len(data):,} bytes of KV pages in {self.directory}"
+                raise PageStoreFull(f"{what}; {MAKE_ROOM}") from error
             if isinstance(error, lmdb.Error):
                 raise OSError(f"the index of {self.directory} could not be written: {error}") from error
             raise

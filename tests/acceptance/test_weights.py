@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,14 @@ def test_pages_belong_to_the_weights_that_computed_them(start: Start, checkpoint
     suspend(stack)
     (before,) = ask_ranks(stack, "stat")
 
-    # A wrong path changes nothing, and costs nothing.
-    status, said = update(stack.engine_url, tmp_path / "no such directory")
-    assert (status, said["success"]) == (400, False)
+    # A wrong path changes nothing, and costs nothing; nor do files that are not all there.
+    short = shutil.copytree(checkpoints / "llama", tmp_path / "short")
+    (file,) = short.glob("*.safetensors")
+    os.truncate(file, file.stat().st_size // 2)
+    for wrong, why in ((tmp_path / "no such directory", "no such directory"), (short, f"{file} ends ")):
+        status, said = update(stack.engine_url, wrong)
+        assert (status, said["success"]) == (400, False)
+        assert why in said["message"]
     (stat,) = ask_ranks(stack, "stat")
     assert (stat["off"], stat["fingerprint"]) == (None, before["fingerprint"])
     resumed = first.second_turn()

@@ -303,22 +303,34 @@ def test_closing_ends_also_while_sql_is_down(database: Switched, saved: Saved) -
 
 
 def test_the_chains_of_all_manifests_are_told_one_by_one_when_the_database_answers(
-    database: Switched, saved: Saved
+    database: Switched, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with database.write() as connection:
         manifests.save(connection, manifest("a", 1, 2))
         manifests.save(connection, manifest("b", 3))
         manifests.save(connection, manifest("c", 4, fingerprint="other"))
     told: list[dict[str, list[bytes]]] = []
+    read: list[str] = []
+    read_when_told: list[list[str]] = []
+    of_database = manifests.chains
+
+    def chains(*of: Any) -> Iterator[tuple[str, list[bytes]]]:
+        for one in of_database(*of):
+            read.append(one[0])
+            yield one
 
     def needed(chains: Iterable[tuple[str, list[bytes]]]) -> None:
-        assert not isinstance(chains, list)
-        told.append(dict(chains))
+        rest = iter(chains)
+        first = next(rest)
+        read_when_told.append(list(read))
+        told.append(dict([first, *rest]))
 
+    monkeypatch.setattr(manifests, "chains", chains)
     catalog = started(database, HEARTBEAT_S, saved, needed=needed)
     until(lambda: bool(told))
     catalog.close()
     assert told == [{"a": keys(1, 2), "b": keys(3)}]
+    assert [len(sessions) for sessions in read_when_told] == [1], "all keys together may be more than memory"
 
 
 class Stores:
@@ -397,6 +409,7 @@ def test_two_engines_of_a_machine_with_directories_of_their_own_leave_each_other
 ) -> None:
     """One model, one machine: session "a" has moved from the first engine to the second, with more pages there."""
     told: dict[str, dict[str, list[bytes]]] = {}
+    asked: dict[str, set[int]] = {}
     marks: dict[str, threading.Event] = {}
     catalogs = {}
     nodes = [node_id(tmp_path / name) for name in ("first", "second")]
@@ -411,7 +424,10 @@ def test_two_engines_of_a_machine_with_directories_of_their_own_leave_each_other
             assert len(found) == len(dict(found))
             told[node] = dict(found)
 
-        def stored(chain: Sequence[bytes], pages: int = pages, looked: threading.Event = looked) -> int:
+        def stored(
+            chain: Sequence[bytes], node: str = node, pages: int = pages, looked: threading.Event = looked
+        ) -> int:
+            asked.setdefault(node, set()).add(len(chain))
             looked.set()
             return min(pages, len(chain))
 
@@ -428,6 +444,7 @@ def test_two_engines_of_a_machine_with_directories_of_their_own_leave_each_other
     for catalog in catalogs.values():
         catalog.close()
     assert told == {nodes[0]: {"a": keys(1, 2)}, nodes[1]: {"a": keys(1, 2, 3)}}
+    assert asked == {nodes[0]: {2}, nodes[1]: {3}}, "each is looked for where it is said to be"
     with database.read() as connection:
         left = {one.node: one.tokens for one in manifests.coverage(connection, ["a"])}
     assert left == {nodes[0]: 128, nodes[1]: 192}

@@ -7,6 +7,7 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from agentstate.errors import EngineError, EngineRefused, EngineUnreachable
 from agentstate.fleet.control import ControlClient, new_secret, pack, protect, unpack
@@ -290,6 +291,18 @@ def test_who_does_not_know_the_secret_gets_no_answer(
 
 def test_these_are_all_verbs() -> None:
     assert VERBS.keys() == {name for name in vars(control.Verbs) if not name.startswith("_")} - {"tick"}
+
+
+def test_an_endpoints_public_key_opens_nothing(endpoint: ControlEndpoint) -> None:
+    with zmq.Context.instance().socket(zmq.REQ) as socket:
+        socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+        socket.curve_serverkey = zmq.curve_public(endpoint.secret.encode())
+        with socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH) as monitor:
+            socket.connect(endpoint.address)
+            told = parse_monitor_message(monitor.recv_multipart())
+            socket.disable_monitor()
+        socket.close(linger=0)
+    assert told["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
 def test_every_endpoint_has_a_secret_of_its_own(endpoint: ControlEndpoint) -> None:

@@ -214,9 +214,21 @@ def test_a_check_prints_where_each_flag_stands(
     assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_a_check_tells_in_one_line_what_sglang_does_not_understand(capsys: pytest.CaptureFixture[str]) -> None:
-    assert flag_report.main(["--model-path", "some/model", "--no-such-flag"]) == 2
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--tp-size", "two"], "invalid int value: 'two'"),
+        (["--config", "/no/such.yaml"], "Config file not found: /no/such.yaml"),
+        (["--lora-paths", '{"lora_path": "x"}'], "it does not contain 'lora_name'"),
+    ],
+    ids=["flag", "value", "file", "in a value"],
+)
+def test_a_check_tells_in_one_line_what_sglang_does_not_understand(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert flag_report.main(["--model-path", "some/model", *given]) == 2
     captured = capsys.readouterr()
     assert len(captured.err.splitlines()) == 1
-    assert "--no-such-flag" in captured.err
+    assert said in captured.err
     assert captured.out == ""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from radix_tree import PAGE_SIZE, TREES, Tree, key_of
 
 from engine_patch import lost_pages
+from engine_patch import sglang_api as sgl
+from engine_patch.radix_cache import AgentStateRadixCache
 from engine_patch.sglang_api import MatchPrefixParams, get_storage_hash_str
 
 
@@ -212,3 +215,30 @@ def test_a_rank_tells_the_others_what_it_has_lost(make_tree: Callable[..., Tree]
     tree.compute(key_of(4))
     assert said[2:] == [[0]]
     assert tree.store.offers == [pages_of(key_of(4))]
+
+
+def test_what_was_lost_is_offered_before_the_manifest_that_lists_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, str, int]] = []
+    proven: Turn | None = turn("ses")
+
+    def telling(what: str) -> Any:
+        return lambda session, key: told.append((what, getattr(session, "session_id", session), len(key)))
+
+    monkeypatch.setattr(sgl.UnifiedRadixCache, "checkpoint_into_tree", lambda tree, req, up_to: None)
+    tree = AgentStateRadixCache.__new__(AgentStateRadixCache)
+    tree.disable = False
+    tree.linker = SimpleNamespace(lost_pages=SimpleNamespace(finished=telling("offered")))
+    tree.device_tier = SimpleNamespace(remember=telling("remembered"))
+    tree.agentstate = SimpleNamespace(turn=lambda session: proven, request_finished=telling("manifest"))
+    fields = {"full_untruncated_fill_ids": [1, 2, 3, 4], "kv": SimpleNamespace(cache_inserted_len=3)}
+    request = SimpleNamespace(session_id="ses", extra_key=None, cache_salt=None, finished=lambda: True, **fields)
+    tree.checkpoint_into_tree(request, up_to=4)
+    assert told == [("offered", "ses", 3), ("remembered", "ses", 3), ("manifest", "ses", 3)]
+    told.clear()
+    for more in ({"finished": lambda: False}, {"session_id": None}):
+        tree.checkpoint_into_tree(SimpleNamespace(**{**vars(request), **more}), up_to=4)
+    assert told == []
+    # Who does not prove the turn has the pages stored and says nothing of the session.
+    proven = None
+    tree.checkpoint_into_tree(request, up_to=4)
+    assert told == [("offered", "ses", 3)]

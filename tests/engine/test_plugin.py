@@ -1,14 +1,88 @@
 from __future__ import annotations
 
+import inspect
 import os
-from types import SimpleNamespace
+import re
+import traceback
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.arg_groups import pipeline
 
-from engine_patch import plugin
+from agentstate.errors import PageStoreLocked
+from engine_patch import plugin, resolution
+from engine_patch import sglang_api as sgl
 from engine_patch.radix_cache import AgentStateRadixCache
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the plug-in gives SGLang: its ``steps`` of the resolution, and what it puts around ``methods``."""
+    found = SimpleNamespace(steps={}, methods={})
+
+    def register(target: str, hook: Callable[..., Any], kind: Any) -> None:
+        assert kind is sgl.HookType.AROUND
+        assert target not in found.methods
+        found.methods[target] = hook
+
+    monkeypatch.setattr(sgl, "HookRegistry", SimpleNamespace(register=register))
+    monkeypatch.setattr(sgl, "register_resolution_hook", lambda name: lambda hook: found.steps.setdefault(name, hook))
+    monkeypatch.setattr(sgl, "register_radix_cache_backend", lambda name, create: None)
+    monkeypatch.setattr(sgl, "warmup", lambda name: lambda function: function)
+    monkeypatch.setattr(sgl, "add_attention_backend_choices", lambda names: None)
+    plugin.register()
+    return found
+
+
+def functions(module: ModuleType, *first: str) -> list[Any]:
+    """Those of a module whose first parameters have these names."""
+    return [
+        function
+        for function in vars(module).values()
+        if inspect.isfunction(function)
+        and function.__module__ == module.__name__
+        and tuple(inspect.signature(function).parameters)[: len(first)] == first
+    ]
+
+
+def test_everything_that_is_written_around_sglang_is_registered_once(registered: Any) -> None:
+    """Without one of these an engine starts all the same."""
+    assert sorted(registered.methods.values(), key=repr) == sorted(functions(plugin, "original"), key=repr)
+    steps = functions(resolution, "server_args", "previous")
+    assert sorted(registered.steps.values(), key=repr) == sorted(steps, key=repr)
+
+
+def test_flags_are_judged_before_and_after_sglang_has_resolved_them(registered: Any) -> None:
+    source = inspect.getsource(pipeline.run_resolution_pipeline)
+    steps = re.findall(r"run_hook\((\w+), server_args\)", source)
+    named = {hook.__name__: name for name, hook in registered.steps.items()}
+    assert steps[0] == named["judge_flags"]
+    assert steps[-1] == named["conclude"]
+    assert steps.index(named["choose_page_size"]) < steps.index(named["complete"])
+    default = rf"run_hook\({named['choose_page_size']}, server_args\)\s+\w+\(server_args, _page_size_default\)"
+    assert re.search(default, source), "SGLang's own default must come right after it"
+
+
+def test_an_engine_that_cannot_start_says_why_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[Exception] = [RuntimeError("of this test"), PageStoreLocked("another engine writes there")]
+
+    def create(ctx: Any, cache_class: type) -> None:
+        raise raised.pop()
+
+    def logged() -> str:
+        try:
+            plugin._create_cache(None)
+        except Exception:
+            return str(plugin._around_traceback(traceback.format_exc))
+        raise AssertionError
+
+    monkeypatch.setattr(sgl, "get_memory", lambda: SimpleNamespace(enable_unified_cache_external_linker=True))
+    monkeypatch.setattr(sgl, "create_unified_radix_cache", create)
+    assert logged() == "AgentState: another engine writes there"
+    assert logged().startswith("Traceback")
 
 
 def scheduler(**cache: Any) -> Any:

@@ -14,8 +14,9 @@ import torch
 from contents import content, drop, expected, key, keys, read, reader_for
 from device import Rank, page_of
 
-from agentstate.pages import handles
+from agentstate.pages import Stream, handles
 from agentstate.pages.files import open_direct
+from agentstate.pages.reading import Urgency
 from engine_patch.feeds import Source
 from engine_patch.restore import Restorer, RestoreStats
 
@@ -714,6 +715,32 @@ def test_what_is_loaded_ahead_has_a_lane_of_its_own(
     queue(restorer, "a", [4], [14])
     assert run(restorer) == set()
     assert set(used) == {"inbound"}
+
+
+def test_what_is_loaded_ahead_is_read_below_what_is_awaited(
+    rank: Rank, restorer: Restorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_stream, urgencies = restorer._reader.open, []
+
+    def opened(*of: Any, **how: Any) -> Stream:
+        stream = open_stream(*of, **how)
+        hurry = stream.hurry
+
+        def hurried(*of: Any, **how: Any) -> None:
+            hurry(*of, **how)
+            urgencies.append(stream.urgency)
+
+        urgencies.append(stream.urgency)
+        stream.hurry = hurried  # type: ignore[method-assign]
+        return stream
+
+    monkeypatch.setattr(restorer._reader, "open", opened)
+    restorer.finish(restorer.preload("a prefetch", keys(0, 1), torch.tensor([10, 11])))
+    assert urgencies == [Urgency.IDLE, Urgency.LOADING]
+    urgencies.clear()
+    queue(restorer, "a", [4], [14])
+    assert run(restorer) == set()
+    assert urgencies == [Urgency.DUE, Urgency.AWAITED]
 
 
 class Held:

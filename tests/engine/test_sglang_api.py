@@ -49,6 +49,7 @@ ROOT = Path(__file__).parents[2]
 CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.FINISH_ABORT, "message status_code"),
     (sgl.GenerateReqInput, "* input_ids sampling_params bootstrap_host"),
+    (sgl.UpdateWeightFromDiskReqOutput, "* success message num_paused_requests"),
     (sgl.HookRegistry.register, "target hook hook_type"),
     (sgl.HybridReqToTokenPool.register_layer_transfer_counter, "self layer_transfer_counter"),
     (sgl.PendingOffload, "lock_node_id lock_params publish_node_ids"),

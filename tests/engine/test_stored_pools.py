@@ -24,7 +24,7 @@ from engine_patch.arrivals import LayerGate
 from engine_patch.pools import DevicePool
 from engine_patch.restore import Source
 from engine_patch.sglang_api import PagedTokenToKVPoolAllocator, PoolName, PoolTransfer
-from engine_patch.stored_pools import StoredPools
+from engine_patch.stored_pools import OfferBudget, StoredPools
 
 WINDOW = 2
 
@@ -440,6 +440,30 @@ def test_what_is_offered_while_too_much_waits_is_refused_at_once(
     # As soon as the tree has taken a result, there is room.
     assert pools.pop_result()
     assert offered(pools, transfer(PoolName.KV, [99], slots(1)))
+
+
+class Looked(list[int]):
+    """Numbers that are ``looked`` at so often, all of them together."""
+
+    looked = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        Looked.looked += 1
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[int]:
+        Looked.looked += 1
+        return super().__iter__()
+
+
+def test_what_waits_is_not_added_up_again_for_every_offer() -> None:
+    budget = OfferBudget([10_000, 10_000])
+    for _ in range(1000):
+        assert budget.take(Looked([1, 2]))
+    for _ in range(1000):
+        budget.answered()
+    assert budget.kept == 0
+    assert 1000 <= Looked.looked <= 5 * 1000
 
 
 def test_after_a_reset_nothing_waits(stage: Stage, opened: Callable[..., StoredPools]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +20,7 @@ from engine_patch import identity, plugin, rank
 from engine_patch.radix_cache import AgentStateRadixCache, _LinkerWrapper
 from engine_patch.rank import Rank
 from engine_patch.sglang_api import PoolName
-from engine_patch.weights import Weights, after_update, are_lost
+from engine_patch.weights import Weights, after_update, are_lost, damage
 
 
 def request(**fields: Any) -> UpdateWeightFromDiskReqInput:
@@ -146,9 +147,9 @@ def test_after_weights_of_other_files_their_store_is_opened() -> None:
         (Engine(), SUCCEEDED, {"flush_cache": False}, ["suspend", "update", "retire"]),
         (Engine("its files differ"), SUCCEEDED, {}, ["suspend", "update", "reload", "retire"]),
         # What another rank doubts, whether its update failed or its store could not be opened.
-        (Engine(None, [0, 0]), WRONG_PATH, {}, ["suspend", "update", "retire"]),
-        (Engine(None, [1, 0]), SUCCEEDED, {}, ["suspend", "update", "retire"]),
-        (Engine(None, [0, 1], [0]), SUCCEEDED, {}, ["suspend", "update", "reload", "retire"]),
+        (Engine(None, [1], [0, 0]), WRONG_PATH, {}, ["suspend", "update", "retire"]),
+        (Engine(None, [1], [1, 0]), SUCCEEDED, {}, ["suspend", "update", "retire"]),
+        (Engine(None, [1], [0, 1], [0]), SUCCEEDED, {}, ["suspend", "update", "reload", "retire"]),
     ],
     ids=["half-way", "not flushed", "not reloaded", "another rank's failure", "mixed", "another rank's store"],
 )
@@ -156,6 +157,41 @@ def test_what_is_in_doubt_on_one_rank_stays_closed_on_all(
     engine: Engine, result: Any, fields: dict[str, Any], steps: list[str]
 ) -> None:
     assert engine.update(result, **fields) == steps
+    assert engine.log[-1].endswith("; restart it to store pages again")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """One whose weights are not all there."""
+    header = b'{"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(7))
+    return tmp_path
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["this rank", "another rank"])
+def test_files_that_are_not_all_there_are_not_loaded(
+    checkpoint: Path, here: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(None, *([] if here else [[0]]))
+    answer = plugin._around_update_from_disk(
+        lambda *given: engine.log.append("update"),
+        engine.updater,
+        UpdateWeightFromDiskReqInput(model_path=str(checkpoint if here else "new")),
+    )
+    assert engine.log == [], "neither is a tensor loaded nor the store closed"
+    assert not answer.success
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert line == f"agentstate: weights are not updated. {answer.message}"
+    why = f"{checkpoint / 'model.safetensors'} ends 1 bytes too early" if here else "another rank"
+    assert answer.message.startswith(f"Nothing was loaded: {why}")
+
+
+def test_files_that_sglang_does_not_read_as_they_are_are_its_own_affair(checkpoint: Path) -> None:
+    assert damage(request()) is None
+    assert damage(UpdateWeightFromDiskReqInput(model_path=str(checkpoint), load_format="dummy")) is None
+    assert damage(UpdateWeightFromDiskReqInput(model_path=str(checkpoint), load_format="auto")) is not None
+    (checkpoint / "model.safetensors").rename(checkpoint / "model.bin")
+    assert damage(UpdateWeightFromDiskReqInput(model_path=str(checkpoint))) is None
 
 
 def test_an_update_that_raises_leaves_the_weights_in_doubt() -> None:

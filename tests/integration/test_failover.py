@@ -143,6 +143,40 @@ def test_a_server_that_turns_read_only_is_left_and_found_again(primary: Server, 
         assert service.client.resume(session_id).lease.epoch == 1
 
 
+def test_nothing_is_read_from_a_server_that_has_become_read_only(primary: Server) -> None:
+    """A standby may be behind, and never say so."""
+    database = Database(url(primary.directory))
+
+    def reads() -> bool:
+        try:
+            with database.read() as connection:
+                return bool(connection.exec_driver_sql("SELECT true").scalar())
+        except DatabaseUnreachable:
+            return False
+
+    try:
+        assert reads()
+        primary.configure({"default_transaction_read_only": "on"})
+        until(lambda: not reads())
+        primary.configure({"default_transaction_read_only": "off"})
+        until(reads)
+    finally:
+        database.close()
+
+
+def test_a_server_of_any_kind_is_ready_when_it_can_be_written_to(primary: Server, tmp_path: Path) -> None:
+    """Where the URL says that the service connects to whatever there is."""
+    migrated(url(primary.directory))
+    any_server = url(primary.directory, more="&target_session_attrs=any")
+    with serving(Settings(home=tmp_path, database_url=any_server)) as service:
+        session_id = service.client.create_session(MODEL).id
+        primary.configure({"default_transaction_read_only": "on"})
+        until(lambda: not ready(service))
+        assert service.client.read(session_id).id == session_id
+        primary.configure({"default_transaction_read_only": "off"})
+        until(lambda: ready(service))
+
+
 def test_a_server_that_turns_read_only_under_a_transaction_is_unreachable(primary: Server) -> None:
     """Without the server's own word, as behind a proxy."""
     migrated(url(primary.directory))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,14 @@ def test_a_damaged_safetensors_file_is_named(checkpoint: Path) -> None:
     (checkpoint / "model-2.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0nojso")
     with pytest.raises(SettingsError, match="model-2.safetensors"):
         weights_digest(checkpoint)
+
+
+def test_a_safetensors_file_that_is_not_all_there_is_named(checkpoint: Path) -> None:
+    path = checkpoint / "model-1.safetensors"
+    os.truncate(path, path.stat().st_size - 10)
+    for ask in (weights_digest, tensor_names):
+        with pytest.raises(SettingsError, match="model-1.safetensors ends 10 bytes too early"):
+            ask(checkpoint)
 
 
 def test_names_sizes_and_the_configuration_count(checkpoint: Path) -> None:

@@ -272,12 +272,15 @@ def test_a_page_directory_that_cannot_be_made_is_named(
     assert "AGENTSTATE_PAGES_DIR" in one_line(error)
 
 
-def test_a_page_directory_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # For root every directory is writable, save on a file system that is mounted read-only.
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+@pytest.mark.parametrize(("refused", "what"), [(os.W_OK, "written"), (os.X_OK, "written"), (os.R_OK, "read")])
+def test_a_page_directory_that_cannot_be_used_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int, what: str
+) -> None:
+    # For root every directory can be used, save that one on a file system that is mounted read-only is not written.
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & refused)
     with pytest.raises(PageStoreUnwritable) as error:
         require_page_directory(tmp_path)
-    assert f"the page directory {tmp_path} cannot be written" in one_line(error)
+    assert f"the page directory {tmp_path} cannot be {what}: point AGENTSTATE_PAGES_DIR" in one_line(error)
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,10 @@ def test_streams_that_wait_leave_room_for_the_one_that_is_consumed(store: PageSt
     """However many streams wait with all the memory they can get, one more is read to its end, and then they are."""
     reader = reader_for(store.geometry, chunk_bytes=1)
     waiting = [reader.open(store.pin(keys(*range(12)))) for _ in range(3)]
+    while any(stream.staged is None for stream in waiting):
+        time.sleep(0.001)
+    with reader._lock:
+        assert reader._free, "a buffer is left to what is more urgent"
     with reader.open(store.pin(keys(3, 2, 1))) as stream:
         assert len(
             {(chunk.layer, page) for chunk in stream for page in range(chunk.first, chunk.first + chunk.count)}
@@ -581,6 +585,7 @@ def test_a_drive_that_hangs_in_the_background_leaves_a_thread_to_what_is_awaited
     idle = reader.open(store.pin(keys(*range(12))), background=True)
     assert backend.begun.wait(60)
     with reader._lock:
+        assert reader._in_background == 1
         assert reader._job() is None, "the other thread has nothing to do"
     stream = reader.open(store.pin(keys(3)))
     stream.hurry()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from contents import MHA, MLA, expected, key, keys, read, reader_for, write
 
 from agentstate.errors import PageStoreFull, PageStoreLocked
 from agentstate.pages import Geometry, PageStore, Quota, Space, fingerprint
+from agentstate.pages.directory import StoreDirectory
 
 Open = Callable[..., PageStore]
 HOUR_S = 3600.0
@@ -211,6 +213,25 @@ class TestWhatOthersLeft:
         assert left(own) == list(range(6)) and not other.directory.exists()
         write(own, keys(6))
         assert left(own) == list(range(1, 7))
+
+    def test_a_disk_that_is_full_of_it_is_no_reason_not_to_open(
+        self, opened: Open, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = leave(opened, "other", *range(6))
+        disk(monkeypatch, root, 6 * opened("size").draft_bytes(1))
+        acquire = StoreDirectory.acquire
+
+        def refused(directory: StoreDirectory) -> None:
+            if other.directory.exists():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            acquire(directory)
+
+        monkeypatch.setattr(StoreDirectory, "acquire", refused)
+        with pytest.raises(PageStoreFull):
+            opened("alone", Space())
+        own = opened("own", Space(root=root))
+        write(own, keys(1))
+        assert left(own) == [1]
 
     def test_what_another_engine_has_open_stays_and_is_not_counted(self, opened: Open, root: Path) -> None:
         live = opened("live")

@@ -89,7 +89,7 @@ def test_no_room_evicts_nothing(store: PageStore) -> None:
     store.pin_for(keys(0), HOUR_S)
     pin = store.pin(keys(1))
     store.quota = room_for(store, 3)
-    with pytest.raises(PageStoreFull, match="cannot be evicted"):
+    with pytest.raises(PageStoreFull, match="cannot be evicted; make room on its disk"):
         store.make_room(2 * store.draft_bytes(1))
     assert left(store) == [0, 1, 2]
     store.make_room(store.draft_bytes(1))
@@ -105,7 +105,7 @@ def test_room_that_could_be_made_is_not_made_before_it_is_needed(store: PageStor
     store.quota = room_for(store, 2)
     pin = store.pin(keys(1))
     store.require_room(store.draft_bytes(1))
-    with pytest.raises(PageStoreFull, match="cannot be evicted"):
+    with pytest.raises(PageStoreFull, match="cannot be evicted; make room on its disk"):
         store.require_room(2 * store.draft_bytes(1))
     pin.close()
     store.require_room(2 * store.draft_bytes(1))

@@ -1,0 +1,148 @@
+"""Every two flags of the table that are tested or refused, together, as SGLang reads a command line and resolves it:
+each has its class, each that is refused one sentence, and nothing ends in a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from sglang.srt import server_args
+from sglang.srt.arg_groups import resolution_hooks
+from sglang.srt.server_args import ServerArgs
+
+from engine_patch import flag_report, flags, resolution
+from engine_patch import sglang_api as sgl
+from engine_patch.flags import REFUSED, TESTED, Standing
+
+# Given where any value is tested or refused, and SGLang takes not just any.
+VALUES = {"page_size": 16, "chunked_prefill_size": 1024, "unified_cache_external_linker_config": '{"a": 1}'}
+# Refused, but for programs alone: SGLang's own command line does not take it either.
+NO_CHOICE = {("kv_cache_dtype", "fp4_e2m1")}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "torch_dtype": "float32",
+    "vocab_size": 1024,
+}
+
+
+class Given(NamedTuple):
+    field: str
+    words: list[str]
+    standing: Standing
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    """SGLang's, made once: that takes longer than it takes to read a command line."""
+    sgl.add_attention_backend_choices([flags.CPU_ATTENTION])
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return parser
+
+
+def ways(parser: argparse.ArgumentParser, field: str, values: Any, standing: Standing) -> Iterator[Given]:
+    """How a field is given: with each of ``values``, or with any but its default where there are none."""
+    (action,) = (action for action in parser._actions if flags.spelling(field) in action.option_strings)
+    if action.nargs == 0:
+        yield Given(field, [flags.spelling(field)], standing)
+        return
+    if values is None:
+        choices = [choice for choice in action.choices or () if choice != sgl.flag_defaults(ServerArgs)[field]]
+        values = [VALUES.get(field) or next(iter(choices), 2 if action.type is int else "given")]
+    for value in sorted(values, key=str):
+        if action.choices and value not in action.choices:
+            assert (field, value) in NO_CHOICE
+        else:
+            yield Given(field, [flags.spelling(field), str(value)], standing)
+
+
+@pytest.fixture(scope="module")
+def every(parser: argparse.ArgumentParser) -> list[Given]:
+    """Each flag of the table with each of its values; that of AgentState itself is always there."""
+    tables = ((TESTED, Standing.TESTED), (REFUSED, Standing.REFUSED))
+    rows = [(field, row.values, standing) for table, standing in tables for field, row in table.items()]
+    return [way for row in rows if row[0] != "radix_cache_backend" for way in ways(parser, *row)]
+
+
+@pytest.fixture
+def read(
+    tmp_path: Path, parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[str]], ServerArgs]:
+    """What SGLang makes of a command line, before it resolves it, with the plug-in in its resolution."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    monkeypatch.setattr(server_args, "argparse", SimpleNamespace(ArgumentParser=lambda **_: parser))
+    monkeypatch.setattr(ServerArgs, "add_cli_args", lambda _: None)
+    monkeypatch.setattr(resolution_hooks, "_HOOKS", {})
+    sgl.register_resolution_hook("handle_deprecated_dp_attention")(resolution.judge_flags)
+    sgl.register_resolution_hook("handle_mxfp8_kv_cache_compatibility")(resolution.choose_page_size)
+    sgl.register_resolution_hook("handle_hicache")(resolution.complete)
+    sgl.register_resolution_hook("validate_deepep_v2_dispatch_token_budget")(resolution.conclude)
+    ours = ["--model-path", str(tmp_path), "--radix-cache-backend", flags.BACKEND, "--device", "cpu"]
+    return lambda words: sgl.parse_arguments([*ours, *words])
+
+
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """Resolving leaves variables for the engine's processes."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def pairs(every: list[Given]) -> Iterator[tuple[Given, Given]]:
+    return ((one, other) for one, other in itertools.combinations(every, 2) if one.field != other.field)
+
+
+def test_every_flag_of_the_table_is_checked_by_itself(every: list[Given], capsys: pytest.CaptureFixture[str]) -> None:
+    for one in every:
+        code = flag_report.main(["--model-path", "some/model", *one.words])
+        said = " ".join(capsys.readouterr().out.split())
+        assert one.words[0] in said and one.standing.value in said
+        assert (code, "does not go with" in said) == ((1, True) if one.standing is Standing.REFUSED else (0, False))
+
+
+def test_two_tested_flags_go_together_in_sglang_too(read: Any, every: list[Given]) -> None:
+    tested = [one for one in every if one.standing is Standing.TESTED]
+    found = 0
+    for one, other in pairs(tested):
+        with own_environment():
+            arguments = read(one.words + other.words)
+            arguments.resolve_once()
+        resolved = sgl.resolving_view(arguments)
+        assert resolved.enable_unified_cache_external_linker, (one, other)
+        assert resolved.page_size == (16 if "page_size" in (one.field, other.field) else 64), (one, other)
+        found += 1
+    assert found > 100
+
+
+def test_a_refused_flag_is_refused_beside_any_other(read: Any, every: list[Given]) -> None:
+    found = 0
+    for one, other in pairs(every):
+        refused = [given for given in (one, other) if given.standing is Standing.REFUSED]
+        if refused:
+            with own_environment(), pytest.raises(resolution.FlagRefused) as error:
+                read(one.words + other.words).resolve_once()
+            lines = str(error.value).splitlines()
+            assert {line.split()[0] for line in lines} == {given.words[0] for given in refused}, (one, other)
+            assert len(lines) == len(refused)
+            assert all("does not go with --radix-cache-backend agentstate: " in line for line in lines)
+            found += 1
+    assert found > 1500

@@ -1,0 +1,132 @@
+"""A rank that is opened as SGLang opens it: what its stores share, what it evicts first, and what SQL is told of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from contents import MLA, keys, write
+from sglang.srt.server_args import ServerArgs
+from test_catalog import until
+from test_pools import FULL, PAGE_SIZE, SWA, allocator_of, sliding
+
+from agentstate.fleet import engines, manifests
+from agentstate.fleet.control import ControlClient
+from agentstate.fleet.manifests import Manifest
+from agentstate.pages import PageStore, fingerprint
+from agentstate.pages.node import node_id
+from agentstate.sql.database import Database
+from engine_patch import identity, rank
+from engine_patch.rank import Rank
+
+Open = Callable[..., Rank]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "home" / "pages"
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    (tmp_path / "home").mkdir()
+    database = Database(f"sqlite:///{tmp_path / 'home' / 'agentstate.db'}")
+    database.upgrade()
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def opened(tmp_path: Path, database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    """A rank with full attention and a sliding window, whose settings are given by their names."""
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    header = json.dumps({"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}).encode()
+    (checkpoint / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    arguments = ServerArgs(model_path=str(checkpoint))
+    parallel = SimpleNamespace(tp_rank=0, tp_size=1, pp_size=1)
+    for module, names in ((identity, ("get_model", "get_serving", "get_parallel")), (rank, ("get_parallel",))):
+        for name in names:
+            of = parallel if name == "get_parallel" else arguments
+            monkeypatch.setattr(module, name, lambda of=of: of)
+    monkeypatch.setattr(rank, "get_observability", lambda: SimpleNamespace(enable_metrics=False))
+    monkeypatch.setenv("AGENTSTATE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AGENTSTATE_HEARTBEAT_INTERVAL_S", "0.02")
+    for name in ("STAGING_BYTES", "SPILL_STAGING_BYTES"):
+        monkeypatch.setenv(f"AGENTSTATE_{name}", str(1 << 20))
+    running: list[Rank] = []
+
+    def open(**settings: Any) -> Rank:
+        for name, value in settings.items():
+            monkeypatch.setenv(f"AGENTSTATE_{name.upper()}", str(value))
+        params = SimpleNamespace(
+            page_size=PAGE_SIZE,
+            token_to_kv_pool_allocator=allocator_of(sliding()),
+            req_to_token_pool=None,
+            swa_gates_prefix_match=True,
+            swa_retain_window=2 * PAGE_SIZE,
+        )
+        running.append(Rank(arguments, params, {FULL, SWA}))
+        return running[-1]
+
+    yield open
+    for one in running:
+        one.close()
+
+
+def stores(one: Rank) -> list[PageStore]:
+    return [pool.store for pool in one.pools._pools]
+
+
+def test_the_pools_of_a_rank_have_one_quota_and_one_order(opened: Open) -> None:
+    full, window = stores(opened())
+    room = 8 * full.draft_bytes(1) + full.draft_bytes(1) // 2
+    full.quota = full.quota._replace(max_bytes=room, free_fraction=0.0)
+    assert window.quota == full.quota
+    for page in range(8):
+        write(full, keys(page))
+    assert full.stats.pages == 8, "one of them may have all of it"
+    write(window, keys(0))
+    assert (full.stats.pages_evicted, window.stats.pages) == (1, 1), "and gives way to the other"
+
+
+def test_what_other_engines_left_goes_first_and_their_manifests_with_it(
+    opened: Open, root: Path, database: Database
+) -> None:
+    mark = fingerprint(model="another")
+    left = PageStore(root / mark.hex()[:32] / "rank0", mark, MLA)
+    write(left, keys(1, 2))
+    left.close()
+    of_left = Manifest("s", mark.hex(), 0, node_id(root), "eng", 4, 8, b"".join(keys(1, 2)), 1)
+    with database.write() as connection:
+        manifests.save(connection, of_left)
+    opened(pages_quota=1)
+    assert not left.directory.exists()
+
+    def gone() -> bool:
+        with database.read() as connection:
+            return manifests.load(connection, "s", mark.hex(), 0, of_left.node) is None
+
+    until(gone)
+
+
+def test_sql_knows_a_rank_by_its_directory_and_how_to_ask_it(
+    opened: Open, root: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = opened()
+
+    def registered() -> list[engines.Engine]:
+        with database.read() as connection:
+            return engines.registered(connection)
+
+    until(lambda: bool(registered()))
+    (engine,) = registered()
+    assert engine.node == (root / "node").read_text().strip() == node_id(root)
+    stat = ControlClient(engine.control_address, engine.control_secret).call("stat", 60)
+    assert (stat["engine"], stat["fingerprint"]) == (engine.id, one._engine.fingerprint)
+    assert [store.directory.parents[1] for store in stores(one)] == [root, root]

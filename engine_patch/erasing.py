@@ -39,8 +39,8 @@ class Stores(Protocol):
 
 @dataclass
 class ErasureStats:
-    """``waiting`` are the chains of sessions that were found to be erased when SQL was asked last, at most as many as
-    are erased together; ``done`` counts those that have been since the engine started."""
+    """``waiting`` are the chains of sessions that were to be erased when SQL was asked last; ``done`` counts those that
+    have been since the engine started."""
 
     waiting: int = 0
     done: int = 0
@@ -112,7 +112,7 @@ class Eraser:
         """Erase what waits, at most so much at once; whether there may be more that could be."""
         with self._database.read() as connection:
             found = erasures.waiting(connection, self._store, _AT_ONCE)
-        self.stats.waiting = len(found)
+            self.stats.waiting = erasures.count(connection, self._store) if found else 0
         if not found:
             return False
         with self._database.write() as connection:

@@ -226,7 +226,12 @@ def test_memory_of_weights_that_is_released_ends_the_storing() -> None:
 class Sessions:
     def __init__(self) -> None:
         self.device = "the tree"
+        self.erases = True
         self.closed = False
+
+    def stop_erasing(self) -> bool:
+        self.erases = False
+        return True
 
     def close(self) -> None:
         self.closed = True
@@ -246,6 +251,8 @@ def one(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(rank.engines, "register", lambda connection, engine: loaded.registered.append(engine))
 
     def move(open_store: Any, within_s: float) -> bool:
+        # What SQL asks to erase is of the pages before.
+        assert not one.sessions.erases
         if loaded.error is not None:
             raise loaded.error
         return bool(loaded.moved)

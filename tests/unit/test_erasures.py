@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,8 +15,8 @@ from agentstate.errors import SessionExpired
 from agentstate.fleet import erasures, manifests
 from agentstate.fleet.erasures import Chain, StoreName, head_of
 from agentstate.fleet.manifests import Manifest
-from agentstate.sessions import salts, tenants
-from agentstate.sessions.collection import collect, release_expired, remove_tenant
+from agentstate.sessions import branches, collection, salts, tenants
+from agentstate.sessions.collection import Collector, collect, release_expired, remove_tenant
 from agentstate.sessions.transcript import NewEntry
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql import models
@@ -204,6 +205,49 @@ def test_kv_that_is_given_up_with_a_turn_is_erased(sessions: Sessions, database:
     lease = sessions.resume(session.id, lease_ttl_s=60, tail=0).lease
     sessions.suspend(session.id, lease.key, "idle", release_kv=True)  # type: ignore[arg-type]
     assert [keys for _, _, keys in waiting(database)] == [chain("a")]
+
+
+@pytest.mark.parametrize("first", ["deletion", "manifest"])
+def test_a_manifest_that_is_saved_beside_the_deletion_of_its_session_is_erased(
+    sessions: Sessions, database: Database, first: str
+) -> None:
+    session = sessions.create("m")
+    saved: list[bool] = []
+    other = threading.Thread(
+        target=lambda: (
+            saved.append(save(database, session.uid, "a")) if first == "deletion" else sessions.delete(session.id, None)
+        )
+    )
+    with database.write() as connection:
+        if first == "deletion":
+            row = connection.execute(sa.select(models.sessions).where(models.sessions.c.id == session.uid)).one()
+            branches.bury(connection, row)
+        else:
+            assert manifests.save(connection, manifest(session.uid, chain("a")))
+        other.start()
+    other.join()
+    assert saved == ([False] if first == "deletion" else [])
+    assert [keys for _, _, keys in waiting(database)] == [chain("a")]
+    assert listed(database) == set()
+
+
+def test_what_has_expired_is_erased_long_before_anything_else_is_collected(
+    sessions: Sessions, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collection, "EXPIRY_S", 0.02)
+    session = sessions.create("m")
+    save(database, session.uid, "a")
+    expire(database, session.uid)
+    collector = Collector(database, interval_s=3600, expired_after_s=0)
+    pause = threading.Event()
+    for _ in range(3000):
+        if waiting(database):
+            break
+        pause.wait(0.02)
+    collector.close()
+    assert [keys for _, _, keys in waiting(database)] == [chain("a")]
+    with pytest.raises(SessionExpired):
+        sessions.read(session.id)
 
 
 # --- forks

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from radix_tree import PAGE_SIZE, TREES, Tree, key_of
+from turns import turn
 
+from agentstate.fleet.turns import Turn
 from engine_patch import lost_pages
 from engine_patch import sglang_api as sgl
 from engine_patch.radix_cache import AgentStateRadixCache

@@ -115,6 +115,8 @@ class Sessions:
             self._ledger.forget(session_id)
             return
         if (request := self._ledger.finished(turn)) is None:
+            # A later turn speaks for the session. What this one has stored is erased with it.
+            self._pools.then(lambda: self._catalog.abandon(session_id, self._keys(key), 0))
             return
         ticket = object()
         with self._settling:
@@ -128,7 +130,7 @@ class Sessions:
                     # keeps the tokens of one request a session, and not of all.
                     return
                 del self._unsettled[session_id]
-            keys = PageKeys.from_hex(get_storage_hash_str(key, page_size=self._page_size))
+            keys = self._keys(key)
             durable = self._pools.durable(keys, use=True)
             if self._stores():
                 self._ledger.settled(session_id, request, keys, durable)
@@ -146,7 +148,10 @@ class Sessions:
         with self._settling:
             ended = [key for _, key in self._unsettled.values()]
         for key in ended:
-            yield from PageKeys.from_hex(get_storage_hash_str(key, page_size=self._page_size))
+            yield from self._keys(key)
+
+    def _keys(self, key: RadixKey) -> PageKeys:
+        return PageKeys.from_hex(get_storage_hash_str(key, page_size=self._page_size))
 
     def kept(self) -> dict[str, int]:
         return {"unsettled_sessions": len(self._unsettled), "unsaved_manifests": self._catalog.waiting}

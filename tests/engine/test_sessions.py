@@ -65,6 +65,7 @@ class Stage:
         self.off: str | None = None
         self.pools: Any = Pools()
         self.saved: list[str] = []
+        self.abandoned: list[tuple[str, int]] = []
         engine = Engine("e", "n", 0, "", "", "m", "f", str(directory))
         self.sessions = Sessions(
             self.pools,
@@ -79,7 +80,7 @@ class Stage:
         self.catalog = SimpleNamespace(
             load=lambda session: None,
             save=lambda manifest: self.saved.append(manifest.session_id),
-            abandon=lambda session, keys, first: None,
+            abandon=lambda session, keys, first: self.abandoned.append((session, len(keys) - first)),
         )
         self.sessions._catalog = self.catalog  # type: ignore[assignment]
 
@@ -148,6 +149,17 @@ def test_what_waits_for_the_drive_is_one_request_a_session(stage: Stage) -> None
         settle()
     assert stage.saved == ["b", "a"]
     assert not stage.sessions._unsettled
+
+
+def test_what_a_turn_stores_that_was_taken_over_is_not_its_sessions_manifest_and_goes_with_it(stage: Stage) -> None:
+    key = RadixKey(array("q", range(2 * PAGE_SIZE)), None)
+    for epoch in (2, 1):
+        stage.sessions.finished(turn("a", epoch), key)
+    for settle in stage.pools.queued:
+        settle()
+    assert stage.saved == ["a"]
+    # Of the newer one nothing but its manifest is to be remembered.
+    assert stage.abandoned == [("a", 0), ("a", 2)]
 
 
 def test_manifests_are_written_while_the_stores_can_be_asked() -> None:

@@ -82,7 +82,7 @@ def _operation(document: dict[str, Any], method: str, path: str, operation: dict
 
 
 def _resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema itself, if it is a reference or may also be null."""
+    """The schema that a reference, also a nullable one, points to; else the schema itself."""
     names = _names(schema)
     return document["components"]["schemas"][names[0]] if names else schema
 

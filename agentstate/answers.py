@@ -1,7 +1,7 @@
-"""What the HTTP API answers: written by the service, read by the client, so that both mean the same.
+"""The answers of the HTTP API. The service writes them and the client reads them, so both share one definition.
 
-Times are RFC 3339 in UTC. ``revision`` is opaque: it changes whenever its session does. A reader ignores fields that it
-does not know, so the service may add some.
+Times are RFC 3339 in UTC. ``revision`` is opaque: it changes whenever its session does. A reader ignores unknown
+fields, so the service may add some.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Entry(BaseModel):
     id: str
     session_id: str
     parent_id: str | None
-    seq: int = Field(description="Grows along the history from 1; a rewind leaves unused what it took back.")
+    seq: int = Field(description="Grows along the history from 1; a rewind does not reuse the numbers it took back.")
     kind: EntryKind
     payload: dict[str, Any]
     call_id: str | None
@@ -81,7 +81,7 @@ class Entry(BaseModel):
 
 
 class Rewound(BaseModel):
-    """The entries of a session after ``seq``, 0 for all of them, were taken back."""
+    """A rewind took back the session's entries after ``seq`` (0: all)."""
 
     session_id: str
     seq: int
@@ -94,7 +94,7 @@ class EntryList(BaseModel):
     data: list[Entry]
     first_id: str | None
     last_id: str | None
-    has_more: bool = Field(description="Whether there are more in the direction read; for a tail, older ones.")
+    has_more: bool = Field(description="Whether more follow in the direction read; for a tail, older ones.")
 
 
 class SessionList(BaseModel):
@@ -154,12 +154,12 @@ class Suspended(BaseModel):
     revision: str
     head_id: str | None
     pending_tool_calls: list[str]
-    operation: str | None = Field(description="To follow while kv.state is pending, or the KV is given up.")
+    operation: str | None = Field(description="The flush or demotion to follow, if one is in progress.")
     kv: StoredKv
 
 
 class EngineLink(BaseModel):
-    """What an OpenAI client needs to send the session's next call to the engine."""
+    """The arguments that an OpenAI client needs for the session's next call to the engine."""
 
     base_url: str
     extra_body: dict[str, str]
@@ -171,7 +171,7 @@ class Outlook(BaseModel):
     valid: bool = Field(description="Whether the engine can use the stored pages; if not, it recomputes.")
     invalid_reason: str | None
     upper_bound: bool = Field(
-        default=False, description="Whether tokens is what a fork or rewind shares at most, until its next turn."
+        default=False, description="Whether tokens is an upper bound: after a fork or rewind, until the next turn."
     )
     prefetch: str | None = Field(default=None, description="The operation that brings the pages back, if asked for.")
 
@@ -224,7 +224,7 @@ class Operation(BaseModel):
     kind: str
     session_id: str
     state: OperationState
-    result: dict[str, Any] | None = Field(description="What came of it: state, tokens, pages, bytes; or error.")
+    result: dict[str, Any] | None = Field(description="The outcome: state, tokens, pages, bytes; or error.")
     created_at: datetime
     finished_at: datetime | None
     seconds: float | None = Field(default=None, description="From its start to its end.")
@@ -251,11 +251,11 @@ class ToolCall(BaseModel):
     name: str
     state: ToolCallState
     expected_s: float | None = Field(description="The claimant's estimate.")
-    typical_s: float | None = Field(description="The median of what the tool took before.")
+    typical_s: float | None = Field(description="The median duration of the tool's earlier calls.")
     claimed_at: datetime
     finished_at: datetime | None
     result: dict[str, Any] | None = Field(
-        description="Its output or error, for who claims a call that has one; not repeated to who has just given it."
+        description="Its output or error, if the claimed call has one; not repeated to the caller that reports it."
     )
     revision: str
 

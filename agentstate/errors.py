@@ -4,36 +4,36 @@
 
     AgentStateError
     ├── SettingsError                a setting is wrong, or the machine does not allow it
-    ├── DatabaseError                the database refused or broke off a statement
+    ├── DatabaseError                the database refused or aborted a statement
     │   ├── DatabaseUnreachable      no connection: server down, directory missing or not writable
     │   ├── DatabaseFull             its disk is full
     │   ├── SchemaOutdated           the schema is older than this version: migrate it
     │   └── SchemaNewer              the schema is newer than this version: upgrade AgentState
-    ├── SessionError                 what a session does not allow now
+    ├── SessionError                 the session does not allow this now
     │   ├── SessionNotFound
     │   ├── SessionExists            the id is taken
     │   ├── SessionExpired
     │   ├── SessionBusy              someone else holds the lease; carries ``retry_after_s``
     │   ├── LeaseLost                the lease lapsed, was released or was taken over
-    │   ├── ToolInFlight             a tool call is claimed and not finished
+    │   ├── ToolInFlight             a tool call is claimed and has no result
     │   ├── EntryNotFound
     │   ├── InvalidEntry             an entry that would make the transcript inconsistent
-    │   ├── NotABranchPoint          an entry at which a history cannot be forked or rewound to
-    │   ├── RevisionStale            the session has changed since the caller saw it
+    │   ├── NotABranchPoint          a history cannot be forked or rewound at this entry
+    │   ├── RevisionStale            the session changed after the caller saw it
     │   ├── ToolCallNotFound
-    │   ├── ToolCallClaimed          another one executes the tool call, or did
-    │   ├── ToolCallUnknown          the claimant of the tool call vanished: nobody knows whether it ran
+    │   ├── ToolCallClaimed          another caller executes the tool call, or did
+    │   ├── ToolCallUnknown          the tool call's claimant vanished: nobody knows whether it ran
     │   ├── ToolCallFinal            the tool call has a result already
-    │   ├── ToolCallReused           the tool call's id is that of another call
-    │   ├── EventsTrimmed            the session never had the event after which it is to be followed
+    │   ├── ToolCallReused           the id belongs to another tool call
+    │   ├── EventsTrimmed            the session never had the event to follow it from
     │   └── ModelMismatch            the session runs another model than the caller expects
     ├── InvalidId                    an id that no session and no tool call can have
     ├── OperationNotFound
     ├── TooManyOperations            the service follows as many operations as it can
-    ├── IdempotencyKeyReused         the Idempotency-Key came with another request before
+    ├── IdempotencyKeyReused         another request used the Idempotency-Key before
     ├── IdempotencyKeyInUse          the first request with the Idempotency-Key is still being answered
-    ├── Unauthenticated              no API key, or none that is valid
-    ├── HostRefused                  the service has no API key and is asked under a name that is not this machine's
+    ├── Unauthenticated              no valid API key
+    ├── HostRefused                  without API keys the service answers only under this machine's names
     ├── RateLimited                  the tenant sends too many requests; carries ``retry_after_s``
     ├── KeyNotFound                  there is no such API key
     ├── RequestRefused               the service refused the request itself (seen by clients only)
@@ -46,12 +46,12 @@
         ├── PageStoreUnwritable
         ├── PageStoreFull
         ├── FingerprintMismatch      pages of another model, layout or format
-        └── BadExtent                an extent file that is damaged or not one of ours
-            └── UnknownFormat        it is sound, and of a format that this release does not read
+        └── BadExtent                an extent file is damaged, or is none of ours
+            └── UnknownFormat        the extent is intact, in a format that this release does not read
 
-The first line of a class's docstring is its message when it is raised without one. ``retryable`` says whether the
-same call may succeed later with nothing changed by the caller; over HTTP the problem type of an error is its
-``slug``, which is its name in kebab case, so **renaming a class changes the API**.
+The first line of a class's docstring is its default message. ``retryable`` says whether the same call may succeed later
+without a change by the caller. Over HTTP an error's problem type is its ``slug``, its name in kebab case, so **renaming
+a class changes the API**.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class SchemaNewer(DatabaseError):
 class SessionError(AgentStateError):
     """The session does not allow this now.
 
-    ``revision`` is the session's revision when the error was raised, or None where there is none to tell.
+    ``revision`` is the session's revision when the error was raised, or None if there is none.
     """
 
     def __init__(self, message: str | None = None, *, revision: int | None = None):
@@ -130,7 +130,7 @@ class SessionExpired(SessionError):
 class SessionBusy(SessionError):
     """Another process runs the session.
 
-    ``retry_after_s`` is when its lease lapses unless it is renewed; it may also be released before.
+    ``retry_after_s`` is when its lease lapses unless renewed; the lease may be released earlier.
     """
 
     retryable = True
@@ -227,7 +227,7 @@ class HostRefused(AgentStateError):
 class RateLimited(AgentStateError):
     """The tenant sends more requests than it may.
 
-    ``retry_after_s`` is when the next one will be answered.
+    ``retry_after_s`` is when the next request will be answered.
     """
 
     retryable = True
@@ -244,7 +244,7 @@ class KeyNotFound(AgentStateError):
 class RequestRefused(AgentStateError):
     """The service refused the request.
 
-    What a client raises for an answer that no other class of this tree stands for; ``status`` is the HTTP status.
+    A client raises this for an answer that no other class of this tree covers; ``status`` is the HTTP status.
     """
 
     def __init__(self, message: str | None = None, *, status: int):

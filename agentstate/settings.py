@@ -14,9 +14,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from agentstate.errors import SettingsError
 
 MIB = 1024 * 1024
-# Whose sessions are of calls that need no key.
+# The owner of sessions while calls need no key.
 DEFAULT_TENANT = "default"
-# What an engine reads: where it finds things, and how it works.
+# The settings that an engine reads: its places and its limits.
 ENGINE_PLACES = ("home", "database_url", "pages_dir", "control_address", "engine_base_url", "engine_python")
 ENGINE_LIMITS = (
     "pages_quota",
@@ -38,7 +38,7 @@ ENGINE_LIMITS = (
 class Settings(BaseSettings):
     """One process's settings. Sizes may be written with a unit in the environment (``512MiB``).
 
-    Raises SettingsError, naming every variable that is wrong, when built from values that do not fit.
+    Raises SettingsError, naming every invalid variable.
     """
 
     model_config = SettingsConfigDict(
@@ -47,7 +47,7 @@ class Settings(BaseSettings):
 
     home: Path = Field(
         Path("~/.local/share/agentstate"),
-        description="Directory of everything AgentState keeps, unless a more specific setting says otherwise.",
+        description="Directory of all AgentState data, unless a more specific setting says otherwise.",
     )
     database_url: str = Field(
         "", description="SQLite or PostgreSQL URL. Empty: the SQLite file agentstate.db in the home directory."
@@ -56,30 +56,30 @@ class Settings(BaseSettings):
         None, description="Directory of the KV pages, best on a local NVMe drive. Default: pages in the home directory."
     )
     cache_dir: Path = Field(
-        Path("~/.cache/agentstate"), description="Directory of files that can be downloaded or built again."
+        Path("~/.cache/agentstate"), description="Directory of files that can be downloaded or rebuilt."
     )
     host: str = Field("127.0.0.1", description="Address that the HTTP service listens on.")
     port: int = Field(8700, ge=0, le=65535, description="Port of the HTTP service; 0 takes a free one.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
-    log_format: str = Field("text", pattern="^(text|json)$", description="text, or json: one object a line.")
+    log_format: str = Field("text", pattern="^(text|json)$", description="text, or json: one object per line.")
     otlp_endpoint: str = Field(
         "",
         description="OpenTelemetry collector (OTLP over HTTP) for traces, e.g. http://127.0.0.1:4318. Empty: none.",
     )
     requests_per_s: float = Field(
-        0, ge=0, description="How many requests a tenant may send to one service, with a burst of twice that. 0: any."
+        0, ge=0, description="Requests per second of a tenant to one service; twice that in a burst. 0: no limit."
     )
     collect_interval_s: float = Field(
-        300, ge=0, description="How often the service deletes what no session reaches any more. 0: never."
+        300, ge=0, description="Seconds between the service's deletions of rows that no session reaches. 0: never."
     )
     expired_retention_s: float = Field(
-        24 * 3600, ge=0, description="How long an expired session is still told from one that never was (410, not 404)."
+        24 * 3600, ge=0, description="How long an expired session answers 410 instead of 404."
     )
     lease_ttl_s: float = Field(
-        60, gt=0, description="How long a lease is valid when a resume does not say; it can be renewed."
+        60, gt=0, description="Default lifetime of a lease, if a resume sets none; a lease can be renewed."
     )
     heartbeat_interval_s: float = Field(
-        2.0, gt=0, description="How often an engine tells the database that it is alive."
+        2.0, gt=0, description="Seconds between an engine's heartbeats to the database."
     )
     engine_timeout_s: float = Field(
         10.0, gt=0, description="An engine whose last heartbeat is older than this is not live."
@@ -87,23 +87,23 @@ class Settings(BaseSettings):
     staging_bytes: ByteSize = Field(
         ByteSize(512 * MIB),
         gt=0,
-        description="Memory of an engine rank for restoring pages: the host's, or with kvikio the GPU's.",
+        description="Memory of an engine rank for restoring pages: on the host, or with kvikio on the GPU.",
     )
     pages_quota: ByteSize | None = Field(
         None,
         gt=0,
-        description="Most that the page directory may hold for an engine: its own pages, and those that engines of "
+        description="Limit of the page directory for an engine: its own pages, and those that engines of "
         "other weights or layouts left, which are evicted first. Divided among its ranks. Empty: until "
         "the disk is full.",
     )
     pages_free_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Fraction of the pages' disk that is kept free; what was used least is evicted."
+        0.05, ge=0, lt=1, description="Fraction of the pages' disk to keep free by evicting the least recently used."
     )
     spill_queue_bytes: ByteSize = Field(
         ByteSize(1024 * MIB),
         gt=0,
-        description="Pages that may wait for being written, a rank; also no more than half of each KV pool and a "
-        "quarter of the recurrent states. What is beyond it is not stored for now. The same on all ranks.",
+        description="Limit of a rank's pages that wait to be written; also no more than half of each KV pool and a "
+        "quarter of the recurrent states. Pages beyond it are not stored for now. The same on all ranks.",
     )
     spill_staging_bytes: ByteSize = Field(
         ByteSize(256 * MIB), gt=0, description="Host memory of an engine rank for spilling pages."
@@ -111,38 +111,38 @@ class Settings(BaseSettings):
     read_threads: int | None = Field(
         None,
         ge=1,
-        description="Threads of an engine rank that read pages. By default 4, or 2 where they read straight into the "
-        "KV pool: more would slow the forward beside them by more than they gain.",
+        description="Threads of an engine rank that read pages. By default 4, or 2 if they read straight into the "
+        "KV pool: more would slow the concurrent forward by more than they gain.",
     )
     drive_timeout_s: float = Field(
         30.0,
         gt=0,
         le=86_400,
-        description="How long the pages' drive may take for a layer that a forward waits for, or for an extent. Then "
-        "requests that wait are recomputed, and what waits to be written is not stored.",
+        description="How long the pages' drive may take for a layer that a forward waits for, or for an extent. After "
+        "that, waiting requests are recomputed and waiting pages are not stored.",
     )
     read_backend: Literal["posix", "kvikio"] = Field(
         "posix",
-        description="What reads pages: posix into host memory, or kvikio (GPUDirect Storage) into the GPU's own.",
+        description="Backend that reads pages: posix into host memory, or kvikio (GPUDirect Storage) into GPU memory.",
     )
     break_even: bool = Field(
         True,
-        description="Whether an engine computes short prefixes that it has stored where it has measured that to be "
-        "faster than restoring them: on or off.",
+        description="Whether an engine recomputes short stored prefixes if it has measured that to be faster than "
+        "restoring them: on or off.",
     )
     read_ahead: bool = Field(
         True,
-        description="Whether the pages of a request that waits in the queue are read before its turn comes: on or off, "
-        "the same on all ranks.",
+        description="Whether to read the pages of a queued request before it is admitted: on or off, the same on all "
+        "ranks.",
     )
     preload_bytes: ByteSize = Field(
         ByteSize(256 * MIB),
         ge=0,
-        description="A request that restores at least so much of a rank is deferred while others run, until its pages "
-        "are on the device, so that those do not wait for the drive. 0: never. The same on all ranks.",
+        description="A request that restores at least this much per rank is deferred while others run, until its pages "
+        "are on the device, so that the others do not wait for the drive. 0: never. The same on all ranks.",
     )
     prefetch_ttl_s: float = Field(
-        60.0, gt=0, description="How long pages that were prefetched to host memory are kept for the next request."
+        60.0, gt=0, description="How long prefetched pages stay in host memory for the next request."
     )
     control_address: str = Field(
         "tcp://127.0.0.1:*", description="ZeroMQ address that an engine rank binds its control endpoint to."
@@ -157,7 +157,7 @@ class Settings(BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            # The value stays out of the message: it may be a URL with a password.
+            # The message omits the value: it may be a URL with a password.
             wrong = "; ".join(
                 f"AGENTSTATE_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
                 for item in error.errors(include_input=False, include_url=False)
@@ -171,7 +171,7 @@ class Settings(BaseSettings):
 
     @property
     def sqlalchemy_url(self) -> str:
-        """``database_url`` as SQLAlchemy takes it: PostgreSQL goes through psycopg, whichever spelling was used."""
+        """``database_url`` in SQLAlchemy's form: PostgreSQL uses psycopg, whichever spelling was given."""
         if not self.database_url:
             return f"sqlite:///{self.home.absolute() / 'agentstate.db'}"
         scheme, separator, rest = self.database_url.partition("://")

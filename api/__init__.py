@@ -1,1 +1,1 @@
-"""The HTTP API of AgentState: FastAPI over the verbs of `agentstate`, one file a resource."""
+"""The HTTP API of AgentState: FastAPI over the verbs of `agentstate`, one file per resource."""

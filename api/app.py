@@ -1,4 +1,4 @@
-"""The application: its resources, its errors, and what starts and ends with it."""
+"""The application: its resources, its errors, and the parts that start and end with it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from api.service import Service
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The service as an ASGI application. It expects the schema to be there: see `api.server.migrate`.
+    """The service as an ASGI application. It expects an up-to-date schema: see `api.server.migrate`.
 
-    Opens nothing before it starts. Several services may share one PostgreSQL; what tells their operations apart is
-    their node and port. Raises SettingsError.
+    Opens nothing before it starts. Several services may share one PostgreSQL; node and port distinguish their
+    operations. Raises SettingsError.
     """
     database = Database(settings.sqlalchemy_url)
     traces = tracing(settings)
@@ -80,7 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=agentstate.__version__,
         description="Sessions of LLM agents that can be suspended and resumed. Errors are RFC 9457 problems.",
         lifespan=lifespan,
-        # Those of the framework load their scripts from elsewhere.
+        # The framework's pages load their scripts from other hosts.
         docs_url=None,
         redoc_url=None,
     )

@@ -10,16 +10,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.problems import problem
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
-# Of a body that is too large so much is still read, and thrown away: a client that is cut off while it sends sees a
-# broken connection instead of the answer.
+# How much of an oversized body to read and discard: a client that is cut off while it sends sees a broken connection
+# instead of the answer.
 MAX_DRAINED_BYTES = 64 * 1024 * 1024
-# What a whole body may take to arrive. It is held in memory meanwhile.
+# How long a whole body may take to arrive. It is held in memory meanwhile.
 BODY_TIMEOUT_S = 60.0
 
 
 class BodyLimit:
-    """ASGI middleware: answers 413 to a body of more than ``MAX_BODY_BYTES``, whether or not its length was announced,
-    and 408 to one that takes more than ``BODY_TIMEOUT_S``.
+    """ASGI middleware: answers 413 to a body of more than ``MAX_BODY_BYTES``, announced or not, and 408 to one that
+    takes longer than ``BODY_TIMEOUT_S``.
 
     The body is held in memory until it is complete, as the endpoints would do.
     """

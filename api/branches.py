@@ -1,4 +1,4 @@
-"""``/v1/sessions/{id}/forks`` and ``…/rewind``: branch a history, or go back in it. Nothing is copied."""
+"""``/v1/sessions/{id}/forks`` and ``…/rewind``: branch a history, or return to an earlier entry. Nothing is copied."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["branches"], respon
     },
 )
 def fork(session_id: PathId, body: ForkSession, revision: SeenDep, write: WriteDep, sessions: SessionsDep) -> Response:
-    """Create a session that shares this one's history up to an entry. It has no lease, and tool calls that wait for
-    a result only where it branches off at the head."""
+    """Create a session that shares this one's history up to an entry. It has no lease, and has pending tool calls only
+    if it branches at the head."""
     return write.run(
         lambda _: created(
             sessions.fork(
@@ -51,6 +51,6 @@ def fork(session_id: PathId, body: ForkSession, revision: SeenDep, write: WriteD
 def rewind(
     session_id: PathId, body: RewindSession, revision: SeenDep, write: WriteDep, sessions: SessionsDep
 ) -> Response:
-    """Make an entry the head again. Needs the lease while the session is being run."""
+    """Make an entry the head again. Needs the lease while a turn is running."""
     key = None if body.lease is None else proof(body.lease)
     return write.run(lambda _: changed(sessions.rewind(session_id, revision, at=body.at, key=key))).response()

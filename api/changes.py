@@ -1,6 +1,6 @@
-"""Waiting for a session to change: one question to the database at a time for all who wait, and no thread for each.
+"""Wait for sessions to change: one database query at a time serves all waiters, and none needs a thread.
 
-Changes that other services and engines make are seen too, because all of them are in SQL.
+Waiters also see changes by other services and engines, because all changes are in SQL.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHUNK = 500
 
 
 class Watch:
-    """One who waits; ``closing`` once the service ends."""
+    """A waiter; ``closing`` is set when the service ends."""
 
     def __init__(self) -> None:
         self.closing = False
@@ -44,7 +44,7 @@ class Watch:
 
 
 class Changes:
-    """Tells who waits that a session has a new revision. Used on one event loop."""
+    """Tells waiters that a session has a new revision. Used on one event loop."""
 
     def __init__(self, database: Database):
         self._database = database
@@ -69,7 +69,7 @@ class Changes:
                 self._revisions.pop(uid, None)
 
     def close(self) -> None:
-        """Everybody who waits is told that the service ends."""
+        """Tell all waiters that the service ends."""
         self._closing = True
         for watches in self._watches.values():
             for watch in watches:
@@ -87,8 +87,8 @@ class Changes:
                     logger.warning("changes of sessions are not seen for now: %s", error)
                     continue
                 for uid in watched:
-                    # The first look only tells where it stands: whoever came before it has missed nothing, because
-                    # they are woken once.
+                    # The first look-up only records the revision. It also wakes the waiters once, so those that came
+                    # before it miss nothing.
                     if uid not in self._revisions or self._revisions[uid] != found.get(uid):
                         self._revisions[uid] = found.get(uid)
                         for watch in self._watches.get(uid, ()):

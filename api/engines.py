@@ -1,4 +1,4 @@
-"""``/v1/engines``: the engine ranks that registered themselves, and the page stores that they own."""
+"""``/v1/engines``: the registered engine ranks, and the page stores that they own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1/engines", tags=["engines"], responses=COMMON)
 
 @router.get("", operation_id="list_engines")
 def read(service: ServiceDep, caller: CallerDep) -> answers.EngineList:
-    """List all of them, the oldest first; ``live`` says which still send heartbeats."""
+    """List all engine ranks, the oldest first; ``live`` says which still send heartbeats."""
     with service.database.read() as connection:
         registered = engines.registered(connection)
         live = {engine.id for engine in engines.live(connection, service.settings.engine_timeout_s)}

@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1/sessions/{session_id}/entries", tags=["entries"],
 def read(
     session_id: PathId,
     sessions: SessionsDep,
-    after: Annotated[Name | None, Query(description="Go on after this entry.")] = None,
+    after: Annotated[Name | None, Query(description="Continue after this entry.")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_ENTRIES)] = 100,
     order: Annotated[Order, Query(description="By seq.")] = Order.ASCENDING,
 ) -> Response:

@@ -1,11 +1,12 @@
 """``/v1/sessions/{id}/events``: what happens to a session, as server-sent events.
 
-``entry`` events come once each, in order, with their ``seq`` as id: a client that was cut off goes on with
-``Last-Event-ID``. ``session`` events, without an id, tell how the session stands after a change; changes that follow
-each other closely are told once. ``rewind`` tells that the entries after its ``seq``, which is its id too, were taken
-back, also while the client was away.
+``entry`` events come once each, in order, with their ``seq`` as id: a disconnected client continues with
+``Last-Event-ID``. ``session`` events, without an id, carry the session's state after a change; changes in quick
+succession share one event. ``rewind`` says that the entries after its ``seq``, which is also its id, were taken back,
+even while the client was away.
 
-The stream ends with the session, told by ``end``, and with the service. A database that does not answer is waited for.
+The stream ends with the session, with an ``end`` event, and with the service. If the database does not answer, the
+stream waits for it.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ async def events(
     service: ServiceDep,
     sessions: SessionsDep,
     last_event_id: Seq = 0,
-    after: Annotated[int, Query(ge=0, lt=2**63, description="As Last-Event-ID, for a client's first request.")] = 0,
+    after: Annotated[int, Query(ge=0, lt=2**63, description="Like Last-Event-ID, for a client's first request.")] = 0,
 ) -> StreamingResponse:
-    """Follow a session from its beginning, or from after an entry."""
+    """Follow a session from its beginning, or from an entry on."""
     seq = last_event_id or after
     session = await run_in_threadpool(sessions.seen, session_id, seq)
     return StreamingResponse(

@@ -1,7 +1,7 @@
-"""Who calls, and how often they may.
+"""Authenticate callers, and limit their request rates.
 
-Without any API key ever made, everybody is the tenant ``default``; such a service listens on loopback only (see
-`api.server`). What is known of a key is kept for ``TRUST_S``, so a key that was revoked works that much longer.
+Until the first API key is created, every caller is the tenant ``default``; such a service listens on loopback only (see
+`api.server`). Look-ups of keys are cached for ``TRUST_S``, so a revoked key works that much longer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from agentstate.sql.database import Database
 
 TRUST_S = 5.0
 MAX_REMEMBERED = 10_000
-BURST_S = 2.0  # a tenant that was quiet may send so many seconds' worth at once
+BURST_S = 2.0  # a tenant that was quiet may send this many seconds' worth at once
 
 
 @dataclass
@@ -29,7 +29,7 @@ class _Bucket:
 
 
 class Gate:
-    """Lets requests in. Used on one event loop."""
+    """Admits requests. Used on one event loop."""
 
     def __init__(self, database: Database, requests_per_s: float):
         self._database = database
@@ -38,7 +38,8 @@ class Gate:
         self._buckets: dict[str, _Bucket] = {}
 
     async def admit(self, authorization: str | None) -> tuple[Tenant, bool]:
-        """The tenant of a request with this ``Authorization``, and whether everybody is, because there is no API key.
+        """The tenant of a request with this ``Authorization``, and whether every caller is admitted, for want of any
+        API key.
 
         Raises Unauthenticated, RateLimited, DatabaseError.
         """

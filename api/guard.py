@@ -1,8 +1,8 @@
-"""Who is let in, before anything of a body is read; and what HTTP asks of every route.
+"""Admission, before any of a body is read; and HTTP's requirements on every route.
 
 A request under ``/v1`` is authenticated by its headers alone. A service without API keys serves this machine only, and
-so only under a name of this machine: otherwise a web page whose own name was made to resolve to a loopback address
-could read and delete sessions.
+only under this machine's names: otherwise a web page whose name resolves to a loopback address could read and delete
+sessions.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from api.problems import answer_to, problem
 
 
 class Guard:
-    """ASGI middleware. Leaves the tenant in the scope's state, answers HEAD as GET without a body, and 415 to bodies
-    that are compressed."""
+    """ASGI middleware. Stores the tenant in the scope's state, answers HEAD as GET without a body, and answers 415 to
+    compressed bodies."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -55,7 +55,7 @@ class Guard:
         if not asked_for_head:
             await self._app(scope, receive, send)
             return
-        # The server keeps its own: it must know that no body follows.
+        # The server keeps the original scope: it must know that no body follows.
         inner = {**scope, "method": "GET"}
         try:
             await self._app(inner, receive, send)
@@ -64,7 +64,7 @@ class Guard:
 
 
 def without_body(send: Send) -> Send:
-    """``send`` for an answer that ends with its headers, also where the body would be a stream without an end."""
+    """``send`` for an answer that ends with its headers, even if the body would be an endless stream."""
 
     async def headers_only(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -75,7 +75,7 @@ def without_body(send: Send) -> Send:
 
 
 def _require_local(host: str | None, origin: str | None) -> None:
-    """Raises HostRefused unless both, where they are given, are names of this machine."""
+    """Raises HostRefused unless both, if given, are names of this machine."""
     for name, value, url in (("Host", host, f"//{host}"), ("Origin", origin, origin or "")):
         if value and not is_loopback(url):
             raise HostRefused(

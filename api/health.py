@@ -1,4 +1,4 @@
-"""``/healthz`` and ``/readyz``: whether the process runs, and whether it can do its work."""
+"""``/healthz`` and ``/readyz``: whether the process runs, and whether it can serve."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Check(BaseModel):
 
 
 class Readiness(BaseModel):
-    """``ready`` needs a database that can be written to, and its schema; without an engine the service works, with
-    unknown KV."""
+    """``ready`` needs a writable database with this version's schema. Without an engine the service works, and reports
+    KV as unknown."""
 
     status: Literal["ready", "unavailable"]
     database: Check
@@ -36,13 +36,13 @@ class Readiness(BaseModel):
 
 @router.get("/healthz")
 async def healthz() -> Health:
-    """Answers as long as the process runs; touches nothing."""
+    """Answers while the process runs; checks nothing."""
     return Health()
 
 
 @router.get("/readyz", responses={503: {"model": Readiness, "description": "Not ready"}})
 def readyz(response: Response, service: ServiceDep) -> Readiness:
-    """Looks at the database, whether it can be written to, its schema, and the engines."""
+    """Checks the database, whether it is writable, its schema, and the engines."""
     unseen = Check(ok=False, detail="not looked at: the database does not answer")
     readiness = Readiness(
         status="unavailable",

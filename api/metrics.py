@@ -1,6 +1,6 @@
-"""``/metrics``: what Prometheus reads.
+"""``/metrics``, for Prometheus.
 
-Counts over the database are taken at most every ``COUNT_S``, so that scraping often costs nothing.
+Rows are counted at most every ``COUNT_S``, so that frequent scrapes cost nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Metrics:
         self._leases = Gauge("agentstate_leases", "Leases that are valid now.", registry=self.registry)
 
     def exposition(self) -> bytes:
-        """The metrics as Prometheus reads them. Raises DatabaseError."""
+        """The metrics in Prometheus' text format. Raises DatabaseError."""
         if time.monotonic() - self._counted_s > COUNT_S:
             self._count()
         return generate_latest(self.registry)

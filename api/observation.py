@@ -1,4 +1,4 @@
-"""What is seen of every request: its id, one line of log, its time in the metrics, and a trace where one is wanted.
+"""What is seen of every request: its id, one line of log, its time in the metrics, and a trace if traces are on.
 
 The client sees its id, and in ``Server-Timing`` the milliseconds until the answer was complete.
 """
@@ -25,9 +25,9 @@ from agentstate.sql.address import HIDDEN, mask, parse
 logger = logging.getLogger("agentstate.requests")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-# An id as it was sent, its odd characters encoded: a log line must stay one.
+# An id as it was sent, with special characters encoded, so that a log line stays one line.
 SESSION_PATH = re.compile(rb"/v1/sessions/([A-Za-z0-9_.:@%!$&'()*+,;=-]{1,3072})(?:/|$)")
-# Asked all the time, by machines.
+# Machines poll these all the time.
 QUIET = ("/healthz", "/readyz", "/metrics")
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(context)s"
 _CREDENTIAL = re.compile(rf"(?i)(\bbearer\s+|\b{PREFIX})[^\s\"',;]+")
@@ -36,7 +36,7 @@ _context: ContextVar[dict[str, str] | None] = ContextVar("agentstate_request", d
 
 
 class RequestContext(logging.Filter):
-    """Adds to every record what request and session it is about."""
+    """Adds the request and the session to every record."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         context = _context.get() or {}
@@ -46,7 +46,7 @@ class RequestContext(logging.Filter):
 
 
 class TextFormatter(logging.Formatter):
-    """Lines of text, without ``secrets`` and without what looks like a password or an API key."""
+    """Lines of text, with ``secrets`` masked, and anything that looks like a password or an API key."""
 
     def __init__(self, secrets: Collection[str] = ()):
         super().__init__(TEXT_FORMAT)
@@ -60,7 +60,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(TextFormatter):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -77,7 +77,7 @@ class JsonFormatter(TextFormatter):
 
 
 def configure_logging(settings: Settings) -> None:
-    """Let the process log in the format that the settings name, and without its secrets. Raises SettingsError."""
+    """Configure the process's logging in the settings' format, with secrets masked. Raises SettingsError."""
     secrets = parse(settings.sqlalchemy_url).secrets
     handler = logging.StreamHandler()
     handler.addFilter(RequestContext())
@@ -86,10 +86,10 @@ def configure_logging(settings: Settings) -> None:
 
 
 def tracing(settings: Settings) -> Any | None:
-    """An OpenTelemetry tracer provider that sends to ``otlp_endpoint``; None where that is not set.
+    """An OpenTelemetry tracer provider that sends to ``otlp_endpoint``; None if that is not set.
 
-    Whoever ends the service shuts it down, for what it has not sent yet. Raises SettingsError when the endpoint is
-    set and OpenTelemetry is not installed.
+    The caller shuts it down at the end, so that it sends what is left. Raises SettingsError if the endpoint is set and
+    OpenTelemetry is not installed.
     """
     if not settings.otlp_endpoint:
         return None
@@ -178,12 +178,12 @@ class Observation:
 
 
 def _route(scope: Scope) -> str:
-    """The route's template, not the path: there are as many paths as sessions."""
+    """The route's template instead of the path: there are as many paths as sessions."""
     return getattr(scope.get("route"), "path_format", "none")
 
 
 def _method(scope: Scope) -> str:
-    # A client may send anything as a method; a label must not take anything.
+    # A client may send any method; a label must have few values.
     return (
         scope["method"] if scope["method"] in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS") else "other"
     )

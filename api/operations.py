@@ -1,4 +1,4 @@
-"""``/v1/operations``: work that goes on after its request was answered."""
+"""``/v1/operations``: work that continues after its request was answered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ router = APIRouter(prefix="/v1/operations", tags=["operations"], responses=COMMO
 
 @router.get("/{operation_id}", operation_id="read_operation", responses=responses(_404="No such operation"))
 def read(operation_id: Name, service: ServiceDep, caller: CallerDep) -> answers.Operation:
-    """See how an operation stands and, once it is done or has failed, its result."""
+    """Read an operation's state and, once it is done or has failed, its result."""
     with service.database.read() as connection:
         return view(operations.load(connection, operation_id, caller.id))
 

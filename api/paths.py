@@ -1,4 +1,4 @@
-"""Ids in paths: one with a slash in it is one segment, which its client sends as ``%2F``."""
+"""Ids in paths: an id with a slash is one segment, whose slash the client sends as ``%2F``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class EncodedSlashes:
-    """ASGI middleware: routes are found as if ``%2F`` were no slash. `decoded` gives back what a segment stands for."""
+    """ASGI middleware: routing treats ``%2F`` as no slash. `decoded` returns the original segment."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -26,5 +26,5 @@ def _encoded(segment: str) -> str:
 
 
 def decoded(segment: str) -> str:
-    """A parameter of a path, as its client meant it."""
+    """A path parameter as the client meant it."""
     return segment.replace("%2F", "/").replace("%25", "%")

@@ -52,7 +52,7 @@ async def prefetch(
     sessions: SessionsDep,
     write: WriteDep,
 ) -> Response:
-    """Have the engine bring the pages back. The operation says what came of it."""
+    """Have the engine bring the pages back. The operation reports the outcome."""
     pages = await run_in_threadpool(sessions.pages, session_id)
     ids: list[str] = []
 
@@ -76,7 +76,7 @@ async def prefetch(
 
 
 async def start_later(service: Service, sessions: Sessions, session_id: str, operation_id: str, tier: Tier) -> None:
-    """Start the prefetch of a session that was resumed, once that is answered."""
+    """Start the prefetch of a resumed session, once the resume is answered."""
     try:
         pages = await run_in_threadpool(sessions.pages, session_id)
         await start(service, pages, operation_id, tier)
@@ -87,7 +87,7 @@ async def start_later(service: Service, sessions: Sessions, session_id: str, ope
 async def start(
     service: Service, pages: PagesOfSession, operation_id: str, tier: Tier, limit_s: float | None = None
 ) -> Outcome | None:
-    """Start a prefetch that was announced. The outcome if the pages are in the tier already, else None."""
+    """Start an announced prefetch. Returns the outcome if the pages are in the tier already, else None."""
     question = Question(Kind.PREFETCH, pages.session.uid, pages.ranks, tier, pages.keys)
     try:
         if not pages.ranks:
@@ -96,7 +96,7 @@ async def start(
             raise EngineError("the engine has stored no pages of the session")
         outcome = await asyncio.wrap_future(service.operations.ask(question, 0))
     except EngineUnreachable:
-        # A busy engine may miss a question: it is asked again.
+        # A busy engine may miss a question: `follow` asks again.
         outcome = Outcome(PrefetchState.PENDING)
     except EngineError as error:
         await run_in_threadpool(service.operations.fail, operation_id, str(error))

@@ -1,4 +1,4 @@
-"""Errors over HTTP: every one is ``application/problem+json`` (RFC 9457), also those that the framework raises.
+"""Errors over HTTP: all are ``application/problem+json`` (RFC 9457), including those that the framework raises.
 
 The ``type`` of a problem is ``/problems/`` and the slug of its error (see `agentstate.errors`), or one of those
 that are about requests: ``invalid-request``, ``not-found``, ``method-not-allowed``, ``body-too-large``,
@@ -20,7 +20,7 @@ from starlette.routing import Match
 
 from agentstate import errors
 
-# The nearest class on an error's branch of the tree decides.
+# The most derived class with an entry decides.
 STATUS: dict[type[errors.AgentStateError], HTTPStatus] = {
     errors.SessionNotFound: HTTPStatus.NOT_FOUND,
     errors.EntryNotFound: HTTPStatus.NOT_FOUND,
@@ -53,7 +53,7 @@ STATUS: dict[type[errors.AgentStateError], HTTPStatus] = {
 
 
 class Problem(BaseModel):
-    """What an error looks like. Conflicts also tell the session's ``revision``."""
+    """The body of an error. Conflicts also carry the session's ``revision``."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -79,15 +79,15 @@ class Problem(BaseModel):
 
 
 class PreconditionRequired(Exception):
-    """A write that would overwrite what the caller may not have seen came without If-Match."""
+    """A write without If-Match that could overwrite changes that the caller has not seen."""
 
 
 def responses(**texts: str) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of the problems of a route: ``responses(_404="No such session")``."""
+    """A route's problems in OpenAPI: ``responses(_404="No such session")``."""
     return {int(status.removeprefix("_")): {"model": Problem, "description": text} for status, text in texts.items()}
 
 
-# What any route may answer.
+# Any route may answer these.
 COMMON = responses(
     _400="Not HTTP or JSON that can be read",
     _401="A valid API key is needed",
@@ -111,13 +111,13 @@ def problem(
     headers: dict[str, str] | None = None,
     **more: Any,
 ) -> JSONResponse:
-    """A response that tells of one problem."""
+    """A response with one problem."""
     body = Problem(type=f"/problems/{slug}", title=title, status=status, detail=detail, retryable=retryable, **more)
     return JSONResponse(body.model_dump(), status_code=status, media_type="application/problem+json", headers=headers)
 
 
 def install(app: FastAPI) -> None:
-    """Let ``app`` answer every error with a problem, and say so in its OpenAPI document."""
+    """Make ``app`` answer every error with a problem, and document that in its OpenAPI document."""
     app.add_exception_handler(PreconditionRequired, _unconditional)
     app.add_exception_handler(errors.AgentStateError, _own)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -148,7 +148,7 @@ def _own(request: Request, error: Exception) -> JSONResponse:
 
 
 def answer_to(error: errors.AgentStateError) -> JSONResponse:
-    """The problem that one of our own errors is."""
+    """The problem response for an AgentStateError."""
     status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
     more: dict[str, Any] = {}
     headers: dict[str, str] = {}
@@ -199,7 +199,7 @@ def _framework(request: Request, error: Exception) -> JSONResponse:
 
 
 def _allowed(request: Request) -> set[str]:
-    """What may be done with the path: the framework names the methods of one of its routes only."""
+    """All methods of the path: the framework names those of one of its routes only."""
     methods: set[str] = set()
     for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
         scope = {**request.scope, "method": method}
@@ -209,7 +209,7 @@ def _allowed(request: Request) -> set[str]:
 
 
 def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    # The server's log has the traceback; the caller gets nothing of the inside.
+    # The server's log has the traceback; the caller learns no internals.
     return problem(
         HTTPStatus.INTERNAL_SERVER_ERROR,
         "internal-error",

@@ -1,4 +1,4 @@
-"""``/docs``: the OpenAPI document as one page that loads nothing from anywhere, for machines without internet."""
+"""``/docs``: the OpenAPI document as one self-contained page, for machines without internet."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ td { padding: .15rem 1rem .15rem 0; vertical-align: top; }
 .method { display: inline-block; min-width: 4.5rem; font-weight: 600; }
 :root { color-scheme: light dark; }
 """
-# Nothing is fetched, whatever a description says.
+# The browser fetches nothing, whatever a description contains.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -82,7 +82,7 @@ def _operation(document: dict[str, Any], method: str, path: str, operation: dict
 
 
 def _resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema that is meant, where it is a reference or may also be null."""
+    """The schema that a reference, also a nullable one, points to; else the schema itself."""
     names = _names(schema)
     return document["components"]["schemas"][names[0]] if names else schema
 

@@ -1,4 +1,4 @@
-"""The bodies of requests. A field that is not known is refused: a misspelt option must not be silently ignored."""
+"""Request bodies. Unknown fields are refused: a misspelt option must not be silently ignored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _id(value: str) -> str:
         raise ValueError(str(error)) from None
 
 
-# What a caller chose as the id of a session or a tool call, in a body and in a path.
+# A caller's id of a session or a tool call, in a body and in a path.
 Id = Annotated[str, StringConstraints(min_length=1, max_length=ids.MAX_BYTES, pattern=ids.PATTERN), AfterValidator(_id)]
 PathId = Annotated[Id, BeforeValidator(decoded)]
 
@@ -48,10 +48,10 @@ def _number(value: Any) -> Any:
     return value
 
 
-# Pydantic takes true and "1" for 1; a document that says number means one.
+# Pydantic accepts true and "1" as 1; a document that says number means a number.
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
-ExpiryS = Annotated[Float, Field(gt=0, le=MAX_EXPIRY_S, description="Counted from now.")]
+ExpiryS = Annotated[Float, Field(gt=0, le=MAX_EXPIRY_S, description="Seconds from now.")]
 TtlS = Annotated[Float, Field(gt=0, le=MAX_TTL_S, description="The default is the service's lease_ttl_s.")]
 
 
@@ -66,19 +66,19 @@ def _example(**example: Any) -> ConfigDict:
 class CreateSession(Body):
     model_config = _example(model="smollm2", metadata={"user": "u_17"}, expires_in_s=86400)
 
-    model: Name = Field(description="The name under which an engine serves it.")
+    model: Name = Field(description="The name under which an engine serves the model.")
     id: Id | None = Field(default=None, description="An id of the caller's own.")
     metadata: dict[str, Any] = Field(default_factory=dict)
     expires_in_s: ExpiryS | None = None
     cache_salt: Name | None = Field(default=None, description="Sessions with different salts share no pages.")
-    extra_key: Name | None = Field(default=None, description="As cache_salt: a second name that separates pages.")
+    extra_key: Name | None = Field(default=None, description="A second name that separates pages, like cache_salt.")
 
 
 class UpdateSession(Body):
     model_config = _example(metadata={"user": "u_17", "draft": None}, expires_in_s=86400)
 
-    metadata: dict[str, Any] | None = Field(default=None, description="The keys to change; null takes one away.")
-    expires_in_s: ExpiryS | None = Field(default=None, description="Counted from now; null: it does not expire.")
+    metadata: dict[str, Any] | None = Field(default=None, description="The keys to change; null removes a key.")
+    expires_in_s: ExpiryS | None = Field(default=None, description="Seconds from now; null: it does not expire.")
 
 
 class LeaseProof(Body):
@@ -90,8 +90,8 @@ class NewEntry(Body):
     kind: EntryKind
     payload: dict[str, Any] = Field(
         description=(
-            "A tool call's holds name and may hold arguments and expected_s; a tool result's holds either output or "
-            "error; others are the caller's own."
+            "A tool call has name, and may have arguments and expected_s; a tool result has either output or error; "
+            "other payloads are the caller's own."
         )
     )
     call_id: Id | None = Field(default=None, description="Of a tool call and its result.")
@@ -125,8 +125,8 @@ class SuspendSession(Body):
     kv: Literal["retain", "demote", "release"] = Field(
         default="retain",
         description=(
-            "retain: it stays on the device as long as there is room; demote: device memory is given up once the KV "
-            "is durable; release: the KV is not needed any more, nothing is waited for."
+            "retain: the KV stays on the device while there is room; demote: device memory is given up once the KV "
+            "is durable; release: the KV is no longer needed, and the service waits for nothing."
         ),
     )
     durable_timeout_ms: Int = Field(
@@ -147,11 +147,11 @@ class ResumeSession(Body):
     busy_timeout_ms: Int = Field(
         default=10_000, ge=0, le=MAX_BUSY_TIMEOUT_MS, description="With on_busy wait: how long to wait for the lease."
     )
-    tail: Int = Field(default=50, ge=0, le=MAX_TAIL, description="How many of the newest entries to give back.")
+    tail: Int = Field(default=50, ge=0, le=MAX_TAIL, description="How many of the newest entries to return.")
     prefetch: Literal["none", "host", "device"] = Field(
         default="none", description="Where to bring the pages back to; the answer does not wait for it."
     )
-    expect: Expectation | None = Field(default=None, description="Refuse (412) when the session is not so.")
+    expect: Expectation | None = Field(default=None, description="Refuse (412) if the session differs.")
 
 
 class RenewLease(Body):
@@ -173,7 +173,7 @@ class ForkSession(Body):
 class RewindSession(Body):
     model_config = _example(at="ent_01k8z3vb1r9d0c3f6h8j2k4m5n")
 
-    at: Name | None = Field(description="The entry that becomes the head; null: nothing is kept.")
+    at: Name | None = Field(description="The entry that becomes the head; null: the start.")
     lease: LeaseProof | None = Field(default=None, description="Needed while the session is being run.")
 
 
@@ -182,7 +182,7 @@ class PrefetchPages(Body):
 
     tier: Tier = Tier.HOST
     deadline_ms: Int | None = Field(
-        default=None, ge=1, le=MAX_PREFETCH_MS, description="After that long it is of no use any more, and fails."
+        default=None, ge=1, le=MAX_PREFETCH_MS, description="Fail after this time, when the pages are no longer useful."
     )
 
 
@@ -193,7 +193,7 @@ class ClaimToolCall(Body):
 
     name: Name
     arguments: Any = None
-    expected_s: Float | None = Field(default=None, ge=0, description="How long it is expected to take.")
+    expected_s: Float | None = Field(default=None, ge=0, description="Its expected duration.")
     lease: LeaseProof | None = Field(default=None, description="Needed while the session is being run.")
 
 

@@ -1,4 +1,4 @@
-"""The service as a process: what ``agentstate serve`` and ``agentstate db upgrade`` run."""
+"""The service as a process: the code behind ``agentstate serve`` and ``agentstate db upgrade``."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from agentstate.sql.database import Database
 from api.app import create_app
 from api.observation import configure_logging
 
-# What is still being answered when the service is told to end gets so long.
+# How long running requests may take after the service is told to stop.
 SHUTDOWN_S = 30
-# Longer than any client of ours keeps an idle connection (`agentstate.client.transport`), so that no request is sent on
-# one that is being closed.
+# Longer than our clients keep an idle connection (`agentstate.client.transport`), so that no request uses one that is
+# being closed.
 KEEP_ALIVE_S = 75
 
 logger = logging.getLogger(__name__)
 
 
 def migrate(settings: Settings) -> None:
-    """Bring the schema of the database to this version's, if it is older.
+    """Upgrade the database's schema to this version's, if it is older.
 
-    Raises SchemaNewer, DatabaseUnreachable, DatabaseError; then the schema is as it was.
+    Raises SchemaNewer, DatabaseUnreachable, DatabaseError; the schema is then unchanged.
     """
     database = Database(settings.sqlalchemy_url)
     try:
@@ -39,8 +39,8 @@ def migrate(settings: Settings) -> None:
 
 
 def prepare(settings: Settings) -> None:
-    """See that the schema is this version's: an embedded SQLite is migrated, a PostgreSQL is only looked at, because
-    others may use it. Raises SchemaOutdated, SchemaNewer, DatabaseUnreachable, DatabaseError."""
+    """Ensure this version's schema: migrate an embedded SQLite, and only check a PostgreSQL, because others may use it.
+    Raises SchemaOutdated, SchemaNewer, DatabaseUnreachable, DatabaseError."""
     database = Database(settings.sqlalchemy_url)
     try:
         if database.is_sqlite:
@@ -54,15 +54,15 @@ def prepare(settings: Settings) -> None:
 def run(settings: Settings) -> None:
     """Serve until the process is told to stop (SIGINT, SIGTERM).
 
-    The database is prepared first. Without any API key the service answers whoever reaches it, and so listens on
-    loopback only. Raises SettingsError when it cannot listen on the address, SchemaOutdated, SchemaNewer,
-    DatabaseUnreachable; each says in one line what to do.
+    Prepares the database first. Without any API key the service answers whoever reaches it, so it listens on loopback
+    only. Raises SettingsError if it cannot listen on the address, SchemaOutdated, SchemaNewer, DatabaseUnreachable;
+    each says in one line what to do.
     """
     configure_logging(settings)
-    # What the libraries tell at "info" is of no use to an operator: one line says that the service is there.
+    # The libraries' "info" messages are of no use to an operator: one line says that the service listens.
     library_level = {"info": "warning"}.get(settings.log_level, settings.log_level)
     logging.getLogger("alembic").setLevel(library_level.upper())
-    # Before the database: a second service on the same port must not touch what belongs to the first.
+    # Listen before opening the database: a second service on the same port must not touch the first one's.
     listener = listen(settings.host, settings.port)
     with listener:
         host, port = listener.getsockname()[:2]
@@ -93,7 +93,7 @@ def run(settings: Settings) -> None:
 
 
 class Server(uvicorn.Server):
-    """Serves ``app``, and when it is told to end ends the streams first, so that the rest can be answered."""
+    """Serves ``app``. On shutdown it ends the streams first, so that other requests can finish."""
 
     def __init__(self, app: FastAPI, log_level: str = "warning"):
         config = uvicorn.Config(

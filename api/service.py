@@ -1,4 +1,4 @@
-"""What the endpoints work with, one instance an application, and what they know of a request."""
+"""The state that endpoints share, one instance per application, and their per-request dependencies."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Service:
     metrics: Metrics
 
 
-# Asynchronous, although nothing is awaited: FastAPI would send it to a thread otherwise. And each of these takes what
-# it can from the request, because what depends on another is resolved anew wherever it is named.
+# Asynchronous although nothing is awaited: FastAPI would otherwise run it in a thread. Each takes what it can from the
+# request, because FastAPI resolves a dependency anew wherever it is named.
 async def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
@@ -41,7 +41,7 @@ ServiceDep = Annotated[Service, Depends(service_of)]
 
 
 async def _caller(request: Request) -> Tenant:
-    tenant: Tenant = request.state.tenant  # `Guard` has let it in
+    tenant: Tenant = request.state.tenant  # set by `Guard`
     return tenant
 
 
@@ -66,7 +66,7 @@ async def _seen(
         Header(description="The ETags or revisions that the caller has seen, or * for any.", examples=["*"]),
     ] = None,
 ) -> Seen:
-    """The revisions that the caller has seen; None for any. One that is none of ours matches nothing."""
+    """The revisions that the caller has seen; None for any. A malformed tag matches nothing."""
     if if_match is None:
         raise PreconditionRequired
     return _revisions(if_match)

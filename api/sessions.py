@@ -21,7 +21,7 @@ GONE = responses(_404="No such session", _410="Expired")
 CONDITIONAL = responses(_412="The session has changed since: reload it", _428="If-Match is needed")
 _ETAG = {"headers": {"ETag": {"schema": {"type": "string"}}}}
 
-# What can follow once a session is there: for who reads the document, and for tests that walk along it.
+# Requests that can follow once a session exists, for readers of the document and for tests that walk it.
 LINKS: dict[str, Any] = {
     name: {"operationId": name, "parameters": {"session_id": "$response.body#/id"}}
     for name in ("read_session", "resume_session", "list_entries", "prefetch_pages")
@@ -63,7 +63,7 @@ def create(body: CreateSession, write: WriteDep, sessions: SessionsDep) -> Respo
 @router.get("", operation_id="list_sessions")
 def list_sessions(
     sessions: SessionsDep,
-    after: Annotated[Id | None, Query(description="Go on after this id, whether or not it still exists.")] = None,
+    after: Annotated[Id | None, Query(description="Continue after this id, whether or not it still exists.")] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = 100,
     order: Annotated[Order, Query(description="By id; ids that the service makes sort by time.")] = Order.ASCENDING,
 ) -> answers.SessionList:
@@ -105,7 +105,7 @@ def read(
     responses={200: _ETAG, **GONE, **CONDITIONAL},
 )
 def update(session_id: PathId, body: UpdateSession, revision: SeenDep, sessions: SessionsDep) -> Response:
-    """Change metadata key by key, null takes one away; and the expiry, null for never."""
+    """Change metadata key by key (null removes a key) and the expiry (null: never)."""
     expires_in_s = body.expires_in_s if "expires_in_s" in body.model_fields_set else Keep.KEEP
     return changed(sessions.update(session_id, revision, metadata=body.metadata, expires_in_s=expires_in_s)).response()
 
@@ -123,7 +123,7 @@ def delete(session_id: PathId, revision: SeenDep, sessions: SessionsDep) -> Resp
 
 
 def created(session: Session) -> Answer:
-    """201, and where it is."""
+    """201, with the session's location."""
     headers = {"Location": f"/v1/sessions/{quote(session.id, safe='')}", "ETag": etag(session.revision, session.status)}
     return Answer(view(session), status.HTTP_201_CREATED, headers)
 

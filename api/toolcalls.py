@@ -1,8 +1,8 @@
-"""``/v1/sessions/{id}/tool-calls``: claim a tool call before it is executed, and give it its result.
+"""``/v1/sessions/{id}/tool-calls``: claim a tool call before executing it, and report its result.
 
-Of several who claim one call one is told to execute it, with 201. Whoever claims it later gets its result (200), or
-learns that it has none yet, or that nobody knows whether it ran (409). An id stands for one call of a session: with
-another tool or other arguments it is refused (409).
+Of several claimants of one call, one gets 201 and executes it. Later claimants get its result (200), or learn that it
+has none yet, or that nobody knows whether it ran (409). An id names one call of a session: with another tool or other
+arguments it is refused (409).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from api.service import SessionsDep
 from api.sessions import GONE
 from api.writes import Answer, WriteDep
 
-# An id is whatever the model made up, also with slashes in it.
+# The model makes up the id, which may contain slashes.
 router = APIRouter(
     prefix="/v1/sessions/{session_id}/tool-calls/{call_id:path}", tags=["tool calls"], responses={**COMMON, **GONE}
 )
 
 
-# Before `claim`, whose path it has too.
+# Declared before `claim`, whose path also matches.
 @router.put(
     "/result",
     response_model=answers.ToolCall,
@@ -36,7 +36,7 @@ router = APIRouter(
 def finish(
     session_id: PathId, call_id: PathId, body: FinishToolCall, write: WriteDep, sessions: SessionsDep
 ) -> Response:
-    """Append the result of a tool call. Needs the lease while the session is being run, and none otherwise."""
+    """Append the result of a tool call. Needs the lease while a turn is running, and none otherwise."""
 
     def act(_: Connection) -> Answer:
         call = sessions.finish(
@@ -46,7 +46,7 @@ def finish(
             key=None if body.lease is None else proof(body.lease),
         )
         shown = _view(session_id, call)
-        shown.result = None  # the caller has it, and what is stored to be answered again need not
+        shown.result = None  # the caller has it; the stored answer need not repeat it
         return Answer(shown)
 
     return write.run(act).response()
@@ -75,7 +75,7 @@ def finish(
     },
 )
 def claim(session_id: PathId, call_id: PathId, body: ClaimToolCall, write: WriteDep, sessions: SessionsDep) -> Response:
-    """Append a tool call, before executing it. Needs the lease while the session is being run."""
+    """Append a tool call, before executing it. Needs the lease while a turn is running."""
 
     def act(_: Connection) -> Answer:
         claimed = sessions.claim(

@@ -1,7 +1,7 @@
 """A turn: ``resume`` takes the lease, ``lease/renew`` keeps it, ``suspend`` ends it.
 
-No engine is asked within a transaction, and who waits, for a lease or for the engine's barrier, waits on the event
-loop and holds no thread.
+No transaction waits for an engine. Waits for a lease or for the engine's barrier run on the event loop and hold no
+thread.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ async def resume(
     prefer: Annotated[str | None, Header(description="wait=N: wait N seconds at most for the lease.")] = None,
     body: ResumeSession | None = None,
 ) -> Response:
-    """Take the lease and get back all that the next turn needs. No engine is asked.
+    """Take the lease; returns all that the next turn needs. Asks no engine.
 
-    A client that leaves while it waits for the lease does not get it any more.
+    A client that disconnects while it waits does not get the lease.
     """
     wanted = body or ResumeSession()
 
@@ -145,11 +145,11 @@ async def suspend(
 ) -> Response:
     """End the turn and make the KV durable.
 
-    The session is suspended once its transaction has committed; the engine is asked after that, and what it answers
-    within ``durable_timeout_ms`` is ``kv``.
+    The session is suspended once its transaction has committed. The service asks the engine after that; ``kv`` is the
+    engine's answer within ``durable_timeout_ms``.
     """
     done: list[tuple[Suspended, str | None]] = []
-    # As long as nobody was asked.
+    # The outcome until an engine is asked.
     outcome = Outcome(KvState.LOST if body.kv == "release" else KvState.UNKNOWN)
 
     def announce(connection: Connection, kind: Kind) -> str | None:
@@ -199,7 +199,7 @@ async def suspend(
             try:
                 operation_id = await run_in_threadpool(write_down)
             except DatabaseError as error:
-                # The suspend itself is committed: it must not be answered with an error.
+                # The suspend itself is committed: the answer must not be an error.
                 logger.error("the flush of session %s cannot be followed: %s", session_id, error)
             if operation_id is not None:
                 service.operations.follow(operation_id, [flush])
@@ -221,7 +221,7 @@ async def suspend(
     responses=responses(_409="The lease is lost"),
 )
 def renew(session_id: PathId, body: RenewLease, service: ServiceDep, sessions: SessionsDep) -> answers.Lease:
-    """Keep the lease. Needs no Idempotency-Key: renewing again renews again."""
+    """Renew the lease. Needs no Idempotency-Key: repeating it just renews again."""
     ttl_s = body.lease_ttl_s or service.settings.lease_ttl_s
     return _lease(sessions.renew(session_id, proof(body.lease), lease_ttl_s=ttl_s))
 

@@ -1,7 +1,7 @@
-"""Writes: how they are answered, and answered again when they come again with the same ``Idempotency-Key``.
+"""Answers to writes, and their replay when a write is repeated with the same ``Idempotency-Key``.
 
-Of an answer everything is stored but what is stored elsewhere (entries, by their ids) or must not be (the secret of
-a lease, which is derived from the client's key).
+A stored answer omits what is stored elsewhere (entries, kept by their ids) or must not be stored (the secret of a
+lease, which is derived from the client's key).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from api.service import CallerDep, service_of
 
 @dataclass
 class Answer:
-    """What a write is answered with, before it is bytes. It is not ``final`` while it waits for an engine."""
+    """The answer to a write, before serialization. It is not ``final`` while it waits for an engine."""
 
     body: BaseModel | None
     status: int = 200
@@ -49,24 +49,24 @@ class Answer:
 
 
 class Stored(BaseModel):
-    """A body that was stored, once it is whole again."""
+    """A stored body, made complete again."""
 
     model_config = {"extra": "allow"}
 
 
 @dataclass(frozen=True)
 class Write:
-    """One request that writes. ``once`` is None when it came without a key."""
+    """One request that writes. ``once`` is None if it has no key."""
 
     database: Database
     tenant: str
     once: Once | None
 
     def run(self, act: Callable[[Connection], Answer]) -> Answer:
-        """Carry out a write and store its answer with it, in one transaction; or give the answer of the first time.
+        """Carry out a write and store its answer in one transaction, or replay the stored answer.
 
-        One that is not ``final`` yet is finished by `finish`; until then the same key is refused. Raises
-        IdempotencyKeyReused, IdempotencyKeyInUse, and what ``act`` raises; then nothing is written.
+        `finish` completes an answer that is not ``final``; until then the same key is refused. Raises
+        IdempotencyKeyReused, IdempotencyKeyInUse, and what ``act`` raises; nothing is then written.
         """
         with self.database.write() as connection:
             if self.once is None:
@@ -85,7 +85,7 @@ class Write:
                 idempotency.store(connection, self.once, _without_entries(answer))
 
     def lease_secret(self) -> str | None:
-        """The secret of a lease that this request takes; None for any."""
+        """The secret for a lease that this request takes; None: any."""
         return None if self.once is None else self.once.derived_secret("lease")
 
     def _replay(self, connection: Connection, stored: dict[str, Any]) -> Answer:
@@ -137,7 +137,7 @@ async def _write(
             min_length=1,
             max_length=255,
             pattern=r"^[\x21-\x7e]+$",
-            description="Send the same again to be answered the same again, for a day. Best a random UUID.",
+            description="Repeating the request with the same key repeats its answer, for a day. Best a random UUID.",
         ),
     ] = None,
 ) -> Write:

@@ -35,8 +35,8 @@ def write(directory: Path, output: Path) -> None:
     lines = [
         "# Performance",
         "",
-        f"Written by `agentstate bench report {_quoted(directory)}` from raw results: what was measured, where, and on",
-        "which commit stands with each. Nothing here is typed by hand.",
+        f"Written by `agentstate bench report {_quoted(directory)}` from raw results; each names its machine and",
+        "commit. Nothing here is typed by hand.",
     ]
     for kind, section in _SECTIONS.items():
         chosen = [result for result in found if result["kind"] == kind]
@@ -56,15 +56,15 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
             if name not in best or _samples(row) >= _samples(best[name][0]):
                 best[name] = row, result
     lines = [
-        "Recomputed, as a memory hit (the floor: nothing is brought back), and restored, in turn in one run. The",
-        "memory hit and the recomputation that a variant is divided by are its own run's, where that has them, and",
-        "the memory hit is its own engine's; where both were measured in turn, the quotient is the median of the",
-        "pairs', with its 95 % interval (bootstrap), else that of the medians.",
-        "*Before the match* is how many of the seconds had passed when SGLang had the request and looked for a prefix.",
-        "*Share* is of the device's direct-read limit, measured in the same run; *overlap* is the time over what it",
-        "could be at best, which is the longer of a memory hit and of reading the bytes at that limit; *same* says",
-        "whether the next tokens are those that follow a memory hit (in bfloat16 a prefill in other chunks, as a",
-        "recomputation is, may round to others).",
+        "Each run alternates the variants: recomputed, as a memory hit (the floor: nothing is brought back), and",
+        "restored. A variant is divided by the memory hit and the recomputation of its own run, if that has them, and",
+        "by the memory hit of its own engine. If both were measured in alternation, the quotient is the median of the",
+        "pairs', with its 95 % interval (bootstrap); otherwise it is the quotient of the medians.",
+        "*Before the match* is the time until SGLang had the request and looked for a prefix.",
+        "*Share* is of the device's direct-read limit, measured in the same run. *Overlap* is the time over the best",
+        "possible one: the longer of a memory hit and of reading the bytes at that limit. *Same* says whether the next",
+        "tokens equal those after a memory hit (in bfloat16 a prefill in other chunks, such as a recomputation, may",
+        "round to others).",
     ]
     for model in dict.fromkeys(model for model, _, _ in best):
         chosen = [(row, result) for (name, _, _), (row, result) in best.items() if name == model]
@@ -121,9 +121,9 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
 def _replay(found: Sequence[Result], pictures: Path) -> list[str]:
     newest = {(result["settings"]["workload"], _kind(result)): result for result in found}
     lines = [
-        "Hit rates are shares of all prompt tokens. *Saved* is the engines' time that prefills would have taken more.",
-        "*Drive writes a day* are of the whole page quota. *Restorable* are the sessions, of those alive, whose whole",
-        "context could be had without computing it, at the best sample.",
+        "Hit rates are shares of all prompt tokens. *Saved* is the prefill time that the engines did not spend.",
+        "*Drive writes a day* are of the whole page quota. *Restorable* counts the live sessions whose whole context",
+        "was available without computing it, at the best sample.",
     ]
     for number, ((workload, kind), result) in enumerate(newest.items(), start=1):
         rows, settings = result["rows"], result["settings"]
@@ -178,8 +178,8 @@ def _service(found: Sequence[Result], pictures: Path) -> list[str]:
     rows, settings = result["rows"], result["settings"]
     sessions = ", ".join(f"{count:,} sessions of {int(length):,}" for length, count in settings["sessions"].items())
     lines = [
-        f"{sessions} entries, all in one database. Milliseconds, p50 / p99, by the entries of a session's history; at",
-        "the server until the answer was complete, at the client with the way there and back. The peers are libraries",
+        f"{sessions} entries, all in one database. Milliseconds, p50 / p99, by the length of a session's history; at",
+        "the server until the answer was complete, at the client including the round trip. The peers are libraries",
         f"in the client's process. The engine is {settings['engine']}.",
         "",
         _provenance(result),
@@ -223,11 +223,11 @@ def _projection(found: Sequence[Result], pictures: Path) -> list[str]:
     ]
     header = ["model", "context", "recomputed, s", "restored, s", "memory hit, s", "ratio"]
     lines = [
-        "Computed, not measured (`agentstate bench project`). The last two columns are what was published.",
+        "Computed, not measured (`agentstate bench project`). The last two columns are the published figures.",
         "",
         *_table([*header, "published recomputed, s", "published restored, s"], table),
         "",
-        "What it rests on:",
+        "Assumptions:",
         "",
     ]
     return lines + [f"- {sentence}" for sentence in result["settings"]["assumptions"]]
@@ -235,9 +235,9 @@ def _projection(found: Sequence[Result], pictures: Path) -> list[str]:
 
 def _burst(found: Sequence[Result], pictures: Path) -> list[str]:
     lines = [
-        "All sessions are asked at once after their KV has left the device. The bound is the bytes of all of them at",
-        "the drive's own rate, and then the forwards of all of them, each as a memory hit by itself; the ratio is the",
-        "last session's time to first token over it, with its 95 % interval.",
+        "All sessions send a request at once after their KV was evicted from the device. The bound is the time to read",
+        "all their bytes at the drive's own rate, and then to run all their forwards, each as a memory hit by itself.",
+        "The ratio is the last session's time to first token over the bound, with its 95 % interval.",
     ]
     for result in _newest(found, "models"):
         table = [
@@ -269,8 +269,8 @@ def _burst(found: Sequence[Result], pictures: Path) -> list[str]:
 
 def _throughput(found: Sequence[Result], pictures: Path) -> list[str]:
     lines = [
-        "Output tokens a second of loads of new text, of which every page is spilled: over those of the same engine",
-        "with spilling off, and over those of SGLang without AgentState, with 95 % intervals.",
+        "Output tokens per second under loads of new text, whose pages are all spilled: against the same engine with",
+        "spilling off, and against SGLang without AgentState, with 95 % intervals.",
     ]
     for result in _newest(found, "models"):
         table = [
@@ -293,7 +293,7 @@ def _throughput(found: Sequence[Result], pictures: Path) -> list[str]:
 
 
 def _soak(found: Sequence[Result], pictures: Path) -> list[str]:
-    lines = ["Every greedy token of agents that are suspended and resumed, beside those of agents that never were."]
+    lines = ["Every greedy token of agents that are suspended and resumed, against those of agents that never were."]
     for result in found[-1:]:
         for row in result["rows"]:
             points = ", ".join(f"{count} {name}" for name, count in row["points"].items())
@@ -309,8 +309,8 @@ def _soak(found: Sequence[Result], pictures: Path) -> list[str]:
 
 def _pages(found: Sequence[Result], pictures: Path) -> list[str]:
     lines = [
-        "The store against the drive's own direct reads and writes, and against the fastest of what a user might take",
-        "instead, in one run and cold ([how](pages.md#how-fast-it-is)).",
+        "The store against the drive's own direct reads and writes, and against the fastest alternative, in one run",
+        "and cold ([how](pages.md#how-fast-it-is)).",
     ]
     for result in found[-1:]:
         reads, writes = [], []

@@ -1,9 +1,9 @@
-"""An agent of the OpenAI Agents SDK that is suspended after its answer, and goes on in another process.
+"""An agent of the OpenAI Agents SDK that is suspended after its answer, and resumes in another process.
 
     python examples/agents_sdk.py --session sdk "What is a page?"
     python examples/agents_sdk.py --session sdk "And an extent?"     # any time later: its context comes from disk
 
-What AgentState adds to the agent is the session in the ``async with``.
+AgentState adds one thing to the agent: the session in the ``async with``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Several ways to go on from one suspended agent, tried side by side; the best one is kept.
+"""Try several continuations of one suspended agent side by side, and keep the best one.
 
     python examples/fork_explore.py --session explorer
 
-The agent reads a manual once. Each idea is then tried on a fork of it, which shares what was read, in SQL and on disk:
-a fork costs no copy and no prefill. The best answer here is the one that the model is surest of.
+The agent reads a manual once. Each idea is then tried on a fork, which shares what the agent has read, in SQL and on
+disk: a fork costs no copy and no prefill. The best answer here is the one with the highest mean log probability.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IDEAS = ("What is a page?", "What may be lost, and why is that no loss?", "Who o
 
 
 def ask(turn: Turn, messages: list[dict[str, Any]], question: str) -> float:
-    """Put a question in a turn and keep the answer: the mean log probability of its tokens."""
+    """Ask a question in a turn and store the answer. Returns the mean log probability of its tokens."""
     asked = message({"role": "user", "content": question})
     reply = OpenAI(base_url=turn.base_url, api_key="none", timeout=600).chat.completions.create(
         model=turn.session.model,

@@ -3,7 +3,7 @@
     python examples/langgraph_agent.py --thread graph "What is a page?"
     python examples/langgraph_agent.py --thread graph "And an extent?"     # any time later, in another process
 
-Two lines make the difference: the graph's checkpointer, and the turn in which it is invoked.
+Two lines make the difference: the graph's checkpointer, and the turn that invokes it.
 """
 
 from __future__ import annotations

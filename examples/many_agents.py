@@ -1,9 +1,9 @@
-"""More agents than the device can hold, taking turns: whose turn it is comes back from disk.
+"""More agents than the device can hold take turns; each is restored from disk for its turn.
 
     python examples/many_agents.py --agents 12 --rounds 2
 
-Every agent reads a text of its own. Together their contexts are larger than the engine's KV pool, so that in the
-second round none of the early ones is on the device any more; without AgentState each would be computed again.
+Every agent reads its own text. Together their contexts exceed the engine's KV pool, so that by the second round the
+early ones were evicted from the device; without AgentState the engine would recompute each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LIBRARY = "\n".join(path.read_text() for path in sorted((ROOT / "agentstate").rg
 
 
 def play(service: Client, session_id: str, model: str, text: str) -> tuple[int, int, float]:
-    """One agent's turn: the tokens of its prompt, how many of them were not computed, and the seconds it took."""
+    """One agent's turn. Returns its prompt tokens, how many of them were not computed, and its seconds."""
     service.ensure_session(session_id, model)
     with service.turn(session_id) as turn:
         asked = [message({"role": "user", "content": "What is this about? Answer in five words."})]

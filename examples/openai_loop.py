@@ -1,10 +1,10 @@
 """A tool-calling agent on the plain `openai` client whose turns survive its process and its engine.
 
     python examples/openai_loop.py --session demo --steps survey     # works, then suspends itself
-    python examples/openai_loop.py --session demo --steps conclude   # any time later, in another process: goes on
+    python examples/openai_loop.py --session demo --steps conclude   # any time later, in another process: resumes
 
-The loop, the tools and the conversation are real. What is scripted, and said so here, is *which* tool is called: the
-model of the demo, SmolLM2-135M, is too small to choose. With a model that can, start with `--model-chooses`.
+The loop, the tools and the conversation are real. Only the choice of the tool is scripted: the demo's model,
+SmolLM2-135M, is too small to choose. With a larger model, start with `--model-chooses`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from agentstate.errors import SessionNotFound
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEM = "You are a careful software engineer. You answer in one or two short sentences."
 
-# A turn: what the user asks, and the tool that answers it (None: the model answers from what it has read).
+# A turn: the user's question, and the tool that answers it (None: the model answers from its context).
 STEPS: dict[str, list[tuple[str, tuple[str, dict[str, Any]] | None]]] = {
     "survey": [
         ("Which files of this project define errors?", ("search", {"pattern": r"class \w+Error\b"})),
@@ -75,7 +75,7 @@ TOOLS = {"search": search, "read_file": read_file, "calculate": calculate}
 
 
 class Agent:
-    """One session's turns. Everything it says and does is appended to the session before it goes on."""
+    """One session's turns. The agent appends everything it says and does to the session before it continues."""
 
     def __init__(self, service: Client, session_id: str, max_tokens: int):
         self.service, self.session_id, self.max_tokens = service, session_id, max_tokens
@@ -91,7 +91,7 @@ class Agent:
         self.messages += [_as_message(entry) for entry in entries]
 
     def ask_model(self, **options: Any) -> Any:
-        """One streamed model call over the whole conversation: the reply, and what it cost."""
+        """One streamed model call over the whole conversation. Returns the reply's text and its tool calls."""
         started, first, text, usage, calls = time.perf_counter(), None, "", None, {}
         stream = self.llm.chat.completions.create(
             model=self.turn.session.model,
@@ -129,7 +129,7 @@ class Agent:
             calls = [scripted] if scripted else []
         for name, arguments in calls:
             call_id = f"call_{len(self.messages)}"
-            # Claimed first, so that a crash leaves a call that is known to have perhaps run, never one run twice.
+            # Claim first: after a crash the call is known to have perhaps run, and never runs twice.
             self.remember(tool_call(call_id, name, arguments))
             self.remember(tool_output(call_id, TOOLS[name](**arguments)))
             print(f"   {name}({', '.join(map(repr, arguments.values()))})", flush=True)
@@ -150,7 +150,7 @@ class Agent:
 
 
 def _as_message(entry: Any) -> dict[str, Any]:
-    """A session's entry as a chat message. Tool traffic is written out as text: not every chat template knows tools."""
+    """A session's entry as a chat message. Tool traffic becomes text: not every chat template supports tools."""
     kind, payload = (entry["kind"], entry["payload"]) if isinstance(entry, dict) else (entry.kind, entry.payload)
     match kind:
         case "tool_call":

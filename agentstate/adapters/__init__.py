@@ -1,4 +1,4 @@
-"""Agent frameworks on AgentState: one module a framework, each imported only where that framework is installed.
+"""Agent frameworks on AgentState: one module per framework, imported only if that framework is installed.
 
 ``openai_agents``
     the OpenAI Agents SDK's ``Session`` (``pip install 'agentstate[agents]'``)

@@ -1,14 +1,14 @@
-"""LangGraph's checkpoints in SQL: what a saver stores, without LangGraph and without any knowledge of the values.
+"""LangGraph's checkpoints in SQL: the storage behind a saver, independent of LangGraph and of the values' types.
 
-A write is one transaction whose size is that of what changed. A read is at most four statements, however long the
-thread and however many checkpoints it asks for. Nothing here runs a model or takes a lease.
+A write is one transaction of the size of the change. A read is at most four statements, however long the thread and
+however many checkpoints it requests. Nothing here runs a model or takes a lease.
 
-Writers of one thread never wait for each other. What deletes waits for them: every row of a thread refers to its
-session, which a writer therefore holds against deletion, and which `_lock` holds against writers, so that a blob that
-a writer found stored cannot be swept before the writer commits.
+Writers of one thread never wait for each other. Deletions wait for writers: every row of a thread refers to its
+session, whose row a writer locks against deletion, and `_lock` locks against writers. So a blob that a writer found
+stored cannot be swept before the writer commits.
 
-A thread whose session has expired is neither read nor written to. One whose session was deleted during a run is not
-made anew by the rest of that run: `Checkpoints` remembers which session a thread was when it was last read.
+A thread whose session has expired can be neither read nor written. If a session is deleted during a run, the rest of
+that run does not recreate it: `Checkpoints` remembers which session a thread was when it was last read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from agentstate.sql.models import sessions
 DIGEST_BYTES = 32
 PAGE = 64
 KNOWN = 10_000
-_BATCH = 1000  # rows that one statement names: both databases bound its parameters
+_BATCH = 1000  # rows per statement: both databases limit its parameters
 _TABLES = (checkpoint_writes, checkpoint_channels, checkpoint_blobs, checkpoints)
 
 T = TypeVar("T")
@@ -46,9 +46,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Value:
-    """An encoded value. Without an ``encoding`` its body is the digests of the blobs that make it up, in order.
+    """An encoded value. Without an ``encoding`` its body is the digests of its blobs, in order.
 
-    ``blobs`` are those blobs, by digest; of a stored value all of them, of a new one at least those not stored yet.
+    ``blobs`` are those blobs, by digest: all for a stored value, at least those not stored yet for a new one.
     """
 
     encoding: str | None
@@ -64,7 +64,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint without its channels' values; ``versions`` are those of all channels, also of empty ones."""
+    """A checkpoint without its channels' values; ``versions`` covers all channels, including empty ones."""
 
     thread_id: str
     namespace: str
@@ -79,7 +79,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Write:
-    """What a task of a step wrote to a channel. A negative position is replaced by a later write, others stay."""
+    """A task's write to a channel. A later write replaces one at a negative position; others stay."""
 
     task_id: str
     position: int
@@ -101,7 +101,7 @@ class Checkpoints:
     """The checkpoints of all threads of a tenant in one database. A thread is a session; `put` creates it with
     ``model``.
 
-    Every method raises DatabaseError, and those that read or write one thread raise SessionExpired. Thread-safe.
+    Every method may raise DatabaseError; those that read or write one thread may raise SessionExpired. Thread-safe.
     """
 
     def __init__(self, database: Database, model: str, tenant: str):
@@ -111,9 +111,9 @@ class Checkpoints:
         self._known = _KnownSessions()
 
     def put(self, checkpoint: Checkpoint, channels: dict[str, Value]) -> None:
-        """Store a checkpoint, in place of one of the same id, and the values of the channels that it changed.
+        """Store a checkpoint, replacing one of the same id, and the values of the channels that it changed.
 
-        Raises SessionNotFound when the thread's session was deleted since the thread was last read.
+        Raises SessionNotFound if the thread's session was deleted after the thread was last read.
         """
         with self._database.write() as connection:
             session_id = self._ensure_session(connection, checkpoint.thread_id)
@@ -130,7 +130,7 @@ class Checkpoints:
             _add_blobs(connection, session_id, channels.values())
             if channels:
                 connection.execute(
-                    # A version of a channel is made once: the same version has the same value.
+                    # A version of a channel is created once: the same version has the same value.
                     insert(connection.dialect.name, checkpoint_channels).on_conflict_do_nothing(),
                     [
                         {
@@ -147,7 +147,7 @@ class Checkpoints:
         self._known.remember(checkpoint.thread_id, session_id)
 
     def put_writes(self, thread_id: str, namespace: str, checkpoint_id: str, writes: Sequence[Write]) -> None:
-        """Store what tasks wrote, once: a second time changes nothing, but for those at negative positions.
+        """Store the tasks' writes once: storing them again changes nothing, except at negative positions.
 
         Raises SessionNotFound as `put` does.
         """
@@ -201,9 +201,9 @@ class Checkpoints:
         after: Checkpoint | None = None,
         limit: int = PAGE,
     ) -> tuple[list[Loaded], Checkpoint | None]:
-        """The next checkpoints that match, newest first, and where to go on (``after``), None at the end.
+        """The next matching checkpoints, newest first, and where to continue (``after``), None at the end.
 
-        ``before`` excludes a checkpoint id and all newer ones. Looks at up to ``limit`` checkpoints, so a page may be
+        ``before`` excludes a checkpoint id and all newer ones. Examines up to ``limit`` checkpoints, so a page may be
         empty although there are more.
         """
         table = checkpoints.c
@@ -216,8 +216,8 @@ class Checkpoints:
         if before is not None:
             query = query.where(table.id < before)
         for name, value in (metadata or {}).items():
-            # The database looks for the pair as it was written, not into the JSON: one row with something that its
-            # JSON functions refuse would fail them all. Everything is compared again below.
+            # The database searches for the pair's text and does not parse the JSON: one row that its JSON functions
+            # refuse would fail the whole query. All rows are compared again below.
             if isinstance(value, str):
                 query = query.where(_has(table.metadata, f"{json.dumps(name)}: {json.dumps(value)}"))
         order = (table.id, thread_name, table.namespace)
@@ -236,7 +236,7 @@ class Checkpoints:
         return found, _checkpoint(rows[-1]) if len(rows) == limit else None
 
     def ancestors(self, checkpoint: Checkpoint, channels: Collection[str]) -> Iterator[Loaded]:
-        """The checkpoints that one came from, its parent first, with the values of some channels only."""
+        """A checkpoint's ancestors, its parent first, with the values of some channels only."""
         while True:
             with self._snapshot() as connection:
                 rows = _lineage(connection, self._tenant, checkpoint)
@@ -247,7 +247,7 @@ class Checkpoints:
             checkpoint = found[-1].checkpoint
 
     def delete_thread(self, thread_id: str) -> None:
-        """Delete all that was put for a thread. Its session stays, with what else it has."""
+        """Delete all that was put for a thread. Its session stays, with its other data."""
         with self._database.write() as connection:
             session_id = _lock(connection, self._tenant, thread_id)
             if session_id is None:
@@ -256,7 +256,7 @@ class Checkpoints:
                 connection.execute(sa.delete(table).where(table.c.session_id == session_id))
 
     def delete_runs(self, run_ids: Sequence[str]) -> None:
-        """Delete the checkpoints that some runs made, and the writes made from those."""
+        """Delete the checkpoints of some runs, and the writes made from those checkpoints."""
         for batch in _batches(run_ids):
             with self._database.read() as connection:
                 of_runs = (
@@ -280,10 +280,10 @@ class Checkpoints:
                     _sweep(connection, session_id)
 
     def prune(self, thread_id: str) -> None:
-        """Delete all checkpoints of a thread but the newest of each namespace.
+        """Delete all checkpoints of a thread except the newest of each namespace.
 
-        Those stay too that the newest cannot be rebuilt without: the ancestors that hold the writes of a channel whose
-        value is stored only now and then, back to the one that has its value.
+        Ancestors that the newest needs stay too: if a channel's value is stored only now and then, those that hold its
+        writes, back to the one with its value.
         """
         with self._database.write() as connection:
             session_id = _lock(connection, self._tenant, thread_id)
@@ -310,10 +310,10 @@ class Checkpoints:
             _sweep(connection, session_id)
 
     def copy_thread(self, source_id: str, target_id: str) -> None:
-        """Copy all that was put for a thread to another; what that one has already stays as it is.
+        """Copy all that was put for a thread to another; existing rows of the target stay unchanged.
 
-        A session that this creates has the source's model and namespace of KV, so that it also shares the source's
-        pages. Nothing happens when there is no source.
+        If this creates the target's session, it has the source's model and KV namespace, so it also shares the source's
+        pages. Without a source, this does nothing.
         """
         if source_id == target_id:
             return
@@ -354,7 +354,7 @@ class Checkpoints:
 
     @contextmanager
     def _snapshot(self) -> Iterator[Connection]:
-        """A transaction for reading in which all statements see the same, also beside a `prune`."""
+        """A read transaction in which all statements see one snapshot, even beside a `prune`."""
         with self._database.read() as connection:
             if connection.dialect.name == "postgresql":
                 connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
@@ -362,7 +362,7 @@ class Checkpoints:
 
 
 class _KnownSessions:
-    """Which session a thread is, as of its last read; the `KNOWN` threads that were used last."""
+    """The session of each thread as of its last read, for the `KNOWN` most recently used threads."""
 
     def __init__(self) -> None:
         self._sessions: OrderedDict[str, str] = OrderedDict()
@@ -381,7 +381,7 @@ class _KnownSessions:
                     self._sessions.popitem(last=False)
 
 
-# What a thread is called: the id that clients give its session.
+# A thread's name: the id that clients give its session.
 thread_name = sessions.c.name
 
 
@@ -390,7 +390,7 @@ def _is(tenant: str, thread_id: str) -> sa.ColumnElement[bool]:
 
 
 def _rows(tenant: str) -> sa.Select[Any]:
-    """The checkpoints of the threads that have not expired."""
+    """The checkpoints of all threads that have not expired."""
     return sa.select(checkpoints, thread_name.label("thread_id")).join(sessions).where(_exists(tenant), ~_EXPIRED)
 
 
@@ -403,7 +403,8 @@ def _exists(tenant: str) -> sa.ColumnElement[bool]:
 
 
 def _find(connection: Connection, tenant: str, thread_id: str, *, hold: bool = False) -> str | None:
-    """The id of a thread's session, None without one. ``hold`` it against deletion until the transaction ends.
+    """The id of a thread's session, None without one. With ``hold``, locks it against deletion until the transaction
+    ends.
 
     Raises SessionExpired.
     """
@@ -420,7 +421,7 @@ def _find(connection: Connection, tenant: str, thread_id: str, *, hold: bool = F
 
 
 class _has(FunctionElement[bool]):
-    """SQL expression: whether a JSON column's text contains another text, as it is."""
+    """SQL expression: whether a JSON column's text contains another text verbatim."""
 
     type = sa.Boolean()
     inherit_cache = True
@@ -440,9 +441,9 @@ def _has_postgresql(element: _has, compiler: SQLCompiler, **kw: Any) -> str:
 
 
 def _ensure(connection: Connection, tenant: str, thread_id: str, known: str | None, **values: Any) -> str:
-    """The id of a thread's session, held against deletion; it is made with ``values`` if there is none.
+    """The id of a thread's session, locked against deletion; created with ``values`` if there is none.
 
-    Raises SessionNotFound where it is not the one that is ``known``, SessionExpired.
+    Raises SessionNotFound if it is not the ``known`` one, SessionExpired.
     """
     found = _find(connection, tenant, thread_id, hold=True)
     if known is not None and found != known:
@@ -468,7 +469,7 @@ def _ensure(connection: Connection, tenant: str, thread_id: str, known: str | No
 
 
 def _lock(connection: Connection, tenant: str, thread_id: str) -> str | None:
-    """The id of a thread's session, and nobody writes to the thread until the transaction ends; None without one."""
+    """Lock a thread's session against writers until the transaction ends. Returns its id; None without one."""
     found: str | None = connection.execute(
         sa.select(sessions.c.id).where(_is(tenant, thread_id)).with_for_update()
     ).scalar()
@@ -478,7 +479,7 @@ def _lock(connection: Connection, tenant: str, thread_id: str) -> str | None:
 def _add_blobs(connection: Connection, session_id: str, values: Iterable[Value]) -> None:
     new = {digest: body for value in values for digest, body in value.blobs.items()}
     for batch in _batches(list(new)):
-        # Asked for first: most of them are there already, and need not be sent again.
+        # Look them up first: most are stored already, and need not be sent again.
         known = connection.execute(
             sa.select(checkpoint_blobs.c.digest).where(
                 checkpoint_blobs.c.session_id == session_id, checkpoint_blobs.c.digest.in_(batch)
@@ -494,7 +495,7 @@ def _add_blobs(connection: Connection, session_id: str, values: Iterable[Value])
 
 
 def _load(connection: Connection, rows: Sequence[Any], only: Collection[str] | None = None) -> list[Loaded]:
-    """The checkpoints of some rows, with their channels (``only`` those) and writes."""
+    """The checkpoints of some rows, with their channels (``only`` those, if given) and writes."""
     names = {
         (row.session_id, row.namespace, channel, str(version))
         for row in rows
@@ -555,8 +556,8 @@ def _lineage(connection: Connection, tenant: str, checkpoint: Checkpoint) -> Seq
 
 
 def _needed(connection: Connection, tenant: str, row: Any) -> Iterator[str]:
-    """Ids of the ancestors without which a checkpoint cannot be rebuilt."""
-    # LangGraph counts, in the metadata, the steps since the value of such a channel was last stored.
+    """Ids of the ancestors that are needed to rebuild a checkpoint."""
+    # In the metadata LangGraph counts the steps since the value of such a channel was last stored.
     open_channels = set(_checkpoint(row).metadata.get("counters_since_delta_snapshot") or ())
     (loaded,) = _load(connection, [row], open_channels)
     open_channels -= loaded.channels.keys()
@@ -574,7 +575,7 @@ def _needed(connection: Connection, tenant: str, row: Any) -> Iterator[str]:
 
 
 def _sweep(connection: Connection, session_id: str) -> None:
-    """Delete the channel values of a thread that no checkpoint has any more, and then the blobs that no value has."""
+    """Delete a thread's channel values that no checkpoint uses, and then the blobs that no value uses."""
     used = {
         (row.namespace, channel, str(version))
         for row in connection.execute(
@@ -612,7 +613,7 @@ def _delete_rows(
 def _named(
     connection: Connection, table: sa.Table, names: Sequence[str], keys: Collection[tuple[Any, ...]]
 ) -> Iterator[Any]:
-    """The rows of some keys. Joined with them, so that each is one look into the primary key on either database."""
+    """The rows of some keys. The join makes each one primary-key look-up on either database."""
     for batch in _batches(list(keys)):
         wanted = sa.values(*(sa.column(name, table.c[name].type) for name in names)).data(batch).cte("wanted")
         same = sa.and_(*(table.c[name] == wanted.c[name] for name in names))

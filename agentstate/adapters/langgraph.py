@@ -4,12 +4,12 @@
 
     with AgentStateSaver.from_url("postgresql://…", model="smollm2") as saver:
         graph = builder.compile(checkpointer=saver)
-        with client.turn(thread_id) as turn:           # the lease, and what of the KV can be restored
+        with client.turn(thread_id) as turn:           # takes the lease; turn.kv says what can be restored
             graph.invoke(messages, {"configurable": {"thread_id": thread_id}})
 
-A conversation is a channel whose value is a list that grows. Where such a list is long, its items are stored apart,
-each under the digest of its bytes, so that a step writes the items that it added and not the conversation so far. The
-first items of a list are grouped in runs of `RUN` as they fill up, so that a value stays a short list of digests.
+A conversation is a channel whose value is a list that grows. The items of a long list are stored separately, each under
+the digest of its bytes, so a step writes only the items that it added. Full runs of `RUN` items at the start of a list
+are stored as one blob each, so a value stays a short list of digests.
 """
 
 from __future__ import annotations
@@ -44,26 +44,25 @@ from agentstate.settings import DEFAULT_TENANT, Settings
 from agentstate.sql.database import Database
 
 RUN = 64
-SPLIT_BYTES = 4096  # a list that is smaller is stored as it is
+SPLIT_BYTES = 4096  # smaller lists are stored whole
 
 
 class AgentStateSaver(BaseCheckpointSaver[str]):
     """A checkpoint saver, synchronous and asynchronous, on a database that has AgentState's schema.
 
-    The session of a thread that is new is created with ``model``, the name under which an engine serves it; a thread
-    whose session was created before keeps its own. Values are stored as JSON or msgpack; a ``serde`` that falls back
-    to pickle is refused (ValueError). Long lists are stored by their items with LangGraph's default serde only:
-    another one, an encrypting one for instance, may give the same item different bytes every time.
+    A new thread's session is created with ``model``, the name under which an engine serves it; an existing session
+    keeps its own. Values are stored as JSON or msgpack; a ``serde`` that falls back to pickle is refused (ValueError).
+    Long lists are stored item by item with LangGraph's default serde only: another one, such as an encrypting one, may
+    give the same item different bytes every time.
 
-    Its threads are the sessions of ``tenant``; those of others are not there for it. It needs no API key, since it has
-    the database.
+    Its threads are the sessions of ``tenant``; it does not see those of others. It needs no API key, because it uses
+    the database directly.
 
-    Ids may be anything whose text a session can have, UUIDs for instance; InvalidId says that it is not so. Every
-    method may raise DatabaseError. A thread whose session has expired is neither read nor written to
-    (SessionExpired). One whose session is deleted during a run is gone, and the run ends with SessionNotFound. A
-    lease is neither taken nor asked for: two runs of one thread at once make two branches, of which neither loses a
-    checkpoint, and the one that ends last is the thread's newest. Who wants only one at a time runs the graph in a
-    turn.
+    Thread ids may be anything whose text is a valid session id, such as UUIDs; otherwise InvalidId is raised. Every
+    method may raise DatabaseError. A thread whose session has expired can be neither read nor written (SessionExpired).
+    If a session is deleted during a run, the run ends with SessionNotFound. The saver neither takes nor requires a
+    lease: two concurrent runs of one thread make two branches; neither loses a checkpoint, and the highest checkpoint
+    id is the thread's newest. To run one at a time, run the graph in a turn.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
         tenant: str = DEFAULT_TENANT,
         serde: SerializerProtocol | None = None,
     ) -> Iterator[AgentStateSaver]:
-        """A saver with a database of its own, closed at the end; by default the one that AGENTSTATE_DATABASE_URL names.
+        """A saver with its own database connection, closed at the end; by default to AGENTSTATE_DATABASE_URL.
 
         Raises SettingsError, DatabaseUnreachable, SchemaOutdated, SchemaNewer.
         """
@@ -102,7 +101,7 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
             database.close()
 
     def get_next_version(self, current: str | None, channel: None) -> str:
-        """Versions grow, and no two branches of a thread make the same one."""
+        """The next version. Versions grow, and no two branches of a thread create the same one."""
         step = 0 if current is None else int(str(current).partition(".")[0])
         return f"{step + 1:032}.{secrets.token_hex(8)}"
 
@@ -132,7 +131,7 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
                 encoding=encoding,
                 body=body,
             ),
-            # A channel that is empty at its version has no value to store.
+            # An empty channel has no value to store.
             {name: self._encode(values[name]) for name in new_versions if name in values},
         )
         return _config(thread_id, namespace, checkpoint["id"])
@@ -223,7 +222,7 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
             else:
                 self._store.prune(_id(thread_id))
 
-    # --- the same, asynchronously: in a thread, because every one of them is one short wait for the database
+    # --- the same, asynchronously: in a thread, because each is one short wait for the database
 
     async def aput(
         self,
@@ -329,7 +328,7 @@ class AgentStateSaver(BaseCheckpointSaver[str]):
 
 
 def _split(items: Sequence[tuple[str, bytes]]) -> Value:
-    """A list as blobs: full runs of `RUN` items, and the items after them each by itself."""
+    """A list as blobs: full runs of `RUN` items, then one blob for each remaining item."""
     runs = len(items) // RUN * RUN
     groups = [items[at : at + RUN] for at in range(0, runs, RUN)] + [[item] for item in items[runs:]]
     bodies = [msgpack.packb(group) for group in groups]
@@ -338,7 +337,7 @@ def _split(items: Sequence[tuple[str, bytes]]) -> Value:
 
 
 def _id(thread_id: Any) -> str:
-    """A thread's id, which is that of a session. Raises InvalidId."""
+    """A thread's id, which is a session id. Raises InvalidId."""
     return ids.check(str(thread_id))
 
 

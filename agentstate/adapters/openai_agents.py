@@ -7,8 +7,8 @@
             await Runner.run(agent, "Hello", session=session, run_config=session.run_config())
         print(session.turn.suspended.kv)
 
-In the block the agent holds its session's lease, and the engine knows whose KV its calls make. Without the block the
-object is a ``Session`` like the SDK's others: every change is a turn of its own, and several writers take turns.
+In the block the agent holds its session's lease, and the engine knows which session its calls belong to. Outside the
+block the object is a ``Session`` like the SDK's others: every change is its own turn, so several writers alternate.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from agentstate.errors import AgentStateError, RevisionStale, SessionNotFound
 from agentstate.sql.models import EntryKind
 
 PAGE = 1000
-# What one append may have: the service takes bodies of 8 MiB, of which a part is not entries.
+# Limits of one append: the service takes bodies of 8 MiB, part of which is not entries.
 MAX_ENTRIES = 1000
 BATCH_BYTES = 7 * 1024 * 1024
-# Items before the newest note of this kind were cleared.
+# This note clears all items before it.
 CLEARED = {"openai_agents": "cleared"}
 
 
 class AgentStateSession:
-    """An agent's conversation, as the SDK's ``Session`` protocol wants it.
+    """An agent's conversation, with the SDK's ``Session`` protocol.
 
-    Items are messages of the session, as they are. The session is created with ``model``, the name under which an
-    engine serves it, when something is first written. ``session_settings.limit`` bounds what is read when the SDK does
-    not say. A change outside of a block waits up to ``busy_timeout_s`` (30 at most) while another runs the session, and
-    then raises SessionBusy. Every method may raise what a client's do.
+    Items are stored unchanged, as messages of the session. The first write creates the session with ``model``, the name
+    under which an engine serves it. ``session_settings.limit`` limits reads for which the SDK sets no limit. A change
+    outside a block waits up to ``busy_timeout_s`` (30 at most) while another process runs the session, and then raises
+    SessionBusy. Every method may raise the errors of a client's methods.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class AgentStateSession:
     ):
         self.session_id = session_id
         self.session_settings = session_settings
-        #: The turn of the block, also after it has ended; None before.
+        #: The turn of the block, even after it has ended; None before.
         self.turn: AsyncTurn | None = None
         self._client = client
         self._model = model
@@ -77,10 +77,10 @@ class AgentStateSession:
         await turn.__aexit__(kind, error, trace)
 
     def run_config(self) -> RunConfig:
-        """In a block: how `Runner.run` reaches the engine, so that the engine knows the session. Every agent of the
-        run uses the session's model; traces are not sent anywhere.
+        """In a block: the configuration with which `Runner.run` reaches the engine, and the engine knows the session.
+        Every agent of the run uses the session's model; tracing is off.
 
-        Raises EngineUnreachable when no live engine serves the model, RuntimeError outside of a block.
+        Raises EngineUnreachable if no live engine serves the model, RuntimeError outside a block.
         """
         if self._running is None:
             raise RuntimeError(f"session {self.session_id} is not being run: use it in an async with statement")
@@ -101,8 +101,8 @@ class AgentStateSession:
     async def add_items(self, items: list[TResponseInputItem]) -> None:
         """Append items, all or none.
 
-        More than one request may take go in several. Where one of them is refused, those before it are taken back;
-        where the process ends between them, they stay.
+        Items that exceed one request are sent in several. If the service refuses one of them, the earlier ones are
+        rewound; if the process ends in between, they stay.
         """
         if not items:
             return
@@ -118,12 +118,12 @@ class AgentStateSession:
                 raise
 
     async def pop_item(self) -> TResponseInputItem | None:
-        """Take back the newest item, and what was noted after it; None when there is none."""
+        """Remove and return the newest item, and remove any notes after it; None if there is no item."""
         if await self._is_empty():
             return None
         async with self._changing, self._writing() as turn:
             while True:
-                # Read before the entry: the rewind fails where another one came to be the newest since.
+                # Read before the entry: the rewind fails if another entry became the newest since.
                 current = await self._client.read(self.session_id)
                 newest = [entry async for entry in self._newest_first(1, at_most=1)]
                 if not newest:
@@ -136,7 +136,7 @@ class AgentStateSession:
                 return _item(newest[0])
 
     async def clear_session(self) -> None:
-        """Start a new conversation. The old one stays in the session's history; it goes when the session is deleted."""
+        """Start a new conversation. The old one stays in the session's history until the session is deleted."""
         if await self._is_empty():
             return
         async with self._changing, self._writing() as turn:
@@ -146,7 +146,7 @@ class AgentStateSession:
         return not await self.get_items(limit=1)
 
     async def _newest_first(self, wanted: int, *, at_most: int | None = None) -> AsyncIterator[Entry]:
-        """The messages since the conversation was last cleared. Reads about as many at once as are ``wanted``."""
+        """The messages since the conversation was last cleared. Reads about ``wanted`` at once."""
         after, more, given = None, wanted > 0, 0
         while more:
             try:
@@ -165,7 +165,7 @@ class AgentStateSession:
 
     @asynccontextmanager
     async def _writing(self) -> AsyncIterator[AsyncTurn]:
-        """The block's turn, or one of its own, for which it waits while another one runs the session."""
+        """The block's turn, or a turn of its own, for which it waits while another process runs the session."""
         if self._running is not None:
             yield self._running
             return
@@ -180,7 +180,7 @@ class AgentStateSession:
 
 
 def _batches(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Entries in groups that the service takes at once, one that is too large for it by itself."""
+    """Entries in groups that fit one request; an entry that is too large forms its own group."""
     batches: list[list[dict[str, Any]]] = [[]]
     size_bytes = 0
     for entry in entries:

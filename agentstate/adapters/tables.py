@@ -1,12 +1,12 @@
-"""The tables of LangGraph's checkpoints; they belong to the sessions of ``models`` and go when their session goes.
+"""The tables of LangGraph's checkpoints. Their rows belong to the sessions of ``models`` and are deleted with them.
 
-Checkpoints are not entries of a session. Entries are a gapless log that is only ever appended to, by the holder of a
-lease. Checkpoints have ids of their caller's, branch, lie in namespaces, are pruned from the middle, and are written
-before anyone knows whether their step succeeds. So a thread **is** a session, for its model, its namespace of KV, its
-lease and its expiry, and its checkpoints are rows beside its entries.
+Checkpoints are not entries of a session. Entries are a gapless log that only the lease holder appends to. Checkpoints
+have the caller's ids, branch, lie in namespaces, are pruned from the middle, and are written before anyone knows
+whether their step succeeds. So a thread **is** a session, with its model, its KV namespace, its lease and its expiry,
+and its checkpoints are rows beside its entries.
 
-What a step writes is what the step changed: a channel's value is stored once a version, and a long list, which is what
-a conversation is, as blobs of its items that are shared between versions (see ``langgraph.py``).
+A step writes only what it changed: a channel's value is stored once per version, and a long list, such as a
+conversation, as blobs of its items, which versions share (see ``langgraph.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ checkpoints = Table(
     metadata,
     Column("session_id", Text, ForeignKey("sessions.id", ondelete="CASCADE"), primary_key=True),
     Column("namespace", Text, primary_key=True),
-    Column("id", _Bytewise, primary_key=True),  # sorts by the time of its making
+    Column("id", _Bytewise, primary_key=True),  # sorts by creation time
     Column("parent_id", Text),
     Column("run_id", Text),
     Column("metadata", JSON, nullable=False),

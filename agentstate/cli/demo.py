@@ -1,8 +1,8 @@
-"""`agentstate demo`: an agent works, is suspended, its engine is killed, and it goes on from its pages on disk.
+"""`agentstate demo`: an agent works and is suspended, its engine is killed, and it resumes from its pages on disk.
 
-Everything in it is what a user runs: SGLang with the plug-in, `agentstate serve`, and the agent of
-`examples/openai_loop.py`, each a process of its own. A second agent that does the same work and is never suspended
-says what the first one's continuation must be, token for token.
+It runs what a user runs: SGLang with the plug-in, `agentstate serve`, and the agent of `examples/openai_loop.py`, each
+as its own process. A second agent does the same work and is never suspended; the first one's continuation must equal
+its, token for token.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ console = Console()
 
 @dataclass(frozen=True)
 class Figures:
-    """What the demo found. Times are client-side, from sending a request to its first token, medians where measured
-    more than once; ``ttft_after_restart_s`` is the restarted engine's first request with this context."""
+    """The demo's results. Times are client-side, from sending a request to its first token, medians if measured more
+    than once; ``ttft_after_restart_s`` is the restarted engine's first request with this context."""
 
     context_tokens: int
     tokens_restored: int
@@ -57,7 +57,7 @@ class Figures:
 
 
 def run(settings: Settings, report: Path | None) -> bool:
-    """Run the demo, print its table, write ``report``: whether the agent was restored and went on unchanged."""
+    """Run the demo, print its table, write ``report``. Returns whether the agent was restored and went on unchanged."""
     if not EXAMPLE.exists():
         raise SettingsError("`agentstate demo` runs the examples: start it in a checkout of the project")
     python = launcher.engine_python(settings)
@@ -66,7 +66,7 @@ def run(settings: Settings, report: Path | None) -> bool:
         console.print("[bold]Preparing SmolLM2-135M-Instruct[/] (once, about a minute)")
         if subprocess.run([python, "-m", "engine_patch.cpu.smollm2", str(checkpoint)], check=False).returncode:
             raise EngineError("the model could not be prepared; the lines above say why")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that child processes are ended too
     home = settings.home / "demo"
     shutil.rmtree(home, ignore_errors=True)  # the last run's pages and sessions
     stack = LocalStack(
@@ -86,7 +86,7 @@ def run(settings: Settings, report: Path | None) -> bool:
 
 
 class _Play:
-    """One run of the demo. Its agents have KV namespaces of their own: no run finds another's pages."""
+    """One run of the demo. Its agents have their own KV namespaces: no run finds another's pages."""
 
     def __init__(self, stack: LocalStack, scratch: Path):
         self._stack = stack
@@ -125,14 +125,14 @@ class _Play:
         )
 
     def _measure(self, history: list[dict[str, Any]]) -> tuple[list[float], list[float], float, int, float]:
-        """Times to first token, restored and as memory hits in turn, and recomputed once; and the bytes and seconds
-        of one restore, by the engine's own count, medians."""
+        """Times to first token: restored and as memory hits, alternating, and recomputed once; then the bytes and
+        seconds of one restore, by the engine's own count, medians."""
         salt = f"agent-{self._run}"
         restored, hits, n_bytes, seconds = [], [], [], []
         for pair in range(PAIRS):
             self._stack.flush_device()
             earlier = self._stack.stat()["restore"]
-            # A different first word keeps one question from finding the pages of another.
+            # A different first word keeps a question from hitting another one's pages.
             restored.append(self._ask(history, f"{2 * pair}. What did you read?", salt))
             later = self._stack.stat()["restore"]
             n_bytes.append(later["bytes_read"] - earlier["bytes_read"])
@@ -142,7 +142,7 @@ class _Play:
         return restored, hits, recomputed, int(statistics.median(n_bytes)), statistics.median(seconds)
 
     def _agent(self, name: str, steps: str) -> dict[str, Any]:
-        """Run the example agent as a process: its report."""
+        """Run the example agent as a process. Returns its report."""
         report = self._scratch / f"{name}.json"
         session = f"{name}-{self._run}"
         arguments = ["--session", session, "--cache-salt", session, "--steps", steps, "--report", str(report)]
@@ -153,7 +153,7 @@ class _Play:
         return dict(json.loads(report.read_text()))
 
     def _ask(self, history: list[dict[str, Any]], question: str, salt: str) -> float:
-        """Seconds to the first token of a question put after ``history``, in the KV namespace ``salt``."""
+        """Seconds to the first token of a question asked after ``history``, in the KV namespace ``salt``."""
         body = {
             "model": self._stack.model,
             "messages": [*history, {"role": "user", "content": question}],
@@ -165,7 +165,7 @@ class _Play:
         url = f"{self._stack.engine_url}/v1/chat/completions"
         started, first = time.perf_counter(), None
         with httpx.stream("POST", url, json=body, timeout=600) as response:
-            # To the end: a request that is still decoding would delay the one after it.
+            # Read to the end: a request that still decodes would delay the next one.
             for line in response.iter_lines():
                 if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
                     first = first or time.perf_counter() - started
@@ -203,7 +203,7 @@ def _print(figures: Figures) -> None:
 
 @contextmanager
 def _step(what: str) -> Iterator[None]:
-    """Name what takes long, with a running clock."""
+    """Show the name of a long step, with a running clock."""
     with Progress(SpinnerColumn(), TextColumn(what), TimeElapsedColumn(), console=console) as progress:
         progress.add_task(what, total=None)
         yield

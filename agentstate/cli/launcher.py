@@ -1,7 +1,6 @@
-"""Starting SGLang with the plug-in: which interpreter has it, which flags it needs, and what would make it fail.
+"""Start SGLang with the plug-in: find its interpreter, add the flags it needs, and check for what would make it fail.
 
-Everything that can be known before SGLang's half minute of start-up is checked here, so that a mistake costs one
-line instead of a traceback.
+The checks run before SGLang's half minute of start-up, so that a mistake costs one line instead of a traceback.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ _LEAST_FREE_BYTES = 64 << 20
 def engine_command(
     settings: Settings, arguments: list[str], environment: Mapping[str, str], *, stores: bool = True
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line that starts SGLang, with ``arguments`` passed through, and its environment: ``environment``,
-    and what SGLang needs on a CPU where that does not say otherwise. Unless it ``stores``, SGLang's own radix cache is
-    left in place.
+    """The command line that starts SGLang, with ``arguments`` passed through, and its environment: ``environment``, and
+    defaults that SGLang needs on a CPU. Unless it ``stores``, SGLang's own radix cache stays in place.
 
-    Flags that the caller gave are left as they are. Raises SettingsError, EngineError or PageStoreError for what
-    would fail: no SGLang, no such model directory, a port that is taken, a page directory that cannot be used.
+    The caller's flags stay unchanged. Raises SettingsError, EngineError or PageStoreError for what would fail: no
+    SGLang, no such model directory, a port that is taken, an unusable page directory.
     """
     python = engine_python(settings)
     model = _value(arguments, "--model-path") or _value(arguments, "--model")
@@ -54,8 +52,8 @@ def engine_command(
 def sglang_command(
     python: str, arguments: list[str], environment: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line that starts SGLang, with AgentState or without, and its environment: as given, and where that
-    does not say otherwise, what it needs on a CPU. It tells with every answer what of the prompt was cached."""
+    """The command line that starts SGLang, with AgentState or without, and its environment: as given, plus defaults
+    that it needs on a CPU. Every answer reports how much of the prompt was cached."""
     command = [python, "-m", "sglang.launch_server", *arguments]
     complete = dict(environment)
     if "--enable-cache-report" not in arguments:
@@ -63,8 +61,8 @@ def sglang_command(
     if not has_cuda():
         if _value(arguments, "--device") is None:
             command += ["--device", "cpu"]
-        # One core stays free for reading, spilling and serving, where the ranks leave one. A forward whose threads
-        # spin while they wait would take it all the same.
+        # One core stays free for reading, spilling and serving, if the ranks leave one. A forward whose threads spin
+        # while they wait would take it anyway.
         ranks, all_cores = _tensor_parallel_ranks(arguments), len(os.sched_getaffinity(0))
         threads = max(1, (all_cores - 1) // ranks)
         complete.setdefault("OMP_WAIT_POLICY", "passive")
@@ -75,13 +73,13 @@ def sglang_command(
 
 
 def check_command(settings: Settings, arguments: list[str]) -> list[str]:
-    """The command that prints where each SGLang flag of ``arguments`` stands with AgentState, and exits with 1 when one
-    is refused. SGLang reads them itself, and loads no model. Raises EngineError where there is no SGLang."""
+    """The command that prints the status of each SGLang flag of ``arguments`` with AgentState, and exits with 1 if one
+    is refused. SGLang parses the flags itself, and loads no model. Raises EngineError if there is no SGLang."""
     return [engine_python(settings), "-W", "ignore", "-m", "engine_patch.flag_report", *arguments]
 
 
 def engine_python(settings: Settings) -> str:
-    """The interpreter that has SGLang: the one that is set, or this one. Raises EngineError when it has not."""
+    """The interpreter that has SGLang: the configured one, or this one. Raises EngineError if it has none."""
     python = str(settings.engine_python or sys.executable)
     if not Path(python).exists():
         raise EngineError(f"AGENTSTATE_ENGINE_PYTHON is {python}, which does not exist")
@@ -99,7 +97,8 @@ def engine_python(settings: Settings) -> str:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raises SettingsError unless ``port`` of ``host``, an IPv4 or IPv6 address or a name, can be listened on."""
+    """Raises SettingsError unless this process can listen on ``port`` of ``host``, an IPv4 or IPv6 address or a
+    name."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -112,7 +111,7 @@ def require_free_port(host: str, port: int) -> None:
 
 
 def require_page_directory(directory: Path) -> None:
-    """Raises PageStoreUnwritable or PageStoreFull unless pages can be written to ``directory``, which is created."""
+    """Create ``directory``. Raises PageStoreUnwritable or PageStoreFull unless pages can be written to it."""
     advice = "point AGENTSTATE_PAGES_DIR at a directory on another disk"
     try:
         make_directory(directory)
@@ -128,7 +127,7 @@ def require_page_directory(directory: Path) -> None:
         if not os.access(directory, mode):
             raise PageStoreUnwritable(f"the page directory {directory} cannot be {what}: {advice}")
     disk = os.statvfs(directory)
-    # Where there are pages, the engine makes room by evicting some.
+    # If there are pages, the engine makes room by evicting some.
     if disk.f_bavail * disk.f_frsize < _LEAST_FREE_BYTES and not any(directory.glob("*/*/extents/*.ext")):
         raise PageStoreFull(f"the disk of the page directory {directory} is full: make room, or {advice}")
 
@@ -144,7 +143,7 @@ def has_cuda() -> bool:
 
 
 def _tensor_parallel_ranks(arguments: list[str]) -> int:
-    """SGLang's own complaint about what is no number is as good as ours."""
+    """1 if the value is no number: SGLang itself reports that as well as we could."""
     given = next((v for f in ("--tp", "--tp-size", "--tensor-parallel-size") if (v := _value(arguments, f))), "1")
     return max(1, int(given)) if given.isdecimal() else 1
 

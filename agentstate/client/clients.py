@@ -1,4 +1,4 @@
-"""The two clients. Their methods are the functions of ``routes``, carried out at once or awaited."""
+"""The two clients. Their methods are the functions of ``routes``, called directly or awaited."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNBOUNDED = httpx.Limits(max_connections=None, max_keepalive_connections=20, kee
 
 
 class SessionOptions(TypedDict, total=False):
-    """What `create_session` takes beside the model and the id."""
+    """Options of `create_session` besides the model and the id."""
 
     metadata: dict[str, Any] | None
     cache_salt: str | None
@@ -38,7 +38,7 @@ class SessionOptions(TypedDict, total=False):
 
 
 class _Connection:
-    """What both clients know about the service."""
+    """Connection settings that both clients share."""
 
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0, retries: int = 2):
         self._base_url = base_url
@@ -71,7 +71,7 @@ def _awaited(route: Callable[P, Call[A]]) -> Callable[Concatenate[AsyncClient, P
 
 
 def _present(method: Any, route: Callable[..., Call[Any]]) -> None:
-    """Let a method look like its route to `help` and to editors."""
+    """Make a method look like its route in `help` and in editors."""
     method.__name__, method.__qualname__, method.__doc__ = route.__name__, route.__name__, route.__doc__
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     method.__signature__ = inspect.Signature([own, *inspect.signature(route).parameters.values()])
@@ -80,10 +80,10 @@ def _present(method: Any, route: Callable[..., Call[Any]]) -> None:
 class Client(_Connection):
     """A connection to one service, thread-safe; use it as a context manager or `close` it.
 
-    ``api_key`` is sent as a bearer token. Every method may raise ServiceUnreachable (no answer within ``timeout_s``,
-    the request may have been carried out all the same), RequestRefused (the request itself is malformed),
-    DatabaseError, and what it names. A request that failed on its way is repeated up to ``retries`` times where that
-    cannot carry it out twice: all but `update` and `delete`, which carry no Idempotency-Key.
+    ``api_key`` is sent as a bearer token. Every method may raise ServiceUnreachable (no answer within ``timeout_s``;
+    the service may still have carried out the request), RequestRefused (the request itself is malformed),
+    DatabaseError, and the errors that it names. The client retries a request that failed in transit up to ``retries``
+    times if that cannot carry it out twice: all but `update` and `delete`, which carry no Idempotency-Key.
     """
 
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0, retries: int = 2):
@@ -108,7 +108,7 @@ class Client(_Connection):
 
     @property
     def _streams(self) -> httpx.Client:
-        # Apart, and without a bound: who follows holds a connection for as long as the session lives.
+        # A separate, unbounded pool: a follower holds a connection for as long as the session lives.
         with self._lock:
             if self._following is None:
                 self._following = httpx.Client(headers=self._headers, **settings_of(self._base_url, UNBOUNDED))
@@ -147,12 +147,12 @@ class Client(_Connection):
         return Turn(self, session_id, **options)
 
     def events(self, session_id: str, *, after: int = 0) -> Iterator[Event]:
-        """What happens to a session: every entry after the seq ``after``, once and in order; the session as it stands
-        after a change; and `Rewound` where entries that came were taken back. It ends when the session does.
+        """Follow a session: every entry after the seq ``after``, once and in order; the session's state after a change;
+        and `Rewound` when delivered entries were taken back. Ends when the session does.
 
-        A connection that breaks is made again, however long the service or its database is away meanwhile. Every
-        follower has a connection of its own. Raises SessionNotFound, SessionExpired, and EventsTrimmed when the
-        session never had an entry ``after``.
+        Reconnects after a failure, however long the service or its database is away. Every follower has its own
+        connection. Raises SessionNotFound, SessionExpired, and EventsTrimmed if the session never had an entry
+        ``after``.
         """
         following = Following(after)
         while not following.ended:
@@ -173,7 +173,7 @@ class Client(_Connection):
                 time.sleep(POLL_S)
 
     def wait_operation(self, operation_id: str, *, timeout_s: float) -> Operation:
-        """Poll until the operation is ``done`` or ``failed``. Raises TimeoutError; the operation then goes on."""
+        """Poll until the operation is ``done`` or ``failed``. Raises TimeoutError; the operation then continues."""
         deadline = time.monotonic() + timeout_s
         while not _ended(operation := self.operation(operation_id)):
             _check(operation, timeout_s, deadline)
@@ -271,12 +271,12 @@ class AsyncClient(_Connection):
         return AsyncTurn(self, session_id, **options)
 
     async def events(self, session_id: str, *, after: int = 0) -> AsyncIterator[Event]:
-        """What happens to a session: every entry after the seq ``after``, once and in order; the session as it stands
-        after a change; and `Rewound` where entries that came were taken back. It ends when the session does.
+        """Follow a session: every entry after the seq ``after``, once and in order; the session's state after a change;
+        and `Rewound` when delivered entries were taken back. Ends when the session does.
 
-        A connection that breaks is made again, however long the service or its database is away meanwhile. Every
-        follower has a connection of its own. Raises SessionNotFound, SessionExpired, and EventsTrimmed when the
-        session never had an entry ``after``.
+        Reconnects after a failure, however long the service or its database is away. Every follower has its own
+        connection. Raises SessionNotFound, SessionExpired, and EventsTrimmed if the session never had an entry
+        ``after``.
         """
         following = Following(after)
         while not following.ended:
@@ -298,7 +298,7 @@ class AsyncClient(_Connection):
                 await asyncio.sleep(POLL_S)
 
     async def wait_operation(self, operation_id: str, *, timeout_s: float) -> Operation:
-        """Poll until the operation is ``done`` or ``failed``. Raises TimeoutError; the operation then goes on."""
+        """Poll until the operation is ``done`` or ``failed``. Raises TimeoutError; the operation then continues."""
         deadline = time.monotonic() + timeout_s
         while not _ended(operation := await self.operation(operation_id)):
             _check(operation, timeout_s, deadline)

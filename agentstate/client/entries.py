@@ -1,4 +1,4 @@
-"""Entries to append, as the API takes them."""
+"""Builders of entries to append, in the API's form."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from agentstate.sql.models import EntryKind
 
 
 def message(payload: dict[str, Any]) -> dict[str, Any]:
-    """A message of the conversation, in whatever form the caller keeps them."""
+    """A message of the conversation, in the caller's own form."""
     return {"kind": EntryKind.MESSAGE, "payload": payload}
 
 
 def note(payload: dict[str, Any]) -> dict[str, Any]:
-    """Something to remember with the session that is no part of the conversation."""
+    """Data to keep with the session outside the conversation."""
     return {"kind": EntryKind.NOTE, "payload": payload}
 
 
 def tool_call(call_id: str, name: str, arguments: Any = None, *, expected_s: float | None = None) -> dict[str, Any]:
-    """To append **before** the tool runs: the claim that it is about to."""
+    """The claim of a tool call. Append it **before** the tool runs."""
     payload = {"name": name, "arguments": arguments}
     if expected_s is not None:
         payload["expected_s"] = expected_s
@@ -27,10 +27,10 @@ def tool_call(call_id: str, name: str, arguments: Any = None, *, expected_s: flo
 
 
 def tool_output(call_id: str, output: Any) -> dict[str, Any]:
-    """What a tool call gave. Of numbers that JSON does not have it keeps the names: ``NaN``, ``Infinity``."""
+    """The output of a tool call. Numbers that JSON cannot express are stored by name: ``NaN``, ``Infinity``."""
     return {"kind": EntryKind.TOOL_RESULT, "call_id": call_id, "payload": {"output": documents.finite(output)}}
 
 
 def tool_error(call_id: str, error: Any) -> dict[str, Any]:
-    """Why a tool call failed."""
+    """The error of a failed tool call."""
     return {"kind": EntryKind.TOOL_RESULT, "call_id": call_id, "payload": {"error": documents.finite(error)}}

@@ -1,4 +1,4 @@
-"""Server-sent events, as they come in."""
+"""Incremental parsing of server-sent events."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from agentstate.errors import AgentStateError, RequestRefused
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
-# No other character ends a line: those that only Unicode counts among the ends of lines may stand in a text.
+# No other character ends a line: a text may contain those that only Unicode counts as line ends.
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 
 Event = Entry | Session | Rewound
 
 
 class Following:
-    """How far a session was followed: ``seq`` is that of the last entry, ``ended`` whether there is nothing more."""
+    """The progress of following a session: ``seq`` is the last entry's, ``ended`` whether the session has ended."""
 
     def __init__(self, after: int):
         self.seq = after
@@ -32,14 +32,14 @@ class Following:
         self._data: list[str] = []
 
     def begin(self) -> None:
-        """A connection begins: what was left of an event on the last one is not one."""
+        """Start a new connection, and drop any partial event of the last one."""
         self._connected = True
         self._failures = 0
         self._line, self._after_cr = [], False
         self._kind, self._data = "", []
 
     def pause_s(self, error: AgentStateError) -> float:
-        """How long to wait before connecting again. Raises ``error`` where that is of no use."""
+        """How long to back off before reconnecting. Raises ``error`` if reconnecting is of no use."""
         away = error.retryable or (isinstance(error, RequestRefused) and error.status in GATEWAY)
         if not (self._connected and away):
             raise error
@@ -47,8 +47,7 @@ class Following:
         return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * float(1 << min(self._failures, 10)))
 
     def take(self, chunk: bytes) -> Iterator[Event]:
-        """What a piece of the stream completes. The service's own comments, and kinds that it may add, are passed
-        over."""
+        """The events that a piece of the stream completes. Skips comments and unknown kinds of events."""
         if self._after_cr and chunk:
             chunk, self._after_cr = chunk.removeprefix(b"\n"), False
         first, *others = _LINE_END.split(chunk)

@@ -1,7 +1,7 @@
-"""What a turn does on threads: renewing its lease, and ending when whoever runs it cannot wait for that.
+"""A turn's threads: one renews its lease, another ends the turn if its caller cannot wait.
 
-A thread and not a task, also where the turn is asynchronous: a tool that blocks the event loop must not cost the lease,
-and a turn that is cancelled must end all the same.
+These are threads and not tasks, even for asynchronous turns: a tool that blocks the event loop must not cost the lease,
+and a cancelled turn must still end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ A = TypeVar("A")
 
 
 class BlockingSender(Protocol):
-    """A client that threads may use, also several at once."""
+    """A thread-safe client."""
 
     def _send(self, call: Call[A]) -> A: ...
 
@@ -34,9 +34,9 @@ class BlockingSender(Protocol):
 
 
 class Keeper:
-    """Renews a lease every ``interval_s`` until it is stopped or the lease is lost, which it tells ``on_lost``.
+    """Renews a lease every ``interval_s`` until it is stopped or the lease is lost; it then calls ``on_lost``.
 
-    ``sender`` gives the client to renew with; it is asked on the keeper's thread, when a renewal is due.
+    ``sender`` returns the client to renew with; the keeper's thread calls it when a renewal is due.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Keeper:
         threading.Thread(target=self._run, name=f"agentstate-lease-{session_id}", daemon=True).start()
 
     def stop(self) -> None:
-        """Renew no more. Does not wait: a renewal that is under way ends by itself, and tells nobody."""
+        """Stop renewing. Does not wait: a renewal in progress ends by itself, without calling ``on_lost``."""
         self._stopping.set()
 
     def _run(self) -> None:
@@ -70,14 +70,14 @@ class Keeper:
             except AgentStateError:
                 continue  # the service may be back before the lease lapses
             except Exception as error:
-                # The client was closed, perhaps while it sent this.
+                # The client was closed, perhaps during this request.
                 if not self._stopping.is_set():
                     logger.warning("the lease of session %s is not renewed any more: %s", self._session_id, error)
                 return
 
 
 def apart(session_id: str, client: BlockingSender, work: Callable[[BlockingSender], None]) -> None:
-    """Do ``work`` with ``client`` on a thread of its own, and close the client. The process does not end before it."""
+    """Do ``work`` with ``client`` on a new thread, then close the client. The process waits for it at exit."""
 
     def run() -> None:
         try:

@@ -1,7 +1,7 @@
 """The routes of the HTTP API, described once for both clients.
 
-A function here is what a method of `Client` and `AsyncClient` is made of: its parameters and its docstring are the
-method's, and what it returns says what to send, what comes back and when sending it again is harmless.
+Each function here defines a method of `Client` and `AsyncClient`. The method has its parameters and its docstring; its
+result says what to send, how to parse the answer and when a retry is harmless.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Repeat(Enum):
-    """Whether a request whose answer was lost may be sent again."""
+    """Whether a request may be retried after its answer was lost."""
 
     READ = "it changes nothing"
     KEYED = "it carries an Idempotency-Key: the service carries it out once"
@@ -44,7 +44,7 @@ class Repeat(Enum):
 
 @dataclass(frozen=True)
 class Call(Generic[A]):
-    """One request and how to read its answer. The service may take ``wait_s`` longer than usual."""
+    """One request and how to parse its answer. The service may take ``wait_s`` longer than usual."""
 
     parse: Callable[[httpx.Response], A]
     method: str
@@ -57,7 +57,7 @@ class Call(Generic[A]):
 
 
 def once(call: Call[A], **headers: str) -> Call[A]:
-    """``call`` with an Idempotency-Key of its own: however often it is sent, it is carried out once."""
+    """``call`` with its own Idempotency-Key: however often it is sent, the service carries it out once."""
     return replace(call, headers={"Idempotency-Key": uuid.uuid4().hex, **call.headers, **headers})
 
 
@@ -83,7 +83,7 @@ def create_session(
 
 
 def list_sessions(*, after: str | None = None, limit: int = 100, order: str = "asc") -> Call[SessionList]:
-    """One page of the sessions that have not expired, by id; go on with ``after=page.last_id``."""
+    """One page of the sessions that have not expired, by id; continue with ``after=page.last_id``."""
     return _get(SessionList, "/v1/sessions", _page(after, limit, order))
 
 
@@ -99,9 +99,9 @@ def update(
     metadata: dict[str, Any] | None = None,
     expires_in_s: float | Literal["keep", "never"] = "keep",
 ) -> Call[Session]:
-    """Change keys of the metadata (None takes one away), and the expiry, counted from now.
+    """Change keys of the metadata (None removes a key), and the expiry, in seconds from now.
 
-    ``revision`` is the one that the caller has seen, or ``*`` for any. Raises RevisionStale.
+    ``revision`` is the last one that the caller has seen, or ``*`` for any. Raises RevisionStale.
     """
     body: dict[str, Any] = {} if metadata is None else {"metadata": metadata}
     if expires_in_s != "keep":
@@ -115,12 +115,13 @@ def delete(session_id: str, *, revision: str) -> Call[None]:
 
 
 def entries(session_id: str, *, after: str | None = None, limit: int = 100, order: str = "asc") -> Call[EntryList]:
-    """One page; go on with ``after=page.last_id`` while it ``has_more``. Raises EntryNotFound."""
+    """One page of the transcript; continue with ``after=page.last_id`` while it ``has_more``. Raises EntryNotFound."""
     return _get(EntryList, _session(session_id, "entries"), _page(after, limit, order))
 
 
 def append(session_id: str, lease: Lease, entries: Sequence[dict[str, Any]]) -> Call[AppendedEntries]:
-    """Append all of them or none: made by `message`, `tool_call`, `tool_output`, `tool_error`, `note`, or by hand.
+    """Append entries, all or none. Make them with `message`, `tool_call`, `tool_output`, `tool_error`, `note`, or by
+    hand.
 
     Raises LeaseLost, InvalidEntry.
     """
@@ -137,11 +138,11 @@ def resume(
     busy_timeout_s: float = 0.0,
     prefetch: str = "none",
 ) -> Call[Resumed]:
-    """Take the session's lease, and get back what its next turn needs.
+    """Take the session's lease. Returns what its next turn needs.
 
     The service waits up to ``busy_timeout_s`` while another process runs the session. ``prefetch`` brings the KV back
     to the engine's ``host`` memory or to the ``device``; the answer does not wait for it. Raises SessionBusy,
-    ModelMismatch, and RevisionStale when a ``revision`` is given that is not the newest.
+    ModelMismatch, and RevisionStale if ``revision`` is not the newest.
     """
     body: dict[str, Any] = {"tail": tail, "lease_ttl_s": lease_ttl_s}
     if expect_model is not None:
@@ -155,7 +156,7 @@ def resume(
 
 
 def renew(session_id: str, lease: Lease, *, lease_ttl_s: float | None = None) -> Call[Lease]:
-    """Let the lease lapse ``lease_ttl_s`` from now instead of when it would have. Raises LeaseLost."""
+    """Renew the lease: it now lapses ``lease_ttl_s`` from now. Raises LeaseLost."""
     body = {"lease": _proof(lease), "lease_ttl_s": lease_ttl_s}
     return _post(Lease, _session(session_id, "lease", "renew"), body)
 
@@ -171,8 +172,8 @@ def suspend(
 ) -> Call[Suspended]:
     """End the turn. Waits up to ``durable_timeout_ms`` for the KV to be durable.
 
-    ``kv`` says what becomes of the device's copy: ``retain`` it while there is room, ``demote`` it once the KV is
-    durable, or ``release`` it and what is stored. Raises LeaseLost, ToolInFlight.
+    ``kv`` decides about the device's copy: ``retain`` it while there is room, ``demote`` it once the KV is durable, or
+    ``release`` it and what is stored. Raises LeaseLost, ToolInFlight.
     """
     body = {
         "lease": _proof(lease),
@@ -193,9 +194,9 @@ def fork(
     metadata: dict[str, Any] | None = None,
     expires_in_s: float | None = None,
 ) -> Call[Session]:
-    """A new session that shares this one's history, and KV, up to the entry ``at``, or all of it.
+    """Create a session that shares this one's history, and KV, up to the entry ``at`` (default: all of it).
 
-    It has the parent's metadata unless some is given. Raises RevisionStale, EntryNotFound, NotABranchPoint,
+    It inherits the parent's metadata unless some is given. Raises RevisionStale, EntryNotFound, NotABranchPoint,
     SessionExists.
     """
     body = {"at": at, "id": id, "metadata": metadata, "expires_in_s": expires_in_s}
@@ -203,10 +204,10 @@ def fork(
 
 
 def rewind(session_id: str, at: str | None, *, revision: str, lease: Lease | None = None) -> Call[Session]:
-    """Make the entry ``at`` the head again: what came after it is taken back, and with None all of it.
+    """Make the entry ``at`` the head again, and take back the entries after it (None: all entries).
 
-    The ``lease`` is needed while the session is being run. Raises RevisionStale, EntryNotFound, NotABranchPoint,
-    SessionBusy, ToolInFlight.
+    Needs the ``lease`` while a turn is running. Raises RevisionStale, EntryNotFound, NotABranchPoint, SessionBusy,
+    ToolInFlight.
     """
     body: dict[str, Any] = {"at": at, **_held(lease)}
     return _post(Session, _session(session_id, "rewind"), body, headers=_seen(revision))
@@ -215,7 +216,7 @@ def rewind(session_id: str, at: str | None, *, revision: str, lease: Lease | Non
 def prefetch(session_id: str, *, tier: str = "host", deadline_s: float | None = None) -> Call[Operation]:
     """Bring the session's KV back to the engine's ``host`` memory or to the ``device``, before a request needs it.
 
-    After ``deadline_s`` it is of no use any more, and fails. The operation is done already if the KV is there.
+    It fails after ``deadline_s``, when it is no longer useful. The operation is already done if the KV is there.
     """
     body = {"tier": tier, "deadline_ms": None if deadline_s is None else round(deadline_s * 1000)}
     return _post(Operation, _session(session_id, "prefetch"), body)
@@ -230,11 +231,11 @@ def claim_tool_call(
     expected_s: float | None = None,
     lease: Lease | None = None,
 ) -> Call[ToolCall]:
-    """Claim a tool call, before executing it. It is to be executed by the caller only when its ``state`` is claimed.
+    """Claim a tool call, before executing it. Execute it only if its ``state`` is claimed.
 
-    A call that has its result already is answered with it. The ``lease`` is needed while the session is being run.
-    Raises ToolCallClaimed, ToolCallUnknown (its claimant vanished: it may have run or not), ToolCallReused (the id is
-    that of a call of another tool or with other arguments), SessionBusy, LeaseLost.
+    If the call already has a result, the answer contains it. Needs the ``lease`` while a turn is running. Raises
+    ToolCallClaimed, ToolCallUnknown (its claimant vanished: it may or may not have run), ToolCallReused (the id belongs
+    to a call of another tool or with other arguments), SessionBusy, LeaseLost.
     """
     body = {"name": name, "arguments": arguments, "expected_s": expected_s, **_held(lease)}
     path = _session(session_id, "tool-calls", _part(call_id))
@@ -244,10 +245,10 @@ def claim_tool_call(
 def finish_tool_call(
     session_id: str, call_id: str, *, output: Any = None, error: Any = None, lease: Lease | None = None
 ) -> Call[ToolCall]:
-    """Give a tool call its result: its ``error`` if there is one, else its ``output``; see `tool_output`.
+    """Report a tool call's result: its ``error`` if there is one, else its ``output``; see `tool_output`.
 
-    The ``lease`` is needed while the session is being run, and none otherwise: a tool may end while its session is
-    suspended. Raises ToolCallNotFound, ToolCallFinal, SessionBusy, LeaseLost.
+    Needs the ``lease`` while a turn is running, and none otherwise: a tool may end while its session is suspended.
+    Raises ToolCallNotFound, ToolCallFinal, SessionBusy, LeaseLost.
     """
     result = {"output": documents.finite(output)} if error is None else {"error": documents.finite(error)}
     path = _session(session_id, "tool-calls", _part(call_id), "result")
@@ -255,17 +256,17 @@ def finish_tool_call(
 
 
 def operation(operation_id: str) -> Call[Operation]:
-    """How an operation stands. Raises OperationNotFound."""
+    """Read an operation's state. Raises OperationNotFound."""
     return _get(Operation, f"/v1/operations/{_part(operation_id)}")
 
 
 def engines() -> Call[EngineList]:
-    """The engine ranks that have registered, and which of them are live."""
+    """The registered engine ranks, and which of them are live."""
     return _get(EngineList, "/v1/engines")
 
 
 def events(session_id: str, seq: int) -> Call[httpx.Response]:
-    # Not a method by itself: what comes is a stream. The service says every 15 s that it is still there.
+    # Not a method by itself: the answer is a stream. The service sends a keep-alive every 15 s.
     params = {"after": str(seq)}
     return Call(lambda response: response, "GET", _session(session_id, "events"), Repeat.READ, params=params, wait_s=30)
 

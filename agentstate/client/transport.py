@@ -1,6 +1,6 @@
-"""How a request is carried out: what is sent again, when, and which error an answer stands for.
+"""How requests are sent: what is retried, when, and which error an answer means.
 
-`exchange` decides all of it and does no I/O, so that the two clients differ in nothing but how they send and sleep.
+`exchange` decides all of it and does no I/O, so the two clients differ only in how they send and sleep.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ A = TypeVar("A")
 
 CONNECT_TIMEOUT_S = 5.0
 FIRST_WAIT_S = 0.1
-# Shorter than a service keeps an idle connection.
+# Keep idle connections for a shorter time than the service does.
 LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=30.0)
-# A service that wants a client to wait for longer is asked again by the caller, if at all.
+# If the service asks for a longer wait, retrying is up to the caller.
 LONGEST_WAIT_S = 5.0
-# Such a request has not reached the service.
+# After these errors the request has not reached the service.
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 GATEWAY = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 
@@ -43,11 +43,11 @@ class Attempt:
 def exchange(
     call: Call[A], *, where: str, timeout_s: float, retries: int
 ) -> Generator[Attempt, httpx.Response | httpx.TransportError, A]:
-    """Yields attempts, is sent what each of them brought, and returns the answer or raises its error.
+    """Yields attempts, receives their outcomes, and returns the answer or raises its error.
 
-    A request is repeated, at most ``retries`` times, where the service did not get it, where it says that the same may
-    succeed later, and where its answer was lost and ``call.repeat`` says that this does no harm. That a session is busy
-    is for the caller to wait for. Raises InvalidEntry, and sends nothing, where the body cannot be JSON.
+    A request is retried, at most ``retries`` times, if the service did not receive it, if the service says that it may
+    succeed later, or if its answer was lost and ``call.repeat`` allows it. Waiting for a busy session is up to the
+    caller. Raises InvalidEntry, and sends nothing, if the body cannot be JSON.
     """
     if call.repeat is Repeat.KEYED:
         call = once(call)
@@ -83,8 +83,8 @@ def exchange(
 
 
 def settings_of(base_url: str, limits: httpx.Limits = LIMITS) -> dict[str, Any]:
-    """What both clients give httpx for a service at ``base_url``: a proxy from the environment is not asked for what is
-    on this machine."""
+    """Both clients' httpx settings for a service at ``base_url``. Requests to this machine bypass the environment's
+    proxy."""
     return {"base_url": base_url, "limits": limits, "trust_env": not is_loopback(base_url)}
 
 
@@ -96,7 +96,7 @@ def _body(call: Call[Any]) -> bytes | None:
 
 
 def problem(response: httpx.Response) -> AgentStateError:
-    """The error that a problem+json answer stands for, by its type; RequestRefused for any other answer."""
+    """The error that a problem+json answer means, by its type; RequestRefused for any other answer."""
     try:
         told = response.json()
         slug = told["type"].rpartition("/")[2]
@@ -117,7 +117,7 @@ def problem(response: httpx.Response) -> AgentStateError:
 
 def _may_succeed_later(error: AgentStateError, status: int, repeat: Repeat) -> bool:
     if status == HTTPStatus.TOO_MANY_REQUESTS:
-        return True  # refused before anything was done
+        return True  # refused before the service did anything
     if repeat is Repeat.NEVER or isinstance(error, SessionBusy):
         return False
     return error.retryable or status in GATEWAY

@@ -1,10 +1,10 @@
-"""A turn: the stretch in which one process runs a session.
+"""A turn: the period in which one process runs a session.
 
-It begins with a resume and ends with a suspend, whatever happens in between; meanwhile the lease is renewed on a
-thread, so that a model call or a tool may take as long as it takes.
+It begins with a resume and ends with a suspend, whatever happens in between. A thread renews the lease meanwhile, so a
+model call or a tool may take any time.
 
-A turn that is interrupted or cancelled ends too. Its resume and its suspend carry an Idempotency-Key. What broke off
-half-way is sent again on a thread: a lease that was taken meanwhile is given back, and the suspend arrives.
+An interrupted or cancelled turn ends too. Its resume and its suspend carry an Idempotency-Key. A thread repeats the
+interrupted request: a lease that was taken meanwhile is given back, and the suspend arrives.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ A = TypeVar("A")
 
 class _Connected(Protocol):
     def _blocking(self) -> BlockingSender:
-        """The client that threads of its turns share."""
+        """The client that the threads of its turns share."""
 
     def _apart(self) -> BlockingSender:
-        """Another client of the same service, for whoever asks to close."""
+        """A new client of the same service; the caller closes it."""
 
 
 class Sender(_Connected, Protocol):
-    """What a turn needs of a client."""
+    """The part of a client that a turn needs."""
 
     def _send(self, call: Call[A]) -> A: ...
 
@@ -54,7 +54,7 @@ class Sender(_Connected, Protocol):
 
 
 class AsyncSender(_Connected, Protocol):
-    """What an asynchronous turn needs of a client."""
+    """The part of a client that an asynchronous turn needs."""
 
     async def _send(self, call: Call[A]) -> A: ...
 
@@ -75,7 +75,7 @@ class TurnOptions(TypedDict, total=False):
 
 
 class _Turn:
-    """What a turn is, however its requests are sent."""
+    """The state of a turn, however its requests are sent."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class _Turn:
         self.reason = reason
         #: What the suspend at the end of the block answered; None before.
         self.suspended: Suspended | None = None
-        #: Whether the lease is known to be lost: another one may run the session, and nothing can be appended.
+        #: Whether the lease is known to be lost: another process may run the session, and appends fail.
         self.lease_lost = False
         self._connected = connected
         self._lease_ttl_s = lease_ttl_s
@@ -135,22 +135,22 @@ class _Turn:
 
     @property
     def pending_tool_calls(self) -> list[str]:
-        """Calls without a result as of the resume: another process claimed them, and they may have run or not."""
+        """Calls without a result as of the resume: another process claimed them, and they may or may not have run."""
         return self.resumed.pending_tool_calls
 
     @property
     def kv(self) -> Outlook:
-        """What of the session's KV can be restored, as of the resume."""
+        """How much of the session's KV can be restored, as of the resume."""
         return self.resumed.kv
 
     @property
     def base_url(self) -> str:
-        """Where the engine's OpenAI API is. Raises EngineUnreachable when no live engine serves the model."""
+        """The URL of the engine's OpenAI API. Raises EngineUnreachable if no live engine serves the model."""
         return self._engine.base_url
 
     @property
     def extra_body(self) -> dict[str, str]:
-        """For every model call of the turn: an OpenAI client's ``extra_body``. Raises EngineUnreachable."""
+        """An OpenAI client's ``extra_body`` for every model call of the turn. Raises EngineUnreachable."""
         return self._engine.extra_body
 
     @property
@@ -176,10 +176,10 @@ class _Turn:
         self.lease_lost = True
 
     def _ending(self, error: BaseException | None) -> Call[Suspended]:
-        """Keep the lease no longer; what is to be sent."""
+        """Stop renewing the lease. Returns the suspend to send."""
         if self._keeper is not None:
             self._keeper.stop()
-        # A turn that broke off is not done, whatever it meant to be.
+        # A turn that failed is not done, whatever its reason says.
         return self._suspension(self.lease, self.reason if error is None else "user_wait")
 
     def _suspension(self, lease: Lease, reason: str) -> Call[Suspended]:
@@ -197,7 +197,7 @@ class _Turn:
 
     def _withdraw_apart(self, resumption: Call[Resumed]) -> None:
         """Give back the lease that a resume may have taken after all."""
-        # If it took none so far it is not to wait for one.
+        # If it took no lease so far, it must not wait for one.
         again = routes.once(resumption, Prefer="wait=0")
 
         def withdraw(client: BlockingSender) -> None:
@@ -221,7 +221,7 @@ class _Turn:
 
 
 def _settled(suspended: Suspended, operation: Operation) -> StoredKv:
-    """What an ended flush says is stored; ``unknown`` where it failed."""
+    """The stored KV as an ended flush reports it; ``unknown`` if the flush failed."""
     try:
         return StoredKv.model_validate(operation.result)
     except ValidationError:
@@ -235,10 +235,10 @@ class Turn(_Turn):
             reply = llm.chat.completions.create(..., extra_body=turn.extra_body)
             turn.append(message({"role": "assistant", "content": reply.choices[0].message.content}))
 
-    Entering it raises what `Client.resume` does. At its end the session is suspended, with ``reason``, also when the
-    block raises; an error of that suspend is raised, or noted on the block's own exception. A turn that is ``done``
-    while a tool call has no result is suspended as ``tool_wait``, and raises ToolInFlight. The lease lapses
-    ``lease_ttl_s`` after this process has vanished.
+    Entering it raises what `Client.resume` does. Its end suspends the session with ``reason``, even if the block
+    raises; an error of that suspend is raised, or noted on the block's own exception. A turn that is ``done`` while a
+    tool call has no result is suspended as ``tool_wait``, and raises ToolInFlight. If this process vanishes, the lease
+    lapses after ``lease_ttl_s``.
     """
 
     def __init__(self, client: Sender, session_id: str, **options: Unpack[TurnOptions]):
@@ -274,11 +274,11 @@ class Turn(_Turn):
             raise
 
     def append(self, *entries: dict[str, Any]) -> AppendedEntries:
-        """Append all of them or none; they are kept once this returns. Raises LeaseLost, InvalidEntry."""
+        """Append entries, all or none; they are stored once this returns. Raises LeaseLost, InvalidEntry."""
         return self._client._send(routes.append(self.session_id, self.lease, entries))
 
     def wait_durable(self, *, timeout_s: float = 60.0) -> StoredKv:
-        """After the block: what the engine has stored of the session, once that is settled. Raises TimeoutError."""
+        """After the block: wait for the flush, and return what is stored of the session. Raises TimeoutError."""
         suspended = self._outcome()
         if suspended.operation is None or suspended.kv.state is not KvState.PENDING:
             return suspended.kv
@@ -288,9 +288,9 @@ class Turn(_Turn):
 class AsyncTurn(_Turn):
     """`Turn`, with ``async with`` and awaited methods.
 
-    A tool may block the event loop: the lease is kept by a thread. Where the task is cancelled while the turn begins or
-    ends, the cancellation goes on at once and the session is suspended soon after, by a thread, for which the process
-    waits when it ends.
+    A tool may block the event loop: a thread renews the lease. If the task is cancelled while the turn begins or ends,
+    the cancellation proceeds at once, and a thread suspends the session soon after; the process waits for that thread
+    at exit.
     """
 
     def __init__(self, client: AsyncSender, session_id: str, **options: Unpack[TurnOptions]):
@@ -312,7 +312,7 @@ class AsyncTurn(_Turn):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         suspension = self._ending(error)
-        if isinstance(error, GeneratorExit):  # nobody runs this coroutine any more: nothing can be awaited
+        if isinstance(error, GeneratorExit):  # nothing runs this coroutine any more, so it cannot await
             self._suspend_apart(suspension)
             return
         try:
@@ -329,11 +329,11 @@ class AsyncTurn(_Turn):
             raise
 
     async def append(self, *entries: dict[str, Any]) -> AppendedEntries:
-        """Append all of them or none; they are kept once this returns. Raises LeaseLost, InvalidEntry."""
+        """Append entries, all or none; they are stored once this returns. Raises LeaseLost, InvalidEntry."""
         return await self._client._send(routes.append(self.session_id, self.lease, entries))
 
     async def wait_durable(self, *, timeout_s: float = 60.0) -> StoredKv:
-        """After the block: what the engine has stored of the session, once that is settled. Raises TimeoutError."""
+        """After the block: wait for the flush, and return what is stored of the session. Raises TimeoutError."""
         suspended = self._outcome()
         if suspended.operation is None or suspended.kv.state is not KvState.PENDING:
             return suspended.kv

@@ -125,8 +125,9 @@ class SuspendSession(Body):
     kv: Literal["retain", "demote", "release"] = Field(
         default="retain",
         description=(
-            "retain: the KV stays on the device while there is room; demote: device memory is given up once the KV "
-            "is durable; release: the KV is no longer needed, and the service waits for nothing."
+            "retain: the KV stays on the device while there is room; demote: it is the first to be evicted there once "
+            "it is durable; release: the KV is no longer needed, what is stored of it is erased, and the service waits "
+            "for nothing."
         ),
     )
     durable_timeout_ms: Int = Field(

@@ -1,5 +1,5 @@
-"""Which extents are evicted next, over all stores that share the room: first those that no live manifest needs, and of
-those the least recently used."""
+"""Which extents are evicted next, over all stores that share the room: first those that no live manifest needs, then
+the others, the least recently used first."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ Unusable = Mapping[str, frozenset[bytes]]
 
 class Failures:
     """A request whose restore failed does not look up the unusable pages again, even if the store still serves them:
-    it might fail for ever. Other requests find out for themselves.
+    otherwise it might fail for ever. Other requests find out for themselves.
 
     A request is forgotten when it is no longer queued, because it runs or has left. For the scheduler's thread.
     """
@@ -48,8 +48,8 @@ class Failures:
 
 def together(of_pools: Iterable[tuple[Collection[str], Unusable]]) -> dict[str, frozenset[bytes]]:
     """The unusable pages of every request that failed in any pool. ``of_pools`` has, for each pool, the requests that
-    failed in it and its unusable pages. A request that failed in some pool without a page to blame may be restored
-    from nothing."""
+    failed in it and its unusable pages. For a request that failed in some pool without a page to blame, nothing may
+    be restored."""
     found: dict[str, frozenset[bytes]] = {}
     for failed, unusable in of_pools:
         for rid in failed:

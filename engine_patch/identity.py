@@ -67,7 +67,7 @@ def _reachable(host: str) -> str:
 
 
 def _fields(server_args: Any, page_size: int, pools: Sequence[DevicePool]) -> dict[str, Any]:
-    """What a page of any of ``pools`` is valid for. It describes all of them, since each is computed from the others.
+    """What a page of any of ``pools`` is valid for. The fields cover all pools, since each is computed from the others.
 
     These fields are always there. Add later ones to `_further_fields`: here they would make every stored page
     unreachable after an upgrade. The version of SGLang counts, since its kernels may lay out KV in another way.

@@ -17,7 +17,7 @@ _WAY_BACK = {PagedTokenToKVPoolAllocator: "_release_page_ids", TokenToKVPoolAllo
 
 
 class Quarantine:
-    """Withholds quarantined pages that are freed from their ``allocator``, until the quarantine ends.
+    """Keeps freed pages from their ``allocator`` while they are in quarantine.
 
     A read cannot be cancelled: whenever the drive answers, it writes where it was told to. All methods are for the
     scheduler's thread.

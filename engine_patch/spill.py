@@ -66,8 +66,8 @@ class Spiller:
     once: keys that are stored or on their way are skipped. This is decided when an offer's turn comes, so that an
     earlier offer of the same page counts.
 
-    Every offer gets one entry in ``results``, strictly in the order of the offers: the tree takes a result for its
-    oldest offer, and unlocks that one's device pages. ``staging_bytes`` bounds the copy out of the device. An offer
+    Every offer gets one entry in ``results``, in the order of the offers, never earlier: the tree takes a result for
+    its oldest offer, and unlocks that one's device pages. ``staging_bytes`` bounds the copy out of the device. An offer
     made while ``on`` is false is answered as not stored. When the drive has taken no extent for ``timeout_s``, every
     unanswered offer is answered so too, except one that is being copied at that moment, and so is every new offer until
     the drive takes an extent. Copies that were made are written all the same; the others are not made. The tree offers

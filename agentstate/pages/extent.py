@@ -13,7 +13,8 @@ component), so that one range of the file is a whole layer of the run. Numbers a
 not know the version refuses the file; it never guesses.
 
 Every page has a checksum a layer, and so has every block of pages: a block is verified in one call instead of one a
-page, and that call releases Python's interpreter lock. Beside a forward, the lock is what verifying costs most.
+page, and that call releases Python's interpreter lock. Beside a forward, holding the lock is the largest cost of
+verifying.
 """
 
 from __future__ import annotations

@@ -154,8 +154,8 @@ class PageIndex:
 
     def _begin(self, weight: bytes = b".") -> None:
         """Mark that work has begun. A damaged index may end the process that works on it, and must not do so for ever:
-        the marks of unfinished work are counted. A change is often under way when a process is killed, so the mark of
-        one does not condemn the index."""
+        the marks of unfinished work are counted. A change is often under way when a process is killed, so one
+        mark of a change does not condemn the index."""
         with suppress(OSError), open(self._unfinished, "ab", opener=private) as file:
             file.write(weight)
 

@@ -95,7 +95,7 @@ class Calibration:
         ``max_running``, ``request_s``, the three rates, ``prefill`` (a list of ``{"cached", "new", "seconds"}``, each
         one request alone on an idle engine, from its start to its first and only token) and ``decode`` (a list of
         ``{"sequences", "context_tokens", "seconds"}``, each one step; the context is that of all sequences together).
-        ``read_s``, ``write_s``, ``restore_s``, ``late_results`` and ``idle`` may be left out where they are nothing.
+        ``read_s``, ``write_s``, ``restore_s``, ``late_results`` and ``idle`` may be left out if they are nothing.
 
         Raises SettingsError for a file that is missing or is not such a record.
         """

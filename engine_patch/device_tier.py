@@ -103,7 +103,7 @@ class DeviceTier:
     def prefetch(self, session_id: str, keys: list[bytes]) -> Callable[[], Progress] | None:
         """Bring the pages ``keys``, the session's stored chain, into the tree. They take memory that is free or
         evictable, and that no running request is going to need; if there is too little, none are brought. Returns what
-        tells the progress. From any thread; a prefetch that is under way already goes on.
+        tells the progress. From any thread; a prefetch that is under way already continues.
 
         Returns None if it cannot be done: the tree is keyed by token ids, which only a process that has served the
         session has, and the session's newest ones need not be those of ``keys``.

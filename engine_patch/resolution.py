@@ -1,5 +1,5 @@
 """What the plug-in does while SGLang resolves its arguments: it judges the flags that were given, completes the one
-flag that turns AgentState on, and chooses a page size where nobody has."""
+flag that turns AgentState on, and chooses a page size if nobody has."""
 
 from __future__ import annotations
 

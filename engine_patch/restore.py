@@ -183,7 +183,8 @@ class Restorer:
             thread.start()
 
     def queue(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor | PageNumbers) -> None:
-        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, of what is not being read already."""
+        """Queue ``keys`` for the device pages ``numbers``. Pages that are not being read already are read from now
+        on."""
         self._pending[rid] = self._load(rid, keys, numbers, self._feeds, Source.COLD)
 
     def preload(

@@ -20,7 +20,7 @@ Verbs::
 The first three wait up to ``timeout_ms`` and answer ``pending`` when that was not enough; asking again goes on
 waiting, and starts nothing twice. Pages computed while spilling is off are stored when they are used again later, with
 spilling on. The other states of the first three are those of ``KvState`` for a flush; ``warm``, ``partial`` and
-``cold`` for a prefetch, which also says in ``tier`` where the pages went: to host memory where the device cannot be
+``cold`` for a prefetch, which also says in ``tier`` where the pages went: to host memory if the device cannot be
 reached; ``demoted`` for a demote. An engine answers with an error what it does not know or cannot do.
 
 An endpoint is bound to loopback unless an operator sets ``AGENTSTATE_CONTROL_ADDRESS`` otherwise. It answers only those

@@ -29,7 +29,7 @@ _HUGE_PAGE = 2 << 20
 def staging_memory(n_bytes: int) -> np.ndarray:
     """Host memory for direct I/O: uint8, of shape (n_bytes,), and zero.
 
-    In huge pages where the kernel has them: it then hands a disk a few long ranges instead of every 4 KiB, which made
+    In huge pages if the kernel has them: it then hands a disk a few long ranges instead of every 4 KiB, which made
     reading and writing 1.3 times as fast. Page faults cost as much as reading: they are taken here, once.
     """
     # Less than a huge page would in fact take a whole one.
@@ -105,11 +105,11 @@ class _PosixFile(OpenFile):
 
 
 class KvikioBackend(ReadBackend):
-    """KvikIO: by GPUDirect Storage from the drive into device memory, or where that is not set up (its compatibility
-    mode) through pinned bounce buffers of its own.
+    """KvikIO, which reads from the drive into device memory by GPUDirect Storage or, if that is not set up (its
+    compatibility mode), through pinned bounce buffers of its own.
 
     ``allocate`` gives the memory to read into: device memory with ``__cuda_array_interface__``, or a NumPy array.
-    ``on_host`` copies views of it back, each thread its own, to be verified: what is verified is what the device has,
+    ``on_host`` copies views of it back, each thread its own, to be verified: so verifying covers what the device has,
     the way from the drive included. Files are opened for reading only. Raises SettingsError if KvikIO is not
     installed or no CUDA driver works: without one every read fails. ``KVIKIO_*`` variables that are set are respected.
     """

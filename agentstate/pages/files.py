@@ -27,7 +27,7 @@ def is_full(error: OSError | lmdb.Error) -> bool:
 
 
 def open_direct(path: Path, flags: int) -> int:
-    """Open for direct I/O, or buffered where the file system refuses that."""
+    """Open for direct I/O, or buffered if the file system refuses that."""
     try:
         return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, FILE_MODE)
     except OSError as error:

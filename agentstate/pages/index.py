@@ -9,7 +9,7 @@ by page: one look-up an extent. Extents that an earlier release entered have no 
 
 LMDB trusts its file. An index that is shorter than it says, cannot be walked from end to end, was made by another
 version or for other pages, or outlived the last process that opened it or the last two that changed it, is deleted and
-made anew.
+rebuilt.
 """
 
 from __future__ import annotations

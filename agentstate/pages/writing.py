@@ -27,7 +27,7 @@ class Writer:
     def __init__(self, store: PageStore, staging_bytes: int):
         self._store = store
         pages, block = store.pages_within(staging_bytes // _DRAFTS), store.geometry.block_pages
-        # Whole blocks, where there is one: a short last one costs as much to verify as a whole one.
+        # Whole blocks, if one fits: a short last one costs as much to verify as a whole one.
         self.pages_an_extent = pages - pages % block if pages > block else pages
         size = align(store.draft_bytes(self.pages_an_extent))
         self.staging = staging_memory(_DRAFTS * size)

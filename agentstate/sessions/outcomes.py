@@ -105,7 +105,7 @@ class Resumed:
 class ToolCall:
     """A tool call; ``result`` is the payload of its result, once it is done or has failed.
 
-    ``typical_s`` is the median of what the tool took before, in this tenant's sessions; None where nothing is known.
+    ``typical_s`` is the median of what the tool took before, in this tenant's sessions; None if nothing is known.
     """
 
     id: str

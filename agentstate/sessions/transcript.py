@@ -49,7 +49,7 @@ class NewEntry:
 
 @dataclass(frozen=True)
 class Entry:
-    """An appended entry. ``seq`` numbers the entries of a history, without gaps where nothing was taken back;
+    """An appended entry. ``seq`` numbers the entries of a history, without gaps if nothing was taken back;
     ``session_id`` is the session whose history it was read from."""
 
     id: str

@@ -1,8 +1,8 @@
 """Attention on a CPU whose cost follows the new tokens.
 
 SGLang's `torch_native` backend attends again for every cached token of a request that is extended, and copies the whole
-cache of every layer for every decoded token. Here only new queries are computed, and where a request's slots are
-consecutive, which paged allocation and restores mostly make them, K and V are read where they lie.
+cache of every layer for every decoded token. Here only new queries are computed. If a request's slots are
+consecutive, as paged allocation and restores mostly make them, K and V are read where they lie.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """A long restore beside requests that decode: how long they wait between two tokens.
 
-Eight requests decode, and once all of them do, a ninth request with a long prefix arrives. Measured are the times
-between two tokens of the eight from then on: without the ninth, with its prefix on the device, and with its prefix on
-disk, once by an engine that preloads it beside them and once by an engine that restores layer by layer. The ninth's own
-prefill is a step that the eight wait for whatever happens, so what a restore costs them is told by the memory hit.
+Eight requests decode, and once all of them do, a ninth request with a long prefix arrives. From then on the benchmark
+measures the times between two tokens of the eight: without the ninth, with its prefix on the device, and with its
+prefix on disk, once on an engine that preloads it beside them and once on an engine that restores layer by layer. The
+eight wait for the ninth's own prefill in any case, so the memory hit shows what a restore costs them.
 
-As in the other benchmarks the variants take turns within a round, and engines that are not measured stand still.
+As in the other benchmarks, the variants take turns within a round, and engines that are not measured stand still.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Variant(StrEnum):
 
 
 class Beside:
-    """Measures stacks by the variants that they are for. ``say`` is told what is being done; ``step`` is called after
-    every round."""
+    """Measures ``stacks``, by the variants that they are for. ``say`` is told what is being done; ``step`` is called
+    after every round."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Beside:
 
     async def run(self, rounds: int) -> dict[str, Any]:
         """Quantiles of the times between two tokens of the decoding requests, and their ratios over the rounds. Raises
-        EngineError when the ninth request was not what its variant says, or was not beside the others."""
+        EngineError if the ninth request was not what its variant says, or was not beside the others."""
         own = list(dict.fromkeys(self._stacks.values()))
         for stack in own:
             stack.freeze_engine()
@@ -80,7 +80,7 @@ class Beside:
             measured: dict[Variant, list[tuple[list[float], Answer | None]]] = {variant: [] for variant in self._stacks}
             for number in range(rounds):
                 self._say(f"round {number + 1}")
-                # Forth and back: what slows the machine more and more favours none.
+                # Forth and back, so that a machine that slows down more and more favours none.
                 for variant in list(self._stacks)[:: -1 if number % 2 else 1]:
                     measured[variant].append(await self._measure(variant))
                 self._step()
@@ -112,7 +112,7 @@ class Beside:
         return row
 
     async def _measure(self, variant: Variant) -> tuple[list[float], Answer | None]:
-        """The times between two tokens of those that decode, from the ninth request's arrival on, and its answer."""
+        """The times between two tokens of the decoding requests, from the ninth's arrival on, and its answer."""
         stack = self._stacks[variant]
         stack.thaw_engine()
         try:

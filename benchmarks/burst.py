@@ -1,8 +1,8 @@
-"""Many agents go on at once: how long the last of them waits, beside what the drive and the model need for all.
+"""Many agents resume at once: how long the last of them waits, beside what the drive and the model need for all.
 
-The bound is what nothing could be faster than without overlapping: the bytes of all sessions at the drive's own rate,
-and then the forwards of all of them, each as a memory hit by itself. Reading and computing overlap, so a restore may
-well be below it.
+The bound is the fastest possible without overlapping: the bytes of all sessions at the drive's own rate, and then the
+forwards of all of them, each as a memory hit by itself. Reading and computing overlap, so a restore may well be below
+it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Burst:
         self._step = step
 
     async def run(self, rounds: int) -> dict[str, Any]:
-        """Medians and ratios over the rounds. In each, all sessions are asked at once after their KV has left the
-        device, all at once while it is there, and one after the other. Raises EngineError for what was not restored."""
+        """Medians and ratios over the rounds. Each round asks all sessions at once after their KV has left the device,
+        all at once while it is there, and one after the other. Raises EngineError for what was not restored."""
         async with Engine(self._stack.engine_url) as engine:
             self._say("computing the contexts")
             for context, session in zip(self._contexts, self._sessions, strict=True):

@@ -12,11 +12,11 @@ _FIRST = -1.0  # used before anything
 class SegmentCache:
     """Which segments of a tree one tier of one engine holds, in pages.
 
-    A use of a segment is a use of everything before it. So that a use costs the same however long the path is, only
-    the deepest segment is marked, and its mark goes to the segment before it when it is evicted; until then that one
-    is no leaf and its own mark decides nothing. For the same reason a lock on a segment holds everything before it.
+    A use of a segment is a use of everything before it. Only the deepest segment is marked, so that a use costs the
+    same however long the path is. When the segment is evicted, its mark goes to the one before it; until then that one
+    is no leaf, and its own mark decides nothing. For the same reason a lock on a segment holds everything before it.
 
-    ``reserved`` pages are taken by requests that run and have not put their segments in yet.
+    ``reserved`` pages are taken by running requests that have not put their segments in yet.
     """
 
     def __init__(self, parents: Sequence[int], pages: Sequence[int], capacity_pages: int):
@@ -40,12 +40,12 @@ class SegmentCache:
         return segment
 
     def use(self, segment: int, now_s: float) -> None:
-        """Mark a segment that is here, and all before it, as used."""
+        """Mark a cached segment, and all before it, as used."""
         if segment != ROOT:
             self._used[segment] = max(self._used[segment], now_s)
 
     def lock(self, segment: int) -> None:
-        """Keep a segment that is here, and all before it, until `unlock`."""
+        """Keep a cached segment, and all before it, until `unlock`."""
         if segment != ROOT:
             self._locks[segment] = self._locks.get(segment, 0) + 1
 
@@ -59,7 +59,7 @@ class SegmentCache:
                 self._offer(segment)
 
     def make_room(self, pages: int) -> bool:
-        """Evict until ``pages`` more fit: whether they do. What was evicted on the way stays so when they do not."""
+        """Evict until ``pages`` more fit. Returns whether they do; what was evicted on the way stays so if not."""
         over = self.resident_pages + self.reserved + pages - self.capacity_pages
         while over > 0:
             leaf = self._oldest_leaf()
@@ -69,7 +69,7 @@ class SegmentCache:
         return True
 
     def insert(self, segments: Sequence[int], now_s: float) -> None:
-        """Put in segments of one path, in its order, that are not here and for which there is room."""
+        """Insert segments of one path, in its order, that are not cached and for which there is room."""
         for segment in segments:
             self._used[segment] = now_s
             parent = self._parents[segment]
@@ -79,7 +79,7 @@ class SegmentCache:
             self._offer(segments[-1])
 
     def demote(self, segment: int) -> None:
-        """Let a segment that is here, and all before it that nothing else shares or holds, go before anything else."""
+        """Make a cached segment, and all before it that nothing else shares or holds, the first to be evicted."""
         if self._children.get(segment) or segment in self._locks:
             return
         self._used[segment] = _FIRST
@@ -105,7 +105,8 @@ class SegmentCache:
         return None
 
     def _evict(self, segment: int, enough: int) -> int:
-        """Evict a leaf, and those before it that become the oldest leaf with it, to free ``enough``: pages freed."""
+        """Evict a leaf, and those before it that become the oldest leaf with it, to free ``enough``. Returns the pages
+        freed."""
         freed, used_s = 0, self._used[segment]
         while True:
             del self._used[segment]

@@ -1,4 +1,4 @@
-"""What an engine takes: the measured figures that the simulator runs on, and the cost model fitted to them."""
+"""An engine's costs: the measured figures that the simulator runs on, and the cost model fitted to them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ DATA = resources.files("benchmarks") / "data"
 class Calibration:
     """An engine's costs. A forward of *n* new tokens after *p* cached ones takes
     ``forward_s + n · token_s + n · (p + n/2) · pair_s``, a decoding step of *b* sequences with *c* tokens of context in
-    all ``step_s + b · sequence_s + c · context_s``. What both leave out: that a batch is not exactly the sum of its
-    requests. ``request_s`` is what a request takes beside the engine's forwards; it delays no other request.
+    all ``step_s + b · sequence_s + c · context_s``. Both leave out that a batch is not exactly the sum of its requests.
+    ``request_s`` is what a request takes besides the engine's forwards; it delays no other request.
 
     Rates are in GB/s (10⁹ bytes) an engine. ``restore_gb_per_s`` is from the drive into the device with everything that
     this takes, ``host_gb_per_s`` from host memory into the device, ``write_gb_per_s`` from the device to the drive.
     A read takes ``read_s`` however short it is, evenly spread over the layers, and a write ``write_s``. A restored
-    request makes its forward ``restore_s`` longer, beside what that forward waits for layers.
+    request makes its forward ``restore_s`` longer, besides the time that the forward waits for layers.
 
-    ``late_results``: what a forward gives is seen when the next one has run. SGLang starts a forward before it looks at
-    the results of the one before; where starting one is to run it, as on a CPU, they are late. On a GPU they are not.
+    ``late_results``: a forward's results are seen when the next one has run. SGLang starts a forward before it looks at
+    the results of the one before. On a CPU, where starting a forward is running it, they are late; on a GPU they are
+    not.
 
     ``idle``: how much longer the first forward takes after the engine has had nothing to do, as (seconds without work,
-    seconds longer), in order; between them it is a line.
+    seconds longer), in order; linear between them.
     """
 
     name: str
@@ -94,7 +95,7 @@ class Calibration:
         ``max_running``, ``request_s``, the three rates, ``prefill`` (a list of ``{"cached", "new", "seconds"}``, each
         one request alone on an idle engine, from its start to its first and only token) and ``decode`` (a list of
         ``{"sequences", "context_tokens", "seconds"}``, each one step; the context is that of all sequences together).
-        ``read_s``, ``write_s``, ``restore_s``, ``late_results`` and ``idle`` may be left out where they are nothing.
+        ``read_s``, ``write_s``, ``restore_s``, ``late_results`` and ``idle`` may be left out if they are nothing.
 
         Raises SettingsError for a file that is missing or is not such a record.
         """

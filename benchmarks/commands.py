@@ -33,13 +33,13 @@ from benchmarks.terminal import console
 from benchmarks.traces import Workload
 
 STORE = POLICIES[3]
-"""The policy that is like an engine with AgentState today: what `replay` compares an engine with."""
+"""The policy that is like an engine with AgentState today, with which `replay` compares an engine."""
 
 
 def workload(
     source: str, *, sessions: int, within_s: float, max_gap_s: float, tokens: float, time: float, seed: int
 ) -> Workload:
-    """The workload that the command line describes. Raises SettingsError for a source that is not there."""
+    """The workload that the command line describes. Raises SettingsError for an unknown source."""
     if source == "generated":
         chosen = traces.generated(sessions, within_s, seed, max_gap_s)
     elif source == "mooncake":
@@ -125,7 +125,7 @@ def calibrate(
 
 
 def control_of(database: Database, engine_url: str, timeout_s: float) -> ControlClient:
-    """What asks the first rank of the engine at ``engine_url``. Raises EngineUnreachable when it has not registered
+    """A client of the first rank of the engine at ``engine_url``. Raises EngineUnreachable if that has not registered
     itself, or not been heard of for ``timeout_s``."""
     with database.read() as connection:
         live = engines.live(connection, timeout_s)
@@ -185,7 +185,7 @@ def path(settings: Settings, tokens: str, page_sizes: str, report: Path | None) 
     table = Table("tokens", "page", "part", *(Column(name, justify="right") for name in ("interpreter, s", "calls/GB")))
     for row in rows:
         shown = [f"{row['tokens']:,}", f"{row['page_size']}", row["part"], f"{row['interpreter_s']:.3f}"]
-        # Of what kind they are, the raw result says.
+        # The raw result says of what kind they are.
         table.add_row(*shown, f"{row['calls_per_gb']:,.0f}")
     console.print(table)
     settings_of = {"model": "qwen2.5-7b", "tokens": tokens, "page_sizes": page_sizes}
@@ -241,7 +241,7 @@ def _keep(
 
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for each thing that is named: call it with the name, how much is done, and of how much."""
+    """A progress bar for each named thing: call it with the name, how much is done, and of how much."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         tasks: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 instead.
 
 Each takes pages out of a `DeviceMemory` and brings them back into one, so that all end with the same bytes in the same
-kind of memory. A write ends when its bytes are durable, also where its author does not ask for that.
+kind of memory. A write ends when its bytes are durable, even if its author does not ask for that.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Contender(ABC):
 
     @abstractmethod
     def write(self, device: DeviceMemory, pages: int, version: int) -> None:
-        """Store pages ``[0, pages)``. Another ``version`` means other pages, of the same contents."""
+        """Store pages ``[0, pages)``. Another ``version`` means other pages with the same contents."""
 
     @abstractmethod
     def read(self, device: DeviceMemory) -> None:
@@ -130,9 +130,9 @@ class Contender(ABC):
 
 
 class AgentStateStore(Contender):
-    """This store, used as an engine uses it: pages are gathered by one thread and published by another; they are read
-    layer by layer and verified, ``straight`` to where they are to be as on a CPU, or through staging, from which one
-    thread copies them, as on a GPU."""
+    """This store, used as an engine uses it. One thread gathers pages and another publishes them. They are read layer
+    by layer and verified: ``straight`` to where they belong, as on a CPU, or through staging, from which one thread
+    copies them, as on a GPU."""
 
     name = "agentstate"
 
@@ -213,8 +213,8 @@ class AgentStateStore(Contender):
 
 
 class Device:
-    """The device's limit: direct reads and writes with nothing around them, by as many threads as the store has, out of
-    and into memory like the store's."""
+    """The device's limit: bare direct reads and writes, by as many threads as the store has, out of and into memory
+    like the store's."""
 
     def __init__(self, directory: Path, *, readers: int, largest_bytes: int):
         self.directory = directory
@@ -229,8 +229,8 @@ class Device:
         device.read_files(paths, self._blocks)
 
     def write(self, sizes: Sequence[int]) -> None:
-        """Write files of ``sizes`` bytes, preallocated, each made durable by one `fdatasync`; over those that are
-        there."""
+        """Write files of ``sizes`` bytes, preallocated, each made durable by one `fdatasync`, over existing
+        files."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for number, size in enumerate(sizes):
             self._write(number, size)
@@ -247,7 +247,7 @@ class Device:
             os.close(fd)
 
     def copy_cached(self, paths: Sequence[Path]) -> None:
-        """Read files that are in the page cache, buffered: what a memory copy costs."""
+        """Read files that are in the page cache, buffered: the cost of a memory copy."""
         for path in paths:
             with path.open("rb", buffering=0) as file:
                 while file.readinto(self._blocks[0]):
@@ -333,8 +333,8 @@ class SafetensorsFiles(FileAPage):
 
 
 class HiCacheFiles(FileAPage):
-    """SGLang's storage backend for local files, called as its cache controller calls it: a page is read into memory
-    that is there already."""
+    """SGLang's storage backend for local files, called as its cache controller calls it: a page is read into existing
+    memory."""
 
     name = "HiCacheFile"
 

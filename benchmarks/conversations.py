@@ -1,6 +1,6 @@
 """Sessions to measure on: conversations of given lengths, written into the tables in bulk, as the service writes them.
 
-`check` holds them to that: it writes one through the API and compares the rows.
+`check` verifies that: it writes one through the API and compares the rows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def message(number: int) -> dict[str, str]:
 
 
 def names(length: int, count: int) -> list[str]:
-    """What the sessions with so many entries are called; every peer calls its own alike."""
+    """The names of the sessions with so many entries; every peer names its own alike."""
     return [f"bench-{length}-{number}" for number in range(count)]
 
 
@@ -62,8 +62,8 @@ def fill(database: Database, counts: Mapping[int, int], engine: Engine, advance:
 
 
 def check(database: Database, client: Client, length: int, engine: Engine) -> None:
-    """Raises RuntimeError unless a session of `fill` has the rows that one has whose entries were appended through
-    the API and whose manifest was saved by the library."""
+    """Raises RuntimeError unless a session of `fill` has the same rows as one whose entries were appended through the
+    API and whose manifest was saved by the library."""
     (filled,) = names(length, 1)
     session = client.create_session(MODEL)
     lease = client.resume(session.id).lease
@@ -136,7 +136,7 @@ def _write(database: Database, rows: dict[sa.Table, list[dict[str, Any]]]) -> in
 
 
 def _rows(connection: sa.Connection, name: str) -> dict[str, Any]:
-    """All rows of a session, without what must differ: ids, of which only what they refer to counts, and times."""
+    """All rows of a session, without what must differ: times, and ids, of which only the references count."""
     (session,) = connection.execute(sa.select(sessions_table).where(sessions_table.c.name == name)).mappings()
     entries = _of(connection, entries_table, session["id"], entries_table.c.seq)
     found: dict[str, Any] = {

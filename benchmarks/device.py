@@ -1,4 +1,4 @@
-"""What the drive gives, measured beside whatever is compared with it."""
+"""The drive's own rate, measured beside whatever is compared with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agentstate.pages import READ_THREADS, staging_memory
 from agentstate.pages.files import open_direct
 from agentstate.settings import Settings
 
-# What `LayerwiseReader` reads at most at once.
+# The most that `LayerwiseReader` reads at once.
 BLOCK_BYTES = 2 << 20
 
 
@@ -25,7 +25,7 @@ def read_limit(paths: Sequence[Path], threads: int | None = None, repeats: int =
     """Bytes a second of direct reads of these files, in blocks of 2 MiB by so many threads, or as many as an
     engine has: the median of repeats.
 
-    Nothing is done with what is read. Files are taken in their order, until they are ``at_most`` bytes.
+    Nothing is done with what is read. Files are taken in order, up to ``at_most`` bytes.
     """
     blocks = [staging_memory(BLOCK_BYTES) for _ in range(threads or Settings().read_threads or READ_THREADS)]
     speeds = []
@@ -37,7 +37,7 @@ def read_limit(paths: Sequence[Path], threads: int | None = None, repeats: int =
 
 
 def read_files(paths: Sequence[Path], blocks: Sequence[np.ndarray], at_most: int | None = None) -> int:
-    """Read files from end to end, directly, by one thread a block of memory: the bytes that were read."""
+    """Read files from end to end, directly, by one thread a block of memory. Returns the bytes that were read."""
     with _opened(paths) as files:
         places = [(fd, at) for fd in files for at in range(0, os.fstat(fd).st_size, BLOCK_BYTES)]
         waiting = iter(places if at_most is None else places[: max(1, at_most // BLOCK_BYTES)])
@@ -69,7 +69,7 @@ def _opened(paths: Sequence[Path]) -> Iterator[list[int]]:
 
 
 def drop_from_page_cache(paths: Sequence[Path]) -> None:
-    """Leave these files on the drive alone. Those that are gone are no matter."""
+    """Leave these files on the drive only. Ignores files that are gone."""
     for path in paths:
         try:
             fd = os.open(path, os.O_RDONLY)
@@ -83,7 +83,7 @@ def drop_from_page_cache(paths: Sequence[Path]) -> None:
 
 
 def bytes_read(group: int) -> int:
-    """What the processes of a group that still run have read from drives."""
+    """The bytes that a group's running processes have read from drives."""
     total = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:

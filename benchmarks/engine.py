@@ -22,7 +22,7 @@ class Answer:
     """``tokens`` are the output's ids. Of the prompt, ``device_tokens`` were found on the device and
     ``restored_tokens`` came from elsewhere. Times are the client's: to the first token, and to the end; of the former,
     ``before_match_s`` had passed when the scheduler had the request and looked for its prefix. Only an engine with
-    ``--enable-metrics`` on the same machine tells that."""
+    ``--enable-metrics`` on the same machine reports that."""
 
     tokens: tuple[int, ...]
     device_tokens: int
@@ -33,7 +33,7 @@ class Answer:
 
 
 class Engine:
-    """An engine at ``url``. Raises EngineUnreachable and EngineRefused. To be used as an async context."""
+    """An engine at ``url``. Raises EngineUnreachable and EngineRefused. Use it as an async context."""
 
     def __init__(self, url: str):
         self._url = url.rstrip("/")
@@ -56,8 +56,8 @@ class Engine:
         cache_salt: str | None = None,
         times: list[float] | None = None,
     ) -> Answer:
-        """Exactly ``output_tokens`` greedy tokens after ``prompt``. When each arrived is added to ``times``, by the
-        event loop's clock; of those that arrive together, once."""
+        """Exactly ``output_tokens`` greedy tokens after ``prompt``. The time at which each arrived is added to
+        ``times``, by the event loop's clock; once for tokens that arrive together."""
         body: dict[str, Any] = {
             "input_ids": list(prompt),
             "sampling_params": {"max_new_tokens": output_tokens, "temperature": 0, "ignore_eos": True},

@@ -1,7 +1,7 @@
 """Restore bandwidth into device memory: `python -m benchmarks.gpu_restore DIRECTORY [--json PATH]`.
 
 For each case, pages of random bits are spilled from the GPU to DIRECTORY, restored to the GPU with each backend, and
-compared with what the machine gives: direct reads of the same files, and copies from pinned host memory. Needs torch
+compared with the machine's limits: direct reads of the same files, and copies from pinned host memory. Needs torch
 with CUDA and no SGLang. A case that does not fit the GPU and the disk is cut down to what does, and its row says so.
 Not run on a GPU yet.
 """

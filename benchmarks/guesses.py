@@ -1,9 +1,9 @@
-"""What a tenant learns by the time of an answer: whether another tenant has said what it guesses.
+"""What a tenant learns from the time of an answer: whether another tenant has said what it guesses.
 
 In every round one tenant has a new prompt computed. Another one then asks for that prompt, a right guess, and for one
-that nobody has said, a wrong guess, in either order; and the first one asks for its own again, which shows what a right
-guess would be answered in if the two shared KV. All of it once with the prompt on the device, and once with it on disk
-alone. Every guess is made once: the guesser would find its own.
+that nobody has said, a wrong guess, in either order. The first one asks for its own again, which shows how soon a right
+guess would be answered if the two shared KV. All of this runs once with the prompt on the device, and once with it only
+on disk. Every guess is made once: the guesser would find its own.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Guesses:
 
     async def run(self, rounds: int) -> list[dict[str, Any]]:
         """A row for prompts on the device and one for prompts on disk: times to first token, and their ratios over the
-        rounds. Raises EngineError where a guesser found anything, and where a tenant did not find its own."""
+        rounds. Raises EngineError if a guesser found anything, or a tenant did not find its own."""
         owner, guesser = Tenant(self._stack, "owner"), Tenant(self._stack, "guesser")
         found: dict[str, dict[Guess, list[float]]] = {
             place: {guess: [] for guess in Guess} for place in ("device", "disk")

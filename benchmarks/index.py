@@ -3,8 +3,8 @@
     python -m benchmarks.index [--pages 1000000] [--pages-per-extent 16] [--directory DIR] [--json PATH]
 
 The extents are sparse files with headers that nobody reads, because the index knows them already. Opening, looking up
-and counting memory happen in a process of their own, which has nothing else in memory. The CPU's seconds stand beside
-those of the clock: the two differ where other processes want the same cores.
+and counting memory happen in a process of their own, which has nothing else in memory. CPU seconds stand beside those
+of the clock: the two differ if other processes want the same cores.
 """
 
 from __future__ import annotations

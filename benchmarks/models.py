@@ -1,8 +1,8 @@
 """Models with the KV geometry of a published one and almost no weights, so that bytes and not arithmetic dominate.
 
 Run in the engine's environment: ``python -m benchmarks.models NAME DIRECTORY``. The weights are random, from a fixed
-seed, and drawn wider than a model is initialised with, so that what is attended to decides the next token. There is no
-tokenizer, for requests are sent as token ids.
+seed, and drawn wider than a model is initialised with, so that attention decides the next token. There is no tokenizer,
+since requests are sent as token ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class GeometryModel:
 GEOMETRIES = {
     "qwen2.5-7b": GeometryModel(28, 4, 128),
     "llama-70b": GeometryModel(80, 8, 128),
-    # Its layers with chunked attention keep a window only; here all of them keep everything.
+    # Its layers with chunked attention keep only a window; here all of them keep everything.
     "llama-4-scout": GeometryModel(48, 8, 128),
 }
 VOCABULARY_SIZE = 40_960

@@ -1,7 +1,7 @@
 """`agentstate pages bench`: this store against the disk that it lies on, and against what a user might take instead.
 
-One run alternates between all of them, round by round, and reports medians: figures of different runs are no
-comparison. Reads are cold. The store and the device use direct I/O; the others are buffered, and their files are
+One run alternates between all of them, round by round, and reports medians: figures of different runs cannot be
+compared. Reads are cold. The store and the device use direct I/O; the others are buffered, and their files are
 dropped from the page cache before (``posix_fadvise``). Everything is used with the same number of threads.
 """
 
@@ -69,8 +69,8 @@ def _threads(settings: Settings) -> int:
 
 
 def suite(names: Sequence[str], geometries: Sequence[str], tokens: Sequence[int]) -> list[Case]:
-    """The cases to measure: the first geometry with every length, everything else with the length that is nearest to
-    16k tokens; and turns of an agent with the smallest pages that there are."""
+    """The cases to measure: the first geometry with every length, everything else with the length nearest to 16k
+    tokens; and turns of an agent with the smallest pages."""
     typical = min(tokens, key=lambda n: abs(n - 16384)) // PAGE_SIZE
     cases = [Case("idle", geometries[0], n // PAGE_SIZE) for n in tokens]
     cases += [Case("idle", geometry, typical) for geometry in geometries[1:]]
@@ -110,14 +110,14 @@ class Measurement:
         self._source.fill(seed=case.pages)
 
     def run(self, rounds: int) -> None:
-        # Memory that is touched for the first time, and modules that are imported, are nobody's speed.
+        # Touching memory for the first time and importing modules must not count.
         warm_up = min(self.case.pages, 1 + self._staging_bytes // self.geometry.page_bytes)
         for contender, pages in ((self._store, warm_up), *((other, 1) for other in self.others)):
             contender.write(self._source, pages, version=-1)
             contender.read(self._target)
             contender.delete()
         if self.case.name == "recycled":
-            # The store has reached its quota before it is measured, so that every extent takes another one's space.
+            # The store reaches its quota before it is measured, so that every extent takes another one's space.
             self._store.limit(Quota(sum(self._sizes)))
             self._store.write(self._source, self.case.pages, version=rounds)
             self._device.write(self._sizes)
@@ -228,7 +228,7 @@ class Measurement:
         return self._ratio(f"store {what}", f"device {what}")
 
     def _ratio(self, name: str, other: str) -> float:
-        """How many times as fast, as the median of the rounds: what slows the disk for a while slows both."""
+        """How many times as fast, as the median of the rounds: a disk that is slow for a while slows both."""
         pairs = zip(self.samples[name], self.samples[other], strict=True)
         return median(theirs.seconds / ours.seconds for ours, theirs in pairs)
 
@@ -241,7 +241,7 @@ class Machine:
 
     def others_cpu_share(self) -> float:
         """The share of the processors' time that other processes had, those of `_busy` among them, or that the host
-        kept for itself: where it is not small, figures are those of a busy machine."""
+        kept for itself: if it is not small, figures are those of a busy machine."""
         total, idle, own = (now - before for now, before in zip(self._seconds(), self._before, strict=True))
         return max(0.0, 1 - (idle + own) / total)
 
@@ -265,8 +265,8 @@ def _busy() -> Iterator[None]:
 
 
 def _cpu_s() -> float:
-    """Processor time of this process, its threads included, in user mode and in the kernel. What the kernel does on
-    threads of its own, such as writing back dirty pages, is in nobody's account."""
+    """Processor time of this process, its threads included, in user mode and in the kernel. Work that the kernel does
+    on threads of its own, such as writing back dirty pages, is in nobody's account."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 

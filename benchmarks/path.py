@@ -4,14 +4,14 @@
 
 `agentstate bench path` runs it, and has the table. It prints a JSON object a row.
 
-Everything of the engine's side runs as it does beside SGLang: a rank's pools, page store, index and threads, with the
-KV geometry of Qwen2.5-7B. Only what moves or looks at bytes does nothing: reads of pages return at once, checksums are
-zero, copies to and from the KV tensors are left out, and of an extent the header is written alone. So neither the
-memory nor the disk space of a long context is needed. The KV tensors are address space that is never touched.
+Everything on the engine's side runs as it does beside SGLang: a rank's pools, page store, index and threads, with the
+KV geometry of Qwen2.5-7B. Only the parts that move or look at bytes do nothing: reads of pages return at once,
+checksums are zero, copies to and from the KV tensors are left out, and only the header of an extent is written. So
+neither the memory nor the disk space of a long context is needed. The KV tensors are address space that is never
+touched.
 
-What goes through staging is read in pieces of the size that an accelerator gets; what goes straight to the KV pool, in
-those of a CPU. Times are the CPU's, of all threads of the process together, without what reading and writing headers
-takes.
+Pages that go through staging are read in pieces of the size that an accelerator gets; pages that go straight to the KV
+pool, in those of a CPU. Times are CPU time of all threads of the process together, without reading and writing headers.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ LAYERS, HEADS, SIZE = 28, 4, 128
 TOKEN_BYTES = LAYERS * 2 * HEADS * SIZE * 2
 LENGTHS = (131_072, 409_600, 1_010_000)
 PAGE_SIZES = (1, 64)
-# What a chunked prefill leaves in the tree at a time.
+# The tokens that a chunked prefill leaves in the tree at a time.
 NODE_TOKENS = 8192
 # Calls are counted with a context of this length: a profiler sees each of them, and they grow with the bytes.
 COUNTED_TOKENS = 16_384
@@ -130,7 +130,7 @@ def _checksum(*_: Any, **__: Any) -> int:
 
 
 class _NoIO:
-    """In place of what reads, checksums, writes and copies bytes; ``excluded_s`` is what it took for headers."""
+    """Replaces what reads, checksums, writes and copies bytes; ``excluded_s`` is the time it took for headers."""
 
     def __init__(self) -> None:
         self.excluded_s = 0.0
@@ -171,7 +171,7 @@ class _NoIO:
 
     @contextmanager
     def timed(self) -> Iterator[Callable[[], float]]:
-        """What gives the CPU seconds within it, once it is over."""
+        """A function that returns the CPU seconds spent within the context, once that is over."""
         before_s, excluded_s = time.process_time(), self.excluded_s
         seconds = [0.0]
         yield lambda: seconds[0]
@@ -214,7 +214,7 @@ class Rank:
         return PoolTransfer(name=PoolName.KV, keys=self._hashes[first:last], device_indices=slots)
 
     def spill(self) -> None:
-        """A node of the tree after the other, as fast as they are taken."""
+        """One node of the tree after the other, as fast as they are taken."""
         step, answers = NODE_TOKENS // self._page_size, 0
         for first in range(0, self.pages, step):
             node = self.transfer(first, min(self.pages, first + step))
@@ -256,7 +256,7 @@ class Rank:
 
 def parts(directory: Path, tokens: int, page_size: int) -> Iterator[tuple[str, int, Callable[[], None]]]:
     """What is measured, in this order: its name, its bytes, and what does it."""
-    # Straight to the KV pool is only read where a component of a page is a whole number of memory pages.
+    # Pages are read straight to the KV pool only if a component of a page is a whole number of memory pages.
     straight = [False, True] if page_size * HEADS * SIZE * 2 % mmap.PAGESIZE == 0 else [False]
     for to_pool, scattered in itertools.product(straight, (False, True)):
         rank = Rank(directory, tokens, page_size, straight=to_pool, scattered=scattered)

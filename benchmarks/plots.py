@@ -26,7 +26,7 @@ LABELS = {
     "restore_device_prefetch": "restored after device prefetch",
     "api_resume": "resumed over the API",
 }
-"""What a variant is called; any other is a peer's."""
+"""The names of variants; any other is a peer's."""
 PEERS = {
     "sglang": "SGLang's radix cache",
     "file_linker": "file linker",
@@ -47,7 +47,7 @@ _OF_PEERS = {
     "flush": "recomputed after a flush",
 }
 
-# Distinct for the colour-blind and of enough contrast on white and on black (Okabe and Ito's, without its yellow).
+# Distinct for the colour-blind and with enough contrast on white and on black (Okabe and Ito's, without its yellow).
 _COLOURS = ("#D55E00", "#009E73", "#0072B2", "#56B4E9", "#CC79A7", "#E69F00", "#8C6BB1", "#7F7F7F", "#A6761D")
 _MARKERS = "os^vDPX*p"
 _THEMES = {"light": ("#1f2328", "#d0d7de"), "dark": ("#e6edf3", "#3d444d")}

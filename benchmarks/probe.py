@@ -30,7 +30,7 @@ async def probe(
     pauses_s: tuple[float, float] = (1.0, 5.0),
     say: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Measure an idle engine with the store on and break-even off. ``stat`` is what it says of itself
+    """Measure an idle engine with the store on and break-even off. ``stat`` returns what it says of itself
     (`agentstate.fleet.control`). The pool has room for the longest of ``lengths`` with the most of ``new_tokens`` and
     an answer of ``DECODED``.
 
@@ -38,12 +38,12 @@ async def probe(
     of them restored after a flush, medians of ``repeats``, each with one token of answer; and answers of ``DECODED``
     tokens. Decoding is measured after a memory hit, as agents do it: the slots of such a context do not lie together.
 
-    Requests follow each other closely, but that a restore comes after the first of ``pauses_s``, and a memory hit too,
-    which it is compared with. What standing idle costs is measured after both.
+    Requests follow each other closely, except that a restore, and the memory hit that it is compared with, come after
+    the first of ``pauses_s``. The cost of standing idle is measured after both.
 
-    What a read takes is the engine's own count of its restores, a line through their bytes. What restoring costs beside
-    is what the time to the first token has more than `Simulation` would give it with those reads. Host memory is given
-    the rate of a read: it is the most that is known without a look inside.
+    The time of a read is the engine's own count of its restores, a line through their bytes. The further cost of
+    restoring is how much longer the time to the first token is than `Simulation` would give with those reads. Host
+    memory is given the rate of a read: nothing better is known without a look inside.
     """
     async with Engine(engine_url) as engine:
         probing = _Probing(engine, stat, repeats, pauses_s[0])
@@ -82,7 +82,7 @@ async def probe(
 
 
 def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What probes of one engine found, as one record: all points, and the means of what is one figure."""
+    """The findings of probes of one engine, as one record: all points, and the means of single figures."""
     measured = ("request_s", "read_s", "write_s", "restore_s", "restore_gb_per_s", "host_gb_per_s", "write_gb_per_s")
     return {
         **records[0],
@@ -98,10 +98,10 @@ def merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class _Probing:
     """One probe's measurements.
 
-    ``reads`` are (bytes, seconds) of each restore as the engine counts them, ``writes`` of what followed a prompt until
-    nothing waited to be written; ``restores`` the seconds (to the first token as a memory hit, the same restored, of
-    its read), all after a pause, and ``longer_s`` what that costs a hit; ``late_steps`` how many decoding steps later
-    the first token comes when others follow it.
+    ``reads`` are (bytes, seconds) of each restore as the engine counts them, ``writes`` those of what followed a prompt
+    until nothing waited to be written. ``restores`` are seconds (to the first token as a memory hit, the same restored,
+    of its read), all after a pause, and ``longer_s`` what the pause costs a hit. ``late_steps`` is how many decoding
+    steps later the first token comes when others follow it.
     """
 
     def __init__(self, engine: Engine, stat: Callable[[], dict[str, Any]], repeats: int, pause_s: float):
@@ -194,8 +194,8 @@ class _Probing:
             self.decode.append({"sequences": count, "context_tokens": context, "seconds": statistics.median(steps)})
 
     async def request_s(self, length: int, new: int) -> float:
-        """What a request takes beside its forward: of two, the second of which comes while the first is computed, the
-        second one waits for two forwards, and takes that once."""
+        """What a request takes besides its forward. Of two requests, the second comes while the first is computed: it
+        waits for two forwards, and takes that once."""
         prompt = unseen(length)
         await self._engine.ask(prompt, 1)
         found = []
@@ -213,7 +213,7 @@ class _Probing:
         return max(0.0, statistics.median(found))
 
     async def _settled(self) -> dict[str, Any]:
-        """What the engine says of itself when nothing waits to be stored."""
+        """What the engine says of itself once nothing waits to be stored."""
         while (told := await asyncio.to_thread(self._stat))["spill"]["waiting"]:
             await asyncio.sleep(0.005)
         return told
@@ -224,8 +224,8 @@ def _step_s(answer: Answer) -> float:
 
 
 def _line(transfers: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """What a transfer takes however short it is, in seconds, and its rate beside that, in bytes a second. Transfers are
-    (bytes, seconds)."""
+    """The fixed time of a transfer, in seconds, and its rate besides that, in bytes a second. Transfers are (bytes,
+    seconds)."""
     n_bytes, seconds = zip(*transfers, strict=True)
     if len(set(n_bytes)) > 1:
         byte_s, fixed_s = statistics.linear_regression(n_bytes, seconds)
@@ -235,7 +235,7 @@ def _line(transfers: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _restore_s(restores: Sequence[tuple[float, float, float]], request_s: float, layers: int) -> float:
-    """What a restored request takes longer than one whose layers come as it is simulated."""
+    """How much longer a restored request takes than one whose layers come as simulated."""
     more = []
     for hit_s, restored_s, read_s in restores:
         forward_s = hit_s - request_s

@@ -1,4 +1,4 @@
-"""What turn 2 would take on hardware that is not here: a model on paper, every assumption of it named.
+"""What turn 2 would take on other hardware: a model on paper that names its every assumption.
 
 A prefill is bound by arithmetic: two operations a parameter and token, and causal attention, divided by the rate that
 the engine reaches. A restore is bound by the slowest of drives, PCIe and memory; its layers run while later ones are
@@ -58,7 +58,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a context, with what LightInferra's makers published for it, where they did."""
+    """A model and a context, with what LightInferra's makers published for it, if they did."""
 
     model: Model
     tokens: int
@@ -102,7 +102,7 @@ def assumptions(hardware: Hardware) -> list[str]:
 
 
 def published_tflops(case: Case) -> float | None:
-    """What a published recomputation comes to by this count; None where none was published."""
+    """The rate of a published recomputation by this count; None if none was published."""
     if case.published_recomputed_s is None:
         return None
     return case.model.prefill_operations(case.tokens) / case.published_recomputed_s / 1e12
@@ -138,7 +138,7 @@ def project(case: Case, hardware: Hardware) -> dict[str, Any]:
 
 
 def measured_tflops(model: Model, tokens: int, tokens_per_s: float) -> float:
-    """The rate at which a prefill of ``tokens`` ran that was measured in tokens a second."""
+    """The rate of a prefill of ``tokens`` that was measured in tokens a second."""
     return model.prefill_operations(tokens) * tokens_per_s / tokens / 1e12
 
 

@@ -31,14 +31,14 @@ async def replay(
     progress: Callable[[int], None] = lambda served: None,
 ) -> Outcome:
     """Send a workload to an engine, each session when its clock says, and each turn when its answer and gap have
-    passed: what was served.
+    passed. Returns what was served.
 
     Prompts share tokens exactly where the workload's contexts share segments. An answer's tokens are the engine's own,
     so that later prompts hold what the engine has cached. With ``fresh``, no run finds pages of another. Only the
     fields of `Served` that a client can see are measured: ``prefill_s`` and ``saved_s`` are 0, and what is not from
     the device counts as from the drive.
 
-    Raises EngineUnreachable or EngineRefused at the first request that fails; the others are given up.
+    Raises EngineUnreachable or EngineRefused at the first request that fails; the others are abandoned.
     """
     run = uuid.uuid4().hex if fresh else "replay"
     tokens = _Tokens(workload, run)
@@ -115,7 +115,7 @@ class _Tokens:
 
 
 def validation(simulated: Outcome, measured: Outcome) -> dict[str, Any]:
-    """How near a simulation came to the engine, simulated ÷ measured: hit tokens, and TTFT at p50 and p90."""
+    """How near a simulation came to the engine, as simulated ÷ measured: hit tokens, and TTFT at p50 and p90."""
     ours, theirs = _figures(simulated), _figures(measured)
     return {
         name: {

@@ -27,8 +27,8 @@ _CONTENTS = {
 def write(directory: Path, output: Path) -> None:
     """Write ``output`` from the results in ``directory``, with its plots in ``performance/`` beside it.
 
-    Of results of one kind that measured the same thing, the newest counts. Raises SettingsError when there is no
-    result or one that cannot be read.
+    Of results of one kind that measured the same thing, the newest counts. Raises SettingsError if there is no result
+    or one that cannot be read.
     """
     found = results.load(directory)
     pictures = output.parent / "performance"
@@ -48,7 +48,7 @@ def write(directory: Path, output: Path) -> None:
 
 
 def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
-    # Of what was measured twice, what was measured oftener counts, and then what is newer.
+    # If something was measured twice, the result with more samples counts, then the newer one.
     best: dict[tuple[str, int, str], tuple[dict[str, Any], Result]] = {}
     for result in found:
         for row in result["rows"]:
@@ -98,7 +98,7 @@ def _ttft(found: Sequence[Result], pictures: Path) -> list[str]:
             )
         header = ["context", "variant", "TTFT, s", "before the match", "sooner than recomputed", "95 %", "÷ memory hit"]
         lines += ["", *_table([*header, "95 %", "tokens/s", "bytes read", "share", "overlap", "same"], table, left=2)]
-        # Of peers, what is comparable with a cold restore; there are too many lines else.
+        # Of peers, only what is comparable with a cold restore: otherwise there are too many lines.
         shown_of_peers = tuple(f"{peer}_cold" for peer in plots.PEERS)
         measured = [
             row
@@ -160,7 +160,7 @@ def _replay(found: Sequence[Result], pictures: Path) -> list[str]:
 
 
 def _inside(row: dict[str, Any]) -> list[str]:
-    """The cells of what only a simulation sees."""
+    """The cells that only a simulation can fill."""
     if row["prefill_saved_s"] is None:
         return [""] * 6
     return [
@@ -394,7 +394,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
 
 
 def _timed(rows: Sequence[dict[str, Any]], model: str) -> dict[tuple[int, str], dict[str, Any]]:
-    """Of ``rows``, those of a model that were measured, by length and variant."""
+    """The measured ``rows`` of a model, by length and variant."""
     measured = (row for row in rows if row["model"] == model and row.get("ttft_s") is not None)
     return {(row["tokens"], row["variant"]): row for row in measured}
 

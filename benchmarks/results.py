@@ -1,4 +1,4 @@
-"""Raw results: rows, and with them where and of what they were measured. Never a host's name, nor a path of it."""
+"""Raw results: rows, and with them where and of what they were measured. Never a host's name or one of its paths."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def record(
     kind: str, settings: dict[str, Any], rows: list[dict[str, Any]], pythons: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """A result of one of `KINDS`: its rows with what was asked for, the machine, versions, commit and time.
-    ``pythons`` are interpreters that took part, beside this one."""
+    ``pythons`` are interpreters that took part, besides this one."""
     return {
         "kind": kind,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,8 +103,8 @@ def machine() -> dict[str, Any]:
 
 
 def versions(pythons: Sequence[Path] = ()) -> dict[str, str]:
-    """AgentState's and Python's version, and those of what matters to the figures and is installed here or where
-    ``pythons`` are; of those that are not there, nothing."""
+    """The versions of AgentState and Python, and of packages that matter to the figures and are installed here or where
+    ``pythons`` are; nothing of interpreters that are not there."""
     found = {"agentstate": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):

@@ -1,11 +1,11 @@
-"""`agentstate bench service`: what the session service takes for its verbs, and beside it what people use today.
+"""`agentstate bench service`: how long the session service takes for its verbs, and beside it what people use today.
 
-A service process over HTTP on loopback, with the package's own client, on a database that holds all the sessions at
-once. In each round every history and every peer has its turn, so that what disturbs one disturbs all. An agent is a
-client with a connection of its own. Server-side times are what the service says in ``Server-Timing``.
+A service process answers over HTTP on loopback, to the package's own client, on a database that holds all the sessions
+at once. In each round every history and every peer has its turn, so that what disturbs one disturbs all. An agent is a
+client with a connection of its own. Server-side times are those that the service reports in ``Server-Timing``.
 
-The engine is a process in its place that answers every flush with ``durable`` at once: ``suspend with engine`` has the
-barrier's way there and back, and not how long an engine takes to write pages; ``suspend`` is without it.
+A process stands in for the engine and answers every flush with ``durable`` at once: ``suspend with engine`` includes
+the barrier's way there and back, but not the time an engine takes to write pages; ``suspend`` is without the barrier.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Case:
-    """What one figure is about; ``history`` is how many entries the session had at the start."""
+    """What a figure is about; ``history`` is how many entries the session had at the start."""
 
     system: str
     operation: str
@@ -73,7 +73,7 @@ class Case:
 
 @dataclass
 class Samples:
-    """Milliseconds of every case. What is measured while it is not ``counting`` warms up."""
+    """Milliseconds of every case. Measurements made while it is not ``counting`` only warm up."""
 
     ms: defaultdict[Case, list[float]] = field(default_factory=lambda: defaultdict(list))
     counting: bool = False
@@ -103,7 +103,7 @@ class Agent:
         self._concurrency = concurrency
         self._samples = samples
         self._server_ms: dict[str, float] = {}
-        # What the client makes of an answer has no headers.
+        # The client's typed answers have no headers.
         self.client._http.event_hooks["response"].append(self._note)
 
     async def turn(self, session: str, history: int) -> None:
@@ -199,7 +199,7 @@ class Measurement:
             await agent.turn(sessions[number % len(sessions)], length)
 
     async def _shared_out(self, agents: Sequence[Agent], length: int) -> list[list[str]]:
-        """Sessions of a length for each agent: of one session only one agent has the lease. Where there are fewer
+        """Sessions of a length for each agent, since only one agent has a session's lease. If there are fewer sessions
         than agents, the agents take forks of them, whose history is as long."""
         found = conversations.names(length, self.plan.sessions[length])
         if len(found) < len(agents):
@@ -234,8 +234,8 @@ class Measurement:
 
 
 def run(plan: Plan, databases: Sequence[str], report: Path | None) -> None:
-    """Measure on each of ``databases``, print tables, and keep the raw result. Raises SettingsError for a database
-    that there is not."""
+    """Measure on each of ``databases``, print tables, and keep the raw result. Raises SettingsError for an unknown
+    database."""
     if unknown := set(databases) - set(DATABASES):
         raise SettingsError(f"there is no database {', '.join(sorted(unknown))}: choose of {', '.join(DATABASES)}")
     rows: list[dict[str, Any]] = []
@@ -317,7 +317,7 @@ async def _on(
                 with Client(service.service_url) as client:
                     conversations.check(database, client, min(plan.sessions), engine)
                 measurement = Measurement(plan, service.service_url, peers, left_out)
-                # What was needed to fill the databases is nothing that an agent's process has to walk through.
+                # Collecting garbage must not walk through what filling the databases left: an agent has none of it.
                 gc.collect()
                 gc.freeze()
                 steps = sum(plan.rounds_of(agents) for agents in plan.concurrencies) * len(plan.sessions)

@@ -1,5 +1,5 @@
 """What agents keep their conversations in today, on the same conversations as the service: libraries that an agent's
-process calls, so that there is no server side beside the database's.
+process calls, so there is no server side besides the database's.
 
 Every peer is used as its documentation shows, with its own defaults, on a database of its own.
 """
@@ -22,7 +22,7 @@ POOL = 20  # as many connections as the service may have
 
 
 class Peer(ABC):
-    """A store of conversations, opened on one event loop. ``reads`` and ``writes`` are what it can be asked for."""
+    """A store of conversations, opened on one event loop. ``reads`` and ``writes`` are the operations that it has."""
 
     name: str
     packages: tuple[str, ...]
@@ -34,8 +34,8 @@ class Peer(ABC):
 
     @abstractmethod
     async def open(self, url: sa.URL) -> None:
-        """Connect to the SQLite file or the PostgreSQL database at ``url``, and make the tables. Raises ImportError
-        where a package is missing."""
+        """Connect to the SQLite file or the PostgreSQL database at ``url``, and make the tables. Raises ImportError if
+        a package is missing."""
 
     @abstractmethod
     async def fill(self, counts: Mapping[int, int], advance: Callable[[int], None]) -> None:
@@ -43,7 +43,7 @@ class Peer(ABC):
 
     @abstractmethod
     async def run(self, operation: str, conversation: str, length: int) -> None:
-        """Carry out one of ``reads`` or ``writes``. Raises RuntimeError when a read brings less than is there."""
+        """Carry out one of ``reads`` or ``writes``. Raises RuntimeError if a read brings less than is there."""
 
     @abstractmethod
     async def scalar(self, statement: str) -> Any:
@@ -76,7 +76,7 @@ class SqlAlchemySessions(Peer):
         self._closing.push_async_callback(self._engine.dispose)
         # An agent has its session at hand.
         self._session = cache(lambda name: SQLAlchemySession(name, engine=self._engine))
-        # What it is asked for creates the tables.
+        # Asking for items creates the tables.
         await SQLAlchemySession("", engine=self._engine, create_tables=True).get_items()
 
     async def fill(self, counts: Mapping[int, int], advance: Callable[[int], None]) -> None:
@@ -113,8 +113,8 @@ class SqlAlchemySessions(Peer):
 
 
 class LangGraphSaver(Peer):
-    """LangGraph's own saver for the database. A thread's state is its messages, as ``MessagesState`` has them; of its
-    checkpoints the newest is there, which is the one that ``get_tuple`` reads."""
+    """LangGraph's own saver for the database. A thread's state is its messages, as ``MessagesState`` has them. Only its
+    newest checkpoint is there, which is the one that ``get_tuple`` reads."""
 
     reads = ("get_tuple",)
     writes = ("put",)
@@ -205,7 +205,7 @@ def alternatives(backend: str) -> list[Peer]:
 
 @cache
 def _langchain_messages(length: int) -> Sequence[Any]:
-    # Made once: a graph that runs has them, and what is timed is keeping them.
+    # Made once: a running graph has them, and only keeping them is timed.
     from langchain_core.messages import convert_to_messages
 
     return convert_to_messages([message(number) for number in range(length)])

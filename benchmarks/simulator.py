@@ -4,17 +4,17 @@ Each engine is a scheduler like SGLang's: waiting requests first, in order, in f
 tokens; else a decoding step of everything that runs. A forward's time comes from a `Calibration`. Around it are three
 tiers: the device's radix cache, host memory for pages that were fetched ahead, and a drive with a quota.
 
-Where results are late (`Calibration.late_results`), what a forward gives is seen, put in the cache and freed at the end
-of the forward after it, if there is one. The last token of an answer takes no step beyond it.
+If results are late (`Calibration.late_results`), a forward's results are seen, cached and freed at the end of the
+forward after it, if there is one. The last token of an answer takes no step beyond it.
 
-A request that finds no room while others run is not tried again before one of those has ended, whatever becomes free
-meanwhile; and no other before it. Device pages are held until they are written.
+A request that finds no room while others run is not tried again, nor is any other before it, until one of those has
+ended, whatever becomes free meanwhile. Device pages are held until they are written.
 
-Room is asked for as SGLang does: for a request's tokens and a page, beside the whole pages of what runs and every token
-that is still to come of it.
+The simulator asks for room as SGLang does: for a request's tokens and a page, besides the whole pages of what runs and
+every token that is still to come of it.
 
-What it leaves out. Nothing is wrong with a page, ever. Reads and writes do not slow each other, nor the forwards that
-run beside them. A request reserves room for its whole answer. A session stays on one engine.
+It leaves out the following. No page is ever wrong. Reads and writes slow neither each other nor the forwards that run
+beside them. A request reserves room for its whole answer. A session stays on one engine.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Prefetch(enum.Enum):
 
 @dataclass(frozen=True)
 class Policy:
-    """What is switched on. Without ``store`` nothing is written and the rest means nothing.
+    """The features that are on. Without ``store`` nothing is written and the others mean nothing.
 
     - ``overlap``: layer *n* runs while *n + 1 …* are read.
     - ``read_at_arrival``: reading begins when a request arrives, not when it is admitted.
-    - ``hold``: a request is admitted when what is being read for it has come, and others go first until then. Without
-      it, everything that the engine runs waits with the request.
+    - ``hold``: a request is admitted when what is being read for it has arrived, and others go first until then.
+      Without it, everything that the engine runs waits with the request.
     - ``demote``: pages of a session that is expected to stay away are the first to leave the device.
-    - ``break_even``: what is sooner computed than read is computed.
+    - ``break_even``: pages that are sooner computed than read are computed.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Fleet:
     """What each of ``engines`` has. ``device_tokens`` is its KV pool; ``staging_bytes`` bounds what is read before
     admission; ``host_bytes`` what is prefetched to host memory; ``quota_bytes`` what is kept on its drive.
 
-    How long a tool will take is guessed wrong by a log-normal factor of ``guess_sigma``. A session is expected to stay
+    Guesses of a tool's duration are wrong by a log-normal factor of ``guess_sigma``. A session is expected to stay
     away when a person is asked, or when the guess is ``demote_gap_s`` or more. A prefetch begins so early that it
     would be done ``prefetch_slack`` times the time it takes before the guessed end."""
 
@@ -105,9 +105,9 @@ class Served:
 
 @dataclass
 class Outcome:
-    """What a simulation found. The window is the time in which sessions still started; ``busy_s`` and ``written_bytes``
-    of it are the sums over all engines. Of the sessions that were ``alive`` at a sample, taken evenly over the window,
-    ``on_device`` had their whole context on the device, and ``restorable`` there or on the drive."""
+    """What a simulation found. The window is the time in which sessions still started; its ``busy_s`` and
+    ``written_bytes`` are sums over all engines. Of the sessions that were ``alive`` at a sample, taken evenly over the
+    window, ``on_device`` had their whole context on the device, and ``restorable`` there or on the drive."""
 
     served: list[Served] = field(default_factory=list)
     duration_s: float = 0.0
@@ -122,7 +122,7 @@ class Outcome:
 
 
 class _Source(enum.Enum):
-    """Where a segment comes from that is not on the device."""
+    """Where a segment that is not on the device comes from."""
 
     EARLY = "early"  # from the drive, and on its way already
     HOST = "host"
@@ -185,7 +185,7 @@ class _Engine:
 class Simulation:
     """One run of a workload on a fleet under a policy. Equal arguments give equal outcomes.
 
-    Raises SettingsError when a request of the workload is larger than the device's KV pool.
+    Raises SettingsError if a request of the workload is larger than the device's KV pool.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class Simulation:
         self._wake(engine)
 
     def _read_early(self, engine: _Engine, request: _Request) -> None:
-        """Start reading into staging, as far as there is room in it, what the request will need."""
+        """Start reading what the request will need into staging, as far as there is room."""
         base = engine.device.covered(request.turn.prompt)
         room, segments, n_bytes = self._fleet.staging_bytes - engine.staged_bytes, set(), 0
         for segment in self._beyond(base, request.turn.prompt):
@@ -289,7 +289,7 @@ class Simulation:
                 self._at(done_s, partial(self._wake, engine))
 
     def _wake(self, engine: _Engine) -> None:
-        """Let the scheduler see what has arrived: now, or when the decoding step that runs has ended."""
+        """Let the scheduler see what has arrived: now, or when the running decoding step has ended."""
         if not engine.busy:
             self._schedule(engine)
         elif engine.steps > 1:
@@ -355,8 +355,8 @@ class Simulation:
         return self._policy.hold and request.early is not None and request.early.done_s > self._now_s
 
     def _place(self, engine: _Engine, request: _Request, batch: list[tuple[_Request, int]]) -> bool:
-        """Find what is cached of a request, and reserve device pages for the rest: whether there are any, beside those
-        for what runs and for the ``batch`` that it would be in."""
+        """Find what is cached of a request, and reserve device pages for the rest. Returns whether there are any,
+        besides those for what runs and for the ``batch`` that it would be in."""
         prompt = request.turn.prompt
         early = request.early
         base = engine.device.covered(prompt)
@@ -387,8 +387,8 @@ class Simulation:
         return True
 
     def _slack(self, request: _Request) -> int:
-        """How many tokens more than its pages SGLang sets aside for a request: whole pages for those that are there,
-        and each of those to come."""
+        """How many tokens beyond its pages SGLang sets aside for a request: whole pages for existing tokens, and one
+        for each token to come."""
         page = self._cost.page_tokens
         there = request.input_tokens + (request.output_tokens - request.left if request.left else 0)
         left = request.output_tokens - (there - request.input_tokens)
@@ -572,7 +572,7 @@ class Simulation:
         self._at(done_s, partial(self._fetched, engine, session, read, segments))
 
     def _fetched(self, engine: _Engine, session: int, read: _Read, segments: list[int]) -> None:
-        """A prefetch to the device has arrived. When its request has been admitted, it has taken the pages over."""
+        """A prefetch to the device has arrived. If its request has been admitted, that has taken the pages over."""
         if not read.reserved:
             return
         read.reserved = 0
@@ -583,12 +583,13 @@ class Simulation:
         self._wake(engine)  # a request may wait for room that was reserved here
 
     def _put_in(self, engine: _Engine, segments: list[int]) -> None:
-        """Turn reserved pages into cached ones. Another request may have put some of the segments in since."""
+        """Turn reserved pages into cached ones. Another request may have inserted some of the segments since."""
         engine.device.reserved -= sum(self._pages[segment] for segment in segments)
         engine.device.insert([segment for segment in segments if segment not in engine.device], self._now_s)
 
     def _spill(self, engine: _Engine, segment: int) -> None:
-        """Write what is not on the drive of the path to ``segment``, in order. What finds no room is not stored."""
+        """Write, in order, the segments on the path to ``segment`` that are not on the drive. Those without room are
+        not stored."""
         if not self._policy.store:
             return
         base = engine.drive.covered(segment)
@@ -619,7 +620,7 @@ class Simulation:
         return segment in engine.drive and engine.drive_ready_s[segment] <= self._now_s
 
     def _read(self, engine: _Engine, n_bytes: int) -> tuple[float, float]:
-        """Read after what is being read already: when it begins, and when the last byte arrives."""
+        """Queue a read behind earlier ones. Returns when it begins, and when the last byte arrives."""
         start_s = max(self._now_s, engine.read_free_s)
         engine.read_free_s = start_s + self._cost.read_all_s(n_bytes)
         self.outcome.bytes_read += n_bytes
@@ -629,7 +630,7 @@ class Simulation:
         return sum(self._pages[segment] for segment in segments) * self._cost.page_bytes
 
     def _worth_reading(self, engine: _Engine, base: int, request: _Request, n_bytes: int) -> bool:
-        """Whether ``n_bytes`` more after ``base`` are sooner read than computed."""
+        """Whether reading ``n_bytes`` more after ``base`` is faster than computing them."""
         if not self._policy.break_even:
             return True
         wait_s = max(0.0, engine.read_free_s - self._now_s)

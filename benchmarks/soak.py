@@ -1,7 +1,8 @@
-"""Suspended and resumed again and again, an agent must say what it would have said: greedy tokens, compared one by one.
+"""An agent that is suspended and resumed again and again must say what it would have said: greedy tokens, compared one
+by one.
 
-Conversations are run twice: once never suspended, each turn finding the last one on the device, and once with
-something happening before every turn. The prompts are the same, so every difference is the store's doing.
+Conversations are run twice: once never suspended, each turn finding the last one on the device, and once with an event
+before every turn. The prompts are the same, so every difference is the store's doing.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from benchmarks.replay import VOCABULARY
 class Event(StrEnum):
     """What happens before a turn."""
 
-    FLUSH = "flush"  # the device forgets everything
+    FLUSH = "flush"  # the device's cache is emptied
     HOST = "host prefetch"  # and the pages are read to host memory
     DEVICE = "device prefetch"  # or brought back to the device
-    CANCEL = "cancelled request"  # a request of the same session is broken off while it restores
+    CANCEL = "cancelled request"  # a request of the same session is cancelled while it restores
     CROWD = "crowd"  # other conversations restore at the same time
-    STOP = "restart"  # the engine is told to end, and started again
-    KILL = "kill -9"  # the engine is killed, and started again
+    STOP = "restart"  # the engine is told to end, and restarted
+    KILL = "kill -9"  # the engine is killed, and restarted
 
 
 _WEIGHTS = {Event.FLUSH: 5, Event.HOST: 3, Event.DEVICE: 3, Event.CANCEL: 3, Event.CROWD: 2}
@@ -59,7 +60,7 @@ class Outcome:
 
 class Soak:
     """``turns`` in all, over conversations that begin anew, share a beginning with an earlier one or fork from it.
-    Everything follows from ``seed``. ``restarts`` of the events start the engine again, half of them by SIGKILL."""
+    Everything follows from ``seed``. ``restarts`` of the events restart the engine, half of them after SIGKILL."""
 
     def __init__(
         self, stack: LocalStack, *, turns: int, restarts: int, seed: int, longest: int, step: Callable[[], None]
@@ -98,7 +99,7 @@ class Soak:
         if not going_on or kind < 0.1:
             contexts.append(self._tokens(self._random.randrange(100, 900)))
         elif kind < 0.2:
-            # Forked somewhere, at a page's border or not.
+            # Fork anywhere, at a page's border or not.
             origin = self._random.choice(contexts)
             contexts.append(origin[: self._random.randrange(1, len(origin) + 1)])
         else:

@@ -33,7 +33,7 @@ def running(
 ) -> Iterator[LocalStack]:
     """A stack that serves ``model`` from an empty directory, or SGLang alone unless it ``stores``. ``arguments`` are
     SGLang's. Unless told to ``start``, its engine is only ready to be started with them. ``environment`` is added to
-    its own. Raises SettingsError for a model that is not known."""
+    its own. Raises SettingsError for an unknown model."""
     checkpoint = checkpoint_of(settings, model)
     with tempfile.TemporaryDirectory(dir=settings.cache_dir, prefix="bench-") as home:
         stack = LocalStack(
@@ -62,7 +62,7 @@ def extents_of(stack: LocalStack) -> list[Path]:
 
 
 def checkpoint_of(settings: Settings, model: str) -> Path:
-    """The directory of a model, which is made if it is not there. Raises SettingsError for one that is not known."""
+    """The directory of a model, which is made if it does not exist. Raises SettingsError for an unknown one."""
     checkpoint = settings.cache_dir / model
     if (checkpoint / "config.json").exists():
         return checkpoint
@@ -81,7 +81,7 @@ def checkpoint_of(settings: Settings, model: str) -> Path:
 
 @contextmanager
 def steps(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """What names the step that is being done, and what says that one is done."""
+    """Two functions: one names the step that is being done, the other says that one is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total)

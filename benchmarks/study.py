@@ -27,8 +27,8 @@ POLICIES = (
     replace(_DEMOTING, name="+ device prefetch", prefetch=Prefetch.DEVICE),
     replace(_DEMOTING, name="+ break-even", prefetch=Prefetch.HOST, break_even=True),
 )
-"""Each has all that those above it have, but that the device prefetch takes the place of the one to host memory, and
-the break-even rule is added to the latter."""
+"""Each has all that those above it have, except that the device prefetch replaces the one to host memory, and the
+break-even rule is added to the latter."""
 
 SHARES = tuple(share / 100 for share in range(0, 101))
 
@@ -41,10 +41,10 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def summary(name: str, outcome: Outcome, fleet: Fleet | None) -> dict[str, Any]:
-    """What an outcome comes to. Hit rates are shares of all prompt tokens; a peak is the most at one sample; drive
+    """The figures of an outcome. Hit rates are shares of all prompt tokens; a peak is the most at one sample; drive
     writes a day are those while sessions still start, over the quota; ``ttft_quantiles_s`` are at every percent.
 
-    Without a ``fleet`` the outcome was measured from outside, and what only a simulation sees is None.
+    Without a ``fleet`` the outcome was measured from outside, and figures that only a simulation has are None.
     """
     served = outcome.served
     ttfts = sorted(request.ttft_s for request in served)
@@ -68,7 +68,7 @@ def summary(name: str, outcome: Outcome, fleet: Fleet | None) -> dict[str, Any]:
         "ttft_quantiles_s": [round(quantile(ttfts, share), 4) for share in SHARES],
     }
     if fleet is not None:
-        window_s = outcome.window_s or math.inf  # where all sessions start at once, there is no rate to tell
+        window_s = outcome.window_s or math.inf  # if all sessions start at once, there is no rate to tell
         inside = (
             round(sum(request.prefill_s for request in served), 1),
             round(sum(request.saved_s for request in served), 1),
@@ -95,7 +95,7 @@ _INSIDE = (
     "sessions_on_device_peak",
     "sessions_restorable_peak",
 )
-"""What only a simulation sees."""
+"""The figures that only a simulation has."""
 
 
 def study(

@@ -1,12 +1,12 @@
 """What spilling costs: the output throughput of an engine that spills, of the same one that does not, and of SGLang as
 it is.
 
-Every request is text that nobody has seen, so that every page of it has to be computed, and where it is spilled has to
-be written. What is measured follows other requests of its kind: what those leave to be written is written in its time,
-and what it leaves is not, as in an engine that is always busy.
+Every request is text that nobody has seen, so every page of it has to be computed, and written if it is spilled. The
+measured requests follow others of their kind: what those leave to be written is written in the measured time, and what
+the measured ones leave is not, as in an engine that is always busy.
 
-Spilling is turned off and on in one process, since two of them, also of the same program, differ by some percent for as
-long as they live. SGLang as it is runs in a process of its own and is subject to that. Engines that are not measured
+Spilling is turned off and on in one process, since two processes, even of the same program, differ by some percent for
+as long as they live. SGLang as it is runs in a process of its own and is subject to that. Engines that are not measured
 stand still.
 """
 
@@ -45,7 +45,7 @@ class Load:
     output_tokens: int
 
 
-# Both end some tokens after a page does, and so write all that they compute, but for those.
+# Both end some tokens after a page does, and so write all that they compute, except those.
 LOADS = (Load("decode-heavy", 4, 96, 36), Load("prefill-heavy", 2, 640, 4))
 
 
@@ -69,7 +69,7 @@ class Throughput:
         self._step = step
 
     async def run(self, loads: Sequence[Load], rounds: int) -> list[dict[str, Any]]:
-        """A row a load. Raises EngineError when not all pages of a load were spilled: that would be no comparison."""
+        """A row a load. Raises EngineError if not all pages of a load were spilled: that would be no comparison."""
         stacks = (self._storing, self._plain)
         for stack in stacks:
             stack.freeze_engine()
@@ -85,7 +85,7 @@ class Throughput:
         rates: dict[Variant, list[float]] = {variant: [] for variant in Variant}
         n_bytes = 0
         for number in range(rounds):
-            # Forth and back: what slows the machine more and more favours none.
+            # Forth and back, so that a machine that slows down more and more favours none.
             for variant in list(Variant)[:: 1 if number % 2 else -1]:
                 tokens_per_s, spilled_bytes = await self._round(variant, load)
                 rates[variant].append(tokens_per_s)
@@ -125,14 +125,14 @@ class Throughput:
         return tokens_per_s, after["bytes_spilled"] - before["bytes_spilled"]
 
     def _spilled(self) -> dict[str, int]:
-        """The engine's count of what it has written, once nothing waits to be."""
+        """The engine's count of what it has written, once nothing waits to be written."""
         while (spill := self._control.call("stat", 10)["spill"])["waiting"]:
             time.sleep(0.02)
         return dict(spill)
 
 
 async def _send(stack: LocalStack, load: Load, *, sessions: bool) -> float:
-    """Output tokens a second, of the second of two times. Only requests of ``sessions`` have manifests."""
+    """Output tokens a second, measured in the second of two runs. Only requests of ``sessions`` have manifests."""
     async with Engine(stack.engine_url) as engine:
         for _ in range(2):
             turns = [stack.begin_turn().engine_session if sessions else None for _ in range(load.requests)]
@@ -151,7 +151,7 @@ def _working(stack: LocalStack) -> Iterator[None]:
 
 
 def throughput(settings: Settings, models: Sequence[str], rounds: int, report: Path | None) -> None:
-    """Print and keep what spilling leaves of an engine's output throughput, a row a model and load."""
+    """Print and keep how much of an engine's output throughput spilling leaves, a row a model and load."""
     rows = [row for model in models for row in _measured(settings, model, rounds)]
     numbers = ["spilling, tok/s", "off", "plain", "÷ off", "95 %", "÷ plain", "95 %", "MB spilled"]
     table = Table("model", "load", "requests", *(Column(name, justify="right") for name in numbers))

@@ -60,7 +60,7 @@ class Workload:
     ends: list[int] = field(default_factory=list)
 
     def add(self, parent: int, tokens: int) -> int:
-        """A new segment of ``tokens`` after ``parent``: its number."""
+        """Add a segment of ``tokens`` after ``parent``, and return its number."""
         self.parents.append(parent)
         self.ends.append(self.end(parent) + tokens)
         return len(self.ends) - 1
@@ -110,7 +110,7 @@ class Workload:
 def mooncake() -> Workload:
     """6,015 requests in 31 minutes of a chat service (`data/README.md`), their prefixes shared as their hash ids say.
 
-    The trace names no sessions. A request is taken for the next turn of an earlier one when it holds all of its whole
+    The trace names no sessions. A request counts as the next turn of an earlier one if it holds all of that one's whole
     blocks, two or more; it then arrives at the trace's time, or when the answer before it has ended if that is later.
     An answer is never part of a later prompt here, because the trace does not say where it is.
     """
@@ -154,8 +154,8 @@ def tracelab(copies: int = 1, every_s: float = 30.0) -> Workload:
     """Two conversations of coding agents (`data/README.md`), repeated ``copies`` times, one each ``every_s``.
 
     Copies share the part of the first prompt that the provider had cached from earlier conversations (system prompt
-    and tools) and nothing else. A prompt continues the one before it with its answer when it is long enough to hold
-    both; where it is shorter, something was left out of the context, and it shares the whole prompts that the provider
+    and tools) and nothing else. A prompt continues the one before it with its answer if it is long enough to hold
+    both. If it is shorter, something was left out of the context, and it shares the whole prompts that the provider
     found cached.
     """
     rounds: dict[str, list[dict[str, Any]]] = {}
@@ -199,7 +199,8 @@ def _tracelab_session(workload: Workload, shared: int, records: list[dict[str, A
 
 
 def _cut(workload: Workload, segment: int, tokens: int) -> int:
-    """The deepest segment on the path to ``segment`` that ends at ``tokens`` or before: what is shared for certain."""
+    """The deepest segment on the path to ``segment`` that ends at ``tokens`` or before: all up to it is surely
+    shared."""
     while workload.end(segment) > tokens:
         segment = workload.parents[segment]
     return segment
@@ -210,7 +211,7 @@ def _seconds(timestamp: str) -> float:
 
 
 class Quantiles:
-    """A distribution through published quantiles: log-normal between each two, the outer pieces going on outwards.
+    """A distribution through published quantiles: log-normal between each two, with the outer pieces extended.
 
     ``points`` are (share below, value); samples stay within ``low`` and ``high``.
     """
@@ -249,8 +250,8 @@ CONTEXT_LIMIT, SUMMARY_TOKENS = 250_000, 8_000
 def generated(sessions: int, within_s: float, seed: int = 0, max_gap_s: float = math.inf) -> Workload:
     """Coding agents by the published distributions: ``sessions`` of them, starting evenly at random ``within_s``.
 
-    A session begins with the system prompt of one of eight applications, which its other sessions share. A context
-    that reaches 250,000 tokens is compacted: it goes on from the application's prompt and a summary. A gap longer than
+    A session begins with the system prompt of one of eight applications, which its other sessions share. A context that
+    reaches 250,000 tokens is compacted: it continues from the application's prompt and a summary. A gap longer than
     ``max_gap_s`` is cut to it. Equal arguments give equal workloads.
     """
     source = random.Random(seed)

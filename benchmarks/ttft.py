@@ -1,8 +1,8 @@
-"""Turn 2: the time to the first token of a context that is on the device, has to be restored, or is computed again.
+"""Turn 2: the time to the first token of a context that is on the device, has to be restored, or is recomputed.
 
 One engine, one context a length, all variants in turn within a round, so that what disturbs one disturbs all. Every
-request is the context and a tail that is shorter than a page, so nothing of it is ever found. Whatever is measured has
-to continue as the engine did when it had computed the context itself.
+request is the context and a tail that is shorter than a page, so the tail is never found. Every measured answer has to
+continue as the engine did when it had computed the context itself.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _WAIT_MS = 120_000
 
 @dataclass
 class Samples:
-    """What was measured of one variant: seconds to the first token, and the rate of those that follow; how many tokens
-    of the prompt were restored; ``bytes_read`` and ``restore_s`` as the engine counts them, of restores;
-    ``before_match_s`` is what of the time to the first token no cache can change (`Answer`)."""
+    """The measurements of one variant: seconds to the first token, and the rate of those that follow; how many tokens
+    of the prompt were restored; ``bytes_read`` and ``restore_s`` of restores, as the engine counts them;
+    ``before_match_s``, the part of the time to the first token that no cache can change (`Answer`)."""
 
     ttft_s: list[float] = field(default_factory=list)
     tokens_per_s: list[float] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A context, and the tails of which one is asked after it at a time."""
+    """A context, and the tails, one of which is asked after it at a time."""
 
     context: list[int]
     tails: list[list[int]]
@@ -85,21 +85,21 @@ class Prompts:
         return cls(unseen(length), [unseen(TAIL) for _ in range(_TAILS)])
 
     def number(self, number: int) -> tuple[list[int], int]:
-        """The prompt of a round, and which of the tails is its end."""
+        """The prompt of a round, and which of the tails ends it."""
         tail = number % len(self.tails)
         return self.context + self.tails[tail], tail
 
     async def compute(self, engine: Engine, session: str | None = None) -> tuple[Answer, list[Sequence[int]]]:
-        """Have the context computed: the answer to that request, and for each tail the tokens that follow it. Those are
-        of hits, since a prefill of all the tokens may round otherwise than one of the tail alone."""
+        """Have the context computed. Returns the answer to that request, and for each tail the tokens that follow it.
+        Those are of hits, since a prefill of all the tokens may round differently from one of the tail alone."""
         first = await engine.ask(self.number(0)[0], OUTPUT, session)
         hits = [await engine.ask(self.number(tail)[0], OUTPUT, session) for tail in range(len(self.tails))]
         return first, [hit.tokens for hit in hits]
 
 
 class Turn2:
-    """Measures one context on one stack. It is computed anew in the first ``recomputes`` rounds; ``step`` is called
-    after every request that counts."""
+    """Measures one context on one stack. The context is recomputed in the first ``recomputes`` rounds; ``step`` is
+    called after every request that counts."""
 
     name = "agentstate"
     visits: int | None = None
@@ -111,7 +111,7 @@ class Turn2:
         self._step = step
         self._recomputes = recomputes
         self._session_id = ""
-        # What its newest turn sends to the engine for it.
+        # The session id that its newest turn sends to the engine.
         self._sent = ""
         self._expected: list[Sequence[int]] = []
         self._limit = 0.0
@@ -157,8 +157,8 @@ class Turn2:
                 await self._recompute(engine, number)
 
     async def first_after_restart(self, number: int, cold: bool = True) -> None:
-        """The first request of an engine that has just been started again, and hits right after it. A restore is always
-        cold, since what is read directly is in no page cache."""
+        """The first request of an engine that has just been restarted, and hits right after it. A restore is always
+        cold, since direct reads leave nothing in the page cache."""
         async with Engine(self._stack.engine_url) as engine:
             first, hits = self._restarted.values()
             await self._measure(engine, "restore_cold", number, first)
@@ -201,7 +201,7 @@ class Turn2:
             answer = self._stack.control().call(
                 "prefetch", 130, session=self._session_id, tier=tier, timeout_ms=_WAIT_MS
             )
-            # Of a context that is larger than staging, so much is there.
+            # Only a part of a context larger than staging is there.
             if answer["state"] not in ("warm", "partial") or answer["tier"] != tier:
                 raise EngineError(f"the prefetch to {tier} memory ended as {answer}")
 
@@ -244,7 +244,7 @@ class Turn2:
 
 
 def _sent(resumed: Resumed) -> str:
-    """What a turn sends to the engine as its session. A peer's engine knows no sessions."""
+    """The session id that a turn sends to the engine. A peer's engine knows no sessions."""
     return resumed.session.id if resumed.engine is None else resumed.engine.extra_body["session_id"]
 
 
@@ -261,9 +261,9 @@ def floor_of(variant: str) -> str:
 
 
 def quotient(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, tuple[float, float] | None]:
-    """A row's time to first token over another's: of pairs, with the 95 % interval, where both were measured in turn
-    (after a restart, the first request and the median of the hits that followed it); of medians, with none, where they
-    were not, and of a row over itself."""
+    """A row's time to first token over another's. If both were measured in turn (after a restart, the first request and
+    the median of the hits that followed it), the quotient of pairs, with the 95 % interval; if not, or of a row over
+    itself, that of medians, without an interval."""
     own, under = row["ttft_all_s"], other["ttft_all_s"]
     if (row["variant"], other["variant"]) == ("restore_first_after_restart", "memory_hit_after_restart"):
         groups = range(0, len(under), HITS_AFTER_RESTART)
@@ -276,8 +276,8 @@ def quotient(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, tuple[f
 
 
 def compared(row: dict[str, Any] | None, other: dict[str, Any] | None, digits: int, unit: str = "") -> tuple[str, str]:
-    """The cells of a `quotient`, in ``unit``, and of its interval; empty where one of the two was not measured, or
-    where there is no interval."""
+    """The cells of a `quotient`, in ``unit``, and of its interval; empty if one of the two was not measured, or there
+    is no interval."""
     if row is None or other is None or row["ttft_s"] is None or other["ttft_s"] is None:
         return "", ""
     middle, bounds = quotient(row, other)

@@ -22,7 +22,7 @@ from benchmarks.terminal import console
 from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, compared, floor_of
 
 PEERS = {server.name.replace("_", "-"): server for server in SERVERS}
-"""What they are called on the command line."""
+"""The peers by their names on the command line."""
 _FIRST_AND_HITS = 1 + HITS_AFTER_RESTART
 
 
@@ -37,7 +37,7 @@ def ttft(
     report: Path | None,
 ) -> None:
     """Print and keep the times to the first token of turn 2, a row a variant and length. The longest context is
-    restored after ``restarts`` of the engine too. What has been measured is kept after every length and restart."""
+    restored after ``restarts`` of the engine too. The rows measured so far are kept after every length and restart."""
     asked = {"model": model, "rounds": rounds, "restarts": restarts}
     total = len(lengths) * (rounds * len(VARIANTS) + min(rounds, recomputes)) + restarts * _FIRST_AND_HITS
     with running(settings, model, _arguments(model, lengths)) as stack, steps(total) as (say, step):
@@ -63,8 +63,8 @@ def ttft_with_peers(
     recomputes: int,
     report: Path | None,
 ) -> None:
-    """The same with other ways to keep KV beside it: every engine is started ``visits`` times, in turn, with ``rounds``
-    of every variant each time. Raises SettingsError for a name that is none of `PEERS`."""
+    """Like `ttft`, with other ways to keep KV beside it: every engine is started ``visits`` times, in turn, with
+    ``rounds`` of every variant each time. Raises SettingsError for a name that is none of `PEERS`."""
     if unknown := [name for name in names if name not in PEERS]:
         raise SettingsError(f"there is no peer {unknown[0]}: choose {', '.join(PEERS)}")
     chosen = [PEERS[name] for name in names]
@@ -96,7 +96,7 @@ def ttft_with_peers(
 
 
 def soak(settings: Settings, turns: int, restarts: int, seed: int, report: Path | None) -> None:
-    """Run conversations twice and compare every token. Raises EngineError when one differs."""
+    """Run conversations twice and compare every token. Raises EngineError if one differs."""
     # In bfloat16, which CPUs with AMX compute in, a token in another batch or chunk may round to another answer.
     arguments = ("--dtype", "float32", "--chunked-prefill-size", "512")
     with running(settings, SMOLLM2, arguments) as stack, steps(2 * turns) as (say, step):
@@ -115,7 +115,7 @@ def soak(settings: Settings, turns: int, restarts: int, seed: int, report: Path 
 async def _measure(
     turns: Sequence[Turn2], rounds: int, restarts: int, keep: Callable[[], object], say: Callable[[str], None]
 ) -> None:
-    """All contexts on one engine that runs, and the longest one after restarts of it."""
+    """Measure all contexts on one running engine, and the longest one after restarts of it."""
     for turn in turns:
         say(f"{turn.tokens:,} tokens")
         await turn.ingest()
@@ -132,11 +132,11 @@ async def _measure(
 
 
 def _arguments(model: str, lengths: Sequence[int]) -> list[str]:
-    """What SGLang is started with, whoever keeps its KV."""
-    # Room for a context, what is computed anew beside it, and what other ways to keep KV need on top.
+    """SGLang's arguments, whoever keeps its KV."""
+    # Room for a context, what is recomputed beside it, and what other ways to keep KV need on top.
     room = 3 * max(lengths) + 8192
     arguments = ["--max-total-tokens", str(room), "--context-length", str(max(lengths) + 256)]
-    arguments += ["--enable-metrics"]  # it tells with an answer when its request was there
+    arguments += ["--enable-metrics"]  # answers then tell when their request had arrived
     return arguments + (["--skip-tokenizer-init"] if model in GEOMETRIES else [])
 
 

@@ -1,4 +1,4 @@
-"""How far the simulator can be trusted: one workload on a real engine, and simulated with what that engine takes."""
+"""How far the simulator can be trusted: one workload on a real engine, and simulated with that engine's costs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from benchmarks.study import POLICIES, summary
 from benchmarks.terminal import console
 
 _EVERY_S = 8.0
-"""Between two sessions' starts, before times are scaled: so close that the device does not hold all that are away, and
-that it seldom lacks room for those that are served. A request without room waits for seconds, and whether there is room
-hangs on milliseconds."""
+"""The time between two sessions' starts, before times are scaled. The device then cannot hold all sessions that are
+away, but seldom lacks room for those that are served. A request without room waits for seconds, and whether there is
+room depends on milliseconds."""
 
 # What an engine does by itself: nobody tells it to demote or to prefetch.
 _POLICY = next(policy for policy in POLICIES if policy.read_at_arrival and not policy.hold)
@@ -34,11 +34,11 @@ _POLICY = next(policy for policy in POLICIES if policy.read_at_arrival and not p
 def validate(
     settings: Settings, sessions: int, tokens: float, time: float, device_tokens: int, seed: int, report: Path | None
 ) -> None:
-    """Print and keep simulated ÷ measured, of the tokens that were found and of the time to the first token."""
+    """Print and keep simulated ÷ measured, for the tokens found and for the time to the first token."""
     chosen = traces.tracelab(copies=-(-sessions // 2), every_s=_EVERY_S).first(sessions).scaled(tokens, time)
     requests = sum(1 for _ in chosen.turns())
     longest = max(chosen.input_tokens(turn) for turn in chosen.turns())
-    # The simulated engine decides nothing by measuring, and so neither does this one.
+    # The simulated engine decides nothing by measuring, so neither does this one.
     arguments = ["--max-total-tokens", str(device_tokens)]
     with running(settings, SMOLLM2, arguments, AGENTSTATE_BREAK_EVEN="off") as stack, steps(requests) as (say, step):
         say("measuring what the engine takes")
@@ -47,7 +47,7 @@ def validate(
         stack.settle()
         stack.flush_device()
         measured = asyncio.run(replay(chosen, stack.engine_url, progress=lambda served: step()))
-        # A machine is not equally fast for minutes.
+        # A machine does not stay equally fast for minutes.
         say("measuring again what the engine takes")
         calibration = Calibration.fit(merged([before, asyncio.run(_record(stack, longest))]))
     fleet = Fleet(
@@ -93,7 +93,7 @@ async def _record(stack: LocalStack, longest: int) -> dict[str, object]:
 
 
 def _geometry(stack: LocalStack) -> Geometry:
-    """Of the KV that the engine has stored."""
+    """The geometry of the KV that the engine has stored."""
     for store in inventory.store_directories(stack.home / "pages"):
         for extent in inventory.extents(store):
             if extent.header is not None:

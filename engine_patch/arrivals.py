@@ -10,9 +10,9 @@ class Arrivals:
     """Batches of ``layers`` layers, numbered from 0 on. One thread begins and finishes them, another one completes
     their layers, and a forward waits for them.
 
-    A layer that failed does not raise into the forward that waits for it, which must not run into an error on one
-    rank alone: `finish` tells afterwards. A batch is abandoned when a layer takes longer than ``timeout_s`` (None: no
-    limit), or when somebody says so; waiters then return at once.
+    A failed layer does not raise in the forward that waits for it: a forward must not fail on one rank alone. `finish`
+    reports it afterwards. A batch is abandoned when a layer takes longer than ``timeout_s`` (None: no limit), or by
+    `abandon`; waiters then return at once.
     """
 
     def __init__(self, layers: int, timeout_s: float | None = None):
@@ -20,13 +20,13 @@ class Arrivals:
         self._layers = layers
         self._timeout_s = timeout_s
         self._abandoned: set[int] = set()
-        # Of those, the ones that `finish` has told of.
+        # The abandoned batches that `finish` has reported.
         self._finished: set[int] = set()
         self._next = 0
         self._awaited = -1
 
     def begin(self) -> int:
-        """The number of a new batch."""
+        """Begin a new batch and return its number."""
         number, self._next = self._next, self._next + 1
         self.futures[number] = [Future() for _ in range(self._layers)]
         return number
@@ -35,13 +35,13 @@ class Arrivals:
         self.futures[batch][layer].set_result(None)
 
     def fail(self, batch: int, error: BaseException) -> None:
-        """No layer of the batch that has not arrived is going to."""
+        """Fail every layer of the batch that has not arrived."""
         for layer in self.futures.get(batch, ()):
             if not layer.done():
                 layer.set_exception(error)
 
     def set_consumer(self, batch: int) -> None:
-        """The batch that `wait_until` is about from now on; -1 for none."""
+        """Choose the batch that `wait_until` waits for from now on; -1 for none."""
         self._awaited = batch
 
     def wait_until(self, layer: int) -> None:
@@ -63,7 +63,7 @@ class Arrivals:
         return batch in self.futures and batch not in self._abandoned
 
     def abandon(self, batch: int) -> None:
-        """Nobody is to wait for the batch any more, if it is not forgotten already."""
+        """Let nobody wait for the batch any more; ignore a batch that is forgotten already."""
         if batch in self.futures:
             self._abandoned.add(batch)
 
@@ -80,8 +80,8 @@ class Arrivals:
         return sum(layer.done() for layer in self.futures.get(batch, ()))
 
     def finish(self, batch: int) -> bool:
-        """Wait for the batch and forget it: whether all of its layers arrived and nobody abandoned it. A batch that is
-        not known is complete. One that is abandoned is forgotten by `tidy`, when it has `landed` all the same."""
+        """Wait for the batch, forget it, and return whether all of its layers arrived and nobody abandoned it. An
+        unknown batch counts as complete. An abandoned one is forgotten by `tidy`, once it has `landed`."""
         complete = all([self._arrived(batch, layer) for layer in self.futures.get(batch, ())])
         if batch in self._abandoned:
             self._finished.add(batch)
@@ -95,7 +95,7 @@ class Arrivals:
         return not all(self.landed(batch) for batch in tuple(self._abandoned))
 
     def tidy(self) -> None:
-        """Forget the batches that were finished before they had landed, and have since."""
+        """Forget the batches that have landed since `finish` reported them abandoned."""
         for batch in [batch for batch in self._finished if self.landed(batch)]:
             self._finished.remove(batch)
             self._abandoned.remove(batch)
@@ -115,18 +115,18 @@ class Arrivals:
 
 
 class LayerGate:
-    """What a forward waits on before it reads a layer of the model: that layer's pages, in whichever pools it has.
+    """Makes a forward wait, before it reads a layer of the model, for that layer's pages in whichever pools it has.
 
-    Has what SGLang's pools, worker and graph runner call of its own `LayerWiseLoadCounter`. A layer without a pool is
-    never waited for. Who waits for the last of ``num_layers`` waits for all layers of all pools: a forward replayed
-    from one graph waits once, for the last.
+    Has all members of SGLang's `LayerWiseLoadCounter` that SGLang's pools, worker and graph runner call. A layer
+    without a pool is never waited for. Waiting for the last of ``num_layers`` waits for all layers of all pools: a
+    forward replayed from one graph waits once, for the last.
     """
 
     def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]]):
         self.num_layers = max(routes, default=-1) + 1
         self.consumer_index = -1
         self.waited_s = 0.0
-        # Of each batch that is not over, by layer.
+        # By batch that is not over, then by layer.
         self._waits_s: dict[int, dict[int, float]] = {}
         self._routes = routes
         self._all = [place for layer in sorted(routes) for place in routes[layer]]
@@ -153,12 +153,12 @@ class LayerGate:
         waits_s[threshold] = waits_s.get(threshold, 0.0) + waited_s
 
     def abandon(self, index: int) -> None:
-        """What one pool has waited for in vain, nobody is to wait for in the others."""
+        """Abandon the batch in every pool: what one has waited for in vain, the others must not wait for."""
         for arrivals in self._arrivals:
             arrivals.abandon(index)
 
     def waited_for(self, index: int) -> tuple[float, ...]:
-        """How many seconds forwards waited for each layer of a batch; to be asked once, when it is over."""
+        """The seconds that forwards waited for each layer of a batch. Call it once, when the batch is over."""
         return tuple(self._waits_s.pop(index, {}).values())
 
     @property

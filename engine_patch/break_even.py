@@ -1,12 +1,12 @@
 """Whether stored pages are worth restoring: a short prefix may be computed in less time than it is read.
 
-Both are known from what this engine did lately. Computing costs what a prefill takes longer by for a token more, at
-its place in the context. Restoring costs what the forward takes longer by because it waits, which is less than what a
-restore takes: the one runs under the other.
+Both costs are estimated from what this engine did lately. A token's cost of computing is the time that it adds to a
+prefill, at its place in the context. The cost of restoring is the time that the forward spends waiting, which is less
+than a restore takes: the two overlap.
 
-Restoring is what is done until computing is known to be faster, by a margin and beyond what the measurements leave
-open: with few of them, or with contradicting ones, nothing is left to chance. Now and then it is done all the same,
-since what is never restored is never measured again. Imports neither torch nor sglang.
+The engine restores until computing is known to be faster, by a margin and beyond the error of the measurements. While
+these are few, or contradict one another, it restores. Now and then it restores all the same, since what is never
+restored is never measured again. Imports neither torch nor sglang.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from enum import IntEnum
 import numpy as np
 
 _MARGIN = 1.25
-_EXPLORE = 32  # one of so many that would be computed is restored
-_LEAST = 8  # measurements beyond those that a line is fitted through
-_FADE = 0.99  # what an observation counts beside the one after it
-_SHORTEST_S = 1e-3  # of what is shorter, the error is taken to be that of this
+_EXPLORE = 32  # one in so many requests that would be computed is restored
+_LEAST = 8  # measurements needed beyond those that determine a line
+_FADE = 0.99  # weight of an observation relative to the one after it
+_SHORTEST_S = 1e-3  # errors of shorter times are relative to this
 
 
 class Word(IntEnum):
-    """What one rank says about a request's stored pages. Of all ranks the least word counts, because a step takes as
-    long as its slowest rank."""
+    """One rank's verdict on a request's stored pages. The least word of all ranks counts, because a step takes as long
+    as its slowest rank."""
 
     COMPUTE = 0
     """Computing is known to be faster."""
@@ -39,7 +39,7 @@ class Word(IntEnum):
 @dataclass
 class BreakEvenStats:
     """Counters since the engine started: requests whose stored pages were ``computed`` because that was faster, and
-    those that were restored although it would have been (``explored``)."""
+    requests that were restored although computing would have been faster (``explored``)."""
 
     computed: int = 0
     explored: int = 0
@@ -66,8 +66,8 @@ class Line:
         self._square = _FADE * self._square + y * y
 
     def bounds(self, features: Sequence[float]) -> tuple[float, float]:
-        """What the seconds lie between, two standard errors away from the line: 0 and infinity while nothing is known.
-        Wider, the less the observations were like ``features``."""
+        """A lower and an upper bound of the seconds, two standard errors from the line; 0 and infinity while nothing is
+        known. The less the observations were like ``features``, the wider the bounds."""
         unknown = (0.0, math.inf)
         if self._count < len(features) + _LEAST:
             return unknown
@@ -75,7 +75,7 @@ class Line:
         if not scale.all():
             return unknown
         products = self._products / np.outer(scale, scale)
-        # Where what was observed varies in too few directions, the others are unknown.
+        # If the observations vary in too few directions, the others are unknown.
         if np.linalg.eigvalsh(products)[0] < 1e-9:
             return unknown
         inverse = np.linalg.inv(products)
@@ -88,45 +88,45 @@ class Line:
 
 
 class BreakEven:
-    """Told of every step that computed something of a prompt, and asked for every request with stored pages. Used by
+    """Learns from every step that computed part of a prompt, and decides for every request with stored pages. Used by
     one thread.
 
-    With several ranks each has measurements of its own (`word`), and all must decide alike (`computes`), also which
-    requests are restored only to be measured: what one rank alone restores no rank does.
+    Each rank has measurements of its own (`word`), but all ranks must decide alike (`computes`), also which requests
+    to restore only for measuring: if one rank alone restored, none would.
     """
 
     def __init__(self) -> None:
         self.stats = BreakEvenStats()
         self._prefill = Line(3)
         self._wait = Line(2)
-        # Of each request that waits: how many of its pages were asked about, and the answer.
+        # By waiting request: how many of its pages were asked about, and the answer.
         self._asked: dict[str, tuple[int, bool]] = {}
         self._unexplored = 0
 
     def stepped(self, parts: Sequence[tuple[int, int]], seconds: float) -> None:
-        """A step took ``seconds`` to compute prompts alone: of each request so many new tokens after so many that it
-        had (``parts``: had, new)."""
+        """Record a step that took ``seconds`` and only computed prompts. ``parts`` tells, for each request, how many
+        tokens it had and how many new ones were computed."""
         self._prefill.observe(_work(parts, steps=1), seconds)
 
     def restored(self, parts: Sequence[tuple[int, int]], seconds: float, n_bytes: int, waited_s: float) -> None:
-        """The same of a step that restored ``n_bytes`` from disk, and waited for them: not more of it than is beyond
-        what it would have taken anyway is their cost."""
+        """Record a step that also restored ``n_bytes`` from disk and waited for them. Their cost is that wait, but at
+        most the time beyond what the step would have taken anyway."""
         _, without_s = self._prefill.bounds(_work(parts, steps=1))
         if without_s < math.inf:
             self._wait.observe((1, n_bytes), min(waited_s, max(0.0, seconds - without_s)))
 
     def word(self, cached: int, tokens: int, n_bytes: int) -> Word:
-        """What this rank's measurements say about ``tokens`` tokens, whose pages, ``n_bytes``, are stored, after
-        ``cached`` tokens that are on the device."""
-        # A step there is anyway, for what comes after these tokens.
+        """This rank's verdict on ``tokens`` tokens whose pages, ``n_bytes``, are stored, after ``cached`` tokens that
+        are on the device."""
+        # There is a step anyway, for what comes after these tokens.
         _, compute_s = self._prefill.bounds(_work([(cached, tokens)], steps=0))
         restore_s, _ = self._wait.bounds((1, n_bytes))
         return Word.RESTORE if compute_s * _MARGIN >= restore_s else Word.COMPUTE
 
     def computes(self, rid: str, pages: int, word: int) -> bool:
-        """Whether a request's stored pages are computed all the same. ``pages`` and ``word`` are what all ranks have
-        agreed on, and so is the answer. It stays the same while the request waits, and counts once; only what has been
-        staged since is restored in any case."""
+        """Whether to compute a request's stored pages all the same. All ranks have agreed on ``pages`` and ``word``, so
+        they get the same answer. It stays the same while the request waits, and counts once; only pages staged since
+        are restored in any case."""
         if word == Word.STAGED:
             return False
         known = self._asked.get(rid)
@@ -146,7 +146,7 @@ class BreakEven:
         return True
 
     def tidy(self, queued: Callable[[], Collection[str]]) -> None:
-        """Forget what was answered to requests that are not ``queued`` any more."""
+        """Forget the answers to requests that are no longer ``queued``."""
         if self._asked:
             still = queued()
             self._asked = {rid: answer for rid, answer in self._asked.items() if rid in still}
@@ -158,5 +158,5 @@ class BreakEven:
 
 
 def _work(parts: Sequence[tuple[int, int]], steps: int) -> tuple[float, float, float]:
-    """What the time of a prefill is linear in: that there is one, its new tokens, and what each of them attends to."""
+    """The features of a prefill's time: that there is one, its new tokens, and what each of them attends to."""
     return steps, sum(new for _, new in parts), sum(new * (had + new / 2) for had, new in parts)

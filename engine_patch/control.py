@@ -17,7 +17,7 @@ from agentstate.fleet.control import MAX_BYTES, new_secret, pack, protect, unpac
 
 logger = logging.getLogger(__name__)
 
-_POLL_MS = 2  # how often what waits is looked at again
+_POLL_MS = 2  # how often waiters are looked at again
 _IDLE_MS = 200  # how long `close` may have to wait
 _TICK_S = 1.0
 _MOST_WAITERS = 256
@@ -31,7 +31,7 @@ class _Waiter(NamedTuple):
 
 
 class _Knows:
-    """Lets those connect who have the key that follows from a secret."""
+    """Lets peers connect that have the key derived from a secret."""
 
     def __init__(self, secret: str):
         self._key = zmq.curve_public(secret.encode())
@@ -41,13 +41,13 @@ class _Knows:
 
 
 class Verbs(Protocol):
-    """What answers the verbs, from the endpoint's thread. An EngineError is told to the peer."""
+    """Answers the verbs, on the endpoint's thread. An EngineError is reported to the peer."""
 
     def flush(self, session_id: str) -> dict[str, Any]:
         """How far the session is durable as of now; while the state is ``pending`` the peer waits."""
 
     def prefetch(self, session_id: str, tier: str, packed: bytes | None) -> Callable[[], dict[str, Any]]:
-        """Begin a prefetch of the pages ``packed``, or of all that are known: what tells its state as of now."""
+        """Begin a prefetch of the pages ``packed``, or of all that are known, and return what tells its state."""
 
     def demote(self, session_id: str) -> dict[str, Any]: ...
 
@@ -60,16 +60,15 @@ class Verbs(Protocol):
 
 
 class ControlEndpoint:
-    """Binds ``address`` (``*`` takes a free port; `address` then says which), and from `serve` to `close` asks
-    ``verbs`` what peers ask who know its ``secret``. A peer waits for what is ``pending`` up to its own timeout, ten
-    minutes at most; of more than 256 peers that wait, the others are refused. Raises EngineError when the address
-    cannot be bound.
+    """Binds ``address`` (``*`` takes a free port; `address` then says which). From `serve` to `close`, ``verbs``
+    answers the requests of peers that know its ``secret``. A peer waits for a ``pending`` answer up to its own timeout,
+    ten minutes at most; while 256 peers wait, more are refused. Raises EngineError if the address cannot be bound.
     """
 
     def __init__(self, address: str, verbs: Verbs):
         self.secret = new_secret()
         self._verbs = verbs
-        # A context of its own: who may connect is decided for all sockets of one.
+        # A context of its own, since all sockets of a context are authenticated alike.
         self._context = zmq.Context()
         self._gate = ThreadAuthenticator(self._context, log=logging.getLogger(f"{__name__}.gate"))
         self._gate.start()
@@ -122,7 +121,7 @@ class ControlEndpoint:
                 try:
                     self._verbs.tick()
                 except Exception:
-                    # The next one will tell it.
+                    # The next tick catches up.
                     logger.debug("agentstate: a tick failed", exc_info=True)
 
     def _answer(self, peer: list[bytes], raw: bytes) -> None:
@@ -156,7 +155,7 @@ class ControlEndpoint:
             self._send(peer, {"ok": False, "error": str(error)})
 
     def _settle(self, waiter: _Waiter) -> bool:
-        """Answer what is final or whose time is up."""
+        """Answer a waiter when its answer is final or its time is up. Returns whether it did."""
         try:
             answer = waiter.answer()
             if answer["state"] == "pending" and time.monotonic() < waiter.deadline_s:

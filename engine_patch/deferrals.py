@@ -1,4 +1,4 @@
-"""Long restores beside requests that run. A forward that restores layer by layer takes as long as the drive does, and
+"""Long restores beside running requests. A forward that restores layer by layer takes as long as the drive does, and
 every request of the engine waits for it. A request with much to restore is therefore deferred while others run: the
 scheduler does not see it until its pages have been preloaded, and then finds them on the device. An engine with nothing
 else to do restores layer by layer, at once."""
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
 
-# How often a request is deferred before it is admitted as it is: for what another one brings, and for what it then
-# still misses.
+# How often a request is deferred before it is admitted as it is: once for what another one brings, once for what it
+# then still misses.
 _MOST = 2
 
 
@@ -47,7 +47,7 @@ class _Queued:
 
 
 class Deferrals:
-    """Which queued requests the scheduler does not see. All that decides is the same on all ranks: the queue, the tree,
+    """Decides which queued requests the scheduler does not see. All ranks decide from the same: the queue, the tree,
     its memory, and what `Preloads` has agreed on.
 
     ``match`` tells what a request can restore. With ``preload_bytes`` 0, and for a model with more than full attention,
@@ -78,17 +78,18 @@ class Deferrals:
         return any(preload.brings(req) for preload in self._preloads)
 
     def queueing(self, req: Req) -> None:
-        """A request is being queued, perhaps again: what was known of it need not be so any more."""
+        """A request is being queued, perhaps again: forget what was known of it."""
         self._queued.pop(req.rid, None)
 
     def matched(self, req: Req, hit: StoredHit | None) -> bool:
-        """A request that is being queued can restore ``hit``: whether that is long."""
+        """A request that is being queued can restore ``hit``. Returns whether that is long."""
         self._queued[req.rid] = known = _Queued(matched=True, long=self._if_long(hit))
         return known.long is not None
 
     def begin(self, scheduler: Scheduler) -> None:
-        """Defer the requests that join a preload, and those for which one can begin: there is memory that nothing
-        before them needs. First come, first served: behind a request that finds too little, no other gets any."""
+        """Defer the requests that join a preload, and those for which one can begin because there is memory that
+        nothing before them needs. First come, first served: behind a request that finds too little, no other gets
+        any."""
         queue = scheduler.waiting_queue
         self._queued = {req.rid: known for req in queue if (known := self._queued.get(req.rid)) is not None}
         for req in queue:
@@ -111,7 +112,7 @@ class Deferrals:
             reserved += max(0, _whole(req) - (0 if known.deferred is None else len(known.deferred.key)))
 
     def _go_on(self, req: Req, known: _Queued) -> None:
-        """See whether what a request is deferred for is over: then it is matched again."""
+        """If the preload that a request is deferred for is over, have the request matched again."""
         preload = known.deferred
         if preload is None or preload.progress is Progress.RUNNING:
             return
@@ -119,15 +120,15 @@ class Deferrals:
         known.times += 1
         if preload.progress is Progress.DONE and preload.restores:
             self._linker.preload_stats.requests += 1
-            # For what it reports as cached: this is from storage, although it finds it on the device.
+            # For its report of cached tokens: these are from storage, although it finds them on the device.
             start = len(preload.key) - len(preload.keys) * self._cache.page_size
             if req.storage_hit_start is None or start < req.storage_hit_start:
                 req.storage_hit_start = start
             req.storage_hit_length = len(preload.key) - req.storage_hit_start
 
     def _joined(self, req: Req, hit: StoredHit | None) -> Preload | None:
-        """The preload that brings what a request begins with: all that is under way there, or what is long by itself
-        of what the request misses."""
+        """The preload that a request joins: one whose pages the request all begins with, or one that brings a part of
+        what it misses that is long by itself."""
         page_size = self._cache.page_size
         for preload in self._preloads:
             if preload.brings(req):
@@ -139,7 +140,7 @@ class Deferrals:
         return None
 
     def _start(self, req: Req, known: _Queued, hit: StoredHit, reserved: int) -> bool:
-        """Begin to preload what a request misses; False when there is too little memory for that."""
+        """Begin to preload what a request misses; False if there is too little memory for that."""
         rest = _whole(req) - len(hit.key)
         if self._preloads.fits(len(hit.keys), reserved + rest):
             found = self._cache.match_prefix(MatchPrefixParams(key=hit.key))
@@ -164,7 +165,7 @@ class Deferrals:
 
     @contextmanager
     def deferring(self, scheduler: Scheduler) -> Iterator[None]:
-        """Within it the scheduler does not see the requests that are deferred."""
+        """A context within which the scheduler does not see the deferred requests."""
         before = scheduler.waiting_queue
         deferred = [
             req for req in before if (known := self._queued.get(req.rid)) is not None and known.deferred is not None
@@ -178,17 +179,17 @@ class Deferrals:
         try:
             yield
         finally:
-            # What has been queued meanwhile comes last, as it would have.
+            # Requests queued meanwhile come last, as they would have.
             queued = [*deferred, *scheduler.waiting_queue]
             scheduler.waiting_queue = sorted(queued, key=lambda req: place.get(id(req), len(before)))
 
     @property
     def kept(self) -> int:
-        """Of how many queued requests something is known."""
+        """How many queued requests something is known of."""
         return len(self._queued)
 
     def forget(self) -> None:
-        """Nothing of what was known is so any more: the device memory is cleared."""
+        """Forget everything that was known: the device memory is cleared."""
         self._queued.clear()
 
 
@@ -202,12 +203,12 @@ def running(scheduler: Scheduler) -> Iterator[Req]:
 
 
 def needed_by_running(scheduler: Scheduler) -> int:
-    """How many more tokens of KV the requests that run may need, of each as much of its answer as SGLang reckons with
-    when it admits one."""
+    """How many more tokens of KV the running requests may need, counting as much of each answer as SGLang counts when
+    it admits a request."""
     return sum(max(0, _whole(req) - req.kv.kv_allocated_len) + scheduler.page_size for req in running(scheduler))
 
 
 def _whole(req: Req) -> int:
-    """How many tokens of KV a request may have in the end, as far as SGLang reckons with its answer."""
+    """How many tokens of KV a request may have in the end, counting as much of its answer as SGLang counts."""
     answer = len(req.output_ids) + CLIP_MAX_NEW_TOKENS
     return len(req.origin_input_ids) + min(req.sampling_params.max_new_tokens, answer)

@@ -1,5 +1,5 @@
-"""What of the sessions is on the device, and what is asked of it from outside of the scheduler: to bring a session
-back before its next request, or to let go of it first."""
+"""The part of each session that is on the device, and requests for it from outside the scheduler: to bring a session
+back before its next request, or to make it the first to be evicted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Token ids that are remembered, of the sessions that were used last: 8 bytes each.
+# How many token ids of the most recently used sessions are remembered, 8 bytes each.
 _REMEMBERED_TOKENS = 16_000_000
 
 
@@ -47,7 +47,7 @@ class _Prefetch:
 
 
 class DeviceTier:
-    """Work on the radix tree, which is done on the scheduler's thread, between two batches, whoever asks for it.
+    """Work on the radix tree. Whoever asks for it, it is done on the scheduler's thread, between two batches.
 
     Sessions are moved neither with tensor parallelism, where the trees of all ranks must change alike and control
     messages reach them at different times, nor for models with more than full attention.
@@ -62,7 +62,7 @@ class DeviceTier:
         self._tokens = 0
         self._prefetches: dict[str, _Prefetch] = {}
         self._prefetching = threading.Lock()
-        # Its Rust tree, SGLang's default, lets nobody look at single nodes.
+        # SGLang's default tree, in Rust, shows nobody its single nodes.
         self._sees_nodes = isinstance(cache.tree_core, UnifiedTreeCore)
         self._alone = get_parallel().tp_size == 1
         self._moves = self._alone and len(cache._components_tuple) == 1
@@ -83,8 +83,8 @@ class DeviceTier:
             self._tokens -= len(self._sessions.popitem(last=False)[1])
 
     def demote(self, session_id: str) -> None:
-        """Make the session's pages the first to be evicted, but for those that another one shares. From any thread.
-        Raises EngineError where that cannot be done."""
+        """Make the session's pages the first to be evicted, except those that another session shares. From any thread.
+        Raises EngineError if that cannot be done."""
         if not self._sees_nodes:
             raise EngineError(
                 "sessions are demoted in SGLang's Python tree only: start the engine with "
@@ -101,12 +101,12 @@ class DeviceTier:
             node.last_access_time = 0
 
     def prefetch(self, session_id: str, keys: list[bytes]) -> Callable[[], Progress] | None:
-        """Bring the pages ``keys``, the session's stored chain, into the tree: into memory that is free or that the
-        tree may evict and that no running request is going to need, and not at all when that is too little. Tells how
-        far that is. From any thread; one that is under way already is gone on with.
+        """Bring the pages ``keys``, the session's stored chain, into the tree. They take memory that is free or
+        evictable, and that no running request is going to need; if there is too little, none are brought. Returns what
+        tells the progress. From any thread; a prefetch that is under way already continues.
 
-        None when it cannot be done: the tree is keyed by token ids, which only a process that has served the session
-        has, and the session's newest ones need not be those of ``keys``.
+        Returns None if it cannot be done: the tree is keyed by token ids, which only a process that has served the
+        session has, and the session's newest ones need not be those of ``keys``.
         """
         self.kept()  # forgets those that have ended, with their token ids
         prefetch = self._prefetches.get(session_id)
@@ -130,8 +130,8 @@ class DeviceTier:
             return {"tree_tasks": self._asked.qsize(), "device_prefetches": len(self._prefetches)}
 
     def _tokens_of(self, session_id: str, keys: list[bytes]) -> RadixKey | None:
-        """What the tree calls the pages ``keys``. A page's key covers all tokens before it, so that the last one
-        tells."""
+        """The tree's key of the pages ``keys``. A page's key covers all tokens before it, so comparing the last one is
+        enough."""
         page_size = self._cache.page_size
         key = self._sessions.get(session_id) if self._moves else None
         if key is None or len(key) < len(keys) * page_size:
@@ -147,7 +147,8 @@ class DeviceTier:
             raise
 
     def _begin(self, prefetch: _Prefetch, reserved: int) -> Progress:
-        """It fails when there is too little memory besides the ``reserved`` tokens, or nothing can be restored."""
+        """Begin a prefetch. It fails if there is too little memory besides the ``reserved`` tokens, or nothing can be
+        restored."""
         found = self._cache.match_prefix(MatchPrefixParams(key=prefetch.key))
         missing = prefetch.keys[found.device_prefix_len // self._cache.page_size :]
         if not missing:

@@ -1,18 +1,18 @@
-"""Requests whose restore failed, and what of their prefix they may be restored from at their next look-up."""
+"""Requests whose restore failed, and how much of their prefix their next look-up may restore."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-# By rid: the pages that must not be restored again, and nothing after them. Nothing at all may be when there are none.
+# By rid: pages that must not be restored again, nor anything after them. An empty set rules out the whole prefix.
 Unusable = Mapping[str, frozenset[bytes]]
 
 
 class Failures:
-    """What was unusable in a restore is not looked up again by the requests that it failed, whether or not the store
-    serves it still: or such a request might fail for ever. Others find out for themselves.
+    """A request whose restore failed does not look up the unusable pages again, even if the store still serves them:
+    otherwise it might fail for ever. Other requests find out for themselves.
 
-    A request is forgotten when it is no longer queued: it runs, or has left. For the scheduler's thread.
+    A request is forgotten when it is no longer queued, because it runs or has left. For the scheduler's thread.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Failures:
         return next((page for page, key in enumerate(keys) if key in unusable), len(keys))
 
     def tidy(self, queued: Callable[[], Collection[str]]) -> None:
-        """Forget the requests that are not ``queued`` any more, which is asked for only if it matters."""
+        """Forget the requests that are no longer ``queued``, which is called only if it matters."""
         if self._unusable:
             rids = queued()
             self._unusable = {rid: keys for rid, keys in self._unusable.items() if rid in rids}
@@ -47,8 +47,9 @@ class Failures:
 
 
 def together(of_pools: Iterable[tuple[Collection[str], Unusable]]) -> dict[str, frozenset[bytes]]:
-    """What is unusable for the requests that failed in any pool: of each pool, those that failed in it, and its word.
-    A request that failed somewhere for no page's sake may be restored from nothing."""
+    """The unusable pages of every request that failed in any pool. ``of_pools`` has, for each pool, the requests that
+    failed in it and its unusable pages. For a request that failed in some pool without a page to blame, nothing may
+    be restored."""
     found: dict[str, frozenset[bytes]] = {}
     for failed, unusable in of_pools:
         for rid in failed:

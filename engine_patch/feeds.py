@@ -1,4 +1,4 @@
-"""Which streams the pages of a load come from: what several loads need is read once, and goes to all of them."""
+"""Which streams feed the pages of a load: what several loads need is read once, and goes to all of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Reading:
         if (at := self.position.get(keys[first])) is None:
             return 0, 0
         low, high = 1, min(len(keys) - first, len(self.keys) - at) + 1
-        # What begins alike for some length does so for every smaller one; mostly for the greatest.
+        # Bisect: what is equal up to some length is equal up to every smaller one. Mostly the greatest fits.
         middle = high - 1
         while high - low > 1:
             if keys[first : first + middle] == self.keys[at : at + middle]:
@@ -61,7 +61,7 @@ class Piece(NamedTuple):
 
 
 def pieces(keys: Sequence[bytes], readings: Sequence[Reading]) -> list[Piece]:
-    """The chain ``keys`` in pieces, in order: what is being read, and what is not."""
+    """Split the chain ``keys``, in order, into pieces that are being read and pieces that are not."""
     found: list[Piece] = []
     where: dict[bytes, int] | None = None
     first = 0
@@ -87,8 +87,8 @@ def pieces(keys: Sequence[bytes], readings: Sequence[Reading]) -> list[Piece]:
 
 @dataclass(eq=False)
 class Load:
-    """One request's restore of ``keys`` to the device pages ``numbers``. ``missing`` are keys that were not stored any
-    more when it was queued. ``n_bytes`` have been read for it, or for it before others."""
+    """One request's restore of ``keys`` to the device pages ``numbers``. ``missing`` are the keys that were no longer
+    stored when it was queued. ``n_bytes`` have been read for it; what several loads share counts for the first."""
 
     rid: str
     keys: Sequence[bytes]
@@ -96,12 +96,12 @@ class Load:
     missing: tuple[bytes, ...] = ()
     sources: set[Source] = field(default_factory=set)
     n_bytes: int = 0
-    # Of its pages from one to another: every layer asks for the same.
+    # By first page and number of pages: every layer asks for the same.
     places: dict[tuple[int, int], Place] = field(default_factory=dict)
 
 
 class Portion(NamedTuple):
-    """The ``pages`` of a feed's stream that a load needs, as its own from page ``first`` on."""
+    """The ``pages`` of a feed's stream that a load needs; in the load they begin at page ``first``."""
 
     load: Load
     pages: range
@@ -127,7 +127,7 @@ class Feed:
     reading: Reading
     source: Source
     portions: list[Portion] = field(default_factory=list)
-    # Where pages are read straight to, and for which portion: of what several need, for the first.
+    # Where pages are read straight to, and for which portion. Pages that several portions need go to the first.
     homes: list[tuple[Portion, Destination]] = field(default_factory=list)
 
     @property
@@ -135,17 +135,17 @@ class Feed:
         return self.reading.stream
 
     def join(self, load: Load, piece: Piece) -> None:
-        """Feed a load with a piece of it."""
+        """Feed a load with one of its pieces."""
         load.sources.add(self.source)
         self.portions.append(Portion(load, range(piece.at, piece.at + len(piece.pages)), piece.pages.start))
 
     def leave(self, load: Load) -> bool:
-        """Do not feed a load any more: whether another one is fed."""
+        """Stop feeding a load, and return whether another one is still fed."""
         self.portions = [portion for portion in self.portions if portion.load is not load]
         return bool(self.portions)
 
     def hurry(self, device: DevicePages, *, background: bool) -> None:
-        """Read what the loads need, straight to the device where that can be."""
+        """Read what the loads need, straight to the device where possible."""
         if device.addressable:
             taken: list[range] = []
             for portion in self.portions:
@@ -161,7 +161,7 @@ class Feed:
         return next((portion.load for portion in self.portions if intersection(portion.pages, pages)), None)
 
     def rows(self, portion: Portion, chunk: Chunk) -> Iterator[tuple[range, list[np.ndarray | torch.Tensor]]]:
-        """What of a chunk has to be copied for a portion: pages of the stream, and their rows of each component."""
+        """The parts of a chunk to copy for a portion: pages of the stream, and their rows of each component."""
         for segment, arrays in chunk.parts:
             pages = intersection(portion.pages, range(segment.first, segment.first + segment.pages))
             if pages:
@@ -184,7 +184,7 @@ def intersection(some: range, others: range) -> range:
 
 
 def _without(pages: range, taken: Sequence[range]) -> list[range]:
-    """What is left of ``pages``."""
+    """``pages`` without those ``taken``."""
     left = [pages] if pages else []
     for other in taken:
         left = [

@@ -32,8 +32,8 @@ def space(settings: Settings, marks: Sequence[Mapping[PoolName, bytes]]) -> Spac
 
 
 def fingerprints(server_args: Any, page_size: int, pools: Sequence[DevicePool]) -> list[dict[PoolName, bytes]]:
-    """What a page of each pool is valid for, 32 bytes, on each rank; that of `PoolName.KV` stands for all pools and is
-    there without them too. Reads samples of the checkpoint. Raises SettingsError where it has no weights."""
+    """The fingerprint of each pool on each rank, 32 bytes. That of `PoolName.KV` stands for all pools and exists
+    without them too. Reads samples of the checkpoint. Raises SettingsError if it has no weights."""
     fields = _fields(server_args, page_size, pools)
     names = {PoolName.KV, *(pool.name for pool in pools)}
     ranks = range(get_parallel().tp_size)
@@ -67,9 +67,9 @@ def _reachable(host: str) -> str:
 
 
 def _fields(server_args: Any, page_size: int, pools: Sequence[DevicePool]) -> dict[str, Any]:
-    """What a page of any of ``pools`` is valid for: of all of them, since each is computed from the others.
+    """What a page of any of ``pools`` is valid for. The fields cover all pools, since each is computed from the others.
 
-    These fields are always there. Whatever is added later belongs to `_further_fields`, or every stored page would be
+    These fields are always there. Add later ones to `_further_fields`: here they would make every stored page
     unreachable after an upgrade. The version of SGLang counts, since its kernels may lay out KV in another way.
     """
     model, parallel = get_model(), get_parallel()
@@ -92,11 +92,11 @@ def _fields(server_args: Any, page_size: int, pools: Sequence[DevicePool]) -> di
 
 
 def _further_fields(server_args: Any, model: Any, checkpoint: Path) -> dict[str, Any]:
-    """What a page is valid for beside what is always there: each only where it is not at its default, so that pages
-    which are stored stay reachable when one is added."""
+    """The optional fields. Each is there only when it is not at its default, so that stored pages stay reachable when
+    a field is added."""
     code = sorted(checkpoint.glob("*.py")) if model.trust_remote_code and checkpoint.is_dir() else ()
     further = {
-        # Of a flag that nobody has run with AgentState, nobody knows that KV is the same with it and without.
+        # Nobody knows whether a flag that was never run with AgentState leaves KV the same.
         "flags": dict(flags.marks(given_flags(server_args))),
         "code": [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in code],
     }
@@ -104,7 +104,7 @@ def _further_fields(server_args: Any, model: Any, checkpoint: Path) -> dict[str,
 
 
 def _digest_of(path: str | None) -> str:
-    """The content of a file of parameters, wherever it lies; "None" without one. Raises SettingsError where it cannot
+    """The digest of a parameter file's content, wherever it lies; "None" without one. Raises SettingsError if it cannot
     be read."""
     if path is None:
         return str(path)
@@ -118,22 +118,22 @@ def _digest_of(path: str | None) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a checkpoint must have in common with another one whose weights are loaded over its own: the running model
-    is configured by the first, and keeps what the second lacks. ``tensors`` is empty where that cannot be told."""
+    """What two checkpoints must have in common before one's weights are loaded over the other's: the running model is
+    configured by the first, and keeps what the second lacks. ``tensors`` is empty if it cannot be told."""
 
     configuration: dict[str, bytes]
     tensors: frozenset[str]
 
 
 def shape() -> Shape:
-    """That of the checkpoint that is loaded, as its files are now. Raises SettingsError where one is damaged."""
+    """The shape of the loaded checkpoint, as its files are now. Raises SettingsError if one is damaged."""
     checkpoint = checkpoint_of(get_model())
     return Shape(configuration(checkpoint), frozenset(tensor_names(checkpoint)))
 
 
 def in_the_way(before: Shape, now: Shape) -> str | None:
-    """Why pages of an engine that has loaded ``now`` over ``before`` need not be those of an engine that is started
-    with ``now``; None when they are."""
+    """Why an engine that has loaded ``now`` over ``before`` may compute other pages than an engine started with
+    ``now``; None if both compute the same."""
     model = get_model()
     if model.quantization is not None:
         return "its quantized weights were updated in place"

@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from agentstate.fleet.manifests import KEY_BYTES, KvState, Manifest, split_keys
 from agentstate.fleet.turns import Turn
 
-# Keys of sessions that SQL knows as well: 32 bytes a page.
+# Bound of what is kept of sessions that SQL knows as well; a key takes 32 bytes a page.
 _REMEMBERED_BYTES = 64 << 20
-# What a session takes beside its keys, about.
+# About what a session takes besides its keys.
 _STANDING_BYTES = 1 << 10
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A session as of its newest finished request, which was of the turn ``epoch``: ``requests`` finished so far,
-    ``settled`` of them stored, and ``saved`` of them in SQL. Its newest settled request had ``pages`` whole pages, of
-    which the first were stored: ``keys`` packs the key of each of those."""
+    """A session as of its newest finished request, in the turn ``epoch``. ``requests`` have finished so far;
+    ``settled`` of them are stored, and ``saved`` of them are in SQL. The newest settled request had ``pages`` whole
+    pages; ``keys`` packs the keys of the first ones, those that were stored."""
 
     epoch: int = 0
     requests: int = 0
@@ -35,7 +35,7 @@ class Standing:
 
     @property
     def pending(self) -> bool:
-        """Whether SQL does not know it as it is."""
+        """Whether SQL lags behind it."""
         return min(self.settled, self.saved) < self.requests
 
     @property
@@ -44,23 +44,23 @@ class Standing:
 
 
 class Ledger:
-    """Thread-safe. Of the sessions that SQL knows as they are it remembers those that were used last, in so many bytes;
-    SQL remembers the others. ``n_bytes`` says how many bytes a prefix of so many pages has in the stores, ``stored``
-    how many pages of a chain are there now."""
+    """Thread-safe. Of the sessions that SQL does not lag behind, it remembers the most recently used, up to a bound in
+    bytes; SQL remembers the others. ``n_bytes`` gives the bytes that a prefix of so many pages takes in the stores,
+    ``stored`` how many pages of a chain are there now."""
 
     def __init__(self, page_size: int, n_bytes: Callable[[int], int], stored: Callable[[Sequence[bytes]], int]):
         self._page_size = page_size
         self._stored = stored
         self._n_bytes = n_bytes
         self._standings: OrderedDict[str, Standing] = OrderedDict()
-        # What SQL does not know yet, and all of them together.
+        # The sessions that SQL lags behind, and the bytes of all sessions.
         self._pending: set[str] = set()
         self._held_bytes = 0
         self._mutex = threading.Lock()
 
     def finished(self, turn: Turn) -> int | None:
-        """A request of a turn has finished and its pages are queued: the number of this request, or None when a later
-        turn of the session has been seen."""
+        """Record that a request of a turn has finished and its pages are queued. Returns the request's number, or None
+        if a later turn of the session has been seen."""
         with self._mutex:
             standing = self._standings.get(turn.session_id, Standing())
             if turn.epoch < standing.epoch:
@@ -77,22 +77,23 @@ class Ledger:
             self._put(session_id, replace(standing, settled=request, pages=len(keys), keys=packed))
 
     def saved(self, manifest: Manifest) -> None:
-        """``manifest`` is in SQL. It counts when it is the one of the newest settled request: a page's key covers
-        everything before it, so equal last keys are equal manifests."""
+        """``manifest`` is in SQL. It counts only if it is of the newest settled request: a page's key covers everything
+        before it, so equal last keys are equal manifests."""
         with self._mutex:
             standing = self._standings.get(manifest.session_id)
             if standing is not None and manifest.keys[-KEY_BYTES:] == standing.keys[-KEY_BYTES:]:
                 self._put(manifest.session_id, replace(standing, saved=standing.settled))
 
     def refused(self, manifest: Manifest) -> None:
-        """SQL does not take ``manifest``: its turn is over, or its session deleted. What SQL says counts."""
+        """SQL refused ``manifest``: its turn is over, or its session is deleted. Forget the session, since SQL
+        decides."""
         with self._mutex:
             standing = self._standings.get(manifest.session_id)
             if standing is not None and standing.epoch <= manifest.epoch:
                 self._remove(manifest.session_id)
 
     def standing(self, session_id: str) -> dict[str, object] | None:
-        """The answer of a ``flush`` right now, or None for a session that this process has not served."""
+        """The answer to a ``flush`` right now, or None for a session that this process has not served."""
         with self._mutex:
             standing = self._standings.get(session_id)
         if standing is None:
@@ -103,11 +104,11 @@ class Ledger:
         return self.remembered(self._stored(split_keys(standing.keys)), standing.pages)
 
     def remembered(self, stored: int, pages: int) -> dict[str, object]:
-        """The answer of a ``flush`` for a session of so many ``pages``, of which ``stored`` are still here."""
+        """The answer to a ``flush`` for a session of so many ``pages``, of which ``stored`` are still here."""
         return self._answer(_state(stored, pages), stored)
 
     def forget(self, session_id: str) -> None:
-        """What is known of the session is true no more."""
+        """Forget the session: what is known of it no longer holds."""
         with self._mutex:
             self._remove(session_id)
 
@@ -135,7 +136,8 @@ class Ledger:
             self._shrink()
 
     def _shrink(self) -> None:
-        """Forget what SQL knows, down to three quarters, so that the pending ones are passed over once in a while."""
+        """Forget sessions that SQL knows, down to three quarters of the bound, so that scans over pending ones are
+        rare."""
         for session_id in [name for name in self._standings if name not in self._pending]:
             if self._held_bytes <= _REMEMBERED_BYTES * 3 // 4:
                 return

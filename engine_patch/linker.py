@@ -44,7 +44,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self.layer_done_counter = self._pools.gate
         self.pools = self._pools.device_pages
         if PoolName.MAMBA in self.pools:
-            # The state has readers of its own, which do not come by the KV pool.
+            # The state has readers of its own, which do not pass through the KV pool.
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
 
     def attach(self, device: Device, kept: Callable[[], dict[str, int]]) -> None:
@@ -66,7 +66,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self._rank.resume()
 
     def reload(self) -> str | None:
-        """Go over to the pages of weights that have been loaded from files; the reason where that cannot be done."""
+        """Switch to the pages of weights that were loaded from files. Returns the reason if that cannot be done."""
         return self._rank.reload()
 
     def close(self) -> None:
@@ -75,13 +75,13 @@ class AgentStateLinker(UnifiedCacheLinker):
     # What the radix cache asks for, in the order of a request's life.
 
     def matching(self, cached: int) -> None:
-        """The next `lookup` is for a request with so many tokens on the device, which its own arguments leave out."""
+        """The next `lookup` is for a request with so many tokens on the device: its own arguments do not say."""
         self._cached = cached
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
-        """Every restorable prefix length, in pages; none while the drive does not answer; after a failed restore of
-        the request those before what failed. ``word`` is then whether restoring the longest one is worth its time, as
-        far as this rank knows."""
+        """Every restorable prefix length, in pages: none while the drive does not answer, and after a failed restore of
+        the request only those before what failed. Sets ``word``, this rank's verdict on whether the longest one is
+        worth restoring."""
         self.word = Word.RESTORE
         if not self.restores:
             return []
@@ -99,8 +99,8 @@ class AgentStateLinker(UnifiedCacheLinker):
         return self._rank.break_even.word(self._cached, len(keys) * self.page_size, n_bytes)
 
     def computes(self, rid: str, pages: int, word: int) -> bool:
-        """Whether a request's ``pages`` stored pages are computed, since that is faster: decided by what all ranks have
-        agreed on (`BreakEven`)."""
+        """Whether to compute a request's ``pages`` stored pages because that is faster, decided from what all ranks
+        have agreed on (`BreakEven`)."""
         return self._rank.break_even.computes(rid, pages, word)
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
@@ -119,7 +119,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         return not found.failed
 
     def finish(self, counter_index: int) -> Finished:
-        """Wait like `finish_layer_wise_loading`, and tell which requests failed, instead of whether one did, and what
+        """Wait like `finish_layer_wise_loading`, but tell which requests failed instead of whether one did, and what
         was restored."""
         found = self._pools.finish(counter_index)
         if (restored := found.restored) is not None:
@@ -149,8 +149,8 @@ class AgentStateLinker(UnifiedCacheLinker):
         self._pools.release_quarantine()
 
     def stepped(self, parts: Sequence[tuple[int, int]], seconds: float, restored: Restored | None) -> None:
-        """A step of the engine took ``seconds`` to compute, of each of its requests, so many new tokens after so many
-        that it had (``parts``: had, new), ``restored`` among them."""
+        """A step of the engine took ``seconds``. ``parts`` tells, for each of its requests, how many tokens it had and
+        how many new ones were computed; ``restored`` is what the step restored."""
         if restored is None:
             self._rank.break_even.stepped(parts, seconds)
         elif restored.sources == {Source.COLD}:
@@ -176,28 +176,28 @@ class AgentStateLinker(UnifiedCacheLinker):
     # Before a request is admitted, and beside those that run.
 
     def read_ahead(self, rid: str, keys: Sequence[bytes]) -> None:
-        """Begin to read what a request that waits is going to load."""
+        """Begin to read what a waiting request is going to load."""
         if self._rank.off is None:
             self._pools.read_ahead(rid, keys)
 
     def tidy(self, queued: Callable[[], Collection[str]]) -> None:
-        """Let go of what is kept for requests that are not ``queued`` any more."""
+        """Drop what is kept for requests that are no longer ``queued``."""
         self._pools.tidy(queued)
         self._rank.break_even.tidy(queued)
 
     @property
     def retired(self) -> bool:
-        """Whether nothing that is stored may be used any more."""
+        """Whether stored pages must no longer be used."""
         return self._rank.off is not None
 
     @property
     def restores(self) -> bool:
-        """Whether anything can be restored: not once it is retired, nor while the drive does not answer."""
+        """Whether anything can be restored: neither once it is retired, nor while the drive does not answer."""
         return self._rank.off is None and not self.stuck
 
     @property
     def stuck(self) -> bool:
-        """Whether the drive has not answered in time, and does not yet: it may still write to device pages."""
+        """Whether a drive that did not answer in time still does not: it may still write to device pages."""
         return self._pools.stuck
 
     @property
@@ -206,8 +206,8 @@ class AgentStateLinker(UnifiedCacheLinker):
         return self._pools.quarantines
 
     def preload(self, rid: str, keys: Sequence[bytes], slots: torch.Tensor) -> int:
-        """Load pages for no request, into slots that the caller owns: the number of a batch, to ask `landed` and
-        `finish` with."""
+        """Load pages for no request, into slots that the caller owns. Returns the number of a batch, for `landed` and
+        `finish`."""
         return self._pools.preload(rid, keys, slots, self._device_events())
 
     def landed(self, batch: int) -> bool:
@@ -219,15 +219,15 @@ class AgentStateLinker(UnifiedCacheLinker):
         return self._pools.layers_landed(batch)
 
     def abandon(self, batch: int) -> None:
-        """Nobody waits for a batch any more: `finish` returns at once, and it has failed."""
+        """Let nobody wait for a batch any more: `finish` returns at once, and the batch has failed."""
         self._pools.abandon(batch)
 
     def quarantine_slots(self, slots: torch.Tensor) -> None:
-        """Quarantine what a preload on some rank may still write to, like `quarantine`."""
+        """Like `quarantine`, for the slots of a preload that some rank may still write to."""
         self.quarantine(Finished(set(), numbers=(partial(self._pools.page_numbers, slots),)))
 
     def n_bytes(self, pages: int) -> int:
-        """What restoring a prefix of so many pages reads, on one rank."""
+        """The bytes that one rank reads to restore a prefix of so many pages."""
         return self._pools.n_bytes(pages)
 
     def stored(self, transfers: Sequence[PoolTransfer]) -> bool:
@@ -250,6 +250,6 @@ class AgentStateLinker(UnifiedCacheLinker):
             self.release_quarantine()
 
     def _device_events(self) -> Sequence[torch.Event]:
-        """After these, everything that was launched so far has read and written its device pages. A CPU launches
-        nothing: its forwards are over when they return."""
+        """Events after which everything launched so far has read and written its device pages. A CPU launches nothing:
+        its forwards are over when they return."""
         return self.record_offload_ready() if self._pools.device.type != "cpu" else ()

@@ -1,8 +1,8 @@
 """Pages that the store has lost, evicted or found damaged, while they are still on the device.
 
-The radix tree marks what is stored, and offers it no more. So these pages are offered past the tree, when a request of
-their session has ended: with the lock that the tree takes for an offer of its own, and nothing to mark when the result
-is in. All ranks offer alike: what one of them has lost is offered by all, and is known to the others.
+The radix tree marks what is stored, and does not offer it again. So lost pages are offered past the tree, when a
+request of their session has ended: under the lock that the tree takes for an offer of its own, and with nothing to mark
+when the result is in. All ranks offer alike: all offer what one has lost, and the others find that they have it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from engine_patch.sglang_api import (
 )
 from engine_patch.turns import RequestSession
 
-# Of sessions whose ids are remembered. Of one that is forgotten, the pages are looked at once more.
+# How many session ids are remembered. The pages of a forgotten one are looked at once more.
 _MOST_SESSIONS = 100_000
 
 
 class LostPages:
-    """Told when pages were lost, on any rank (`look`, `lost_on`), and when a request of a session has ended. Offers
-    through ``wrapper``; ``on_all_ranks`` tells what is so on every rank."""
+    """Is told when pages were lost, on any rank (`look`, `lost_on`), and when a request of a session has ended. Offers
+    through ``wrapper``; ``on_all_ranks`` tells which answers are yes on every rank."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class LostPages:
         self._alone = get_parallel().tp_size == 1
         self._counted = 0
         self._ever = False
-        # The sessions whose pages have been looked at since pages were last lost, with their tokens: nobody else's
-        # request counts for one, and all ranks agree without knowing whether a token is valid.
+        # The sessions, with their turn tokens, whose pages were looked at since pages were last lost. With the token,
+        # nobody else's request counts for a session, and all ranks agree without knowing whether a token is valid.
         self._looked_at: set[str] = set()
 
     def look(self) -> bool:
@@ -56,13 +56,14 @@ class LostPages:
         return self._counted != before
 
     def lost_on(self, some_rank: bool) -> None:
-        """Whether ``some_rank`` has lost pages, or has not stored what was offered here: the same on all of them."""
+        """``some_rank``: whether any rank has lost pages, or has not stored what was offered here. All ranks say the
+        same."""
         if some_rank:
             self._ever = True
             self._looked_at.clear()
 
     def finished(self, session: RequestSession, key: RadixKey) -> None:
-        """A request of the session has ended with ``key`` in the tree: offer again what of it is not stored."""
+        """A request of the session has ended with ``key`` in the tree: offer again its pages that are not stored."""
         if self._alone:
             self.lost_on(self.look())
         if not self._ever or session.sent in self._looked_at:
@@ -76,7 +77,7 @@ class LostPages:
         stored = self._on_all_ranks([self._linker.stored(transfers) for _, transfers in nodes])
         for (node, transfers), is_stored in zip(nodes, stored, strict=True):
             if not is_stored and not self._offer(node, transfers, str(session)):
-                # A chain is to have no holes. The next request tries again.
+                # Leave no holes in the chain. The next request tries again.
                 self._looked_at.discard(session.sent)
                 break
 

@@ -9,7 +9,7 @@ from typing import Any
 from agentstate.fleet.engines import Engine
 from engine_patch.restore import Restored
 
-# What of `AgentStateLinker.stat` is told, by its place there: the metric's name, and what it is.
+# The counters of `AgentStateLinker.stat` that are exported, by their place there: the metric's name, and what it is.
 _COUNTERS = {
     ("spill", "pages_spilled"): ("spilled_pages", "Pages written to the page store."),
     ("spill", "bytes_spilled"): ("spilled_bytes", "Bytes of KV written to the page store."),
@@ -56,8 +56,8 @@ _GAUGES = {
     ("preload", "under_way"): ("preloads_under_way", "Preloads that are under way."),
     ("staged_bytes",): ("staged_bytes", "Staging memory with pages that were read and are not yet on the device."),
 }
-# Of restores, all pools together: the name, what it is, and of which powers of ten the
-# buckets' bounds are 1, 2 and 5 times.
+# Of restores, all pools together: the name, what it is, and the powers of ten whose multiples by 1, 2 and 5 bound the
+# buckets.
 _HISTOGRAMS = (
     ("restore_duration_seconds", "Time in which the pages of a batch were restored.", range(-3, 2)),
     ("restore_bytes_per_second", "How fast the pages of a batch were restored.", range(7, 11)),
@@ -69,7 +69,7 @@ class Metrics:
     """Prometheus metrics of one rank. Pools beside full attention are told apart by the label ``pool``."""
 
     def __init__(self, engine: Engine):
-        # Late: SGLang names the directory that its processes share their samples through before anyone imports it.
+        # Late: SGLang sets the directory through which its processes share samples before anyone imports the client.
         from prometheus_client import Counter, Gauge, Histogram
 
         self._labels = {"model_name": engine.model, "tp_rank": str(engine.rank)}
@@ -94,11 +94,11 @@ class Metrics:
         self._restored: deque[Restored] = deque()
 
     def restored(self, restored: Restored) -> None:
-        """A batch has been restored. To be told with the next `update`: the scheduler must not wait for that."""
+        """A batch has been restored. The next `update` reports it: the scheduler must not wait for that."""
         self._restored.append(restored)
 
     def update(self, stat: dict[str, Any]) -> None:
-        """Tell what has changed since the last time."""
+        """Report what has changed since the last time."""
         while self._restored:
             restored = self._restored.popleft()
             self._restore_seconds.observe(restored.seconds)

@@ -1,7 +1,7 @@
 """The device pools of an engine that can be stored: which tensors hold a page, and which of a prefix's pages it needs.
 
-A list of what is known, not of what is not: a pool with a scale, a sidecar or rows of another meaning would be stored
-without them, and every checksum of that would be right.
+This module lists what is known, not what is unknown: a pool with a scale, a sidecar or rows of another meaning would be
+stored without them, and every checksum would still match.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class DevicePool:
     """One pool of one rank.
 
     Its layer ``i`` is the model's layer ``model_layers[i]``. ``window_pages`` is how many pages before the end of a
-    prefix are needed to go on from there; None means all of them, as full attention does. ``dtypes`` are the KV
-    dtypes as the engine understands the bytes, which the tensors may hold as another type. ``allocator`` is SGLang's,
-    which gives out its pages; None for recurrent states, which cannot be held (`Quarantine`).
+    prefix are needed to resume there; None means all of them, as full attention needs. ``dtypes`` are the KV dtypes as
+    the engine reads the bytes, which the tensors may hold as another type. ``allocator`` is SGLang's, which hands out
+    the pages; None for recurrent states, which cannot be quarantined (`Quarantine`).
     """
 
     name: PoolName
@@ -59,9 +59,9 @@ class DevicePool:
 
 
 def device_pools(params: Any, components: Iterable[ComponentType]) -> list[DevicePool]:
-    """The pools that together are a page of this model, full attention first.
+    """The pools that together hold a page of this model, full attention first.
 
-    ``params`` and ``components`` are what SGLang constructs a linker with. Raises EngineError, with the reason, when
+    ``params`` and ``components`` are what SGLang constructs a linker with. Raises EngineError, with the reason, if
     the model keeps anything that is not known here.
     """
     allocator = params.token_to_kv_pool_allocator

@@ -1,4 +1,4 @@
-"""Stored pages on their way to the device beside the forwards: into slots of their own, and from there into the radix
+"""Preloads: while forwards run, stored pages are loaded into device slots of their own, and from there enter the radix
 tree, where requests match them like pages that never left."""
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Preload:
-    """The pages ``keys``, the last ones of ``key``, on their way to ``slots``, which are theirs until the tree has
-    them. ``prefix`` are the slots of what precedes them in the tree, ``node`` is the end of that, locked until then.
-    ``batch`` is None when this rank could not begin to load. Of the ``layers`` that have arrived the last one did at
-    ``progress_s``, by the monotonic clock. It ``restores`` for a request, or is a prefetch."""
+    """The pages ``keys``, the last ones of ``key``, on their way to ``slots``, which belong to them until the tree
+    takes them. ``prefix`` are the slots of what precedes them in the tree; ``node``, the end of that, is locked until
+    then. ``batch`` is None if this rank could not begin to load. ``layers`` have arrived, the last one at
+    ``progress_s`` by the monotonic clock. It ``restores`` for a request, or is a prefetch."""
 
     key: RadixKey
     keys: Sequence[bytes]
@@ -70,12 +70,12 @@ class Preload:
 
 
 class Preloads:
-    """Every method is for the scheduler's thread, between two batches, at the same step on every rank: slots are
-    allocated, evicted for, inserted and freed alike. What differs between ranks, the drives and the clocks, is agreed
-    on: ``agree`` tells which of some answers is yes on all ranks.
+    """Every method is for the scheduler's thread, between two batches, at the same step on every rank, so that all
+    ranks allocate, evict, insert and free slots alike. Drives and clocks differ between ranks, which therefore agree on
+    what follows from them: ``agree`` tells which of some answers is yes on all ranks.
 
-    A preload of which no layer arrives for ``drive_timeout_s`` on some rank is abandoned on all of them. ``unlocked``
-    is called whenever device pages have become free or evictable.
+    If no layer of a preload arrives for ``drive_timeout_s`` on some rank, all ranks abandon it. ``unlocked`` is called
+    whenever device pages have become free or evictable.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Preloads:
         return len(self._under_way)
 
     def fits(self, pages: int, reserved: int) -> bool:
-        """Whether there is memory for so many pages that is free or may be evicted, besides ``reserved`` tokens."""
+        """Whether so many pages fit into memory that is free or evictable, besides ``reserved`` tokens."""
         cache = self._cache
         room = cache.token_to_kv_pool_allocator.available_size() + cache.evictable_size()
         return bool(room >= pages * cache.page_size + reserved)
@@ -115,9 +115,8 @@ class Preloads:
         *,
         restores: bool = False,
     ) -> Preload | None:
-        """Begin to load ``keys``, which is what of ``key`` comes after the match ``found``. None, and nothing has
-        changed, when there is too little memory that is free or may be evicted besides the ``reserved`` tokens of it.
-        ``name`` is what the log calls it."""
+        """Begin to load ``keys``, the part of ``key`` after the match ``found``. Returns None, and changes nothing, if
+        too little memory is free or evictable besides the ``reserved`` tokens. The log calls the preload ``name``."""
         cache = self._cache
         need = len(keys) * cache.page_size
         allocator = cache.token_to_kv_pool_allocator
@@ -146,12 +145,12 @@ class Preloads:
         try:
             return self._linker.preload(name, keys, slots)
         except Exception:
-            # The other ranks may have begun: this one says that it failed when they agree on what became of it.
+            # The other ranks may have begun: this one reports its failure when they agree on the outcome.
             logger.exception("agentstate: pages could not be loaded ahead for %s", name)
             return None
 
     def land(self) -> None:
-        """Insert what has arrived on all ranks, and free the slots of what failed or stands still on one of them."""
+        """Insert what has arrived on all ranks, and free the slots of what failed or stalled on one of them."""
         if not self._under_way:
             return
         asked = [*map(self._landed, self._under_way), *map(self._goes_on, self._under_way)]
@@ -177,7 +176,7 @@ class Preloads:
         return preload.batch is None or self._linker.landed(preload.batch)
 
     def _goes_on(self, preload: Preload) -> bool:
-        """Whether this rank need not wait for its drive, or a layer has arrived lately."""
+        """Whether this rank has nothing to wait for, or a layer has arrived lately."""
         if preload.batch is None or self._landed(preload):
             return True
         layers, now = self._linker.layers_landed(preload.batch), time.monotonic()
@@ -194,7 +193,7 @@ class Preloads:
 
     def _settle(self, preload: Preload, good: bool) -> None:
         if good:
-            # The tree frees the slots of what it got from elsewhere in the meantime.
+            # The tree frees the slots of pages that it got from elsewhere in the meantime.
             self._cache.insert(
                 InsertParams(
                     key=preload.key,

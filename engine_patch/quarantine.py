@@ -1,7 +1,7 @@
 """Device pages that must not be given out: a read that was abandoned may still write to them.
 
-Only reads straight into the KV pool do so, and only with allocators of attention are they made: a pool of recurrent
-states has just enough of them for the requests that it admits, so that none can be kept from them.
+Only reads straight into the KV pool do so, and only attention pools get such reads: a pool of recurrent states has just
+enough of them for the requests that it admits, so none can be withheld.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ _WAY_BACK = {PagedTokenToKVPoolAllocator: "_release_page_ids", TokenToKVPoolAllo
 
 
 class Quarantine:
-    """Stands between an ``allocator`` and the pages that it gets back, while some are in quarantine.
+    """Keeps freed pages from their ``allocator`` while they are in quarantine.
 
-    A read cannot be called off: it writes, whenever the drive answers, to where it was told to. All methods are for the
+    A read cannot be cancelled: whenever the drive answers, it writes where it was told to. All methods are for the
     scheduler's thread.
     """
 
     def __init__(self, allocator: Any):
         self._allocator = allocator
         self._way_back = _WAY_BACK.get(type(allocator), "")
-        # What is in quarantine, and what has come back of it.
+        # The pages in quarantine, and those of them that were freed since.
         self._quarantined: torch.Tensor | None = None
         self._returned: list[torch.Tensor] = []
 
     @staticmethod
     def works(allocator: Any) -> bool:
-        """Whether all pages come back to ``allocator`` by one way."""
+        """Whether every free of ``allocator`` ends in one method that is known."""
         return type(allocator) in _WAY_BACK
 
     def __bool__(self) -> bool:
@@ -51,7 +51,7 @@ class Quarantine:
         setattr(self._allocator, self._way_back, self._release)
 
     def release(self) -> None:
-        """End the quarantine: what has come back is free, and what comes back later is too."""
+        """End the quarantine: free the pages that have come back; later ones are freed as usual."""
         if self._quarantined is None:
             return
         delattr(self._allocator, self._way_back)

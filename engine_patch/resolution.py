@@ -1,5 +1,5 @@
 """What the plug-in does while SGLang resolves its arguments: it judges the flags that were given, completes the one
-flag that turns AgentState on, and chooses a page size where nobody has."""
+flag that turns AgentState on, and chooses a page size if nobody has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine_patch import flags
 logger = logging.getLogger(__name__)
 
 PAGE_SIZE = 64
-# Attention of these reads one token a page.
+# These attention backends read one token a page.
 _ONE_TOKEN_A_PAGE = {"minicpm_flashattn", "minicpm_flashinfer"}
 # What this module itself declares.
 _OURS = {
@@ -22,12 +22,12 @@ _OURS = {
 
 
 class FlagRefused(SystemExit, ValueError):
-    """A flag that does not go with AgentState. A launcher that lets it pass ends with the sentence alone and exit code
-    1; a program that starts engines can catch it as a ValueError."""
+    """A flag that AgentState does not support. A launcher that does not catch it prints the sentence alone and exits
+    with code 1; a program that starts engines can catch it as a ValueError."""
 
 
 def judge_flags(server_args: Any, previous: Any) -> None:
-    """Before anything is resolved: refuse, warn and log, each in one line. Raises FlagRefused."""
+    """Refuse, warn and log, each in one line, before anything is resolved. Raises FlagRefused."""
     from engine_patch import sglang_api as sgl
 
     if server_args.radix_cache_backend == flags.BACKEND:
@@ -42,7 +42,7 @@ def judge_flags(server_args: Any, previous: Any) -> None:
 
 
 def refuse_resolved(server_args: Any, *, but: set[str] = _OURS) -> None:
-    """What a model or another flag has turned on is refused like what was given. Raises FlagRefused."""
+    """Refuse what a model or another flag has turned on, like what was given. Raises FlagRefused."""
     from engine_patch import sglang_api as sgl
 
     cfg = sgl.resolving_view(server_args)
@@ -54,7 +54,7 @@ def refuse_resolved(server_args: Any, *, but: set[str] = _OURS) -> None:
 
 
 def complete(server_args: Any, previous: Any) -> None:
-    """Turn SGLang's external linker on, with ours, and have the warm-up run."""
+    """Turn on SGLang's external linker, with ours, and have the warm-up run."""
     from engine_patch import sglang_api as sgl
     from engine_patch import warm_up
 
@@ -79,8 +79,8 @@ def complete(server_args: Any, previous: Any) -> None:
 
 
 def choose_page_size(server_args: Any, previous: Any) -> None:
-    """SGLang's own default is pages of one token. Called right before it applies: whoever needs another size has said
-    so by then."""
+    """Replace SGLang's default of one token a page. Called right before that applies: whoever needs another size has
+    set it by then."""
     from engine_patch import sglang_api as sgl
 
     previous(server_args)
@@ -93,7 +93,7 @@ def choose_page_size(server_args: Any, previous: Any) -> None:
 
 
 def _allows(cfg: Any, is_hip: bool) -> bool:
-    """Whether pages of 64 tokens go with all else. Where nobody knows, SGLang's default stays."""
+    """Whether pages of 64 tokens go with everything else. If that is unknown, SGLang's default stays."""
     if cfg.device not in ("cuda", "cpu") or is_hip:
         return False
     if cfg.uses_mamba_radix_cache and (
@@ -106,8 +106,7 @@ def _allows(cfg: Any, is_hip: bool) -> bool:
 
 
 def conclude(server_args: Any, previous: Any) -> None:
-    """After everything is resolved: nothing that is refused may have been turned on since, and what one token a page
-    costs is said."""
+    """After everything is resolved, refuse what was turned on since, and warn of what pages of one token cost."""
     from engine_patch import sglang_api as sgl
 
     previous(server_args)

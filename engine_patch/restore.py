@@ -24,19 +24,19 @@ from engine_patch.transfer import CopyLane, DevicePages, PageNumbers
 
 logger = logging.getLogger(__name__)
 
-# Copies of pages that could not be read, of which it is remembered that they could not.
+# How many copies of pages that could not be read are remembered.
 _REMEMBERED_UNREAD = 100_000
 
 
 @dataclass
 class RestoreStats:
     """Counters since the engine started. ``restores`` are the batches that brought a request its pages. Of
-    ``bytes_read``, ``bytes_straight`` were read to where they are needed and passed no staging. ``pages_failed`` were
+    ``bytes_read``, ``bytes_straight`` were read to where they are needed, past staging. ``pages_failed`` were
     damaged, or could not be read in two restores, and were dropped; ``pages_unread`` could not be read this time and
     were kept; ``timed_out`` are the batches that had not arrived yet when they were abandoned, because a drive did not
     answer.
-    ``first_layer_s`` is how long it took until the first layer of such a batch was there, of ``seconds`` in all, and
-    ``forward_wait_s`` how long forwards waited for a layer."""
+    ``first_layer_s`` is the time until the first layer of such a batch had arrived, of ``seconds`` in all, and
+    ``forward_wait_s`` the time that forwards waited for layers."""
 
     restores: int = 0
     pages_restored: int = 0
@@ -54,8 +54,8 @@ class RestoreStats:
 @dataclass
 class PreloadStats:
     """Counters since the engine started: ``preloads`` whose ``pages`` are in the tree, whether a request or a prefetch
-    asked for them; those that ``failed``, and those that are ``under_way`` now. ``requests`` were deferred for what a
-    request asked for, until it was there."""
+    asked for them; those that ``failed``, and those that are ``under_way`` now. ``requests`` were deferred until a
+    preload that a request asked for had arrived."""
 
     preloads: int = 0
     pages: int = 0
@@ -65,8 +65,8 @@ class PreloadStats:
 
 
 class RestoredRequest(NamedTuple):
-    """What one request got back: ``n_bytes`` as they were read, those that several requests needed with one of
-    them."""
+    """What one request got back. ``n_bytes`` are bytes as they were read; those that several requests needed count for
+    one of them."""
 
     pages: int
     n_bytes: int
@@ -93,10 +93,10 @@ class Restored:
 
 
 class Finished(NamedTuple):
-    """The rids whose pages must not be used, and what was restored; None when that is nothing. ``numbers`` find
-    the batch's device pages, a tensor a pool, for a quarantine; ``writing`` is whether the drive may still write to
-    them: when they are `addressable` and the batch was abandoned. ``unusable`` are the pages because of which requests
-    failed, by rid: nothing for those that failed for another reason."""
+    """The rids whose pages must not be used, and what was restored; None when that is nothing. ``numbers`` find the
+    batch's device pages, a tensor a pool, for a quarantine; ``writing`` is whether the drive may still write to them:
+    when they are `addressable` and the batch was abandoned. ``unusable`` are the pages that made requests fail, by rid:
+    none for those that failed for another reason."""
 
     failed: set[str]
     restored: Restored | None = None
@@ -109,20 +109,21 @@ class Finished(NamedTuple):
 class _Batch:
     loads: list[Load]
     feeds: list[Feed]
-    # In the background when no request waits for it.
+    # Whether no request waits for it.
     background: bool
     lane: CopyLane
     ready: Sequence[torch.Event]
     failed: set[str] = field(default_factory=set)
-    # Why, by rid: the pages, or None for what is no page's fault.
+    # Why they failed, by rid: the pages at fault, or None if no page is.
     unusable: dict[str, set[bytes] | None] = field(default_factory=dict)
-    # Copies of pages, as `PageStore.drop` takes them: those that are wrong, and those that the drive did not give back.
+    # Copies of pages, as `PageStore.drop` takes them: those that are wrong, and those that the drive failed to read.
     wrong: set[tuple[bytes, int]] = field(default_factory=set)
     unread: set[tuple[bytes, int]] = field(default_factory=set)
     restored: Restored | None = None
     n_bytes: int = 0
     straight: int = 0
-    # Held while pages are copied to the device: none are any more once the batch is abandoned and this was free.
+    # Held while pages are copied to the device. Once the batch is abandoned, whoever has held this lock since knows
+    # that no more are copied.
     landing: threading.Lock = field(default_factory=threading.Lock)
 
     def numbers(self) -> torch.Tensor:
@@ -142,18 +143,19 @@ class Restorer:
 
     Every page is verified before its layer is released. A request whose page cannot be used fails alone; its
     remaining pages are left out, the other requests of its batch are served, and every layer is released all the
-    same, since the forward waits for the batch. Pages that are wrong are dropped when nobody waits for the batch any
-    more. What could not be read is kept, and dropped when the drive fails to give it back in a second restore: a page
-    that is never read would cost a recomputation each time. Any other failure is no page's fault, and drops none.
+    same, since the forward waits for the batch. Wrong pages are dropped once nobody waits for the batch any more. A
+    page that could not be read is kept, and dropped when the drive fails to read it in a second restore: a page that
+    is never read would cost a recomputation each time. Any other failure is no page's fault, and drops none.
 
-    What several requests of a batch need is read once, and is copied to all of them. A page that must not be used
-    fails all that need it.
+    Pages that several requests of a batch need are read once and copied to all of them. An unusable page fails all
+    requests that need it.
 
-    Where the device's memory is the host's and aligned (`DevicePages.addressable`), what has not been read when a batch
-    starts is read straight into its pages: a bad page's bytes then lie where those of a recomputed request will.
+    If the device's memory is the host's and aligned (`DevicePages.addressable`), pages that have not been read when a
+    batch starts are read straight into their place: a bad page's bytes then lie where those of a recomputed request
+    will.
 
-    On a GPU a chunk's copies are queued while the next ones are read, and are waited for once a layer, at its end.
-    The memory of a chunk is read into again when its own copies are over.
+    On a GPU a chunk's copies are queued while the next chunks are read, and are waited for once a layer, at its end.
+    A chunk's memory is reused when its own copies are over.
     """
 
     def __init__(self, store: PageStore, pages: DevicePages, reader: LayerwiseReader, timeout_s: float | None = None):
@@ -165,13 +167,13 @@ class Restorer:
         self._reader = reader
         self._pinned = PinnedMemory(reader.staging, pages.device)
         self._counting = threading.Lock()
-        # Copies of pages that the drive did not give back in one restore; the latest last.
+        # Copies of pages that the drive failed to read in one restore; the latest last.
         self._unread: dict[tuple[bytes, int], None] = {}
         self._pending: dict[str, Load] = {}
-        # Of what is pending.
+        # The feeds of the pending loads.
         self._feeds: list[Feed] = []
         self._batches: dict[int, _Batch] = {}
-        # What is loaded in the background has a thread of its own, by True: a forward must not wait for it.
+        # Background loads (True) have a thread of their own: a forward must not wait for them.
         self._queues: dict[bool, _Queue] = {background: queue.Queue() for background in (False, True)}
         self._threads = [
             threading.Thread(target=self._run, args=(batches,), name="agentstate-restore", daemon=True)
@@ -181,7 +183,8 @@ class Restorer:
             thread.start()
 
     def queue(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor | PageNumbers) -> None:
-        """Queue ``keys`` for the device pages ``numbers``. Reading begins now, of what is not being read already."""
+        """Queue ``keys`` for the device pages ``numbers``. Pages that are not being read already are read from now
+        on."""
         self._pending[rid] = self._load(rid, keys, numbers, self._feeds, Source.COLD)
 
     def preload(
@@ -191,8 +194,8 @@ class Restorer:
         numbers: torch.Tensor | PageNumbers,
         ready: Sequence[torch.Event] = (),
     ) -> int:
-        """Load ``keys`` into the device pages ``numbers`` for no request yet, as a batch of its own, whose index it
-        returns: in no other batch's way, below what requests wait for."""
+        """Load ``keys`` into the device pages ``numbers`` for no request yet, as a batch of its own, and return its
+        index. The batch is in no other's way, and ranks below what requests wait for."""
         feeds: list[Feed] = []
         return self._begin([self._load(rid, keys, numbers, feeds, Source.DEVICE)], feeds, ready, background=True)
 
@@ -204,8 +207,8 @@ class Restorer:
         feeds: list[Feed],
         source: Source,
     ) -> Load:
-        """A load that is fed by ``feeds``, by what has been read ahead, and by streams of its own; the latter two are
-        entered in ``feeds``."""
+        """A load that is fed by ``feeds``, by what was read ahead, and by streams of its own; the latter two are added
+        to ``feeds``."""
         load = Load(rid, keys, numbers)
         before = {id(feed.reading): feed for feed in feeds}
         for joined in pieces(keys, [feed.reading for feed in feeds]):
@@ -236,7 +239,7 @@ class Restorer:
         return load
 
     def _leave(self, load: Load, feeds: list[Feed]) -> None:
-        """Nothing is read for a load any more."""
+        """Stop reading for a load."""
         for feed in list(feeds):
             if not feed.leave(load):
                 feeds.remove(feed)
@@ -249,8 +252,8 @@ class Restorer:
         return load is not None
 
     def start(self, ready: Sequence[torch.Event] = ()) -> int:
-        """Start writing everything queued to the device as one batch: its index in ``arrivals``, or -1 when nothing
-        was queued.
+        """Start writing everything queued to the device as one batch. Returns its index in ``arrivals``, or -1 if
+        nothing was queued.
 
         ``ready`` are the events after which the device pages may be written: a forward that was launched before may
         still write a last token into a page that has been freed and given to this batch.
@@ -343,7 +346,7 @@ class Restorer:
                 with ExitStack() as closing:
                     for feed in batch.feeds:
                         closing.callback(feed.stream.close)
-                    # First, since the staging memory is another stream's after the others.
+                    # Runs first: once the streams are closed, the staging memory is another stream's.
                     closing.callback(batch.lane.finish)
                     self._restore(index, batch)
             except Exception as error:
@@ -357,7 +360,7 @@ class Restorer:
         batches.task_done()
 
     def _drop_bad(self, batch: _Batch) -> None:
-        """Drop what a batch found to be wrong, and what a drive has not given back for the second time."""
+        """Drop the pages that a batch found wrong, and those that a drive failed to read for the second time."""
         try:
             again = set[tuple[bytes, int]]()
             with self._counting:
@@ -373,8 +376,8 @@ class Restorer:
             logger.exception("agentstate: pages that are wrong could not be dropped")
 
     def _remember(self, batch: _Batch) -> set[tuple[bytes, int]]:
-        """Enter what a drive did not give back, and forget what it did: what it has failed to give back before. The
-        caller holds ``_counting``."""
+        """Remember the pages that a drive failed to read, and forget those that it read. Returns the pages that it had
+        failed to read before. The caller holds ``_counting``."""
         again = batch.unread & self._unread.keys()
         good = {key for load in batch.loads if load.rid not in batch.failed for key in load.keys}
         kept = {copy: None for copy in self._unread if copy[0] not in good and copy not in again}
@@ -414,10 +417,10 @@ class Restorer:
             raise _Abandoned
 
     def _land(self, index: int, batch: _Batch, feed: Feed, chunk: Chunk) -> None:
-        """Write what a chunk has of each request's pages to the device, unless one must not be used."""
+        """Write a chunk's pages of each request to the device, unless one of them is unusable."""
         if unusable := chunk.unusable():
             for portion in feed.portions:
-                # Also of a request that has failed already: it comes back, and must not find its other bad pages then.
+                # Also for a request that has failed already: it comes back, and must not find its other bad pages then.
                 if bad := sorted(page for page in unusable if page in portion.pages):
                     self._reject(batch, feed, portion, bad, chunk)
         with batch.landing:

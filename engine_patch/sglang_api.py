@@ -1,6 +1,6 @@
 """Every SGLang symbol that the plug-in uses, and the version it was read from.
 
-SGLang has no stable plug-in interface below its entry points: an upgrade is this file to read again, and
+SGLang has no stable plug-in interface below its entry points. For an upgrade, read this file again;
 `tests/engine/test_sglang_api.py` names what changed.
 """
 
@@ -68,8 +68,8 @@ from sglang.srt.runtime_context import get_memory, get_model, get_observability,
 
 
 def flag_defaults(server_args: Any) -> dict[str, Any]:
-    """Every field of `ServerArgs`, or of an instance's type, that a flag sets, with SGLang's default. One that must be
-    given has msgspec's marker."""
+    """Every field of `ServerArgs`, or of an instance's type, that a flag sets, with SGLang's default. A required
+    one has msgspec's marker."""
     fields = record_fields(server_args if isinstance(server_args, type) else type(server_args))
     return {
         field.name: field.default_factory() if callable(field.default_factory) else field.default

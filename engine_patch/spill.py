@@ -23,11 +23,11 @@ from engine_patch.transfer import DevicePages, PageNumbers
 logger = logging.getLogger(__name__)
 
 
-# How much longer than it is given to begin something, `close` waits for what has begun.
+# Extra time `close` gives to writes that are already running.
 _GRACE_S = 1.0
-# Of chains whose extents may be merged.
+# Bound of the keys of chains whose extents may be merged.
 _CHAINS_BYTES = 16 << 20
-# Reading what is merged needs little: it happens when nothing else is to be done.
+# Merging needs little to read: it runs when there is nothing else to do.
 _MERGE_STAGING_BYTES = 8 << 20
 
 
@@ -52,26 +52,26 @@ class _Offer:
     ready: Sequence[torch.Event]
     skipped: bool
     session_id: str | None
-    # Whether its device pages are being read, and whether its result is in: after that they are not.
+    # Whether its device pages are being read, and whether its result is in: after that they are read no more.
     copying: bool = False
     answered: bool = False
 
 
 class _Abandoned(Exception):
-    """The offer has been answered, and its device pages need not be what they were."""
+    """The offer has been answered, so its device pages may have changed."""
 
 
 class Spiller:
     """Stores what `offer` queues: one thread copies pages out of the device, another publishes them. A page is written
-    once: keys that are stored or on their way are skipped, when their turn comes, so that an earlier offer of the same
-    page counts.
+    once: keys that are stored or on their way are skipped. This is decided when an offer's turn comes, so that an
+    earlier offer of the same page counts.
 
     Every offer gets one entry in ``results``, in the order of the offers, never earlier: the tree takes a result for
-    its oldest offer, and unlocks that one's device pages. The copy out of the device is bounded by ``staging_bytes``.
-    What is offered while ``on`` is false is answered as not stored. So is everything that has no answer when the drive
-    has taken no extent for ``timeout_s``, but for what is being copied at that moment, and what is offered from then
-    on until it takes one: the copies that have been made are written all the same, the others are not made. The tree
-    offers it again.
+    its oldest offer, and unlocks that one's device pages. ``staging_bytes`` bounds the copy out of the device. An offer
+    made while ``on`` is false is answered as not stored. When the drive has taken no extent for ``timeout_s``, every
+    unanswered offer is answered so too, except one that is being copied at that moment, and so is every new offer until
+    the drive takes an extent. Copies that were made are written all the same; the others are not made. The tree offers
+    those pages again.
     """
 
     def __init__(self, store: PageStore, pages: DevicePages, staging_bytes: int, timeout_s: float = math.inf):
@@ -79,8 +79,8 @@ class Spiller:
         self.on = True
         self.results: deque[bool] = deque()
         self._timeout_s = timeout_s
-        # What is not answered yet, in order; how many offers are not concluded, answered or not; and when the drive
-        # has last taken something of them.
+        # The unanswered offers, in order; how many offers are not concluded, answered or not; and when the drive last
+        # took something of theirs.
         self._unanswered: deque[_Offer] = deque()
         self._unconcluded = 0
         self._moved_s = time.monotonic()
@@ -96,7 +96,7 @@ class Spiller:
         # Chains to look for small extents in, by their last keys.
         self._chains: dict[bytes, PageKeys] = {}
         self._chains_bytes = 0
-        # Why pages were not stored when that was said last, unless some have been since.
+        # The reason last logged for not storing pages; None once some have been stored since.
         self._said: tuple[object, ...] | None = None
         self._queue: queue.Queue[_Offer | Callable[[], None] | PageKeys | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="agentstate-spill", daemon=True)
@@ -112,11 +112,11 @@ class Spiller:
         """Queue pages for writing: ``numbers`` are their page numbers on the device, which the caller keeps unchanged
         until the result is in. ``ready`` are the events after which the device pages may be read. The pages of a
         session count as needed by it as soon as they are written."""
-        # Decided here, and answered in turn: ranks are not told at the same time, and each must answer every offer.
+        # Decide here, but answer in turn: ranks learn of it at different times, and each must answer every offer.
         offer = _Offer(keys, numbers, ready, skipped=not self.on, session_id=session_id)
         with self._answering:
             if not self._unanswered and self._hangs():
-                # Not even queued: as long as the drive hangs, nothing would take it out.
+                # Do not even queue it: as long as the drive hangs, nothing would take it out.
                 self.results.append(False)
                 self.stats.pages_skipped += len(keys)
                 return
@@ -127,7 +127,7 @@ class Spiller:
         self._queue.put(offer)
 
     def answered(self) -> int:
-        """How many results are in; to be asked often, because it gives them for what a drive that hangs keeps."""
+        """How many results are in. Call it often: it also answers the offers that a hung drive holds up."""
         if self._unanswered and self._hangs():
             self._abandon()
         return len(self.results)
@@ -187,8 +187,8 @@ class Spiller:
         self._queue.join()
 
     def close(self, within_s: float = math.inf) -> bool:
-        """Store what is queued; what cannot be begun within so many seconds, an extent at a time, is not. False, and
-        nothing is closed, when something still waits for the drive a little later."""
+        """Store what is queued, but begin no extent later than ``within_s`` from now. Returns False, and closes
+        nothing, if something still waits for the drive a little later."""
         self._until_s = time.monotonic() + within_s
         self._queue.put(None)
         patience_s = None if within_s == math.inf else within_s + _GRACE_S
@@ -247,8 +247,8 @@ class Spiller:
             self._forget(last)
 
     def _remember(self, chain: PageKeys) -> None:
-        """Merge along a chain when there is time; those that were told longest ago are left as they are when that would
-        take too much memory."""
+        """Merge along a chain when there is time. If the chains take too much memory, forget the oldest, which stay
+        unmerged."""
         self._forget(chain[-1])
         self._chains[chain[-1]] = chain
         self._chains_bytes += len(chain.packed)
@@ -259,14 +259,14 @@ class Spiller:
         self._chains_bytes -= len(self._chains.pop(last, PageKeys()).packed)
 
     def _store_offer(self, offer: _Offer) -> None:
-        """Copy what is new of an offer, and have it concluded when that is published."""
+        """Copy the new pages of an offer, and have it concluded when they are published."""
         skipped = offer.skipped or offer.answered or time.monotonic() > self._until_s
         new: list[int] = []
         publishing: list[tuple[list[bytes], Future[None]]] = []
         failure: Exception | None = None
         late = 0
         try:
-            # In this order: what is published in the meantime is on its way no more, and is stored.
+            # In this order: a page published in the meantime leaves `_on_their_way` and is then found stored.
             if not skipped:
                 self._store.attend()
             every = [] if skipped else list(offer.keys)
@@ -294,8 +294,7 @@ class Spiller:
     def _published(self, offer: _Offer, keys: list[bytes], published: Future[None]) -> None:
         self._moved()
         if offer.session_id and published.exception() is None:
-            # Before what follows is published: in a store that is full of needed pages it would be these that make
-            # room for it.
+            # Before anything further is published: in a store full of needed pages, these would be evicted for it.
             self._store.need(keys, offer.session_id)
 
     def _conclude(
@@ -323,7 +322,7 @@ class Spiller:
             self.stats.pages_failed += new - late - spilled
             if not skipped:
                 self.stats.pages_known += len(offer.keys) - new
-            # Also what was on its way for an earlier offer must have arrived.
+            # Pages that were on their way for an earlier offer must have arrived too.
             stored = not skipped and all(self._store.stored(offer.keys))
             if failure is not None:
                 self._complain(failure)
@@ -341,7 +340,7 @@ class Spiller:
             self._queue.task_done()
 
     def _complain(self, failure: Exception) -> None:
-        """Log why pages are not stored: in one line, and once until some are, where it is the disk's state."""
+        """Log why pages are not stored. The disk's state takes one line, and is logged once until some are stored."""
         if not isinstance(failure, PageStoreError | OSError):
             logger.error("agentstate: spilling failed; the pages are recomputed when they are needed", exc_info=failure)
             return

@@ -18,7 +18,7 @@ _ALIGNMENT = 4096
 
 
 def read_backend(name: str, device: torch.device) -> ReadBackend:
-    """The backend of the setting ``read_backend`` for pages that go to ``device``. Raises SettingsError where it
+    """The backend of the setting ``read_backend`` for pages that go to ``device``. Raises SettingsError if it
     cannot work."""
     if name == "posix":
         return PosixBackend()
@@ -31,7 +31,7 @@ def read_backend(name: str, device: torch.device) -> ReadBackend:
 
 
 def device_memory(n_bytes: int, device: torch.device) -> torch.Tensor:
-    """Bytes of device memory, from a page of 4 KiB on, as GPUDirect Storage wants them."""
+    """Bytes of device memory, aligned to 4 KiB, as GPUDirect Storage wants them."""
     memory = torch.empty(n_bytes + _ALIGNMENT, dtype=torch.uint8, device=device)
     skew = -memory.data_ptr() % _ALIGNMENT
     return memory[skew : skew + n_bytes]
@@ -39,11 +39,11 @@ def device_memory(n_bytes: int, device: torch.device) -> torch.Tensor:
 
 class PinnedMemory:
     """Keeps ``memory`` registered with CUDA (or ROCm, which torch calls CUDA) until `close`: copies between it and
-    ``device`` are asynchronous then, and as fast as the bus. Does nothing for a CPU, for memory that is the device's
-    own, nor for any other accelerator: torch has no call there that registers memory which exists already, and copies
-    are right without, only slower.
+    ``device`` are asynchronous then, and as fast as the bus. Does nothing for a CPU, for the device's own memory, or
+    for any other accelerator: torch has no call there that registers existing memory, and copies are correct without
+    it, only slower.
 
-    Raises SettingsError when so much memory cannot be registered.
+    Raises SettingsError if so much memory cannot be registered.
     """
 
     def __init__(self, memory: mmap.mmap | np.ndarray | torch.Tensor, device: torch.device):
@@ -71,9 +71,9 @@ class PinnedMemory:
 
 
 class HostCopies:
-    """Views of device memory where the CPU can verify them: copied to pinned memory of each calling thread's own, on a
-    stream of its own. The bus carries both directions at once, so that verifying takes none of the bandwidth that
-    pages arrive with."""
+    """Views of device memory where the CPU can verify them: each calling thread copies them to pinned memory of its
+    own, on a stream of its own. The bus carries both directions at once, so verifying takes no bandwidth from the pages
+    that arrive."""
 
     def __init__(self, device: torch.device):
         self._device = device

@@ -49,10 +49,10 @@ class CopyLane:
         return nullcontext() if self._stream is None else self._module.stream(self._stream)
 
     def fence(self) -> Callable[[], None] | None:
-        """What returns, in any thread, once everything queued so far is over; None when it is."""
+        """A function that returns, in any thread, once everything queued so far is over; None if it is already."""
         if self._stream is None:
             return None
-        # One that sleeps while it waits: the core is the forward's. XPU's events offer no choice.
+        # Sleep while waiting: the core is the forward's. XPU's events offer no choice.
         event = self._module.Event() if self._device.type == "xpu" else self._module.Event(blocking=True)
         event.record(self._stream)
 
@@ -70,8 +70,8 @@ class CopyLane:
 
 
 class Place(NamedTuple):
-    """Some pages of a device, as its copies take them: consecutive ones as ``run``, others by their numbers, ``index``,
-    in the memory that looks them up. Made once, by `DevicePages.place`, and good for every layer, on one lane."""
+    """Some pages of a device in the form that its copies take: ``run`` for consecutive pages, otherwise ``index``,
+    their numbers in the memory that looks them up. `DevicePages.place` makes it once, for every layer, on one lane."""
 
     run: slice | None
     index: np.ndarray | torch.Tensor | None = None
@@ -79,10 +79,10 @@ class Place(NamedTuple):
 
 class PageNumbers:
     """The page numbers in ``slots`` of a device, found by the first `__getitem__` (`DevicePages.numbers_in`), which
-    raises ValueError where slots are no whole pages."""
+    raises ValueError if the slots are not whole pages."""
 
     def __init__(self, device: DevicePages, slots: torch.Tensor, lane: CopyLane):
-        # Whoever gave them may use their memory for others before they are looked at.
+        # The caller may reuse their memory before they are looked at.
         self._device, self._slots, self._lane = device, slots.detach().clone(), lane
         self._given = lane.so_far()
 
@@ -102,9 +102,9 @@ class DevicePages:
     ``layers[i]`` are the tensors of layer ``i``, one a component (K and V, or the one latent of MLA), each of shape
     (slots, ...) with a token a row. Pages are aligned in them: page ``p`` is the rows
     ``[p * page_size, (p + 1) * page_size)``. Copies out of them are queued on the lane ``outbound``, copies into them
-    on ``inbound``, or on ``background`` where no forward waits for them; a GPU makes them all at once. On a CPU NumPy
-    makes them, which unlike torch starts no thread pool beside the forward's. ``addressable`` says whether a file can
-    be read straight to them (`memory`), which is never so without ``straight``.
+    on ``inbound``, or on ``background`` where no forward waits for them; a GPU works on all lanes at once. On a CPU
+    NumPy makes the copies: unlike torch, it starts no thread pool beside the forward's. ``addressable`` says whether a
+    file can be read straight to the pages (`memory`); without ``straight`` it never can.
     Raises ValueError for tensors that are not laid out so.
     """
 
@@ -137,14 +137,14 @@ class DevicePages:
         return self._existing(numbers)
 
     def numbers_in(self, slots: torch.Tensor, lane: CopyLane) -> PageNumbers:
-        """What `page_numbers` finds, when it is first asked for and on the thread that asks: there it waits for a copy
+        """The result of `page_numbers`, found at the first access by the thread that asks. That thread waits for a copy
         on ``lane``, which the scheduler must not."""
         return PageNumbers(self, slots, lane)
 
     def held_pages(self, slots: torch.Tensor) -> list[tuple[int, int]]:
-        """Of ``slots``, which are pages of which some may be no longer held: the position and the number of each page
-        that is. What is not held has no slots of a page of its own, but those of the pool's first page, which SGLang
-        never gives out. Raises ValueError unless ``slots`` are a whole number of pages."""
+        """The position and the number of each page of ``slots`` that is still held. A page that is not has no slots of
+        its own, but those of the pool's first page, which SGLang never gives out. Raises ValueError unless ``slots``
+        are a whole number of pages."""
         size = self.geometry.page_size
         pages = slots.detach().to("cpu", torch.int64).reshape(-1, size)
         numbers = pages[:, 0] // size
@@ -159,7 +159,7 @@ class DevicePages:
 
     def place(self, numbers: torch.Tensor, lane: CopyLane) -> Place:
         """Where the pages ``numbers`` are, for copies on ``lane``, out of any layer or into it. Raises ValueError for a
-        page number that the device has not."""
+        page number that the device does not have."""
         found = self._existing(numbers).numpy()
         if (np.diff(found) == 1).all():
             # One copy instead of one a page.
@@ -173,7 +173,7 @@ class DevicePages:
     def gather(self, layer: int, pages: torch.Tensor | Place, out: Sequence[np.ndarray]) -> None:
         """Device → host, queued on ``outbound``: ``pages``, by their numbers or their `place`, of ``layer`` into
         ``out``, a uint8 array of shape (pages, component bytes) a component. Raises ValueError for a page number that
-        the device has not."""
+        the device does not have."""
         if self._arrays is not None:
             place = pages if isinstance(pages, Place) else self.place(pages, self.outbound)
             for source, array in zip(self._arrays[layer], out, strict=True):
@@ -217,14 +217,14 @@ class DevicePages:
                     rows.index_copy_(0, place.index, given.to(self.device, non_blocking=True))
 
     def runs(self, numbers: torch.Tensor) -> list[slice]:
-        """The pages ``numbers`` as runs of consecutive ones. Raises ValueError for a page that the device has not."""
+        """The pages ``numbers`` as runs of consecutive ones. Raises ValueError for a page that the device lacks."""
         found = self._existing(numbers).numpy()
         runs = np.split(found, np.flatnonzero(np.diff(found) != 1) + 1)
         return [slice(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
 
     def memory(self, layer: int, runs: Sequence[slice]) -> list[list[np.ndarray]]:
-        """Where the pages of ``runs`` are in ``layer``: of each component a uint8 array of shape (pages, component
-        bytes) a run. Only where they are `addressable`."""
+        """The memory of the pages of ``runs`` in ``layer``: for each component, one uint8 array of shape (pages,
+        component bytes) a run. Only if they are `addressable`."""
         assert self._arrays is not None
         return [[rows[run] for run in runs] for rows in self._arrays[layer]]
 
@@ -242,8 +242,8 @@ def _page_rows(tensor: torch.Tensor, page_size: int) -> torch.Tensor:
 
 
 def _words(*rows: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The same rows of bytes, eight bytes a number where all of them can be read so: what picks single rows moves a
-    number at a time."""
+    """The same rows of bytes, eight bytes a number if all of them can be read so: an operation that picks single rows
+    moves one number at a time."""
     if all(part.shape[1] % 8 == part.storage_offset() % 8 == part.data_ptr() % 8 == 0 for part in rows):
         return [part.view(torch.int64) for part in rows]
     return rows

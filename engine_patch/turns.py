@@ -9,7 +9,7 @@ from agentstate.fleet import turns
 
 
 class RequestSession(str):
-    """The id of a request's session, to SGLang a string like any other, and the ``token`` that came with it: None where
+    """The id of a request's session, to SGLang a string like any other, and the ``token`` that came with it; None if
     nothing has a token's form."""
 
     token: str | None

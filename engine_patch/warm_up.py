@@ -1,4 +1,4 @@
-"""A prompt that an engine computes before it is ready, so that no agent that goes on pays for being the first.
+"""A prompt that an engine computes before it is ready, so that no agent that resumes pays for being the first.
 
 The first prompt of some length takes longer than the same one later: kernels are loaded or made, and Python imports
 what a streamed answer needs. SGLang warms up too, with a prompt of a few tokens, which is not enough for that.
@@ -21,12 +21,12 @@ async def warm_up(disaggregation_mode: str, tokenizer_manager: Any) -> None:
     if not tokenizer_manager.is_generation:
         return
     async with anyio.create_task_group():
-        pass  # what a streamed answer needs, and anyio imports when it is first asked for
+        pass  # anyio imports, at its first use, what a streamed answer needs
     tokens = min(_TOKENS, tokenizer_manager.max_req_input_len // 2)
     request = sgl.GenerateReqInput(
         input_ids=_ids(tokens, tokenizer_manager.model_config.vocab_size),
         sampling_params={"max_new_tokens": 2, "temperature": 0, "ignore_eos": True},
-        # SGLang's mark of a request that is kept out of its radix tree, and means nothing else here.
+        # Marks a request that SGLang keeps out of its radix tree, and means nothing else here.
         bootstrap_host=sgl.FAKE_BOOTSTRAP_HOST,
     )
     async for _ in tokenizer_manager.generate_request(request, None):
@@ -34,6 +34,6 @@ async def warm_up(disaggregation_mode: str, tokenizer_manager: Any) -> None:
 
 
 def _ids(count: int, vocabulary: int) -> list[int]:
-    """All different, as far as may be, for experts to be chosen among; none where special tokens are, which stand for
-    images or the like: at a vocabulary's beginning or end."""
+    """Ids that differ as far as possible, so that they reach many experts. None is from the vocabulary's beginning or
+    end, where special tokens stand for images or the like."""
     return [vocabulary // 4 + number % (vocabulary // 2) for number in range(count)]

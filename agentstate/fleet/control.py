@@ -11,21 +11,21 @@ Verbs::
                                                                                  for: the packed page keys, in order,
                                                                                  to the tier "host" or "device"; without
                                                                                  keys, what the engine knows
-    demote(session, timeout_ms)               -> state, tokens, pages, bytes    the session's device memory is given
-                                                                                 up first
+    demote(session, timeout_ms)               -> state, tokens, pages, bytes    evict the session from the device
+                                                                                 first
     spill(on)                                 -> state                          whether what is computed from now on is
                                                                                  stored: "on" or "off"
     stat()                                    -> counters of the rank, its fingerprint and its page store
 
 The first three wait up to ``timeout_ms`` and answer ``pending`` when that was not enough; asking again goes on
-waiting, and starts nothing twice. What is computed while spilling is off is stored when it is used again later, with
+waiting, and starts nothing twice. Pages computed while spilling is off are stored when they are used again later, with
 spilling on. The other states of the first three are those of ``KvState`` for a flush; ``warm``, ``partial`` and
-``cold`` for a prefetch, which also says in ``tier`` where the pages went: to host memory where the device cannot be
-reached; ``demoted`` for a demote. What an engine does not know or cannot do is answered with an error.
+``cold`` for a prefetch, which also says in ``tier`` where the pages went: to host memory if the device cannot be
+reached; ``demoted`` for a demote. An engine answers with an error what it does not know or cannot do.
 
-An endpoint is bound to loopback unless an operator sets ``AGENTSTATE_CONTROL_ADDRESS`` otherwise. It answers who knows
-its secret, which the engine makes up when it starts and registers in SQL: the key of both sides of a CURVE connection
-(ZeroMQ's), so exchanges are encrypted and cannot be replayed. Nobody else gets an answer.
+An endpoint is bound to loopback unless an operator sets ``AGENTSTATE_CONTROL_ADDRESS`` otherwise. It answers only those
+who know its secret, which the engine generates at start and registers in SQL. The secret is the key of both sides of a
+CURVE connection (ZeroMQ's), so exchanges are encrypted and cannot be replayed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def new_secret() -> str:
 
 
 def protect(socket: Any, secret: str, *, server: bool) -> None:
-    """Have a socket talk to those alone who know ``secret``, before it is bound or connected. A server also needs
-    somebody who says so (`zmq.auth`)."""
+    """Let a socket talk only to those who know ``secret``. Call it before the socket is bound or connected. A server
+    also needs an authenticator (`zmq.auth`)."""
     public = zmq.curve_public(secret.encode())
     socket.curve_secretkey, socket.curve_publickey = secret.encode(), public
     if server:
@@ -81,7 +81,7 @@ def unpack(raw: bytes) -> dict[str, Any]:
 
 class ControlClient:
     """Calls the verbs of one engine rank. Thread-safe: every call opens its own socket, so a call that timed out
-    leaves no half-finished exchange behind for the next one. Without a ``secret``, the engine is of a release that had
+    leaves no half-finished exchange behind for the next one. ``secret`` is None for an engine of a release that had
     none."""
 
     def __init__(self, address: str, secret: str | None = None):

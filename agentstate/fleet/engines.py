@@ -1,7 +1,7 @@
 """Engines: which ranks of which SGLang servers run, what they serve and where they answer.
 
-Each rank registers itself and then sends heartbeats; one whose heartbeat stops is simply not live any more. Nothing
-else than its heartbeat says that an engine runs, and a live engine may have died a moment ago.
+Each rank registers itself and then sends heartbeats; one whose heartbeat stops is no longer live. Only its heartbeat
+says that an engine runs, and a live engine may have died a moment ago.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Engine:
 def register(connection: Connection, engine: Engine) -> None:
     """Announce an engine rank, started and alive now by the database's clock.
 
-    Takes the place of the registration that the same rank left behind when it ended without unregistering: a store
-    directory (root, fingerprint, rank on a node) has one owner at a time.
+    Replaces the registration that the same rank left behind when it ended without unregistering: a store directory
+    (root, fingerprint, rank on a node) has one owner at a time.
     """
     connection.execute(
         sa.delete(engines).where(
@@ -70,7 +70,7 @@ def register(connection: Connection, engine: Engine) -> None:
 
 
 def heartbeat(connection: Connection, engine_id: str) -> bool:
-    """Say that an engine is alive now. False when it is not registered (any more): it must register again."""
+    """Record that an engine is alive now. False if it is not registered (any more): it must register again."""
     result = connection.execute(sa.update(engines).where(engines.c.id == engine_id).values(heartbeat_us=now_us()))
     return result.rowcount == 1
 

@@ -1,15 +1,15 @@
-"""Operations: what the service asks of engines, and follows after the request was answered.
+"""Operations: what the service asks of engines and goes on following after it has answered the request.
 
 ======== ============================================================================================
 kind     what is carried out
 ======== ============================================================================================
-flush    a suspend whose KV was not durable in time: asked on until it is
+flush    a suspend whose KV was not durable in time: asked again until it is
 demote   a suspend that gives up the session's device memory, once its KV is durable
 prefetch the session's pages are brought back before the next request needs them
 ======== ============================================================================================
 
-One thread with an event loop asks for all of them, so a suspend that waits costs no thread. When the service ends,
-what it followed fails; what the engine was asked for goes on all the same.
+One thread with an event loop asks for all of them, so a suspend that waits costs no thread. When the service ends, the
+operations that it followed fail; the engines carry on all the same.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 FLUSH_LIMIT_S = 120.0
 # How long one question to an engine may wait: the longest that closing a service waits for an engine.
 SLICE_MS = 1000
-# What an engine may take to answer beyond the time that it was told to wait.
+# How much longer an engine may take to answer than it was told to wait.
 GRACE_S = 1.0
 # A busy engine may miss a question; one that missed so many in a row is taken for gone.
 MISSED_ANSWERS = 5
@@ -91,7 +91,7 @@ _STATES: dict[Kind, tuple[StrEnum, ...]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a question: tokens from the session's head, pages and bytes over all ranks."""
+    """The outcome of a question: tokens from the session's head, pages and bytes over all ranks."""
 
     state: StrEnum
     tokens: int = 0
@@ -108,7 +108,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Operation:
-    """``result`` is None until the operation is ``done`` (what came of it) or ``failed`` (``{"error": reason}``)."""
+    """``result`` is None until the operation is ``done`` (its outcome) or ``failed`` (``{"error": reason}``)."""
 
     id: str
     kind: str
@@ -164,7 +164,7 @@ class Operations:
         started.wait()
 
     def fail_abandoned(self) -> None:
-        """Fail what this service left unfinished when it ended, and what is older than any that still runs."""
+        """Fail the operations that this service left unfinished when it ended, and those older than any that runs."""
         with self._database.write() as connection:
             connection.execute(
                 sa.update(operations)
@@ -183,7 +183,7 @@ class Operations:
             )
 
     def announce(self, connection: Connection, tenant: str, kind: Kind, session_id: str) -> str:
-        """Write down an operation that is about to start, in the caller's transaction, and give back its id.
+        """Record an operation that is about to start, in the caller's transaction, and return its id.
 
         Raises TooManyOperations.
         """
@@ -209,17 +209,17 @@ class Operations:
 
     def follow(self, operation_id: str, questions: Sequence[Question], limit_s: float | None = None) -> None:
         """Carry out an operation that was announced and committed: ask one question after the other until each is
-        settled, and write down what came of the last one.
+        settled, and record the outcome of the last one.
 
-        It fails when an engine refuses, vanishes or takes longer than ``limit_s`` (by default ``FLUSH_LIMIT_S``), and
-        when a flush that another question follows does not end ``durable``.
+        It fails if an engine refuses, vanishes or takes longer than ``limit_s`` (by default ``FLUSH_LIMIT_S``), or if a
+        flush that another question follows does not end ``durable``.
         """
         limit_s = FLUSH_LIMIT_S if limit_s is None else limit_s
         steps = [lambda question=question: self._until_settled(question, limit_s) for question in questions]
         self._loop.call_soon_threadsafe(self._start, operation_id, steps)
 
     def finish(self, operation_id: str, outcome: Outcome) -> None:
-        """Write down what came of an operation that needs no following."""
+        """Record the outcome of an operation that needs no following."""
         self._update(operation_id, state=OperationState.DONE, result=outcome.as_result(), finished_us=now_us())
 
     def fail(self, operation_id: str, reason: str) -> None:
@@ -291,7 +291,7 @@ class Operations:
                 continue
             if outcome.settled:
                 return outcome
-            # An engine that answers at once, although it was told to wait, is not asked in a tight loop.
+            # Do not ask an engine in a tight loop that answers at once although it was told to wait.
             await asyncio.sleep(0.05)
         raise TimeoutError(f"the {question.kind} did not end within {limit_s:g} s")
 

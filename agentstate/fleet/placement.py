@@ -1,4 +1,4 @@
-"""Which engine a session should go to, and what of its KV that engine can use: decided from SQL alone.
+"""Which engine a session should go to, and how much of its KV that engine can use: decided from SQL alone.
 
 Nothing here asks an engine. A manifest lists what was durable when it was written, and every page is verified when
 it is restored, so ``valid`` promises that the pages fit the engine, not that none of them has been lost since.
@@ -17,7 +17,7 @@ from agentstate.fleet.manifests import Coverage, KvState
 class Stored:
     """What is stored of a session, the newest first, wherever it is.
 
-    ``inherited`` when it was stored before the session was forked or rewound: its pages are shared as far as the
+    ``inherited`` if it was stored before the session was forked or rewound: its pages are shared as far as the
     tokens are the same, so its tokens are an upper bound.
     """
 
@@ -59,7 +59,7 @@ class KvOutlook:
 
 def servers(live: Sequence[Engine]) -> list[Server]:
     """The engines that live ranks belong to, in the order of their first rank; ``live`` has the youngest heartbeat
-    first, so that of a rank that was restarted the new self counts."""
+    first, so a restarted rank counts as its new self."""
     found: dict[str, dict[int, Engine]] = {}
     for engine in live:
         found.setdefault(engine.base_url, {}).setdefault(engine.rank, engine)
@@ -67,8 +67,8 @@ def servers(live: Sequence[Engine]) -> list[Server]:
 
 
 def choose(model: str, stored: Stored, live: Sequence[Engine]) -> Server | None:
-    """The engine for a session of ``model``: of those that serve the model the one that can restore most, else one
-    that has the pages although it serves them under another name. Of equals, the first."""
+    """The engine for a session of ``model``: of those that serve the model, the one that can restore most; otherwise
+    one that has the pages although it serves them under another name. Of equals, the first."""
 
     def rank(server: Server) -> tuple[bool, int]:
         return server.model == model, restorable(server, stored)

@@ -1,10 +1,10 @@
 """The turn that a request to an engine belongs to, and the token that proves it.
 
-A session's id is no secret: it is in logs, events and URLs. Who knows one must not be able to replace the session's
+A session's id is no secret: it is in logs, events and URLs. Whoever knows one must not be able to replace the session's
 manifest, so the service signs a token with every lease, and a client sends it where the id goes, as ``ID.TOKEN``:
 ``session_id`` is the one field that all of SGLang's routes pass on and that changes no page key. Only services and
-engines can make a token (`sql.secret`). One of an earlier turn proves that turn: whether its manifest still counts is
-decided in SQL, when it is written (`fleet.manifests.publish`).
+engines can make a token (`sql.secret`). A token of an earlier turn proves that turn: SQL decides whether its manifest
+still counts, when it is written (`fleet.manifests.publish`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Turn:
 
 
 def signing_key(secret: bytes) -> bytes:
-    """What tokens are signed with, of an installation's secret."""
+    """The key that signs tokens, derived from an installation's secret."""
     return hmac.digest(secret, b"turn tokens", hashlib.sha256)
 
 
@@ -45,13 +45,13 @@ def sign(key: bytes, turn: Turn) -> str:
 
 
 def split(sent: str) -> tuple[str, str | None]:
-    """The id and the token of what was sent as ``session_id``; None where no part of it has a token's form."""
+    """The id and the token of what was sent as ``session_id``; no token (None) if no part of it has a token's form."""
     session_id, _, token = sent.rpartition(".")
     return (session_id, token) if session_id and _parts(token) else (sent, None)
 
 
 def verify(key: bytes, session_id: str, token: str) -> Turn | None:
-    """The turn that ``token`` proves, or None where it is not a token for this session."""
+    """The turn that ``token`` proves, or None if it is not a token for this session."""
     if (parts := _parts(token)) is None:
         return None
     head, mac, account = parts

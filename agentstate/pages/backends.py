@@ -1,6 +1,6 @@
-"""What reads ranges of an extent into staging memory: POSIX into host memory, or KvikIO into memory of a GPU.
+"""Read backends, which read ranges of an extent into staging memory: POSIX into host memory, or KvikIO into a GPU's.
 
-An extent's header is read by neither: it is small, and needed on the host before anything else.
+Neither reads an extent's header: it is small, and needed on the host before anything else.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _HUGE_PAGE = 2 << 20
 def staging_memory(n_bytes: int) -> np.ndarray:
     """Host memory for direct I/O: uint8, of shape (n_bytes,), and zero.
 
-    In huge pages where the kernel has them: it then hands a disk a few long ranges instead of every 4 KiB, which made
+    In huge pages if the kernel has them: it then hands a disk a few long ranges instead of every 4 KiB, which made
     reading and writing 1.3 times as fast. Page faults cost as much as reading: they are taken here, once.
     """
-    # Less than a huge page would be a whole one, in fact.
+    # Less than a huge page would in fact take a whole one.
     alignment = _HUGE_PAGE if n_bytes >= _HUGE_PAGE else mmap.PAGESIZE
     mapped = mmap.mmap(-1, n_bytes + alignment, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if alignment == _HUGE_PAGE:
@@ -51,11 +51,11 @@ class OpenFile(ABC):
 
     @abstractmethod
     def read(self, into: Buffer, offset: int) -> int:
-        """Read what ``into`` has room for from ``offset`` on: the bytes that were read, fewer only at the file's end.
+        """Fill ``into`` from ``offset`` on. Returns how many bytes were read, fewer only at the file's end.
 
         ``offset``, the length of ``into`` and its place in what `ReadBackend.allocate` gave are multiples of 4 KiB.
-        The bytes are there when it returns, also for other threads and CUDA streams. Raises OSError. What ``into``
-        holds after that, or beyond what was read, is not promised.
+        The bytes are there when it returns, also for other threads and CUDA streams. Raises OSError. Nothing
+        is promised of what ``into`` holds after that, or beyond what was read.
         """
 
     @abstractmethod
@@ -71,13 +71,13 @@ class ReadBackend(ABC):
 
     @abstractmethod
     def on_host(self, arrays: Sequence[Buffer]) -> Sequence[np.ndarray]:
-        """``arrays``, views of what was allocated, where the processor can look at them; valid until the calling
+        """``arrays``, views of what was allocated, where the processor can read them; valid until the calling
         thread asks for others."""
 
     @abstractmethod
     def open(self, fd: int, path: Path) -> OpenFile:
-        """``fd`` is ``path``, open for reading, with direct I/O where the file system has that. It stays the caller's,
-        who closes it after the file. Raises OSError."""
+        """``fd`` is ``path``, open for reading, with direct I/O if the file system has that. The caller keeps it, and
+        closes it after the file. Raises OSError."""
 
 
 class PosixBackend(ReadBackend):
@@ -105,14 +105,13 @@ class _PosixFile(OpenFile):
 
 
 class KvikioBackend(ReadBackend):
-    """KvikIO: by GPUDirect Storage from the drive into device memory, or where that is not set up (its compatibility
-    mode) through pinned bounce buffers of its own.
+    """KvikIO, which reads from the drive into device memory by GPUDirect Storage or, if that is not set up (its
+    compatibility mode), through pinned bounce buffers of its own.
 
     ``allocate`` gives the memory to read into: device memory with ``__cuda_array_interface__``, or a NumPy array.
-    ``on_host`` copies views of it back, each thread its own, to be verified: what is verified is what the device has,
-    the way from the drive included. Files are opened for reading only. Raises SettingsError where KvikIO is not
-    installed or no CUDA driver works: without one it fails in every read. ``KVIKIO_*`` variables are respected where
-    they are set.
+    ``on_host`` copies views of it back, each thread its own, to be verified: so verifying covers what the device has,
+    the way from the drive included. Files are opened for reading only. Raises SettingsError if KvikIO is not
+    installed or no CUDA driver works: without one every read fails. ``KVIKIO_*`` variables that are set are respected.
     """
 
     def __init__(self, allocate: Callable[[int], Buffer], on_host: Callable[[Sequence[Buffer]], Sequence[np.ndarray]]):
@@ -141,7 +140,7 @@ class _KvikioFile(OpenFile):
             raise OSError(f"KvikIO cannot open {path}: {error}") from error
 
     def read(self, into: Buffer, offset: int) -> int:
-        # Where POSIX comes back with less, KvikIO raises.
+        # Where POSIX returns fewer bytes, KvikIO raises.
         n_bytes = min(len(into), os.fstat(self._fd).st_size - offset)
         if n_bytes <= 0:
             return 0
@@ -172,7 +171,7 @@ def _import_kvikio() -> Any:
     os.environ.setdefault("KVIKIO_NTHREADS", "8")
     os.environ.setdefault("KVIKIO_TASK_SIZE", str(1 << 20))
     os.environ.setdefault("KVIKIO_AUTO_DIRECT_IO_READ", "ON")
-    # Or it appears in whatever directory the engine was started in.
+    # Otherwise it appears in whatever directory the engine was started in.
     log = Path(tempfile.gettempdir()) / f"cufile-{os.getuid()}-{os.getpid()}.log"
     os.environ.setdefault("CUFILE_LOGFILE_PATH", str(log))
     try:

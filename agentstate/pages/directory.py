@@ -34,7 +34,7 @@ class StoreDirectory:
     def acquire(self) -> None:
         """Make what is missing, take the lock, and delete what a crash left in ``partial``.
 
-        Raises PageStoreLocked when another process has it open, and OSError.
+        Raises PageStoreLocked if another process has it open, and OSError.
         """
         self.release()
         until_s = time.monotonic() + _PATIENCE_S
@@ -48,14 +48,14 @@ class StoreDirectory:
             raise
 
     def _lock(self, *, last: bool) -> bool:
-        """Try to take the lock; False where that may work soon, unless it was the ``last`` attempt."""
+        """Try to take the lock; False if that may work soon, unless it was the ``last`` attempt."""
         try:
             for directory in (self.extents, self.partial):
                 make_directory(directory)
-            # One of an earlier release may have been open to everybody.
+            # The directory of an earlier release may be open to everybody.
             close_to_others(self.path)
             self._fds.append(os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
-            # While it is open, nothing else gets its number.
+            # While it is open, nothing else gets its inode number.
             self._fds.append(os.open(self.extents, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             fcntl.flock(self._fds[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _identity(self.path / "lock") == _identity(self._fds[0]):
@@ -76,17 +76,17 @@ class StoreDirectory:
         return False
 
     def opened(self) -> None:
-        """The index is open as well: all of it is what `intact` compares with from now on."""
+        """The index is open as well: from now on `intact` compares with all files as they are now."""
         self._opened_as = self._identities()
 
     @property
     def known(self) -> bool:
-        """Whether it was opened, and was not found to be another since."""
+        """Whether it was opened, and not condemned since."""
         return self._opened_as is not None
 
     def intact(self) -> bool:
-        """Whether it is still what was opened, and not deleted or replaced. A few system calls. Raises OSError when it
-        cannot be said."""
+        """Whether it is still what was opened, not deleted or replaced. Takes a few system calls. Raises OSError if
+        that cannot be told."""
         if self._opened_as is None or self._identities() != self._opened_as:
             return False
         if not self.partial.is_dir():
@@ -94,7 +94,7 @@ class StoreDirectory:
         return True
 
     def condemn(self) -> None:
-        """It is to be opened anew."""
+        """Have it opened anew."""
         self._opened_as = None
 
     def _identities(self) -> tuple[tuple[int, int] | None, ...]:
@@ -110,7 +110,7 @@ class StoreDirectory:
             os.close(fd)
 
     def touch(self) -> None:
-        """Say that it is used: what was used longest ago is evicted first by engines of other fingerprints."""
+        """Mark it as used: engines of other fingerprints evict the least recently used store first."""
         with suppress(OSError):
             os.utime(self.path / "lock")
 

@@ -1,5 +1,5 @@
-"""Which extents are evicted next: those that no live manifest needs, then the least recently used, over all stores
-that share the room."""
+"""Which extents are evicted next, over all stores that share the room: first those that no live manifest needs, then
+the others, the least recently used first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from agentstate.pages.index import ExtentRecord
 
-# Who needs an extent, where nobody remembers who it is.
+# Stands for whoever needs an extent, when nobody remembers who it is.
 ANYONE = ""
 
 
@@ -19,8 +19,8 @@ ANYONE = ""
 class Extent:
     """An extent as its store works with it. Its file is deleted when it has no live page and no pin.
 
-    ``needed_by`` are the sessions whose live manifests need pages of it, each with the number of the telling in which
-    that was said last.
+    ``needed_by`` are the sessions whose live manifests need pages of it, each with the number of the latest telling
+    that said so.
     """
 
     number: int
@@ -38,7 +38,7 @@ class Extent:
         return ExtentRecord(self.pages, self.live, self.file_bytes, self.mtime_ns, self.used)
 
     def turn(self) -> tuple[bool, int]:
-        """When it is to be evicted: before all whose turn is larger."""
+        """Its place in the order: it is evicted before all extents whose turn is larger."""
         return bool(self.needed_by), self.used
 
 
@@ -54,9 +54,9 @@ class Entry(NamedTuple):
 class EvictionOrder:
     """Extents of several owners, by their turns. Not thread-safe; only `Extent.used` may be changed beside it.
 
-    A heap of places that may be out of date. An extent that was used, or is needed, is found where it was before and is
-    put where it belongs then. So a use costs nothing here, and a choice the logarithm of the number of extents, counted
-    over all uses and choices.
+    A heap of places that may be out of date. An extent that was used, or is needed, is found at its old place and then
+    moved to its new one. So a use costs nothing here, and a choice costs the logarithm of the number of extents,
+    amortised over all uses and choices.
     """
 
     def __init__(self) -> None:
@@ -84,8 +84,8 @@ class EvictionOrder:
             self.add(extent.entry.owner, extent)
 
     def choose(self, n_bytes: float, may_go: Callable[[Any, Extent], bool]) -> list[tuple[Any, Extent]]:
-        """Take the next extents that ``may_go`` out of the order, until they have ``n_bytes``: those, with their
-        owners. With less than that when there are no more."""
+        """Take the next extents that ``may_go`` out of the order, until they have ``n_bytes``, and return them with
+        their owners. They have less than that if there are no more."""
         chosen: list[tuple[Any, Extent]] = []
         staying: list[Entry] = []
         while n_bytes > 0 and self._heap:

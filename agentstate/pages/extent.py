@@ -12,8 +12,9 @@ A slab holds its layer of every page, component by component (K of all pages, th
 component), so that one range of the file is a whole layer of the run. Numbers are little-endian. A reader that does
 not know the version refuses the file; it never guesses.
 
-Every page has a checksum a layer, and so has every block of pages: verifying a block is one call instead of one a page,
-which lets go of Python's interpreter lock while it runs. Beside a forward that is what verifying costs most.
+Every page has a checksum a layer, and so has every block of pages: a block is verified in one call instead of one a
+page, and that call releases Python's interpreter lock. Beside a forward, holding the lock is the largest cost of
+verifying.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class ExtentLayout:
         return self.layer_offset(layer) + offset, length
 
     def ranges(self, slot: int, count: int) -> list[Range]:
-        """Which ranges of every layer's slab ``count`` pages from ``slot`` on are; adjacent components are one."""
+        """The ranges of every layer's slab that hold ``count`` pages from ``slot`` on; adjacent components are one."""
         found = self._ranges.get((slot, count))
         if found is None:
             members: list[tuple[int, int]] = []
@@ -175,7 +176,7 @@ class ExtentLayout:
 
 @lru_cache(maxsize=1024)
 def _data_offset(geometry: Geometry, pages: int) -> int:
-    # The length of the msgpack map depends on the number of pages alone, for its blobs have fixed widths.
+    # The length of the msgpack map depends on the number of pages alone, since its blobs have fixed widths.
     header = ExtentHeader.blank(bytes(KEY_BYTES), geometry, PageKeys(bytes(KEY_BYTES * pages)))
     return align(PREFIX.size + len(header.packed()))
 
@@ -200,7 +201,7 @@ class ExtentHeader:
 
     @classmethod
     def blank(cls, fingerprint: bytes, geometry: Geometry, keys: PageKeys) -> ExtentHeader:
-        """One whose checksums are zero, to be entered by `sum_up`."""
+        """A header whose checksums are zero until `sum_up` enters them."""
         pages, blocks = (
             np.zeros((geometry.layers, count), dtype="<u8") for count in (len(keys), geometry.blocks(len(keys)))
         )
@@ -220,13 +221,13 @@ class ExtentHeader:
         return sums
 
     def blocks(self) -> list[range]:
-        """The slots of each block: all have the same number of them but for the last one."""
+        """The slots of each block: all have the same number of them, except the last."""
         pages, most = len(self.keys), self.geometry.block_pages
         return [range(first, min(first + most, pages)) for first in range(0, pages, most)]
 
     def sum_up(self, layer: int, components: Sequence[np.ndarray]) -> None:
-        """Enter the checksums of a layer: of each component the bytes of all pages, of shape (pages, bytes)."""
-        # What `checksum` does for a page, for all of them: with small pages, calls take longer than bytes.
+        """Enter the checksums of a layer. ``components`` are the bytes of all pages, each of shape (pages, bytes)."""
+        # `checksum` of all pages at once: with small pages, calls take longer than bytes.
         sums = [(seed + layer) & _MASK for seed in self._page_seeds]
         for rows in components:
             sums = list(map(xxhash.xxh3_64_intdigest, _each(rows), sums))
@@ -236,10 +237,10 @@ class ExtentHeader:
             self.block_checksums[layer, number] = checksum(seed, layer, parts)
 
     def wrong_slots(self, layer: int, slot: int, components: Sequence[Sequence[Any]]) -> list[int]:
-        """Of the pages from ``slot`` on whose bytes in ``layer`` are said to be ``components``, those that are not what
-        was written, as slots; so are slots that the extent has not.
+        """The slots, from ``slot`` on, whose bytes in ``layer`` are not those that were written. Slots that the extent
+        does not have are wrong too.
 
-        Of each component there are arrays of shape (pages, component bytes), which follow each other.
+        ``components`` are the bytes found: for each component, consecutive arrays of shape (pages, component bytes).
         """
         wrong: list[int] = []
         pages, size = len(self.keys), self.geometry.block_pages
@@ -284,9 +285,9 @@ class ExtentHeader:
 
     @classmethod
     def decode(cls, raw: bytes | memoryview, name: str) -> ExtentHeader:
-        """Read a header back. ``name`` is for the message of the BadExtent that is raised for anything that this
-        version did not write: wrong magic, a damaged header, blobs of the wrong length; UnknownFormat for another
-        version, codec or checksum."""
+        """Read a header back. Raises BadExtent, with ``name`` in its message, for anything that this version did not
+        write: wrong magic, a damaged header, blobs of the wrong length. Raises UnknownFormat for another version, codec
+        or checksum."""
         raw = memoryview(raw)
         if len(raw) < PREFIX.size:
             raise BadExtent(f"{name}: shorter than an extent's prefix")
@@ -335,13 +336,13 @@ class ExtentDraft:
         self._sealed: tuple[ExtentHeader, memoryview] | None = None
 
     def component(self, layer: int, component: int) -> np.ndarray:
-        """Where the caller puts all pages' bytes of one component: uint8, shape (pages, component bytes)."""
+        """Where the caller writes all pages' bytes of one component: uint8, shape (pages, component bytes)."""
         start, length = self.layout.component_range(layer, component, 0, len(self.keys))
         return self._bytes[start : start + length].reshape(len(self.keys), self.geometry.component_bytes[component])
 
     def seal(self) -> tuple[ExtentHeader, memoryview]:
-        """Checksum every page and write the header, after which nothing is filled any more: the header, and the whole
-        file's bytes. `PageStore.publish` does it where it has not been done."""
+        """Checksum every page and write the header; nothing may be filled after that. Returns the header and the whole
+        file's bytes. `PageStore.publish` seals a draft that has not been sealed."""
         if self._sealed is not None:
             return self._sealed
         pages, layers = len(self.keys), self.geometry.layers

@@ -27,7 +27,7 @@ def is_full(error: OSError | lmdb.Error) -> bool:
 
 
 def open_direct(path: Path, flags: int) -> int:
-    """Open for direct I/O, or buffered where the file system refuses that."""
+    """Open for direct I/O, or buffered if the file system refuses that."""
     try:
         return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, FILE_MODE)
     except OSError as error:
@@ -38,9 +38,9 @@ def open_direct(path: Path, flags: int) -> int:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """A published extent, which stays what it is until the end: no writer overwrites its space in the meantime.
+    """Open a published extent. No writer overwrites its space until the context ends.
 
-    Raises FileNotFoundError also when a writer has just taken it out of the store.
+    Raises FileNotFoundError also if a writer has just taken it out of the store.
     """
     with path.open("rb") as file:
         try:
@@ -73,7 +73,8 @@ def read_header(path: Path) -> ExtentHeader:
 
 def publish(partial: Path, final: Path, data: memoryview, spare: Path | None) -> int:
     """Write ``data`` to ``partial``, over the blocks of ``spare`` if there is one, make it durable and rename it to
-    ``final``: the file's modification time, in nanoseconds. After an OSError neither of the three is there."""
+    ``final``. Returns the file's modification time, in nanoseconds. After an OSError none of the three files is
+    left."""
     try:
         fd = _over(spare, partial) if spare is not None else None
         if fd is None:
@@ -110,8 +111,8 @@ def sync_directory(directory: Path) -> None:
 
 
 def _over(spare: Path, partial: Path) -> int | None:
-    """The spare file under its new name, open for writing; None when it is gone, or a reader of another process
-    still has it."""
+    """The spare file under its new name, open for writing; None if it is gone, or a reader of another process still
+    has it open."""
     try:
         fd = open_direct(spare, os.O_WRONLY)
     except FileNotFoundError:
@@ -130,7 +131,7 @@ def _over(spare: Path, partial: Path) -> int | None:
 
 @contextmanager
 def _unless_unsupported() -> Iterator[None]:
-    """Preallocation is a help, and some file systems cannot do it."""
+    """Let preallocation fail on file systems that cannot do it: it only helps."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """What a page is valid for, as 32 bytes.
 
 Page keys cover the tokens and the namespace of a request and nothing else; the same tokens under other weights,
-another KV dtype or another parallel shape have another KV. Whatever changes a page's bytes, or how they are laid
+another KV dtype or another parallel shape have different KV. Whatever changes a page's bytes, or how they are laid
 out, goes into its fingerprint, and a store serves one fingerprint only.
 """
 
@@ -34,7 +34,7 @@ def weights_digest(checkpoint: Path) -> str:
     tensor's name, dtype, shape and place) and 4 KiB from the beginning, the middle and the end of every tensor; of
     any other weight file its name, its size and 64 samples spread over it. Training changes all of a tensor that it
     changes, so fine-tunes of one model differ. Not promised: that checkpoints made to differ between the samples are
-    told apart. Tokenizer files do not count: pages are keyed by token ids. Raises SettingsError where no weight file
+    told apart. Tokenizer files do not count: pages are keyed by token ids. Raises SettingsError if no weight file
     is found.
     """
     files = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.glob("*"))
@@ -61,8 +61,8 @@ def configuration(checkpoint: Path) -> dict[str, bytes]:
 
 
 def tensor_names(checkpoint: Path) -> set[str]:
-    """Of all tensors in a checkpoint's safetensors files; none when it has weights of another kind. Raises
-    SettingsError where a file is damaged."""
+    """The names of all tensors in a checkpoint's safetensors files; empty if it has weights of another kind. Raises
+    SettingsError if a file is damaged."""
     files = [path for path in sorted(checkpoint.glob("*")) if path.suffix in _WEIGHT_SUFFIXES]
     if any(path.suffix != ".safetensors" for path in files):
         return set()
@@ -89,11 +89,11 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
 
 
 def _samples(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
-    """Offsets and lengths, in bytes, of what stands for a weight file."""
+    """Offsets and lengths, in bytes, of the samples that stand for a weight file."""
     if Path(file.name).suffix != ".safetensors":
         yield from ((max(0, (size - _SAMPLE_BYTES) * i // 63), _SAMPLE_BYTES) for i in range(64))
         return
-    # At once: whoever takes a sample moves the file's position.
+    # Read the whole header first: whoever takes a sample moves the file's position.
     spans, base = _header(file, size)
     yield 0, base
     for start, end in sorted(spans.values()):

@@ -20,9 +20,9 @@ from agentstate.pages.extent import ALIGNMENT, ExtentHeader, ExtentLayout, align
 from agentstate.pages.files import open_direct
 from agentstate.pages.pins import Segment, StoredExtent
 
-# What one call reads into, at the most.
+# How many arrays one call reads into, at most.
 _MOST_ARRAYS = os.sysconf("SC_IOV_MAX")
-# Of the headers that are kept while their extents' files are closed and open.
+# Bound of the headers that are kept while their extents' files are closed or open.
 _HEADER_BYTES = 512 << 20
 # The process has run out of something, which the next moment may give back.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ENOBUFS)
@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 
 def most_open() -> int:
-    """How many files a reader may keep open: a sixteenth of what the process may have, since a backend may open each
-    of them three times, between 8 and 1,024."""
+    """How many files a reader may keep open: a sixteenth of what the process may, but between 8 and 1,024. A backend
+    may open each of them three times."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1024 if soft == resource.RLIM_INFINITY else max(8, min(1024, soft // 16))
 
@@ -41,10 +41,10 @@ def most_open() -> int:
 class Handles:
     """Open extents, which all streams of a reader share. Thread-safe.
 
-    A stream says which extents it needs (`enter`), and in the end that it needs them no more (`leave`), which closes
-    those that no other stream needs: a file that stays open keeps its space on the disk. In between an extent is opened
-    when it is read, and closed again when ``most`` others are open that were read later; only what is being read just
-    now comes on top. Its header stays in memory, within ``header_bytes`` for all of them, estimated.
+    A stream says which extents it needs (`enter`), and in the end that it no longer needs them (`leave`), which closes
+    those that no other stream needs: a file that stays open keeps its space on the disk. In between, an extent is
+    opened when it is read, and closed when ``most`` others that were read later are open; only extents that are being
+    read come on top. Headers stay in memory, all of them within ``header_bytes``, estimated.
     """
 
     def __init__(self, backend: ReadBackend, most: int, header_bytes: int = _HEADER_BYTES):
@@ -73,7 +73,7 @@ class Handles:
         return len(self._entries)
 
     def leave(self, extents: Iterable[StoredExtent]) -> None:
-        """The stream does not read them any more."""
+        """The stream no longer reads ``extents``."""
         closing = []
         with self._mutex:
             for extent in extents:
@@ -86,8 +86,8 @@ class Handles:
             handle.close()
 
     def reading(self, extent: StoredExtent) -> AbstractContextManager[Handle]:
-        """The extent, open until the end. Raises BadExtent when it is gone or its header is damaged or of another
-        layout, and OSError when it could not be opened this time."""
+        """A context in which the extent is open. Raises BadExtent if it is gone or its header is damaged or of another
+        layout, and OSError if it could not be opened this time."""
         return self._entries[extent.path]
 
     def _open_now(self, entry: _Entry) -> Handle:
@@ -141,7 +141,7 @@ class Handles:
         return handle
 
     def _forget(self, entry: _Entry) -> list[Handle]:
-        """Keep neither the header nor the file: the handle to close, if there is one."""
+        """Keep neither the header nor the file. Returns the handle to close, if there is one."""
         if entry.header is not None:
             del self._headers[entry.path]
             self._kept_bytes -= _bytes_of(entry.header.layout)
@@ -150,8 +150,8 @@ class Handles:
 
 
 class _Entry:
-    """An extent that ``streams`` streams need and that ``readers`` threads read just now: each of them within it, as
-    a context manager."""
+    """An extent that ``streams`` streams need and ``readers`` threads are reading, each of them within it as a context
+    manager."""
 
     def __init__(self, handles: Handles, extent: StoredExtent):
         self.extent = extent
@@ -186,7 +186,7 @@ class _Entry:
 
 
 class Handle:
-    """An extent that is open for reading, and its header: what was read before, or else what the file says.
+    """An extent that is open for reading, and its header: the one read before, or else the file's.
 
     Raises BadExtent for a file that is gone and for a header that is damaged or of another layout, and OSError.
     """
@@ -213,9 +213,9 @@ class Handle:
         return header
 
     def read(self, segment: Segment, layer: int, buffer: Buffer, position: int) -> tuple[list[Buffer], int, int]:
-        """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned: an array a
-        component, the next free position, and the bytes that were read. Raises OSError, and BadExtent when the file is
-        too short."""
+        """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned. Returns an
+        array a component, the next free position, and how many bytes were read. Raises OSError, and BadExtent if the
+        file is too short."""
         arrays, n_bytes = [], 0
         extent, slot, pages, _ = segment
         offset = extent.layout.layer_offset(layer)
@@ -232,8 +232,9 @@ class Handle:
         return arrays, position, n_bytes
 
     def read_to(self, components: Sequence[Sequence[Buffer]], segment: Segment, layer: int) -> int:
-        """Read one layer of a segment to where its components are to be, in arrays that follow each other: the number
-        of bytes. Raises OSError, BadExtent when the file is too short, and ValueError for arrays of another size."""
+        """Read one layer of a segment to where its ``components`` belong, each of them consecutive arrays. Returns the
+        number of bytes. Raises OSError, BadExtent if the file is too short, and ValueError for arrays of another
+        size."""
         n_bytes, arrays_of = 0, iter(components)
         offset = segment.extent.layout.layer_offset(layer)
         for begin, end, members in segment.extent.layout.ranges(segment.slot, segment.pages):
@@ -263,8 +264,8 @@ class Handle:
 
 
 def patiently(work: Callable[[], T], relieve: Callable[[], None] = lambda: None) -> T:
-    """What ``work`` returns. It is tried again where the process has run out of something, up to three times, each
-    after ``relieve`` and a tenth of a second at the most, and once more after an error of the drive."""
+    """What ``work`` returns. It is retried if the process has run out of something, up to three times, each after
+    ``relieve`` and at most a tenth of a second, and once after an error of the drive."""
     drive_failed = False
     for pause_s in _PAUSES_S:
         try:
@@ -281,10 +282,10 @@ def patiently(work: Callable[[], T], relieve: Callable[[], None] = lambda: None)
 
 
 def is_of_drive(error: OSError) -> bool:
-    """Whether the drive did not give the bytes back; a backend beside POSIX gives no number."""
+    """Whether the drive failed to read; a backend other than POSIX gives no error number."""
     return error.errno in (errno.EIO, None)
 
 
 def _bytes_of(layout: ExtentLayout) -> int:
-    # Beside the file's bytes of it, an object a key and a number a seed.
+    # Besides its bytes in the file, an object a key and a number a seed.
     return layout.data_offset + 150 * layout.pages

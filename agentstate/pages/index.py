@@ -9,7 +9,7 @@ by page: one look-up an extent. Extents that an earlier release entered have no 
 
 LMDB trusts its file. An index that is shorter than it says, cannot be walked from end to end, was made by another
 version or for other pages, or outlived the last process that opened it or the last two that changed it, is deleted and
-made anew.
+rebuilt.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAP_BYTES = 1 << 34
 _PLACE = struct.Struct("<QI")
 _NUMBER = struct.Struct(">Q")
 _RECORD = struct.Struct("<IIQQQ")
-# What LMDB raises when its file is not as it left it, unlike what the file system refuses.
+# What LMDB raises for a file that is not as it left it, as opposed to what the file system refuses.
 DAMAGE = (
     lmdb.BadTxnError,
     lmdb.BadDbiError,
@@ -86,7 +86,7 @@ class IndexChange:
         return None if raw is None else _PLACE.unpack(raw)
 
     def places(self, keys: Iterable[bytes]) -> dict[bytes, tuple[int, int]]:
-        """Of those of ``keys`` that are found, the extent's number and the slot."""
+        """The extent's number and the slot of each of ``keys`` that is found."""
         cursor = self._txn.cursor(db=self._pages)
         return {key: _PLACE.unpack(raw) for key, raw in cursor.getmulti(keys)}
 
@@ -96,7 +96,7 @@ class IndexChange:
         cursor.putmulti([(key, _PLACE.pack(number, slot)) for key, slot in slots.items()])
 
     def list_keys(self, number: int, keys: PageKeys) -> None:
-        """Enter which keys an extent has, in slot order, wherever they are found."""
+        """Enter which keys an extent has, in slot order, even if they are found elsewhere."""
         self._txn.put(_NUMBER.pack(number), keys.packed, db=self._lists)
 
     def delete(self, key: bytes) -> None:
@@ -119,7 +119,7 @@ class IndexChange:
 class PageIndex:
     """Places by key, records by extent number. One process opens it at a time; any thread reads, one at a time writes.
 
-    Raises lmdb.Error where LMDB cannot work.
+    Raises lmdb.Error if LMDB cannot work.
     """
 
     def __init__(self, directory: Path, fingerprint: bytes, geometry: Geometry):
@@ -153,8 +153,9 @@ class PageIndex:
         self._finish(ended)
 
     def _begin(self, weight: bytes = b".") -> None:
-        """A damaged index may end the process that works on it, and must not do so for ever: the marks of what was not
-        finished are counted. A change is often under way when a process is killed, so one of those is not enough."""
+        """Mark that work has begun. A damaged index may end the process that works on it, and must not do so for ever:
+        the marks of unfinished work are counted. A change is often under way when a process is killed, so one
+        mark of a change does not condemn the index."""
         with suppress(OSError), open(self._unfinished, "ab", opener=private) as file:
             file.write(weight)
 
@@ -166,7 +167,7 @@ class PageIndex:
                 self._unfinished.unlink()
 
     def _map(self, *, readonly: bool = False) -> None:
-        # The last transactions before a power failure may be lost, which is no harm; a torn index would be one.
+        # The last transactions before a power failure may be lost, which does no harm; a torn index would.
         self._env = lmdb.open(
             str(self._data.parent),
             map_size=_MAP_BYTES,
@@ -183,10 +184,10 @@ class PageIndex:
         self._meta, self._pages, self._extents, self._lists = (self._env.open_db(name) for name in names)
 
     def _damage(self) -> str | None:
-        """Map the index that is there, and tell why it cannot be used, if it cannot."""
+        """Map the index that is there. Returns why it cannot be used; None if it can."""
         try:
             self._map()
-            # Before anything else is touched: what lies behind a file's end cannot be, in memory that maps it.
+            # Before anything else is touched: mapped memory beyond the file's end must not be.
             end = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
             if (size := self._data.stat().st_size) < end:
                 return f"it is {size} bytes long and should be {end}"
@@ -211,9 +212,9 @@ class PageIndex:
         hidden: Container[bytes] = (),
         gaps: bool = False,
     ) -> list[Run]:
-        """Where ``keys`` lie, in order and as of one moment, up to the first that is not stored, or with ``gaps`` all
-        that are. Those that are ``hidden`` are not. ``whole`` tells of an extent, by its number, whether each of its
-        pages is found in it and none is hidden: then it is compared with its list."""
+        """Where ``keys`` lie, in order and as of one moment: up to the first that is not stored, or with ``gaps`` all
+        that are stored. ``hidden`` keys count as not stored. ``whole`` tells, by an extent's number, whether each of
+        its pages is found in it and none is hidden: then the keys are compared with its list."""
         found: list[Run] = []
         lists: dict[int, bytes] = {}
         packed, count, at = keys.packed, len(keys), 0
@@ -248,7 +249,7 @@ class PageIndex:
         return found
 
     def places(self, keys: Iterable[bytes]) -> list[tuple[int, int] | None]:
-        """Of each of ``keys`` the extent number and the slot, or None for one that is not stored. As of one moment."""
+        """The extent number and the slot of each of ``keys``, None for one that is not stored. As of one moment."""
         with self._env.begin(db=self._pages) as txn:
             found = (txn.get(key) for key in keys)
             return [None if raw is None else _PLACE.unpack(raw) for raw in found]
@@ -275,7 +276,7 @@ class PageIndex:
 
     @contextmanager
     def change(self) -> Iterator[IndexChange]:
-        """A write transaction, committed at the end and given up after an exception."""
+        """A write transaction, committed at the end and aborted after an exception."""
         self._revive()
         self._begin()
         try:
@@ -292,8 +293,8 @@ class PageIndex:
         self._finish()
 
     def _revive(self) -> None:
-        """An environment that could not write its last page refuses everything from then on: map it anew, and only for
-        look-ups while the disk allows no more. Look-ups that are under way fail."""
+        """An environment that could not write its last page refuses everything from then on: map it anew, read-only
+        while the disk allows no more. Look-ups that are under way fail."""
         try:
             with self._env.begin():
                 pass
@@ -309,7 +310,7 @@ class PageIndex:
         self._name()
 
     def condemn(self) -> None:
-        """Have it made anew when it is opened next."""
+        """Have it rebuilt when it is opened next."""
         self._begin(b"..")
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Whose pages are below a root: an id that stays with them, whatever the machine is called.
+"""The id of a root of pages, which stays with them, whatever the machine is called.
 
-A container that is restarted has another host name, and what it finds on its volume are still the pages that its
-manifests list. Engines on one root share its id; two roots of one machine have two.
+A restarted container has another host name, but the pages on its volume are still those that its manifests list.
+Engines on one root share its id; two roots of one machine have two.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
 
 def node_id(root: Path, wanted: str | None = None) -> str:
-    """The id of ``root``, which is made where it has none, as ``wanted`` if that is given.
+    """The id of ``root``. A root without one gets one, ``wanted`` if that is given.
 
-    A root that has stores and no id is of an earlier release: there the host name was what manifests were saved under,
-    and stays it. Where nothing can be written, the id is the host name too, and not kept.
+    A root that has stores and no id is of an earlier release, which saved manifests under the host name: that becomes
+    its id. If nothing can be written, the id is the host name too, and is not kept.
     """
     file = root / "node"
     try:

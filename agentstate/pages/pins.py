@@ -40,7 +40,7 @@ class Pin:
         self._release: Callable[[], None] | None = release
 
     def copies(self, pages: Iterable[int]) -> list[tuple[bytes, int]]:
-        """The copies that are pinned of some of its ``pages``, as `PageStore.drop` takes them."""
+        """The pinned copies of some of its ``pages``, as `PageStore.drop` takes them."""
         firsts = [segment.first for segment in self.segments]
         return [(self.keys[page], self.segments[bisect_right(firsts, page) - 1].extent.number) for page in pages]
 

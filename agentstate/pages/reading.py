@@ -6,11 +6,11 @@ streams share, and verify them there; every stream is read in layer order, as fa
 So memory is bounded whatever the context's length, a forward can start when its first layer has arrived, and a request
 that still waits can have its first layers in memory already.
 
-Who is read first is a matter of its `Urgency`: what a forward waits for before what a queued request will need, and
-what nobody waits for yet last. Of several streams that are consumed, the one that is behind comes first, or hurried
-first, since of several that are consumed together that one is consumed first; of the others, the oldest. The less
-urgent a stream, the more buffers it leaves to others, and one thread at least reads what is more urgent. What is
-consumed frees its buffer, so streams that are consumed always advance, and those that wait never keep them from it.
+`Urgency` decides which stream is read first: what a forward waits for, then what a queued request will need, and last
+what nobody waits for yet. Of several streams that are consumed, the one that is furthest behind comes first, then the
+one that was hurried first, since streams consumed together are consumed in that order. Of the others, the oldest comes
+first. The less urgent a stream, the more buffers it leaves to others, and at least one thread reads what is more
+urgent. Consuming frees buffers, so streams that are consumed always advance, and those that wait never hold them up.
 
 A stream whose consumer names a `Destination` needs no buffers: what it has not read yet is read to where it is needed,
 and verified there.
@@ -53,7 +53,7 @@ class Urgency(IntEnum):
     LOADING = 2
     """It is consumed, and nobody waits for it yet."""
     IDLE = 3
-    """It is read for what may be asked for some time."""
+    """It is read in case it is asked for some time."""
 
 
 class Part(NamedTuple):
@@ -65,9 +65,9 @@ class Part(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """Host memory that direct I/O can read ``pages`` of a stream into: ``rows(layer, pages)`` are, of each component,
-    arrays of shape (pages, component bytes) that follow each other, at addresses that are multiples of 4 KiB. So are
-    the components' sizes. Other pages of the stream are not read."""
+    """Host memory that direct I/O can read ``pages`` of a stream into: ``rows(layer, pages)`` are, for each
+    component, consecutive arrays of shape (pages, component bytes). Their addresses and the components' sizes are
+    multiples of 4 KiB. Other pages of the stream are not read."""
 
     pages: range
     rows: Callable[[int, range], list[list[Buffer]]]
@@ -78,13 +78,13 @@ class Chunk:
     """Pages ``[first, first + count)`` of a stream, in layer ``layer``.
 
     ``parts`` has what was read to staging; what is ``straight`` was read to a `Destination`. The arrays of ``parts``
-    are views of a buffer that is reused: valid until the next chunk is asked for, and if the consumer sets
-    ``keep_until`` by then, until that has returned. It is called by the thread that is about to overwrite them.
-    ``n_bytes`` is what came from the drive.
+    are views of a buffer that is reused. They are valid until the next chunk is asked for or, if the consumer sets
+    ``keep_until`` by then, until that has returned; the thread that is about to overwrite them calls it. ``n_bytes``
+    is what came from the drive.
 
-    Two kinds of pages must not be used. ``wrong`` are those whose bytes are not what was written, or never will be
-    read again, since their extent is gone, cut off or no extent: with the reason, for good. ``unread`` are segments
-    that could not be read this time, with the reason: nothing is known of their pages.
+    Two kinds of pages must not be used. ``wrong`` pages are lost for good, with the reason: their bytes are not what
+    was written, or their extent is gone, cut off or no extent. ``unread`` segments could not be read this time, with
+    the reason: nothing is known of their pages.
     """
 
     layer: int
@@ -135,7 +135,7 @@ class LayerwiseReader:
         self.chunk_bytes = align(max(smallest, min(chunk_bytes + self._padding, staging_bytes // 2)))
         count = max(2, staging_bytes // self.chunk_bytes)
         self.staging = self._backend.allocate(count * self.chunk_bytes)
-        # With each, what has to return before it is overwritten.
+        # Each with what has to return before it is overwritten.
         self._free: _Free = deque(
             (self.staging[i * self.chunk_bytes : (i + 1) * self.chunk_bytes], None) for i in range(count)
         )
@@ -154,7 +154,7 @@ class LayerwiseReader:
         self._open_streams = 0
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="agentstate-close")
         self._lock = threading.Lock()
-        # There may be something to do. A buffer that comes back wakes one thread: waking all costs as much as a read.
+        # Signals that there may be work. A buffer that comes back wakes one thread: waking all costs as much as a read.
         self._work_to_do = threading.Condition(self._lock)
         self._closing = False
         self._threads = [
@@ -164,8 +164,8 @@ class LayerwiseReader:
             thread.start()
 
     def open(self, pin: Pin, *, background: bool = False) -> Stream:
-        """Begin to read the pages of ``pin``, which the stream closes when it is closed: in the ``background`` when
-        nobody waits for them yet."""
+        """Begin to read the pages of ``pin``, in the ``background`` if nobody waits for them yet. Closing the stream
+        closes the pin."""
         pages = -(-len(pin.keys) // len(self._threads))
         a_thread = max(RANGE_BYTES, pages * self.geometry.layer_bytes) + len(pin.segments) * self._padding
         # The first layer of a short context is waited for in any case: blocks may be cut.
@@ -203,7 +203,7 @@ class LayerwiseReader:
             job()
 
     def _job(self) -> Callable[[], None] | None:
-        """What a thread that is free now should do."""
+        """The next job for a free thread."""
         for stream in sorted(self._streams, key=_turn):
             urgency = stream.urgency
             if urgency >= Urgency.LOADING and self._in_background >= self._most_in_background:
@@ -231,13 +231,13 @@ class LayerwiseReader:
         if keep_until is None:
             self._free.append((buffer, None))
         else:
-            # At the end of the line, where by its turn there is hardly anything left to wait for.
+            # At the end of the line: by its turn, there is hardly anything left to wait for.
             self._free.appendleft((buffer, keep_until))
         self._work_to_do.notify()
 
     def _runs(self, segments: Sequence[Segment], n_bytes: int, block_pages: int) -> Iterator[tuple[Segment, ...]]:
-        """Group segments into runs whose reads of one layer take at most ``n_bytes``, or are of one page, splitting
-        those that do not, where blocks of an extent end if a whole one fits."""
+        """Group segments into runs whose reads of one layer take at most ``n_bytes``, or are of one page. Longer
+        segments are split, at the end of an extent's block if a whole block fits."""
         n_bytes = max(n_bytes, self.geometry.layer_bytes + self._padding)
         run: list[Segment] = []
         room = n_bytes
@@ -261,7 +261,7 @@ class LayerwiseReader:
             yield tuple(run)
 
     def close(self) -> None:
-        """End the threads. Every stream is closed before, or discarded."""
+        """End the threads. Close or discard every stream first."""
         self._closer.shutdown()
         with self._lock:
             self._closing = True
@@ -273,8 +273,8 @@ class LayerwiseReader:
 class Stream:
     """The pages of one pin, on their way. `LayerwiseReader.open` makes it.
 
-    What cannot be opened or read, or is not what was written, is reported in its chunk, and everything else is read all
-    the same.
+    Pages that cannot be opened or read, or are not what was written, are reported in their chunk; everything else is
+    read all the same.
     """
 
     def __init__(
@@ -291,8 +291,8 @@ class Stream:
         # Chunks that are read or being read, in order, each with its buffer, if it has one.
         self.ahead: deque[tuple[Future[Chunk], Buffer | None]] = deque()
         self._reader = reader
-        # What is read at a time: of the first layer, which a forward waits for with nothing else to do and which
-        # therefore comes before any other, and of those.
+        # The runs to read, of the first layer and of every other. The first layer comes before any other: a forward
+        # waits for it with nothing else to do.
         self._first, self._others = first, others
         self._first_missing = len(first)
         self._closed = False
@@ -302,7 +302,7 @@ class Stream:
         self._reading_begun = threading.Condition(reader._lock)
         self._extents = list({segment.extent.path: segment.extent for segment in pin.segments}.values())
         reader._handles.enter(self._extents)
-        # Of runs of its pages, by their first one and their number, the header in which they were found.
+        # By a run's first page and number of pages, the header in which it was found.
         self._looked_up: dict[tuple[int, int], ExtentHeader] = {}
         self._taken = 0
         self._total = len(first) + len(others) * (reader.geometry.layers - 1)
@@ -327,8 +327,8 @@ class Stream:
 
     @property
     def staged(self) -> float | None:
-        """Which fraction of it, by chunks, has been read once nothing is being read for it: everything has been, or all
-        the memory that it may have is full. None until then."""
+        """The fraction of its chunks that has been read, once nothing is being read for it: everything has been read,
+        or all the memory that it may have is full. None until then."""
         with self._reader._lock:
             more = self.wants is not None and len(self._reader._free) > self._reader._left[self.urgency]
             if more or not all(reading.done() for reading, _ in self.ahead):
@@ -362,7 +362,7 @@ class Stream:
         try:
             return read()
         finally:
-            # Before the chunk is there to be consumed, or its buffer might go to streams that are consumed later.
+            # Before the chunk can be consumed: otherwise its buffer might go to streams that are consumed later.
             with self._reader._lock:
                 self._first_missing -= 1
                 if not self._first_missing:
@@ -407,7 +407,7 @@ class Stream:
             segment.first + slot - segment.slot for slot in header.wrong_slots(chunk.layer, segment.slot, components)
         }
         if not self._has(segment, header):
-            # Where they lie is the index's word, which may be wrong.
+            # The index says where they lie, and may be wrong.
             written = header.keys[segment.slot : segment.slot + segment.pages]
             if header.fingerprint != self.pin.fingerprint:
                 written = PageKeys()
@@ -418,7 +418,7 @@ class Stream:
             chunk.wrong |= dict.fromkeys(sorted(wrong), "its bytes are not those that were written")
 
     def _has(self, segment: Segment, header: ExtentHeader) -> bool:
-        """Whether an extent has the pages of ``segment`` where it should have them. It is looked up for one layer."""
+        """Whether an extent has the pages of ``segment`` where it should. Looked up once for all layers."""
         extent, slot, pages, first = segment
         if self._looked_up.get((first, pages)) is not header:
             if header.fingerprint != self.pin.fingerprint:
@@ -435,11 +435,11 @@ class Stream:
         wanted: Sequence[range] | None = None,
         background: bool = False,
     ) -> None:
-        """It is going to be consumed now, in the ``background`` if nobody waits for that.
+        """The stream is going to be consumed now, in the ``background`` if nobody waits for that.
 
-        What has not been read yet is read to ``destinations``, if there are any, which have no page in common, and are
-        left alone once every layer has been consumed, or the stream is closed. Of the other pages only those that are
-        ``wanted`` are read.
+        Pages not read yet are read to ``destinations``, if there are any. These have no page in common, and are left
+        alone once every layer has been consumed, or the stream is closed. Of the other pages, only ``wanted`` ones are
+        read.
         """
         with self._reader._lock:
             self.hurried, self.background = True, background
@@ -450,7 +450,7 @@ class Stream:
             self._reader._work_to_do.notify_all()
 
     def need(self) -> None:
-        """A request that is queued is going to need what has been read in the background."""
+        """A queued request is going to need what has been read in the background."""
         with self._reader._lock:
             self.background = False
             self._reader._work_to_do.notify_all()
@@ -463,8 +463,8 @@ class Stream:
             yield from self.layer(layer)
 
     def layer(self, layer: int) -> Iterator[Chunk]:
-        """The chunks of one layer, each as soon as it has arrived. To be called for every layer, in order, of a stream
-        that hurries, and run to the end."""
+        """The chunks of one layer, each as soon as it has arrived. Call it for every layer, in order, of a stream that
+        hurries, and run it to the end."""
         for _ in self._others if layer else self._first:
             with self._reader._lock:
                 self._reading_begun.wait_for(lambda: self.ahead or self._closed)
@@ -481,7 +481,7 @@ class Stream:
                     self._reader._release(buffer, chunk.keep_until)
 
     def close(self) -> None:
-        """Stop reading and let go of everything, the pin too. At any time, also twice."""
+        """Stop reading and release everything, the pin too. May be called at any time, also twice."""
         if self._stop():
             self._let_go()
 
@@ -491,7 +491,7 @@ class Stream:
             self._reader._closer.submit(self._let_go)
 
     def _stop(self) -> bool:
-        """Take up nothing more; False when that has been said before."""
+        """Begin no more reads; False if that has been said before."""
         with self._reader._lock:
             if self._closed:
                 return False
@@ -530,7 +530,7 @@ def _report(chunk: Chunk, segment: Segment, error: BadExtent | OSError) -> None:
 
 
 def _within(run: Sequence[Segment], ranges: Sequence[range]) -> Iterator[Segment]:
-    """What of the segments of a run is in any of ``ranges``, in the order of the run, and no page twice."""
+    """The parts of a run's segments that are in any of ``ranges``, in the order of the run, and no page twice."""
     ordered = sorted(ranges, key=lambda pages: pages.start)
     for segment in run:
         at, end = segment.first, segment.first + segment.pages

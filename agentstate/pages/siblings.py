@@ -1,9 +1,9 @@
-"""What other engines left below a root of pages: stores of other weights, another layout or another SGLang, which
+"""Stores that other engines left below a root of pages, of other weights, another layout or another SGLang, and that
 nobody has open.
 
-The store that was opened or closed longest ago goes first, and of one store the extents that were written longest ago.
-That is told from times of files: the uses that two stores count cannot be compared. Only what has the names of stores
-and extents is deleted, and no symbolic link is followed.
+The store that was opened or closed longest ago is evicted from first, and in it the extents that were written longest
+ago. File times tell this, since the uses that two stores count cannot be compared. Only files and directories named
+like those of a store are deleted, and no symbolic link is followed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Lacking(NamedTuple):
 
 
 class Siblings:
-    """The stores below ``root`` but for ``kin``. Those whose rank, modulo ``ranks``, is ``rank`` count against this
-    rank's quota; where the file system is full any of them is evicted. Not thread-safe."""
+    """The stores below ``root``, except ``kin``. Those whose rank, modulo ``ranks``, is ``rank`` count against this
+    rank's quota; if the file system is full, any of them is evicted from. Not thread-safe."""
 
     def __init__(self, root: Path, kin: Collection[Path], rank: int, ranks: int):
         self._root = root
@@ -54,7 +54,7 @@ class Siblings:
 
     @property
     def n_bytes(self) -> int:
-        """What counts against this rank's quota, as of the last `look`."""
+        """The bytes that count against this rank's quota, as of the last `look`."""
         if not self._scanned:
             self._scan()
         return sum(store.n_bytes for store in self._stores if self._counts(store))
@@ -64,8 +64,7 @@ class Siblings:
         return sum(store.n_bytes for store in self._stores)
 
     def look(self, lacking: Lacking) -> bool:
-        """Look what there is, since engines may have ended, unless something is known of that would help: whether
-        anything would."""
+        """Scan for stores, since engines may have ended, unless a known one would help. Returns whether any would."""
         if not self._helps(lacking):
             self._scan()
         return self._helps(lacking)
@@ -74,7 +73,7 @@ class Siblings:
         return any(lacking.on_disk > 0 or (lacking.by_quota > 0 and self._counts(store)) for store in self._stores)
 
     def evict(self, lacking: Lacking) -> Lacking:
-        """Evict what is lacking, as far as there is so much: what is lacking still."""
+        """Evict what is lacking, as far as there is so much. Returns what is still lacking."""
         for store in reversed(list(self._stores)):
             if max(lacking) <= 0:
                 break
@@ -90,7 +89,7 @@ class Siblings:
                     self._dead.append((store.fingerprint, store.rank))
                 elif store.refuses:
                     self._passed_over.add(store.path)
-            # What was opened in the meantime counts no more.
+            # A store that was opened in the meantime no longer counts.
             lacking = lacking.without(before - store.n_bytes if counts else 0, freed)
         return lacking
 
@@ -133,7 +132,7 @@ class _Sibling:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep engines from opening it. Raises OSError where one has it open, and for what is no directory."""
+        """Keep engines from opening it. Raises OSError if one has it open, and for what is no directory."""
         for part in (self.path, self.path / "extents"):
             if not stat.S_ISDIR(part.lstat().st_mode):
                 raise NotADirectoryError(part)
@@ -153,7 +152,7 @@ class _Sibling:
             self._measured_as = now
 
     def _stamp(self) -> int:
-        """When it was opened, closed or written to last."""
+        """When it was last opened, closed or written to."""
         times = [0]
         for name in ("lock", "index/data.mdb"):
             with suppress(OSError):
@@ -170,7 +169,8 @@ class _Sibling:
         return sorted(found, reverse=True)
 
     def evict(self, wanted: float) -> int:
-        """Delete so many bytes of extents, or all: how many were deleted. None of a store that has been opened."""
+        """Delete ``wanted`` bytes of extents, or all there are, but none of a store that has been opened. Returns how
+        many bytes were deleted."""
         freed = 0
         try:
             with self.locked():

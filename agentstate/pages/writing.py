@@ -1,4 +1,4 @@
-"""Writing pages behind whoever has them: while one extent goes to the disk, the next is filled."""
+"""Write-behind of pages: while one extent goes to the disk, the next is filled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agentstate.pages.backends import staging_memory
 from agentstate.pages.extent import ExtentDraft, align
 from agentstate.pages.store import PageStore
 
-# One that is filled and one that is written keep both the processor and the disk at work.
+# One being filled and one being written keep both the processor and the disk busy.
 _DRAFTS = 2
 
 
@@ -21,13 +21,13 @@ class Writer:
     """Extents of at most ``pages_an_extent`` pages, published by a thread in the order in which they were filled.
 
     ``staging_bytes`` of memory, ``staging``, are taken at once and kept; an extent is as large as half of them allow.
-    Every method may be called from any thread but from that of `after`.
+    Every method may be called from any thread except that of `after`.
     """
 
     def __init__(self, store: PageStore, staging_bytes: int):
         self._store = store
         pages, block = store.pages_within(staging_bytes // _DRAFTS), store.geometry.block_pages
-        # Whole blocks, where there is one: a short last one costs as much to verify as a whole one.
+        # Whole blocks, if one fits: a short last one costs as much to verify as a whole one.
         self.pages_an_extent = pages - pages % block if pages > block else pages
         size = align(store.draft_bytes(self.pages_an_extent))
         self.staging = staging_memory(_DRAFTS * size)
@@ -46,10 +46,10 @@ class Writer:
             self._free.put(memory)
 
     def write(self, keys: Sequence[bytes], fill: Callable[[ExtentDraft], None]) -> Future[None]:
-        """Let ``fill`` fill an extent of ``keys``, of which there are at most ``pages_an_extent``, and begin to publish
-        it: done when `PageStore.publish` is.
+        """Let ``fill`` fill an extent of ``keys``, at most ``pages_an_extent`` of them, and begin to publish it. The
+        future is done when `PageStore.publish` is.
 
-        Raises what ``fill`` raises, and PageStoreFull before it is called when there is no room for the extent.
+        Raises what ``fill`` raises, and PageStoreFull, before ``fill`` is called, if there is no room for the extent.
         """
         memory = self._free.get()
         try:

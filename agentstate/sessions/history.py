@@ -5,8 +5,8 @@ segments, each a run of consecutive ``seq`` of one owner; the last one is the se
 closed and stored in the table ``segments``. ``seq`` grows along a history and is never given twice in one: after a
 rewind the numbers of the entries that were taken back stay unused.
 
-The list is bounded by ``MAX_SEGMENTS``, so that a read stays a constant number of statements. Those that rewinds leave
-are made one now and then, by giving their entries new ``seq`` (`agentstate.sessions.branches.compact`).
+The list is bounded by ``MAX_SEGMENTS``, so that a read stays a constant number of statements. Segments that
+rewinds leave are joined now and then, by giving their entries new ``seq`` (`agentstate.sessions.branches.compact`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class History:
 
     @classmethod
     def joined(cls, parts: Iterable[Segment]) -> Self:
-        """Without empty segments, and with neighbours of one owner as one."""
+        """The history of ``parts``, without empty ones and with neighbours of one owner joined."""
         joined: list[Segment] = []
         for part in parts:
             if part.length <= 0:
@@ -68,15 +68,15 @@ class History:
 
     @property
     def first(self) -> int:
-        """The ``seq`` of the oldest entry; 1 where there is none."""
+        """The ``seq`` of the oldest entry; 1 if there is none."""
         return self.segments[0].first if self.segments else 1
 
     def owner_of(self, seq: int) -> str | None:
-        """Whose entry ``seq`` of this history is; None where it has none."""
+        """The owner of entry ``seq`` of this history; None if there is no such entry."""
         return next((part.owner_id for part in self.segments if part.first <= seq <= part.last), None)
 
     def newest_to(self, seq: int) -> int:
-        """The ``seq`` of the newest entry up to ``seq``; 0 where there is none."""
+        """The ``seq`` of the newest entry up to ``seq``; 0 if there is none."""
         return max((min(part.last, seq) for part in self.segments if part.first <= seq), default=0)
 
     def owners(self) -> list[str]:
@@ -84,7 +84,7 @@ class History:
         return list(dict.fromkeys(part.owner_id for part in reversed(self.segments)))
 
     def between(self, first: int, last: int) -> Self:
-        """What of it lies in ``first`` … ``last``, both included."""
+        """The part of it from ``first`` to ``last``, both included."""
         return self.joined(
             Segment(part.owner_id, max(part.first, first), min(part.last, last)) for part in self.segments
         )
@@ -136,7 +136,7 @@ class History:
         self.store(connection, session_id)
 
     def store(self, connection: Connection, session_id: str) -> None:
-        """`close`, for a session that is new."""
+        """Like `close`, for a new session."""
         if self.segments:
             connection.execute(
                 sa.insert(segments),

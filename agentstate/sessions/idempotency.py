@@ -1,10 +1,10 @@
-"""Idempotency: a write that is repeated with the same key is answered as it was the first time.
+"""Idempotency: a write that is repeated with the same key gets the answer of the first time.
 
-The answer is stored in the transaction of the write, so there is never one without the other. What failed wrote
-nothing and is not stored: repeating it tries again.
+The answer is stored in the transaction of the write, so there is never one without the other. A write that failed wrote
+nothing and stored no answer: repeating it tries again.
 
-Of the client's key SQL has a hash only, so that secrets in an answer can be derived from it (`derived_secret`) and
-need not be stored.
+SQL has only a hash of the client's key, so secrets in an answer can be derived from the key (`derived_secret`) and need
+not be stored.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from agentstate.errors import IdempotencyKeyInUse, IdempotencyKeyReused
 from agentstate.sql.database import insert, now_us
 from agentstate.sql.models import idempotency
 
-# An answer that waits for an engine for longer than any request does: its service is gone.
+# If an answer has waited for an engine for longer than any request does, its service is gone.
 UNFINISHED_S = 300
 
 
 @dataclass(frozen=True)
 class Once:
-    """One request: the tenant's key, and a hash of all that makes the request what it is."""
+    """One request: the tenant's key, and a hash of everything that distinguishes the request."""
 
     tenant: str
     key: str
@@ -40,7 +40,7 @@ class Once:
         return hashlib.sha256(self.tenant.encode() + b"\0" + self.key.encode()).digest()
 
     def derived_secret(self, purpose: str) -> str:
-        """A secret that whoever knows the key can derive again, and nobody else."""
+        """A secret that only those who know the key can derive again."""
         digest = hmac.digest(self.key.encode(), b"agentstate\0" + purpose.encode() + self.request_hash, "sha256")
         return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
@@ -49,10 +49,10 @@ def begin(connection: Connection, once: Once) -> dict[str, Any] | None:
     """The answer that was given before; None when this request is the first, and its write may follow.
 
     Of several requests at once one is the first. The others wait for it on SQLite and raise IdempotencyKeyInUse on
-    PostgreSQL. Raises IdempotencyKeyReused when the key came with another request.
+    PostgreSQL. Raises IdempotencyKeyReused if the key came with another request.
     """
     if connection.dialect.name == "postgresql":
-        # Only a lock that is tried, not waited for: a client that is impatient must not hold a connection.
+        # Try the lock, do not wait for it: an impatient client must not hold a connection.
         number = int.from_bytes(once.row_key[:8], "big", signed=True)
         if not connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(number))).scalar_one():
             raise IdempotencyKeyInUse(f"the first request with Idempotency-Key {once.key!r} is still being answered")

@@ -1,7 +1,7 @@
 """Leases: who may run a session now.
 
 A lease is a secret token and an epoch. The epoch of a session only grows, also across released leases, so that
-whoever acts for an agent can tell a newer runner from an older one. A lease that lapsed is lost for good, even when
+whoever acts for an agent can tell a newer runner from an older one. A lease that lapsed is lost for good, even if
 nobody has taken it over: its holder resumes the session and gets the next epoch.
 """
 
@@ -52,9 +52,9 @@ def take(
 ) -> Lease:
     """Take a session's lease, or take it over when it has lapsed, with the next epoch.
 
-    ``token`` is the secret of the new lease; without one it is made up. ``engine`` is the base URL of the engine that
-    is to serve the turn. One statement decides, so of several callers
-    one gets it. Raises SessionBusy, with ``revision``, while another lease is valid.
+    ``token`` is the secret of the new lease; without one it is generated. ``engine`` is the base URL of the engine that
+    is to serve the turn. One statement decides, so only one of several callers gets the lease. Raises SessionBusy, with
+    ``revision``, while another lease is valid.
     """
     token = token or secrets.token_urlsafe(32)
     row = connection.execute(
@@ -96,7 +96,7 @@ def require(connection: Connection, session_id: str, key: LeaseKey, revision: in
 
 
 def renew(connection: Connection, session_id: str, key: LeaseKey, ttl_s: float, revision: int) -> Lease:
-    """Let a valid lease lapse ``ttl_s`` from now instead of when it would have. Raises LeaseLost."""
+    """Make a valid lease lapse ``ttl_s`` from now. Raises LeaseLost."""
     shown = {**_shown(session_id, key), "ttl_us": _microseconds(ttl_s)}
     expires_us: int | None = connection.execute(_RENEW, shown).scalar_one_or_none()
     if expires_us is None:
@@ -105,7 +105,8 @@ def renew(connection: Connection, session_id: str, key: LeaseKey, ttl_s: float, 
 
 
 def release(connection: Connection, session_id: str, key: LeaseKey, revision: int) -> str | None:
-    """End a valid lease; the session can be resumed at once. The engine that it was taken for. Raises LeaseLost."""
+    """End a valid lease, so that the session can be resumed at once. Returns the engine that it was taken for. Raises
+    LeaseLost."""
     released = connection.execute(_RELEASE, _shown(session_id, key)).one_or_none()
     if released is None:
         raise _lost(key, revision)
@@ -142,7 +143,7 @@ def _taking(dialect: str) -> Any:
             set_={
                 **new,
                 "epoch": leases.c.epoch + 1,
-                # Who let it lapse may still be computing.
+                # Whoever let it lapse may still be computing.
                 "fence": sa.case((leases.c.token_hash.is_(None), leases.c.fence), else_=leases.c.epoch + 1),
             },
             where=leases.c.expires_us <= now_us(),

@@ -1,4 +1,4 @@
-"""What the verbs of sessions give back, and the values that they take."""
+"""What the verbs of sessions return, and the values that they take."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Order(StrEnum):
 
 
 class Keep(StrEnum):
-    """A value that is to stay as it is, where None means something else."""
+    """Leaves a value as it is, where None means something else."""
 
     KEEP = "keep"
 
@@ -62,7 +62,7 @@ class SessionPage:
 class Since:
     """The session, and the oldest of the entries that come after some ``seq``.
 
-    ``kept`` is that ``seq``, or the newest before it where a rewind took that entry back.
+    ``kept`` is that ``seq``, or the newest before it if a rewind took that entry back.
     """
 
     session: Session
@@ -105,7 +105,7 @@ class Resumed:
 class ToolCall:
     """A tool call; ``result`` is the payload of its result, once it is done or has failed.
 
-    ``typical_s`` is the median of what the tool took before, in this tenant's sessions; None where nothing is known.
+    ``typical_s`` is the median of what the tool took before, in this tenant's sessions; None if nothing is known.
     """
 
     id: str
@@ -121,7 +121,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Claimed:
-    """``fresh`` when the caller shall execute the call now; else it has a result already."""
+    """``fresh`` if the caller is to execute the call now; otherwise it has a result already."""
 
     call: ToolCall
     fresh: bool
@@ -129,7 +129,7 @@ class Claimed:
 
 @dataclass(frozen=True)
 class PagesOfSession:
-    """Where the pages of a session can be brought back: the ranks, and of each the ordered keys that it stores."""
+    """Where the pages of a session can be brought back: the ranks, and the ordered keys that each of them stores."""
 
     session: Session
     ranks: Sequence[Engine]

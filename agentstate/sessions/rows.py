@@ -27,7 +27,7 @@ from agentstate.sql.models import leases as leases_table
 from agentstate.sql.models import sessions as table
 from agentstate.sql.models import tenants as tenants_table
 
-# What every request runs is built once: to build a statement takes longer than to run it.
+# Statements that every request runs are built once: building one takes longer than running it.
 _named = sa.and_(table.c.tenant == sa.bindparam("of_tenant"), table.c.name == sa.bindparam("called"))
 _LOCK = sa.select(table, now_us().label("time_us")).where(_named).with_for_update(key_share=True)
 _CHANGE = (
@@ -61,7 +61,7 @@ def _making(dialect: str, expires: bool, branched: bool) -> Any:
     )
 
 
-# The revision that a caller has seen, several any of which it may be, or None for any at all.
+# The revision that a caller has seen, several of which any will do, or None for any at all.
 Seen = int | Collection[int] | None
 
 
@@ -102,7 +102,7 @@ class Rows:
     def make(
         self, connection: Connection, *, expires_in_s: float | None, branched: bool = False, **values: Any
     ) -> Session:
-        """A new session, in the scope of KV that the tenant's sessions have now (`salts`). Without ``expires_in_s`` it
+        """Make a session, in the scope of KV that the tenant's sessions have now (`salts`). Without ``expires_in_s`` it
         expires as the tenant's do. Raises SessionExists."""
         statement = _making(connection.dialect.name, expires_in_s is not None, branched)
         values["tenant"] = self.tenant
@@ -173,7 +173,7 @@ class Rows:
     def require_same_call(
         self, connection: Connection, row: Any, history: History, call: toolcalls.KnownCall, payload: dict[str, Any]
     ) -> None:
-        """Raises ToolCallReused unless ``payload`` is that of ``call``, but for how long it is expected to take."""
+        """Raises ToolCallReused unless ``payload`` is that of ``call``, apart from its expected duration."""
         (entry,) = transcript.read(connection, row.name, history.between(call.call_seq, call.call_seq))
         if not all(transcript.alike(entry.payload.get(what), payload.get(what)) for what in ("name", "arguments")):
             raise ToolCallReused(
@@ -207,7 +207,7 @@ _FIND = current().where(_named)
 
 
 def stored(connection: Connection, row: Any, history: History) -> Stored:
-    """What is stored of a session: its own pages, or until there are some those from before its last branch."""
+    """What is stored of a session: its own pages or, until there are some, those from before its last branch."""
     owners = [row.id, *_in_scope(connection, row, [owner for owner in history.owners() if owner != row.id])]
     found = manifests.coverage(connection, owners)
     own = [coverage for coverage in found if coverage.session_id == row.id and coverage.updated_us > row.branched_us]
@@ -221,7 +221,7 @@ def stored(connection: Connection, row: Any, history: History) -> Stored:
 
 
 def _in_scope(connection: Connection, row: Any, owners: Sequence[str]) -> list[str]:
-    """Those of a session's ancestors whose pages it finds: the keys of others have another salt."""
+    """The ancestors whose pages a session finds: the keys of the others have another salt."""
     if not owners:
         return []
     scopes = connection.execute(sa.select(table.c.id, table.c.kv_scope).where(table.c.id.in_(owners)))

@@ -27,9 +27,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True)
 class Tenant:
-    """``expires_in_s`` is when its sessions expire that are created without an expiry, ``requests_per_s`` how many
-    it may send to one service; None where the service's own settings hold. ``kv_group`` is whom its new sessions share
-    KV with: None is nobody, `EVERYBODY` is whoever reaches the engine, and any other name the tenants of that group.
+    """``expires_in_s`` is the expiry of sessions that are created without one (None: they never expire).
+    ``requests_per_s`` limits the requests to one service (None: the service's setting holds). ``kv_group`` is whom its
+    new sessions share KV with: None is nobody, `EVERYBODY` whoever reaches the engine, and any other name the tenants
+    of that group.
     """
 
     id: str
@@ -56,7 +57,7 @@ class NewKey:
 
 
 def put(connection: Connection, tenant: Tenant) -> None:
-    """Make a tenant, or change its limits. Raises SettingsError when its name cannot be one."""
+    """Make a tenant, or change its limits. Raises SettingsError if its name cannot be one."""
     if not NAME.fullmatch(tenant.id):
         raise SettingsError(f"{tenant.id!r} is no name of a tenant: letters, digits, '.', '_' and '-', at most 64")
     if tenant.kv_group not in (None, EVERYBODY) and not NAME.fullmatch(tenant.kv_group):
@@ -74,7 +75,7 @@ def put(connection: Connection, tenant: Tenant) -> None:
 
 
 def find(connection: Connection, tenant_id: str) -> Tenant:
-    """A tenant's limits; the defaults where it was never put."""
+    """A tenant's limits; the defaults if it was never put."""
     row = connection.execute(sa.select(tenants).where(tenants.c.id == tenant_id)).one_or_none()
     return Tenant(tenant_id, None, None) if row is None else _tenant(row)
 
@@ -88,7 +89,7 @@ def sharing(tenant: Tenant) -> str:
 
 
 def create_key(connection: Connection, tenant_id: str, note: str = "") -> NewKey:
-    """A key for a tenant, which is made if it is not there. Raises SettingsError."""
+    """Make a key for a tenant, and the tenant if it does not exist. Raises SettingsError."""
     put(connection, find(connection, tenant_id))
     secret = PREFIX + secrets.token_urlsafe(32)
     row = connection.execute(
@@ -100,7 +101,7 @@ def create_key(connection: Connection, tenant_id: str, note: str = "") -> NewKey
 
 
 def list_keys(connection: Connection) -> list[ApiKey]:
-    """All of them, the oldest first; also those that were revoked."""
+    """All keys, the oldest first, also revoked ones."""
     return [_key(row) for row in connection.execute(sa.select(api_keys).order_by(api_keys.c.created_us, api_keys.c.id))]
 
 
@@ -121,7 +122,7 @@ def any_key(connection: Connection) -> bool:
 
 
 def authenticate(connection: Connection, secret: str) -> Tenant | None:
-    """The tenant that a secret belongs to; None when it is no valid key's."""
+    """The tenant that a secret belongs to; None if it is no valid key's."""
     row = connection.execute(
         sa.select(tenants)
         .join(api_keys)

@@ -1,6 +1,6 @@
 """Tool calls: claimed when their call is appended, finished when their result is.
 
-Their times are kept, by the database's clock: how long a tool takes is what decides when pages are brought back.
+Their times are kept, by the database's clock: how long a tool takes decides when pages are brought back.
 A call whose claimant vanished becomes ``unknown``; it may have run or not, and nothing here ever runs it again.
 
 A fork has its parent's calls as it has its entries, without rows of its own; only those that were open at its branch
@@ -58,7 +58,7 @@ class KnownCall:
 
 
 def known(connection: Connection, session_id: str, history: History, call_ids: Collection[str]) -> dict[str, KnownCall]:
-    """The calls of these ids that are part of ``history``, the whole one of the session."""
+    """The calls with these ids that are part of ``history``, the session's whole history."""
     rows = connection.execute(
         sa.select(tool_calls).where(
             tool_calls.c.session_id.in_({session_id, *history.owners()}), tool_calls.c.call_id.in_(call_ids)
@@ -133,7 +133,7 @@ def record(
                 for step in finishes
             ],
         )
-    # Of a call that was appended with its result, or whose claimant vanished, the times say nothing about the tool.
+    # If a call was appended with its result, or its claimant vanished, its times say nothing about the tool.
     timed = [call for step in finishes if (call := before.get(step.call_id)) and call.state is ToolCallState.CLAIMED]
     if timed:
         connection.execute(
@@ -153,7 +153,7 @@ def in_flight(connection: Connection, session_id: str) -> list[str]:
 
 
 def abandon(connection: Connection, session_id: str) -> None:
-    """The runner of the session vanished: nobody knows any more what became of its claimed calls."""
+    """The runner of the session vanished: its claimed calls become ``unknown``."""
     connection.execute(
         sa.update(tool_calls)
         .where(tool_calls.c.session_id == session_id, tool_calls.c.state == ToolCallState.CLAIMED)
@@ -180,7 +180,7 @@ def take_back(connection: Connection, session_id: str) -> None:
 
 
 def typical_s(connection: Connection, tenant: str, name: str) -> float | None:
-    """The median of what a tool's last calls took in this tenant's sessions, in seconds; None when it has none."""
+    """The median duration of a tool's last calls in this tenant's sessions, in seconds; None if it has none."""
     last = connection.execute(
         sa.select(tool_timings.c.seconds)
         .where(tool_timings.c.tenant == tenant, tool_timings.c.name == name)
@@ -193,8 +193,8 @@ def typical_s(connection: Connection, tenant: str, name: str) -> float | None:
 def whole_from(connection: Connection, history: History, seq: int) -> int:
     """The last sequence number, ``seq`` or before, from which no result is cut off from its call.
 
-    Where a call before ``seq`` has its result at or after it, the cut moves to that call, and on, until it separates
-    none: the stretch is as long as the calls that overlap there, however long the history before it is.
+    If a call before ``seq`` has its result at or after it, the cut moves to that call, and on, until it separates none.
+    The stretch is as long as the calls that overlap there, however long the history before it is.
     """
     cut = sa.select(sa.literal(seq, sa.BigInteger()).label("seq")).cte("cut", recursive=True)
     # One lower bound, so that the index on (session_id, result_seq) is entered there and nowhere before.

@@ -1,7 +1,7 @@
-"""Entries: what a transcript consists of, what they may be, and how they are kept.
+"""Entries, which a transcript consists of: what they may be, and how they are kept.
 
-A payload of ``BLOB_BYTES`` or more lies in ``blobs``, once a tenant whatever the number of entries with that content,
-and the entry refers to it. Whoever reads entries does not see the difference.
+A payload of ``BLOB_BYTES`` or more lies in ``blobs``, once a tenant however many entries have that content, and the
+entry refers to it. Readers of entries do not see the difference.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from agentstate.sql.models import EntryKind, blobs
 from agentstate.sql.models import entries as table
 
 BLOB_BYTES = 256 * 1024
-# What the payloads of one page have at most: more than the body of a request may have, so that any entry fits.
+# Bound of the payloads of one page: more than the body of a request may have, so that any entry fits.
 MAX_PAGE_BYTES = 16 * 1024 * 1024
-# So many entries are a page without their sizes being added up first: what is no blob has less than ``BLOB_BYTES``.
+# So many entries fit a page without adding up their sizes: what is no blob has less than ``BLOB_BYTES``.
 MAX_UNMEASURED = MAX_PAGE_BYTES // BLOB_BYTES
 MAX_METADATA_BYTES = 64 * 1024  # it is read whenever its session is
 MAX_JSON_DEPTH = 64  # well within what every JSON reader and writer takes
@@ -49,7 +49,7 @@ class NewEntry:
 
 @dataclass(frozen=True)
 class Entry:
-    """An appended entry. ``seq`` numbers the entries of a history, without gaps where nothing was taken back;
+    """An appended entry. ``seq`` numbers the entries of a history, without gaps if nothing was taken back;
     ``session_id`` is the session whose history it was read from."""
 
     id: str
@@ -66,7 +66,7 @@ class Entry:
 class EntryPage:
     """A run of entries; ``has_more`` says whether the history goes on beyond its end, for a tail before its start.
 
-    It has fewer entries than were asked for where their payloads have more than ``MAX_PAGE_BYTES``.
+    It has fewer entries than were asked for if their payloads exceed ``MAX_PAGE_BYTES``.
     """
 
     entries: list[Entry]
@@ -90,7 +90,7 @@ def check(new: Sequence[NewEntry]) -> None:
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
-    """Raises InvalidEntry when it is no JSON of Unicode, or has more than ``MAX_METADATA_BYTES``."""
+    """Raises InvalidEntry if it is no JSON of Unicode, or has more than ``MAX_METADATA_BYTES``."""
     size_bytes = len(check_json(metadata, "metadata"))
     try:
         json.dumps(metadata, ensure_ascii=False).encode()
@@ -130,7 +130,7 @@ def _check_entry(entry: NewEntry) -> None:
 
 
 def check_json(value: dict[str, Any], what: str) -> bytes:
-    """``value`` as JSON. Raises InvalidEntry when it cannot be: with NaN, which Python's JSON takes in, it cannot."""
+    """``value`` as JSON. Raises InvalidEntry if it cannot be: NaN, which Python's JSON accepts, cannot."""
     try:
         content = documents.encode(value)
     except (TypeError, ValueError, RecursionError) as error:
@@ -163,9 +163,9 @@ def step(entry: Entry) -> toolcalls.Claim | toolcalls.Finish | None:
 
 
 def write(connection: Connection, tenant: str, owner_id: str, new: Sequence[Entry], open_calls: int) -> int:
-    """Store entries, which follow the owner's newest one, and give back how many tool calls are open after them.
+    """Store entries, which follow the owner's newest one, and return how many tool calls are open after them.
 
-    ``open_calls`` is how many were before them.
+    ``open_calls`` is how many were open before them.
     """
     rows, large = [], {}
     for entry in new:
@@ -189,7 +189,7 @@ def write(connection: Connection, tenant: str, owner_id: str, new: Sequence[Entr
 
 
 def read(connection: Connection, name: str, history: History) -> list[Entry]:
-    """All entries of ``history``, a part of that of the session called ``name``."""
+    """All entries of ``history``, a part of the history of the session called ``name``."""
     if not history.segments:
         return []
     found = connection.execute(_reading(len(history.segments)), history.as_parameters())
@@ -197,14 +197,14 @@ def read(connection: Connection, name: str, history: History) -> list[Entry]:
 
 
 def page(connection: Connection, name: str, rest: History, limit: int, *, newest: bool = False) -> EntryPage:
-    """The oldest ``limit`` entries of ``rest``, or the newest; by ``seq`` in any case. One entry at least."""
+    """The oldest ``limit`` entries of ``rest``, or the newest; ordered by ``seq`` in any case. At least one entry."""
     wanted = rest.newest(limit) if newest else rest.oldest(limit)
     found = _read_bounded(connection, name, wanted, newest=newest)
     return EntryPage(found, has_more=rest.length > len(found))
 
 
 def _read_bounded(connection: Connection, name: str, wanted: History, *, newest: bool) -> list[Entry]:
-    """`read`, of the oldest entries or the newest, as many as have ``MAX_PAGE_BYTES``."""
+    """Like `read`, but only as many of the oldest entries, or the newest, as fit into ``MAX_PAGE_BYTES``."""
     if not wanted.segments:
         return []
     if wanted.length > MAX_UNMEASURED:
@@ -217,7 +217,7 @@ def _read_bounded(connection: Connection, name: str, wanted: History, *, newest:
 
 
 def _within_bytes(connection: Connection, wanted: History, *, newest: bool) -> History:
-    """The oldest entries of ``wanted``, or the newest, as many as have ``MAX_PAGE_BYTES``; one at least."""
+    """The oldest entries of ``wanted``, or the newest, as many as fit into ``MAX_PAGE_BYTES``; at least one."""
     beyond = _beyond(connection.dialect.name, len(wanted.segments), newest)
     cut: int | None = connection.execute(beyond, {**wanted.as_parameters(), "most": MAX_PAGE_BYTES}).scalar_one()
     if cut is None:
@@ -250,7 +250,7 @@ def by_id(connection: Connection, name: str, wanted: Sequence[str]) -> dict[str,
 
 
 def find(connection: Connection, name: str, history: History, entry_id: str) -> Place:
-    """Where an entry stands. Raises EntryNotFound when it is none of ``history``."""
+    """Where an entry stands. Raises EntryNotFound if it is none of ``history``."""
     row = connection.execute(
         sa.select(table.c.session_id, table.c.seq, table.c.open_calls).where(table.c.id == entry_id)
     ).one_or_none()
@@ -260,9 +260,9 @@ def find(connection: Connection, name: str, history: History, entry_id: str) -> 
 
 
 def tail(connection: Connection, name: str, history: History, length: int) -> EntryPage:
-    """The newest ``length`` entries, and more where that would separate a tool result from its call.
+    """The newest ``length`` entries, or more to keep a tool result with its call.
 
-    Where that is more than ``MAX_PAGE_BYTES``, fewer: it begins after the results whose calls do not fit.
+    If that is more than ``MAX_PAGE_BYTES``, fewer: the tail then begins after the results whose calls do not fit.
     """
     if length == 0 or not history.segments:
         return EntryPage([], has_more=bool(history.segments))

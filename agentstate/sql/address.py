@@ -1,4 +1,4 @@
-"""Where a database is: its URL as users write it, how the driver is told, and what of it may be shown.
+"""Where a database is: its URL as users write it, how the driver is told, and which parts of it may be shown.
 
 PostgreSQL's own spelling of several hosts is understood (``postgresql://a:5432,b:5432/agents``), and so is
 ``pgbouncer=true`` for a PgBouncer in transaction mode.
@@ -23,7 +23,7 @@ HIDDEN = "***"
 POOLER = "pgbouncer"
 ATTRS = "target_session_attrs"
 WRITABLE = ("read-write", "primary")
-# Of a connection string, what nobody else may see.
+# The parts of a connection string that nobody else may see.
 _SECRET = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
 # A password may have any character but "@", as SQLAlchemy takes it.
 _POSTGRESQL = re.compile(
@@ -38,8 +38,8 @@ _IN_USERINFO = re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://[^\s:/@?#]*:)[^\s/?#]+(?=
 class Address:
     """``url`` is as SQLAlchemy takes it, and has the password; ``shown`` is safe to log.
 
-    ``connect_args`` is what the driver is told beside the URL. ``pooled`` says that a PgBouncer in transaction mode is
-    in between, ``writable`` that only servers that can be written to are connected to.
+    ``connect_args`` is what the driver is told besides the URL. ``pooled`` says that a PgBouncer in transaction mode is
+    in between, ``writable`` that connections go only to servers that can be written to.
     """
 
     url: sa.URL
@@ -59,7 +59,7 @@ class Address:
 
 
 def parse(text: str) -> Address:
-    """The address that a URL of SQLAlchemy's names. Raises SettingsError when it is none, or of another database."""
+    """The address that a URL of SQLAlchemy's names. Raises SettingsError if it is none, or of another database."""
     parts = _POSTGRESQL.fullmatch(text)
     if parts is None:
         url = _url(text)

@@ -2,18 +2,18 @@
 
 **SQLite** runs in WAL mode. Reads never wait for writes. A process has one writing connection, and every write starts
 with ``BEGIN IMMEDIATE``, so two writers wait for each other instead of failing half-way. With ``synchronous = NORMAL``
-a committed transaction survives a crash of the process; after a power loss the newest transactions may be missing, the
-database is never corrupt.
+a committed transaction survives a crash of the process; after a power loss the newest transactions may be missing, but
+the database is never corrupt.
 
-**PostgreSQL** writes at READ COMMITTED: what follows the lock of a row sees all that was committed before it. Reads run
-at REPEATABLE READ, read-only, so that several statements see one snapshot. There are limits on how long a statement
+**PostgreSQL** writes at READ COMMITTED: statements after the lock of a row see all that was committed before it. Reads
+run at REPEATABLE READ, read-only, so that several statements see one snapshot. There are limits on how long a statement
 runs, waits for a lock, or idles in a transaction. A committed transaction is as durable as the server's
 ``synchronous_commit`` makes it.
 
-Only a server that can be written to is connected to, unless the URL sets ``target_session_attrs``: after a failover the
-connections to a server that has become read-only are thrown away, and of several hosts the new primary is found. Behind
-a PgBouncer in transaction mode (``pgbouncer=true`` in the URL) nothing is prepared, and the limits are set in each
-transaction.
+Connections go only to a server that can be written to, unless the URL sets ``target_session_attrs``. After a failover
+the pool drops its connections to a server that has become read-only, and finds the new primary among several hosts.
+Behind a PgBouncer in transaction mode (``pgbouncer=true`` in the URL) no statement is prepared, and the limits are set
+in each transaction.
 
 Transactions are short by design: never hold one while waiting for an engine or for a client.
 """
@@ -66,10 +66,10 @@ POSTGRESQL_LIMITS = {
     "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "60s",
 }
-# What PostgreSQL (14 and later) tells of itself, without being asked, with every answer.
+# What PostgreSQL (14 and later) reports of itself, unasked, with every answer.
 READ_ONLY_SIGNS = (b"in_hot_standby", b"default_transaction_read_only")
 SNAPSHOT = "agentstate_snapshot"  # execution option of a connection that reads
-READ_ONLY = "25006"  # SQLSTATE of a write in a transaction that cannot
+READ_ONLY = "25006"  # SQLSTATE of a write in a read-only transaction
 FULL = "53100"  # SQLSTATE of a disk that is full
 MIGRATION_LOCK = 0x6167656E74737461  # "agentsta": the advisory lock that lets one process migrate at a time
 
@@ -82,7 +82,7 @@ class now_us(FunctionElement[int]):
     """SQL expression: the database's clock, in microseconds since the Unix epoch, UTC.
 
     Every time that is stored or compared comes from it, so that the clocks of clients, services and engines do not
-    matter. The clock of the moment, not of the transaction's start: a transaction that waited for a lock must not
+    matter. It is the clock of the moment, not of the transaction's start: a transaction that waited for a lock must not
     judge a lease by the time before it waited. SQLite's resolution is one millisecond.
     """
 
@@ -162,8 +162,8 @@ class Database:
     def read(self) -> Iterator[Connection]:
         """One transaction for reading, which cannot write: all of its statements see the same snapshot.
 
-        Raises DatabaseUnreachable when no connection can be had, DatabaseError when a statement fails for a reason
-        of the database's (a lock not got in time, a full disk).
+        Raises DatabaseUnreachable if no connection can be made, DatabaseError if a statement fails for a reason of the
+        database's (a lock not acquired in time, a full disk).
         """
         with self._errors(), self._reader.begin() as connection:
             yield connection
@@ -173,7 +173,7 @@ class Database:
         """One transaction for writing: committed when the block ends, rolled back when it raises.
 
         Waits up to ``BUSY_TIMEOUT_S`` for SQLite's other writers. Raises like :meth:`read`; then nothing was written.
-        A block within another of the same thread and database is part of that one's transaction.
+        A block within another of the same thread and database joins that one's transaction.
         """
         outer: Connection | None = getattr(self._thread, "connection", None)
         if outer is not None:
@@ -194,7 +194,7 @@ class Database:
         if self.is_sqlite:
             with self.write() as connection:
                 _migrate(connection)
-            # An earlier release left it to be read by everybody.
+            # An earlier release left it readable by everybody.
             with suppress(OSError):
                 close_to_others(Path(self._url.database or ""))
             return
@@ -234,10 +234,10 @@ class Database:
         )
 
     def _connect_args(self, *, limits: bool) -> dict[str, Any]:
-        """What the driver is told beside the URL; with ``limits``, those of every statement."""
+        """What the driver is told besides the URL; with ``limits``, the limits of every statement too."""
         told: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT_S, **self._address.connect_args}
         if limits:
-            # Those of the URL come last, and count.
+            # Options of the URL come last, and win.
             own = dict(self._url.query).get("options", "")
             told["options"] = " ".join([*(f"-c {name}={value}" for name, value in POSTGRESQL_LIMITS.items()), str(own)])
         if self._address.pooled:
@@ -270,7 +270,7 @@ class Database:
                 f"the directory {file.parent} of the SQLite database cannot be created: {error.strerror}; "
                 "set AGENTSTATE_HOME or AGENTSTATE_DATABASE_URL"
             ) from error
-        # SQLite gives the files beside it the same mode. Where nothing can be made, it says what is wrong.
+        # SQLite gives the files beside it the same mode. If nothing can be made, it says what is wrong.
         with suppress(OSError):
             make_file(file)
 
@@ -312,7 +312,7 @@ class Database:
             raise
 
 
-# Alembic is imported late: only who migrates needs it, and it takes as long as everything else here together.
+# Alembic is imported late: only migrations need it, and it takes as long as everything else here together.
 
 
 def _migrate(connection: Connection) -> None:
@@ -356,7 +356,7 @@ def _configure_postgresql(engine: sa.Engine, where: address.Address) -> None:
 
     @sa.event.listens_for(engine, "handle_error")
     def on_error(context: ExceptionContext) -> None:
-        # Not where the transaction itself is one for reading.
+        # Not if the transaction itself is one for reading.
         reads = context.connection is not None and _reads(context.connection)
         if _sqlstate(context.original_exception) == READ_ONLY and not reads:
             context.is_disconnect = True  # with this connection goes the whole pool
@@ -375,12 +375,12 @@ def _configure_postgresql(engine: sa.Engine, where: address.Address) -> None:
 
         @sa.event.listens_for(engine, "checkout")
         def on_checkout(connection: Any, record: Any, proxy: Any) -> None:
-            # After the pool's ping, with whose answer the server tells what it has become.
+            # After the pool's ping: with its answer, the server tells what it has become.
             if any(connection.pgconn.parameter_status(sign) == b"on" for sign in READ_ONLY_SIGNS):
                 raise InvalidatePoolError
 
     if where.pooled:
-        # A server's settings outlive the transaction there, and would be somebody else's.
+        # Settings outlive the transaction there, and would apply to somebody else.
         setting = sa.select(*(sa.func.set_config(name, value, True) for name, value in POSTGRESQL_LIMITS.items()))
 
         @sa.event.listens_for(engine, "begin")

@@ -1,8 +1,9 @@
 """Turn 2 on several engines in one run: each in turn, again and again, and never two at once.
 
-An engine is visited several times. At the first it computes the context and stores it; at every later one it has just
-been started again, and restores at its first request. Within a visit, hits and restores alternate, so that a ratio is
-one of seconds apart, and between visits all the others are measured, so that what drifts drifts for all.
+An engine is visited several times. At the first visit it computes the context and stores it; at every later one it has
+just been restarted, and restores at its first request. Within a visit, hits and restores alternate, so that a ratio
+compares what was measured seconds apart. Between visits all the others are measured, so that what drifts drifts for
+all.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ _WHAT_PEERS_RAISE = (AgentStateError, httpx.HTTPError, OSError)
 
 
 class Contender(Protocol):
-    """One of those that are compared. All of them are asked the same prompts."""
+    """One of the engines compared. All of them are asked the same prompts."""
 
     name: str
     visits: int | None
-    """At how many visits it takes part; None: at all of them."""
+    """In how many visits it takes part; None: in all of them."""
 
     def start(self) -> None: ...
 
@@ -37,7 +38,7 @@ class Contender(Protocol):
         """Compute the context and store it, on an engine that has just been started for the first time."""
 
     async def first_after_restart(self, number: int, cold: bool) -> None:
-        """Restore on an engine that has just been started again: from files alone when it is to be ``cold``."""
+        """Restore on an engine that has just been restarted: from files alone if it is to be ``cold``."""
 
     async def round(self, number: int) -> None:
         """A hit, and what a restore costs after a flush, with the context on the device before and after."""
@@ -46,7 +47,7 @@ class Contender(Protocol):
 
 
 class PeerTurns:
-    """Measures one context on a server of its own. What goes wrong with it ends its part, and its rows say so."""
+    """Measures one context on a server of its own. A failure ends its part, and its rows say so."""
 
     def __init__(self, server: Server, model: str, prompts: Prompts, step: Callable[[], None]):
         self.name = server.name
@@ -109,7 +110,7 @@ class PeerTurns:
         tokens = len(self._prompts.context)
         rows = [samples.row(self._model, tokens, f"{self.name}_{name}") for name, samples in self._samples.items()]
         for row, name in zip(rows, self._samples, strict=True):
-            # Of a page that the context fills in part, nothing can be stored.
+            # A page that the context fills only in part cannot be stored.
             whole = tokens // 64 * 64
             if name not in RESTORES or not self._server.stores:
                 continue
@@ -146,8 +147,8 @@ def absent(model: str, tokens: int, name: str, reason: str) -> dict[str, Any]:
 async def compare(
     contenders: Sequence[Contender], visits: int, rounds: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """The rows of all contenders, after so many visits with ``rounds`` each. Every other restart is cold, the first of
-    them is. What goes wrong with a `PeerTurns` ends the part of that one; anything else is raised."""
+    """The rows of all contenders, after so many visits with ``rounds`` each. Every other restart is cold, beginning
+    with the first. A failure of a `PeerTurns` ends the part of that one; any other is raised."""
     for visit in range(visits):
         for contender in contenders:
             peer = contender if isinstance(contender, PeerTurns) else None

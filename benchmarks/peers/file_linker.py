@@ -25,7 +25,7 @@ class FileLinker(UnifiedCacheLinker):
     """Keeps pages of plain multi-head and grouped-query attention. Raises ValueError for any other pool.
 
     A page's file is a tensor of shape (2 × layers, page size, heads, head size): K of all layers, then V. So no layer
-    is there before all of them are.
+    arrives before all of them have.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What SGLang's HiCache takes from a GPU, on a CPU: a plug-in of SGLang's that only the benchmark installs.
+"""The parts of a GPU that SGLang's HiCache needs, on a CPU: a plug-in for SGLang that only the benchmark installs.
 
 Copies between its host pool and the device are a kernel on a GPU; here they are index copies of whole pages. Streams of
 a CPU have nothing to wait for, and its host memory needs no pinning.

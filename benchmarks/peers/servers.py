@@ -28,7 +28,7 @@ _SETTLE_S = 60.0
 class Server(ABC):
     """SGLang with one way to keep KV, on a port of loopback; everything that it stores is below ``home``.
 
-    ``arguments`` are SGLang's and the same for all that are compared; ``python`` is the interpreter that has it.
+    ``arguments`` are SGLang's, the same for all servers compared; ``python`` is the interpreter that has it.
     """
 
     name: ClassVar[str]
@@ -51,7 +51,7 @@ class Server(ABC):
         return None
 
     def start(self) -> None:
-        """Raises EngineError, with the end of its log, when it does not come up."""
+        """Raises EngineError, with the end of its log, if it does not come up."""
         flags = self._flags()
         self.options = [flag.replace(str(self.home), self.name) for flag in flags]
         port = free_port()
@@ -74,15 +74,15 @@ class Server(ABC):
         shutil.rmtree(self.home)
 
     def flush(self) -> None:
-        """Empty the device's cache, and the host's where the engine has one of its own."""
+        """Empty the device's cache, and the host's if the engine has one of its own."""
         flush_device(self.url)
 
     def forget(self) -> None:
-        """Make the next restore cold: what is stored is left in files alone, and those are not in the page cache."""
+        """Make the next restore cold: leave what is stored in files alone, and those not in the page cache."""
         device.drop_from_page_cache(self._files())
 
     def settle(self) -> None:
-        """Wait until nothing has been written for two seconds. Raises EngineError when nothing is stored at all."""
+        """Wait until nothing has been written for two seconds. Raises EngineError if nothing is stored at all."""
         deadline, before, since = time.monotonic() + _SETTLE_S, -1, time.monotonic()
         while time.monotonic() < deadline:
             if (now := self.stored_bytes()) != before:
@@ -100,7 +100,7 @@ class Server(ABC):
         return total
 
     def bytes_read(self) -> int:
-        """What its processes have read from the drive since they were started; the page cache is no drive."""
+        """The bytes that its processes have read from the drive since their start; the page cache is no drive."""
         return sum(device.bytes_read(process.group) for process in self._processes())
 
     def _processes(self) -> list[ChildProcess]:
@@ -111,7 +111,7 @@ class Server(ABC):
 
     @abstractmethod
     def _flags(self) -> list[str]:
-        """What SGLang is started with for this."""
+        """The flags that SGLang needs for this."""
 
     def _environment(self) -> Mapping[str, str]:
         return {}
@@ -208,7 +208,7 @@ class LMCache(Server):
         if self._daemon is not None:
             self._daemon.terminate(timeout_s=10)
             self._daemon = None
-        # It is the daemon's to remove, and stays when that is killed.
+        # The daemon should remove it, but it stays when the daemon is killed.
         for memory in Path("/dev/shm").glob(f"*{self._memory}"):
             memory.unlink(missing_ok=True)
 

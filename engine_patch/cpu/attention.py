@@ -1,8 +1,8 @@
 """Attention on a CPU whose cost follows the new tokens.
 
 SGLang's `torch_native` backend attends again for every cached token of a request that is extended, and copies the whole
-cache of every layer for every decoded token. Here only new queries are computed, and where a request's slots are
-consecutive, which paged allocation and restores mostly make them, K and V are read where they lie.
+cache of every layer for every decoded token. Here only new queries are computed. If a request's slots are
+consecutive, as paged allocation and restores mostly make them, K and V are read where they lie.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 class CpuAttention(TorchNativeAttnBackend):
     """Causal self-attention over the paged KV pool, also in a sliding window; everything else (cross-attention,
-    encoders, MLA) is left to the stock backend, which is slower and right.
+    encoders, MLA) is left to the stock backend, which is slower but correct.
 
     The result depends on a request's tokens and lengths alone, not on which slots they lie in, so that a restored
     context gives bit for bit what the context that was never evicted gives.
@@ -47,7 +47,7 @@ class CpuAttention(TorchNativeAttnBackend):
 
     def _located(self, window: int | None, in_window_pool: bool) -> list[_Context]:
         """Where each request's tokens lie, the last ``window`` ones of its prefix, in the pool of full attention or
-        in the pool of windows, whose slots are others."""
+        in the pool of windows, which has slots of its own."""
         table = self.req_to_token_pool.req_to_token
         contexts = []
         for row, prefix, total in self._spans:
@@ -136,8 +136,8 @@ class CpuAttention(TorchNativeAttnBackend):
 
 
 class _Context(NamedTuple):
-    """Where a request's tokens lie in the pool. The prefix apart, since it was allocated apart from the new tokens,
-    and is mostly in one piece where the two together are not."""
+    """Where a request's tokens lie in the pool. The prefix is listed apart: it was allocated apart from the new tokens,
+    and is mostly in one piece when the two together are not."""
 
     prefix: slice | torch.Tensor
     own: slice | torch.Tensor
@@ -187,7 +187,7 @@ def attend(queries: torch.Tensor, prefix: Tensors, own: Tensors, scale: float) -
 
 
 def attend_window(queries: torch.Tensor, prefix: Tensors, own: Tensors, scale: float, window: int) -> torch.Tensor:
-    """Like `attend`, but that a query sees itself and the ``window`` tokens before it. ``prefix`` may begin where the
+    """Like `attend`, but a query sees only itself and the ``window`` tokens before it. ``prefix`` may begin where the
     first query's window does."""
     new, before = queries.shape[0], len(prefix[0])
     keys, values = (_heads_first(torch.cat(parts)) for parts in zip(prefix, own, strict=True))

@@ -1,7 +1,7 @@
-"""Causal depthwise convolution with a state a request: what SGLang has for GPUs alone.
+"""Causal depthwise convolution with a state a request, which SGLang has only for GPUs.
 
 The state of a request is the last inputs of its window; both functions read it and leave the newest ones in it.
-Arguments are those of the kernels whose places they take.
+Arguments are those of the kernels that they replace.
 """
 
 from __future__ import annotations

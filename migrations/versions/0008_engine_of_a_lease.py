@@ -1,6 +1,6 @@
-"""A lease remembers the engine that its resume named: that one is asked whether the turn's KV is durable.
+"""A lease remembers the engine that its resume named: the service asks that one whether the turn's KV is durable.
 
-Only a nullable column is added, so that no table is rewritten."""
+Adds only a nullable column, so no table is rewritten."""
 
 import sqlalchemy as sa
 from alembic import op

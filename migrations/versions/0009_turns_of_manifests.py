@@ -1,7 +1,7 @@
-"""A manifest says which turn published it and whom its bytes are charged to; a lease, which turns may publish still.
+"""A manifest says which turn published it and whom its bytes are charged to; a lease, which turns may still publish.
 
-On SQLite the table of manifests is written anew, so that the keys stay its last column (see 0005). Sessions that are
-running go on: their turns have no tokens until they are resumed, and publish nothing until then."""
+On SQLite the table of manifests is rewritten, so that the keys stay its last column (see 0005). Running sessions go on:
+their turns have no tokens until they are resumed, and publish nothing until then."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -118,8 +118,8 @@ def test_an_engine_of_this_release_waits_for_the_migration(
     database = Database(empty_url)
     failed = threading.Event()
     engine = Engine("eng_new", "n1", 0, "tcp://127.0.0.1:1", "http://127.0.0.1:30000/v1", "m", "f1", "/pages")
-    nothing: dict[str, Any] = {"saved": list, "refused": list, "needed": list, "stored": len, "losers": set}
-    catalog = Catalog(database, engine, 0.05, dead=list, n_bytes=int, **nothing)
+    answers: dict[str, Any] = {"saved": list, "refused": list, "needed": list, "stored": len, "held": list}
+    catalog = Catalog(database, engine, 0.05, losers=set, dead=list, n_bytes=int, **answers)
     for _ in range(PATIENCE_S * 20):
         if "agentstate db upgrade" in caplog.text:
             break

@@ -212,21 +212,25 @@ def test_a_manifest_that_is_saved_beside_the_deletion_of_its_session_is_erased(
     sessions: Sessions, database: Database, first: str
 ) -> None:
     session = sessions.create("m")
-    saved: list[bool] = []
-    other = threading.Thread(
-        target=lambda: (
-            saved.append(save(database, session.uid, "a")) if first == "deletion" else sessions.delete(session.id, None)
-        )
-    )
+    append(sessions, session.id)
+    published: list[bool] = []
+
+    def second() -> None:
+        if first == "deletion":
+            published.append(publish(database, session.uid, "a"))
+        else:
+            sessions.delete(session.id, None)
+
+    other = threading.Thread(target=second)
     with database.write() as connection:
         if first == "deletion":
             row = connection.execute(sa.select(models.sessions).where(models.sessions.c.id == session.uid)).one()
             branches.bury(connection, row)
         else:
-            assert manifests.save(connection, manifest(session.uid, chain("a")))
+            assert manifests.publish(connection, manifest(session.uid, chain("a")))
         other.start()
     other.join()
-    assert saved == ([False] if first == "deletion" else [])
+    assert published == ([False] if first == "deletion" else [])
     assert [keys for _, _, keys in waiting(database)] == [chain("a")]
     assert listed(database) == set()
 

@@ -115,12 +115,15 @@ class Sessions:
             self._ledger.forget(session_id)
             return
         if (request := self._ledger.finished(turn)) is None:
-            # A later turn speaks for the session. What this one has stored is erased with it.
-            self._pools.then(lambda: self._catalog.abandon(session_id, self._keys(key), 0))
+            # A later turn speaks for the session.
+            self._abandon(session_id, key)
             return
         ticket = object()
         with self._settling:
+            _, before = self._unsettled.get(session_id, (None, key))
             self._unsettled[session_id] = ticket, key
+        if not _goes_on(before, key):
+            self._abandon(session_id, before)
 
         def settle() -> None:
             with self._settling:
@@ -149,6 +152,10 @@ class Sessions:
             ended = [key for _, key in self._unsettled.values()]
         for key in ended:
             yield from self._keys(key)
+
+    def _abandon(self, session_id: str, key: RadixKey) -> None:
+        """Remember, once they are stored, pages of a session that no manifest is to list: they are erased with it."""
+        self._pools.then(lambda: self._catalog.abandon(session_id, self._keys(key), 0))
 
     def _keys(self, key: RadixKey) -> PageKeys:
         return PageKeys.from_hex(get_storage_hash_str(key, page_size=self._page_size))
@@ -230,3 +237,10 @@ class Sessions:
             epoch=turn.epoch,
             account=turn.account,
         )
+
+
+def _goes_on(before: RadixKey, key: RadixKey) -> bool:
+    """Whether the pages of ``key`` include those of ``before``."""
+    tokens = before.raw_token_ids()
+    namespaces = [(one.extra_key, one.cache_salt) for one in (before, key)]
+    return namespaces[0] == namespaces[1] and key.raw_token_ids()[: len(tokens)] == tokens

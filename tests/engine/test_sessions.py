@@ -162,6 +162,20 @@ def test_what_a_turn_stores_that_was_taken_over_is_not_its_sessions_manifest_and
     assert stage.abandoned == [("a", 0), ("a", 2)]
 
 
+def test_what_one_of_several_requests_at_once_stores_goes_with_the_session_too(stage: Stage) -> None:
+    def key(*tokens: int, salt: str | None = None) -> RadixKey:
+        return RadixKey(array("q", tokens), None, cache_salt=salt)
+
+    first, longer, other = key(*range(4)), key(*range(8)), key(*range(4), 9, 9, 9, 9)
+    for one in (first, longer, other, key(*range(4), salt="another")):
+        stage.sessions.finished(turn("a"), one)
+    for settle in stage.pools.queued:
+        settle()
+    assert stage.saved == ["a"]
+    # The first is in the second; the next two are in none that came after them.
+    assert stage.abandoned == [("a", 2), ("a", 2), ("a", 0)]
+
+
 def test_manifests_are_written_while_the_stores_can_be_asked() -> None:
     """A closed store holds nothing: a manifest that was cut to that would lose what is on the disk."""
     log: list[str] = []

@@ -16,6 +16,7 @@ from stage import MODEL, Service
 from agentstate.adapters.openai_agents import AgentStateSession
 from agentstate.client import AsyncClient, message, note
 from agentstate.errors import LeaseLost, RequestRefused, SessionBusy
+from agentstate.fleet import turns
 from agentstate.sql.models import SessionStatus
 
 
@@ -334,8 +335,17 @@ def test_an_agent_goes_on_in_another_process(run: Any, service: Service, chat: A
     # The engine was told whose KV it is, and saw the whole conversation both times.
     resumed = service.client.resume("s")
     assert resumed.engine is not None
-    for request in engine.requests:
-        assert {name: request[name] for name in resumed.engine.extra_body} == resumed.engine.extra_body
+    (session_id, _), salt = (
+        turns.split(resumed.engine.extra_body["session_id"]),
+        resumed.engine.extra_body["cache_salt"],
+    )
+    assert {request["cache_salt"] for request in engine.requests} == {salt}
+    sent = [turns.split(request["session_id"]) for request in engine.requests]
+    assert {one for one, _ in sent} == {session_id}
+    # Each turn has proved itself.
+    first, second = sent[0][1], sent[2][1]
+    assert first != second
+    assert [token for _, token in sent] == [first, first, second, second]
     assert [len(request["messages"]) for request in engine.requests] == [2, 4, 6, 8]
     assert [message["role"] for message in engine.requests[-1]["messages"]] == [
         "system",

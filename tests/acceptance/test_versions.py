@@ -20,7 +20,7 @@ from agentstate.settings import Settings
 
 FLAGS = (*TINY, "--page-size", str(PAGE))
 PAGES = 9
-PATIENCE_S = 300
+PATIENCE_S = 1200
 
 
 def test_what_an_engine_of_the_last_release_has_stored_is_restored_by_this_one(

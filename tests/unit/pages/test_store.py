@@ -17,7 +17,7 @@ from agentstate.pages import Geometry, PageStore, fingerprint
 from agentstate.pages.index import PageIndex
 from agentstate.pages.space import StoreStats
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -340,7 +340,7 @@ def test_an_engine_that_is_killed_in_the_middle_leaves_the_rest_to_the_next_one(
     before.stores.close()
     sessions.delete(session.id, None)
     here = Path(__file__).parent
-    run = subprocess.run([sys.executable, "-c", KILLED, database_url, str(tmp_path), str(here), str(here.parent)])
+    run = subprocess.run([sys.executable, "-c", KILLED, database_url, str(tmp_path), str(here), str(here.parents[1])])
     assert run.returncode == -signal.SIGKILL
     after = Rank(database, tmp_path)
     assert (after.waiting(), after.stores.left(1, 2, 3)) == (1, {1, 2, 3})

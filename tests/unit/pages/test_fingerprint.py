@@ -57,7 +57,7 @@ def test_a_fingerprint_is_the_same_in_every_process() -> None:
     program = "from agentstate.pages import fingerprint; print(fingerprint(dtype='x', layers=3).hex())"
     run = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         env={"PYTHONHASHSEED": "7"},

@@ -1,5 +1,5 @@
-"""Random histories of the page store. ``PAGE_STORE_EXAMPLES=3000 pytest tests/unit/test_store_machine.py`` is a long
-run."""
+"""Random histories of the page store. A long run:
+``PAGE_STORE_EXAMPLES=3000 pytest tests/unit/pages/test_store_machine.py``."""
 
 from __future__ import annotations
 

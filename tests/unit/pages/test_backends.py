@@ -214,7 +214,7 @@ def test_kvikio_is_told_to_leave_the_driver_of_cufile_alone_where_it_would_hang(
     if find_spec("kvikio") is None:
         missing("no KvikIO: pip install 'agentstate[kvikio]'")
     build_driver(tmp_path, 0)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     told = (
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         f"from test_backends import load_cufile\nload_cufile()\n{TRY}\nimport kvikio.defaults as d, pathlib\n"

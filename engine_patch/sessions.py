@@ -3,6 +3,7 @@ for."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -23,6 +24,8 @@ from engine_patch.ledger import Ledger
 from engine_patch.sglang_api import RadixKey, get_storage_hash_str
 from engine_patch.stored_pools import StoredPools
 from engine_patch.turns import RequestSession
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(Enum):
@@ -71,6 +74,8 @@ class Sessions:
         # Of each session, the newest request whose pages are not stored yet: its ticket and its tokens.
         self._unsettled: dict[str, tuple[object, RadixKey]] = {}
         self._settling = threading.Lock()
+        # That a request proved no turn, which is said once.
+        self._warned = False
         self._catalog = Catalog(
             database,
             engine,
@@ -104,7 +109,17 @@ class Sessions:
     def turn(self, session: RequestSession) -> Turn | None:
         """The turn that a request's token proves, or None."""
         key = self._catalog.signing_key
-        return None if key is None or session.token is None else turns.verify(key, str(session), session.token)
+        found = None if key is None or session.token is None else turns.verify(key, str(session), session.token)
+        if found is None and not self._warned:
+            self._warned = True
+            remedy = "send the extra_body of `resume` as it is" if key else "the database has not answered yet"
+            logger.warning(
+                "agentstate: a request of session %.60r proves no turn: it is served, but the session's KV is not kept "
+                "track of; %s (said once)",
+                str(session),
+                remedy,
+            )
+        return found
 
     def finished(self, turn: Turn, key: RadixKey) -> None:
         """A request of a turn has ended with the tokens of ``key`` in the tree: publish the session's manifest as soon

@@ -11,6 +11,7 @@ import pytest
 from contents import keys
 from turns import turn
 
+from agentstate.fleet import turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
 from agentstate.settings import Settings
@@ -18,6 +19,7 @@ from agentstate.sql.database import Database
 from engine_patch.rank import Rank
 from engine_patch.sessions import Progress, Sessions
 from engine_patch.sglang_api import RadixKey
+from engine_patch.turns import RequestSession
 
 PAGE_SIZE = 4
 
@@ -174,6 +176,20 @@ def test_what_one_of_several_requests_at_once_stores_goes_with_the_session_too(s
     assert stage.saved == ["a"]
     # The first is in the second; the next two are in none that came after them.
     assert stage.abandoned == [("a", 2), ("a", 2), ("a", 0)]
+
+
+@pytest.mark.parametrize(("key", "remedy"), [(b"k" * 32, "as it is"), (None, "has not answered yet")])
+def test_that_a_request_proves_no_turn_is_said_once(
+    stage: Stage, caplog: pytest.LogCaptureFixture, key: bytes | None, remedy: str
+) -> None:
+    stage.catalog.signing_key = key
+    right = turns.sign(b"k" * 32, turn("ses_1"))
+    found = stage.sessions.turn(RequestSession(right))
+    assert found == (turn("ses_1") if key else None)
+    for sent in ("ses_1", "ses\n2", right.replace("ses_1", "ses_3")):
+        assert stage.sessions.turn(RequestSession(sent)) is None
+    (line,) = caplog.messages
+    assert "proves no turn" in line and remedy in line and "\n" not in line
 
 
 def test_manifests_are_written_while_the_stores_can_be_asked() -> None:

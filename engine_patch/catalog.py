@@ -89,10 +89,17 @@ class Catalog:
     def save(self, manifest: Manifest) -> None:
         """Queue a manifest; a newer one of the same session takes the place of one that still waits."""
         with self._changed:
-            self._unsaved[manifest.session_id] = manifest
+            self._replace(self._unsaved, manifest)
             if self._watched is not None:
                 self._watched.append(manifest)
             self._changed.notify()
+
+    def _replace(self, waiting: dict[str, Manifest], manifest: Manifest) -> None:
+        """What one lists that is never written is erased with its session, as what a manifest in SQL has listed."""
+        before = waiting.get(manifest.session_id)
+        if before is not None and not manifest.keys.startswith(before.keys):
+            self._abandoned.append((before.session_id, Chain(0, head_of(before.keys), before.keys)))
+        waiting[manifest.session_id] = manifest
 
     def abandon(self, session_id: str, keys: Sequence[bytes], first: int) -> None:
         """Queue what is stored of a session's chain of ``keys`` from page ``first`` on, which its manifest does not
@@ -248,7 +255,9 @@ class Catalog:
                     logger.warning("agentstate: manifests wait for the database: %s", error)
                 self._failing = True
                 with self._changed:
-                    self._unsaved = batch | self._unsaved
+                    for manifest in self._unsaved.values():
+                        self._replace(batch, manifest)
+                    self._unsaved = batch
             self._closed = closing
 
     def _has_work(self) -> bool:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 5.0
 # Sessions' chains that are erased together, so that an extent which several of them share is written anew once.
 _AT_ONCE = 64
+_HEADS_AT_ONCE = 500
 # How long `close` waits for what has begun.
 _PATIENCE_S = 2.0
 
@@ -74,20 +75,22 @@ class Eraser:
         self._unsettled = unsettled
         self._poll_s = poll_s
         self._closing = threading.Event()
-        # Held while pages are removed.
-        self._removing = threading.Lock()
+        # Held while pages are removed or scrubbed.
+        self._touching = threading.Lock()
+        # The session up to which heads are renewed; None when all are.
+        self._renewed_to: str | None = ""
         self._said: str | None = None
         self._thread = threading.Thread(target=self._run, name="agentstate-erase", daemon=True)
         self._thread.start()
 
     def close(self) -> bool:
-        """Begin nothing more; False where what has begun does not end, since the drive does not answer. May be called
-        again."""
+        """Touch the stores no more; False where that does not end, since the drive does not answer. May be called
+        again. A thread that waits for the database ends when that has answered."""
         self._closing.set()
         self._thread.join(_PATIENCE_S)
-        if ended := self._removing.acquire(timeout=_PATIENCE_S):
-            self._removing.release()
-        return ended and not self._thread.is_alive()
+        if ended := self._touching.acquire(timeout=_PATIENCE_S):
+            self._touching.release()
+        return ended
 
     def _run(self) -> None:
         more = True
@@ -115,10 +118,10 @@ class Eraser:
             self.stats.waiting = erasures.count(connection, self._store) if found else 0
         if not found:
             return False
-        with self._database.write() as connection:
-            manifests.complete_heads(connection, self._store)
+        if not self._renew_heads():
+            return False
         erased, kept = self._remove(found)
-        if erased is None or not self._stores.scrub(erased, self._closing.is_set):
+        if erased is None or not self._scrub(erased):
             return False
         if any(self._stores.held(list(erased))):
             # Written again since: for a session, perhaps, which says so by the next time.
@@ -132,6 +135,20 @@ class Eraser:
         if erased:
             logger.info("agentstate: %d pages of sessions that are gone were erased", len(erased))
         return len(found) == len(done) == _AT_ONCE
+
+    def _renew_heads(self) -> bool:
+        """Once, before anything is erased: no other engine has the stores any more, of whatever release. Whether it is
+        done."""
+        while self._renewed_to is not None:
+            if self._closing.is_set():
+                return False
+            with self._database.write() as connection:
+                self._renewed_to = manifests.renew_heads(connection, self._store, self._renewed_to, _HEADS_AT_ONCE)
+        return True
+
+    def _scrub(self, erased: set[bytes]) -> bool:
+        with self._touching:
+            return not self._closing.is_set() and self._stores.scrub(erased, self._closing.is_set)
 
     def _remove(self, found: Sequence[Erasure]) -> tuple[set[bytes] | None, set[bytes]]:
         """Take out of the stores what nothing needs: those pages, None where it was broken off; and those that only
@@ -148,7 +165,7 @@ class Eraser:
             def remove() -> None:
                 listed = wanted.intersection(key for manifest in list(watched) for key in manifest.page_keys())
                 listed |= wanted.intersection(self._unsettled())
-                with self._removing:
+                with self._touching:
                     try:
                         if not self._closing.is_set():
                             self._stores.remove(wanted - listed)

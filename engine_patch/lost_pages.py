@@ -7,6 +7,7 @@ when the result is in. All ranks offer alike: all offer what one has lost, and t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
@@ -48,7 +49,7 @@ class LostPages:
         self._ever = False
         # The sessions, with their turn tokens, whose pages were looked at since pages were last lost. With the token,
         # nobody else's request counts for a session, and all ranks agree without knowing whether a token is valid.
-        self._looked_at: set[str] = set()
+        self._looked_at: set[bytes] = set()
 
     def look(self) -> bool:
         """Whether this rank has lost pages since it was last asked."""
@@ -62,23 +63,25 @@ class LostPages:
             self._ever = True
             self._looked_at.clear()
 
-    def finished(self, session: RequestSession, key: RadixKey) -> None:
-        """A request of the session has ended with ``key`` in the tree: offer again its pages that are not stored."""
+    def finished(self, session: RequestSession, key: RadixKey, proven: bool = True) -> None:
+        """A request of the session has ended with ``key`` in the tree: offer again its pages that are not stored. They
+        count as needed by the session if the request has ``proven`` its turn."""
+        looked_at = hashlib.blake2b(session.sent.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if self._alone:
             self.lost_on(self.look())
-        if not self._ever or session.sent in self._looked_at:
+        if not self._ever or looked_at in self._looked_at:
             return
         if len(self._looked_at) >= _MOST_SESSIONS:
             self._looked_at.clear()
-        self._looked_at.add(session.sent)
+        self._looked_at.add(looked_at)
         nodes = list(self._path(key))
         if not nodes:
             return
         stored = self._on_all_ranks([self._linker.stored(transfers) for _, transfers in nodes])
         for (node, transfers), is_stored in zip(nodes, stored, strict=True):
-            if not is_stored and not self._offer(node, transfers, str(session)):
+            if not is_stored and not self._offer(node, transfers, str(session) if proven else None):
                 # Leave no holes in the chain. The next request tries again.
-                self._looked_at.discard(session.sent)
+                self._looked_at.discard(looked_at)
                 break
 
     def _path(self, key: RadixKey) -> Iterator[tuple[int, list[PoolTransfer]]]:
@@ -109,7 +112,7 @@ class LostPages:
                 transfers.append(PoolTransfer(name=PoolName.MAMBA, device_indices=state, keys=[keys[-1]]))
         return transfers
 
-    def _offer(self, node: int, transfers: list[PoolTransfer], session_id: str) -> bool:
+    def _offer(self, node: int, transfers: list[PoolTransfer], session_id: str | None) -> bool:
         lock = self._cache.inc_lock_ref(node).to_dec_params()
         queued = False
         try:

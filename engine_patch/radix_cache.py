@@ -218,9 +218,10 @@ class AgentStateRadixCache(UnifiedRadixCache):
             tokens = req.full_untruncated_fill_ids[: req.kv.cache_inserted_len]
             key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
             session = RequestSession(req.session_id)
-            self.linker.lost_pages.finished(session, key)
             # Who only knows the id is served, and changes nothing that is known of the session.
-            if (turn := self.agentstate.turn(session)) is not None:
+            turn = self.agentstate.turn(session)
+            self.linker.lost_pages.finished(session, key, turn is not None)
+            if turn is not None:
                 self.device_tier.remember(turn.session_id, key)
                 self.agentstate.request_finished(turn, key)
 

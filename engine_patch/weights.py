@@ -11,8 +11,6 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from agentstate.errors import SettingsError
-
 # What helps an engine whose weights are in doubt.
 RESTART = "restart it to store pages again"
 # SGLang's, of failures before the first tensor is loaded.
@@ -44,13 +42,13 @@ def damage(request: Any) -> str | None:
     # Late: every process of SGLang loads this module.
     from agentstate.pages import tensor_names
 
-    checkpoint = Path(request.model_path)
-    if request.load_format not in (None, "auto", "safetensors") or not checkpoint.is_dir():
-        return None
     try:
-        tensor_names(checkpoint)
-    except (SettingsError, OSError) as error:
-        return str(error)
+        checkpoint = Path(request.model_path)
+        if request.load_format in (None, "auto", "safetensors") and checkpoint.is_dir():
+            tensor_names(checkpoint)
+    except Exception as error:
+        # Whatever it is: all ranks are to hear of it.
+        return str(error) or repr(error)
     return None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -103,10 +104,13 @@ def add(connection: Connection, session_id: str, store: StoreName, chain: Chain)
 def waiting(connection: Connection, store: StoreName, limit: int) -> list[Erasure]:
     """What is to be erased in a store, the oldest first."""
     rows = connection.execute(sa.select(erasures).where(*_of(store, erasures)).order_by(erasures.c.id).limit(limit))
-    return [
-        Erasure(row.id, row.session_id, Chain(row.first_page, bytes(row.head), bytes(row._mapping["keys"])))
-        for row in rows
-    ]
+    return [Erasure(row.id, row.session_id, _chain(row)) for row in rows]
+
+
+def _chain(row: sa.Row[Any]) -> Chain:
+    keys = bytes(row._mapping["keys"])
+    # That of a manifest, which an engine of an earlier release may have saved without one.
+    return Chain(row.first_page, bytes(row.head) if row.first_page else head_of(keys), keys)
 
 
 def count(connection: Connection, store: StoreName) -> int:
@@ -129,6 +133,7 @@ def needed_pages(connection: Connection, store: StoreName, chain: Chain) -> int:
     for beside, order in ((upwards, manifest_heads.c.head), (downwards, manifest_heads.c.head.desc())):
         neighbour = connection.execute(
             sa.select(manifest_heads.c.session_id, manifest_heads.c.head)
+            .join(manifests, _of_one())
             .where(*_of(store, manifest_heads), beside)
             .order_by(order)
             .limit(1)
@@ -153,14 +158,17 @@ def _having(connection: Connection, store: StoreName, chain: Chain, page: int) -
     key = sa.func.substr(manifests.c["keys"], page * KEY_BYTES + 1, KEY_BYTES, type_=sa.LargeBinary)
     found = connection.execute(
         sa.select(manifests.c["keys"])
-        .join(
-            manifest_heads,
-            sa.and_(*(manifest_heads.c[name] == manifests.c[name] for name in ("session_id", *vars(store)))),
-        )
+        .join(manifest_heads, _of_one())
         .where(*_of(store, manifest_heads), manifest_heads.c.head == chain.head, key == chain.key(page))
         .limit(1)
     ).scalar()
     return None if found is None else bytes(found)
+
+
+def _of_one() -> sa.ColumnElement[bool]:
+    """A head and its manifest."""
+    names = ("session_id", "fingerprint", "rank", "node")
+    return sa.and_(*(manifest_heads.c[name] == manifests.c[name] for name in names))
 
 
 def _of(store: StoreName, table: sa.Table) -> Iterator[sa.ColumnElement[bool]]:

@@ -152,7 +152,7 @@ def save(connection: Connection, manifest: Manifest) -> None:
     )
     if n_bytes < erasures.HEAD_PAGES * KEY_BYTES or not goes_on:
         _save_head(connection, key, keys)
-    if before is None:
+    if keys and not n_bytes:
         # A fork that has pages of its own keeps its ancestors' no longer.
         ancestors = sa.select(segments.c.owner_id).where(
             segments.c.session_id == manifest.session_id, segments.c.owner_id != manifest.session_id
@@ -210,16 +210,21 @@ def _save_head(connection: Connection, key: Mapping[str, object], keys: bytes) -
     )
 
 
-def complete_heads(connection: Connection, store: StoreName) -> None:
-    """Add the heads of manifests that a store's engine of an earlier release has saved."""
-    heads = sa.and_(*(manifest_heads.c[name] == manifests.c[name] for name in _KEY))
+def renew_heads(connection: Connection, store: StoreName, after: str, limit: int) -> str | None:
+    """Make the heads of up to ``limit`` manifests of a store anew, of the sessions that follow ``after``: an engine of
+    an earlier release replaced manifests without them. The last of these sessions, or None when there are no more."""
+    beginning = sa.func.substr(manifests.c["keys"], 1, erasures.HEAD_PAGES * KEY_BYTES, type_=sa.LargeBinary)
     rows = connection.execute(
-        sa.select(*(manifests.c[name] for name in _KEY), manifests.c["keys"])
-        .select_from(manifests.outerjoin(manifest_heads, heads))
-        .where(*_same(manifests, vars(store)), manifest_heads.c.session_id.is_(None))
+        sa.select(manifests.c.session_id, beginning.label("beginning"))
+        .where(*_same(manifests, vars(store)), manifests.c.session_id > after)
+        .order_by(manifests.c.session_id)
+        .limit(limit)
+        .with_for_update()
     ).all()
     for row in rows:
-        _save_head(connection, {name: row._mapping[name] for name in _KEY}, bytes(row._mapping["keys"]))
+        # To SQLite, the beginning of nothing is null.
+        _save_head(connection, {"session_id": row.session_id, **vars(store)}, bytes(row.beginning or b""))
+    return rows[-1].session_id if len(rows) == limit else None
 
 
 def _abandon(connection: Connection, key: Mapping[str, object], chain: Chain) -> None:
@@ -251,7 +256,8 @@ def cut(connection: Connection, manifest: Manifest, beyond: Chain | None = None)
     which are there still. It stays as old as it is, since nothing has been stored."""
     key = {name: getattr(manifest, name) for name in _KEY}
     less = {name: getattr(manifest, name) for name in ("tokens", "keys", "nbytes", "lost_tokens")}
-    connection.execute(sa.update(manifests).where(*_same(manifests, key)).values(less))
+    if not connection.execute(sa.update(manifests).where(*_same(manifests, key)).values(less)).rowcount:
+        return  # its session went meanwhile
     _save_head(connection, key, manifest.keys)
     if beyond is not None:
         _abandon(connection, key, beyond)
@@ -369,25 +375,38 @@ def release(connection: Connection, session_ids: Collection[str]) -> int:
     return erase(connection, found) if found else 0
 
 
-def release_expired(connection: Connection, limit: int) -> int:
-    """`release` up to ``limit`` of the sessions that have expired: how many."""
-    expired = sa.and_(sessions.c.expires_us.is_not(None), sessions.c.deleted_us.is_(None))
+def give_up(connection: Connection, session_id: str) -> None:
+    """`erase` what is stored of a session that stays, unless a fork is going to begin with it."""
+    session = sa.select(sessions.c.id).where(sessions.c.id == session_id, ~_awaited())
+    if connection.execute(session).one_or_none() is not None:
+        erase(connection, [session_id])
+
+
+def release_over(connection: Connection, limit: int) -> int:
+    """`release` up to ``limit`` of the sessions that have expired, or were deleted while a fork was going to begin with
+    their pages: how many."""
     stored = sa.or_(*(sa.exists().where(of.c.session_id == sessions.c.id) for of in (manifests, abandoned_pages)))
-    found = connection.execute(_releasable().where(expired, stored).limit(limit)).scalars().all()
+    # An engine that is about to publish waits, and finds them over.
+    query = _releasable().where(stored).limit(limit).with_for_update(of=sessions, key_share=True)
+    found = connection.execute(query).scalars().all()
     if found:
         erase(connection, found)
     return len(found)
 
 
 def _releasable() -> sa.Select[Any]:
+    return sa.select(sessions.c.id).where(_over(sessions), ~_awaited())
+
+
+def _awaited() -> sa.ColumnElement[bool]:
+    """Whether a fork that has no pages of its own yet is going to begin with those of the session."""
     fork = sessions.alias()
-    begins_with_it = sa.exists().where(
+    return sa.exists().where(
         segments.c.owner_id == sessions.c.id,
         segments.c.session_id == fork.c.id,
         fork.c.id != sessions.c.id,
         sa.not_(_over(fork)),
         # With another salt it would not find them.
         fork.c.kv_scope.is_not_distinct_from(sessions.c.kv_scope),
-        ~sa.exists().where(manifests.c.session_id == fork.c.id),
+        ~sa.exists().where(manifests.c.session_id == fork.c.id, manifests.c.tokens > 0),
     )
-    return sa.select(sessions.c.id).where(_over(sessions), ~begins_with_it)

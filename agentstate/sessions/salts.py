@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 from agentstate.fleet import manifests
 from agentstate.sessions import tenants
 from agentstate.sql import secret
-from agentstate.sql.models import sessions
+from agentstate.sql.models import leases, sessions
 
 
 def scope_of(connection: Connection, tenant_id: str) -> str | None:
@@ -51,4 +51,7 @@ def rotate(connection: Connection) -> int:
     manifests go: how many. Turns that are running publish no more manifests."""
     secret.renew(connection)
     scoped = sa.select(sessions.c.id).where(sessions.c.kv_scope.is_not(None))
+    # Engines that are about to publish wait, and find their turns fenced off.
+    connection.execute(scoped.order_by(sessions.c.id).with_for_update(key_share=True))
+    connection.execute(sa.update(leases).where(leases.c.session_id.in_(scoped)).values(fence=leases.c.epoch + 1))
     return manifests.erase(connection, scoped)

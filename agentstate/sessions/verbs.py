@@ -250,7 +250,7 @@ class Sessions:
             else:
                 server = choose(session.model, rows.stored(connection, before, History.of(connection, before)), live)
             if release_kv:
-                manifests.erase(connection, [before.id])
+                manifests.give_up(connection, before.id)
             return Suspended(
                 session=session,
                 pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],

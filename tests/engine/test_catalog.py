@@ -610,3 +610,21 @@ def test_what_waits_to_be_written_is_told_to_who_watches(database: Switched, sav
     catalog.save(manifest("c", 3))
     assert manifest("c", 3) not in watched
     catalog.close()
+
+
+def test_what_a_manifest_lists_that_another_replaces_unwritten_goes_with_the_session(
+    database: Switched, saved: Saved
+) -> None:
+    catalog = started(database, WAIT_S, saved)
+    database.down = True
+    for pages in ((1, 2), (1, 3), (1, 3, 4), (1, 5)):
+        catalog.save(manifest("a", *pages))
+    assert database.refused.wait(WAIT_S)
+    catalog.save(manifest("a", 1, 6))
+    database.down = False
+    catalog.close()
+    assert saved.manifests[-1] == manifest("a", 1, 6)
+    with database.read() as connection:
+        rows = connection.execute(sa.select(models.abandoned_pages.c["keys"])).scalars().all()
+    listed = {key for row in rows for key in (row[at : at + 32] for at in range(0, len(row), 32))}
+    assert listed >= set(keys(2, 3, 4, 5))

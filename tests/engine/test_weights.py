@@ -336,3 +336,7 @@ def test_only_weights_that_make_the_model_what_a_start_makes_it_go_on(in_the_way
         identity.Shape({"config.json": b"{}"}, frozenset()),
     ):
         assert "another configuration or other tensors" in in_the_way(other)
+
+
+def test_a_checkpoint_that_cannot_even_be_looked_for_is_told_like_one_that_is_damaged() -> None:
+    assert damage(SimpleNamespace(model_path="a" * 300, load_format=None))

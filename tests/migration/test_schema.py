@@ -20,6 +20,7 @@ import migrations
 from agentstate.adapters.tables import metadata
 from agentstate.errors import NotABranchPoint, SchemaNewer, SchemaOutdated
 from agentstate.fleet import erasures, manifests
+from agentstate.fleet.erasures import StoreName
 from agentstate.fleet.manifests import Manifest
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
@@ -98,6 +99,11 @@ def test_manifests_that_are_there_get_their_heads(empty: Database) -> None:
     downgrade(empty, "0008")
     assert not tables(empty) & {"manifest_heads", "erasures", "abandoned_pages"}
     empty.upgrade()
+    for rank in (0, 1):
+        after: str | None = ""
+        while after is not None:
+            with empty.write() as connection:
+                after = manifests.renew_heads(connection, StoreName("f", rank, "n"), after, 100)
     with empty.read() as connection:
         heads = metadata.tables["manifest_heads"]
         found = {(row.session_id, row.rank): bytes(row.head) for row in connection.execute(sa.select(heads))}

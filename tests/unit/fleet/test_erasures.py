@@ -17,6 +17,7 @@ from agentstate.fleet.erasures import Chain, StoreName, head_of
 from agentstate.fleet.manifests import Manifest
 from agentstate.sessions import branches, collection, salts, tenants
 from agentstate.sessions.collection import Collector, collect, release_expired, remove_tenant
+from agentstate.sessions.outcomes import SuspendReason
 from agentstate.sessions.transcript import NewEntry
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql import models
@@ -448,12 +449,92 @@ def test_a_session_deleted_beside_another_with_its_pages_is_erased_as_far_as_it_
     assert needed(database, keys, first) == 0
 
 
+def renew_heads(database: Database) -> None:
+    with database.write() as connection:
+        assert manifests.renew_heads(connection, STORE, "", 100) is None
+
+
 def test_a_manifest_of_an_earlier_release_is_needed_too(database: Database) -> None:
     """Its engine writes no heads."""
     save(database, "old", "a", "b")
     with database.write() as connection:
         connection.execute(sa.delete(models.manifest_heads))
-        assert erasures.needed_pages(connection, STORE, Chain(0, head_of(chain("a", "c")), chain("a", "c"))) == 0
-        manifests.complete_heads(connection, STORE)
+    assert needed(database, chain("a", "c")) == 0
+    renew_heads(database)
     assert needed(database, chain("a", "c")) == 1
     assert listed(database) == {"old"}
+
+
+def test_a_manifest_that_an_earlier_release_replaced_is_needed_too(sessions: Sessions, database: Database) -> None:
+    """Its engine leaves the head as it was, and another manifest may lie between."""
+    live, gone, third = (sessions.create("m") for _ in range(3))
+    long = next(found for n in range(50) if (found := chain("p", f"f{n}", *range(9)))[32] > 64)
+    between = next(found for n in range(1000) if (found := chain("p", f"u{n}"))[32:36] < long[32:36])
+    save(database, live.uid, "p")
+    with database.write() as connection:
+        manifests.save(connection, manifest(gone.uid, long))
+        manifests.save(connection, manifest(third.uid, between))
+        replaced = sa.update(models.manifests).where(models.manifests.c.session_id == live.uid)
+        connection.execute(replaced.values(keys=long, tokens=2 * len(long)))
+    sessions.delete(gone.id, None)
+    renew_heads(database)
+    assert needed(database, long) == len(long) // 32
+
+
+def test_what_is_cut_when_its_session_is_gone_hides_no_other(sessions: Sessions, database: Database) -> None:
+    live, cut, gone = (sessions.create("m") for _ in range(3))
+    save(database, live.uid, *range(10), "more")
+    save(database, gone.uid, *range(10))
+    with database.write() as connection:
+        manifests.cut(connection, manifest(cut.uid, chain(*range(10))))
+    sessions.delete(gone.id, None)
+    assert needed(database, chain(*range(10))) == 10
+    assert listed(database) == {live.uid}
+
+
+def test_after_a_rotation_turns_that_run_publish_nothing(database: Database) -> None:
+    with database.write() as connection:
+        tenants.create_key(connection, "acme")
+    mine = Sessions(database, 30.0, "acme")
+    session = mine.create("m")
+    lease = mine.resume(session.id, lease_ttl_s=60, tail=0).lease
+    with database.write() as connection:
+        salts.rotate(connection)
+    assert not publish(database, session.uid, "a", epoch=lease.key.epoch)
+    mine.suspend(session.id, lease.key, SuspendReason.USER_WAIT)
+    epoch = mine.resume(session.id, lease_ttl_s=60, tail=0).lease.key.epoch
+    assert publish(database, session.uid, "a", epoch=epoch)
+
+
+def test_kv_that_a_fork_is_going_to_begin_with_is_not_given_up(sessions: Sessions, database: Database) -> None:
+    parent = sessions.create("m")
+    append(sessions, parent.id)
+    save(database, parent.uid, "a")
+    sessions.fork(parent.id, None)
+    lease = sessions.resume(parent.id, lease_ttl_s=60, tail=0).lease
+    sessions.suspend(parent.id, lease.key, SuspendReason.DONE, release_kv=True)
+    assert waiting(database) == []
+
+
+def test_a_fork_whose_manifest_is_empty_has_no_pages_of_its_own(sessions: Sessions, database: Database) -> None:
+    parent = sessions.create("m")
+    append(sessions, parent.id)
+    save(database, parent.uid, "a")
+    fork = sessions.fork(parent.id, None)
+    sessions.delete(parent.id, None)
+    save(database, fork.uid)
+    assert waiting(database) == []
+    save(database, fork.uid, "a", "b")
+    assert [uid for uid, _, _ in waiting(database)] == [parent.uid]
+
+
+def test_a_deleted_session_whose_last_fork_expires_is_erased(sessions: Sessions, database: Database) -> None:
+    parent = sessions.create("m")
+    append(sessions, parent.id)
+    save(database, parent.uid, "a")
+    fork = sessions.fork(parent.id, None)
+    sessions.delete(parent.id, None)
+    collect(database, expired_after_s=7 * 86400)
+    expire(database, fork.uid)
+    release_expired(database)
+    assert [uid for uid, _, _ in waiting(database)] == [parent.uid]

@@ -172,8 +172,8 @@ def test_sixteen_writers_through_two_services_a_pgbouncer_and_a_failover(tmp_pat
                 standby.promote()
                 standby.configure({"synchronous_standby_names": ""})
                 pooler.point_to(standby)
-                go_on()
-                while not seen_enough(writers.logs):
+                until_s = time.monotonic() + SECONDS
+                while time.monotonic() < until_s or not seen_enough(writers.logs):
                     go_on()
                 writers.end()
                 assert_whole(client, session.id, records_of(writers.logs))

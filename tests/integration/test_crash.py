@@ -6,12 +6,14 @@ from __future__ import annotations
 import random
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from postgres import PgBouncer, server
 from stage import MODEL, PATIENCE_S
 from test_server import process
 
@@ -81,18 +83,51 @@ class Agent:
 
 @pytest.mark.timeout(600)
 def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(database_url: str, tmp_path: Path) -> None:
-    port, log = free_port(), tmp_path / "log"
+    killed_again_and_again(database_url, tmp_path, [free_port()], lambda round_number: None)
+
+
+@pytest.mark.timeout(1200)
+def test_nor_with_two_services_behind_a_pgbouncer_over_a_failover(tmp_path: Path) -> None:
+    with (
+        closing(server()) as primary,
+        closing(primary.standby()) as standby,
+        closing(PgBouncer(primary, 6)) as pooler,
+    ):
+
+        def fail_over(round_number: int) -> None:
+            """After the services were killed, with whatever they had begun."""
+            if round_number == ROUNDS // 2:
+                primary.stop()
+                standby.promote()
+                standby.configure({"synchronous_standby_names": ""})
+                pooler.point_to(standby)
+
+        url = f"postgresql+psycopg://postgres@/postgres?host={pooler.directory}&pgbouncer=true"
+        database = Database(url)
+        database.upgrade()
+        database.close()
+        killed_again_and_again(url, tmp_path, [free_port(), free_port()], fail_over)
+
+
+def killed_again_and_again(
+    database_url: str, tmp_path: Path, ports: Sequence[int], then: Callable[[int], None]
+) -> None:
+    """Services at ``ports`` are killed in the middle of what agents do, and ``then`` something happens, in each round."""
+    log = tmp_path / "log"
     variables = {
         "AGENTSTATE_HOME": str(tmp_path),
-        "AGENTSTATE_PORT": str(port),
         "AGENTSTATE_DATABASE_URL": database_url,
         "AGENTSTATE_COLLECT_INTERVAL_S": "0.2",
     }
     agents: list[Agent] = []
     dice = random.Random(11)
     for round_number in range(ROUNDS):
-        with process(log, **variables) as service:
-            crew = [Agent(f"http://127.0.0.1:{port}", f"r{round_number}a{number}") for number in range(CLIENTS)]
+        with ExitStack() as running:
+            services = [running.enter_context(process(log, AGENTSTATE_PORT=str(port), **variables)) for port in ports]
+            crew = [
+                Agent(f"http://127.0.0.1:{ports[number % len(ports)]}", f"r{round_number}a{number}")
+                for number in range(CLIENTS)
+            ]
             threads = [threading.Thread(target=agent.run) for agent in crew]
             for thread in threads:
                 thread.start()
@@ -100,13 +135,20 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(database_url: st
                 assert all(thread.is_alive() for thread in threads)
                 time.sleep(0.01)
             time.sleep(dice.random())
-            service.kill()
-            service.wait()
+            for service in services:
+                service.kill()
+            for service in services:
+                service.wait()
             for thread in threads:
                 thread.join()
             agents += crew
+        then(round_number)
     assert sum(len(agent.notes) for agent in agents) >= 3 * ROUNDS, "there was something to lose"
-    with process(log, **variables), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as http:
+    port = ports[0]
+    with (
+        process(log, AGENTSTATE_PORT=str(port), **variables),
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as http,
+    ):
         for agent in agents:
             for session, tags in agent.notes.items():
                 read = http.get(f"/v1/sessions/{session}")

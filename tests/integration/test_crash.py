@@ -112,7 +112,7 @@ def test_nor_with_two_services_behind_a_pgbouncer_over_a_failover(tmp_path: Path
 def killed_again_and_again(
     database_url: str, tmp_path: Path, ports: Sequence[int], then: Callable[[int], None]
 ) -> None:
-    """In each round services at ``ports`` are killed in the middle of what agents do, and ``then`` something happens."""
+    """In each round services at ``ports`` are killed in the middle of what agents do; ``then`` something happens."""
     log = tmp_path / "log"
     variables = {
         "AGENTSTATE_HOME": str(tmp_path),

@@ -192,7 +192,7 @@ def test_what_was_evicted_from_disk_while_it_is_on_the_device_is_stored_again(st
     lost, taker = stack.begin_turn(), stack.begin_turn()
     right = generate(text, session_id=lost.engine_session)
     assert flush(lost.session.uid) == ("durable", 16)
-    # An extent that is just being merged cannot be evicted: what finds no room for that is stored with the next request.
+    # An extent that is being merged cannot be evicted: what finds no room for that is stored with the next request.
     for _ in range(20):
         generate(other, max_new_tokens=1, session_id=taker.engine_session)
         if flush(taker.session.uid) == ("durable", 36):

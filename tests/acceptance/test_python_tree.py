@@ -70,7 +70,7 @@ def test_pages_that_the_store_has_lost_are_stored_again(
     right = generate(text, session_id=lost.engine_session)
     assert flush(rank, lost.session.uid) == ("durable", 20)
     # Another session takes the room, though it is needed too: this one was used before it.
-    # An extent that is just being merged cannot be evicted: what finds no room for that is stored with the next request.
+    # An extent that is being merged cannot be evicted: what finds no room for that is stored with the next request.
     for _ in range(20):
         generate(prompt(61, 40 * PAGE), max_new_tokens=1, session_id=taker.engine_session)
         if flush(rank, taker.session.uid) == ("durable", 40):

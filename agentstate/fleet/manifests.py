@@ -382,12 +382,12 @@ def give_up(connection: Connection, session_id: str) -> None:
         erase(connection, [session_id])
 
 
-def release_over(connection: Connection, limit: int) -> int:
-    """`release` up to ``limit`` of the sessions that have expired, or were deleted while a fork was going to begin with
-    their pages: how many."""
+def release_expired(connection: Connection, limit: int) -> int:
+    """`release` up to ``limit`` of the sessions that have expired: how many."""
+    expired = sa.and_(sessions.c.expires_us.is_not(None), sessions.c.deleted_us.is_(None))
     stored = sa.or_(*(sa.exists().where(of.c.session_id == sessions.c.id) for of in (manifests, abandoned_pages)))
     # An engine that is about to publish waits, and finds them over.
-    query = _releasable().where(stored).limit(limit).with_for_update(of=sessions, key_share=True)
+    query = _releasable().where(expired, stored).limit(limit).with_for_update(of=sessions, key_share=True)
     found = connection.execute(query).scalars().all()
     if found:
         erase(connection, found)

@@ -78,7 +78,7 @@ def release_expired(database: Database) -> None:
     DatabaseError."""
     while True:
         with database.write() as connection:
-            released = manifests.release_over(connection, BATCH)
+            released = manifests.release_expired(connection, BATCH)
         if released < BATCH:
             return
 

@@ -526,15 +526,3 @@ def test_a_fork_whose_manifest_is_empty_has_no_pages_of_its_own(sessions: Sessio
     assert waiting(database) == []
     save(database, fork.uid, "a", "b")
     assert [uid for uid, _, _ in waiting(database)] == [parent.uid]
-
-
-def test_a_deleted_session_whose_last_fork_expires_is_erased(sessions: Sessions, database: Database) -> None:
-    parent = sessions.create("m")
-    append(sessions, parent.id)
-    save(database, parent.uid, "a")
-    fork = sessions.fork(parent.id, None)
-    sessions.delete(parent.id, None)
-    collect(database, expired_after_s=7 * 86400)
-    expire(database, fork.uid)
-    release_expired(database)
-    assert [uid for uid, _, _ in waiting(database)] == [parent.uid]

@@ -344,13 +344,11 @@ def erase(connection: Connection, session_ids: sa.Select[tuple[str]] | Collectio
         # Or an engine might replace one between the next two statements.
         locked = sa.select(sa.literal(1)).select_from(manifests).where(which).with_for_update().subquery()
         connection.execute(sa.select(sa.func.count()).select_from(locked))
-    heads = sa.and_(*(manifest_heads.c[name] == manifests.c[name] for name in _KEY))
-    head = sa.func.coalesce(manifest_heads.c.head, sa.literal(b"", sa.LargeBinary))
-    taken = (
-        sa.select(*(manifests.c[name] for name in _KEY), sa.literal(0), head, now_us(), manifests.c["keys"])
-        .select_from(manifests.outerjoin(manifest_heads, heads))
-        .where(which, manifests.c.tokens > 0)
-    )
+    # Whole chains: whoever reads them makes their heads.
+    no_head = sa.literal(b"", sa.LargeBinary)
+    taken = sa.select(
+        *(manifests.c[name] for name in _KEY), sa.literal(0), no_head, now_us(), manifests.c["keys"]
+    ).where(which, manifests.c.tokens > 0)
     connection.execute(sa.insert(erasures_table).from_select(_ERASURE, taken))
     _erase_abandoned(connection, abandoned_pages.c.session_id.in_(session_ids))
     connection.execute(sa.delete(manifest_heads).where(manifest_heads.c.session_id.in_(session_ids)))

@@ -98,7 +98,7 @@ class Catalog:
         """What one lists that is never written is erased with its session, as what a manifest in SQL has listed."""
         before = waiting.get(manifest.session_id)
         if before is not None and not manifest.keys.startswith(before.keys):
-            self._abandoned.append((before.session_id, Chain(0, head_of(before.keys), before.keys)))
+            self._abandoned.append((before.session_id, Chain.whole(before.keys)))
         waiting[manifest.session_id] = manifest
 
     def abandon(self, session_id: str, keys: Sequence[bytes], first: int) -> None:

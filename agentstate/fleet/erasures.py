@@ -48,6 +48,11 @@ class Chain:
     head: bytes
     keys: bytes
 
+    @classmethod
+    def whole(cls, keys: bytes) -> Chain:
+        """A chain of packed ``keys`` from its first page on."""
+        return cls(0, head_of(keys), keys)
+
     def __len__(self) -> int:
         """How many pages."""
         return len(self.keys) // KEY_BYTES

@@ -107,7 +107,7 @@ def publish(connection: Connection, manifest: Manifest) -> bool:
     has not published since. False where the turn's lease lapsed and was taken over, or a later turn has published: then
     what it lists is erased with the session; and where the session is gone: then it is erased now."""
     if _is_gone(connection, manifest.session_id):
-        erasures.add(connection, manifest.session_id, _store_of(manifest), _chain_of(manifest))
+        erasures.add(connection, manifest.session_id, _store_of(manifest), Chain.whole(manifest.keys))
         return False
     key = {name: getattr(manifest, name) for name in _KEY}
     published = sa.select(manifests.c.epoch).where(*_same(manifests, key)).scalar_subquery()
@@ -117,7 +117,7 @@ def publish(connection: Connection, manifest: Manifest) -> bool:
         sa.func.coalesce(published, 0) <= manifest.epoch,
     )
     if connection.execute(turn).one_or_none() is None:
-        _abandon(connection, key, _chain_of(manifest))
+        _abandon(connection, key, Chain.whole(manifest.keys))
         return False
     save(connection, manifest)
     return True
@@ -177,10 +177,6 @@ def _is_gone(connection: Connection, session_id: str) -> bool:
 
 def _store_of(manifest: Manifest) -> StoreName:
     return StoreName(manifest.fingerprint, manifest.rank, manifest.node)
-
-
-def _chain_of(manifest: Manifest) -> Chain:
-    return Chain(0, head_of(manifest.keys), manifest.keys)
 
 
 def _over(table: sa.FromClause) -> sa.ColumnElement[bool]:

@@ -170,6 +170,7 @@ class Deferrals:
         deferred = [
             req for req in before if (known := self._queued.get(req.rid)) is not None and known.deferred is not None
         ]
+        self._linker.preload_stats.deferred = len(deferred)
         if not deferred:
             yield
             return

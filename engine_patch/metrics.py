@@ -54,6 +54,7 @@ _GAUGES = {
     ("store", "bytes"): ("stored_bytes", "Bytes of extents in the page store."),
     ("spill", "waiting"): ("waiting_spills", "Offers and manifests that wait for the spilling thread."),
     ("preload", "under_way"): ("preloads_under_way", "Preloads that are under way."),
+    ("preload", "deferred"): ("waiting_requests", "Requests that are deferred now."),
     ("staged_bytes",): ("staged_bytes", "Staging memory with pages that were read and are not yet on the device."),
 }
 # Of restores, all pools together: the name, what it is, and the powers of ten whose multiples by 1, 2 and 5 bound the

@@ -55,13 +55,14 @@ class RestoreStats:
 class PreloadStats:
     """Counters since the engine started: ``preloads`` whose ``pages`` are in the tree, whether a request or a prefetch
     asked for them; those that ``failed``, and those that are ``under_way`` now. ``requests`` were deferred until a
-    preload that a request asked for had arrived."""
+    preload that a request asked for had arrived; ``deferred`` are now."""
 
     preloads: int = 0
     pages: int = 0
     failed: int = 0
     under_way: int = 0
     requests: int = 0
+    deferred: int = 0
 
 
 class RestoredRequest(NamedTuple):

@@ -30,8 +30,9 @@ CURVE connection (ZeroMQ's), so exchanges are encrypted and cannot be replayed.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import msgpack
@@ -42,6 +43,8 @@ from agentstate.errors import EngineRefused, EngineUnreachable
 
 # A request brings at most the page keys of a context: 32 MB of them are a million pages.
 MAX_BYTES = 64 << 20
+# How long a connection is kept without an exchange.
+_IDLE_S = 10.0
 
 
 def new_secret() -> str:
@@ -94,46 +97,101 @@ class ControlClient:
         Raises EngineUnreachable when no answer came within ``timeout_s`` (the engine may still act on the
         request) and EngineRefused when the engine answered with an error.
         """
-        with _exchange(zmq.Context.instance(), self.address, self._secret, verb) as socket:
+        with (
+            _reported(self.address, verb),
+            closing(_connected(zmq.Context.instance(), self.address, self._secret)) as socket,
+        ):
             socket.send(pack({"verb": verb, **arguments}))
             if not socket.poll(int(timeout_s * 1000), zmq.POLLIN):
                 raise _silent(self.address, verb, timeout_s)
             return _answer(self.address, verb, socket.recv())
 
 
-class AsyncControlClient:
-    """The same on an event loop, where waiting costs no thread. ``context`` is the loop's own."""
+class ControlConnections:
+    """The same for the ranks of many engines on one event loop, where waiting costs no thread. A connection whose
+    exchange ended well is kept for the next one with that rank, since a handshake takes longer than a flush. Made and
+    used on the loop; closed after its last call."""
 
-    def __init__(self, address: str, secret: str | None, context: zmq.asyncio.Context):
-        self.address = address
-        self._secret = secret
-        self._context = context
+    def __init__(self) -> None:
+        self._context = zmq.asyncio.Context()
+        self._idle: dict[tuple[str, str | None], list[tuple[Any, asyncio.TimerHandle]]] = {}
 
-    async def call(self, verb: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
-        """Raises EngineUnreachable, EngineRefused."""
-        with _exchange(self._context, self.address, self._secret, verb) as socket:
-            await socket.send(pack({"verb": verb, **arguments}))
-            if not await socket.poll(int(timeout_s * 1000), zmq.POLLIN):
-                raise _silent(self.address, verb, timeout_s)
-            return _answer(self.address, verb, await socket.recv())
+    async def call(
+        self, address: str, secret: str | None, verb: str, timeout_s: float, **arguments: Any
+    ) -> dict[str, Any]:
+        """Send one request to the rank at ``address`` and wait for its answer. Raises EngineUnreachable, EngineRefused
+        like `ControlClient.call`."""
+        with _reported(address, verb):
+            socket = self._take(address, secret)
+            try:
+                await socket.send(pack({"verb": verb, **arguments}))
+                if not await socket.poll(int(timeout_s * 1000), zmq.POLLIN):
+                    raise _silent(address, verb, timeout_s)
+                raw = await socket.recv()
+            except BaseException:
+                # Its exchange is half-finished, and an answer may still come.
+                socket.close()
+                raise
+            self._keep(address, secret, socket)
+            return _answer(address, verb, raw)
+
+    @property
+    def idle(self) -> int:
+        """How many connections are kept."""
+        return sum(map(len, self._idle.values()))
+
+    def close(self) -> None:
+        for kept in self._idle.values():
+            for socket, expiry in kept:
+                expiry.cancel()
+                socket.close()
+        self._idle.clear()
+        self._context.term()
+
+    def _take(self, address: str, secret: str | None) -> Any:
+        kept = self._idle.get((address, secret))
+        if not kept:
+            return _connected(self._context, address, secret)
+        socket, expiry = kept.pop()
+        expiry.cancel()
+        if not kept:
+            del self._idle[address, secret]
+        return socket
+
+    def _keep(self, address: str, secret: str | None, socket: Any) -> None:
+        expiry = asyncio.get_running_loop().call_later(_IDLE_S, self._expire, address, secret)
+        self._idle.setdefault((address, secret), []).append((socket, expiry))
+
+    def _expire(self, address: str, secret: str | None) -> None:
+        """Close the connection that has been idle longest: ZeroMQ goes on connecting to an engine that has ended."""
+        kept = self._idle[address, secret]
+        kept.pop(0)[0].close()
+        if not kept:
+            del self._idle[address, secret]
 
 
-@contextmanager
-def _exchange(context: Any, address: str, secret: str | None, verb: str) -> Iterator[Any]:
-    """A socket for one request and its answer."""
+def _connected(context: Any, address: str, secret: str | None) -> Any:
     socket = context.socket(zmq.REQ)
     socket.setsockopt(zmq.LINGER, 0)
     try:
         if secret is not None:
             protect(socket, secret, server=False)
         socket.connect(address)
-        yield socket
+    except BaseException:
+        socket.close()
+        raise
+    return socket
+
+
+@contextmanager
+def _reported(address: str, verb: str) -> Iterator[None]:
+    """Errors of an exchange as those of an engine."""
+    try:
+        yield
     except ValueError as error:
         raise EngineRefused(f"{address} answered '{verb}' with something else: {error}") from error
     except zmq.ZMQError as error:
         raise EngineUnreachable(f"the engine at {address} cannot be reached: {error}") from error
-    finally:
-        socket.close()
 
 
 def _silent(address: str, verb: str, timeout_s: float) -> EngineUnreachable:

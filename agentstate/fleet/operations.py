@@ -25,7 +25,6 @@ from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
-import zmq.asyncio
 from sqlalchemy.engine import Connection
 
 from agentstate import ids
@@ -37,7 +36,7 @@ from agentstate.errors import (
     OperationNotFound,
     TooManyOperations,
 )
-from agentstate.fleet.control import AsyncControlClient
+from agentstate.fleet.control import ControlConnections
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import KvState
 from agentstate.sql.database import Database, now_us
@@ -53,7 +52,7 @@ GRACE_S = 1.0
 # A busy engine may miss a question; one that missed so many in a row is taken for gone.
 MISSED_ANSWERS = 5
 MAX_FOLLOWED = 2000
-MAX_QUESTIONS = 200  # at once; each is a socket
+MAX_QUESTIONS = 200  # at once; each is a connection
 # Twice the limit of a flush: whoever owned an older one is gone.
 ABANDONED_S = 2 * FLUSH_LIMIT_S
 
@@ -244,13 +243,13 @@ class Operations:
 
     async def _serve(self, started: threading.Event) -> None:
         self._stop = asyncio.Event()
-        self._context = zmq.asyncio.Context()
+        self._connections = ControlConnections()
         self._questions = asyncio.Semaphore(MAX_QUESTIONS)
         started.set()
         await self._stop.wait()
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*rest, return_exceptions=True)
-        self._context.term()
+        self._connections.close()
 
     def _start(self, operation_id: str, steps: Sequence[Callable[[], Coroutine[Any, Any, Outcome]]]) -> None:
         task = self._loop.create_task(self._follow(operation_id, steps))
@@ -312,8 +311,13 @@ class Operations:
     async def _ask_rank(self, question: Question, number: int, deadline: float) -> Outcome:
         rank = question.ranks[number]
         left_ms = max(0, round((deadline - time.monotonic()) * 1000))
-        answer = await AsyncControlClient(rank.control_address, rank.control_secret, self._context).call(
-            question.kind, left_ms / 1000 + GRACE_S, timeout_ms=left_ms, **question.arguments(number)
+        answer = await self._connections.call(
+            rank.control_address,
+            rank.control_secret,
+            question.kind,
+            left_ms / 1000 + GRACE_S,
+            timeout_ms=left_ms,
+            **question.arguments(number),
         )
         try:
             states = {state.value: state for state in _STATES[question.kind]}

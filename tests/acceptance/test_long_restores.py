@@ -107,7 +107,8 @@ def test_requests_that_begin_alike_are_read_for_once(beside: LocalStack, drive: 
     drive.hang(READS)
     with eight_decoding(beside) as streams, ExitStack() as ending:
         found = [ending.enter_context(closing(Stream(beside.engine_url, fork, 8))) for fork in forks]
-        wait_for(lambda: preload_stat(beside)["under_way"] == 1)
+        wait_for(lambda: preload_stat(beside)["deferred"] == len(forks))
+        assert preload_stat(beside)["under_way"] == 1
         go_on(streams)
         assert not any(stream.tokens for stream in found)
         drive.answer()

@@ -34,6 +34,7 @@ def test_a_long_restore_is_preloaded_beside_running_requests(stage: Stage) -> No
     engine = scheduler(running_request(), waiting=[req])
     assert stage.step(engine) == []
     assert engine.waiting_queue == [req]
+    assert stage.linker.preload_stats.deferred == 1
     assert stage.linker.loads == [pages_of(key_of(LONG))]
     assert stage.step(engine) == []  # it is on its way, and nothing is begun again
     assert len(stage.linker.loads) == 1
@@ -45,6 +46,7 @@ def test_a_long_restore_is_preloaded_beside_running_requests(stage: Stage) -> No
     assert (req.storage_hit_start, req.storage_hit_length) == (0, LONG)
     stats = stage.linker.preload_stats
     assert (stats.requests, stats.preloads, stats.pages, stats.failed, stats.under_way) == (1, 1, 10, 0, 0)
+    assert stats.deferred == 0
     engine.waiting_queue = []
     stage.step(engine)
     assert stage.left == (0, 0, 0)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import msgpack
 import pytest
@@ -11,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentstate.errors import EngineError, EngineRefused, EngineUnreachable
-from agentstate.fleet.control import ControlClient, pack, unpack
+from agentstate.fleet.control import ControlClient, ControlConnections, pack, unpack
 
+T = TypeVar("T")
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text() | st.binary(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -21,8 +24,9 @@ plain = st.recursive(
 
 
 @contextmanager
-def engine(answer: Callable[[bytes], bytes | None]) -> Iterator[str]:
-    """An endpoint that answers requests with ``answer``, or not at all where that is None."""
+def engine_of_peers(answer: Callable[[bytes, bytes], bytes | None]) -> Iterator[str]:
+    """An endpoint that answers requests with ``answer``, or not at all where that is None. It is given the request and
+    the connection's name."""
     socket = zmq.Context.instance().socket(zmq.ROUTER)
     socket.setsockopt(zmq.LINGER, 0)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
@@ -32,7 +36,7 @@ def engine(answer: Callable[[bytes], bytes | None]) -> Iterator[str]:
         while not ended.is_set():
             if socket.poll(20):
                 *peer, request = socket.recv_multipart()
-                reply = answer(request)
+                reply = answer(request, peer[0])
                 if reply is not None:
                     socket.send_multipart([*peer, reply])
 
@@ -44,6 +48,10 @@ def engine(answer: Callable[[bytes], bytes | None]) -> Iterator[str]:
         ended.set()
         thread.join()
         socket.close()
+
+
+def engine(answer: Callable[[bytes], bytes | None]) -> AbstractContextManager[str]:
+    return engine_of_peers(lambda request, peer: answer(request))
 
 
 @given(st.dictionaries(st.text(), plain, max_size=4))
@@ -162,3 +170,96 @@ def test_calls_of_many_threads_get_their_own_answers() -> None:
         for thread in threads:
             thread.join()
     assert answers == {n: n for n in range(12)}
+
+
+def on_a_loop(work: Callable[[ControlConnections], Coroutine[Any, Any, T]]) -> T:
+    async def run() -> T:
+        connections = ControlConnections()
+        try:
+            return await work(connections)
+        finally:
+            connections.close()
+
+    return asyncio.run(run())
+
+
+def test_exchanges_that_follow_one_another_share_a_connection() -> None:
+    peers: list[bytes] = []
+
+    def answer(request: bytes, peer: bytes) -> bytes:
+        peers.append(peer)
+        return pack({"ok": unpack(request)["verb"] != "dance", "call": len(peers)})
+
+    async def calls(connections: ControlConnections) -> list[object]:
+        first = await connections.call(address, None, "stat", 5)
+        with pytest.raises(EngineRefused):
+            await connections.call(address, None, "dance", 5)
+        return [first["call"], (await connections.call(address, None, "stat", 5))["call"]]
+
+    with engine_of_peers(answer) as address:
+        assert on_a_loop(calls) == [1, 3]
+    assert len(set(peers)) == 1
+
+
+def test_exchanges_at_once_have_connections_of_their_own_and_get_their_own_answers() -> None:
+    peers: set[bytes] = set()
+
+    def answer(request: bytes, peer: bytes) -> bytes:
+        peers.add(peer)
+        return pack({"ok": True, "echo": unpack(request)["number"]})
+
+    async def calls(connections: ControlConnections) -> list[object]:
+        answers = await asyncio.gather(
+            *(connections.call(address, None, "stat", 20, number=number) for number in range(12))
+        )
+        return [answer["echo"] for answer in answers]
+
+    with engine_of_peers(answer) as address:
+        assert on_a_loop(calls) == list(range(12))
+    assert len(peers) == 12
+
+
+def test_a_connection_whose_answer_is_late_is_not_used_again() -> None:
+    requests: list[tuple[bytes, bytes]] = []
+
+    def all_but_the_second(request: bytes, peer: bytes) -> bytes | None:
+        requests.append((request, peer))
+        return None if len(requests) == 2 else pack({"ok": True, "call": len(requests)})
+
+    async def calls(connections: ControlConnections) -> object:
+        await connections.call(address, None, "stat", 5)
+        with pytest.raises(EngineUnreachable, match="did not answer 'stat' within 0.2 s"):
+            await connections.call(address, None, "stat", 0.2)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(connections.call(unanswered, None, "stat", 20), 0.05)
+        return (await connections.call(address, None, "stat", 5))["call"]
+
+    with engine_of_peers(lambda request, peer: None) as unanswered, engine_of_peers(all_but_the_second) as address:
+        assert on_a_loop(calls) == 3
+    peers = [peer for _, peer in requests]
+    assert peers[0] == peers[1] != peers[2]
+
+
+def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentstate.fleet.control._IDLE_S", 0.01)
+    peers: list[bytes] = []
+
+    def answer(request: bytes, peer: bytes) -> bytes:
+        peers.append(peer)
+        return pack({"ok": True})
+
+    async def calls(connections: ControlConnections) -> None:
+        await connections.call(address, None, "stat", 5)
+        await asyncio.sleep(0.1)
+        assert connections.idle == 0
+        await connections.call(address, None, "stat", 5)
+        assert connections.idle == 1
+
+    with engine_of_peers(answer) as address:
+        on_a_loop(calls)
+    assert len(set(peers)) == 2
+
+
+def test_an_address_that_is_none_is_unreachable_on_a_loop_too() -> None:
+    with pytest.raises(EngineUnreachable, match="cannot be reached"):
+        on_a_loop(lambda connections: connections.call("nonsense", None, "stat", 0.1))

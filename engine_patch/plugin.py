@@ -49,6 +49,11 @@ def register() -> None:
         sgl.HookType.AROUND,
     )
     sgl.HookRegistry.register(
+        "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses",
+        _as_response_requested,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.handle_generate_request", _as_scheduled, sgl.HookType.AROUND
     )
     sgl.HookRegistry.register(
@@ -140,15 +145,26 @@ def _ours(scheduler: Any) -> Any:
     return cache if isinstance(cache, _cache_class()) else None
 
 
-def _as_requested(original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    turns.separate(request)
-    return original(manager, request, *args, **kwargs)
+def _as_requested(original: Any, manager: Any, obj: Any, request: Any = None) -> Any:
+    """SGLang's names: ``obj`` is what to compute, ``request`` the HTTP request that asks for it, if one does."""
+    turns.take_over(obj, request)
+    turns.separate(obj)
+    return original(manager, obj, request)
 
 
 def _as_tokenized(original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     tokenized = original(manager, request, *args, **kwargs)
     turns.join(tokenized)
     return tokenized
+
+
+async def _as_response_requested(original: Any, serving: Any, request: Any, raw_request: Any = None) -> Any:
+    try:
+        turns.take_over_id(request, raw_request)
+    except ValueError as error:
+        # Later, SGLang would answer a stream's errors with 200 and an event.
+        return serving.create_error_response(str(error))
+    return await original(serving, request, raw_request)
 
 
 def _as_scheduled(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,12 @@
-"""The turn token of a request. It arrives in SGLang's ``session_id``, and is taken out before SGLang logs, publishes or
-keeps that."""
+"""The turn of a request, as a gateway hands it over or the request's body says. Its token arrives in SGLang's
+``session_id``, and is taken out before SGLang logs, publishes or keeps that."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from agentstate.fleet import turns
+from agentstate.fleet.handover import Handover
 
 
 class RequestSession(str):
@@ -29,6 +30,29 @@ class RequestSession(str):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RequestSession, (self.sent,)
+
+
+def take_over(request: Any, http: Any) -> None:
+    """Set what the HTTP request's headers hand over, before SGLang has normalized the request: with a batch or several
+    samples, all are of the turn. Leaves alone what has no session: embeddings. Raises ValueError for headers that
+    cannot be read."""
+    if not hasattr(request, "session_id") or (handover := _handed_over(http)) is None:
+        return
+    request.session_id, request.cache_salt, request.extra_key = handover.session, handover.salt, handover.extra_key
+    if handover.request_id is not None:
+        request.rid = handover.request_id
+
+
+def take_over_id(request: Any, http: Any) -> None:
+    """Give a request of the Responses API, whose id its answer has, the id that is handed over. Raises ValueError for
+    headers that cannot be read."""
+    handover = _handed_over(http)
+    if handover is not None and handover.request_id is not None:
+        request.request_id = handover.request_id
+
+
+def _handed_over(http: Any) -> Handover | None:
+    return Handover.read(getattr(http, "headers", {}))
 
 
 def separate(request: Any) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
+from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.mamba import causal_conv1d
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -119,6 +121,8 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (SchedulerWeightUpdaterManager.begin_weight_update, "self recv_req"),
     (SchedulerWeightUpdaterManager.update_weights_from_disk, "self recv_req"),
     (TokenizerManager.generate_request, "self obj request"),
+    (OpenAIServingResponses.create_responses, "self request raw_request"),
+    (OpenAIServingResponses.create_error_response, "self message"),
     (TorchNativeAttnBackend, "model_runner"),
 ]
 
@@ -213,6 +217,8 @@ ATTRIBUTES: dict[type, str] = {
     "mamba_radix_cache_strategy mamba_track_interval model_path served_model_name load_format "
     "json_model_override_args quantization warmups skip_server_warmup",
     TokenizerManager: "is_generation max_req_input_len model_config",
+    ResponsesRequest: "request_id",
+    sgl.GenerateReqInput: "session_id cache_salt extra_key rid",
 }
 
 
@@ -332,7 +338,7 @@ def test_a_request_can_be_kept_out_of_the_radix_tree() -> None:
 def hooked() -> Iterator[str]:
     tree = ast.parse((ROOT / "engine_patch" / "plugin.py").read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("sglang.srt.man"):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("sglang.srt."):
             yield node.value
 
 

@@ -59,7 +59,7 @@ def test_what_arrives_is_taken_apart_before_the_request_is_logged() -> None:
 
 def test_every_prompt_of_a_batch_is_of_the_turn() -> None:
     request = GenerateReqInput(text=["x", "y"], session_id=SENT)
-    plugin._as_requested(lambda manager, request: None, None, request)
+    plugin._as_requested(lambda manager, request, http: None, None, request)
     request.normalize_batch_and_arguments()
     for part in (request[0], request[1]):
         tokenized = plugin._as_tokenized(lambda manager, part: SimpleNamespace(session_id=part.session_id), None, part)
@@ -70,7 +70,7 @@ def test_every_prompt_of_a_batch_is_of_the_turn() -> None:
 @pytest.mark.parametrize("session_id", [None, "ses_1", "an.agent"])
 def test_a_request_without_a_token_stays_as_it_is(session_id: str | None) -> None:
     request = GenerateReqInput(text="x", session_id=session_id)
-    plugin._as_requested(lambda manager, request: None, None, request)
+    plugin._as_requested(lambda manager, request, http: None, None, request)
     assert request.session_id == session_id
     tokenized = plugin._as_tokenized(lambda manager, one: SimpleNamespace(session_id=one.session_id), None, request)
     assert tokenized.session_id == session_id

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from agentstate.errors import AgentStateError
-from engine_patch import turns, weights
+from engine_patch import responses, turns, weights
 from engine_patch.flags import BACKEND, CPU_ATTENTION
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,11 @@ def register() -> None:
     sgl.HookRegistry.register(
         "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses",
         _as_response_requested,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.responses_stream_generator_non_harmony",
+        _around_response_stream,
         sgl.HookType.AROUND,
     )
     sgl.HookRegistry.register(
@@ -165,6 +170,13 @@ async def _as_response_requested(original: Any, serving: Any, request: Any, raw_
         # Later, SGLang would answer a stream's errors with 200 and an event.
         return serving.create_error_response(str(error))
     return await original(serving, request, raw_request)
+
+
+def _around_response_stream(original: Any, serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    ours = serving.tokenizer_manager.server_args.radix_cache_backend == BACKEND
+    if ours and responses.may_call_tools(serving, request):
+        return responses.as_generated(serving._responses_stream_generator_non_harmony(request, *args, **kwargs))
+    return original(serving, request, *args, **kwargs)
 
 
 def _as_scheduled(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

@@ -47,6 +47,11 @@ from engine_patch.radix_cache import AgentStateRadixCache, _LinkerWrapper
 
 ROOT = Path(__file__).parents[2]
 
+_RESPONSE_STREAM = (
+    "self request sampling_params result_generator model_name tokenizer request_metadata created_time"
+    " * require_reasoning tool_adapter"
+)
+
 # Symbol, its parameters as the plug-in knows them; those after "*" are passed by name.
 CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.FINISH_ABORT, "message status_code"),
@@ -123,6 +128,10 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (TokenizerManager.generate_request, "self obj request"),
     (OpenAIServingResponses.create_responses, "self request raw_request"),
     (OpenAIServingResponses.create_error_response, "self message"),
+    (OpenAIServingResponses.responses_stream_generator_non_harmony, _RESPONSE_STREAM),
+    (OpenAIServingResponses._responses_stream_generator_non_harmony, _RESPONSE_STREAM),
+    (OpenAIServingResponses._response_tools_to_chat_tools, "self request"),
+    (ResponsesRequest.effective_tool_choice, "self"),
     (TorchNativeAttnBackend, "model_runner"),
 ]
 
@@ -216,7 +225,8 @@ ATTRIBUTES: dict[type, str] = {
     "unified_cache_external_linker_backend unified_cache_external_linker_config uses_mamba_radix_cache "
     "mamba_radix_cache_strategy mamba_track_interval model_path served_model_name load_format "
     "json_model_override_args quantization warmups skip_server_warmup",
-    TokenizerManager: "is_generation max_req_input_len model_config",
+    TokenizerManager: "is_generation max_req_input_len model_config server_args",
+    OpenAIServingResponses: "tokenizer_manager",
     ResponsesRequest: "request_id",
     sgl.GenerateReqInput: "session_id cache_salt extra_key rid",
 }

@@ -7,7 +7,10 @@ with, so that what is attended to decides the next token, and a wrong page shows
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 KINDS = ("llama", "mla", "sliding", "all_sliding", "conv")
@@ -66,6 +69,29 @@ def save(kind: str, directory: Path) -> None:
             raise SystemExit(f"{kind!r} is none of {', '.join(KINDS)}")
     torch.manual_seed(_SEED)
     hf.AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(directory)
+
+
+def with_words(checkpoint: Path, directory: Path) -> Path:
+    """A copy of a checkpoint that has a tokenizer and a chat template, for routes that take text: ``words`` are its
+    texts. It ends no answer by itself."""
+    shutil.copytree(checkpoint, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    vocabulary = {word: token for token, word in enumerate(words(range(VOCABULARY)).split())}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": words([0])}
+    tokenizer = {"version": "1.0", "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+    unused = ("truncation", "padding", "normalizer", "post_processor", "decoder")
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer | dict.fromkeys(unused) | {"added_tokens": []}))
+    template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, "unk_token": words([0])}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def words(tokens: Iterable[int]) -> str:
+    """The text that a tokenizer of `with_words` makes these tokens of."""
+    return " ".join(f"w{token}" for token in tokens)
 
 
 if __name__ == "__main__":

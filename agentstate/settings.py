@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from agentstate.errors import SettingsError
@@ -77,6 +77,46 @@ class Settings(BaseSettings):
     )
     lease_ttl_s: float = Field(
         60, gt=0, description="Default lifetime of a lease, if a resume sets none; a lease can be renewed."
+    )
+    engine_api_key: SecretStr = Field(
+        SecretStr(""), description="The key that engines want of the gateway: their --api-key. Empty: none."
+    )
+    gateway_guess: bool = Field(
+        True,
+        description="Whether the gateway finds the session of a request that names none: by the ids that agents send, "
+        "and by its messages: on or off.",
+    )
+    gateway_expires_s: float = Field(
+        7 * 24 * 3600,
+        gt=0,
+        description="How long a session that no client has named is kept after its last turn.",
+    )
+    gateway_store: bool = Field(
+        False, description="Whether the gateway keeps the transcript of chat completions and messages: on or off."
+    )
+    gateway_wait_s: float = Field(
+        0,
+        ge=0,
+        description="How long a request waits for a session that it names and that is being run, before it gets 409.",
+    )
+    gateway_streams: int = Field(
+        0, ge=0, description="Requests of a tenant that may run at once through one gateway. 0: no limit."
+    )
+    gateway_body_bytes: ByteSize = Field(
+        ByteSize(64 * MIB), gt=0, description="Limit of the body of a request to the gateway."
+    )
+    gateway_silence_s: float = Field(
+        1800, gt=0, description="How long an engine may send nothing before the gateway gives a request up."
+    )
+    gateway_fail_open: bool = Field(
+        True,
+        description="Whether the gateway goes on without sessions while the database does not answer, for the keys "
+        "that it knew within the hour: on or off.",
+    )
+    gateway_strip: bool = Field(
+        True,
+        description="Whether the gateway takes out of prompts what some agents change with every request, so that no "
+        "page would ever match: on or off.",
     )
     heartbeat_interval_s: float = Field(
         2.0, gt=0, description="Seconds between an engine's heartbeats to the database."

@@ -32,6 +32,7 @@ from api import (
 from api.bodies import BodyLimit
 from api.changes import Changes
 from api.gate import Gate
+from api.gateway.app import Gateway, GatewayRoutes
 from api.guard import Guard
 from api.metrics import Metrics
 from api.observation import Observation, tracing
@@ -55,7 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
         collector = None
         if settings.collect_interval_s > 0:
             collector = Collector(database, settings.collect_interval_s, settings.expired_retention_s)
-        app.state.service = Service(
+        app.state.service = service = Service(
             settings=settings,
             database=database,
             sessions=Sessions(database, settings.engine_timeout_s),
@@ -64,10 +65,12 @@ def create_app(settings: Settings) -> FastAPI:
             gate=Gate(database, settings.requests_per_s),
             metrics=Metrics(database),
         )
+        app.state.gateway = gateway = Gateway(service)
         try:
             yield
         finally:
-            app.state.service.changes.close()
+            service.changes.close()
+            await gateway.close()
             if collector is not None:
                 collector.close()
             following.close()
@@ -86,6 +89,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(EncodedSlashes)
     app.add_middleware(BodyLimit)
+    app.add_middleware(GatewayRoutes)
     app.add_middleware(Guard)
     app.add_middleware(Observation, provider=traces)
     for resource in (

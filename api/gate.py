@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from starlette.concurrency import run_in_threadpool
 
-from agentstate.errors import RateLimited, Unauthenticated
+from agentstate.errors import DatabaseError, RateLimited, Unauthenticated
 from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Tenant
 from agentstate.settings import DEFAULT_TENANT
@@ -37,9 +37,9 @@ class Gate:
         self._known: dict[str | None, tuple[float, Tenant | None, bool]] = {}
         self._buckets: dict[str, _Bucket] = {}
 
-    async def admit(self, authorization: str | None) -> tuple[Tenant, bool]:
+    async def admit(self, authorization: str | None, *, remembered_s: float = 0) -> tuple[Tenant, bool]:
         """The tenant of a request with this ``Authorization``, and whether every caller is admitted, for want of any
-        API key.
+        API key. While SQL does not answer, a key is admitted that it knew ``remembered_s`` ago.
 
         Raises Unauthenticated, RateLimited, DatabaseError.
         """
@@ -48,10 +48,15 @@ class Gate:
         key = secret if scheme.lower() == "bearer" and secret else None
         until_s, tenant, open_to_all = self._known.get(key, (0.0, None, False))
         if until_s < time.monotonic():
-            tenant, open_to_all = await run_in_threadpool(self._look_up, key)
-            if len(self._known) >= MAX_REMEMBERED:
-                self._known.clear()
-            self._known[key] = (time.monotonic() + TRUST_S, tenant, open_to_all)
+            try:
+                tenant, open_to_all = await run_in_threadpool(self._look_up, key)
+            except DatabaseError:
+                if tenant is None or until_s + remembered_s < time.monotonic():
+                    raise
+            else:
+                if len(self._known) >= MAX_REMEMBERED:
+                    self._known.clear()
+                self._known[key] = (time.monotonic() + TRUST_S, tenant, open_to_all)
         if tenant is None:
             raise Unauthenticated(
                 "this API key is not valid"

@@ -1,8 +1,8 @@
 """Admission, before any of a body is read; and HTTP's requirements on every route.
 
-A request under ``/v1`` is authenticated by its headers alone. A service without API keys serves this machine only, and
-only under this machine's names: otherwise a web page whose name resolves to a loopback address could read and delete
-sessions.
+A request under ``/v1``, or to the gateway, is authenticated by its headers alone. A service without API keys serves
+this machine only, and only under this machine's names: otherwise a web page whose name resolves to a loopback address
+could read and delete sessions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentstate.errors import AgentStateError, HostRefused
 from agentstate.loopback import is_loopback
+from api.gateway import app as gateway
+from api.gateway.errors import Refusal
 from api.problems import answer_to, problem
 
 
@@ -27,29 +29,40 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        given = {name: value.decode("latin-1") for name, value in scope["headers"]}
         asked_for_head = scope["method"] == "HEAD"
         if asked_for_head:
             send = without_body(send)
-        if scope["path"] == "/v1" or scope["path"].startswith("/v1/"):
-            service = scope["app"].state.service
+        to_gateway = gateway.serves(scope["path"])
+        if to_gateway or scope["path"] == "/v1" or scope["path"].startswith("/v1/"):
+            state = scope["app"].state
             try:
-                tenant, open_to_all = await service.gate.admit(headers.get(b"authorization"))
+                if to_gateway:
+                    tenant, open_to_all = await state.gateway.admit(given)
+                else:
+                    tenant, open_to_all = await state.service.gate.admit(given.get(b"authorization"))
                 if open_to_all:
-                    _require_local(headers.get(b"host"), headers.get(b"origin"))
+                    _require_local(given.get(b"host"), given.get(b"origin"))
             except AgentStateError as error:
-                await answer_to(error)(scope, receive, send)
+                refused = gateway.answer_to(error, scope["path"]) if to_gateway else answer_to(error)
+                await refused(scope, receive, send)
                 return
             scope.setdefault("state", {})["tenant"] = tenant
-        encoding = headers.get(b"content-encoding", "").strip().lower()
+        encoding = given.get(b"content-encoding", "").strip().lower()
         if encoding not in ("", "identity"):
-            refused = problem(
-                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-                "unsupported-encoding",
-                "The body has an encoding that the service does not read.",
-                f"a body with Content-Encoding {encoding[:40]!r} is not read: send it as it is",
-                headers={"Accept-Encoding": "identity"},
-            )
+            detail = f"a body with Content-Encoding {encoding[:40]!r} is not read: send it as it is"
+            if to_gateway:
+                headers = [(b"accept-encoding", b"identity")]
+                unread = Refusal(415, "unsupported_encoding", detail, headers=headers)
+                refused = gateway.answer_to(unread, scope["path"])
+            else:
+                refused = problem(
+                    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                    "unsupported-encoding",
+                    "The body has an encoding that the service does not read.",
+                    detail,
+                    headers={"Accept-Encoding": "identity"},
+                )
             await refused(scope, receive, send)
             return
         if not asked_for_head:

@@ -8,6 +8,8 @@ each other and ``seq`` has no gaps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Self
 
 import sqlalchemy as sa
@@ -15,8 +17,11 @@ from sqlalchemy.engine import Connection
 
 from agentstate import ids
 from agentstate.errors import (
+    EntryNotFound,
     EventsTrimmed,
     ModelMismatch,
+    NotABranchPoint,
+    SessionBusy,
     ToolCallClaimed,
     ToolCallFinal,
     ToolCallNotFound,
@@ -26,7 +31,10 @@ from agentstate.errors import (
 from agentstate.fleet import engines, manifests, turns
 from agentstate.fleet.placement import choose, named, outlook
 from agentstate.fleet.turns import Turn
-from agentstate.sessions import branches, leases, rows, salts, toolcalls, transcript
+from agentstate.sessions import belonging, branches, conversations, leases, rows, salts, toolcalls, transcript
+from agentstate.sessions.belonging import Begun, Found, Origin, Wanted
+from agentstate.sessions.branches import Branch
+from agentstate.sessions.conversations import Conversation
 from agentstate.sessions.history import History
 from agentstate.sessions.leases import Lease, LeaseKey
 from agentstate.sessions.outcomes import (
@@ -183,37 +191,7 @@ class Sessions:
                     f"session {session_id} runs {before.model!r}, not {expect_model!r} as expected",
                     revision=before.revision,
                 )
-            history = History.of(connection, before)
-            stored = rows.stored(connection, before, history)
-            live = engines.live(connection, self._engine_timeout_s)
-            server = choose(before.model, stored, live)
-            lease = leases.take(
-                connection,
-                before.id,
-                lease_ttl_s,
-                before.revision,
-                token=token,
-                engine=server.base_url if server else None,
-            )
-            if before.status == SessionStatus.RUNNING:  # its lease was not released: it lapsed
-                toolcalls.abandon(connection, before.id)
-            session = rows.change(connection, before.id, status=SessionStatus.RUNNING)
-            installation = secret.read(connection)
-            engine_session = before.id
-            if server is None or server.takes_tokens:
-                account = before.kv_scope or salts.scope_of_tenant(before.tenant)
-                turn = Turn(before.id, lease.key.epoch, account)
-                engine_session = turns.sign(turns.signing_key(installation), turn)
-            return Resumed(
-                session=session,
-                lease=lease,
-                tail=transcript.tail(connection, before.name, history, tail),
-                pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
-                engine=server,
-                kv=outlook(session.model, stored, server, live),
-                cache_salt=salts.salt(installation, before.kv_scope, session.cache_salt),
-                engine_session=engine_session,
-            )
+            return self._take(connection, before, lease_ttl_s, tail, token)
 
     def suspend(
         self,
@@ -234,34 +212,176 @@ class Sessions:
         """
         with self._database.write() as connection:
             before = self._rows.lock(connection, session_id)
-            engine = leases.release(connection, before.id, key, before.revision)
-            running = toolcalls.in_flight(connection, before.id) if reason is SuspendReason.DONE else []
-            if running:
-                raise ToolInFlight(
-                    f"session {session_id} waits for tool calls {', '.join(running)}: append their results first, "
-                    "or suspend with reason tool_wait",
-                    revision=before.revision,
-                )
-            expiry = {} if expires_in_s is None else {"expires_us": rows.from_now(expires_in_s)}
-            session = rows.change(connection, before.id, status=SessionStatus.SUSPENDED, **expiry)
-            live = engines.live(connection, self._engine_timeout_s)
-            if engine is not None:
-                server = named(engine, live)
-            else:
-                server = choose(session.model, rows.stored(connection, before, History.of(connection, before)), live)
-            if release_kv:
-                manifests.give_up(connection, before.id)
-            return Suspended(
-                session=session,
-                pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
-                ranks=list(server.ranks) if server else [],
-            )
+            return self._release(connection, before, key, reason, expires_in_s, release_kv)
 
     def renew(self, session_id: str, key: LeaseKey, *, lease_ttl_s: float) -> Lease:
         """Keep a lease: it lapses ``lease_ttl_s`` from now. Raises LeaseLost."""
         with self._database.write() as connection:
             before = self._rows.lock(connection, session_id)
             return leases.renew(connection, before.id, key, lease_ttl_s, before.revision)
+
+    def begin(self, wanted: Wanted, *, lease_ttl_s: float, expires_in_s: float | None) -> Begun:
+        """Begin the turn of a gateway's request, in one transaction, in the session that the request belongs to.
+
+        A session is made on first sight; one that no client named expires ``expires_in_s`` after its last turn. Where
+        a harness or a guess says the session and that is being run, the request is a branch of it, or has no session.
+        Of a session that the client named, raises SessionBusy, ModelMismatch, SessionExpired, InvalidId.
+        """
+        with self._database.write() as connection:
+            found = belonging.find(connection, self._rows, wanted)
+            if found.origin is Origin.NONE:
+                return Begun(None, Origin.NONE)
+            before = found.row
+            if before is not None and found.origin is not Origin.BRANCH:
+                try:
+                    return self._begin(connection, before, found, wanted, lease_ttl_s)
+                except SessionBusy:
+                    if wanted.session is not None:
+                        raise
+                    if found.tip is None or found.tip.compacted:
+                        return Begun(None, Origin.NONE)
+            if before is None:
+                self._rows.make(
+                    connection,
+                    id=(uid := ids.new("ses")),
+                    name=found.name or uid,
+                    model=wanted.model,
+                    metadata=wanted.metadata,
+                    cache_salt=None,
+                    extra_key=None,
+                    next_seq=1,
+                    expires_in_s=None if wanted.session is not None else expires_in_s,
+                )
+                name = found.name or uid
+            else:
+                parent, history = self._to_branch(connection, before.name, None)
+                head = None if found.tip is None else found.tip.head_entry
+                # Where its transcript cannot be shared, its pages are: they are found by their content.
+                branch = branches.START
+                if head is not None:
+                    with suppress(EntryNotFound, NotABranchPoint):
+                        branch = branches.branch_at(connection, parent, history, head)
+                name = self._fork(connection, parent, branch, expires_in_s=expires_in_s).id
+                found = replace(found, origin=Origin.BRANCH)
+            return self._begin(connection, self._rows.lock(connection, name), found, wanted, lease_ttl_s)
+
+    def _begin(self, connection: Connection, before: Any, found: Found, wanted: Wanted, lease_ttl_s: float) -> Begun:
+        resumed = self._take(connection, before, lease_ttl_s, 0)
+        if wanted.results and before.open_calls:
+            history = History.of(connection, before)
+            asked = {result.call_id for result in wanted.results if result.call_id}
+            known = toolcalls.known(connection, before.id, history, asked)
+            new = [
+                result
+                for result in wanted.results
+                if (call := known.get(result.call_id or "")) is not None and call.state in toolcalls.OPEN
+            ]
+            if new:
+                self._rows.append(connection, before, new, before.time_us)
+        return Begun(resumed, found.origin, found.messages)
+
+    def end(
+        self,
+        session_id: str,
+        key: LeaseKey,
+        conversation: Conversation | None,
+        new: Sequence[NewEntry],
+        *,
+        expires_in_s: float | None,
+    ) -> Suspended:
+        """End the turn of a gateway's request: append ``new``, without tool calls that are known already, note where
+        its conversation stands, and release the lease. Raises LeaseLost, InvalidEntry."""
+        if new:
+            transcript.check(new)
+        with self._database.write() as connection:
+            before = self._rows.lock(connection, session_id)
+            if new:
+                time_us = leases.require(connection, before.id, key, before.revision)
+                calls = {entry.call_id for entry in new if entry.kind is EntryKind.TOOL_CALL and entry.call_id}
+                known = toolcalls.known(connection, before.id, History.of(connection, before), calls) if calls else {}
+                fresh = [entry for entry in new if entry.kind is not EntryKind.TOOL_CALL or entry.call_id not in known]
+                if fresh:
+                    self._rows.append(connection, before, fresh, time_us)
+                    before = self._rows.lock(connection, session_id)
+            reason = SuspendReason.TOOL_WAIT if before.open_calls else SuspendReason.USER_WAIT
+            suspended = self._release(connection, before, key, reason, expires_in_s)
+            if conversation is not None:
+                conversations.remember(connection, self._tenant, before.id, conversation, before.head_entry)
+            return suspended
+
+    def salt(self) -> str | None:
+        """The salt of requests of this tenant that belong to no session."""
+        with self._database.write() as connection:  # the first to ask makes the secret
+            return salts.salt(secret.read(connection), salts.scope_of(connection, self._tenant), None)
+
+    def _take(
+        self, connection: Connection, before: Any, lease_ttl_s: float, tail: int, token: str | None = None
+    ) -> Resumed:
+        """Begin a turn of the session whose locked row is ``before``. Raises SessionBusy, having changed nothing."""
+        history = History.of(connection, before)
+        stored = rows.stored(connection, before, history)
+        live = engines.live(connection, self._engine_timeout_s)
+        server = choose(before.model, stored, live)
+        lease = leases.take(
+            connection,
+            before.id,
+            lease_ttl_s,
+            before.revision,
+            token=token,
+            engine=server.base_url if server else None,
+        )
+        if before.status == SessionStatus.RUNNING:  # its lease was not released: it lapsed
+            toolcalls.abandon(connection, before.id)
+        session = rows.change(connection, before.id, status=SessionStatus.RUNNING)
+        installation = secret.read(connection)
+        engine_session = before.id
+        if server is None or server.takes_tokens:
+            account = before.kv_scope or salts.scope_of_tenant(before.tenant)
+            turn = Turn(before.id, lease.key.epoch, account)
+            engine_session = turns.sign(turns.signing_key(installation), turn)
+        return Resumed(
+            session=session,
+            lease=lease,
+            tail=transcript.tail(connection, before.name, history, tail),
+            pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
+            engine=server,
+            kv=outlook(session.model, stored, server, live),
+            cache_salt=salts.salt(installation, before.kv_scope, session.cache_salt),
+            engine_session=engine_session,
+        )
+
+    def _release(
+        self,
+        connection: Connection,
+        before: Any,
+        key: LeaseKey,
+        reason: SuspendReason,
+        expires_in_s: float | None,
+        release_kv: bool = False,
+    ) -> Suspended:
+        """End the turn of the session whose locked row is ``before``."""
+        engine = leases.release(connection, before.id, key, before.revision)
+        running = toolcalls.in_flight(connection, before.id) if reason is SuspendReason.DONE else []
+        if running:
+            raise ToolInFlight(
+                f"session {before.name} waits for tool calls {', '.join(running)}: append their results first, "
+                "or suspend with reason tool_wait",
+                revision=before.revision,
+            )
+        expiry = {} if expires_in_s is None else {"expires_us": rows.from_now(expires_in_s)}
+        session = rows.change(connection, before.id, status=SessionStatus.SUSPENDED, **expiry)
+        live = engines.live(connection, self._engine_timeout_s)
+        if engine is not None:
+            server = named(engine, live)
+        else:
+            server = choose(session.model, rows.stored(connection, before, History.of(connection, before)), live)
+        if release_kv:
+            manifests.give_up(connection, before.id)
+        return Suspended(
+            session=session,
+            pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
+            ranks=list(server.ranks) if server else [],
+        )
 
     def pages(self, session_id: str) -> PagesOfSession:
         """The engine that runs the session, or that it would be resumed on, and which pages each rank stores of it.
@@ -357,29 +477,40 @@ class Sessions:
         NotABranchPoint where a tool call would be cut off from its result.
         """
         transcript.check_metadata(metadata or {})
-        uid = ids.new("ses")
         with self._database.write() as connection:
             parent, history = self._to_branch(connection, session_id, revision)
             branch = branches.branch_at(connection, parent, history, at)
-            session = self._rows.make(
-                connection,
-                id=uid,
-                name=uid if fork_id is None else ids.check(fork_id),
-                model=parent.model,
-                metadata=parent._mapping["metadata"] if metadata is None else metadata,
-                cache_salt=parent.cache_salt,
-                extra_key=parent.extra_key,
-                head_entry=branch.head_id,
-                next_seq=branch.next_seq,
-                own_seq=branch.next_seq,
-                open_calls=branch.open_calls,
-                branched=True,
-                expires_in_s=expires_in_s,
-            )
-            branch.history.store(connection, uid)
-            if branch.open_calls:
-                toolcalls.copy_open(connection, parent.id, uid)
-            return session
+            return self._fork(connection, parent, branch, fork_id, metadata, expires_in_s)
+
+    def _fork(
+        self,
+        connection: Connection,
+        parent: Any,
+        branch: Branch,
+        fork_id: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        expires_in_s: float | None = None,
+    ) -> Session:
+        uid = ids.new("ses")
+        session = self._rows.make(
+            connection,
+            id=uid,
+            name=uid if fork_id is None else ids.check(fork_id),
+            model=parent.model,
+            metadata=parent._mapping["metadata"] if metadata is None else metadata,
+            cache_salt=parent.cache_salt,
+            extra_key=parent.extra_key,
+            head_entry=branch.head_id,
+            next_seq=branch.next_seq,
+            own_seq=branch.next_seq,
+            open_calls=branch.open_calls,
+            branched=True,
+            expires_in_s=expires_in_s,
+        )
+        branch.history.store(connection, uid)
+        if branch.open_calls:
+            toolcalls.copy_open(connection, parent.id, uid)
+        return session
 
     def rewind(self, session_id: str, revision: Seen, *, at: str | None, key: LeaseKey | None = None) -> Session:
         """Make the entry ``at`` the head again, or with None go back to before the first entry. The entries after it

@@ -218,6 +218,24 @@ leases = Table(
     Index("ix_leases_expiry", "expires_us"),
 )
 
+# Where the conversations of gateways' clients stand: see `agentstate.sessions.conversations`.
+conversation_tips = Table(
+    "conversation_tips",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),  # grows with time
+    Column("tenant", Text, nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.id", ondelete="CASCADE"), nullable=False),
+    Column("digest", LargeBinary, nullable=False),  # of all messages up to and with the answer
+    Column("pair", LargeBinary),  # of the last two
+    Column("system", LargeBinary, nullable=False),  # of the system messages at the beginning
+    Column("messages", Integer, nullable=False),
+    Column("head_entry", Text),  # the session's head after that turn
+    Column("created_us", BigInteger, nullable=False),
+    Index("ix_conversation_tips_digest", "tenant", "digest"),
+    Index("ix_conversation_tips_pair", "tenant", "pair", **_only_where("pair IS NOT NULL")),
+    Index("ix_conversation_tips_session", "session_id", "id"),
+)
+
 manifests = Table(
     "manifests",
     metadata,

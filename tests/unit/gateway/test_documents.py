@@ -30,7 +30,7 @@ def test_what_is_no_json_that_everybody_reads_is_refused(text: str | bytes) -> N
             documents.loads(text.encode())
 
 
-@pytest.mark.parametrize("value", [float("nan"), "\ud83d", {1: object()}], ids=["nan", "surrogate", "object"])
+@pytest.mark.parametrize("value", ["\ud83d", {1: object()}], ids=["surrogate", "object"])
 def test_what_json_cannot_say_is_refused(value: object) -> None:
     with pytest.raises(ValueError):
         documents.dumps(value)

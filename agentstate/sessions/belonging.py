@@ -1,0 +1,138 @@
+"""Which session a gateway's request belongs to: what its client named, what the client's program names, or else the one
+whose conversation it goes on with.
+
+What a client names is an order: it gets that session, or an error. What a program names, or messages tell, is a guess
+that must not cost the client anything: where it does not fit, the request gets a session of its own, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from agentstate import ids
+from agentstate.errors import ModelMismatch, SessionExpired, SessionNotFound
+from agentstate.sessions import conversations
+from agentstate.sessions.conversations import Conversation, Tip
+from agentstate.sessions.outcomes import Resumed
+from agentstate.sessions.rows import Rows
+from agentstate.sessions.transcript import NewEntry
+
+
+class Origin(StrEnum):
+    """How a request came to its session."""
+
+    NAMED = "named"  # by its client
+    HARNESS = "harness"  # by the program that its client is
+    CONTINUED = "continued"  # it goes on from where the session stands
+    COMPACTED = "compacted"  # it does so, with less before
+    BRANCH = "branch"  # it left the session's way, or somebody else ran the session
+    NEW = "new"
+    NONE = "none"  # it has none
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request says of its session: the id that its client names, or its ``harness``, if any; and its
+    ``conversation``, if that may tell. ``results`` are the results of tool calls that it brings. ``metadata`` is for a
+    session that has to be made."""
+
+    model: str
+    session: str | None = None
+    harness: str | None = None
+    conversation: Conversation | None = None
+    results: Sequence[NewEntry] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The turn of a request; ``resumed`` is None if it has no session, which knows the first ``messages`` messages of
+    the request already."""
+
+    resumed: Resumed | None
+    origin: Origin
+    messages: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """``row`` is the locked row of the session, None if it has to be made, as ``name`` if that is given. ``tip`` is
+    where the request goes on from, if its messages are known."""
+
+    origin: Origin
+    row: Any = None
+    name: str | None = None
+    tip: Tip | None = None
+
+    @property
+    def messages(self) -> int:
+        return 0 if self.tip is None else self.tip.messages
+
+
+def find(connection: Connection, rows: Rows, wanted: Wanted) -> Found:
+    """Raises, of a session that the client names, ModelMismatch, SessionExpired and InvalidId."""
+    if wanted.session is not None:
+        return _named(connection, rows, wanted, ids.check(wanted.session))
+    if wanted.harness is not None:
+        return _of_harness(connection, rows, wanted, wanted.harness)
+    return _of_messages(connection, rows, wanted)
+
+
+def _named(connection: Connection, rows: Rows, wanted: Wanted, name: str) -> Found:
+    try:
+        row = rows.lock(connection, name)
+    except SessionNotFound:
+        return Found(Origin.NAMED, name=name)
+    if row.model != wanted.model:
+        raise ModelMismatch(
+            f"session {name} runs {row.model!r}, the request is for {wanted.model!r}", revision=row.revision
+        )
+    return Found(Origin.NAMED, row, tip=_tip_of(connection, rows, wanted, row))
+
+
+def _of_harness(connection: Connection, rows: Rows, wanted: Wanted, name: str) -> Found:
+    """A program uses one id for an agent's turns and for what it asks beside them: a title, a summary. Those have
+    another system prompt, and do not go on with what was said."""
+    try:
+        row = rows.lock(connection, name)
+    except SessionNotFound:
+        return Found(Origin.HARNESS, name=name)
+    except SessionExpired:
+        return Found(Origin.NONE)
+    if row.model != wanted.model:
+        return Found(Origin.NONE)
+    tip = _tip_of(connection, rows, wanted, row)
+    if tip is None and wanted.conversation is not None:
+        system = conversations.known_system(connection, row.id)
+        if system is not None and system != wanted.conversation.system:
+            return Found(Origin.NONE)
+    return Found(Origin.HARNESS, row, tip=tip)
+
+
+def _of_messages(connection: Connection, rows: Rows, wanted: Wanted) -> Found:
+    if wanted.conversation is None:
+        return Found(Origin.NONE)
+    for tip in conversations.find(connection, rows.tenant, wanted.conversation):
+        if tip.model != wanted.model:
+            continue
+        try:
+            row = rows.lock(connection, tip.session)
+        except (SessionNotFound, SessionExpired):
+            continue
+        # Somebody may have gone on from there until the row was locked.
+        if conversations.newest(connection, row.id) == tip.id:
+            return Found(Origin.COMPACTED if tip.compacted else Origin.CONTINUED, row, tip=tip)
+        if not tip.compacted:
+            return Found(Origin.BRANCH, row, tip=tip)
+    return Found(Origin.NEW)
+
+
+def _tip_of(connection: Connection, rows: Rows, wanted: Wanted, row: Any) -> Tip | None:
+    if wanted.conversation is None:
+        return None
+    return next(conversations.find(connection, rows.tenant, wanted.conversation, of_session=row.id), None)

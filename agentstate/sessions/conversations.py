@@ -1,0 +1,198 @@
+"""Which session a conversation belongs to, where its client does not say: its messages tell.
+
+A request of a conversation carries all of its messages. After each turn its session remembers a *tip*: a digest of all
+messages up to and with the answer. A request that begins with the messages of a tip goes on from there. A client that
+compacts its conversation keeps the last messages as they are, so a tip also has a digest of its last two. Finding a
+session takes one query of a bounded size, however long the conversation.
+
+An older tip of a session is a way that the conversation has left: who returns to it begins a branch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from agentstate.sql.database import now_us
+from agentstate.sql.models import conversation_tips as table
+from agentstate.sql.models import sessions
+
+DIGEST_BYTES = 16
+LOOKED_UP = 16  # answers of a request, the newest
+CANDIDATES = 32
+KEPT = 64  # tips of a session
+# Two messages with fewer characters say nothing of where they come from: "hi" and its answer.
+TELLING_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class Said:
+    """One message: the digest of its content, of ``DIGEST_BYTES``, and how many characters it has."""
+
+    role: str
+    digest: bytes
+    size: int
+
+
+class Conversation:
+    """The messages of one request, or of a request and its answer. Roles are ``system``, ``user``, ``assistant`` and
+    ``tool``."""
+
+    def __init__(self, messages: Sequence[Said]):
+        self._messages = messages
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def with_answer(self, answer: Sequence[Said]) -> Conversation:
+        return Conversation([*self._messages, *answer])
+
+    @property
+    def system(self) -> bytes:
+        """A digest of the system messages that it begins with."""
+        digest = _hash()
+        for message in self._messages:
+            if message.role != "system":
+                break
+            digest.update(message.digest)
+        return digest.digest()
+
+    def whole(self) -> bytes:
+        """The digest of all its messages."""
+        digest = _hash()
+        for message in self._messages:
+            digest.update(message.digest)
+        return digest.digest()
+
+    def prefixes(self) -> dict[bytes, int]:
+        """Digests of what it has up to each of its last answers, with the number of messages that is."""
+        ends = set(self._ends()[-LOOKED_UP:])
+        digest, found = _hash(), {}
+        for number, message in enumerate(self._messages, 1):
+            digest.update(message.digest)
+            if number in ends:
+                found[digest.copy().digest()] = number
+        return found
+
+    def pairs(self) -> dict[bytes, int]:
+        """Digests of each of its last answers with the message before, where these are long enough to tell anything."""
+        return {pair: end for end in self._ends()[-LOOKED_UP:] if (pair := self._pair(end)) is not None}
+
+    def last_pair(self) -> bytes | None:
+        return self._pair(len(self._messages))
+
+    def _pair(self, end: int) -> bytes | None:
+        pair = self._messages[max(0, end - 2) : end]
+        if len(pair) < 2 or sum(message.size for message in pair) < TELLING_CHARACTERS:
+            return None
+        digest = _hash()
+        for message in pair:
+            digest.update(message.digest)
+        return digest.digest()
+
+    def _ends(self) -> list[int]:
+        """After how many messages each answer ends; one answer may be several messages."""
+        roles = [message.role for message in self._messages]
+        return [
+            number
+            for number, (role, following) in enumerate(zip(roles, [*roles[1:], ""], strict=True), 1)
+            if role == "assistant" != following
+        ]
+
+
+@dataclass(frozen=True)
+class Tip:
+    """Where a request goes on from: after ``messages`` of its messages, in the session called ``session``, whose head
+    was ``head_entry`` then. ``newest`` if that session has not gone on since; ``compacted`` if only the last messages
+    are the same."""
+
+    id: int
+    session: str
+    model: str
+    messages: int
+    head_entry: str | None
+    newest: bool
+    compacted: bool
+
+
+def find(
+    connection: Connection, tenant: str, conversation: Conversation, *, of_session: str | None = None
+) -> Iterator[Tip]:
+    """The tips that a request may go on from, the best first: the longest beginning, then the newest. Only those of the
+    session with the uid ``of_session``, if that is given."""
+    prefixes, pairs = conversation.prefixes(), conversation.pairs()
+    if not prefixes:
+        return
+    later = table.alias("later")
+    last = sa.select(sa.func.max(later.c.id)).where(later.c.session_id == table.c.session_id).scalar_subquery()
+    matches = (table.c.tenant == tenant) & (
+        table.c.digest.in_(prefixes) | (table.c.pair.in_(pairs) if pairs else sa.false())
+    )
+    if of_session is not None:
+        matches &= table.c.session_id == of_session
+    rows = connection.execute(
+        sa.select(table, sessions.c.name, sessions.c.model, (table.c.id == last).label("newest"))
+        .join(sessions, sessions.c.id == table.c.session_id)
+        .where(
+            matches,
+            sessions.c.deleted_us.is_(None),
+            sa.or_(sessions.c.expires_us.is_(None), sessions.c.expires_us > now_us()),
+        )
+        .order_by(table.c.id.desc())
+        .limit(CANDIDATES)
+    ).all()
+    found = []
+    for row in rows:
+        compacted = row.digest not in prefixes
+        messages = pairs[row.pair] if compacted else prefixes[row.digest]
+        # Who keeps the last messages only, and not those of the session's end, has not compacted it.
+        if not compacted or row.newest:
+            found.append(Tip(row.id, row.name, row.model, messages, row.head_entry, bool(row.newest), compacted))
+    yield from sorted(found, key=lambda tip: (tip.compacted, -tip.messages))
+
+
+def newest(connection: Connection, session_uid: str) -> int | None:
+    """The id of the tip that a session stands at."""
+    return connection.execute(sa.select(sa.func.max(table.c.id)).where(table.c.session_id == session_uid)).scalar()
+
+
+def known_system(connection: Connection, session_uid: str) -> bytes | None:
+    """The digest of the system messages of a session's last turn; None if it had none."""
+    return connection.execute(
+        sa.select(table.c.system).where(table.c.session_id == session_uid).order_by(table.c.id.desc()).limit(1)
+    ).scalar()
+
+
+def remember(
+    connection: Connection, tenant: str, session_uid: str, conversation: Conversation, head_entry: str | None
+) -> None:
+    """Note that a turn of the session has ended with ``conversation``."""
+    connection.execute(
+        sa.insert(table).values(
+            tenant=tenant,
+            session_id=session_uid,
+            digest=conversation.whole(),
+            pair=conversation.last_pair(),
+            system=conversation.system,
+            messages=len(conversation),
+            head_entry=head_entry,
+            created_us=now_us(),
+        )
+    )
+    oldest = (
+        sa.select(table.c.id)
+        .where(table.c.session_id == session_uid)
+        .order_by(table.c.id.desc())
+        .offset(KEPT - 1)
+        .limit(1)
+        .scalar_subquery()
+    )
+    connection.execute(sa.delete(table).where(table.c.session_id == session_uid, table.c.id < oldest))
+
+
+def _hash() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=DIGEST_BYTES)

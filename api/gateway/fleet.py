@@ -1,0 +1,96 @@
+"""The engines that requests can go to, without asking SQL for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.concurrency import run_in_threadpool
+
+from agentstate.errors import DatabaseError
+from agentstate.fleet import engines
+from agentstate.fleet.placement import Server, servers
+from agentstate.sql.database import Database
+from api.gateway.errors import Refusal
+
+FRESH_S = 1.0
+# How long what was known is used while SQL does not answer.
+REMEMBERED_S = 3600.0
+
+
+class Fleet:
+    """Used on one event loop. An engine is live while its heartbeat is at most ``engine_timeout_s`` old. Engines of an
+    earlier release, which do not know a gateway's headers, are left out."""
+
+    def __init__(self, database: Database, engine_timeout_s: float):
+        self._database = database
+        self._engine_timeout_s = engine_timeout_s
+        self._known: list[Server] = []
+        self._read_s = self._tried_s = float("-inf")
+        self._reading = asyncio.Lock()
+        self._running: Counter[str] = Counter()
+
+    async def live(self) -> list[Server]:
+        """Raises DatabaseError if SQL has not answered for an hour."""
+        if time.monotonic() - self._tried_s > FRESH_S:
+            async with self._reading:
+                if time.monotonic() - self._tried_s > FRESH_S:
+                    await self._read()
+        return self._known
+
+    async def serving(self, model: str | None) -> Server:
+        """The engine with the fewest requests of this gateway, of those that serve ``model``: without one, whatever all
+        of them serve. Raises Refusal, DatabaseError."""
+        live = await self.live()
+        models = sorted({server.model for server in live})
+        if not live:
+            raise Refusal(503, "no_engine", "no engine is live: start one, or try again", retryable=True)
+        if model is None:
+            if len(models) > 1:
+                raise Refusal(400, "model_missing", f"name a model: {', '.join(models)}", "model")
+            model = models[0]
+        # SGLang takes an adapter as MODEL:ADAPTER.
+        wanted = {model, model.rpartition(":")[0]}
+        found = [server for server in live if server.model in wanted]
+        if not found:
+            raise Refusal(
+                404, "model_not_found", f"no live engine serves {model!r}, only {', '.join(map(repr, models))}", "model"
+            )
+        return min(found, key=lambda server: self._running[server.base_url])
+
+    def forget(self) -> None:
+        """Ask SQL again with the next request."""
+        self._tried_s = float("-inf")
+
+    def running(self, base_url: str) -> int:
+        """How many requests this gateway has at an engine."""
+        return self._running[base_url]
+
+    @contextmanager
+    def counted(self, base_url: str) -> Iterator[None]:
+        """Counts a request at an engine."""
+        self._running[base_url] += 1
+        try:
+            yield
+        finally:
+            self._running[base_url] -= 1
+            if not self._running[base_url]:
+                del self._running[base_url]
+
+    async def _read(self) -> None:
+        try:
+            found = await run_in_threadpool(self._look_up)
+        except DatabaseError:
+            if time.monotonic() - self._read_s > REMEMBERED_S:
+                raise
+            self._tried_s = time.monotonic()
+            return
+        self._known = [server for server in found if server.takes_tokens]
+        self._read_s = self._tried_s = time.monotonic()
+
+    def _look_up(self) -> list[Server]:
+        with self._database.read() as connection:
+            return servers(engines.live(connection, self._engine_timeout_s))

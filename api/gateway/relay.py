@@ -1,0 +1,290 @@
+"""A request on its way to an engine, and the answer on its way back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from agentstate.errors import AgentStateError
+from agentstate.sessions.belonging import Wanted
+from agentstate.sessions.conversations import Conversation, Said
+from agentstate.sessions.transcript import NewEntry
+from agentstate.sql.models import EntryKind
+from api.gateway import documents, harnesses
+from api.gateway.dialects import Dialect
+from api.gateway.errors import Refusal, refusal, reshaped
+from api.gateway.exchange import JSON, Exchange
+from api.gateway.heard import Call, Message
+from api.gateway.recording import Answer, Stream
+from api.gateway.turns import Turn
+from api.gateway.upstream import HOP_BY_HOP
+from api.gateway.upstream import Answer as Answered
+
+if TYPE_CHECKING:
+    from api.gateway.app import Gateway
+
+logger = logging.getLogger(__name__)
+
+# The gateway's own, or the engine connection's: what a client sends of them is not passed on.
+OWN_HEADERS = HOP_BY_HOP | {
+    b"accept-encoding",
+    b"authorization",
+    b"content-encoding",
+    b"content-length",
+    b"cookie",
+    b"expect",
+    b"host",
+    b"origin",
+    b"x-api-key",
+}
+SSE_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+# The head of a tool's command, kept where the transcript is not.
+COMMAND_CHARACTERS = 80
+
+
+class Passage:
+    """A request of no session, whose answer is passed on."""
+
+    def __init__(self, gateway: Gateway, exchange: Exchange, path: str):
+        self.gateway = gateway
+        self.exchange = exchange
+        self.path = path
+        self.raw = b""
+        self.body: dict[str, Any] = {}
+        self.request_id = ""
+
+    async def run(self) -> None:
+        exchange = self.exchange
+        self.raw, self.body = await exchange.document(self.gateway.settings.gateway_body_bytes)
+        if harnesses.sanitize(self.body):
+            self.raw = documents.dumps(self.body)
+        await exchange.while_there(self.work())
+
+    async def work(self) -> None:
+        server = await self.gateway.fleet.serving(self.model)
+        turn = await self.gateway.turns.without(self.exchange.tenant)
+        with self.gateway.fleet.counted(server.base_url):
+            headers = [*self.passed_on(), *turn.handover(_request_id("req-")).headers()]
+            async with self.gateway.upstream.ask(server.base_url, self.path, self.raw, headers) as answer:
+                await self.pass_whole(answer, self.told(turn))
+
+    @property
+    def model(self) -> str | None:
+        model = self.body.get("model")
+        if model is not None and not isinstance(model, str):
+            raise Refusal(400, "invalid_model", "the model is not a string", "model")
+        return model or None
+
+    async def pass_whole(self, answer: Answered, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+        """Pass on an answer in one piece; an error in the form that the client reads. Returns it."""
+        body = await answer.body()
+        content_type = (b"content-type", answer.content_type.encode("latin-1"))
+        if answer.status >= 400:
+            body, content_type = reshaped(answer.status, body, self.exchange.anthropic), JSON
+        retry = [(b"retry-after", answer.retry_after.encode("latin-1"))] if answer.retry_after else []
+        await self.exchange.answer(answer.status, body, [content_type, *retry, *headers])
+        return body
+
+    def passed_on(self) -> Iterator[tuple[bytes, bytes]]:
+        """The client's headers that the engine gets."""
+        for name, value in self.exchange.headers.items():
+            own = name in OWN_HEADERS or name.startswith(b"x-agentstate-")
+            if not own and not harnesses.RESERVED.header(name):
+                yield name, value
+
+    def told(self, turn: Turn) -> list[tuple[bytes, bytes]]:
+        """What the client learns of its session."""
+        headers = []
+        if turn.session is not None:
+            headers.append((b"x-agentstate-session", _header(turn.session)))
+        if (kv := turn.kv) is not None:
+            headers.append((b"x-agentstate-kv", f"{kv.state}; tokens={kv.tokens}".encode()))
+        if turn.degraded:
+            headers.append((b"x-agentstate-degraded", b"database"))
+        return headers
+
+
+class Relay(Passage):
+    """A request of a conversation: it is a turn of a session."""
+
+    def __init__(self, gateway: Gateway, exchange: Exchange, path: str, dialect: Dialect):
+        super().__init__(gateway, exchange, path)
+        self.dialect = dialect
+        self.messages: list[Message] = []
+        self.store = False
+
+    async def run(self) -> None:
+        exchange = self.exchange
+        settings = self.gateway.settings
+        self.raw, self.body = await exchange.document(settings.gateway_body_bytes)
+        self.identity = harnesses.identify(exchange.headers, self.body)
+        changed = harnesses.sanitize(self.body)
+        if settings.gateway_strip and harnesses.strip_volatile(self.body):
+            changed = True
+        try:
+            self.messages = self.dialect.messages(self.body)
+        except ValueError as error:
+            raise Refusal(400, "invalid_request", str(error)) from None
+        if changed:
+            self.raw = documents.dumps(self.body)
+        self.store = settings.gateway_store
+        self.request_id = _request_id(self.dialect.id_prefix)
+        await exchange.while_there(self.work())
+
+    async def work(self) -> None:
+        gateway = self.gateway
+        server = await gateway.fleet.serving(self.model)
+        wanted = self.wanted(server.model)
+        turn = await gateway.turns.begin(self.exchange.tenant, wanted, gateway.settings.gateway_wait_s)
+        try:
+            base_url = turn.base_url or server.base_url
+            headers = [*self.passed_on(), *turn.handover(self.request_id).headers()]
+            with gateway.fleet.counted(base_url), self.ending(base_url):
+                async with gateway.upstream.ask(base_url, self.path, self.raw, headers) as answer:
+                    if answer.status == 200 and answer.streams:
+                        await self.stream(answer, turn)
+                    else:
+                        await self.whole(answer, turn)
+        finally:
+            turn.end_later()
+
+    def wanted(self, model: str) -> Wanted:
+        identity, guesses = self.identity, self.gateway.settings.gateway_guess
+        conversation = self.conversation() if self.messages else None
+        harness = identity.harness if guesses and identity.kind == "turn" else None
+        told = identity.session is not None or harness is not None
+        return Wanted(
+            model=model,
+            session=identity.session,
+            harness=harness,
+            conversation=conversation if told or (guesses and identity.harness is None) else None,
+            results=[_result(message, self.store) for message in self.messages if message.result_of],
+            metadata={} if identity.harness is None else {"harness": identity.harness},
+        )
+
+    def conversation(self, answer: Iterable[Message] = ()) -> Conversation:
+        return Conversation([Said(said.role, said.digest, said.size) for said in (*self.messages, *answer)])
+
+    async def stream(self, answered: Answered, turn: Turn) -> None:
+        recorder = self.dialect.stream()
+        content_type = (b"content-type", answered.content_type.encode("latin-1"))
+        await self.exchange.start(200, [content_type, *SSE_HEADERS, *self.told(turn)])
+        try:
+            await self.pass_stream(answered, turn, recorder)
+        finally:
+            # A client may leave as soon as it has seen the end.
+            if recorder.done and not self.store:
+                turn.end_later(*self.kept(turn, recorder.end()))
+
+    async def pass_stream(self, answered: Answered, turn: Turn, recorder: Stream) -> None:
+        """Pass a stream on as its events come. Where the transcript is kept, the end is held back until that is."""
+        held = b""
+        broken: Refusal | None = None
+        try:
+            async for chunk in answered.chunks():
+                recorder.feed(chunk)
+                held += chunk
+                # A client could not use a part of an event, and an error could not follow it.
+                if not (self.store and recorder.done) and (end := _end_of_events(held)):
+                    await self.exchange.send(held[:end])
+                    held = held[end:]
+        except Refusal as refused:
+            broken = refused
+        answer = recorder.end()
+        if broken is None and not answer.whole:
+            broken = Refusal(502, "engine_broke_off", "the engine ended its stream before the answer", retryable=True)
+        if broken is None and self.store:
+            try:
+                await turn.end(*self.kept(turn, answer))
+            except AgentStateError as error:
+                broken = refusal(error)
+        if broken is not None:
+            logger.warning("a stream of %s ends with an error: %s", self.path, broken.message)
+            held = broken.event(self.exchange.anthropic) + self.dialect.end_of_stream
+        await self.exchange.send(held, last=True)
+
+    async def whole(self, answered: Answered, turn: Turn) -> None:
+        """Pass on an answer in one piece, or an error."""
+        if answered.status != 200:
+            await self.pass_whole(answered, self.told(turn))
+            return
+        body = await answered.body()
+        recorder = self.dialect.recorder(stream=False)
+        recorder.feed(body)
+        answer = recorder.end()
+        if not answer.whole:
+            raise Refusal(502, "engine_broke_off", "the engine's answer is not whole", retryable=True)
+        if self.store:
+            await turn.end(*self.kept(turn, answer))
+        else:
+            turn.end_later(*self.kept(turn, answer))
+        content_type = (b"content-type", answered.content_type.encode("latin-1"))
+        await self.exchange.answer(200, body, [content_type, *self.told(turn)])
+
+    def kept(self, turn: Turn, answer: Answer) -> tuple[Conversation | None, list[NewEntry]]:
+        """What the session keeps of the turn: where its conversation stands, and entries."""
+        if not answer.messages:
+            return None, []
+        new: list[NewEntry] = []
+        if self.store:
+            new += [_message(said) for said in self.messages[turn.begun.messages :] if said.result_of is None]
+            new += [_message(said) for said in answer.messages]
+        new += [_call(call, self.store) for said in answer.messages for call in said.calls]
+        return self.conversation(answer.messages), new
+
+    @contextmanager
+    def ending(self, base_url: str) -> Iterator[None]:
+        """If this is cancelled, the engine is told: it does not always notice."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.body.get("stream"):
+                self.gateway.abort(base_url, self.request_id)
+            raise
+
+
+def _request_id(prefix: str) -> str:
+    """Ids have one length: SGLang ends all requests whose ids begin with the one it is told to end."""
+    return prefix + secrets.token_hex(16)
+
+
+def _end_of_events(data: bytes) -> int:
+    """After how many bytes the last whole event of ``data`` ends."""
+    ends = [at + len(blank) for blank in (b"\n\n", b"\r\n\r\n") if (at := data.rfind(blank)) >= 0]
+    return max(ends, default=0)
+
+
+def _message(said: Message) -> NewEntry:
+    return NewEntry(EntryKind.MESSAGE, said.item)
+
+
+def _call(call: Call, whole: bool) -> NewEntry:
+    arguments = call.arguments if whole else _command(call.arguments)
+    return NewEntry(EntryKind.TOOL_CALL, {"name": call.name or "?", "arguments": arguments}, call.id)
+
+
+def _result(said: Message, whole: bool) -> NewEntry:
+    outcome = "error" if said.failed else "output"
+    return NewEntry(EntryKind.TOOL_RESULT, {outcome: said.item if whole else None}, said.result_of)
+
+
+def _command(arguments: str) -> str | None:
+    """The head of the command in a tool's arguments, if it has one."""
+    try:
+        given = documents.loads(arguments.encode())
+    except ValueError:
+        return None
+    command = given.get("command", given.get("cmd")) if isinstance(given, Mapping) else None
+    if isinstance(command, list):
+        command = " ".join(map(str, command))
+    return command[:COMMAND_CHARACTERS] if isinstance(command, str) else None
+
+
+def _header(value: str) -> bytes:
+    """A session's id in a header: percent-encoded where it is not plain."""
+    return quote(value, safe="!#$&'*+-./:=?@^_`|~ ()[]{},;<>").encode()

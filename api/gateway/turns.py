@@ -1,0 +1,221 @@
+"""The turn of a request: its lease is taken before the engine is asked, renewed while it answers, and released
+afterwards, in the background, with whatever the session is to keep of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from agentstate.errors import AgentStateError, DatabaseError, EngineError, SessionBusy
+from agentstate.fleet.handover import Handover
+from agentstate.fleet.manifests import KvState
+from agentstate.fleet.operations import Kind, Question
+from agentstate.fleet.placement import KvOutlook
+from agentstate.sessions.belonging import Begun, Origin, Wanted
+from agentstate.sessions.conversations import Conversation
+from agentstate.sessions.tenants import Tenant
+from agentstate.sessions.transcript import NewEntry
+from api.gateway.fleet import REMEMBERED_S
+from api.service import Service
+
+logger = logging.getLogger(__name__)
+
+RENEWALS_PER_TTL = 3
+SALT_S = 5.0  # as long as an API key is trusted without asking again
+# How long an engine is asked whether a turn's KV is durable. No client waits for the answer.
+FLUSH_MS = 1000
+# How often an end that SQL does not answer is tried again, each time after twice as long as before.
+RETRIES = 6
+FIRST_RETRY_S = 0.5
+
+
+class Turn:
+    """A request's part in its session, which may be none: then there is only a salt."""
+
+    def __init__(self, turns: Turns, tenant: Tenant, begun: Begun, salt: str | None, degraded: bool):
+        self.begun = begun
+        self.degraded = degraded
+        self._turns = turns
+        self._tenant = tenant
+        self._salt = salt
+        self._renewing = None if begun.resumed is None else asyncio.create_task(self._renew())
+        self._ended = self._ending = False
+
+    @property
+    def session(self) -> str | None:
+        return None if self.begun.resumed is None else self.begun.resumed.session.id
+
+    @property
+    def base_url(self) -> str | None:
+        """The engine that has most of the session's pages; None if any will do."""
+        resumed = self.begun.resumed
+        return None if resumed is None or resumed.engine is None else resumed.engine.base_url
+
+    @property
+    def kv(self) -> KvOutlook | None:
+        return None if self.begun.resumed is None else self.begun.resumed.kv
+
+    def handover(self, request_id: str) -> Handover:
+        resumed = self.begun.resumed
+        if resumed is None:
+            return Handover(None, self._salt, None, request_id)
+        return Handover(resumed.engine_session, resumed.cache_salt, resumed.session.extra_key, request_id)
+
+    async def end(self, conversation: Conversation | None = None, new: Sequence[NewEntry] = ()) -> None:
+        """End the turn; the session keeps ``new`` and where its ``conversation`` stands. Once only: a second call does
+        nothing. Raises AgentStateError if they are not kept."""
+        self._ending = True
+        if self._ended or self.begun.resumed is None:
+            return
+        await self._turns.end(self._tenant, self.begun, conversation, new)
+        self._ended = True
+        if self._renewing is not None:
+            self._renewing.cancel()
+
+    def end_later(self, conversation: Conversation | None = None, new: Sequence[NewEntry] = ()) -> None:
+        """`end` in the background, where nobody waits for it."""
+        if not self._ending and self.begun.resumed is not None:
+            self._ending = True
+            self._turns.later(self, conversation, new)
+
+    async def _renew(self) -> None:
+        resumed = self.begun.resumed
+        assert resumed is not None
+        sessions = self._turns.service.sessions.of(self._tenant.id)
+        ttl_s = self._turns.service.settings.lease_ttl_s
+        while True:
+            await asyncio.sleep(ttl_s / RENEWALS_PER_TTL)
+            try:
+                await run_in_threadpool(sessions.renew, resumed.session.id, resumed.lease.key, lease_ttl_s=ttl_s)
+            except DatabaseError as error:
+                logger.warning("the lease of session %s is not renewed for now: %s", resumed.session.id, error)
+            except AgentStateError as error:
+                logger.warning("session %s is lost to its request: %s", resumed.session.id, error)
+                return
+
+
+class Turns:
+    """The turns of one gateway."""
+
+    def __init__(self, service: Service):
+        self.service = service
+        self._salts: dict[str, tuple[float, str | None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._asking: set[asyncio.Task[None]] = set()  # what nobody waits for
+
+    async def begin(self, tenant: Tenant, wanted: Wanted, wait_s: float) -> Turn:
+        """The turn of a request. A session that its client named and that is being run is waited for, ``wait_s`` at
+        most. If SQL does not answer, the request has no session. Raises AgentStateError."""
+        if wanted.session is None and wanted.harness is None and wanted.conversation is None:
+            return await self.without(tenant)
+        settings = self.service.settings
+        sessions = self.service.sessions.of(tenant.id)
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            try:
+                begun = await run_in_threadpool(
+                    sessions.begin,
+                    wanted,
+                    lease_ttl_s=settings.lease_ttl_s,
+                    expires_in_s=settings.gateway_expires_s,
+                )
+                break
+            except SessionBusy as busy:
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0 or wanted.session is None:
+                    raise
+                await self._changed(tenant, wanted.session, min(left_s, busy.retry_after_s + 0.01))
+            except DatabaseError:
+                return await self.without(tenant)
+        if begun.resumed is None:
+            return await self.without(tenant)
+        return Turn(self, tenant, begun, None, degraded=False)
+
+    async def without(self, tenant: Tenant) -> Turn:
+        """A request that has no session, but its tenant's salt. Raises DatabaseError if SQL does not answer and the
+        salt is not known, or is not to be used then."""
+        read_s, salt = self._salts.get(tenant.id, (float("-inf"), None))
+        degraded = False
+        if time.monotonic() - read_s > SALT_S:
+            try:
+                salt = await run_in_threadpool(self.service.sessions.of(tenant.id).salt)
+                self._salts[tenant.id] = (time.monotonic(), salt)
+            except DatabaseError:
+                degraded = True
+                if not self.service.settings.gateway_fail_open or time.monotonic() - read_s > REMEMBERED_S:
+                    raise
+        return Turn(self, tenant, Begun(None, Origin.NONE), salt, degraded)
+
+    async def end(
+        self, tenant: Tenant, begun: Begun, conversation: Conversation | None, new: Sequence[NewEntry]
+    ) -> None:
+        assert begun.resumed is not None
+        resumed = begun.resumed
+        named = begun.origin is Origin.NAMED
+        suspended = await run_in_threadpool(
+            self.service.sessions.of(tenant.id).end,
+            resumed.session.id,
+            resumed.lease.key,
+            conversation,
+            new,
+            expires_in_s=None if named else self.service.settings.gateway_expires_s,
+        )
+        if suspended.ranks:
+            self.keep(self._ask(resumed.session.id, Question(Kind.FLUSH, resumed.session.uid, suspended.ranks)))
+
+    def keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something in the background, at most until the gateway is closed."""
+        _keep(self._asking, work)
+
+    def later(self, turn: Turn, conversation: Conversation | None, new: Sequence[NewEntry]) -> None:
+        _keep(self._ending, self._end(turn, conversation, new))
+
+    @property
+    def ending(self) -> int:
+        """How many turns are ending in the background, or are being asked for."""
+        return len(self._ending) + len(self._asking)
+
+    async def close(self) -> None:
+        """Wait for the turns that are ending."""
+        for asking in self._asking:
+            asking.cancel()
+        while self._ending:
+            await asyncio.gather(*self._ending, return_exceptions=True)
+
+    async def _end(self, turn: Turn, conversation: Conversation | None, new: Sequence[NewEntry]) -> None:
+        for retry in range(RETRIES + 1):
+            try:
+                await turn.end(conversation, new)
+                return
+            except DatabaseError as error:
+                if retry == RETRIES:
+                    logger.error("the turn of session %s is not kept: %s", turn.session, error)
+                await asyncio.sleep(FIRST_RETRY_S * 2**retry)
+            except AgentStateError as error:
+                logger.warning("the turn of session %s is not kept: %s", turn.session, error)
+                return
+
+    async def _ask(self, session_id: str, question: Question) -> None:
+        state = KvState.UNKNOWN
+        try:
+            state = KvState((await asyncio.wrap_future(self.service.operations.ask(question, FLUSH_MS))).state)
+        except EngineError as error:
+            logger.warning("the KV of session %s: %s", session_id, error)
+        self.service.metrics.suspends.labels(state).inc()
+
+    async def _changed(self, tenant: Tenant, session_id: str, timeout_s: float) -> None:
+        uid = (await run_in_threadpool(self.service.sessions.of(tenant.id).read, session_id)).uid
+        with self.service.changes.watch(uid) as watch:
+            await watch.wait(timeout_s)
+
+
+def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+    """Run ``work`` as one of ``tasks``: the loop alone would not keep it."""
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)

@@ -49,6 +49,11 @@ def register() -> None:
         sgl.HookType.AROUND,
     )
     sgl.HookRegistry.register(
+        "sglang.srt.entrypoints.anthropic.serving.AnthropicServing.handle_messages",
+        _as_message_requested,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
         "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses",
         _as_response_requested,
         sgl.HookType.AROUND,
@@ -163,11 +168,19 @@ def _as_tokenized(original: Any, manager: Any, request: Any, *args: Any, **kwarg
     return tokenized
 
 
+async def _as_message_requested(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
+    """Refuses headers that cannot be read here, like the next one: once SGLang streams, it answers errors with 200."""
+    try:
+        turns.handed_over(raw_request)
+    except ValueError as error:
+        return serving._error_response(status_code=400, error_type="invalid_request_error", message=str(error))
+    return await original(serving, request, raw_request)
+
+
 async def _as_response_requested(original: Any, serving: Any, request: Any, raw_request: Any = None) -> Any:
     try:
         turns.take_over_id(request, raw_request)
     except ValueError as error:
-        # Later, SGLang would answer a stream's errors with 200 and an event.
         return serving.create_error_response(str(error))
     return await original(serving, request, raw_request)
 

@@ -32,11 +32,16 @@ class RequestSession(str):
         return RequestSession, (self.sent,)
 
 
+def handed_over(http: Any) -> Handover | None:
+    """What an HTTP request's headers hand over. Raises ValueError for headers that cannot be read."""
+    return Handover.read(getattr(http, "headers", {}))
+
+
 def take_over(request: Any, http: Any) -> None:
     """Set what the HTTP request's headers hand over, before SGLang has normalized the request: with a batch or several
     samples, all are of the turn. Leaves alone what has no session: embeddings. Raises ValueError for headers that
     cannot be read."""
-    if not hasattr(request, "session_id") or (handover := _handed_over(http)) is None:
+    if not hasattr(request, "session_id") or (handover := handed_over(http)) is None:
         return
     request.session_id, request.cache_salt, request.extra_key = handover.session, handover.salt, handover.extra_key
     if handover.request_id is not None:
@@ -46,13 +51,9 @@ def take_over(request: Any, http: Any) -> None:
 def take_over_id(request: Any, http: Any) -> None:
     """Give a request of the Responses API, whose id its answer has, the id that is handed over. Raises ValueError for
     headers that cannot be read."""
-    handover = _handed_over(http)
+    handover = handed_over(http)
     if handover is not None and handover.request_id is not None:
         request.request_id = handover.request_id
-
-
-def _handed_over(http: Any) -> Handover | None:
-    return Handover.read(getattr(http, "headers", {}))
 
 
 def separate(request: Any) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
@@ -131,3 +132,15 @@ def test_a_response_is_not_begun_with_headers_that_cannot_be_read() -> None:
     refused = response_requested(ResponsesRequest(model="m", input="x", stream=True), http(Turn="\xe9"))
     assert refused.status_code == 400
     assert b"the header x-agentstate-turn is not" in refused.body
+
+
+@pytest.mark.parametrize(("raw", "status"), [(http(Turn="\xe9"), 400), (http(Handover(salt="s")), 200), (http(), 200)])
+def test_a_message_is_not_begun_with_headers_that_cannot_be_read(raw: Any, status: int) -> None:
+    async def original(serving: Any, request: Any, raw_request: Any) -> Any:
+        return SimpleNamespace(status_code=200)
+
+    serving = AnthropicServing.__new__(AnthropicServing)
+    answer = asyncio.run(plugin._as_message_requested(original, serving, object(), raw))
+    assert answer.status_code == status
+    if status == 400:
+        assert b"the header x-agentstate-turn is not" in answer.body

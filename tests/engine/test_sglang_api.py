@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
@@ -126,6 +127,8 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (SchedulerWeightUpdaterManager.begin_weight_update, "self recv_req"),
     (SchedulerWeightUpdaterManager.update_weights_from_disk, "self recv_req"),
     (TokenizerManager.generate_request, "self obj request"),
+    (AnthropicServing.handle_messages, "self request raw_request"),
+    (AnthropicServing._error_response, "self status_code error_type message"),
     (OpenAIServingResponses.create_responses, "self request raw_request"),
     (OpenAIServingResponses.create_error_response, "self message"),
     (OpenAIServingResponses.responses_stream_generator_non_harmony, _RESPONSE_STREAM),

@@ -43,6 +43,24 @@ class Metrics:
             ["kv_state", "valid"],
             registry=self.registry,
         )
+        self.gateway_requests = Counter(
+            "agentstate_gateway_requests",
+            "Requests to the gateway, by API and by how they came to their session; degraded: without the database.",
+            ["api", "session"],
+            registry=self.registry,
+        )
+        self.gateway_begin_seconds = Histogram(
+            "agentstate_gateway_begin_seconds",
+            "Time in which a request found its session and took its lease.",
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self.gateway_broken_streams = Counter(
+            "agentstate_gateway_broken_streams",
+            "Streams that ended with an error.",
+            ["api"],
+            registry=self.registry,
+        )
         self._sessions = Gauge("agentstate_sessions", "Sessions, by status.", ["status"], registry=self.registry)
         self._leases = Gauge("agentstate_leases", "Leases that are valid now.", registry=self.registry)
 

@@ -85,8 +85,6 @@ class MessagesStream(Stream):
         self._error: dict[str, Any] | None = None
 
     def hear(self, name: bytes, payload: bytes) -> None:
-        if name == b"ping":
-            return
         event = documents.loads(payload)
         kind = event.get("type")
         if kind == "content_block_delta":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.responses import JSONResponse
@@ -104,13 +105,27 @@ class Gateway:
                 retryable=True,
                 headers=[(b"retry-after", b"1")],
             )
-        self.streams[exchange.tenant.id] += 1
-        try:
+        with self._counted(exchange):
             await Relay(self, exchange, path, route.dialect).run()
+
+    @contextmanager
+    def _counted(self, exchange: Exchange) -> Iterator[None]:
+        """Counts a request of its tenant, until its answer ends."""
+        running = {exchange.tenant.id}
+
+        def over() -> None:
+            for tenant in running:
+                self.streams[tenant] -= 1
+                if not self.streams[tenant]:
+                    del self.streams[tenant]
+            running.clear()
+
+        self.streams[exchange.tenant.id] += 1
+        exchange.before_end = over
+        try:
+            yield
         finally:
-            self.streams[exchange.tenant.id] -= 1
-            if not self.streams[exchange.tenant.id]:
-                del self.streams[exchange.tenant.id]
+            over()
 
     async def _models(self, exchange: Exchange, name: str) -> None:
         started_us: dict[str, int] = {}

@@ -91,8 +91,6 @@ class ChatStream(CompletionStream):
         elif call_id:
             # Some servers number all calls 0, or none: another id is another call.
             known = self._by_id.get((index, call_id))
-        elif known is None and index is None and self._calls:
-            known = self._calls[-1]
         if known is None:
             known = _Call(index or 0, call_id or "")
             self._calls.append(known)

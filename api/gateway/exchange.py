@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
@@ -23,7 +23,8 @@ class Gone(Exception):
 
 
 class Exchange:
-    """``headers`` has each name, in lower case, once. ``anthropic`` says in whose form the client reads errors."""
+    """``headers`` has each name, in lower case, once. ``anthropic`` says in whose form the client reads errors.
+    ``before_end`` is called before the client can know that it has all of its answer, and may send the next request."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant, *, anthropic: bool = False):
         self.scope = scope
@@ -31,6 +32,7 @@ class Exchange:
         self.anthropic = anthropic
         self.headers: Mapping[bytes, bytes] = dict(reversed(scope["headers"]))
         self.begun = False
+        self.before_end: Callable[[], None] = lambda: None
         self._receive = receive
         self._send = send
 
@@ -76,6 +78,8 @@ class Exchange:
 
     async def send(self, chunk: bytes, *, last: bool = False) -> None:
         """Returns once the socket takes more: a client that does not read holds its engine up, and fills no memory."""
+        if last:
+            self.before_end()
         await self._send({"type": "http.response.body", "body": chunk, "more_body": not last})
 
     async def answer(self, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = (JSON,)) -> None:

@@ -65,9 +65,6 @@ RESERVED = Reserved(
             "routed_dp_rank",
             "data_parallel_rank",
             "disagg_prefill_dp_rank",
-            "bootstrap_host",
-            "bootstrap_port",
-            "bootstrap_room",
             "kv_hints",
         }
     ),

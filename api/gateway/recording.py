@@ -23,11 +23,11 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Answer:
     """What an answer said.
 
-    ``messages`` are what the model said: none where the answer is not whole, failed, or is several choices. ``whole``
-    says that the stream had its proper end, or that the JSON is all there, whatever it says. ``finish`` is the reason
-    that the answer ended for, in its API's word (``stop``, ``end_turn``, ``completed``). ``usage`` is as the API has
-    it; ``cached_tokens`` is None where it does not tell. ``error`` is the error that the answer is or that it ended
-    with. ``response`` is the response object of the Responses API, if it came.
+    ``messages`` are what the model said: none where the answer is not whole, failed, is several choices, or cannot be
+    read. ``whole`` says that the stream had its proper end, or that the JSON is all there, whatever it says.
+    ``finish`` is the reason that the answer ended for, in its API's word (``stop``, ``end_turn``, ``completed``).
+    ``usage`` is as the API has it; ``cached_tokens`` is None where it does not tell. ``error`` is the error that the
+    answer is or that it ended with. ``response`` is the response object of the Responses API, if it came.
     """
 
     messages: tuple[Message, ...] = ()
@@ -142,9 +142,6 @@ class Events:
             return data
         if self._after_return and data.startswith(b"\n"):
             data = data[1:]
-            self._after_return = False
-            if not data:
-                return data
         if b"\r" in data:
             self._after_return = data.endswith(b"\r")
             return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")

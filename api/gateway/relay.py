@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,7 @@ class Relay(Passage):
     def __init__(self, gateway: Gateway, exchange: Exchange, path: str, dialect: Dialect):
         super().__init__(gateway, exchange, path)
         self.dialect = dialect
+        self.metrics = gateway.service.metrics
         self.messages: list[Message] = []
         self.store = False
 
@@ -140,7 +142,12 @@ class Relay(Passage):
         gateway = self.gateway
         server = await gateway.fleet.serving(self.model)
         wanted = self.wanted(server.model)
+        began_s = time.perf_counter()
         turn = await gateway.turns.begin(self.exchange.tenant, wanted, gateway.settings.gateway_wait_s)
+        self.metrics.gateway_begin_seconds.observe(time.perf_counter() - began_s)
+        self.metrics.gateway_requests.labels(
+            self.dialect.name, "degraded" if turn.degraded else turn.begun.origin
+        ).inc()
         try:
             base_url = turn.base_url or server.base_url
             headers = [*self.passed_on(), *turn.handover(self.request_id).headers()]
@@ -205,6 +212,7 @@ class Relay(Passage):
                 broken = refusal(error)
         if broken is not None:
             logger.warning("a stream of %s ends with an error: %s", self.path, broken.message)
+            self.metrics.gateway_broken_streams.labels(self.dialect.name).inc()
             held = broken.event(self.exchange.anthropic) + self.dialect.end_of_stream
         await self.exchange.send(held, last=True)
 

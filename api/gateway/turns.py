@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -41,7 +42,7 @@ class Turn:
         self.begun = begun
         self.degraded = degraded
         self._turns = turns
-        self._tenant = tenant
+        self.tenant = tenant
         self._salt = salt
         self._renewing = None if begun.resumed is None else asyncio.create_task(self._renew())
         self._ended = self._ending = False
@@ -72,7 +73,7 @@ class Turn:
         self._ending = True
         if self._ended or self.begun.resumed is None:
             return
-        await self._turns.end(self._tenant, self.begun, conversation, new)
+        await self._turns.end(self.tenant, self.begun, conversation, new)
         self._ended = True
         if self._renewing is not None:
             self._renewing.cancel()
@@ -86,7 +87,7 @@ class Turn:
     async def _renew(self) -> None:
         resumed = self.begun.resumed
         assert resumed is not None
-        sessions = self._turns.service.sessions.of(self._tenant.id)
+        sessions = self._turns.service.sessions.of(self.tenant.id)
         ttl_s = self._turns.service.settings.lease_ttl_s
         while True:
             await asyncio.sleep(ttl_s / RENEWALS_PER_TTL)
@@ -106,6 +107,8 @@ class Turns:
         self.service = service
         self._salts: dict[str, tuple[float, str | None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
+        # By tenant, and by what the next request of a session may tell it by: its id, or the digest of its messages.
+        self._ending_of: dict[tuple[str, str | bytes], asyncio.Task[None]] = {}
         self._asking: set[asyncio.Task[None]] = set()  # what nobody waits for
 
     async def begin(self, tenant: Tenant, wanted: Wanted, wait_s: float) -> Turn:
@@ -113,6 +116,7 @@ class Turns:
         most. If SQL does not answer, the request has no session. Raises AgentStateError."""
         if wanted.session is None and wanted.harness is None and wanted.conversation is None:
             return await self.without(tenant)
+        await self._ended(tenant, wanted)
         settings = self.service.settings
         sessions = self.service.sessions.of(tenant.id)
         deadline_s = time.monotonic() + wait_s
@@ -134,6 +138,8 @@ class Turns:
                 return await self.without(tenant)
         if begun.resumed is None:
             return await self.without(tenant)
+        if time.monotonic() - self._salts.get(tenant.id, (float("-inf"), None))[0] > REMEMBERED_S / 2:
+            self.keep(self._remember_salt(tenant))
         return Turn(self, tenant, begun, None, degraded=False)
 
     async def without(self, tenant: Tenant) -> Turn:
@@ -143,8 +149,7 @@ class Turns:
         degraded = False
         if time.monotonic() - read_s > SALT_S:
             try:
-                salt = await run_in_threadpool(self.service.sessions.of(tenant.id).salt)
-                self._salts[tenant.id] = (time.monotonic(), salt)
+                salt = await self._read_salt(tenant)
             except DatabaseError:
                 degraded = True
                 if not self.service.settings.gateway_fail_open or time.monotonic() - read_s > REMEMBERED_S:
@@ -173,7 +178,18 @@ class Turns:
         _keep(self._asking, work)
 
     def later(self, turn: Turn, conversation: Conversation | None, new: Sequence[NewEntry]) -> None:
-        _keep(self._ending, self._end(turn, conversation, new))
+        """End a turn in the background. A request that goes on from there waits for that."""
+        task = _keep(self._ending, self._end(turn, conversation, new))
+        told = [turn.session, None if conversation is None else conversation.whole()]
+        keys = [(turn.tenant.id, by) for by in told if by is not None]
+        self._ending_of.update(dict.fromkeys(keys, task))
+
+        def over(task: asyncio.Task[None]) -> None:
+            for key in keys:
+                if self._ending_of.get(key) is task:
+                    del self._ending_of[key]
+
+        task.add_done_callback(over)
 
     @property
     def ending(self) -> int:
@@ -186,6 +202,24 @@ class Turns:
             asking.cancel()
         while self._ending:
             await asyncio.gather(*self._ending, return_exceptions=True)
+
+    async def _ended(self, tenant: Tenant, wanted: Wanted) -> None:
+        """A client that has all of an answer may send the next request before its turn has ended here."""
+        if self._ending_of:
+            digests = () if wanted.conversation is None else wanted.conversation.prefixes()
+            for by in (wanted.session, wanted.harness, *digests):
+                if by is not None and (task := self._ending_of.get((tenant.id, by))) is not None:
+                    await asyncio.wait((task,))
+
+    async def _read_salt(self, tenant: Tenant) -> str | None:
+        salt: str | None = await run_in_threadpool(self.service.sessions.of(tenant.id).salt)
+        self._salts[tenant.id] = (time.monotonic(), salt)
+        return salt
+
+    async def _remember_salt(self, tenant: Tenant) -> None:
+        """For the hour in which SQL may not answer."""
+        with suppress(DatabaseError):
+            await self._read_salt(tenant)
 
     async def _end(self, turn: Turn, conversation: Conversation | None, new: Sequence[NewEntry]) -> None:
         for retry in range(RETRIES + 1):
@@ -214,8 +248,9 @@ class Turns:
             await watch.wait(timeout_s)
 
 
-def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Run ``work`` as one of ``tasks``: the loop alone would not keep it."""
     task = asyncio.create_task(work)
     tasks.add(task)
     task.add_done_callback(tasks.discard)
+    return task

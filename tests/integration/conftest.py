@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stage import PATIENCE_S, Peer, Service, serving
+from engines import Asked, scripted
+from gateways import Gateway
+from stage import PATIENCE_S, Peer, Service, register, serving, stored
 
 from agentstate.fleet import operations
 from agentstate.settings import Settings
@@ -38,3 +41,20 @@ def start_peer(peers: list[Peer], monkeypatch: pytest.MonkeyPatch) -> Callable[[
         return peers[-1]
 
     return start
+
+
+@pytest.fixture
+def make_gateway(
+    database_url: str, tmp_path: Path, start_peer: Callable[..., Peer]
+) -> Iterator[Callable[..., Gateway]]:
+    with ExitStack() as ending:
+
+        def make(script: Callable[[Asked], None], **settings: Any) -> Gateway:
+            engine = ending.enter_context(scripted(script))
+            peer = start_peer(lambda request: stored("durable"))
+            own = {"home": tmp_path, "database_url": database_url, "engine_timeout_s": 3600, **settings}
+            service = ending.enter_context(serving(Settings(**own)))
+            register(service.database, peer.address, base_url=engine.base_url)
+            return Gateway(service, engine, peer)
+
+        yield make

@@ -4,83 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import sqlalchemy as sa
-from engines import DONE, Asked, ScriptedEngine, chunk, completion, scripted
-from stage import MODEL, PATIENCE_S, Peer, Service, register, serving, stored
+from engines import DONE, Asked, chunk, completion
+from gateways import HELLO, Gateway
+from stage import MODEL, PATIENCE_S, register
 
-from agentstate.fleet import turns
-from agentstate.settings import Settings
-from agentstate.sql import secret
-from agentstate.sql.models import EntryKind, tool_calls
-
-HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
-
-
-class Gateway:
-    """A service in front of one scripted engine, whose control endpoint answers every flush."""
-
-    def __init__(self, service: Service, engine: ScriptedEngine, peer: Peer):
-        self.service = service
-        self.engine = engine
-        self.peer = peer
-
-    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        return self.service.http.post(path, json=body, headers=names)
-
-    def chat(self, *messages: dict[str, Any], **headers: str) -> httpx.Response:
-        return self.post("/v1/chat/completions", {"model": MODEL, "messages": list(messages)}, **headers)
-
-    def sessions(self) -> list[Any]:
-        return list(self.service.client.list_sessions().data)
-
-    def tool_calls(self, session: str) -> list[tuple[str, str]]:
-        with self.service.database.read() as connection:
-            rows = connection.execute(sa.select(tool_calls).where(tool_calls.c.session_id == session))
-            return [(row.name, row.state) for row in rows]
-
-    def ended(self) -> None:
-        """Until no turn is ending."""
-        gateway = self.service.app.state.gateway
-        while gateway.turns.ending:
-            threading.Event().wait(0.005)
-
-    def turn(self, asked: Asked) -> str | None:
-        """The uid of the session whose turn a request proves."""
-        sent = asked.headers.get("x-agentstate-turn")
-        if sent is None:
-            return None
-        session, token = turns.split(httpx.URL(f"http://x/?a={sent}").params["a"])
-        with self.service.database.read() as connection:
-            key = turns.signing_key(secret.read(connection))
-        assert token is not None
-        assert turns.verify(key, session, token) is not None
-        return session
-
-
-@pytest.fixture
-def make_gateway(
-    database_url: str, tmp_path: Path, start_peer: Callable[..., Peer]
-) -> Iterator[Callable[..., Gateway]]:
-    with ExitStack() as ending:
-
-        def make(script: Callable[[Asked], None], **settings: Any) -> Gateway:
-            engine = ending.enter_context(scripted(script))
-            peer = start_peer(lambda request: stored("durable"))
-            own = {"home": tmp_path, "database_url": database_url, "engine_timeout_s": 3600, **settings}
-            service = ending.enter_context(serving(Settings(**own)))
-            register(service.database, peer.address, base_url=engine.base_url)
-            return Gateway(service, engine, peer)
-
-        yield make
+from agentstate.sessions.verbs import Sessions
+from agentstate.sql.models import EntryKind
 
 
 def says(*answers: str) -> Callable[[Asked], None]:
@@ -130,6 +65,33 @@ def test_messages_that_go_on_are_the_same_session_and_a_way_left_is_a_branch(
     gateway.ended()
     assert len({one, undone}) == len(gateway.sessions())
     assert len({gateway.turn(asked) for asked in gateway.engine.asked}) == 2
+
+
+def test_a_request_that_follows_at_once_is_the_same_session(
+    make_gateway: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = make_gateway(lambda asked: asked.whole(completion("hi")))
+    may_end = threading.Semaphore(0)
+    end = Sessions.end
+
+    def late(*args: Any, **options: Any) -> Any:
+        may_end.acquire()
+        return end(*args, **options)
+
+    monkeypatch.setattr(Sessions, "end", late)
+    said = [{"role": "user", "content": "hello"}]
+    going_on = [*said, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "on"}]
+    one = gateway.chat(*said).headers["x-agentstate-session"]
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(gateway.chat(*going_on)))
+    thread.start()
+    streams = gateway.service.app.state.gateway.streams
+    while not streams:
+        threading.Event().wait(0.005)
+    may_end.release(2)
+    thread.join()
+    assert answers[0].headers["x-agentstate-session"] == one
+    gateway.ended()
 
 
 def test_a_first_message_alone_says_nothing(make_gateway: Callable[..., Gateway]) -> None:

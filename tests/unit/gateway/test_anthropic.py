@@ -48,6 +48,13 @@ def test_a_streamed_message_is_kept_as_the_model_said_it() -> None:
     assert answer.cached_tokens == 64
 
 
+def test_usage_that_the_end_does_not_tell_is_that_of_the_beginning() -> None:
+    told = b'"usage":{"input_tokens":null,"output_tokens":10}'
+    stream = recorded.MESSAGES_STREAM.replace(b'"usage":{"output_tokens":10}', told)
+    assert told in stream
+    assert record(MESSAGES, stream).usage == record(MESSAGES, recorded.MESSAGES_STREAM).usage
+
+
 def test_no_cached_tokens_are_zero_and_not_unknown() -> None:
     usage = {"input_tokens": 1, "output_tokens": 1, "cache_read_input_tokens": 0}
     whole = json.dumps({**recorded.MESSAGES_ANSWER, "usage": usage}).encode()

@@ -122,6 +122,11 @@ def test_a_call_that_repeats_its_id_and_name_is_one() -> None:
     assert message.calls == (Call("call_a", "f", "{}"), Call("call_b", "g", "["))
 
 
+def test_calls_are_in_the_order_of_their_indices() -> None:
+    [message] = said(called(1, "{", "call_b", "g"), called(0, "[", "call_a", "f"), called(1, "}"), called(0, "]"))
+    assert message.calls == (Call("call_a", "f", "[]"), Call("call_b", "g", "{}"))
+
+
 def test_an_id_that_comes_late_is_that_of_the_call() -> None:
     [message] = said(called(0, "{", None, "f"), called(0, "}", "call_a"))
     assert message.calls == (Call("call_a", "f", "{}"),)
@@ -132,8 +137,8 @@ def test_several_choices_are_no_message() -> None:
         CHAT,
         chunk(0, content="Azure."),
         chunk(1, content="Blue."),
-        chunk(1, finish="stop"),
         chunk(0, finish="length"),
+        chunk(1, finish="stop"),
         DONE,
     )
     assert answer.whole and answer.messages == () and answer.finish == "length"

@@ -96,6 +96,11 @@ def test_everything_that_counts_is_in_the_digest() -> None:
     assert len(set(said)) == len(said)
 
 
+def test_no_name_runs_into_the_id_before_it() -> None:
+    calls = [[call("a", "nameb", "{}")], [call("aname", "b", "{}")]]
+    assert digest("a", "assistant", calls=calls[0]) != digest("a", "assistant", calls=calls[1])
+
+
 texts = st.text(max_size=8)
 
 

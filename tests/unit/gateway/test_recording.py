@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from recorded_streams import record
 
 from api.gateway.dialects import CHAT, COMPLETIONS, DIALECTS, MESSAGES, RESPONSES, Answer, Dialect
+from api.gateway.recording import Events
 
 STREAMS = {
     "chat": (CHAT, recorded.CHAT_STREAM),
@@ -60,6 +61,28 @@ def test_a_stream_may_be_written_in_any_way_that_the_standard_allows(
     events = [before + part + b"\n\n" for part in data.split(b"\n\n") if part]
     written = mark + b"".join(events).replace(b"\ndata: ", b"\ndata:" + space)
     assert record(dialect, *cut(written.replace(b"\n", line_end), places)) == record(dialect, data)
+
+
+EVENTS = [(b"", b"{\n}"), (b"delta", b" {}"), (b"", b"[DONE]"), (b"", b"")]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"data: {\ndata: }\n\nevent: delta\ndata:  {}\n\ndata: [DONE]\n\ndata\n\n",
+        b"data:{\r\ndata:}\r\n\r\nevent:delta\r\ndata:  {}\r\n\r\ndata:[DONE]\r\n\r\ndata:\r\n\r\n",
+        b"\rdata: {\rdata: }\r\r:\r\revent: delta\rdata:  {}\r\rdata: [DONE]\r\rdata: \r\r",
+        b"\xef\xbb\xbfdata: {\rdata: }\n\nevent: delta\r\ndata:  {}\n\r\ndata: [DONE]\r\n\ndata: \r\r",
+        b": a\n\n\n\ndata: {\nid: 1\ndata: }\n\nid\ndata:  {}\nevent: delta\n\n\ndata: [DONE]\n\ndata\n\ndata: cut\n",
+    ],
+    ids=["newlines", "crlf", "cr", "mixed-with-mark", "comments"],
+)  # fmt: skip
+def test_events_are_the_same_wherever_the_body_is_cut(body: bytes) -> None:
+    for at in range(len(body)):
+        for until in range(at, len(body)):
+            events = Events()
+            parts = (body[:at], b"", body[at:until], body[until:])
+            assert [event for part in parts for event in events.feed(part)] == EVENTS
 
 
 @pytest.mark.parametrize("name", STREAMS)

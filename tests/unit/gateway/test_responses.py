@@ -133,9 +133,10 @@ def test_an_error_instead_of_an_answer_is_told() -> None:
     assert answer.whole and answer.error == body and answer.messages == () and answer.response is None
 
 
-def test_a_response_that_is_still_in_the_queue_said_nothing() -> None:
-    answer = record(RESPONSES, json.dumps(response("queued", output=[])).encode(), stream=False)
-    assert answer.whole and answer.messages == () and answer.finish == "queued"
+@pytest.mark.parametrize("status", ["queued", "in_progress", "cancelled", "failed"])
+def test_a_response_that_did_not_get_to_its_end_said_nothing(status: str) -> None:
+    answer = record(RESPONSES, json.dumps(response(status)).encode(), stream=False)
+    assert answer.whole and answer.messages == () and answer.finish == status
 
 
 def test_a_text_is_what_the_user_says_and_instructions_come_first() -> None:

@@ -1,0 +1,208 @@
+"""Who may ask the gateway, and what tenants learn of each other; and a database that does not answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from engines import Asked, completion, scripted
+from gateways import HELLO, Gateway
+from postgres import server
+from prometheus_client import generate_latest
+from stage import MODEL, PATIENCE_S, Peer, register, serving, stored
+
+from agentstate.settings import Settings
+from agentstate.sql.database import Database
+from api import gate
+from api.gateway import turns
+
+
+def says_hi(asked: Asked) -> None:
+    asked.whole(completion("hi"))
+
+
+def authorized(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_a_key_is_needed_once_there_is_one(
+    make_gateway: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "TRUST_S", 0.0)
+    gateway = make_gateway(says_hi)
+    key = gateway.key("acme")
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize"):
+        for wrong in ({}, authorized("ags_none"), {"x_api_key": "ags_none"}):
+            refused = gateway.post(path, HELLO, **wrong)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "unauthenticated"), path
+            assert refused.headers["www-authenticate"] == "Bearer"
+    refused = gateway.post("/v1/messages", HELLO)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
+    assert gateway.service.http.get("/v1/models").status_code == 401
+    assert gateway.engine.asked == []
+    assert gateway.post("/v1/chat/completions", HELLO, **authorized(key)).status_code == 200
+    # Anthropic's clients send it so.
+    assert gateway.post("/v1/chat/completions", HELLO, x_api_key=key).status_code == 200
+    for asked in gateway.engine.asked:
+        assert key not in str(asked.headers)
+
+
+def test_without_keys_the_gateway_is_for_this_machine(make_gateway: Callable[..., Gateway]) -> None:
+    gateway = make_gateway(says_hi)
+    for header in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+        refused = gateway.post("/v1/chat/completions", HELLO, **header)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "host_refused")
+    assert gateway.engine.asked == []
+
+
+def test_tenants_have_sessions_and_salts_of_their_own(make_gateway: Callable[..., Gateway]) -> None:
+    gateway = make_gateway(lambda asked: asked.whole(completion("hi") if "messages" in asked.document else {}))
+    keys = {tenant: gateway.key(tenant) for tenant in ("one", "two")}
+    said = [{"role": "user", "content": "hello"}]
+    answers: dict[tuple[str, int], str] = {}
+    for tenant, key in keys.items():
+        for turn in range(2):
+            sent = said if turn == 0 else [*said, {"role": "assistant", "content": "hi"}, *said]
+            answer = gateway.chat(*sent, X_Session_Id="same", **authorized(key))
+            answers[tenant, turn] = answer.headers["x-agentstate-session"]
+            gateway.ended()
+        gateway.post("/v1/embeddings", {"model": MODEL, "input": "a"}, **authorized(key))
+    assert set(answers.values()) == {"opencode:same"}  # ids are a tenant's own
+    sessions = [gateway.turn(asked) for asked in gateway.engine.asked]
+    assert sessions[0] == sessions[1] != sessions[3] == sessions[4]
+    salts = [asked.headers["x-agentstate-salt"] for asked in gateway.engine.asked]
+    assert len(set(salts[:3])) == len(set(salts[3:])) == 1
+    assert salts[0] != salts[3]
+
+
+def test_a_tenant_cannot_go_on_with_anothers_conversation(make_gateway: Callable[..., Gateway]) -> None:
+    gateway = make_gateway(says_hi)
+    mine, theirs = gateway.key("mine"), gateway.key("theirs")
+    said = [{"role": "user", "content": "hello"}]
+    session = gateway.chat(*said, **authorized(mine)).headers["x-agentstate-session"]
+    gateway.ended()
+    going_on = [*said, {"role": "assistant", "content": "hi"}, *said]
+    assert gateway.chat(*going_on, **authorized(theirs)).headers["x-agentstate-session"] != session
+    gateway.ended()
+    named = gateway.chat(*going_on, X_AgentState_Session=session, **authorized(theirs))
+    assert named.headers["x-agentstate-session"] == session  # a session of their own, of that name
+    gateway.ended()
+    assert len({gateway.turn(asked) for asked in gateway.engine.asked}) == 3
+    assert gateway.chat(*going_on, **authorized(mine)).headers["x-agentstate-session"] == session
+    gateway.ended()
+
+
+def test_the_streams_of_a_tenant_are_capped(make_gateway: Callable[..., Gateway]) -> None:
+    going, go_on = threading.Event(), threading.Event()
+
+    def script(asked: Asked) -> None:
+        if not going.is_set():
+            going.set()
+            go_on.wait()
+        says_hi(asked)
+
+    gateway = make_gateway(script, gateway_streams=1)
+    one, two = gateway.key("one"), gateway.key("two")
+    with httpx.Client(base_url=gateway.service.base_url, timeout=PATIENCE_S) as other:
+        thread = threading.Thread(
+            target=lambda: other.post("/v1/chat/completions", json=HELLO, headers=authorized(one))
+        )
+        thread.start()
+        going.wait()
+        refused = gateway.post("/v1/chat/completions", HELLO, **authorized(one))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_streams")
+        assert refused.headers["retry-after"]
+        assert gateway.post("/v1/chat/completions", HELLO, **authorized(two)).status_code == 200
+        go_on.set()
+        thread.join()
+    assert gateway.post("/v1/chat/completions", HELLO, **authorized(one)).status_code == 200
+
+
+@pytest.fixture
+def beside_a_server(
+    tmp_path: Path, start_peer: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[Gateway, Any]]]:
+    """A gateway whose PostgreSQL can be stopped, and that trusts what it knows of keys and salts for no time."""
+    monkeypatch.setattr(gate, "TRUST_S", 0.0)
+    monkeypatch.setattr(turns, "SALT_S", 0.0)
+    with ExitStack() as ending:
+
+        def make(**settings: Any) -> tuple[Gateway, Any]:
+            database = ending.enter_context(closing(server()))
+            url = f"postgresql+psycopg://postgres@/postgres?host={database.directory}"
+            migrated = Database(url)
+            migrated.upgrade()
+            migrated.close()
+            engine = ending.enter_context(scripted(says_hi))
+            peer = start_peer(lambda request: stored("durable"))
+            own = {"home": tmp_path, "database_url": url, "engine_timeout_s": 3600, **settings}
+            service = ending.enter_context(serving(Settings(**own)))
+            register(service.database, peer.address, base_url=engine.base_url)
+            return Gateway(service, engine, peer), database
+
+        yield make
+
+
+def test_the_gateway_goes_on_without_its_database(beside_a_server: Callable[..., tuple[Gateway, Any]]) -> None:
+    gateway, database = beside_a_server()
+    known, unknown = gateway.key("known"), gateway.key("unknown")
+    before = gateway.post("/v1/chat/completions", HELLO, **authorized(known))
+    assert before.headers["x-agentstate-session"]
+    gateway.ended()
+    database.stop()
+    during = gateway.post("/v1/chat/completions", HELLO, **authorized(known))
+    assert (during.status_code, during.json()) == (200, completion("hi"))
+    assert during.headers["x-agentstate-degraded"] == "database"
+    assert "x-agentstate-session" not in during.headers
+    salts = {asked.headers["x-agentstate-salt"] for asked in gateway.engine.asked}
+    assert len(salts) == 1
+    assert "x-agentstate-turn" not in gateway.engine.asked[-1].headers
+    refused = gateway.post("/v1/chat/completions", HELLO, **authorized(unknown))
+    assert (refused.status_code, refused.headers["x-should-retry"]) == (503, "true")
+    assert refused.json()["error"]["code"] == "database_unreachable"
+    exposed = generate_latest(gateway.service.app.state.service.metrics.registry)
+    assert b'agentstate_gateway_requests_total{api="chat",session="degraded"} 1.0' in exposed
+    database.start()
+    after = gateway.post("/v1/chat/completions", HELLO, **authorized(known))
+    assert after.headers["x-agentstate-session"]
+    gateway.ended()
+
+
+def test_a_gateway_that_is_not_to_go_on_refuses(beside_a_server: Callable[..., tuple[Gateway, Any]]) -> None:
+    gateway, database = beside_a_server(gateway_fail_open=False)
+    key = gateway.key("known")
+    assert gateway.post("/v1/chat/completions", HELLO, **authorized(key)).status_code == 200
+    gateway.ended()
+    database.stop()
+    refused = gateway.post("/v1/chat/completions", HELLO, **authorized(key))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "database_unreachable")
+    database.start()
+
+
+def test_a_turn_that_cannot_be_ended_is_ended_later(beside_a_server: Callable[..., tuple[Gateway, Any]]) -> None:
+    gateway, database = beside_a_server()
+    going, go_on = threading.Event(), threading.Event()
+
+    def script(asked: Asked) -> None:
+        going.set()
+        go_on.wait()
+        says_hi(asked)
+
+    gateway.engine.script = script
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(gateway.post("/v1/chat/completions", HELLO)))
+    thread.start()
+    going.wait()
+    database.stop()
+    go_on.set()
+    thread.join()
+    assert answers[0].status_code == 200
+    database.start()
+    gateway.ended()
+    (session,) = gateway.sessions()
+    assert (session.id, session.status) == (answers[0].headers["x-agentstate-session"], "suspended")

@@ -99,7 +99,7 @@ class Conversation:
         roles = [message.role for message in self._messages]
         return [
             number
-            for number, (role, following) in enumerate(zip(roles, [*roles[1:], ""], strict=True), 1)
+            for number, (role, following) in enumerate(zip(roles, [*roles[1:], ""], strict=False), 1)
             if role == "assistant" != following
         ]
 
@@ -122,8 +122,8 @@ class Tip:
 def find(
     connection: Connection, tenant: str, conversation: Conversation, *, of_session: str | None = None
 ) -> Iterator[Tip]:
-    """The tips that a request may go on from, the best first: the longest beginning, then the newest. Only those of the
-    session with the uid ``of_session``, if that is given."""
+    """The tips that a request may go on from, the best first: the longest beginning, and of the same a session that has
+    not gone on since. Only those of the session with the uid ``of_session``, if that is given."""
     prefixes, pairs = conversation.prefixes(), conversation.pairs()
     if not prefixes:
         return
@@ -152,7 +152,7 @@ def find(
         # Who keeps the last messages only, and not those of the session's end, has not compacted it.
         if not compacted or row.newest:
             found.append(Tip(row.id, row.name, row.model, messages, row.head_entry, bool(row.newest), compacted))
-    yield from sorted(found, key=lambda tip: (tip.compacted, -tip.messages))
+    yield from sorted(found, key=lambda tip: (tip.compacted, -tip.messages, not tip.newest))
 
 
 def newest(connection: Connection, session_uid: str) -> int | None:

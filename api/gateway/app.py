@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -33,6 +34,12 @@ class Route:
 
     path: str
     dialect: dialects.Dialect | None = None
+
+
+class Observed(NamedTuple):
+    """What logs and metrics call a route."""
+
+    path_format: str
 
 
 ROUTES = {
@@ -86,12 +93,14 @@ class Gateway:
     async def answer(self, exchange: Exchange) -> None:
         path, method = exchange.scope["path"].rstrip("/"), exchange.scope["method"]
         if path == "/v1/models" or path.startswith("/v1/models/"):
+            exchange.scope["route"] = Observed("/v1/models/{model}" if path != "/v1/models" else path)
             _require(method, "GET")
             await self._models(exchange, path.removeprefix("/v1/models").removeprefix("/"))
             return
         route = ROUTES.get(path)
         if route is None:
             raise Refusal(404, "not_found", f"there is no {path} here")
+        exchange.scope["route"] = Observed(path)
         _require(method, "POST")
         if route.dialect is None:
             await Passage(self, exchange, path).run()

@@ -45,7 +45,7 @@ class Turn:
         self.tenant = tenant
         self._salt = salt
         self._renewing = None if begun.resumed is None else asyncio.create_task(self._renew())
-        self._ended = self._ending = False
+        self._over = begun.resumed is None
 
     @property
     def session(self) -> str | None:
@@ -68,21 +68,22 @@ class Turn:
         return Handover(resumed.engine_session, resumed.cache_salt, resumed.session.extra_key, request_id)
 
     async def end(self, conversation: Conversation | None = None, new: Sequence[NewEntry] = ()) -> None:
-        """End the turn; the session keeps ``new`` and where its ``conversation`` stands. Once only: a second call does
-        nothing. Raises AgentStateError if they are not kept."""
-        self._ending = True
-        if self._ended or self.begun.resumed is None:
-            return
-        await self._turns.end(self.tenant, self.begun, conversation, new)
-        self._ended = True
-        if self._renewing is not None:
-            self._renewing.cancel()
+        """End the turn; the session keeps ``new`` and where its ``conversation`` stands. Nothing is done if it has
+        ended. Raises AgentStateError if they are not kept; the turn goes on then."""
+        if not self._over:
+            await self._turns.end(self, conversation, new)
+            self._over = True
+            self.stop_renewing()
 
     def end_later(self, conversation: Conversation | None = None, new: Sequence[NewEntry] = ()) -> None:
         """`end` in the background, where nobody waits for it."""
-        if not self._ending and self.begun.resumed is not None:
-            self._ending = True
+        if not self._over:
+            self._over = True
             self._turns.later(self, conversation, new)
+
+    def stop_renewing(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
 
     async def _renew(self) -> None:
         resumed = self.begun.resumed
@@ -156,14 +157,12 @@ class Turns:
                     raise
         return Turn(self, tenant, Begun(None, Origin.NONE), salt, degraded)
 
-    async def end(
-        self, tenant: Tenant, begun: Begun, conversation: Conversation | None, new: Sequence[NewEntry]
-    ) -> None:
-        assert begun.resumed is not None
-        resumed = begun.resumed
-        named = begun.origin is Origin.NAMED
+    async def end(self, turn: Turn, conversation: Conversation | None, new: Sequence[NewEntry]) -> None:
+        resumed = turn.begun.resumed
+        assert resumed is not None
+        named = turn.begun.origin is Origin.NAMED
         suspended = await run_in_threadpool(
-            self.service.sessions.of(tenant.id).end,
+            self.service.sessions.of(turn.tenant.id).end,
             resumed.session.id,
             resumed.lease.key,
             conversation,
@@ -222,17 +221,20 @@ class Turns:
             await self._read_salt(tenant)
 
     async def _end(self, turn: Turn, conversation: Conversation | None, new: Sequence[NewEntry]) -> None:
-        for retry in range(RETRIES + 1):
-            try:
-                await turn.end(conversation, new)
-                return
-            except DatabaseError as error:
-                if retry == RETRIES:
-                    logger.error("the turn of session %s is not kept: %s", turn.session, error)
-                await asyncio.sleep(FIRST_RETRY_S * 2**retry)
-            except AgentStateError as error:
-                logger.warning("the turn of session %s is not kept: %s", turn.session, error)
-                return
+        try:
+            for retry in range(RETRIES + 1):
+                try:
+                    await self.end(turn, conversation, new)
+                    return
+                except DatabaseError as error:
+                    if retry == RETRIES:
+                        raise
+                    logger.warning("the turn of session %s does not end for now: %s", turn.session, error)
+                    await asyncio.sleep(FIRST_RETRY_S * 2**retry)
+        except AgentStateError as error:
+            logger.error("the turn of session %s is not kept: %s", turn.session, error)
+        finally:
+            turn.stop_renewing()
 
     async def _ask(self, session_id: str, question: Question) -> None:
         state = KvState.UNKNOWN

@@ -66,15 +66,16 @@ def servers(live: Sequence[Engine]) -> list[Server]:
     return [Server(tuple(ranks[number] for number in sorted(ranks))) for ranks in found.values()]
 
 
-def choose(model: str, stored: Stored, live: Sequence[Engine]) -> Server | None:
+def choose(model: str, stored: Stored, live: Sequence[Engine], preferred: str | None = None) -> Server | None:
     """The engine for a session of ``model``: of those that serve the model, the one that can restore most; otherwise
-    one that has the pages although it serves them under another name. Of equals, the first."""
+    one that has the pages although it serves them under another name. Of equals, the one with the base URL
+    ``preferred``, else the first."""
 
-    def rank(server: Server) -> tuple[bool, int]:
-        return server.model == model, restorable(server, stored)
+    def rank(server: Server) -> tuple[bool, int, bool]:
+        return server.model == model, restorable(server, stored), server.base_url == preferred
 
     best = max(servers(live), key=rank, default=None)
-    return best if best is not None and rank(best) > (False, 0) else None
+    return best if best is not None and rank(best)[:2] > (False, 0) else None
 
 
 def named(base_url: str, live: Sequence[Engine]) -> Server | None:

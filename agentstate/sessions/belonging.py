@@ -39,7 +39,7 @@ class Origin(StrEnum):
 class Wanted:
     """What a request says of its session: the id that its client names, or its ``harness``, if any; and its
     ``conversation``, if that may tell. ``results`` are the results of tool calls that it brings. ``metadata`` is for a
-    session that has to be made."""
+    session that has to be made. ``engine`` is the base URL of the engine to take if no other can restore more."""
 
     model: str
     session: str | None = None
@@ -47,6 +47,7 @@ class Wanted:
     conversation: Conversation | None = None
     results: Sequence[NewEntry] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    engine: str | None = None
 
 
 @dataclass(frozen=True)

@@ -266,7 +266,7 @@ class Sessions:
             return self._begin(connection, self._rows.lock(connection, name), found, wanted, lease_ttl_s)
 
     def _begin(self, connection: Connection, before: Any, found: Found, wanted: Wanted, lease_ttl_s: float) -> Begun:
-        resumed = self._take(connection, before, lease_ttl_s, 0)
+        resumed = self._take(connection, before, lease_ttl_s, 0, preferred=wanted.engine)
         if wanted.results and before.open_calls:
             history = History.of(connection, before)
             asked = {result.call_id for result in wanted.results if result.call_id}
@@ -315,13 +315,19 @@ class Sessions:
             return salts.salt(secret.read(connection), salts.scope_of(connection, self._tenant), None)
 
     def _take(
-        self, connection: Connection, before: Any, lease_ttl_s: float, tail: int, token: str | None = None
+        self,
+        connection: Connection,
+        before: Any,
+        lease_ttl_s: float,
+        tail: int,
+        token: str | None = None,
+        preferred: str | None = None,
     ) -> Resumed:
         """Begin a turn of the session whose locked row is ``before``. Raises SessionBusy, having changed nothing."""
         history = History.of(connection, before)
         stored = rows.stored(connection, before, history)
         live = engines.live(connection, self._engine_timeout_s)
-        server = choose(before.model, stored, live)
+        server = choose(before.model, stored, live, preferred)
         lease = leases.take(
             connection,
             before.id,

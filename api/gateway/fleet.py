@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from api.gateway.errors import Refusal
 FRESH_S = 1.0
 # How long what was known is used while SQL does not answer.
 REMEMBERED_S = 3600.0
+# So many requests more than an idle engine's are no reason to leave the engine that has a prompt's beginning.
+MORE = 4
 
 
 class Fleet:
@@ -41,9 +44,10 @@ class Fleet:
                     await self._read()
         return self._known
 
-    async def serving(self, model: str | None) -> Server:
-        """The engine with the fewest requests of this gateway, of those that serve ``model``: without one, whatever all
-        of them serve. Raises Refusal, DatabaseError."""
+    async def serving(self, model: str | None, prefix: str | None = None) -> list[Server]:
+        """The engines that serve ``model``: without one, whatever all of them serve. The one to ask comes first: that
+        with the fewest requests of this gateway, but for requests with the same ``prefix`` the same as long as it has
+        not many more. Raises Refusal, DatabaseError."""
         live = await self.live()
         models = sorted({server.model for server in live})
         if not live:
@@ -59,7 +63,12 @@ class Fleet:
             raise Refusal(
                 404, "model_not_found", f"no live engine serves {model!r}, only {', '.join(map(repr, models))}", "model"
             )
-        return min(found, key=lambda server: self._running[server.base_url])
+        found.sort(key=lambda server: self._running[server.base_url])
+        if prefix is not None:
+            home = max(found, key=lambda server: hashlib.sha256(f"{server.base_url}\0{prefix}".encode()).digest())
+            if self._running[home.base_url] <= 2 * self._running[found[0].base_url] + MORE:
+                found.sort(key=lambda server: server is not home)
+        return found
 
     def forget(self) -> None:
         """Ask SQL again with the next request."""

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from api.gateway import documents
 
@@ -78,9 +79,10 @@ def identify(headers: Mapping[bytes, bytes], body: dict[str, Any]) -> Identity:
     """Who a request says it is; to be asked before `sanitize`. Names of headers are in lower case.
 
     A harness's id of more than 200 characters, or with others than printable ASCII, is ignored. The session that is
-    named to us is taken as it is, for whoever looks for it to refuse; ValueError is raised if it is no text.
+    named to us, in a header percent-encoded as answers have it, is taken as it is, for whoever looks for it to refuse;
+    ValueError is raised if it is no text.
     """
-    session = _text(headers.get(b"x-agentstate-session", b"")) or body.get("session_id")
+    session = unquote(_text(headers.get(b"x-agentstate-session", b""))) or body.get("session_id")
     if not isinstance(session, str | None):
         raise ValueError("session_id must be a text")
     found = _Request(headers, body).found()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from agentstate.errors import AgentStateError
+from agentstate.fleet.placement import Server
 from agentstate.sessions.belonging import Wanted
 from agentstate.sessions.conversations import Conversation, Said
 from agentstate.sessions.transcript import NewEntry
@@ -23,7 +24,7 @@ from api.gateway.exchange import JSON, Exchange
 from api.gateway.heard import Call, Message
 from api.gateway.recording import Answer, Stream
 from api.gateway.turns import Turn
-from api.gateway.upstream import HOP_BY_HOP
+from api.gateway.upstream import HOP_BY_HOP, Unreachable
 from api.gateway.upstream import Answer as Answered
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Passage:
         await exchange.while_there(self.work())
 
     async def work(self) -> None:
-        server = await self.gateway.fleet.serving(self.model)
+        server, *_ = await self.gateway.fleet.serving(self.model)
         turn = await self.gateway.turns.without(self.exchange.tenant)
         with self.gateway.fleet.counted(server.base_url):
             headers = [*self.passed_on(), *turn.handover(_request_id("req-")).headers()]
@@ -134,43 +135,57 @@ class Relay(Passage):
             raise Refusal(400, "invalid_request", str(error)) from None
         if changed:
             self.raw = documents.dumps(self.body)
-        self.store = settings.gateway_store
+        store = self.body.get("store")
+        self.store = store if isinstance(store, bool) else settings.gateway_store
         self.request_id = _request_id(self.dialect.id_prefix)
         await exchange.while_there(self.work())
 
     async def work(self) -> None:
         gateway = self.gateway
-        server = await gateway.fleet.serving(self.model)
-        wanted = self.wanted(server.model)
+        prefix = self.body.get("prompt_cache_key")
+        servers = await gateway.fleet.serving(self.model, prefix if isinstance(prefix, str) else None)
+        wanted = self.wanted(servers[0])
         began_s = time.perf_counter()
         turn = await gateway.turns.begin(self.exchange.tenant, wanted, gateway.settings.gateway_wait_s)
         self.metrics.gateway_begin_seconds.observe(time.perf_counter() - began_s)
-        self.metrics.gateway_requests.labels(
-            self.dialect.name, "degraded" if turn.degraded else turn.begun.origin
-        ).inc()
+        came = "degraded" if turn.degraded else turn.begun.origin
+        self.metrics.gateway_requests.labels(self.dialect.name, came).inc()
         try:
-            base_url = turn.base_url or server.base_url
-            headers = [*self.passed_on(), *turn.handover(self.request_id).headers()]
-            with gateway.fleet.counted(base_url), self.ending(base_url):
-                async with gateway.upstream.ask(base_url, self.path, self.raw, headers) as answer:
-                    if answer.status == 200 and answer.streams:
-                        await self.stream(answer, turn)
-                    else:
-                        await self.whole(answer, turn)
+            urls = [server.base_url for server in servers]
+            nearest = turn.base_url or urls[0]
+            await self.ask_first([nearest, *(url for url in urls if url != nearest)], turn)
         finally:
             turn.end_later()
 
-    def wanted(self, model: str) -> Wanted:
+    async def ask_first(self, base_urls: Sequence[str], turn: Turn) -> None:
+        """Ask the first engine that can be connected to: no other has seen the request then."""
+        headers = [*self.passed_on(), *turn.handover(self.request_id).headers()]
+        for number, base_url in enumerate(base_urls, 1):
+            try:
+                with self.gateway.fleet.counted(base_url), self.ending(base_url):
+                    async with self.gateway.upstream.ask(base_url, self.path, self.raw, headers) as answer:
+                        if answer.status == 200 and answer.streams:
+                            await self.stream(answer, turn)
+                        else:
+                            await self.whole(answer, turn)
+                    return
+            except Unreachable as unreachable:
+                if number == len(base_urls):
+                    raise
+                logger.warning("%s: another one is asked", unreachable.message)
+
+    def wanted(self, server: Server) -> Wanted:
         identity, guesses = self.identity, self.gateway.settings.gateway_guess
         conversation = self.conversation() if self.messages else None
         harness = identity.harness if guesses and identity.kind == "turn" else None
         told = identity.session is not None or harness is not None
         return Wanted(
-            model=model,
+            model=server.model,
             session=identity.session,
             harness=harness,
             conversation=conversation if told or (guesses and identity.harness is None) else None,
             results=[_result(message, self.store) for message in self.messages if message.result_of],
+            engine=server.base_url,
             metadata={} if identity.harness is None else {"harness": identity.harness},
         )
 
@@ -190,16 +205,16 @@ class Relay(Passage):
 
     async def pass_stream(self, answered: Answered, turn: Turn, recorder: Stream) -> None:
         """Pass a stream on as its events come. Where the transcript is kept, the end is held back until that is."""
-        held = b""
+        held = bytearray()
         broken: Refusal | None = None
         try:
             async for chunk in answered.chunks():
                 recorder.feed(chunk)
                 held += chunk
                 # A client could not use a part of an event, and an error could not follow it.
-                if not (self.store and recorder.done) and (end := _end_of_events(held)):
-                    await self.exchange.send(held[:end])
-                    held = held[end:]
+                if not (self.store and recorder.done) and (end := _end_of_events(held, len(chunk))):
+                    await self.exchange.send(bytes(held[:end]))
+                    del held[:end]
         except Refusal as refused:
             broken = refused
         answer = recorder.end()
@@ -213,8 +228,8 @@ class Relay(Passage):
         if broken is not None:
             logger.warning("a stream of %s ends with an error: %s", self.path, broken.message)
             self.metrics.gateway_broken_streams.labels(self.dialect.name).inc()
-            held = broken.event(self.exchange.anthropic) + self.dialect.end_of_stream
-        await self.exchange.send(held, last=True)
+            held[:] = broken.event(self.exchange.anthropic) + self.dialect.end_of_stream
+        await self.exchange.send(bytes(held), last=True)
 
     async def whole(self, answered: Answered, turn: Turn) -> None:
         """Pass on an answer in one piece, or an error."""
@@ -261,9 +276,10 @@ def _request_id(prefix: str) -> str:
     return prefix + secrets.token_hex(16)
 
 
-def _end_of_events(data: bytes) -> int:
-    """After how many bytes the last whole event of ``data`` ends."""
-    ends = [at + len(blank) for blank in (b"\n\n", b"\r\n\r\n") if (at := data.rfind(blank)) >= 0]
+def _end_of_events(data: bytearray, new: int) -> int:
+    """After how many bytes of ``data`` its last whole event ends, if that is among the ``new`` ones at its end."""
+    begin = max(0, len(data) - new - 3)
+    ends = [at + len(blank) for blank in (b"\n\n", b"\r\n\r\n") if (at := data.rfind(blank, begin)) >= 0]
     return max(ends, default=0)
 
 

@@ -29,6 +29,10 @@ HOP_BY_HOP = frozenset(
 )
 
 
+class Unreachable(Refusal):
+    """No connection to an engine: it has seen nothing of the request."""
+
+
 class Answer:
     """What an engine answers to one request. ``chunks`` raises Refusal if it breaks off."""
 
@@ -79,7 +83,7 @@ class Upstream:
         self, base_url: str, path: str, body: bytes, headers: Iterable[tuple[bytes, bytes]], *, method: str = "POST"
     ) -> AsyncIterator[Answer]:
         """The engine's answer. Leaving the context before its end closes the connection, which ends the request there.
-        Raises Refusal, 502 or 504, if there is none."""
+        Raises Refusal, 502 or 504, if there is none; Unreachable if there was no connection."""
         sent = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
         sent.append(("Accept-Encoding", "identity"))
         if self._authorization is not None:
@@ -117,7 +121,9 @@ def _root(base_url: str) -> str:
 
 
 def _broken(base_url: str, error: BaseException) -> Refusal:
-    if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return Unreachable(502, "engine_unreachable", f"the engine at {base_url} cannot be reached", retryable=True)
+    if isinstance(error, TimeoutError):
         return Refusal(504, "engine_timeout", f"the engine at {base_url} sent nothing for too long", retryable=True)
     reason = str(error) or type(error).__name__
     return Refusal(502, "engine_unreachable", f"the engine at {base_url} broke off: {reason}", retryable=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from engines import DONE, Asked, chunk, completion
+from engines import DONE, Asked, ScriptedEngine, chunk, completion, scripted
 from gateways import HELLO, Gateway
 from stage import MODEL, PATIENCE_S, register
 
@@ -486,3 +487,87 @@ def test_other_routes_pass_through_without_a_session(make_gateway: Callable[...,
     assert asked.document == {"model": MODEL, "input": "a"}
     assert "x-agentstate-turn" not in asked.headers
     assert gateway.sessions() == []
+
+
+@pytest.fixture
+def another_engine() -> Iterator[Callable[..., ScriptedEngine]]:
+    """Starts a second engine that serves the same model."""
+    with ExitStack() as ending:
+
+        def start(gateway: Gateway, script: Callable[[Asked], None]) -> ScriptedEngine:
+            engine = ending.enter_context(scripted(script))
+            register(gateway.service.database, gateway.peer.address, base_url=engine.base_url, node="n2")
+            gateway.service.app.state.gateway.fleet.forget()
+            return engine
+
+        yield start
+
+
+def test_a_session_without_pages_goes_to_the_engine_with_the_fewest_requests(
+    make_gateway: Callable[..., Gateway], another_engine: Callable[..., ScriptedEngine]
+) -> None:
+    arrived, go_on = threading.Semaphore(0), threading.Event()
+
+    def script(asked: Asked) -> None:
+        arrived.release()
+        go_on.wait()
+        asked.whole(completion("hi"))
+
+    gateway = make_gateway(script)
+    other = another_engine(gateway, script)
+    with ExitStack() as ending:
+        threads = []
+        for _ in range(4):
+            client = ending.enter_context(httpx.Client(base_url=gateway.service.base_url, timeout=PATIENCE_S))
+            ask = lambda client=client: client.post("/v1/chat/completions", json=HELLO)  # noqa: E731
+            threads.append(threading.Thread(target=ask))
+            threads[-1].start()
+            arrived.acquire()
+        go_on.set()
+        for thread in threads:
+            thread.join()
+    assert (len(gateway.engine.asked), len(other.asked)) == (2, 2)
+
+
+def test_prompts_with_one_cache_key_go_to_one_engine(
+    make_gateway: Callable[..., Gateway], another_engine: Callable[..., ScriptedEngine]
+) -> None:
+    gateway = make_gateway(lambda asked: asked.whole(completion("hi")))
+    other = another_engine(gateway, lambda asked: asked.whole(completion("hi")))
+    for key in range(8):
+        before = len(gateway.engine.asked), len(other.asked)
+        for _ in range(3):
+            gateway.post("/v1/chat/completions", {**HELLO, "prompt_cache_key": f"k{key}"})
+        after = len(gateway.engine.asked), len(other.asked)
+        assert sorted(now - then for now, then in zip(after, before, strict=True)) == [0, 3]
+    assert gateway.engine.asked and other.asked
+
+
+def test_an_engine_that_cannot_be_connected_to_has_seen_nothing_and_another_is_asked(
+    make_gateway: Callable[..., Gateway], another_engine: Callable[..., ScriptedEngine]
+) -> None:
+    gateway = make_gateway(lambda asked: asked.whole(completion("hi")))
+    other = another_engine(gateway, lambda asked: asked.whole(completion("ho")))
+    gateway.engine.close()
+    assert {gateway.post("/v1/chat/completions", HELLO).json()["choices"][0]["message"]["content"]} == {"ho"}
+    # One that broke off may have begun.
+    other.script = lambda asked: asked.cut()
+    assert gateway.post("/v1/chat/completions", HELLO).status_code == 502
+    assert len(other.asked) == 2
+
+
+def test_a_transcript_is_kept_where_a_request_says_so(make_gateway: Callable[..., Gateway]) -> None:
+    gateway = make_gateway(says("hi"))
+    answer = gateway.post("/v1/chat/completions", {**HELLO, "store": True})
+    entries = gateway.service.client.entries(answer.headers["x-agentstate-session"]).data
+    assert [entry.payload["content"] for entry in entries] == ["hello", "hi"]
+
+
+@pytest.mark.parametrize("name", ["ä ö/%41", "a b", "100%"])
+def test_a_session_is_named_in_headers_as_it_was_answered(make_gateway: Callable[..., Gateway], name: str) -> None:
+    gateway = make_gateway(says("hi", "ho"))
+    told = gateway.post("/v1/chat/completions", {**HELLO, "session_id": name}).headers["x-agentstate-session"]
+    gateway.ended()
+    assert gateway.chat(*HELLO["messages"], X_AgentState_Session=told).headers["x-agentstate-session"] == told
+    gateway.ended()
+    assert [session.id for session in gateway.sessions()] == [name]

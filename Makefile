@@ -44,7 +44,7 @@ test-adapters: $(ADAPTERS_SET_UP)
 
 test-engine: setup model
 	$(RUN) $(ENGINE) $(PYTEST) $(PARALLEL) --disable-warnings tests/engine tests/gpu tests/late
-	$(RUN) $(ADAPTERS) $(PYTEST) $(PARALLEL) --dist loadfile tests/acceptance
+	$(RUN) $(ADAPTERS) $(PYTEST) $(PARALLEL) --dist loadfile tests/acceptance tests/clients
 
 # Every policy, many seeds, and for every wait each of the tests that are named for it.
 POLICIES ?= late,eager,$(shell seq -s, -f random:%.0f 1 20)

@@ -1,5 +1,5 @@
-"""Tiny checkpoints with random weights, one of each kind of KV pool: `python tests/models.py DIRECTORY`
-makes them all.
+"""Tiny checkpoints with random weights, one of each kind of KV pool: `python tests/models.py DIRECTORY` makes them
+all, `python tests/models.py DIRECTORY KIND` one of them.
 
 Runs in the engine's environment, which has torch and transformers. Weights are drawn wider than a model is initialised
 with, so that what is attended to decides the next token, and a wrong page shows in the output.
@@ -95,5 +95,5 @@ def words(tokens: Iterable[int]) -> str:
 
 
 if __name__ == "__main__":
-    for name in KINDS:
+    for name in sys.argv[2:] or KINDS:
         save(name, Path(sys.argv[1]) / name)

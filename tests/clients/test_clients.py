@@ -1,0 +1,112 @@
+"""Clients that know a base URL and a key, and nothing of AgentState: their engine is killed between two turns, and they
+go on as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conversations import (
+    AnthropicMessages,
+    Conversation,
+    LangChain,
+    LiteLLM,
+    Node,
+    OpenAIChat,
+    OpenAIChatStream,
+    PydanticAI,
+    Reply,
+    Server,
+)
+from models import words
+from prompts import PAGE, prompt
+from sessions import Session, Tenant
+
+from agentstate.cli.local import LocalStack
+
+PAGES = 3
+QUESTIONS = [words(prompt(9700, PAGES * PAGE + 20)), words(prompt(9701, 30))]
+
+
+def in_node(script: str, *arguments: str) -> Callable[[Server, Callable[[], Path]], Conversation]:
+    return lambda server, node: Node(server, node(), script, *arguments)
+
+
+def in_python(kind: Callable[[Server], Conversation]) -> Callable[[Server, Callable[[], Path]], Conversation]:
+    return lambda server, node: kind(server)
+
+
+CLIENTS = {
+    "openai": in_python(OpenAIChat),
+    "openai-stream": in_python(OpenAIChatStream),
+    "langchain": in_python(LangChain),
+    "litellm": in_python(LiteLLM),
+    "pydantic-ai": in_python(PydanticAI),
+    "anthropic": in_python(AnthropicMessages),
+    "node-openai": in_node("openai.js"),
+    "node-openai-stream": in_node("openai.js", "stream"),
+    "node-vercel-ai": in_node("vercel.js"),
+}
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A conversation after its first turn, and a reference: both turns by the same client for another tenant, whose
+    engine nobody killed in between."""
+
+    tenant: Tenant
+    conversation: Conversation
+    reply: Reply
+    sessions: list[Session]
+    reference: list[Reply]
+
+
+@pytest.fixture(scope="module")
+def begun(stack: LocalStack, request: pytest.FixtureRequest) -> Iterator[dict[str, Begun | BaseException]]:
+    """Conversations whose engine was killed after their first turn, and started anew; or why there is none."""
+    with ExitStack() as ending:
+
+        def begin(client: str, tenant: Tenant) -> Conversation:
+            server = Server(stack.service_url, tenant.key, stack.model)
+            conversation = CLIENTS[client](server, lambda: request.getfixturevalue("node"))
+            if isinstance(conversation, Node):
+                ending.callback(conversation.close)
+            return conversation
+
+        def converse(client: str) -> Begun:
+            reference = begin(client, Tenant(stack, f"{client}.uninterrupted"))
+            replies = [reference.say(question) for question in QUESTIONS]
+            tenant = Tenant(stack, client)
+            conversation = begin(client, tenant)
+            reply = conversation.say(QUESTIONS[0])
+            return Begun(tenant, conversation, reply, tenant.await_durable(PAGES * PAGE), replies)
+
+        found: dict[str, Begun | BaseException] = {}
+        for client in CLIENTS:
+            try:
+                found[client] = converse(client)
+            except (Exception, pytest.skip.Exception, pytest.fail.Exception) as error:
+                found[client] = error
+        stack.kill_engine()
+        stack.start_engine(*stack.engine_arguments)
+        yield found
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_client_goes_on_after_its_engine_was_killed(begun: dict[str, Begun | BaseException], client: str) -> None:
+    before = begun[client]
+    if isinstance(before, BaseException):
+        raise before
+    assert before.reply == before.reference[0]
+    assert not before.reply.cached  # Anthropic's says nothing instead of 0
+    (session,) = before.sessions
+    assert session.turns == 1
+    again = before.conversation.say(QUESTIONS[1])
+    assert again == before.reference[1]
+    assert again.cached == PAGES * PAGE
+    # Its answer is there; the turn ends in the background.
+    (after,) = before.tenant.await_turns(2)
+    assert (after.name, after.turns) == (session.name, 2)

@@ -99,6 +99,20 @@ def _named(connection: Connection, rows: Rows, wanted: Wanted, name: str) -> Fou
 def _of_harness(connection: Connection, rows: Rows, wanted: Wanted, name: str) -> Found:
     """A program uses one id for an agent's turns and for what it asks beside them: a title, a summary. Those have
     another system prompt, and do not go on with what was said."""
+    found = _at(connection, rows, wanted, name)
+    if found.row is None or found.tip is not None or wanted.conversation is None:
+        return found
+    system = conversations.known_system(connection, found.row.id)
+    if system is None or system == wanted.conversation.system:
+        return found
+    if not wanted.conversation.prefixes():
+        return Found(Origin.NONE)
+    # It has answers, so it is a conversation, and what came first was not: OpenCode asks for a title before its turns.
+    return _at(connection, rows, wanted, f"{name}:{wanted.conversation.system.hex()[:8]}")
+
+
+def _at(connection: Connection, rows: Rows, wanted: Wanted, name: str) -> Found:
+    """The session of a harness that has this name, which may have to be made."""
     try:
         row = rows.lock(connection, name)
     except SessionNotFound:
@@ -107,12 +121,7 @@ def _of_harness(connection: Connection, rows: Rows, wanted: Wanted, name: str) -
         return Found(Origin.NONE)
     if row.model != wanted.model:
         return Found(Origin.NONE)
-    tip = _tip_of(connection, rows, wanted, row)
-    if tip is None and wanted.conversation is not None:
-        system = conversations.known_system(connection, row.id)
-        if system is not None and system != wanted.conversation.system:
-            return Found(Origin.NONE)
-    return Found(Origin.HARNESS, row, tip=tip)
+    return Found(Origin.HARNESS, row, tip=_tip_of(connection, rows, wanted, row))
 
 
 def _of_messages(connection: Connection, rows: Rows, wanted: Wanted) -> Found:

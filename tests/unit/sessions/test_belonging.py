@@ -188,6 +188,19 @@ def test_what_a_harness_asks_beside_its_turns_has_no_session(sessions: Sessions)
     assert sessions.begin(other_model, lease_ttl_s=60, expires_in_s=60).origin is Origin.NONE
 
 
+def test_a_conversation_that_is_not_the_first_that_a_harness_asks_has_a_session(sessions: Sessions) -> None:
+    assert turn(sessions, "S:title", "U:1", "A:a title", harness="h:1") == ("h:1", Origin.HARNESS)
+    assert turn(sessions, "S:agent", "U:1", "A:1", harness="h:1") == (None, Origin.NONE)
+    own, origin = turn(sessions, "S:agent", "U:1", "A:1", "U:2", "A:2", harness="h:1")
+    assert (own is not None and own.startswith("h:1:"), origin) == (True, Origin.HARNESS)
+    # Later turns are the same session's, whatever became of their messages.
+    for said in (["U:1", "A:1", "U:2", "A:2", "U:3"], ["U:a summary", "A:2", "U:4"]):
+        assert turn(sessions, "S:agent", *said, "A:4", harness="h:1") == (own, Origin.HARNESS)
+    assert turn(sessions, "S:title", "U:1", "A:a title", harness="h:1") == ("h:1", Origin.HARNESS)
+    # Another harness's id, or another prompt of this one's, is another session.
+    assert turn(sessions, "S:plan", "U:1", "A:1", "U:2", "A:2", harness="h:1")[0] not in (own, "h:1", None)
+
+
 def test_a_harness_whose_session_is_running_is_never_refused(sessions: Sessions) -> None:
     one, _ = turn(sessions, "S:s", "U:1", "A:1", harness="h:1")
     running = begin(sessions, "S:s", "U:1", "A:1", "U:2", harness="h:1")

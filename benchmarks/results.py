@@ -28,8 +28,9 @@ KINDS = (
     "burst",
     "beside",
     "path",
+    "gateway",
 )
-_PACKAGES = ("torch", "sglang", "lmcache")
+_PACKAGES = ("torch", "sglang", "lmcache", "litellm", "sglang-router")
 _VERSIONS = """import json, sys
 from importlib import metadata
 installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}

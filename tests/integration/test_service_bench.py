@@ -15,7 +15,7 @@ from stage import Service, register
 from agentstate.fleet.manifests import KvState
 from agentstate.sql.models import entries, leases
 from benchmarks import conversations
-from benchmarks.service import DATABASES
+from benchmarks.databases import SERVERS
 
 
 def test_sessions_that_are_filled_in_bulk_are_the_services_own(service: Service) -> None:
@@ -65,4 +65,4 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str]) ->
     )
     assert run.returncode == 1
     assert len(run.stderr.strip().splitlines()) == 1
-    assert any(name in run.stderr for name in (*DATABASES, "COUNTxENTRIES"))
+    assert any(name in run.stderr for name in (*SERVERS, "COUNTxENTRIES"))

@@ -28,6 +28,7 @@
     │   ├── EventsTrimmed            the session never had the event to follow it from
     │   └── ModelMismatch            the session runs another model than the caller expects
     ├── InvalidId                    an id that no session and no tool call can have
+    ├── ResponseNotFound             no response of OpenAI's API with this id is kept
     ├── OperationNotFound
     ├── TooManyOperations            the service follows as many operations as it can
     ├── IdempotencyKeyReused         another request used the Idempotency-Key before
@@ -194,6 +195,10 @@ class ModelMismatch(SessionError):
 
 class InvalidId(AgentStateError):
     """No session and no tool call can have this id."""
+
+
+class ResponseNotFound(AgentStateError):
+    """There is no such response."""
 
 
 class OperationNotFound(AgentStateError):

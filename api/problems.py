@@ -24,6 +24,7 @@ from agentstate import errors
 STATUS: dict[type[errors.AgentStateError], HTTPStatus] = {
     errors.SessionNotFound: HTTPStatus.NOT_FOUND,
     errors.EntryNotFound: HTTPStatus.NOT_FOUND,
+    errors.ResponseNotFound: HTTPStatus.NOT_FOUND,
     errors.OperationNotFound: HTTPStatus.NOT_FOUND,
     errors.ToolCallNotFound: HTTPStatus.NOT_FOUND,
     errors.SessionExists: HTTPStatus.CONFLICT,

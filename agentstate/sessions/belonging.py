@@ -15,9 +15,18 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 from agentstate import ids
-from agentstate.errors import ModelMismatch, SessionExpired, SessionNotFound
-from agentstate.sessions import conversations
+from agentstate.errors import (
+    EntryNotFound,
+    InvalidId,
+    ModelMismatch,
+    ResponseNotFound,
+    SessionExists,
+    SessionExpired,
+    SessionNotFound,
+)
+from agentstate.sessions import conversations, responses, transcript
 from agentstate.sessions.conversations import Conversation, Tip
+from agentstate.sessions.history import History
 from agentstate.sessions.outcomes import Resumed
 from agentstate.sessions.rows import Rows
 from agentstate.sessions.transcript import NewEntry
@@ -36,10 +45,20 @@ class Origin(StrEnum):
 
 
 @dataclass(frozen=True)
+class State:
+    """What is kept here that a request goes on from: all of the ``conversation`` with this id, or what there was after
+    the ``response`` with this id, or nothing. A request with a state has a session, even if it has to be made."""
+
+    conversation: str | None = None
+    response: str | None = None
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What a request says of its session: the id that its client names, or its ``harness``, if any; and its
     ``conversation``, if that may tell. ``results`` are the results of tool calls that it brings. ``metadata`` is for a
-    session that has to be made. ``engine`` is the base URL of the engine to take if no other can restore more."""
+    session that has to be made. ``engine`` is the base URL of the engine to take if no other can restore more.
+    ``state`` is what the request goes on from, if it has not all of its messages itself or is to be kept."""
 
     model: str
     session: str | None = None
@@ -48,35 +67,123 @@ class Wanted:
     results: Sequence[NewEntry] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     engine: str | None = None
+    state: State | None = None
+
+    @property
+    def named(self) -> str | None:
+        """The session that nothing else will do for."""
+        return self.session or (self.state.conversation if self.state else None)
+
+
+@dataclass(frozen=True)
+class Context:
+    """The entries of the session called ``session`` after ``base``, or from its first one on, up to and with ``head``,
+    or none of them."""
+
+    session: str
+    base: str | None
+    head: str | None
 
 
 @dataclass(frozen=True)
 class Begun:
     """The turn of a request; ``resumed`` is None if it has no session, which knows the first ``messages`` messages of
-    the request already."""
+    the request already.
+
+    What a kept request was given begins after the entry ``base`` of its session, or with it. ``whole``: the session has
+    nothing of it that could be gone on from. ``context`` is what the request goes on from. ``time_us`` is when it came.
+    """
 
     resumed: Resumed | None
     origin: Origin
     messages: int = 0
+    base: str | None = None
+    whole: bool = True
+    context: Context | None = None
+    time_us: int = 0
 
 
 @dataclass(frozen=True)
 class Found:
     """``row`` is the locked row of the session, None if it has to be made, as ``name`` if that is given. ``tip`` is
-    where the request goes on from, if its messages are known."""
+    where the request goes on from, if its messages are known; ``context``, if what it goes on from is kept."""
 
     origin: Origin
     row: Any = None
     name: str | None = None
     tip: Tip | None = None
+    context: Context | None = None
 
     @property
     def messages(self) -> int:
         return 0 if self.tip is None else self.tip.messages
 
+    @property
+    def head(self) -> str | None:
+        """The entry that the request goes on from, if that is known."""
+        if self.context is not None:
+            return self.context.head
+        return None if self.tip is None else self.tip.head_entry
+
 
 def find(connection: Connection, rows: Rows, wanted: Wanted) -> Found:
-    """Raises, of a session that the client names, ModelMismatch, SessionExpired and InvalidId."""
+    """Raises, of a session that the client names, ModelMismatch, SessionExpired and InvalidId; of a conversation
+    SessionNotFound and SessionExpired; of a response ResponseNotFound, and SessionExists if the session that the client
+    names beside it stands elsewhere."""
+    state = wanted.state
+    if state is not None and state.conversation is not None:
+        return _conversation(rows.lock(connection, conversation(state.conversation)))
+    if state is not None and state.response is not None:
+        return _after_response(connection, rows, wanted, state.response)
+    found = _without_state(connection, rows, wanted)
+    return Found(Origin.NEW) if state is not None and found.origin is Origin.NONE else found
+
+
+def conversation(name: str) -> str:
+    """The id of a conversation, as it is. Raises SessionNotFound if no conversation can have it."""
+    try:
+        if name.startswith("conv_"):
+            return ids.check(name)
+    except InvalidId:
+        pass
+    raise SessionNotFound(f"there is no conversation {name[:80]!r}")
+
+
+def _conversation(row: Any) -> Found:
+    return Found(Origin.NAMED, row, context=Context(row.name, None, row.head_entry))
+
+
+def _after_response(connection: Connection, rows: Rows, wanted: Wanted, response: str) -> Found:
+    """Where a response left its session: there if that has not gone on since, else on a branch."""
+    kept = responses.find(connection, rows.tenant, response)
+    try:
+        row = rows.lock(connection, kept.session)
+        if kept.head is not None:
+            transcript.find(connection, row.name, History.of(connection, row), kept.head)
+    except (EntryNotFound, SessionNotFound, SessionExpired):
+        # It was rewound to before the response, or has gone since.
+        raise ResponseNotFound(f"what response {response} was said after is not there any more") from None
+    context = Context(row.name, kept.base, kept.head)
+    stands = row.head_entry == kept.head and row.model == wanted.model
+    if wanted.session is not None and ids.check(wanted.session) != row.name:
+        _require_free_name(connection, rows, wanted.session)
+        return Found(Origin.BRANCH, row, wanted.session, context=context)
+    if stands:
+        return Found(Origin.NAMED if wanted.session else Origin.CONTINUED, row, context=context)
+    if wanted.session is not None:
+        raise SessionExists(f"session {wanted.session} does not stand at response {response}: name another, or none")
+    return Found(Origin.BRANCH, row, context=context)
+
+
+def _require_free_name(connection: Connection, rows: Rows, name: str) -> None:
+    try:
+        rows.lock(connection, name)
+    except (SessionNotFound, SessionExpired):
+        return
+    raise SessionExists(f"session {name} is another than the response's: name one that is not there yet, or none")
+
+
+def _without_state(connection: Connection, rows: Rows, wanted: Wanted) -> Found:
     if wanted.session is not None:
         return _named(connection, rows, wanted, ids.check(wanted.session))
     if wanted.harness is not None:
@@ -89,7 +196,7 @@ def _named(connection: Connection, rows: Rows, wanted: Wanted, name: str) -> Fou
         row = rows.lock(connection, name)
     except SessionNotFound:
         return Found(Origin.NAMED, name=name)
-    if row.model != wanted.model:
+    if row.model not in ("", wanted.model):
         raise ModelMismatch(
             f"session {name} runs {row.model!r}, the request is for {wanted.model!r}", revision=row.revision
         )

@@ -31,7 +31,17 @@ from agentstate.errors import (
 from agentstate.fleet import engines, manifests, turns
 from agentstate.fleet.placement import choose, named, outlook
 from agentstate.fleet.turns import Turn
-from agentstate.sessions import belonging, branches, conversations, leases, rows, salts, toolcalls, transcript
+from agentstate.sessions import (
+    belonging,
+    branches,
+    conversations,
+    leases,
+    responses,
+    rows,
+    salts,
+    toolcalls,
+    transcript,
+)
 from agentstate.sessions.belonging import Begun, Found, Origin, Wanted
 from agentstate.sessions.branches import Branch
 from agentstate.sessions.conversations import Conversation
@@ -51,6 +61,7 @@ from agentstate.sessions.outcomes import (
     SuspendReason,
     ToolCall,
 )
+from agentstate.sessions.responses import NewResponse
 from agentstate.sessions.rows import Rows, Seen
 from agentstate.sessions.transcript import EntryPage, NewEntry
 from agentstate.settings import DEFAULT_TENANT
@@ -225,7 +236,8 @@ class Sessions:
 
         A session is made on first sight; one that no client named expires ``expires_in_s`` after its last turn. Where
         a harness or a guess says the session and that is being run, the request is a branch of it, or has no session.
-        Of a session that the client named, raises SessionBusy, ModelMismatch, SessionExpired, InvalidId.
+        Of a session or a conversation that the client named, raises SessionBusy, SessionExpired, InvalidId, and
+        ModelMismatch or SessionNotFound; of what it goes on from, ResponseNotFound and SessionExists.
         """
         with self._database.write() as connection:
             found = belonging.find(connection, self._rows, wanted)
@@ -236,10 +248,13 @@ class Sessions:
                 try:
                     return self._begin(connection, before, found, wanted, lease_ttl_s)
                 except SessionBusy:
-                    if wanted.session is not None:
+                    if wanted.named is not None:
                         raise
-                    if found.tip is None or found.tip.compacted:
-                        return Begun(None, Origin.NONE)
+                    if found.context is None and (found.tip is None or found.tip.compacted):
+                        if wanted.state is None:
+                            return Begun(None, Origin.NONE)
+                        before, found = None, Found(Origin.NEW)
+            expires_in_s = None if wanted.session is not None else expires_in_s
             if before is None:
                 self._rows.make(
                     connection,
@@ -250,22 +265,24 @@ class Sessions:
                     cache_salt=None,
                     extra_key=None,
                     next_seq=1,
-                    expires_in_s=None if wanted.session is not None else expires_in_s,
+                    expires_in_s=expires_in_s,
                 )
                 name = found.name or uid
             else:
                 parent, history = self._to_branch(connection, before.name, None)
-                head = None if found.tip is None else found.tip.head_entry
                 # Where its transcript cannot be shared, its pages are: they are found by their content.
                 branch = branches.START
-                if head is not None:
+                if found.head is not None:
                     with suppress(EntryNotFound, NotABranchPoint):
-                        branch = branches.branch_at(connection, parent, history, head)
-                name = self._fork(connection, parent, branch, expires_in_s=expires_in_s).id
+                        branch = branches.branch_at(connection, parent, history, found.head)
+                name = self._fork(connection, parent, branch, found.name, expires_in_s=expires_in_s).id
                 found = replace(found, origin=Origin.BRANCH)
             return self._begin(connection, self._rows.lock(connection, name), found, wanted, lease_ttl_s)
 
     def _begin(self, connection: Connection, before: Any, found: Found, wanted: Wanted, lease_ttl_s: float) -> Begun:
+        if before.model != wanted.model:
+            rows.change(connection, before.id, model=wanted.model)
+            before = self._rows.lock(connection, before.name)
         resumed = self._take(connection, before, lease_ttl_s, 0, preferred=wanted.engine)
         if wanted.results and before.open_calls:
             history = History.of(connection, before)
@@ -278,7 +295,17 @@ class Sessions:
             ]
             if new:
                 self._rows.append(connection, before, new, before.time_us)
-        return Begun(resumed, found.origin, found.messages)
+        begun = Begun(resumed, found.origin, found.messages, context=found.context, time_us=before.time_us)
+        stands = found.head is not None and before.head_entry == found.head
+        if found.context is not None:
+            # All that a conversation has, or what a response was given.
+            if stands or found.context.head is None:
+                return replace(begun, base=found.context.base, whole=False)
+        elif wanted.state is not None and found.tip is not None and stands and not found.tip.compacted:
+            covered = responses.covering(connection, found.tip)
+            if covered is not None:
+                return replace(begun, base=covered.base_entry, whole=False)
+        return begun
 
     def end(
         self,
@@ -287,10 +314,12 @@ class Sessions:
         conversation: Conversation | None,
         new: Sequence[NewEntry],
         *,
+        response: NewResponse | None = None,
         expires_in_s: float | None,
     ) -> Suspended:
-        """End the turn of a gateway's request: append ``new``, without tool calls that are known already, note where
-        its conversation stands, and release the lease. Raises LeaseLost, InvalidEntry."""
+        """End the turn of a gateway's request: append ``new``, without tool calls that are known already, keep the
+        ``response``, note where its conversation stands, and release the lease. A session that does not expire goes on
+        not to. Raises LeaseLost, InvalidEntry."""
         if new:
             transcript.check(new)
         with self._database.write() as connection:
@@ -303,7 +332,11 @@ class Sessions:
                 if fresh:
                     self._rows.append(connection, before, fresh, time_us)
                     before = self._rows.lock(connection, session_id)
+            if response is not None and conversation is not None:
+                time_us = leases.require(connection, before.id, key, before.revision)
+                before = responses.keep(connection, self._rows, before, response, conversation, time_us)
             reason = SuspendReason.TOOL_WAIT if before.open_calls else SuspendReason.USER_WAIT
+            expires_in_s = None if before.expires_us is None else expires_in_s
             suspended = self._release(connection, before, key, reason, expires_in_s)
             if conversation is not None:
                 conversations.remember(connection, self._tenant, before.id, conversation, before.head_entry)

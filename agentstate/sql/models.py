@@ -236,6 +236,34 @@ conversation_tips = Table(
     Index("ix_conversation_tips_session", "session_id", "id"),
 )
 
+# Which entries are items of OpenAI's API, by the ids that clients know the items by: see `agentstate.sessions.items`.
+items = Table(
+    "items",
+    metadata,
+    Column("entry_id", Text, ForeignKey("entries.id", ondelete="CASCADE"), primary_key=True),
+    Column("session_id", Text, nullable=False),  # the entry's owner
+    Column("item_id", Text, nullable=False),
+    Column("deletes", Boolean, nullable=False, server_default=false()),  # the entry takes the item away
+    Index("ix_items_item", "session_id", "item_id"),
+    Index("ix_items_deletions", "session_id", **_only_where("deletes")),
+)
+
+# Responses of OpenAI's API that clients may ask for, and go on from: see `agentstate.sessions.responses`.
+responses = Table(
+    "responses",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("session_id", Text, ForeignKey("sessions.id", ondelete="CASCADE"), nullable=False),
+    Column("base_entry", Text),  # what it was given begins after this entry; null: with the session
+    Column("input_entry", Text),  # and ends with this one; its output follows
+    Column("head_entry", Text),  # the session's head after it
+    Column("digest", LargeBinary, nullable=False),  # of all messages up to and with its output
+    Column("created_us", BigInteger, nullable=False),
+    Column("document", JSON, nullable=False),  # as answered
+    Index("ix_responses_session", "session_id", "head_entry"),
+)
+
 manifests = Table(
     "manifests",
     metadata,

@@ -14,18 +14,29 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agentstate.errors import AgentStateError
 from agentstate.sessions.tenants import Tenant
-from api.gateway import dialects
+from api.gateway import conversations, dialects, stored
 from api.gateway.errors import Refusal, refusal
 from api.gateway.exchange import Exchange, Gone
 from api.gateway.fleet import REMEMBERED_S, Fleet
 from api.gateway.relay import Passage, Relay
+from api.gateway.stored import StoredRelay
 from api.gateway.turns import Turns
 from api.gateway.upstream import Upstream
 from api.service import Service
 
 logger = logging.getLogger(__name__)
 
-PREFIXES = ("/v1/chat/", "/v1/completions", "/v1/messages", "/v1/models", "/v1/embeddings", "/v1/rerank", "/tokenize")
+PREFIXES = (
+    "/v1/chat/",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/conversations",
+    "/v1/messages",
+    "/v1/models",
+    "/v1/embeddings",
+    "/v1/rerank",
+    "/tokenize",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Route:
 
     path: str
     dialect: dialects.Dialect | None = None
+    relay: type[Relay] = Relay
 
 
 class Observed(NamedTuple):
@@ -47,6 +59,7 @@ ROUTES = {
     for route in (
         Route("/v1/chat/completions", dialects.CHAT),
         Route("/v1/completions", dialects.COMPLETIONS),
+        Route("/v1/responses", dialects.RESPONSES, StoredRelay),
         Route("/v1/messages", dialects.MESSAGES),
         Route("/v1/messages/count_tokens"),
         Route("/v1/embeddings"),
@@ -55,6 +68,8 @@ ROUTES = {
         Route("/v1/tokenize"),
     )
 }
+# What answers a path that begins like this, and does not reach an engine.
+RESOURCES = {"/v1/responses/": stored.answer, "/v1/conversations/": conversations.answer}
 
 
 def serves(path: str) -> bool:
@@ -97,6 +112,10 @@ class Gateway:
             _require(method, "GET")
             await self._models(exchange, path.removeprefix("/v1/models").removeprefix("/"))
             return
+        for prefix, resource in RESOURCES.items():
+            if f"{path}/".startswith(prefix) and path not in ROUTES:
+                await resource(self, exchange)
+                return
         route = ROUTES.get(path)
         if route is None:
             raise Refusal(404, "not_found", f"there is no {path} here")
@@ -115,7 +134,7 @@ class Gateway:
                 headers=[(b"retry-after", b"1")],
             )
         with self._counted(exchange):
-            await Relay(self, exchange, path, route.dialect).run()
+            await route.relay(self, exchange, path, route.dialect).run()
 
     @contextmanager
     def _counted(self, exchange: Exchange) -> Iterator[None]:

@@ -23,7 +23,7 @@ from api.gateway.errors import Refusal, refusal, reshaped
 from api.gateway.exchange import JSON, Exchange
 from api.gateway.heard import Call, Message
 from api.gateway.recording import Answer, Stream
-from api.gateway.turns import Turn
+from api.gateway.turns import NOTHING, Kept, Turn
 from api.gateway.upstream import HOP_BY_HOP, Unreachable
 from api.gateway.upstream import Answer as Answered
 
@@ -130,29 +130,37 @@ class Relay(Passage):
         changed = harnesses.sanitize(self.body)
         if settings.gateway_strip and harnesses.strip_volatile(self.body):
             changed = True
-        try:
-            self.messages = self.dialect.messages(self.body)
-        except ValueError as error:
-            raise Refusal(400, "invalid_request", str(error)) from None
+        self.messages = self.heard(self.body)
         if changed:
             self.raw = documents.dumps(self.body)
-        store = self.body.get("store")
-        self.store = store if isinstance(store, bool) else settings.gateway_store
+        self.store = self.is_stored()
         self.request_id = _request_id(self.dialect.id_prefix)
         await exchange.while_there(self.work())
+
+    def heard(self, body: dict[str, Any]) -> list[Message]:
+        """The messages of a request. Raises Refusal."""
+        try:
+            return self.dialect.messages(body)
+        except ValueError as error:
+            raise Refusal(400, "invalid_request", str(error)) from None
+
+    def is_stored(self) -> bool:
+        """Whether the transcript is kept."""
+        store = self.body.get("store")
+        return store if isinstance(store, bool) else self.gateway.settings.gateway_store
 
     async def work(self) -> None:
         gateway = self.gateway
         prefix = self.body.get("prompt_cache_key")
         servers = await gateway.fleet.serving(self.model, prefix if isinstance(prefix, str) else None)
-        wanted = self.wanted(servers[0])
         asked_s = time.perf_counter()
-        turn = await gateway.turns.begin(self.exchange.tenant, wanted, gateway.settings.gateway_wait_s)
+        turn = await self.begin(self.wanted(servers[0]))
         self.begin_s = time.perf_counter() - asked_s
         self.metrics.gateway_begin_seconds.observe(self.begin_s)
         came = "degraded" if turn.degraded else turn.begun.origin
         self.metrics.gateway_requests.labels(self.dialect.name, came).inc()
         try:
+            await self.prepare(turn)
             urls = [server.base_url for server in servers]
             nearest = turn.base_url or urls[0]
             await self.ask_first([nearest, *(url for url in urls if url != nearest)], turn)
@@ -175,6 +183,12 @@ class Relay(Passage):
                 if number == len(base_urls):
                     raise
                 logger.warning("%s: another one is asked", unreachable.message)
+
+    async def begin(self, wanted: Wanted) -> Turn:
+        return await self.gateway.turns.begin(self.exchange.tenant, wanted, self.gateway.settings.gateway_wait_s)
+
+    async def prepare(self, turn: Turn) -> None:
+        """What the request needs of its turn before it is sent."""
 
     def told(self, turn: Turn) -> list[tuple[bytes, bytes]]:
         return [*super().told(turn), (b"server-timing", f"begin;dur={self.begin_s * 1000:.3f}".encode())]
@@ -206,7 +220,7 @@ class Relay(Passage):
         finally:
             # A client may leave as soon as it has seen the end.
             if recorder.done and not self.store:
-                turn.end_later(*self.kept(turn, recorder.end()))
+                turn.end_later(self.kept(turn, recorder.end()))
 
     async def pass_stream(self, answered: Answered, turn: Turn, recorder: Stream) -> None:
         """Pass a stream on as its events come. Where the transcript is kept, the end is held back until that is."""
@@ -218,23 +232,34 @@ class Relay(Passage):
                 held += chunk
                 # A client could not use a part of an event, and an error could not follow it.
                 if not (self.store and recorder.done) and (end := _end_of_events(held, len(chunk))):
-                    await self.exchange.send(bytes(held[:end]))
+                    await self.exchange.send(self.passed(bytes(held[:end]), recorder))
                     del held[:end]
         except Refusal as refused:
-            broken = refused
+            # What comes after the end is not missed.
+            broken = None if recorder.done else refused
         answer = recorder.end()
         if broken is None and not answer.whole:
             broken = Refusal(502, "engine_broke_off", "the engine ended its stream before the answer", retryable=True)
         if broken is None and self.store:
             try:
-                await turn.end(*self.kept(turn, answer))
+                await turn.end(self.kept(turn, answer))
             except AgentStateError as error:
                 broken = refusal(error)
         if broken is not None:
             logger.warning("a stream of %s ends with an error: %s", self.path, broken.message)
             self.metrics.gateway_broken_streams.labels(self.dialect.name).inc()
-            held[:] = broken.event(self.exchange.anthropic) + self.dialect.end_of_stream
-        await self.exchange.send(bytes(held), last=True)
+            last = self.broken(broken)
+        else:
+            last = self.passed(bytes(held), recorder)
+        await self.exchange.send(last, last=True)
+
+    def passed(self, events: bytes, recorder: Stream) -> bytes:
+        """Events as the client gets them."""
+        return events
+
+    def broken(self, refused: Refusal) -> bytes:
+        """What a stream that breaks ends with."""
+        return refused.event(self.exchange.anthropic) + self.dialect.end_of_stream
 
     async def whole(self, answered: Answered, turn: Turn) -> None:
         """Pass on an answer in one piece, or an error."""
@@ -248,22 +273,26 @@ class Relay(Passage):
         if not answer.whole:
             raise Refusal(502, "engine_broke_off", "the engine's answer is not whole", retryable=True)
         if self.store:
-            await turn.end(*self.kept(turn, answer))
+            await turn.end(self.kept(turn, answer))
         else:
-            turn.end_later(*self.kept(turn, answer))
+            turn.end_later(self.kept(turn, answer))
         content_type = (b"content-type", answered.content_type.encode("latin-1"))
-        await self.exchange.answer(200, body, [content_type, *self.told(turn)])
+        await self.exchange.answer(200, self.answered(body, answer), [content_type, *self.told(turn)])
 
-    def kept(self, turn: Turn, answer: Answer) -> tuple[Conversation | None, list[NewEntry]]:
-        """What the session keeps of the turn: where its conversation stands, and entries."""
+    def answered(self, body: bytes, answer: Answer) -> bytes:
+        """A whole answer as the client gets it."""
+        return body
+
+    def kept(self, turn: Turn, answer: Answer) -> Kept:
+        """What the session keeps of the turn: where its conversation stands, entries, and a response."""
         if not answer.messages:
-            return None, []
+            return NOTHING
         new: list[NewEntry] = []
         if self.store:
             new += [_message(said) for said in self.messages[turn.begun.messages :] if said.result_of is None]
             new += [_message(said) for said in answer.messages]
         new += [_call(call, self.store) for said in answer.messages for call in said.calls]
-        return self.conversation(answer.messages), new
+        return Kept(self.conversation(answer.messages), new)
 
     @contextmanager
     def ending(self, base_url: str) -> Iterator[None]:

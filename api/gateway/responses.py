@@ -9,9 +9,9 @@ from api.gateway import documents
 from api.gateway.heard import DECORATIONS, Message, call, hear, objects, text_or_none
 from api.gateway.recording import Answer, Stream, count, error_of
 
-_TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed", "response.cancelled"})
+TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed", "response.cancelled"})
 # All others, such as deltas, say nothing that one of these does not say again.
-_HEARD = frozenset({b"", b"error", b"response.output_item.done", *(name.encode() for name in _TERMINAL)})
+_HEARD = frozenset({b"", b"error", b"response.output_item.done", *(name.encode() for name in TERMINAL)})
 _ROLES = {"developer": "system"}
 _ELSEWHERE = ("conversation", "previous_response_id", "prompt")  # where a request without input has it
 
@@ -86,7 +86,7 @@ class ResponsesStream(Stream):
         kind = event.get("type")
         if kind == "response.output_item.done":
             self._items.append(event["item"])
-        elif kind in _TERMINAL:
+        elif kind in TERMINAL:
             self.done = True
             response = event["response"]
             # Some end without their output, whose items have come before.

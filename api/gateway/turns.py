@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -17,8 +18,9 @@ from agentstate.fleet.handover import Handover
 from agentstate.fleet.manifests import KvState
 from agentstate.fleet.operations import Kind, Question
 from agentstate.fleet.placement import KvOutlook
-from agentstate.sessions.belonging import Begun, Origin, Wanted
+from agentstate.sessions.belonging import Begun, Origin, State, Wanted
 from agentstate.sessions.conversations import Conversation
+from agentstate.sessions.responses import NewResponse
 from agentstate.sessions.tenants import Tenant
 from agentstate.sessions.transcript import NewEntry
 from api.gateway.fleet import REMEMBERED_S
@@ -33,6 +35,18 @@ FLUSH_MS = 1000
 # How often an end that SQL does not answer is tried again, each time after twice as long as before.
 RETRIES = 6
 FIRST_RETRY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a session keeps of a turn: where its ``conversation`` stands, ``new`` entries, and a ``response``."""
+
+    conversation: Conversation | None = None
+    new: Sequence[NewEntry] = ()
+    response: NewResponse | None = None
+
+
+NOTHING = Kept()
 
 
 class Turn:
@@ -67,19 +81,19 @@ class Turn:
             return Handover(None, self._salt, None, request_id)
         return Handover(resumed.engine_session, resumed.cache_salt, resumed.session.extra_key, request_id)
 
-    async def end(self, conversation: Conversation | None = None, new: Sequence[NewEntry] = ()) -> None:
-        """End the turn; the session keeps ``new`` and where its ``conversation`` stands. Nothing is done if it has
-        ended. Raises AgentStateError if they are not kept; the turn goes on then."""
+    async def end(self, kept: Kept) -> None:
+        """End the turn; the session has ``kept``. Nothing is done if it has ended. Raises AgentStateError if that is
+        not kept; the turn goes on then."""
         if not self._over:
-            await self._turns.end(self, conversation, new)
+            await self._turns.end(self, kept)
             self._over = True
             self.stop_renewing()
 
-    def end_later(self, conversation: Conversation | None = None, new: Sequence[NewEntry] = ()) -> None:
+    def end_later(self, kept: Kept = NOTHING) -> None:
         """`end` in the background, where nobody waits for it."""
         if not self._over:
             self._over = True
-            self._turns.later(self, conversation, new)
+            self._turns.later(self, kept)
 
     def stop_renewing(self) -> None:
         if self._renewing is not None:
@@ -114,8 +128,9 @@ class Turns:
 
     async def begin(self, tenant: Tenant, wanted: Wanted, wait_s: float) -> Turn:
         """The turn of a request. A session that its client named and that is being run is waited for, ``wait_s`` at
-        most. If SQL does not answer, the request has no session. Raises AgentStateError."""
-        if wanted.session is None and wanted.harness is None and wanted.conversation is None:
+        most. If SQL does not answer, the request has no session, unless it goes on from what is kept here. Raises
+        AgentStateError."""
+        if (wanted.named or wanted.harness or wanted.conversation or wanted.state) is None:
             return await self.without(tenant)
         await self._ended(tenant, wanted)
         settings = self.service.settings
@@ -132,10 +147,12 @@ class Turns:
                 break
             except SessionBusy as busy:
                 left_s = deadline_s - time.monotonic()
-                if left_s <= 0 or wanted.session is None:
+                if left_s <= 0 or wanted.named is None:
                     raise
-                await self._changed(tenant, wanted.session, min(left_s, busy.retry_after_s + 0.01))
+                await self._changed(tenant, wanted.named, min(left_s, busy.retry_after_s + 0.01))
             except DatabaseError:
+                if wanted.state not in (None, State()):
+                    raise
                 return await self.without(tenant)
         if begun.resumed is None:
             return await self.without(tenant)
@@ -157,7 +174,7 @@ class Turns:
                     raise
         return Turn(self, tenant, Begun(None, Origin.NONE), salt, degraded)
 
-    async def end(self, turn: Turn, conversation: Conversation | None, new: Sequence[NewEntry]) -> None:
+    async def end(self, turn: Turn, kept: Kept) -> None:
         resumed = turn.begun.resumed
         assert resumed is not None
         named = turn.begun.origin is Origin.NAMED
@@ -165,8 +182,9 @@ class Turns:
             self.service.sessions.of(turn.tenant.id).end,
             resumed.session.id,
             resumed.lease.key,
-            conversation,
-            new,
+            kept.conversation,
+            kept.new,
+            response=kept.response,
             expires_in_s=None if named else self.service.settings.gateway_expires_s,
         )
         if suspended.ranks:
@@ -176,10 +194,10 @@ class Turns:
         """Do something in the background, at most until the gateway is closed."""
         _keep(self._asking, work)
 
-    def later(self, turn: Turn, conversation: Conversation | None, new: Sequence[NewEntry]) -> None:
+    def later(self, turn: Turn, kept: Kept) -> None:
         """End a turn in the background. A request that goes on from there waits for that."""
-        task = _keep(self._ending, self._end(turn, conversation, new))
-        told = [turn.session, None if conversation is None else conversation.whole()]
+        task = _keep(self._ending, self._end(turn, kept))
+        told = [turn.session, None if kept.conversation is None else kept.conversation.whole()]
         keys = [(turn.tenant.id, by) for by in told if by is not None]
         self._ending_of.update(dict.fromkeys(keys, task))
 
@@ -206,7 +224,7 @@ class Turns:
         """A client that has all of an answer may send the next request before its turn has ended here."""
         if self._ending_of:
             digests = () if wanted.conversation is None else wanted.conversation.prefixes()
-            for by in (wanted.session, wanted.harness, *digests):
+            for by in (wanted.named, wanted.harness, *digests):
                 if by is not None and (task := self._ending_of.get((tenant.id, by))) is not None:
                     await asyncio.wait((task,))
 
@@ -220,11 +238,11 @@ class Turns:
         with suppress(DatabaseError):
             await self._read_salt(tenant)
 
-    async def _end(self, turn: Turn, conversation: Conversation | None, new: Sequence[NewEntry]) -> None:
+    async def _end(self, turn: Turn, kept: Kept) -> None:
         try:
             for retry in range(RETRIES + 1):
                 try:
-                    await self.end(turn, conversation, new)
+                    await self.end(turn, kept)
                     return
                 except DatabaseError as error:
                     if retry == RETRIES:

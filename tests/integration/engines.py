@@ -149,3 +149,88 @@ def completion(content: str | None, **message: Any) -> dict[str, Any]:
         "choices": [choice],
         "usage": usage,
     }
+
+
+def said(text: str, item_id: str = "msg_1") -> dict[str, Any]:
+    """A message of a response's output."""
+    content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": None}]
+    return {"id": item_id, "type": "message", "role": "assistant", "content": content, "status": "completed"}
+
+
+def called(name: str, arguments: str, call_id: str = "call_1", item_id: str = "fc_1") -> dict[str, Any]:
+    """A function's call in a response's output."""
+    call = {"call_id": call_id, "name": name, "arguments": arguments, "status": "completed"}
+    return {"id": item_id, "type": "function_call", **call}
+
+
+def response(asked: Asked, output: list[dict[str, Any]], status: str = "completed", **fields: Any) -> dict[str, Any]:
+    """A response as SGLang answers a request: it echoes what it was told."""
+    body = asked.document
+    usage = {
+        "input_tokens": 20,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": 10,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 30,
+    }
+    return {
+        "id": body.get("request_id", "resp_of_the_engine"),
+        "object": "response",
+        "created_at": 1,
+        "model": body["model"],
+        "output": output,
+        "status": status,
+        "usage": None if status == "in_progress" else usage,
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": body.get("tools", []),
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.get("instructions"),
+        "previous_response_id": body.get("previous_response_id"),
+        "store": body.get("store"),
+        "metadata": body.get("metadata"),
+        **fields,
+    }
+
+
+def response_events(asked: Asked, output: list[dict[str, Any]], **end: Any) -> list[bytes]:
+    """A streamed response, an event each."""
+    begun = response(asked, [], "in_progress")
+    events: list[dict[str, Any]] = [
+        {"type": f"response.{kind}", "response": begun} for kind in ("created", "in_progress")
+    ]
+    for index, item in enumerate(output):
+        at = {"output_index": index, "item_id": item["id"]}
+        events.append(
+            {"type": "response.output_item.added", "output_index": index, "item": {**item, "status": "in_progress"}}
+        )
+        if item["type"] == "message":
+            (part,) = item["content"]
+            delta = {"content_index": 0, "delta": part["text"], "logprobs": []}
+            events.append({"type": "response.output_text.delta", **at, **delta})
+        elif item["type"] == "function_call":
+            events.append({"type": "response.function_call_arguments.delta", **at, "delta": item["arguments"]})
+        events.append({"type": "response.output_item.done", "output_index": index, "item": item})
+    ended = response(asked, output, **end)
+    events.append({"type": f"response.{ended['status']}", "response": ended})
+    return [
+        f"event: {event['type']}\ndata: {json.dumps({**event, 'sequence_number': number})}\n\n".encode()
+        for number, event in enumerate(events)
+    ]
+
+
+def responds(*outputs: list[dict[str, Any]]) -> Callable[[Asked], None]:
+    """Responses with these outputs, one after the other, streamed where that is asked for."""
+    left = iter(outputs)
+
+    def script(asked: Asked) -> None:
+        output = next(left)
+        if not asked.document.get("stream"):
+            asked.whole(response(asked, output))
+            return
+        asked.start()
+        asked.send(*response_events(asked, output), DONE)
+        asked.end()
+
+    return script

@@ -21,6 +21,7 @@ def test_problem_types_are_pinned() -> None:
     assert {kind.slug(): int(STATUS[kind]) for kind in STATUS} == {
         "session-not-found": 404,
         "entry-not-found": 404,
+        "response-not-found": 404,
         "operation-not-found": 404,
         "tool-call-not-found": 404,
         "unauthenticated": 401,

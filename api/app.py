@@ -32,6 +32,7 @@ from api import (
 from api.bodies import BodyLimit
 from api.changes import Changes
 from api.gate import Gate
+from api.gateway import described
 from api.gateway.app import Gateway, GatewayRoutes
 from api.guard import Guard
 from api.metrics import Metrics
@@ -108,4 +109,5 @@ def create_app(settings: Settings) -> FastAPI:
     ):
         app.include_router(resource.router)
     problems.install(app)
+    described.install(app)
     return app

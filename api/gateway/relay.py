@@ -126,7 +126,10 @@ class Relay(Passage):
         exchange = self.exchange
         settings = self.gateway.settings
         self.raw, self.body = await exchange.document(settings.gateway_body_bytes)
-        self.identity = harnesses.identify(exchange.headers, self.body)
+        try:
+            self.identity = harnesses.identify(exchange.headers, self.body)
+        except ValueError as error:
+            raise Refusal(400, "invalid_request", str(error), "session_id") from None
         changed = harnesses.sanitize(self.body)
         if settings.gateway_strip and harnesses.strip_volatile(self.body):
             changed = True

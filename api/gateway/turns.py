@@ -137,14 +137,21 @@ class Turns:
         sessions = self.service.sessions.of(tenant.id)
         deadline_s = time.monotonic() + wait_s
         while True:
-            try:
-                begun = await run_in_threadpool(
+            beginning = asyncio.ensure_future(
+                run_in_threadpool(
                     sessions.begin,
                     wanted,
                     lease_ttl_s=settings.lease_ttl_s,
                     expires_in_s=settings.gateway_expires_s,
                 )
+            )
+            try:
+                begun = await asyncio.shield(beginning)
                 break
+            except asyncio.CancelledError:
+                # The client has left, and the lease may be taken all the same.
+                beginning.add_done_callback(lambda begun: self._give_back(tenant, begun))
+                raise
             except SessionBusy as busy:
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0 or wanted.named is None:
@@ -159,6 +166,10 @@ class Turns:
         if time.monotonic() - self._salts.get(tenant.id, (float("-inf"), None))[0] > REMEMBERED_S / 2:
             self.keep(self._remember_salt(tenant))
         return Turn(self, tenant, begun, None, degraded=False)
+
+    def _give_back(self, tenant: Tenant, beginning: asyncio.Future[Begun]) -> None:
+        if not beginning.cancelled() and beginning.exception() is None and beginning.result().resumed is not None:
+            Turn(self, tenant, beginning.result(), None, degraded=False).end_later()
 
     async def without(self, tenant: Tenant) -> Turn:
         """A request that has no session, but its tenant's salt. Raises DatabaseError if SQL does not answer and the

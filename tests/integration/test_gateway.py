@@ -308,6 +308,32 @@ def test_a_client_that_leaves_ends_its_turn_and_the_engines_work(make_gateway: C
     assert session.status == "suspended"
 
 
+def test_a_client_that_leaves_while_the_lease_is_taken_does_not_keep_it(
+    make_gateway: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = make_gateway(says("hi"))
+    taking, left = threading.Event(), threading.Event()
+    begin = Sessions.begin
+
+    def slow(*args: Any, **options: Any) -> Any:
+        taking.set()
+        left.wait()
+        return begin(*args, **options)
+
+    monkeypatch.setattr(Sessions, "begin", slow)
+    streams = gateway.service.app.state.gateway.streams
+    with httpx.Client(base_url=gateway.service.base_url) as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json=HELLO, headers={"X-AgentState-Session": "mine"}, timeout=0.5)
+    assert taking.wait(PATIENCE_S)
+    while streams:
+        threading.Event().wait(0.005)
+    left.set()
+    monkeypatch.setattr(Sessions, "begin", begin)
+    while not gateway.sessions() or gateway.sessions()[0].status != "suspended":
+        threading.Event().wait(0.005)
+    assert gateway.engine.asked == []
+
+
 def test_a_client_that_leaves_a_whole_answer_has_it_aborted(make_gateway: Callable[..., Gateway]) -> None:
     aborted = threading.Event()
 
@@ -395,6 +421,7 @@ def test_models_are_those_of_live_engines_and_an_unknown_one_says_which(make_gat
         (b'{"model": 3, "messages": []}', 400, "invalid_model"),
         (b'{"model": "m", "messages": 3}', 400, "invalid_request"),
         (b'{"model": "m", "messages": [], "session_id": "\\u0000"}', 400, "invalid_id"),
+        (b'{"model": "m", "messages": [], "session_id": 5}', 400, "invalid_request"),
         (b'{"model": "m", "pad": "' + b"x" * 2000 + b'"}', 413, "body_too_large"),
     ],
 )

@@ -113,7 +113,7 @@ def delete(connection: Connection, rows: Rows, before: Any, item_id: str) -> Non
 
 def find(connection: Connection, name: str, history: History, item_id: str) -> Item:
     """An item of the session called ``name``. Raises EntryNotFound."""
-    places = _places(connection, history, [item_id]) if _is_id(item_id) else []
+    places = _places(connection, history, table.c.item_id == item_id) if _is_id(item_id) else []
     if places and not places[-1].deletes:
         item = item_of(transcript.by_id(connection, name, [places[-1].entry_id])[places[-1].entry_id])
         if item is not None:
@@ -139,10 +139,11 @@ def page(connection: Connection, name: str, rest: History, *, after: str | None,
     gone = _deleted(connection, rest)
     newest = order is Order.DESCENDING
     if after is not None:
-        places = [place for place in _places(connection, rest, [after]) if not place.deletes] if _is_id(after) else []
-        if not places:
+        places = _places(connection, rest, table.c.item_id == after) if _is_id(after) else []
+        items = [place.seq for place in places if not place.deletes]
+        if not items:
             raise EntryNotFound(f"conversation {name} has no item {after}")
-        rest = _beyond(rest, places[-1].seq, newest)
+        rest = _beyond(rest, items[-1], newest)
     found: list[Item] = []
     while rest.segments:
         part = transcript.page(connection, name, rest, limit + 1, newest=newest)
@@ -164,25 +165,24 @@ def _beyond(history: History, seq: int, newest: bool) -> History:
     return history.between(1, seq - 1) if newest else history.between(seq + 1, history.segments[-1].last)
 
 
-def _places(connection: Connection, history: History, item_ids: Sequence[str]) -> list[Any]:
+def _places(connection: Connection, history: History, wanted: sa.ColumnElement[bool]) -> list[Any]:
     """Where a history has these items and their deletions, in its order."""
     found = connection.execute(
         sa.select(table, entries.c.seq)
         .join(entries, entries.c.id == table.c.entry_id)
-        .where(table.c.session_id.in_(history.owners()), table.c.item_id.in_(item_ids))
+        .where(table.c.session_id.in_(history.owners()), wanted)
     )
     return sorted((row for row in found if history.owner_of(row.seq) == row.session_id), key=lambda row: row.seq)
 
 
 def _deleted(connection: Connection, history: History) -> set[str]:
     """The ids of the entries whose items were deleted."""
+    deletions = table.alias("deletions")
     owners = history.owners()
-    found = connection.execute(
-        sa.select(table.c.item_id).where(table.c.session_id.in_(owners), table.c.deletes).distinct()
-    ).scalars()
+    ids_of = sa.select(deletions.c.item_id).where(deletions.c.session_id.in_(owners), deletions.c.deletes)
     gone: set[str] = set()
     before: dict[str, list[str]] = {}
-    for place in _places(connection, history, list(found)):
+    for place in _places(connection, history, table.c.item_id.in_(ids_of)):
         if place.deletes:
             gone.update(before.pop(place.item_id, ()))
         else:
@@ -193,7 +193,8 @@ def _deleted(connection: Connection, history: History) -> set[str]:
 def _named(connection: Connection, history: History, given: Sequence[Item]) -> list[Item]:
     """Items with their ids and types."""
     asked = [item["id"] for item in given if _is_id(item.get("id"))]
-    last = {place.item_id: place for place in _places(connection, history, asked)} if asked else {}
+    places = _places(connection, history, table.c.item_id.in_(asked)) if asked else []
+    last = {place.item_id: place for place in places}
     taken = {item_id for item_id, place in last.items() if not place.deletes}
     named = []
     for item in given:

@@ -63,8 +63,7 @@ class Passage:
     async def run(self) -> None:
         exchange = self.exchange
         self.raw, self.body = await exchange.document(self.gateway.settings.gateway_body_bytes)
-        if harnesses.sanitize(self.body):
-            self.raw = documents.dumps(self.body)
+        self.take_out()
         await exchange.while_there(self.work())
 
     async def work(self) -> None:
@@ -74,6 +73,14 @@ class Passage:
             headers = [*self.passed_on(), *turn.handover(_request_id("req-")).headers()]
             async with self.gateway.upstream.ask(server.base_url, self.path, self.raw, headers) as answer:
                 await self.pass_whole(answer, self.told(turn))
+
+    def take_out(self) -> None:
+        """Take out of the body what no engine is to get."""
+        changed = harnesses.sanitize(self.body)
+        if self.gateway.settings.gateway_strip and harnesses.strip_volatile(self.body):
+            changed = True
+        if changed:
+            self.raw = documents.dumps(self.body)
 
     @property
     def model(self) -> str | None:
@@ -130,12 +137,8 @@ class Relay(Passage):
             self.identity = harnesses.identify(exchange.headers, self.body)
         except ValueError as error:
             raise Refusal(400, "invalid_request", str(error), "session_id") from None
-        changed = harnesses.sanitize(self.body)
-        if settings.gateway_strip and harnesses.strip_volatile(self.body):
-            changed = True
+        self.take_out()
         self.messages = self.heard(self.body)
-        if changed:
-            self.raw = documents.dumps(self.body)
         self.store = self.is_stored()
         self.request_id = _request_id(self.dialect.id_prefix)
         await exchange.while_there(self.work())

@@ -209,6 +209,16 @@ def test_what_reaches_into_the_engine_is_taken_out(make_gateway: Callable[..., G
     assert asked.headers["traceparent"] == headers["Traceparent"]
 
 
+@pytest.mark.parametrize("strip", [True, False])
+def test_a_billing_line_is_neither_sent_nor_counted(make_gateway: Callable[..., Gateway], strip: bool) -> None:
+    gateway = make_gateway(lambda asked: asked.whole({"input_tokens": 1}), gateway_strip=strip)
+    line = {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.177.01c; cch=36ee5;"}
+    system = [{"type": "text", "text": "be brief"}]
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        gateway.post(path, {**HELLO, "system": [line, *system]})
+        assert gateway.engine.asked[-1].document["system"] == (system if strip else [line, *system])
+
+
 def test_a_key_reserved_twice_is_taken_out_both_times(make_gateway: Callable[..., Gateway]) -> None:
     gateway = make_gateway(says("hi"))
     raw = b'{"rid":"a","model":"m","messages":[{"role":"user","content":"hello"}],"rid":"b"}'

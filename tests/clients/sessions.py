@@ -53,17 +53,17 @@ class Tenant:
 
     def await_durable(self, tokens: int) -> list[Session]:
         """Its sessions, once each is suspended with so many tokens that can be restored."""
-        return self._await(lambda session: session.durable >= tokens)
+        return self._await(lambda found: all(each.durable >= tokens for each in found))
 
     def await_turns(self, turns: int) -> list[Session]:
-        """Its sessions, once each is suspended after so many turns."""
-        return self._await(lambda session: session.turns >= turns)
+        """Its sessions, once all are suspended, and one has had so many turns."""
+        return self._await(lambda found: any(each.turns >= turns for each in found))
 
-    def _await(self, reached: Callable[[Session], bool]) -> list[Session]:
+    def _await(self, reached: Callable[[list[Session]], bool]) -> list[Session]:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             found = self.sessions()
-            if found and all(each.status == SessionStatus.SUSPENDED and reached(each) for each in found):
+            if found and all(each.status == SessionStatus.SUSPENDED for each in found) and reached(found):
                 return found
             assert time.monotonic() < deadline, f"after {PATIENCE_S} s: {found}"
             time.sleep(0.02)

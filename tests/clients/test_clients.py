@@ -21,6 +21,7 @@ from conversations import (
     Reply,
     Server,
 )
+from harnesses import SYSTEM, ClaudeCode, OpenCode
 from models import words
 from prompts import PAGE, prompt
 from sessions import Session, Tenant
@@ -46,6 +47,7 @@ CLIENTS = {
     "litellm": in_python(LiteLLM),
     "pydantic-ai": in_python(PydanticAI),
     "anthropic": in_python(AnthropicMessages),
+    "claude-code": in_python(ClaudeCode),
     "node-openai": in_node("openai.js"),
     "node-openai-stream": in_node("openai.js", "stream"),
     "node-vercel-ai": in_node("vercel.js"),
@@ -106,7 +108,43 @@ def test_a_client_goes_on_after_its_engine_was_killed(begun: dict[str, Begun | B
     assert session.turns == 1
     again = before.conversation.say(QUESTIONS[1])
     assert again == before.reference[1]
-    assert again.cached == PAGES * PAGE
+    assert again.cached is not None
+    assert again.cached >= PAGES * PAGE
     # Its answer is there; the turn ends in the background.
     (after,) = before.tenant.await_turns(2)
     assert (after.name, after.turns) == (session.name, 2)
+
+
+def test_claude_code_has_a_session_for_each_of_its_agents(stack: LocalStack) -> None:
+    tenant = Tenant(stack, "claude-code.agents")
+    main = ClaudeCode(Server(stack.service_url, tenant.key, stack.model))
+    agent = main.beside("agent-1")
+    # What is counted is what would be sent: without the line that every request has anew.
+    assert main.count_tokens(QUESTIONS[0]) == len(f"{SYSTEM} {QUESTIONS[0]}".split())
+    main.say(QUESTIONS[0])
+    agent.say(QUESTIONS[0])
+    # A title, say: another prompt under the session's id. It is answered, and is no turn.
+    assert main.beside(system="title").say(QUESTIONS[0]).text
+    agent.say(QUESTIONS[1])
+    assert [(each.name, each.turns) for each in tenant.await_turns(2)] == [
+        (f"claude-code:{main.session}", 1),
+        (f"claude-code:{main.session}:agent-1", 2),
+    ]
+
+
+def test_opencode_goes_on_from_disk(stack: LocalStack, node: Path, tmp_path: Path) -> None:
+    tenant = Tenant(stack, "opencode")
+    conversation = OpenCode(Server(stack.service_url, tenant.key, stack.model), node, tmp_path)
+    conversation.say(QUESTIONS[0])
+    for question in QUESTIONS[1:] * 2:
+        before = conversation.prompt_tokens // PAGE * PAGE
+        assert before > PAGES * PAGE
+        stack.settle()
+        stack.flush_device()
+        again = conversation.say(question)
+        assert again.text
+        assert again.cached == before
+    # It asks for a title under the same id, mostly first: the conversation has a session all the same.
+    turns = max(tenant.await_turns(2), key=lambda session: session.turns)
+    assert turns.name.startswith("opencode:ses_")
+    assert turns.durable >= before

@@ -1,0 +1,125 @@
+"""Programs that run agents and say, with every request, whose it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import uuid
+from pathlib import Path
+from typing import Any
+
+from conversations import TOKENS, Reply, Server
+from models import words
+from prompts import prompt
+
+SYSTEM = words(prompt(9710, 20))
+TOOL = {"name": "Bash", "description": "Runs a command", "input_schema": {"type": "object", "properties": {}}}
+
+
+class ClaudeCode:
+    """A conversation in the form in which Claude Code's documentation of gateways gives its requests: streamed, with
+    ids in headers and in the body, and with a system prompt whose first block differs from request to request.
+    ``agent`` names a subagent."""
+
+    def __init__(self, server: Server, session: str | None = None, agent: str | None = None, system: str = SYSTEM):
+        from anthropic import Anthropic
+
+        self.session = session or str(uuid.uuid4())
+        self.server = server
+        self._agent = agent
+        self._system = system
+        self._client = Anthropic(base_url=server.url, auth_token=server.key)
+        self._messages: list[Any] = []
+
+    def beside(self, agent: str | None = None, system: str = SYSTEM) -> ClaudeCode:
+        """Another conversation under the same session's id."""
+        return ClaudeCode(self.server, self.session, agent, system)
+
+    def say(self, text: str) -> Reply:
+        self._messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
+        said, cached = "", None
+        with self._client.beta.messages.create(stream=True, **self._request(), max_tokens=TOKENS) as events:
+            for event in events:
+                if event.type == "content_block_delta":
+                    said += event.delta.text
+                elif event.type in ("message_start", "message_delta"):
+                    usage = event.message.usage if event.type == "message_start" else event.usage
+                    cached = usage.cache_read_input_tokens or cached
+        self._messages.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+        return Reply(said, cached)
+
+    def count_tokens(self, text: str) -> int:
+        """Of the prompt that `say` would send."""
+        request = self._request()
+        del request["extra_body"], request["metadata"]
+        request["messages"] = [*self._messages, {"role": "user", "content": text}]
+        return int(self._client.beta.messages.count_tokens(**request).input_tokens)
+
+    def _request(self) -> dict[str, Any]:
+        billing = f"cc_version=2.1.177.{secrets.token_hex(2)[:3]}; cc_entrypoint=cli; cch={secrets.token_hex(3)[:5]};"
+        headers = {"X-Claude-Code-Session-Id": self.session, "x-app": "cli"}
+        if self._agent is not None:
+            headers["x-claude-code-agent-id"] = self._agent
+        return {
+            "model": self.server.model,
+            "system": [
+                {"type": "text", "text": f"x-anthropic-billing-header: {billing}"},
+                {"type": "text", "text": self._system, "cache_control": {"type": "ephemeral"}},
+            ],
+            "messages": self._messages,
+            "tools": [TOOL],
+            "metadata": {"user_id": json.dumps({"device_id": "d", "session_id": self.session})},
+            "betas": ["claude-code-20250219"],
+            "extra_headers": headers,
+            "extra_body": {"temperature": 0, "context_management": {"edits": []}},
+        }
+
+
+class OpenCode:
+    """A conversation of OpenCode, a process a turn, which keeps everything below ``home``. Its packages are below
+    ``packages``. ``prompt_tokens`` is how many tokens its last prompt had."""
+
+    def __init__(self, server: Server, packages: Path, home: Path):
+        self._program = packages / "node_modules" / ".bin" / "opencode"
+        self._directory = home / "project"
+        self._directory.mkdir(parents=True)
+        options = {"baseURL": f"{server.url}/v1", "apiKey": server.key}
+        model = {"limit": {"context": 8192, "output": TOKENS}, "options": {"temperature": 0}}
+        provider = {"npm": "@ai-sdk/openai-compatible", "options": options, "models": {server.model: model}}
+        configuration = {"provider": {"local": provider}, "model": f"local/{server.model}", "autoupdate": False}
+        own = ("CONFIG", "DATA", "CACHE", "STATE")
+        self._environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            **{f"XDG_{name}_HOME": str(home / name.lower()) for name in own},
+            "OPENCODE_CONFIG_CONTENT": json.dumps(configuration),
+            "OPENCODE_DISABLE_DEFAULT_PLUGINS": "1",
+            "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
+            "OPENCODE_DISABLE_MODELS_FETCH": "1",
+        }
+        self._session: str | None = None
+        self.prompt_tokens = 0
+
+    def say(self, text: str) -> Reply:
+        again = [] if self._session is None else ["--session", self._session]
+        ran = subprocess.run(
+            [self._program, "run", "--format", "json", *again, text],
+            cwd=self._directory,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        events = [json.loads(line) for line in ran.stdout.splitlines()]
+        errors = [event for event in events if event["type"] == "error"]
+        assert not ran.returncode and not errors, f"{errors}\n{ran.stderr}"
+        self._session = events[0]["sessionID"]
+        parts = [event["part"] for event in events]
+        (finish,) = (part for part in parts if part["type"] == "step-finish")
+        said = "".join(part["text"] for part in parts if part["type"] == "text")
+        tokens = finish["tokens"]
+        self.prompt_tokens = tokens["input"] + tokens["cache"]["read"]
+        return Reply(said, tokens["cache"]["read"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from stacks import MakeStack
 from tools import missing
 
+from agentstate import Client
 from agentstate.cli.local import LocalStack
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -60,6 +62,27 @@ def test_an_agent_goes_on_from_disk(small_stack: LocalStack, example: str, name:
     # All whole pages of what the first call had; its answer is in the second call's prompt too.
     assert after > before
     assert restored >= before // PAGE * PAGE > 0
+
+
+def test_an_agent_that_knows_only_a_base_url_goes_on_from_disk(small_stack: LocalStack, tmp_path: Path) -> None:
+    environment = {**os.environ, "OPENAI_BASE_URL": f"{small_stack.service_url}/v1", "OPENAI_API_KEY": "none"}
+
+    def ask(question: str) -> tuple[int, int]:
+        command = [sys.executable, str(EXAMPLES / "openai_agent.py"), str(tmp_path / "agent.json"), question]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        (found,) = cached(ran.stdout)
+        return found
+
+    with Client(small_stack.service_url) as client:
+        known = {session.id for session in client.list_sessions().data}
+        before, _ = ask("What is a page?")
+        small_stack.settle()
+        small_stack.flush_device()
+        after, restored = ask("And what is an extent?")
+        assert after > before
+        assert restored >= before // PAGE * PAGE > 0
+        assert len({session.id for session in client.list_sessions().data} - known) == 1
 
 
 def test_forks_share_what_was_read(small_stack: LocalStack) -> None:

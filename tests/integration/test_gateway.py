@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -496,6 +500,30 @@ def test_tool_calls_are_claimed_at_an_answers_end_and_finished_by_the_next_reque
             (EntryKind.TOOL_CALL, {"name": "run", "arguments": "ls -l /tmp"}),
             (EntryKind.TOOL_RESULT, {"output": None}),
         ]
+
+
+def test_the_example_of_an_agent_runs_its_tools(make_gateway: Callable[..., Gateway], tmp_path: Path) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "read", "arguments": '{"name": "pages.md"}'}}
+    answers = [completion(None, tool_calls=[call]), completion("in files")]
+    for answer in answers:
+        answer["usage"]["prompt_tokens_details"] = {"cached_tokens": 4}
+    gateway = make_gateway(lambda asked: asked.whole(answers.pop(0)))
+    root = Path(__file__).parents[2]
+    ran = subprocess.run(
+        [sys.executable, root / "examples" / "openai_agent.py", tmp_path / "agent.json", "Where are pages?"],
+        env={**os.environ, "OPENAI_BASE_URL": f"{gateway.service.base_url}/v1", "OPENAI_API_KEY": "none"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = "of 9 tokens 4 were not computed again"
+    assert ran.stdout.splitlines() == [told, told, "in files"]
+    result = gateway.engine.asked[1].document["messages"][-1]
+    assert result == {"role": "tool", "tool_call_id": "call_1", "content": (root / "docs/pages.md").read_text()[:4000]}
+    gateway.ended()
+    (session,) = gateway.sessions()
+    assert gateway.tool_calls(session.id) == [("read", "done")]
 
 
 def test_the_end_of_a_stream_waits_until_its_transcript_is_kept(make_gateway: Callable[..., Gateway]) -> None:

@@ -8,10 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import pytest
 from models import with_words
 from tools import missing, tool
@@ -25,7 +27,8 @@ from prompts import EXACT  # noqa: E402
 from zygote import Zygotes  # noqa: E402
 
 NODE = Path(__file__).parent / "node"
-SERVED = (*EXACT, "--enable-cache-report", "--tool-call-parser", "hermes")
+ENGINE_KEY = "for-the-gateway-alone"
+SERVED = (*EXACT, "--enable-cache-report", "--tool-call-parser", "hermes", "--api-key", ENGINE_KEY)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,11 +59,30 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
             )
         ) as stack,
     ):
-        # What an engine has it restores here, however long that takes. Nor does a lease lapse while it starts.
-        stack.environment = {**stack.environment, "AGENTSTATE_BREAK_EVEN": "off", "AGENTSTATE_LEASE_TTL_S": "3600"}
+        stack.environment = {
+            **stack.environment,
+            "AGENTSTATE_ENGINE_API_KEY": ENGINE_KEY,
+            # What an engine has it restores here, however long that takes. Nor does a lease lapse while it starts.
+            "AGENTSTATE_BREAK_EVEN": "off",
+            "AGENTSTATE_LEASE_TTL_S": "3600",
+        }
         stack.start_service()
         stack.start_engine(*SERVED)
         yield stack
+
+
+@pytest.fixture
+def flush(stack: LocalStack) -> Callable[[], None]:
+    """Waits until all that was offered is stored, and empties the device."""
+
+    def flush() -> None:
+        stack.settle()
+        authorized = {"Authorization": f"Bearer {ENGINE_KEY}"}
+        # While a request winds up it is refused.
+        while not httpx.post(f"{stack.engine_url}/flush_cache", headers=authorized, timeout=60).is_success:
+            time.sleep(0.1)
+
+    return flush
 
 
 @pytest.fixture(scope="session")

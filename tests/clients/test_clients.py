@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import openai
 import pytest
 from conversations import (
     AnthropicMessages,
@@ -115,6 +116,13 @@ def test_a_client_goes_on_after_its_engine_was_killed(begun: dict[str, Begun | B
     assert (after.name, after.turns) == (session.name, 2)
 
 
+def test_an_engine_with_a_key_serves_the_gateway_alone(stack: LocalStack) -> None:
+    tenant = Tenant(stack, "past-the-gateway")
+    with pytest.raises(openai.AuthenticationError):
+        OpenAIChat(Server(stack.engine_url, tenant.key, stack.model)).say(QUESTIONS[0])
+    assert OpenAIChat(Server(stack.service_url, tenant.key, stack.model)).say(QUESTIONS[0]).text
+
+
 def test_claude_code_has_a_session_for_each_of_its_agents(stack: LocalStack) -> None:
     tenant = Tenant(stack, "claude-code.agents")
     main = ClaudeCode(Server(stack.service_url, tenant.key, stack.model))
@@ -132,15 +140,14 @@ def test_claude_code_has_a_session_for_each_of_its_agents(stack: LocalStack) -> 
     ]
 
 
-def test_opencode_goes_on_from_disk(stack: LocalStack, node: Path, tmp_path: Path) -> None:
+def test_opencode_goes_on_from_disk(stack: LocalStack, flush: Callable[[], None], node: Path, tmp_path: Path) -> None:
     tenant = Tenant(stack, "opencode")
     conversation = OpenCode(Server(stack.service_url, tenant.key, stack.model), node, tmp_path)
     conversation.say(QUESTIONS[0])
     for question in QUESTIONS[1:] * 2:
         before = conversation.prompt_tokens // PAGE * PAGE
         assert before > PAGES * PAGE
-        stack.settle()
-        stack.flush_device()
+        flush()
         again = conversation.say(question)
         assert again.text
         assert again.cached == before

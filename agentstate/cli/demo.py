@@ -2,7 +2,7 @@
 
 It runs what a user runs: SGLang with the plug-in, `agentstate serve`, and the agent of `examples/openai_loop.py`, each
 as its own process. A second agent does the same work and is never suspended; the first one's continuation must equal
-its, token for token.
+its, token for token. Beside them works `examples/openai_agent.py`, which knows nothing but the gateway's base URL.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from agentstate.settings import Settings
 
 ENGINE_PORT, SERVICE_PORT = 30701, 8701
 PAIRS = 5
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "openai_loop.py"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLE = EXAMPLES / "openai_loop.py"
+PLAIN_EXAMPLE = EXAMPLES / "openai_agent.py"
 
 console = Console()
 
@@ -103,12 +105,16 @@ class _Play:
         before = self._agent("agent", "survey")
         if before["kv"]["state"] != "durable":
             raise EngineError(f"the agent's KV is {before['kv']['state']}, not durable")
+        console.print("\n[bold]An agent on the plain OpenAI client[/], of which only the base URL was changed")
+        self._plain_agent("What is a page?")
         with _step("kill -9 the engine, and start it again"):
             self._stack.kill_engine()
             self._stack.start_engine()
         console.print("\n[bold]The agent resumes[/], in a new process, on the new engine")
         after = self._agent("agent", "conclude")
         turn = after["turns"][0]
+        console.print("\n[bold]The agent on the plain OpenAI client[/] goes on")
+        self._plain_agent("And an extent?")
         with _step(f"measuring: {PAIRS} × restored and memory hit in turn, then recomputed"):
             restored, hits, recomputed, n_bytes, seconds = self._measure(after["messages"][:-2])
         return Figures(
@@ -151,6 +157,13 @@ class _Play:
         if subprocess.run(command, env=dict(self._stack.environment), check=False).returncode:
             raise EngineError(f"the agent {name} failed; the lines above say why")
         return dict(json.loads(report.read_text()))
+
+    def _plain_agent(self, question: str) -> None:
+        """Run the agent that knows only a base URL, as a process."""
+        own = {"OPENAI_BASE_URL": f"{self._stack.service_url}/v1", "OPENAI_API_KEY": "none"}
+        command = [sys.executable, str(PLAIN_EXAMPLE), str(self._scratch / "plain.json"), question]
+        if subprocess.run(command, env={**self._stack.environment, **own}, check=False).returncode:
+            raise EngineError("the agent on the plain client failed; the lines above say why")
 
     def _ask(self, history: list[dict[str, Any]], question: str, salt: str) -> float:
         """Seconds to the first token of a question asked after ``history``, in the KV namespace ``salt``."""

@@ -16,7 +16,7 @@ _SESSION = {
     "in": "header",
     "required": False,
     "description": "The session that the request is a turn of, percent-encoded; made on first sight.",
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,200}$"},
+    "schema": {"type": "string"},
 }
 _OPENAI_ERROR = {
     "type": "object",
@@ -64,7 +64,7 @@ _STATUSES = {
     504: "The engine sent nothing for too long",
 }
 _OBJECTS = {"type": "array", "items": {"type": "object"}}
-_MODEL = {"type": "string", "minLength": 1}
+_MODEL = {"type": "string"}
 _TURN = {"model": _MODEL, "stream": {"type": "boolean"}}
 
 

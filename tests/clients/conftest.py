@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,18 +16,19 @@ from pathlib import Path
 
 import httpx
 import pytest
-from models import with_words
+from models import VOCABULARY, with_words
 from tools import missing, tool
 
 from agentstate.cli.local import LocalStack, free_port
 from agentstate.settings import Settings
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "acceptance"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "acceptance"))
 
 from prompts import EXACT  # noqa: E402
 from zygote import Zygotes  # noqa: E402
 
-NODE = Path(__file__).parent / "node"
+HERE = Path(__file__).parent
+ENDS = list(range(2, VOCABULARY, 16))
 ENGINE_KEY = "for-the-gateway-alone"
 SERVED = (*EXACT, "--enable-cache-report", "--tool-call-parser", "hermes", "--api-key", ENGINE_KEY)
 
@@ -34,7 +36,7 @@ SERVED = (*EXACT, "--enable-cache-report", "--tool-call-parser", "hermes", "--ap
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whoever waits for an engine is stopped when it hangs, not when the machine is slow."""
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if HERE in item.path.parents:
             item.add_marker(pytest.mark.timeout(1800))
 
 
@@ -46,6 +48,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     models = Path(__file__).parents[1] / "models.py"
     subprocess.run([engine_python, models, home / "models", "llama"], check=True)
     checkpoint = with_words(home / "models" / "llama", home / "llama")
+    # Programs that set no limit to an answer need one that ends.
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
     with (
         closing(Zygotes(home / "zygote.log")) as zygotes,
         closing(
@@ -92,27 +96,39 @@ def node_cache() -> Path:
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory, node_cache: Path) -> Path:
-    """A copy of `NODE` that has its packages. They lie in the cache, named by their lock."""
+def node(node_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of ``node`` that has its packages."""
+    packages = installed("node", node_cache)
+    home = tmp_path_factory.mktemp("node")
+    for script in (HERE / "node").iterdir():
+        shutil.copy(script, home)
+    (home / "node_modules").symlink_to(packages)
+    return home
+
+
+@pytest.fixture(scope="module")
+def programs(node_cache: Path) -> Path:
+    """A directory with the programs of ``programs``."""
+    return installed("programs", node_cache) / ".bin"
+
+
+def installed(name: str, cache: Path) -> Path:
+    """The packages of a directory beside this file. They lie in the cache, named by their lock."""
     tool("node")
-    lock = (NODE / "package-lock.json").read_bytes()
-    packages = node_cache / f"node-{hashlib.sha256(lock).hexdigest()[:12]}"
-    node_cache.mkdir(parents=True, exist_ok=True)
+    lock = (HERE / name / "package-lock.json").read_bytes()
+    packages = cache / f"{name}-{hashlib.sha256(lock).hexdigest()[:12]}"
+    cache.mkdir(parents=True, exist_ok=True)
     with Path(f"{packages}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # another process may be installing the same packages
         if not (packages / "complete").exists():
             shutil.rmtree(packages, ignore_errors=True)
             packages.mkdir()
-            for name in ("package.json", "package-lock.json"):
-                shutil.copy(NODE / name, packages)
+            for file in ("package.json", "package-lock.json"):
+                shutil.copy(HERE / name / file, packages)
             # Not `npm ci`, which wants every platform's programs in the lock, and registries lack some.
             install = [tool("npm"), "install", "--no-save", "--no-audit", "--no-fund"]
             ran = subprocess.run(install, cwd=packages, capture_output=True, text=True, check=False)
             if ran.returncode:
-                missing(f"npm cannot install tests/clients/node: {ran.stderr.strip()[-500:]}")
+                missing(f"npm cannot install tests/clients/{name}: {ran.stderr.strip()[-500:]}")
             (packages / "complete").touch()
-    home = tmp_path_factory.mktemp("node")
-    for script in NODE.iterdir():
-        shutil.copy(script, home)
-    (home / "node_modules").symlink_to(packages / "node_modules")
-    return home
+    return packages / "node_modules"

@@ -78,48 +78,78 @@ class ClaudeCode:
 
 
 class OpenCode:
-    """A conversation of OpenCode, a process a turn, which keeps everything below ``home``. Its packages are below
-    ``packages``. ``prompt_tokens`` is how many tokens its last prompt had."""
+    """A conversation of OpenCode, a process a turn, which keeps everything below ``home``. ``prompt_tokens`` is how
+    many tokens its last prompt had."""
 
-    def __init__(self, server: Server, packages: Path, home: Path):
-        self._program = packages / "node_modules" / ".bin" / "opencode"
-        self._directory = home / "project"
-        self._directory.mkdir(parents=True)
+    def __init__(self, server: Server, programs: Path, home: Path):
+        self._command = [programs / "opencode", "run", "--format", "json"]
         options = {"baseURL": f"{server.url}/v1", "apiKey": server.key}
         model = {"limit": {"context": 8192, "output": TOKENS}, "options": {"temperature": 0}}
         provider = {"npm": "@ai-sdk/openai-compatible", "options": options, "models": {server.model: model}}
         configuration = {"provider": {"local": provider}, "model": f"local/{server.model}", "autoupdate": False}
-        own = ("CONFIG", "DATA", "CACHE", "STATE")
+        self._home = home
         self._environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(home),
-            **{f"XDG_{name}_HOME": str(home / name.lower()) for name in own},
+            **{f"XDG_{name}_HOME": str(home / name.lower()) for name in ("CONFIG", "DATA", "CACHE", "STATE")},
             "OPENCODE_CONFIG_CONTENT": json.dumps(configuration),
             "OPENCODE_DISABLE_DEFAULT_PLUGINS": "1",
             "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
             "OPENCODE_DISABLE_MODELS_FETCH": "1",
         }
-        self._session: str | None = None
+        self.session: str | None = None
         self.prompt_tokens = 0
 
     def say(self, text: str) -> Reply:
-        again = [] if self._session is None else ["--session", self._session]
-        ran = subprocess.run(
-            [self._program, "run", "--format", "json", *again, text],
-            cwd=self._directory,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        events = [json.loads(line) for line in ran.stdout.splitlines()]
-        errors = [event for event in events if event["type"] == "error"]
-        assert not ran.returncode and not errors, f"{errors}\n{ran.stderr}"
-        self._session = events[0]["sessionID"]
+        again = [] if self.session is None else ["--session", self.session]
+        events = _run([*self._command, *again, text], self._home, self._environment)
+        assert not [event for event in events if event["type"] == "error"], events
+        self.session = events[0]["sessionID"]
         parts = [event["part"] for event in events]
         (finish,) = (part for part in parts if part["type"] == "step-finish")
-        said = "".join(part["text"] for part in parts if part["type"] == "text")
         tokens = finish["tokens"]
         self.prompt_tokens = tokens["input"] + tokens["cache"]["read"]
-        return Reply(said, tokens["cache"]["read"])
+        return Reply("".join(part["text"] for part in parts if part["type"] == "text"), tokens["cache"]["read"])
+
+
+class Codex:
+    """A conversation of Codex, a process a turn, which keeps everything below ``home``. ``prompt_tokens`` is how many
+    tokens its last prompt had."""
+
+    def __init__(self, server: Server, programs: Path, home: Path):
+        self._command = [programs / "codex", "exec", "--json", "--skip-git-repo-check"]
+        provider = {"name": "local", "base_url": f"{server.url}/v1", "env_key": "LOCAL_KEY", "wire_api": "responses"}
+        configuration = {"model": server.model, "model_provider": "local"}
+        configuration |= {f"model_providers.local.{key}": value for key, value in provider.items()}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in configuration.items()]
+        (home / "config.toml").write_text("\n".join(lines))
+        self._home = home
+        self._environment = {"CODEX_HOME": str(home), "LOCAL_KEY": server.key}
+        self.session: str | None = None
+        self.prompt_tokens = 0
+
+    def say(self, text: str) -> Reply:
+        again = [] if self.session is None else ["resume", self.session]
+        events = _run([*self._command, *again, text], self._home, self._environment)
+        assert not [event for event in events if event["type"] in ("error", "turn.failed")], events
+        self.session = next(event["thread_id"] for event in events if event["type"] == "thread.started")
+        items = [event["item"] for event in events if event["type"] == "item.completed"]
+        (usage,) = (event["usage"] for event in events if event["type"] == "turn.completed")
+        self.prompt_tokens = usage["input_tokens"]
+        said = "".join(item["text"] for item in items if item["type"] == "agent_message")
+        return Reply(said, usage["cached_input_tokens"])
+
+
+def _run(command: list[Any], home: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """The events that a program prints, which knows nothing of who started it."""
+    project = home / "project"
+    project.mkdir(exist_ok=True)
+    ran = subprocess.run(
+        command,
+        cwd=project,
+        env={"PATH": os.environ["PATH"], "HOME": str(home), **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    return [json.loads(line) for line in ran.stdout.splitlines()]

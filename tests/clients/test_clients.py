@@ -22,7 +22,7 @@ from conversations import (
     Reply,
     Server,
 )
-from harnesses import SYSTEM, ClaudeCode, OpenCode
+from harnesses import SYSTEM, ClaudeCode, Codex, OpenCode
 from models import words
 from prompts import PAGE, prompt
 from sessions import Session, Tenant
@@ -140,18 +140,32 @@ def test_claude_code_has_a_session_for_each_of_its_agents(stack: LocalStack) -> 
     ]
 
 
-def test_opencode_goes_on_from_disk(stack: LocalStack, flush: Callable[[], None], node: Path, tmp_path: Path) -> None:
-    tenant = Tenant(stack, "opencode")
-    conversation = OpenCode(Server(stack.service_url, tenant.key, stack.model), node, tmp_path)
-    conversation.say(QUESTIONS[0])
-    for question in QUESTIONS[1:] * 2:
+def go_on(conversation: OpenCode | Codex, flush: Callable[[], None]) -> None:
+    """Three turns, from disk: before each but the first, nothing of the conversation is on the device."""
+    assert not conversation.say(QUESTIONS[0]).text.isspace()
+    for _ in range(2):
         before = conversation.prompt_tokens // PAGE * PAGE
         assert before > PAGES * PAGE
         flush()
-        again = conversation.say(question)
-        assert again.text
-        assert again.cached == before
+        assert conversation.say(QUESTIONS[1]).cached == before
+
+
+def test_opencode_goes_on_from_disk(
+    stack: LocalStack, flush: Callable[[], None], programs: Path, tmp_path: Path
+) -> None:
+    tenant = Tenant(stack, "opencode")
+    conversation = OpenCode(Server(stack.service_url, tenant.key, stack.model), programs, tmp_path)
+    go_on(conversation, flush)
     # It asks for a title under the same id, mostly first: the conversation has a session all the same.
     turns = max(tenant.await_turns(2), key=lambda session: session.turns)
-    assert turns.name.startswith("opencode:ses_")
-    assert turns.durable >= before
+    assert turns.name.startswith(f"opencode:{conversation.session}")
+    assert turns.durable >= PAGES * PAGE
+
+
+def test_codex_goes_on_from_disk(stack: LocalStack, flush: Callable[[], None], programs: Path, tmp_path: Path) -> None:
+    tenant = Tenant(stack, "codex")
+    conversation = Codex(Server(stack.service_url, tenant.key, stack.model), programs, tmp_path)
+    go_on(conversation, flush)
+    (session,) = tenant.await_turns(3)
+    assert session.name == f"codex:{conversation.session}"
+    assert session.durable >= PAGES * PAGE

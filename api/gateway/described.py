@@ -64,8 +64,8 @@ _STATUSES = {
     504: "The engine sent nothing for too long",
 }
 _OBJECTS = {"type": "array", "items": {"type": "object"}}
-_MODEL = {"type": "string"}
-_TURN = {"model": _MODEL, "stream": {"type": "boolean"}}
+_MODEL = {"type": ["string", "null"]}
+_TURN: dict[str, Any] = {"model": _MODEL, "stream": {"description": "A boolean: the engine judges it."}}
 
 
 def install(app: FastAPI) -> None:

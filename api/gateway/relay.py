@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from starlette.concurrency import run_in_threadpool
+
 from agentstate.errors import AgentStateError
 from agentstate.fleet.placement import Server
 from agentstate.sessions.belonging import Wanted
@@ -45,6 +47,8 @@ OWN_HEADERS = HOP_BY_HOP | {
     b"x-api-key",
 }
 SSE_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+# Longer bodies are read on a thread.
+LONG_BYTES = 256 << 10
 # The head of a tool's command, kept where the transcript is not.
 COMMAND_CHARACTERS = 80
 
@@ -138,7 +142,11 @@ class Relay(Passage):
         except ValueError as error:
             raise Refusal(400, "invalid_request", str(error), "session_id") from None
         self.take_out()
-        self.messages = self.heard(self.body)
+        if len(self.raw) > LONG_BYTES:
+            # It takes longer than the next chunks of other streams may wait.
+            self.messages = await run_in_threadpool(self.heard, self.body)
+        else:
+            self.messages = self.heard(self.body)
         self.store = self.is_stored()
         self.request_id = _request_id(self.dialect.id_prefix)
         await exchange.while_there(self.work())

@@ -206,3 +206,20 @@ def test_a_turn_that_cannot_be_ended_is_ended_later(beside_a_server: Callable[..
     gateway.ended()
     (session,) = gateway.sessions()
     assert (session.id, session.status) == (answers[0].headers["x-agentstate-session"], "suspended")
+
+
+def test_any_gateway_serves_any_session(
+    tmp_path: Path, start_peer: Callable[..., Peer], database_url: str, make_gateway: Callable[..., Gateway]
+) -> None:
+    first = make_gateway(says_hi)
+    settings = Settings(home=tmp_path, database_url=database_url, engine_timeout_s=3600)
+    with serving(settings) as service:
+        second = Gateway(service, first.engine, first.peer)
+        said: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
+        sessions = set()
+        for gateway in (first, second, first, second):
+            sessions.add(gateway.chat(*said).headers["x-agentstate-session"])
+            gateway.ended()
+            said += [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "on"}]
+    assert len(sessions) == 1
+    assert len({first.turn(asked) for asked in first.engine.asked}) == 1

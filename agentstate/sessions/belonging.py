@@ -241,8 +241,7 @@ def _of_messages(connection: Connection, rows: Rows, wanted: Wanted) -> Found:
             row = rows.lock(connection, tip.session)
         except (SessionNotFound, SessionExpired):
             continue
-        # Somebody may have gone on from there until the row was locked.
-        if conversations.newest(connection, row.id) == tip.id:
+        if tip.newest and conversations.still_newest(connection, row.id, tip.id):
             return Found(Origin.COMPACTED if tip.compacted else Origin.CONTINUED, row, tip=tip)
         if not tip.compacted:
             return Found(Origin.BRANCH, row, tip=tip)

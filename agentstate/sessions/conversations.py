@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -127,24 +129,10 @@ def find(
     prefixes, pairs = conversation.prefixes(), conversation.pairs()
     if not prefixes:
         return
-    later = table.alias("later")
-    last = sa.select(sa.func.max(later.c.id)).where(later.c.session_id == table.c.session_id).scalar_subquery()
-    matches = (table.c.tenant == tenant) & (
-        table.c.digest.in_(prefixes) | (table.c.pair.in_(pairs) if pairs else sa.false())
-    )
-    if of_session is not None:
-        matches &= table.c.session_id == of_session
-    rows = connection.execute(
-        sa.select(table, sessions.c.name, sessions.c.model, (table.c.id == last).label("newest"))
-        .join(sessions, sessions.c.id == table.c.session_id)
-        .where(
-            matches,
-            sessions.c.deleted_us.is_(None),
-            sa.or_(sessions.c.expires_us.is_(None), sessions.c.expires_us > now_us()),
-        )
-        .order_by(table.c.id.desc())
-        .limit(CANDIDATES)
-    ).all()
+    values: dict[str, Any] = {"of_tenant": tenant, "of_session": of_session}
+    values |= zip(_PREFIXES, islice(cycle(prefixes), LOOKED_UP), strict=True)
+    values |= zip(_PAIRS, [*pairs, *[None] * (LOOKED_UP - len(pairs))], strict=True)
+    rows = connection.execute(_FIND if of_session is None else _FIND_OF_SESSION, values).all()
     found = []
     for row in rows:
         compacted = row.digest not in prefixes
@@ -155,16 +143,18 @@ def find(
     yield from sorted(found, key=lambda tip: (tip.compacted, -tip.messages, not tip.newest))
 
 
-def newest(connection: Connection, session_uid: str) -> int | None:
-    """The id of the tip that a session stands at."""
-    return connection.execute(sa.select(sa.func.max(table.c.id)).where(table.c.session_id == session_uid)).scalar()
+def still_newest(connection: Connection, session_uid: str, tip_id: int) -> bool:
+    """Whether a session, which is locked by now, still stands at the tip that was its newest when it was found."""
+    # SQLite's writers wait for each other from the start of their transactions.
+    return (
+        connection.dialect.name == "sqlite"
+        or connection.execute(_NEWEST, {"of_session": session_uid}).scalar() == tip_id
+    )
 
 
 def known_system(connection: Connection, session_uid: str) -> bytes | None:
     """The digest of the system messages of a session's last turn; None if it had none."""
-    return connection.execute(
-        sa.select(table.c.system).where(table.c.session_id == session_uid).order_by(table.c.id.desc()).limit(1)
-    ).scalar()
+    return connection.execute(_SYSTEM, {"of_session": session_uid}).scalar()
 
 
 def remember(
@@ -172,26 +162,48 @@ def remember(
 ) -> None:
     """Note that a turn of the session has ended with ``conversation``."""
     connection.execute(
-        sa.insert(table).values(
-            tenant=tenant,
-            session_id=session_uid,
-            digest=conversation.whole(),
-            pair=conversation.last_pair(),
-            system=conversation.system,
-            messages=len(conversation),
-            head_entry=head_entry,
-            created_us=now_us(),
-        )
+        _REMEMBER,
+        {
+            "tenant": tenant,
+            "session_id": session_uid,
+            "digest": conversation.whole(),
+            "pair": conversation.last_pair(),
+            "system": conversation.system,
+            "messages": len(conversation),
+            "head_entry": head_entry,
+        },
     )
-    oldest = (
-        sa.select(table.c.id)
-        .where(table.c.session_id == session_uid)
-        .order_by(table.c.id.desc())
-        .offset(KEPT - 1)
-        .limit(1)
-        .scalar_subquery()
+    connection.execute(_FORGET, {"of_session": session_uid})
+
+
+# Built once: every request runs some of them, and building one takes longer than running it. So a request has always as
+# many digests; those that it has not are one that it has, or none.
+_PREFIXES = [f"prefix_{number}" for number in range(LOOKED_UP)]
+_PAIRS = [f"pair_{number}" for number in range(LOOKED_UP)]
+_of_session = table.c.session_id == sa.bindparam("of_session")
+_later = table.alias("later")
+_last = sa.select(sa.func.max(_later.c.id)).where(_later.c.session_id == table.c.session_id).scalar_subquery()
+_FIND = (
+    sa.select(table, sessions.c.name, sessions.c.model, (table.c.id == _last).label("newest"))
+    .join(sessions, sessions.c.id == table.c.session_id)
+    .where(
+        table.c.tenant == sa.bindparam("of_tenant"),
+        table.c.digest.in_([sa.bindparam(name, type_=table.c.digest.type) for name in _PREFIXES])
+        | table.c.pair.in_([sa.bindparam(name, type_=table.c.pair.type) for name in _PAIRS]),
+        sessions.c.deleted_us.is_(None),
+        sa.or_(sessions.c.expires_us.is_(None), sessions.c.expires_us > now_us()),
     )
-    connection.execute(sa.delete(table).where(table.c.session_id == session_uid, table.c.id < oldest))
+    .order_by(table.c.id.desc())
+    .limit(CANDIDATES)
+)
+_FIND_OF_SESSION = _FIND.where(_of_session)
+_NEWEST = sa.select(sa.func.max(table.c.id)).where(_of_session)
+_SYSTEM = sa.select(table.c.system).where(_of_session).order_by(table.c.id.desc()).limit(1)
+_REMEMBER = sa.insert(table).values(created_us=now_us())
+_oldest = (
+    sa.select(table.c.id).where(_of_session).order_by(table.c.id.desc()).offset(KEPT - 1).limit(1).scalar_subquery()
+)
+_FORGET = sa.delete(table).where(_of_session, table.c.id < _oldest)
 
 
 def _hash() -> hashlib.blake2b:

@@ -128,11 +128,13 @@ class Agent:
 
 @dataclass
 class Turns:
-    """Milliseconds to the first token by target, and the gateway's own of its `begin`. ``strayed`` requests were not
-    taken for a turn of their conversation's session."""
+    """Milliseconds to the first token by target, and the gateway's own of its `begin`. ``cpu_s`` are those that the
+    target's processes used for all of it, the end of the turn included. ``strayed`` requests were not taken for a turn
+    of their conversation's session."""
 
     ttft_ms: dict[str, list[float]] = field(default_factory=dict)
     begin_ms: list[float] = field(default_factory=list)
+    cpu_s: dict[str, float] = field(default_factory=dict)
     strayed: int = 0
 
     def rows(self, database: str, agents: int) -> Iterator[dict[str, Any]]:
@@ -146,6 +148,7 @@ class Turns:
                 for share in SHARES:
                     row[f"added_{share}_ms"] = round(_at(added_ms, share), 3)
                     row[f"added_{share}_95"] = bounds(added_ms, share)
+                row["cpu_ms"] = round(self.cpu_s.get(name, 0.0) / len(ttft_ms) * 1000, 2)
             if name == OURS:
                 row |= {f"begin_{share}_ms": round(_at(self.begin_ms, share), 3) for share in SHARES}
                 row["strayed"] = self.strayed
@@ -178,6 +181,7 @@ async def measure_turns(targets: Sequence[Target], agents: int, turns: int, step
             bodies = [agent.body() for agent in asking]
             first = number % len(targets)
             for target in (*targets[first:], *targets[:first]):
+                before_s = _cpu_s(target.group)
                 answers = await asyncio.gather(
                     *(agent.ask(target, body) for agent, body in zip(asking, bodies, strict=True))
                 )
@@ -189,6 +193,8 @@ async def measure_turns(targets: Sequence[Target], agents: int, turns: int, step
                     if target.name == OURS:
                         found.begin_ms += [answer.server_ms["begin"] for answer in answers]
                 await asyncio.sleep(PAUSE_S)
+                if place and number >= TURNS and before_s is not None and (after_s := _cpu_s(target.group)) is not None:
+                    found.cpu_s[target.name] = found.cpu_s.get(target.name, 0.0) + after_s - before_s
             number += 1
             step(f"{agents} at once, turn {len(found.ttft_ms[DIRECT]):,} of {turns:,}")
     return found
@@ -388,8 +394,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
     turns = Table(
         *("database", "at once", "through"),
         *(Column(name, justify="right") for name in ("TTFT p50", "added p50 (95 %)", "goal")),
-        *(Column(name, justify="right") for name in ("added p99 (95 %)", "goal", "begin p50 / p99")),
-        title="Time to first token, ms",
+        *(Column(name, justify="right") for name in ("added p99 (95 %)", "goal", "begin p50 / p99", "CPU")),
+        title="Time to first token and CPU time of a request, ms",
         padding=(0, 0),
     )
     chunks = Table(
@@ -412,6 +418,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
                 cells.append(f"{row[f'added_{share}_ms']:.2f} ({low:.2f}–{high:.2f})")
                 cells.append(f"{GOALS_MS[row['database']][share]}" if ours else "")
             cells.append(f"{row['begin_p50_ms']:.2f} / {row['begin_p99_ms']:.2f}" if ours else "")
+            cells.append("" if row["target"] == DIRECT else f"{row['cpu_ms']:.1f}")
             turns.add_row(*cells)
         elif row["part"] == "chunks":
             cells = [row["database"], row["target"], f"{row['chunks']:,}"]

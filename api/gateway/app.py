@@ -103,6 +103,7 @@ class Gateway:
 
     async def close(self) -> None:
         await self.turns.close()
+        await self.fleet.close()
         await self.upstream.close()
 
     async def answer(self, exchange: Exchange) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from starlette.concurrency import run_in_threadpool
 
@@ -18,6 +18,8 @@ from agentstate.sql.database import Database
 from api.gateway.errors import Refusal
 
 FRESH_S = 1.0
+# What is older is not used while SQL answers.
+STALE_S = 5.0
 # How long what was known is used while SQL does not answer.
 REMEMBERED_S = 3600.0
 # So many requests more than an idle engine's are no reason to leave the engine that has a prompt's beginning.
@@ -34,23 +36,32 @@ class Fleet:
         self._known: list[Server] = []
         self._read_s = self._tried_s = float("-inf")
         self._reading = asyncio.Lock()
+        self._refreshing: asyncio.Task[None] | None = None
         self._running: Counter[str] = Counter()
 
     async def live(self) -> list[Server]:
         """Raises DatabaseError if SQL has not answered for an hour."""
-        if time.monotonic() - self._tried_s > FRESH_S:
-            async with self._reading:
-                if time.monotonic() - self._tried_s > FRESH_S:
-                    await self._read()
+        await self._refresh()
         return self._known
 
     async def serving(self, model: str | None, prefix: str | None = None) -> list[Server]:
         """The engines that serve ``model``: without one, whatever all of them serve. The one to ask comes first: that
         with the fewest requests of this gateway, but for requests with the same ``prefix`` the same as long as it has
         not many more. Raises Refusal, DatabaseError."""
-        live = await self.live()
-        models = sorted({server.model for server in live})
-        if not live:
+        if not self._known or self._age_s > STALE_S:
+            await self._refresh()
+        elif self._age_s > FRESH_S and (self._refreshing is None or self._refreshing.done()):
+            self._refreshing = asyncio.create_task(self._refresh_unasked())
+        try:
+            return self._choose(model, prefix)
+        except Refusal:
+            # An engine may have come since.
+            await self._refresh()
+            return self._choose(model, prefix)
+
+    def _choose(self, model: str | None, prefix: str | None) -> list[Server]:
+        models = sorted({server.model for server in self._known})
+        if not self._known:
             raise Refusal(503, "no_engine", "no engine is live: start one, or try again", retryable=True)
         if model is None:
             if len(models) > 1:
@@ -58,7 +69,7 @@ class Fleet:
             model = models[0]
         # SGLang takes an adapter as MODEL:ADAPTER.
         wanted = {model, model.rpartition(":")[0]}
-        found = [server for server in live if server.model in wanted]
+        found = [server for server in self._known if server.model in wanted]
         if not found:
             raise Refusal(
                 404, "model_not_found", f"no live engine serves {model!r}, only {', '.join(map(repr, models))}", "model"
@@ -88,6 +99,26 @@ class Fleet:
             self._running[base_url] -= 1
             if not self._running[base_url]:
                 del self._running[base_url]
+
+    async def close(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
+
+    @property
+    def _age_s(self) -> float:
+        return time.monotonic() - self._tried_s
+
+    async def _refresh(self) -> None:
+        """Ask SQL, unless that was done a moment ago."""
+        if self._age_s > FRESH_S:
+            async with self._reading:
+                if self._age_s > FRESH_S:
+                    await self._read()
+
+    async def _refresh_unasked(self) -> None:
+        with suppress(DatabaseError):  # who needs the answer asks again
+            await self._refresh()
 
     async def _read(self) -> None:
         try:

@@ -88,14 +88,16 @@ def test_what_is_no_whole_stream_is_no_measurement(sent: bytes, said: str) -> No
 
 
 def turns() -> Turns:
-    return Turns({DIRECT: [1.0, 5.0, 1.0], OURS: [3.0, 8.0, 5.0]}, begin_ms=[1.0, 2.0, 3.0], strayed=1)
+    return Turns(
+        {DIRECT: [1.0, 5.0, 1.0], OURS: [3.0, 8.0, 5.0]}, begin_ms=[1.0, 2.0, 3.0], cpu_s={OURS: 0.0369}, strayed=1
+    )
 
 
 def test_what_is_added_is_the_difference_turn_by_turn() -> None:
     direct, ours = turns().rows("sqlite", 1)
     assert "added_p50_ms" not in direct
     assert (ours["ttft_p50_ms"], ours["added_p50_ms"], ours["added_p99_ms"]) == (5.0, 3.0, 4.0)
-    assert ours["begin_p50_ms"] == 2.0
+    assert (ours["begin_p50_ms"], ours["cpu_ms"]) == (2.0, 12.3)
     low, high = ours["added_p50_95"]
     assert 2.0 <= low <= 3.0 <= high <= 4.0
 
@@ -129,7 +131,7 @@ def test_tables_show_what_was_measured_and_remarks_the_rest() -> None:
     for table in gateway.tables(rows):
         console.print(table)
     shown = output.getvalue()
-    for expected in ("3.00 (", "4.00 (", "3.0 (2.0–8.0)", "0.200 (0.100–0.300)", "110.0", "15", "20", "0.3"):
+    for expected in ("3.00 (", "4.00 (", "3.0 (2.0–8.0)", "0.200 (0.100–0.300)", "110.0", "15", "20", "0.3", "12.3"):
         assert expected in shown
     assert len(list(gateway.tables(rows[:2]))) == 1
     strayed, grown = gateway.remarks(rows)

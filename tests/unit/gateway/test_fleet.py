@@ -1,0 +1,86 @@
+"""Which engines a gateway knows, and when it asks SQL again."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import cast
+
+import pytest
+
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.placement import Server
+from agentstate.sql.database import Database
+from api.gateway import fleet
+from api.gateway.errors import Refusal
+from api.gateway.fleet import Fleet
+
+
+def server(model: str) -> Server:
+    engine = Engine("eng", "n", 0, "tcp://x", f"http://{model}/v1", model, "f", "/pages", control_secret="s")
+    return Server((engine,))
+
+
+class Known(Fleet):
+    """``stored`` stands in SQL, which answers while ``answers`` is set."""
+
+    def __init__(self, *models: str):
+        super().__init__(cast(Database, None), 30)
+        self.stored = [server(model) for model in models]
+        self.asked = 0
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def _look_up(self) -> list[Server]:
+        self.asked += 1
+        self.answers.wait()
+        return self.stored
+
+    def age(self, seconds: float) -> None:
+        self._tried_s -= seconds
+
+
+def test_a_request_does_not_wait_for_what_is_known() -> None:
+    async def ask() -> None:
+        known = Known("a")
+        assert (await known.serving("a"))[0].model == "a"
+        known.age(fleet.FRESH_S)
+        known.answers.clear()
+        for _ in range(2):
+            assert (await known.serving("a"))[0].model == "a"
+        known.answers.set()
+        known.stored = [server("b")]
+        await known.live()
+        assert known.asked == 2
+        await known.close()
+
+    asyncio.run(ask())
+
+
+def test_what_is_stale_is_read_again_before_it_is_used() -> None:
+    async def ask() -> None:
+        known = Known("a")
+        await known.serving("a")
+        known.stored = [server("b")]
+        known.age(fleet.STALE_S)
+        with pytest.raises(Refusal, match="no live engine serves 'a'"):
+            await known.serving("a")
+        assert known.asked == 2
+        await known.close()
+
+    asyncio.run(ask())
+
+
+def test_an_engine_that_is_not_known_is_looked_for() -> None:
+    async def ask() -> None:
+        known = Known("a")
+        await known.serving("a")
+        known.stored = [server("a"), server("b")]
+        known.age(fleet.FRESH_S)
+        assert (await known.serving("b"))[0].model == "b"
+        with pytest.raises(Refusal):
+            await known.serving("c")
+        assert known.asked == 2
+        await known.close()
+
+    asyncio.run(ask())

@@ -177,6 +177,7 @@ def test_what_does_not_fit_the_tool_calls_is_kept_all_the_same(
     _, api = connect()
     made = api.conversations.create()
     odd: list[Any] = [OUTPUT, CALL, CALL, OUTPUT, OUTPUT, {**CALL, "call_id": ""}, {**CALL, "call_id": "\0"}]
+    odd += [{**CALL, "call_id": "call_3", "name": "\0"}, {**OUTPUT, "output": "a\0b"}]
     api.conversations.items.create(made.id, items=odd)
     found = list(api.conversations.items.list(made.id, order="asc"))
     assert [(item.type, item.call_id) for item in found] == [(item["type"], item["call_id"]) for item in odd]  # type: ignore[union-attr]

@@ -416,17 +416,13 @@ def test_a_stream_comes_as_it_is_but_for_what_the_engine_does_not_know(connect: 
         asked.end()
 
     client = connect(script)
-    events = client.stream(input="hello", metadata={"a": "b"})
+    events = client.stream(input="hello")
     first = client.gateway.engine.asked[0].document["request_id"]
     with client.gateway.service.http.stream(
         "POST", "/v1/responses", json={"model": MODEL, "input": "go", "stream": True, "previous_response_id": first}
     ) as answer:
         received = [event + b"\n\n" for event in b"".join(answer.iter_raw()).split(b"\n\n")[:-1]]
-    # Sequence numbers grow from 0, an item has one id, and there is one end.
-    assert [event.sequence_number for event in events] == list(range(len(events)))
-    assert {event.item_id for event in events if hasattr(event, "item_id")} == {"msg_1", "fc_1"}
-    assert [event.type for event in events if event.type in TERMINAL] == ["response.completed"]
-    assert len(received) == len(sent)
+    assert len(events) == len(received) == len(sent)
     for theirs, ours in zip(sent, received, strict=True):
         told, known = (json.loads(event.partition(b"data: ")[2]) for event in (ours, theirs))
         if "response" not in known:
@@ -438,6 +434,18 @@ def test_a_stream_comes_as_it_is_but_for_what_the_engine_does_not_know(connect: 
         changed = {"previous_response_id", "conversation", "store"}
         assert all(told["response"][key] == value for key, value in known["response"].items() if key not in changed)
         assert told["sequence_number"] == known["sequence_number"]
+
+
+def test_events_are_numbered_and_those_of_an_item_have_its_id(connect: Callable[..., Client]) -> None:
+    client = connect(responds([said("hi"), called("run", "{}")], [said("well", "msg_2")]))
+    events = client.stream(input="hello")
+    later = client.stream(input=[OUTPUT], previous_response_id=events[-1].response.id)  # type: ignore[union-attr]
+    for stream, ids in ((events, {"msg_1": 0, "fc_1": 1}), (later, {"msg_2": 0})):
+        assert [event.sequence_number for event in stream] == list(range(len(stream)))
+        at = {(event.item_id, event.output_index) for event in stream if hasattr(event, "item_id")}
+        assert at == set(ids.items())
+        assert {event.content_index for event in stream if hasattr(event, "content_index")} == {0}
+        assert [event.type for event in stream if event.type in TERMINAL] == ["response.completed"]
 
 
 def test_the_end_of_a_stream_waits_until_the_response_is_kept(connect: Callable[..., Client]) -> None:

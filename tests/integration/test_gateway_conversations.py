@@ -310,19 +310,21 @@ def test_a_conversation_in_which_a_response_is_made_is_locked(make_gateway: Call
     with client_of(gateway) as other:
         running = threading.Thread(target=lambda: other.responses.create(**ask))
         running.start()
-        going.wait()
-        for refused in (
-            lambda: api.responses.create(**ask),  # type: ignore[call-overload]
-            lambda: api.conversations.items.create(made.id, items=[{"role": "user", "content": "x"}]),
-            lambda: api.conversations.delete(made.id),
-        ):
-            with pytest.raises(openai.BadRequestError) as error:
-                refused()
-            assert (error.value.code, error.value.param) == ("conversation_locked", "conversation")
-            assert error.value.response.headers["x-should-retry"] == "false"
-        assert texts(api, made.id) == []
-        go_on.set()
-        running.join()
+        try:
+            going.wait()
+            for refused in (
+                lambda: api.responses.create(**ask),  # type: ignore[call-overload]
+                lambda: api.conversations.items.create(made.id, items=[{"role": "user", "content": "x"}]),
+                lambda: api.conversations.delete(made.id),
+            ):
+                with pytest.raises(openai.BadRequestError) as error:
+                    refused()
+                assert (error.value.code, error.value.param) == ("conversation_locked", "conversation")
+                assert error.value.response.headers["x-should-retry"] == "false"
+            assert texts(api, made.id) == []
+        finally:
+            go_on.set()
+            running.join()
     gateway.ended()
     assert texts(api, made.id) == ["hello", "hi"]
 

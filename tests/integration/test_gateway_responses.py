@@ -274,11 +274,13 @@ def test_a_response_whose_session_is_run_is_gone_on_from_beside_it(connect: Call
         ask = {"model": MODEL, "input": [user("wait")], "previous_response_id": one.id}
         running = threading.Thread(target=lambda: other.responses.create(**ask))
         running.start()
-        going.wait()
-        beside = client.api.responses.create(model=MODEL, input=[user("go")], previous_response_id=one.id)
-        assert client.given() == [user("hello"), said("hi"), user("go")]
-        go_on.set()
-        running.join()
+        try:
+            going.wait()
+            beside = client.api.responses.create(model=MODEL, input=[user("go")], previous_response_id=one.id)
+            assert client.given() == [user("hello"), said("hi"), user("go")]
+        finally:
+            go_on.set()
+            running.join()
     assert beside.status == "completed"
     client.gateway.ended()
     assert len(client.gateway.sessions()) == 2

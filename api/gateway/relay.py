@@ -142,6 +142,7 @@ class Relay(Passage):
         except ValueError as error:
             raise Refusal(400, "invalid_request", str(error), "session_id") from None
         self.take_out()
+        self.check()
         if len(self.raw) > LONG_BYTES:
             # It takes longer than the next chunks of other streams may wait.
             self.messages = await run_in_threadpool(self.heard, self.body)
@@ -150,6 +151,9 @@ class Relay(Passage):
         self.store = self.is_stored()
         self.request_id = _request_id(self.dialect.id_prefix)
         await exchange.while_there(self.work())
+
+    def check(self) -> None:
+        """Raises Refusal for a request that says what it may not."""
 
     def heard(self, body: dict[str, Any]) -> list[Message]:
         """The messages of a request. Raises Refusal."""

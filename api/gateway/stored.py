@@ -29,7 +29,6 @@ from agentstate.sessions.stored import Stored
 from api.gateway import documents, resources
 from api.gateway.errors import Refusal
 from api.gateway.exchange import Exchange
-from api.gateway.heard import Message
 from api.gateway.recording import UNKNOWN_FORM, Answer, Events, Stream
 from api.gateway.relay import Relay
 from api.gateway.responses import TERMINAL
@@ -39,20 +38,21 @@ if TYPE_CHECKING:
     from api.gateway.app import Gateway
 
 _OPENING = frozenset({"response.created", "response.in_progress"})
-_BLANK_LINE = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)|(?<=\r\r)")
+_BLANK_LINE = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)")
 _KEPT = ("completed", "incomplete")
 
 
 class StoredRelay(Relay):
-    """A request for a response."""
+    """A request for a response. ``given`` is what its session has to keep of its input."""
 
-    given: Sequence[Item] = ()
     state = State()
+    given: Sequence[Item] = ()
     _opening = True
     _response: dict[str, Any] | None = None  # as it was last told
     _sent = b""  # the newest events that are numbered
 
-    def heard(self, body: dict[str, Any]) -> list[Message]:
+    def check(self) -> None:
+        body = self.body
         if body.get("background"):
             raise Refusal(
                 400, "unsupported", "responses are not made in the background here: leave it out", "background"
@@ -66,10 +66,8 @@ class StoredRelay(Relay):
             raise Refusal(
                 400, "invalid_request", "a request has one session or one conversation, not two", "conversation"
             )
-        messages = super().heard(body)
         given = body.get("input")
         self.given = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given or []
-        return messages
 
     def is_stored(self) -> bool:
         return self.body.get("store") is not False
@@ -111,7 +109,7 @@ class StoredRelay(Relay):
             except (EntryNotFound, SessionNotFound, SessionExpired):
                 raise _no_previous(self.state.response) from None
             body["input"] = [*before, *self.given]
-            self.messages = super().heard(body)
+            self.messages = self.heard(body)
             if turn.begun.whole:
                 self.given = body["input"]
         self.raw = documents.dumps({**body, "store": False, "request_id": self.request_id})

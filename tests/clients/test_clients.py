@@ -147,7 +147,8 @@ def go_on(conversation: OpenCode | Codex, flush: Callable[[], None]) -> None:
         before = conversation.prompt_tokens // PAGE * PAGE
         assert before > PAGES * PAGE
         flush()
-        assert conversation.say(QUESTIONS[1]).cached == before
+        # More, where a page ends in an answer: it was stored, and is in the next prompt.
+        assert before <= (conversation.say(QUESTIONS[1]).cached or 0) <= conversation.prompt_tokens
 
 
 def test_opencode_goes_on_from_disk(

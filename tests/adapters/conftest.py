@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from agentstate.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "integration"))
 
+# Google's ADK has an environment of its own.
+HAS_ADK = find_spec("google") is not None and find_spec("google.adk") is not None
+collect_ignore_glob = ["test_[!g]*.py"] if HAS_ADK else ["test_google_adk.py"]
+
 from stage import Service, register, serving  # noqa: E402
 
 
 @pytest.fixture
 def service(database_url: str, tmp_path: Path) -> Iterator[Service]:
-    with serving(Settings(home=tmp_path, database_url=database_url)) as service:
+    with serving(Settings(home=tmp_path, database_url=database_url, engine_timeout_s=3600)) as service:
         yield service
 
 

@@ -10,9 +10,11 @@ CACHE ?= $(or $(AGENTSTATE_CACHE_DIR),$(HOME)/.cache/agentstate)
 SERVICE := .venv/service/bin/python
 ENGINE := .venv/engine/bin/python
 ADAPTERS := .venv/adapters/bin/python
+ADK := .venv/adk/bin/python
 SERVICE_SET_UP := .venv/service/complete
 ENGINE_SET_UP := .venv/engine/complete
 ADAPTERS_SET_UP := .venv/adapters/complete
+ADK_SET_UP := .venv/adk/complete
 RUN := AGENTSTATE_ENGINE_PYTHON=$(CURDIR)/$(ENGINE) AGENTSTATE_CACHE_DIR=$(CACHE) OMP_WAIT_POLICY=passive
 PYTEST := -m pytest --durations=5
 # A process a core, each with databases and engines of its own.
@@ -38,9 +40,11 @@ test: lint test-service test-adapters test-engine
 test-service: $(SERVICE_SET_UP)
 	$(SERVICE) $(PYTEST) $(PARALLEL) tests/unit tests/integration tests/migration tests/faults
 
-test-adapters: $(ADAPTERS_SET_UP)
+test-adapters: $(ADAPTERS_SET_UP) $(ADK_SET_UP)
 	$(ADAPTERS) -m mypy
 	$(ADAPTERS) $(PYTEST) $(PARALLEL) tests/adapters
+	$(ADK) -m mypy agentstate/adapters/google_adk.py
+	$(ADK) $(PYTEST) $(PARALLEL) tests/adapters
 
 test-engine: setup model
 	$(RUN) $(ENGINE) $(PYTEST) $(PARALLEL) --disable-warnings tests/engine tests/gpu tests/late
@@ -59,7 +63,7 @@ lint: $(SERVICE_SET_UP)
 	$(SERVICE) -m ruff format --check .
 	$(SERVICE) -m mypy
 
-setup: $(SERVICE_SET_UP) $(ADAPTERS_SET_UP) $(ENGINE_SET_UP)
+setup: $(SERVICE_SET_UP) $(ADAPTERS_SET_UP) $(ADK_SET_UP) $(ENGINE_SET_UP)
 
 .PHONY: setup-lmcache
 setup-lmcache: .venv/lmcache/complete

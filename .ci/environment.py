@@ -31,7 +31,7 @@ SIZES = {"engine": " (SGLang, 11 GB)"}
 FIRST_IMPORTS = {
     "service": "agentstate.cli.main, api.app, openai, pytest",
     "adapters": "agentstate.cli.main, api.app, agents, langgraph.graph, pytest",
-    "adk": "agentstate.cli.main, api.app, google.adk.runners, litellm, pytest",
+    "adk": "agentstate.cli.main, api.app, google.adk.runners, pytest",
     "engine": "sglang.launch_server, sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler",
 }
 FIRST_LINE_S, NEXT_LINE_S = 2, 30

@@ -140,6 +140,8 @@ def test_a_deleted_or_expired_session_is_not_gone_on_with(sessions: Sessions, da
     one, _ = turn(sessions, "U:1", "A:1")
     assert one is not None
     sessions.delete(one, None)
+    with database.read() as connection:
+        assert connection.execute(sa.select(conversation_tips)).all() == []  # nothing tells what was said
     two, origin = turn(sessions, "U:1", "A:1", "U:2", "A:2")
     assert origin is Origin.NEW
     with database.write() as connection:

@@ -220,6 +220,15 @@ def test_a_conversation_is_run_by_one_request(turns: Turns) -> None:
     assert texts(found.items) == ["a", "b", "c"]
 
 
+def test_what_is_kept_has_a_session_of_its_own_where_a_guess_does_not_fit(turns: Turns) -> None:
+    running = turns.begin(harness="codex:1")
+    beside = turns.begin(harness="codex:1")
+    assert (running.origin, beside.origin) == (Origin.HARNESS, Origin.NEW)
+    kept = [turns.end(begun, [message(text)], [message("b")]) for begun, text in ((running, "a"), (beside, "c"))]
+    assert [turns.context(each) for each in kept] == [["a", "b"], ["c", "b"]]
+    assert sorted(session.id.partition("_")[0] for session in turns.sessions.list().sessions) == ["codex:1", "ses"]
+
+
 def test_an_expired_conversation(turns: Turns) -> None:
     conversation = turns.stored.create({}, [message("a")]).id
     with turns.database.write() as connection:

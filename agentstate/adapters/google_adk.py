@@ -262,10 +262,11 @@ class AgentStateSessionService(BaseSessionService):
         """What is stored in a session, with the newest events that ``config`` asks for, all by default."""
         checkpoint = session.metadata.get(KEY, {})
         at = checkpoint.get("at")
-        settled = session.head_id == at
         wanted = None if config is None else config.num_recent_events
         after_s = None if config is None else config.after_timestamp
         filling = wanted != 0
+        # Entries that are read now may be newer than the checkpoint; then they tell whether it is reached.
+        settled = session.head_id == at and not filling
         events: list[Event] = []
         changes: list[dict[str, Any]] = []
         newest: answers.Entry | None = None
@@ -317,10 +318,10 @@ class AgentStateSessionService(BaseSessionService):
                 turn = await stack.enter_async_context(self._turn(name))
             except SessionNotFound:
                 with suppress(SessionExists):
-                    made = await self._create(name, labels)
-                    if made.expires_at is not None:
-                        await self._client.update(name, revision="*", expires_in_s="never")
+                    await self._create(name, labels)
                 turn = await stack.enter_async_context(self._turn(name))
+            if turn.session.expires_at is not None and "session" not in labels:
+                await self._client.update(name, revision="*", expires_in_s="never")
             stored = await self._load(turn.session, _NONE)
             appended = await turn.append(note({KEY: {"change": change}}))
             await self._checkpoint(turn, appended, {**stored.state, **change}, stored.updated_s)

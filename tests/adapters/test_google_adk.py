@@ -387,6 +387,29 @@ def test_others_entries_do_not_make_a_session_stale(run: Any, service: Service) 
 
 
 @sqlite_only
+def test_an_event_that_is_appended_during_a_read(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is read with what it changed."""
+
+    async def work(sessions: AgentStateSessionService) -> None:
+        session = await sessions.create_session(**ANN)
+        await sessions.append_event(session, said("one", a=1))
+        entries = sessions._client.entries
+
+        async def late(*args: Any, **options: Any) -> Any:
+            monkeypatch.undo()
+            await sessions.append_event(session, said("two", a=2, b=2))
+            return await entries(*args, **options)
+
+        monkeypatch.setattr(sessions._client, "entries", late)
+        found = await again(sessions, session, num_recent_events=5)
+        assert texts(found) == ["one", "two"]
+        assert found.state == {"a": 2, "b": 2}
+        await sessions.append_event(found, said("three"))
+
+    run(work)
+
+
+@sqlite_only
 def test_an_event_is_stored_once(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often it is appended, even where the answer to the first time was lost."""
 
@@ -541,7 +564,7 @@ def test_a_session_that_was_rewound_or_forked(run: Any, service: Service) -> Non
     async def work(sessions: AgentStateSessionService) -> None:
         session = await sessions.create_session(**ANN, session_id="s", state={"a": 0})
         for number in (1, 2, 3):
-            await sessions.append_event(session, said(str(number), a=number))
+            await sessions.append_event(session, said(str(number), a=number, **{f"seen{number}": True}))
         name = sessions.session_id(**ANN, session_id="s")
         second = service.client.entries(name).data[1]
         service.client.fork(name, at=second.id, id=sessions.session_id(**ANN, session_id="fork"), revision="*")
@@ -551,9 +574,10 @@ def test_a_session_that_was_rewound_or_forked(run: Any, service: Service) -> Non
         for id, expected in (("s", 1), ("fork", 2)):
             found = await sessions.get_session(**ANN, session_id=id)
             assert found is not None
-            assert (len(found.events), found.state) == (expected, {"a": expected})
+            seen = {f"seen{number}": True for number in range(1, expected + 1)}
+            assert (len(found.events), found.state) == (expected, {"a": expected, **seen})
             await sessions.append_event(found, said("x", a=9))
-            assert (await again(sessions, found, num_recent_events=0)).state == {"a": 9}
+            assert (await again(sessions, found, num_recent_events=0)).state == {"a": 9, **seen}
         assert {each.id for each in (await sessions.list_sessions(**ANN)).sessions} == {"s", "fork"}
 
     run(work)

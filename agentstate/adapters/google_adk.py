@@ -20,7 +20,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote
 
 from google.adk.agents.callback_context import CallbackContext
@@ -399,7 +399,7 @@ def _change_of(entry: answers.Entry) -> dict[str, Any]:
     return change if entry.kind is EntryKind.NOTE else _by_scope(change)[2]
 
 
-def _is_id(call_id: str | None) -> bool:
+def _is_id(call_id: str | None) -> TypeGuard[str]:
     try:
         return ids.check(call_id or "") == call_id
     except InvalidId:

@@ -24,6 +24,7 @@ from google.adk.runners import Runner
 from google.adk.sessions import Session
 from google.adk.sessions.base_session_service import GetSessionConfig
 from google.adk.tools.long_running_tool import LongRunningFunctionTool
+from google.adk.tools.tool_confirmation import ToolConfirmation
 from google.genai import types
 from stage import MODEL, Service, serving
 
@@ -214,7 +215,12 @@ def test_an_event_comes_back_as_it_was(run: Any) -> None:
         grounding_metadata=types.GroundingMetadata(
             search_entry_point=types.SearchEntryPoint(sdk_blob=b"\xde\xad"), web_search_queries=["q"]
         ),
-        actions=EventActions(artifact_delta={"file": 0}, transfer_to_agent="other", escalate=True),
+        actions=EventActions(
+            artifact_delta={"file": 0},
+            transfer_to_agent="other",
+            escalate=True,
+            requested_tool_confirmations={"c": ToolConfirmation(hint="sure?", payload={"amount": 1})},
+        ),
     )
 
     async def work(sessions: AgentStateSessionService) -> None:
@@ -830,7 +836,7 @@ def test_adks_own_tests() -> None:
     """They need a checkout of ADK, because it does not install them."""
     checkout = os.environ.get("ADK_CHECKOUT")
     if not checkout:
-        pytest.skip("no ADK_CHECKOUT: clone https://github.com/google/adk-python, and name the directory")
+        pytest.skip("no ADK_CHECKOUT: clone https://github.com/google/adk-python (2.0 or newer), and name it")
     here = Path(__file__).parent
     places = [here.parent, here, here.parent / "integration"]
     run = subprocess.run(

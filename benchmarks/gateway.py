@@ -1,7 +1,8 @@
 """`agentstate bench gateway`: what the gateway adds to a request and to each chunk of its answer.
 
 A process stands in for the engine (`benchmarks.stand_in`). The same requests go there directly, through the gateway,
-and through what else only forwards (`benchmarks.forwarders`), in turn, over connections that are kept.
+and through what else only forwards (`benchmarks.forwarders`), in turn, over connections that are kept. Times to the
+first token are also measured with SGLang itself.
 
 - *Time to first token*: agents with a conversation each, of which every turn sends all. All agents ask one target at
   the same time, then the next one. What a target adds is the difference to the engine asked directly, turn by turn.
@@ -31,8 +32,9 @@ from rich.table import Column, Table
 from agentstate.cli.local import LocalService, free_port
 from agentstate.errors import EngineError
 from agentstate.fleet import engines
+from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from benchmarks import databases, forwarders, results, stand_in
+from benchmarks import databases, forwarders, results, stacks, stand_in
 from benchmarks.conversations import message
 from benchmarks.forwarders import Forwarder
 from benchmarks.streams import Answer, Connection
@@ -51,6 +53,8 @@ FIRST_MESSAGES, TURNS, CHARACTERS = 12, 9, 2000
 ANSWER_CHUNKS = 50
 # An agent does something between two requests. Meanwhile the turn ends, which is no part of the next one's time.
 PAUSE_S = 0.03
+# With SGLang on a CPU: shorter messages and answers.
+REAL_CHARACTERS, REAL_CHUNKS = 120, 4
 STREAM_CHUNKS = 250
 RAMP_S = 1.0
 SHORT_CHUNKS = 4
@@ -62,7 +66,8 @@ RESAMPLES = 1000
 @dataclass(frozen=True)
 class Plan:
     """``turns`` are measured for every number of ``agents``. ``rounds`` of ``seconds`` each are measured with
-    ``streams`` streams at once. ``requests`` are those whose memory is measured."""
+    ``streams`` streams at once. ``requests`` are those whose memory is measured. ``real`` turns are measured with
+    SGLang."""
 
     agents: Sequence[int]
     turns: int
@@ -70,6 +75,7 @@ class Plan:
     rounds: int
     seconds: float
     requests: int
+    real: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,31 +88,46 @@ class Target:
 
 
 class Agent:
-    """An agent's conversation, and its connection to each target."""
+    """An agent with a conversation at each target: the same but for its first words, so that no target finds another
+    one's KV. ``model`` is SGLang's, if that answers."""
 
-    def __init__(self, targets: Sequence[Target], seed: int):
-        self._connections = {target.name: Connection(target.urls[AT_ONCE]) for target in targets}
+    def __init__(self, targets: Sequence[Target], seed: int, model: str | None = None):
+        self._connections = {
+            target.name: Connection(target.urls[model or AT_ONCE], hears=model is not None) for target in targets
+        }
+        self._model = model
+        self._characters = CHARACTERS if model is None else REAL_CHARACTERS
         self._random = random.Random(seed)
         self.begin()
 
     def begin(self) -> None:
-        """Begin another conversation."""
-        self._messages = [{"role": "system", "content": self._text()}]
-        while len(self._messages) < FIRST_MESSAGES:
-            self._messages.append(
-                {"role": ("user", "assistant")[len(self._messages) % 2 == 0], "content": self._text()}
-            )
+        """Begin other conversations."""
+        texts = [self._text() for _ in range(FIRST_MESSAGES)]
+        roles = ["system", *("user" if number % 2 else "assistant" for number in range(1, FIRST_MESSAGES))]
+        said = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        self._messages = {
+            name: [{**said[0], "content": f"{name}: {said[0]['content']}"}, *said[1:]] for name in self._connections
+        }
         self._session: str | None = None
 
     def go_on(self) -> None:
-        self._messages.append({"role": "assistant", "content": stand_in.answer(ANSWER_CHUNKS)})
-        self._messages.append({"role": "user", "content": self._text()})
+        asked = self._text()
+        for messages in self._messages.values():
+            if self._model is None:
+                messages.append({"role": "assistant", "content": stand_in.answer(ANSWER_CHUNKS)})
+            messages.append({"role": "user", "content": asked})
 
-    def body(self) -> bytes:
-        return _body(AT_ONCE, self._messages, ANSWER_CHUNKS)
+    def body(self, target: Target) -> bytes:
+        messages = self._messages[target.name]
+        if self._model is None:
+            return _body(AT_ONCE, messages, ANSWER_CHUNKS)
+        return _body(self._model, messages, REAL_CHUNKS, temperature=0)
 
     async def ask(self, target: Target, body: bytes) -> Answer:
-        return await self._connections[target.name].ask(body)
+        answer = await self._connections[target.name].ask(body)
+        if self._model is not None:
+            self._messages[target.name].append({"role": "assistant", "content": answer.said})
+        return answer
 
     def followed(self, answer: Answer) -> bool:
         """Whether the gateway took a request for a turn of the conversation's session."""
@@ -119,11 +140,11 @@ class Agent:
 
     def _text(self) -> str:
         number = self._random.getrandbits(40)
-        texts = (message(number + each)["content"] for each in range(CHARACTERS))
+        texts = (message(number + each)["content"] for each in range(self._characters))
         text = ""
-        while len(text) < CHARACTERS:
+        while len(text) < self._characters:
             text += next(texts)
-        return text[:CHARACTERS]
+        return text[: self._characters]
 
 
 @dataclass
@@ -169,18 +190,21 @@ def bounds(values: Sequence[float], share: str, seed: int = 0) -> list[float]:
     return [round(quantile(found, edge), 3) for edge in (0.025, 0.975)]
 
 
-async def measure_turns(targets: Sequence[Target], agents: int, turns: int, step: Callable[[str], None]) -> Turns:
-    """At least ``turns`` turns of ``agents`` agents together. A conversation's first turn is not counted."""
+async def measure_turns(
+    targets: Sequence[Target], agents: int, turns: int, step: Callable[[str], None], model: str | None = None
+) -> Turns:
+    """At least ``turns`` turns of ``agents`` agents together, with SGLang's ``model`` if that is given. The first turn
+    of a conversation is not counted."""
     found = Turns({target.name: [] for target in targets})
-    async with _closing([Agent(targets, seed) for seed in range(agents)]) as asking:
+    async with _closing([Agent(targets, seed, model) for seed in range(agents)]) as asking:
         number = 0
         while len(found.ttft_ms[DIRECT]) < turns:
             place = number % TURNS
             for agent in asking:
                 agent.begin() if place == 0 else agent.go_on()
-            bodies = [agent.body() for agent in asking]
             first = number % len(targets)
             for target in (*targets[first:], *targets[:first]):
+                bodies = [agent.body(target) for agent in asking]
                 before_s = _cpu_s(target.group)
                 answers = await asyncio.gather(
                     *(agent.ask(target, body) for agent, body in zip(asking, bodies, strict=True))
@@ -320,6 +344,8 @@ def run(plan: Plan, chosen: Sequence[str], executables: Mapping[Forwarder, str |
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
             step = stack.enter_context(_progress(name))
             url = server.create("agentstate").render_as_string(hide_password=False)
+            if plan.real and name == "sqlite":
+                rows += _with_sglang(plan, step)
             targets = stack.enter_context(running(url, home, there if number == 0 else {}, step))
             rows += uvloop.run(_on(name, plan, targets, step))
     for table in tables(rows):
@@ -329,6 +355,21 @@ def run(plan: Plan, chosen: Sequence[str], executables: Mapping[Forwarder, str |
     if report is not None:
         results.write(report, results.record("gateway", settings, rows, forwarders.interpreters(list(there.values()))))
         console.print(f"raw result written to {report}")
+
+
+def _with_sglang(plan: Plan, step: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Times to the first token with SmolLM2 on this machine, one engine, and the embedded database."""
+    rows = []
+    step("starting SGLang")
+    with stacks.running(Settings(), stacks.SMOLLM2, ()) as stack:
+        targets = [
+            Target(DIRECT, {stack.model: stack.engine_url}),
+            Target(OURS, {stack.model: stack.service_url}, stack.group),
+        ]
+        for agents in plan.agents:
+            found = uvloop.run(measure_turns(targets, agents, plan.real, step, stack.model))
+            rows += [{**row, "engine": "SGLang"} for row in found.rows("sqlite", agents)]
+    return rows
 
 
 @contextmanager
@@ -409,7 +450,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
     for row in rows:
         ours = row["target"] == OURS
         if row["part"] == "ttft":
-            cells = [row["database"], str(row["agents"]), row["target"], f"{row['ttft_p50_ms']:.2f}"]
+            name = row["target"] + (" (SGLang)" if row.get("engine") else "")
+            cells = [row["database"], str(row["agents"]), name, f"{row['ttft_p50_ms']:.2f}"]
             for share in SHARES:
                 if row["target"] == DIRECT:
                     cells += ["", ""]
@@ -481,8 +523,9 @@ def _processes(group: int | None) -> Iterator[tuple[int, list[str]]]:
 # --- helpers
 
 
-def _body(model: str, messages: Sequence[Mapping[str, str]], chunks: int) -> bytes:
-    return json.dumps({"model": model, "stream": True, "max_tokens": chunks, "messages": messages}).encode()
+def _body(model: str, messages: Sequence[Mapping[str, str]], chunks: int, **more: Any) -> bytes:
+    body = {"model": model, "stream": True, "max_tokens": chunks, "messages": messages, **more}
+    return json.dumps(body).encode()
 
 
 @asynccontextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 from urllib.parse import urlsplit
@@ -26,6 +27,8 @@ class Answer:
 
     headers: dict[str, str] = field(default_factory=dict)
     ttft_ms: float = 0.0
+    said: str = ""
+    """Its text, if that was to be heard."""
     late_ms: list[float] = field(default_factory=list)
     """How late each paced chunk was, against the schedule of `benchmarks.stand_in`."""
 
@@ -37,13 +40,16 @@ class Answer:
 
 class Connection(asyncio.Protocol):
     """A connection to ``base_url`` that is kept, and made again where the server has closed it. One request at a time.
-    ``arrived`` is told, if given, of each chunk that says when it was due: how late it is, in milliseconds."""
+    ``arrived`` is told, if given, of each chunk that says when it was due: how late it is, in milliseconds. Only one
+    that ``hears`` keeps the text of an answer."""
 
-    def __init__(self, base_url: str, arrived: Callable[[float], None] | None = None):
+    def __init__(self, base_url: str, arrived: Callable[[float], None] | None = None, *, hears: bool = False):
         url = urlsplit(base_url)
         self._host, self._port = url.hostname, url.port
         self._head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-type: application/json\r\n"
         self._arrived = arrived
+        self._hears = hears
+        self._heard = b""
         self._transport: asyncio.Transport | None = None
         self._done: asyncio.Future[Answer] | None = None
 
@@ -57,7 +63,7 @@ class Connection(asyncio.Protocol):
                 raise EngineUnreachable(f"nothing answers at {self._host}:{self._port}: {error}") from error
         assert self._transport is not None
         self._done = loop.create_future()
-        self._answer, self._buffer, self._in_body = Answer(), b"", False
+        self._answer, self._buffer, self._in_body, self._heard = Answer(), b"", False, b""
         request = f"{self._head}content-length: {len(body)}\r\n\r\n".encode() + body
         self._asked_ns = time.monotonic_ns()
         self._transport.write(request)
@@ -80,6 +86,8 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now_ns = time.monotonic_ns()
         self._buffer += data
+        if self._hears:
+            self._heard += data
         if not self._in_body and not self._read_head():
             return
         if not self._answer.ttft_ms and _EVENT in self._buffer:
@@ -97,6 +105,7 @@ class Connection(asyncio.Protocol):
         # What is left may be the first part of an event.
         self._buffer = self._buffer[max(read, self._buffer.rfind(b"\n\n")) :]
         if ended and self._done is not None and not self._done.done():
+            self._answer.said = "".join(_contents(self._heard))
             self._done.set_result(self._answer)
 
     @property
@@ -127,3 +136,9 @@ class Connection(asyncio.Protocol):
     def _fail(self, error: Exception) -> None:
         if self._done is not None and not self._done.done():
             self._done.set_exception(error)
+
+
+def _contents(stream: bytes) -> Iterator[str]:
+    for line in stream.splitlines():
+        if line.startswith(b"data: {") and (choices := json.loads(line[6:])["choices"]):
+            yield choices[0]["delta"].get("content") or ""

@@ -482,6 +482,7 @@ def bench_gateway(
     rounds: Annotated[int, typer.Option(min=0, help="How often the streams are measured.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each time.")] = 10,
     requests: Annotated[int, typer.Option(min=0, help="Short requests between which memory is measured.")] = 10_000,
+    real: Annotated[int, typer.Option(min=0, help="Turns that are also measured with SGLang and SmolLM2.")] = 0,
     litellm: Annotated[str | None, typer.Option(help="LiteLLM's executable, if it is not on the path.")] = None,
     sglang_router: Annotated[str | None, typer.Option(help="SGLang's router, smg, if it is not on the path.")] = None,
     report: JsonPath = None,
@@ -493,7 +494,7 @@ def bench_gateway(
         at_once = [int(part) for part in agents.split(",")]
     except ValueError as error:
         raise SettingsError(f"--agents {agents} are not numbers with commas between them") from error
-    plan = room.Plan(at_once, turns, streams, rounds, seconds, requests)
+    plan = room.Plan(at_once, turns, streams, rounds, seconds, requests, real)
     given = {forwarders.LITELLM: litellm, forwarders.ROUTER: sglang_router}
     room.run(plan, databases.split(","), given, report)
 

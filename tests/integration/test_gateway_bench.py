@@ -30,7 +30,7 @@ def test_an_agents_turns_are_those_of_one_session(service: Service) -> None:
             for turn in range(3):
                 if turn:
                     agent.go_on()
-                body = agent.body()
+                body = agent.body(target)
                 assert len(json.loads(body)["messages"]) == FIRST_MESSAGES + 2 * turn
                 answer = await agent.ask(target, body)
                 assert agent.followed(answer)
@@ -39,7 +39,7 @@ def test_an_agents_turns_are_those_of_one_session(service: Service) -> None:
                 while service.app.state.gateway.turns.ending:
                     await asyncio.sleep(0.005)
             agent.begin()
-            answer = await agent.ask(target, agent.body())
+            answer = await agent.ask(target, agent.body(target))
             agent.close()
             return [*sessions, answer.headers["x-agentstate-session"]]
 

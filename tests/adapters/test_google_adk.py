@@ -191,6 +191,19 @@ def test_listing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run(work)
 
 
+@sqlite_only
+def test_listed_sessions_share_nothing(run: Any) -> None:
+    async def work(sessions: AgentStateSessionService) -> None:
+        for id in ("a", "b"):
+            await sessions.create_session(**ANN, session_id=id, state={"app:list": [], "user:list": []})
+        first, second = (await sessions.list_sessions(**ANN)).sessions
+        for name in ("app:list", "user:list"):
+            first.state[name].append("mine")
+        assert second.state == {"app:list": [], "user:list": []}
+
+    run(work)
+
+
 # --- events
 
 
@@ -274,6 +287,17 @@ def test_some_of_the_events(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         # Whatever was read of it, it is up to date.
         for config in ({"num_recent_events": 0}, {"after_timestamp": 99.0}, {"num_recent_events": 1}):
             await sessions.append_event(await again(sessions, session, **config), said(str(config)))
+
+    run(work)
+
+
+@sqlite_only
+def test_events_after_a_time_are_those_after_the_last_that_is_older(run: Any) -> None:
+    async def work(sessions: AgentStateSessionService) -> None:
+        session = await sessions.create_session(**ANN)
+        for time in (5.0, 1.0, 6.0, 4.0):
+            await sessions.append_event(session, said(str(time), time=time))
+        assert texts(await again(sessions, session, after_timestamp=3.0)) == ["6.0", "4.0"]
 
     run(work)
 

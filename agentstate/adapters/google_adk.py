@@ -221,7 +221,9 @@ class AgentStateSessionService(BaseSessionService):
         pending = set(turn.pending_tool_calls)
         # The gateway may have seen the call before, in the model's answer.
         calls = {
-            call.id: call.name for call in event.get_function_calls() if _is_id(call.id) and call.id not in pending
+            call.id: call.name
+            for call in event.get_function_calls()
+            if call.id is not None and _is_id(call.id) and call.id not in pending
         }
         results = {response.id for response in event.get_function_responses() if response.id in pending}
         if event.author != "user":

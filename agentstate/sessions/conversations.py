@@ -173,7 +173,7 @@ def remember(
             "head_entry": head_entry,
         },
     )
-    connection.execute(_FORGET, {"of_session": session_uid})
+    connection.execute(_FORGET, {"of_session": session_uid, "before_oldest": KEPT - 1})
 
 
 # Built once: every request runs some of them, and building one takes longer than running it. So a request has always as
@@ -201,7 +201,12 @@ _NEWEST = sa.select(sa.func.max(table.c.id)).where(_of_session)
 _SYSTEM = sa.select(table.c.system).where(_of_session).order_by(table.c.id.desc()).limit(1)
 _REMEMBER = sa.insert(table).values(created_us=now_us())
 _oldest = (
-    sa.select(table.c.id).where(_of_session).order_by(table.c.id.desc()).offset(KEPT - 1).limit(1).scalar_subquery()
+    sa.select(table.c.id)
+    .where(_of_session)
+    .order_by(table.c.id.desc())
+    .offset(sa.bindparam("before_oldest", type_=sa.Integer()))
+    .limit(1)
+    .scalar_subquery()
 )
 _FORGET = sa.delete(table).where(_of_session, table.c.id < _oldest)
 

@@ -74,7 +74,7 @@ def install(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         document = make()
-        document["paths"].update(_PATHS)
+        document["paths"].update(PATHS)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas.update(GatewayError=_OPENAI_ERROR, MessagesError=_ANTHROPIC_ERROR)
         return document
@@ -121,7 +121,7 @@ def _operation(
     return operation
 
 
-_PATHS: dict[str, Any] = {
+PATHS: dict[str, Any] = {
     "/v1/chat/completions": {
         "post": _operation(
             "create_chat_completion",

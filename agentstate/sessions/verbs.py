@@ -21,6 +21,7 @@ from agentstate.errors import (
     EventsTrimmed,
     ModelMismatch,
     NotABranchPoint,
+    SessionExists,
     SessionBusy,
     ToolCallClaimed,
     ToolCallFinal,
@@ -238,6 +239,13 @@ class Sessions:
         a harness or a guess says the session and that is being run, the request is a branch of it, or has no session.
         Of a session or a conversation that the client named, raises SessionBusy, SessionExpired, InvalidId, and
         ModelMismatch or SessionNotFound; of what it goes on from, ResponseNotFound and SessionExists.
+        try:
+            return self._begin_once(wanted, lease_ttl_s, expires_in_s)
+        except SessionExists:
+            # Another request may have made the session since this one looked for it.
+            return self._begin_once(wanted, lease_ttl_s, expires_in_s)
+
+    def _begin_once(self, wanted: Wanted, lease_ttl_s: float, expires_in_s: float | None) -> Begun:
         """
         with self._database.write() as connection:
             found = belonging.find(connection, self._rows, wanted)

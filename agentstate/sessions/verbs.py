@@ -291,7 +291,7 @@ class Sessions:
         if before.model != wanted.model:
             rows.change(connection, before.id, model=wanted.model)
             before = self._rows.lock(connection, before.name)
-        resumed = self._take(connection, before, lease_ttl_s, 0, preferred=wanted.engine)
+        resumed = self._take(connection, before, lease_ttl_s, 0, preferred=wanted.engine, by_gateway=True)
         if wanted.results and before.open_calls:
             history = History.of(connection, before)
             asked = {result.call_id for result in wanted.results if result.call_id}
@@ -362,11 +362,15 @@ class Sessions:
         lease_ttl_s: float,
         tail: int,
         token: str | None = None,
+        by_gateway: bool = False,
         preferred: str | None = None,
     ) -> Resumed:
         """Begin a turn of the session whose locked row is ``before``. Raises SessionBusy, having changed nothing."""
         history = History.of(connection, before)
         stored = rows.stored(connection, before, history)
+        if by_gateway:
+            # Engines of an earlier release do not know its headers: they would compute without the tenant's salt.
+            live = [rank for rank in live if rank.control_secret is not None]
         live = engines.live(connection, self._engine_timeout_s)
         server = choose(before.model, stored, live, preferred)
         lease = leases.take(

@@ -180,7 +180,7 @@ class Relay(Passage):
         try:
             await self.prepare(turn)
             urls = [server.base_url for server in servers]
-            nearest = turn.base_url or urls[0]
+            nearest = turn.base_url if turn.base_url in urls else urls[0]
             await self.ask_first([nearest, *(url for url in urls if url != nearest)], turn)
         finally:
             turn.end_later()

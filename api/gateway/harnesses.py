@@ -20,7 +20,8 @@ _PI = re.compile(rb"pi[ /(]")
 # A cache key names a prefix that many share, unless the Agents SDK makes it of a conversation. A run is less than one.
 _AGENTS_SDK_KEY = re.compile(r"agents-sdk:(?:conversation|session):[\x21-\x7e]+")
 # Claude Code's: names and values without spaces, so that a prompt that follows on the same line is no part of it.
-_BILLING = re.compile(r"\s*x-anthropic-billing-header:[ \t]*(?:[\w.-]+=[^;\s]*(?:;|(?=\s|\Z))[ \t]*)+\s*")
+# The bound on their number is one on the memory that matching takes.
+_BILLING = re.compile(r"\s*x-anthropic-billing-header:[ \t]*(?:[\w.-]+=[^;\s]*(?:;|(?=\s|\Z))[ \t]*){1,100}\s*")
 
 
 @dataclass(frozen=True)
@@ -103,19 +104,19 @@ def strip_volatile(body: dict[str, Any]) -> bool:
         else:
             del body["system"]
     messages = body.get("messages")
-    at = 0
-    while isinstance(messages, list) and at < len(messages):
-        message = messages[at]
+    if not isinstance(messages, list):
+        return stripped
+    kept: list[Any] = []  # of the messages that it begins with
+    read = 0
+    for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ("system", "developer"):
             break
+        read += 1
         content, changed = _without_billing(message.get("content"))
         stripped |= changed
-        if changed and not content:
-            del messages[at]
-            continue
-        if changed:
-            messages[at] = {**message, "content": content}
-        at += 1
+        if content or not changed:
+            kept.append({**message, "content": content} if changed else message)
+    messages[:read] = kept
     return stripped
 
 
@@ -130,17 +131,25 @@ def sanitize(body: dict[str, Any]) -> bool:
 def _without_billing(content: Any) -> tuple[Any, bool]:
     """A content without billing lines at its head, and whether there was one."""
     if isinstance(content, str):
-        line = _BILLING.match(content)
-        return (content[line.end() :], True) if line else (content, False)
-    parts, changed = content, False
-    while isinstance(parts, list) and parts and isinstance(parts[0], dict) and isinstance(parts[0].get("text"), str):
-        line = _BILLING.match(parts[0]["text"])
-        if line is None:
-            break
-        changed = True
-        rest = parts[0]["text"][line.end() :]
-        parts = [{**parts[0], "text": rest}, *parts[1:]] if rest else parts[1:]
-    return parts, changed
+        behind = _behind_billing(content)
+        return behind, behind != content
+    if not isinstance(content, list):
+        return content, False
+    for number, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) else None
+        rest = _behind_billing(text) if isinstance(text, str) else None
+        if rest is None or rest == text:
+            return content[number:], number > 0
+        if rest:
+            return [{**part, "text": rest}, *content[number + 1 :]], True
+    return [], bool(content)
+
+
+def _behind_billing(text: str) -> str:
+    end = 0
+    while line := _BILLING.match(text, end):
+        end = line.end()
+    return text[end:]
 
 
 class _Request:

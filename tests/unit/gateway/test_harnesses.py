@@ -175,6 +175,19 @@ def test_the_billing_line_in_a_block_of_its_own_goes_with_its_block() -> None:
     assert body == {"system": [cached], "messages": [{"role": "system", "content": [cached]}]}
 
 
+def test_any_number_of_billing_lines_is_taken_out() -> None:
+    """In one pass: who sends a million must not hold up everybody else."""
+    many = 200_000
+    block = {"type": "text", "text": LINE}
+    rest = {"type": "text", "text": PROMPT}
+    body = {
+        "system": [*[block] * many, {"type": "text", "text": f"{LINE}\n" * many + PROMPT}],
+        "messages": [*[{"role": "system", "content": LINE}] * many, {"role": "user", "content": "hello"}],
+    }
+    assert strip_volatile(body)
+    assert body == {"system": [rest], "messages": [{"role": "user", "content": "hello"}]}
+
+
 def test_a_prompt_that_is_a_billing_line_alone_goes_whole() -> None:
     hello = {"role": "user", "content": "Hello"}
     for content in (LINE, [{"type": "text", "text": LINE}]):

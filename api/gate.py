@@ -6,6 +6,7 @@ Until the first API key is created, every caller is the tenant ``default``; such
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 
@@ -34,7 +35,9 @@ class Gate:
     def __init__(self, database: Database, requests_per_s: float):
         self._database = database
         self._requests_per_s = requests_per_s
-        self._known: dict[str | None, tuple[float, Tenant | None, bool]] = {}
+        # By the digest of a key, so that nobody without one can fill the memory with what is none.
+        self._known: dict[bytes | None, tuple[float, Tenant | None, bool]] = {}
+        self._keyed = False  # whether there is known to be a key
         self._buckets: dict[str, _Bucket] = {}
 
     async def admit(self, authorization: str | None, *, remembered_s: float = 0) -> tuple[Tenant, bool]:
@@ -46,17 +49,24 @@ class Gate:
         scheme, _, secret = (authorization or "").partition(" ")
         secret = secret.strip()
         key = secret if scheme.lower() == "bearer" and secret else None
-        until_s, tenant, open_to_all = self._known.get(key, (0.0, None, False))
+        known_by = None if key is None else hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        until_s, tenant, open_to_all = self._known.get(known_by, (0.0, None, False))
         if until_s < time.monotonic():
             try:
                 tenant, open_to_all = await run_in_threadpool(self._look_up, key)
             except DatabaseError:
-                if tenant is None or until_s + remembered_s < time.monotonic():
+                # Whoever was admitted for want of a key is a stranger once there is one.
+                stranger = tenant is None or (open_to_all and self._keyed)
+                if stranger or until_s + remembered_s < time.monotonic():
                     raise
             else:
+                self._keyed = not open_to_all
+                if len(self._known) >= MAX_REMEMBERED:
+                    # Wrong keys first: whoever sends many must not make the right ones be forgotten.
+                    self._known = {by: known for by, known in self._known.items() if known[1] is not None}
                 if len(self._known) >= MAX_REMEMBERED:
                     self._known.clear()
-                self._known[key] = (time.monotonic() + TRUST_S, tenant, open_to_all)
+                self._known[known_by] = (time.monotonic() + TRUST_S, tenant, open_to_all)
         if tenant is None:
             raise Unauthenticated(
                 "this API key is not valid"

@@ -13,7 +13,15 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from agentstate.errors import AgentStateError, DatabaseError, EngineError, SessionBusy
+from agentstate.errors import (
+    AgentStateError,
+    DatabaseError,
+    EngineError,
+    InvalidEntry,
+    SessionBusy,
+    SessionExpired,
+    SessionNotFound,
+)
 from agentstate.fleet.handover import Handover
 from agentstate.fleet.manifests import KvState
 from agentstate.fleet.operations import Kind, Question
@@ -158,9 +166,9 @@ class Turns:
                     raise
                 await self._changed(tenant, wanted.named, min(left_s, busy.retry_after_s + 0.01))
             except DatabaseError:
-                if wanted.state not in (None, State()):
+                if not settings.gateway_fail_open or wanted.state not in (None, State()):
                     raise
-                return await self.without(tenant)
+                return await self.without(tenant, degraded=True)
         if begun.resumed is None:
             return await self.without(tenant)
         if time.monotonic() - self._salts.get(tenant.id, (float("-inf"), None))[0] > REMEMBERED_S / 2:
@@ -171,11 +179,10 @@ class Turns:
         if not beginning.cancelled() and beginning.exception() is None and beginning.result().resumed is not None:
             Turn(self, tenant, beginning.result(), None, degraded=False).end_later()
 
-    async def without(self, tenant: Tenant) -> Turn:
-        """A request that has no session, but its tenant's salt. Raises DatabaseError if SQL does not answer and the
-        salt is not known, or is not to be used then."""
+    async def without(self, tenant: Tenant, *, degraded: bool = False) -> Turn:
+        """A request that has no session, but its tenant's salt; ``degraded`` if that is because SQL does not answer.
+        Raises DatabaseError if the salt is not known then, or is not to be used."""
         read_s, salt = self._salts.get(tenant.id, (float("-inf"), None))
-        degraded = False
         if time.monotonic() - read_s > SALT_S:
             try:
                 salt = await self._read_salt(tenant)
@@ -255,6 +262,10 @@ class Turns:
                 try:
                     await self.end(turn, kept)
                     return
+                except InvalidEntry as error:
+                    # An engine may say what fits no transcript. The session goes on from there all the same.
+                    logger.warning("what was said in the turn of session %s is not kept: %s", turn.session, error)
+                    kept = Kept(kept.conversation)
                 except DatabaseError as error:
                     if retry == RETRIES:
                         raise
@@ -274,7 +285,10 @@ class Turns:
         self.service.metrics.suspends.labels(state).inc()
 
     async def _changed(self, tenant: Tenant, session_id: str, timeout_s: float) -> None:
-        uid = (await run_in_threadpool(self.service.sessions.of(tenant.id).read, session_id)).uid
+        try:
+            uid = (await run_in_threadpool(self.service.sessions.of(tenant.id).read, session_id)).uid
+        except (SessionNotFound, SessionExpired):
+            return  # it has gone, which is a change
         with self.service.changes.watch(uid) as watch:
             await watch.wait(timeout_s)
 

@@ -8,7 +8,6 @@ each other and ``seq`` has no gaps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self
 
@@ -281,8 +280,10 @@ class Sessions:
                 # Where its transcript cannot be shared, its pages are: they are found by their content.
                 branch = branches.START
                 if found.head is not None:
-                    with suppress(EntryNotFound, NotABranchPoint):
+                    try:
                         branch = branches.branch_at(connection, parent, history, found.head)
+                    except (EntryNotFound, NotABranchPoint):
+                        found = replace(found, tip=None)  # the branch knows nothing of the request yet
                 name = self._fork(connection, parent, branch, found.name, expires_in_s=expires_in_s).id
                 found = replace(found, origin=Origin.BRANCH)
             return self._begin(connection, self._rows.lock(connection, name), found, wanted, lease_ttl_s)
@@ -293,14 +294,12 @@ class Sessions:
             before = self._rows.lock(connection, before.name)
         resumed = self._take(connection, before, lease_ttl_s, 0, preferred=wanted.engine, by_gateway=True)
         if wanted.results and before.open_calls:
-            history = History.of(connection, before)
-            asked = {result.call_id for result in wanted.results if result.call_id}
-            known = toolcalls.known(connection, before.id, history, asked)
-            new = [
-                result
-                for result in wanted.results
-                if (call := known.get(result.call_id or "")) is not None and call.state in toolcalls.OPEN
-            ]
+            pending = set(toolcalls.pending(connection, before.id))
+            new = []
+            for result in wanted.results:
+                if result.call_id in pending:
+                    pending.remove(result.call_id)  # a client may bring one result twice
+                    new.append(result)
             if new:
                 self._rows.append(connection, before, new, before.time_us)
         begun = Begun(resumed, found.origin, found.messages, context=found.context, time_us=before.time_us)

@@ -184,6 +184,54 @@ def test_a_gateway_that_is_not_to_go_on_refuses(beside_a_server: Callable[..., t
     database.start()
 
 
+@pytest.mark.parametrize("fail_open", [True, False])
+def test_a_salt_that_was_just_read_does_not_hide_that_the_database_is_gone(
+    beside_a_server: Callable[..., tuple[Gateway, Any]], monkeypatch: pytest.MonkeyPatch, fail_open: bool
+) -> None:
+    gateway, database = beside_a_server(gateway_fail_open=fail_open)
+    monkeypatch.setattr(gate, "TRUST_S", 3600.0)
+    monkeypatch.setattr(turns, "SALT_S", 3600.0)
+    key = gateway.key("known")
+    assert gateway.post("/v1/chat/completions", HELLO, **authorized(key)).status_code == 200
+    gateway.ended()
+    database.stop()
+    during = gateway.post("/v1/chat/completions", HELLO, **authorized(key))
+    if fail_open:
+        assert (during.status_code, during.headers.get("x-agentstate-degraded")) == (200, "database")
+    else:
+        assert (during.status_code, during.json()["error"]["code"]) == (503, "database_unreachable")
+    database.start()
+
+
+def test_who_came_before_the_first_key_is_a_stranger_after_it(
+    beside_a_server: Callable[..., tuple[Gateway, Any]],
+) -> None:
+    gateway, database = beside_a_server()
+    assert gateway.post("/v1/chat/completions", HELLO).status_code == 200
+    key = gateway.key("known")
+    assert gateway.post("/v1/chat/completions", HELLO, **authorized(key)).status_code == 200
+    gateway.ended()
+    database.stop()
+    assert gateway.post("/v1/chat/completions", HELLO).status_code == 503
+    assert gateway.post("/v1/chat/completions", HELLO, **authorized(key)).status_code == 200
+    database.start()
+
+
+def test_wrong_keys_do_not_make_right_ones_be_forgotten(
+    beside_a_server: Callable[..., tuple[Gateway, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "MAX_REMEMBERED", 3)
+    gateway, database = beside_a_server()
+    key = gateway.key("known")
+    assert gateway.post("/v1/chat/completions", HELLO, **authorized(key)).status_code == 200
+    for number in range(4):
+        assert gateway.post("/v1/chat/completions", HELLO, **authorized(f"ags_{number}")).status_code == 401
+    gateway.ended()
+    database.stop()
+    assert gateway.post("/v1/chat/completions", HELLO, **authorized(key)).status_code == 200
+    database.start()
+
+
 def test_a_turn_that_cannot_be_ended_is_ended_later(beside_a_server: Callable[..., tuple[Gateway, Any]]) -> None:
     gateway, database = beside_a_server()
     going, go_on = threading.Event(), threading.Event()

@@ -87,11 +87,14 @@ class Stored:
             items.delete(connection, self._rows, before, item_id)
             return rows.session_of(self._rows.lock(connection, before.name))
 
-    def recall(self, context: Context) -> list[Item]:
-        """The items that a request goes on from. Raises EntryNotFound, SessionNotFound or SessionExpired if they have
-        gone in the meantime."""
+    def recall(self, context: Context, most_bytes: int) -> list[Item] | None:
+        """The items that a request goes on from; None if their entries have more than ``most_bytes``. Raises
+        EntryNotFound, SessionNotFound or SessionExpired if they have gone in the meantime."""
         with self._database.read() as connection:
-            return items.read(connection, context.session, self._part(connection, context))
+            part = self._part(connection, context)
+            if not transcript.fits(connection, part, most_bytes):
+                return None
+            return items.read(connection, context.session, part)
 
     def response(self, response_id: str) -> dict[str, Any]:
         """The response as it was answered."""

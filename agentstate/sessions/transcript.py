@@ -225,6 +225,14 @@ def _within_bytes(connection: Connection, wanted: History, *, newest: bool) -> H
     return wanted.between(cut + 1, wanted.segments[-1].last) if newest else wanted.between(1, cut - 1)
 
 
+def fits(connection: Connection, part: History, most_bytes: int) -> bool:
+    """Whether the payloads of a part of a history have ``most_bytes`` or fewer; one alone always does."""
+    if part.length <= 1:
+        return True
+    beyond = _beyond(connection.dialect.name, len(part.segments), False)
+    return connection.execute(beyond, {**part.as_parameters(), "most": most_bytes}).scalar_one() is None
+
+
 @cache
 def _beyond(dialect: str, parts: int, newest: bool) -> Any:
     """The ``seq`` of the first entry that does not fit. No payload is read for it, only how long it is."""

@@ -20,8 +20,8 @@ from agentstate.errors import (
     EventsTrimmed,
     ModelMismatch,
     NotABranchPoint,
-    SessionExists,
     SessionBusy,
+    SessionExists,
     ToolCallClaimed,
     ToolCallFinal,
     ToolCallNotFound,
@@ -238,6 +238,7 @@ class Sessions:
         a harness or a guess says the session and that is being run, the request is a branch of it, or has no session.
         Of a session or a conversation that the client named, raises SessionBusy, SessionExpired, InvalidId, and
         ModelMismatch or SessionNotFound; of what it goes on from, ResponseNotFound and SessionExists.
+        """
         try:
             return self._begin_once(wanted, lease_ttl_s, expires_in_s)
         except SessionExists:
@@ -245,7 +246,6 @@ class Sessions:
             return self._begin_once(wanted, lease_ttl_s, expires_in_s)
 
     def _begin_once(self, wanted: Wanted, lease_ttl_s: float, expires_in_s: float | None) -> Begun:
-        """
         with self._database.write() as connection:
             found = belonging.find(connection, self._rows, wanted)
             if found.origin is Origin.NONE:
@@ -361,16 +361,16 @@ class Sessions:
         lease_ttl_s: float,
         tail: int,
         token: str | None = None,
-        by_gateway: bool = False,
         preferred: str | None = None,
+        by_gateway: bool = False,
     ) -> Resumed:
         """Begin a turn of the session whose locked row is ``before``. Raises SessionBusy, having changed nothing."""
         history = History.of(connection, before)
         stored = rows.stored(connection, before, history)
+        live = engines.live(connection, self._engine_timeout_s)
         if by_gateway:
             # Engines of an earlier release do not know its headers: they would compute without the tenant's salt.
             live = [rank for rank in live if rank.control_secret is not None]
-        live = engines.live(connection, self._engine_timeout_s)
         server = choose(before.model, stored, live, preferred)
         lease = leases.take(
             connection,

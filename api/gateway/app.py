@@ -206,6 +206,11 @@ class GatewayRoutes:
             await exchange.refuse(refused)
         except AgentStateError as error:
             await exchange.refuse(refusal(error))
+        except Exception:
+            if exchange.begun:
+                raise
+            logger.exception("a request to %s fails", scope["path"])
+            await exchange.refuse(Refusal(500, "internal_error", "the gateway failed: its log says why"))
 
 
 def _require(method: str, allowed: str) -> None:

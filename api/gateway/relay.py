@@ -49,6 +49,8 @@ OWN_HEADERS = HOP_BY_HOP | {
 SSE_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 # Longer bodies are read on a thread.
 LONG_BYTES = 256 << 10
+# The longest event: it is held until it is whole.
+EVENT_BYTES = 64 << 20
 # The head of a tool's command, kept where the transcript is not.
 COMMAND_CHARACTERS = 80
 
@@ -84,7 +86,14 @@ class Passage:
         if self.gateway.settings.gateway_strip and harnesses.strip_volatile(self.body):
             changed = True
         if changed:
-            self.raw = documents.dumps(self.body)
+            self.raw = self.dumped(self.body)
+
+    def dumped(self, body: dict[str, Any]) -> bytes:
+        """A body as it is sent. Raises Refusal: what can be read may be too deep to be written."""
+        try:
+            return documents.dumps(body)
+        except ValueError as error:
+            raise Refusal(400, "invalid_json", f"the body cannot be sent on: {error}") from None
 
     @property
     def model(self) -> str | None:
@@ -96,6 +105,10 @@ class Passage:
     async def pass_whole(self, answer: Answered, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
         """Pass on an answer in one piece; an error in the form that the client reads. Returns it."""
         body = await answer.body()
+        if answer.status in (401, 403):
+            # A client would take it for a word about its own key.
+            logger.error("an engine answers %d: is AGENTSTATE_ENGINE_API_KEY the engines' --api-key?", answer.status)
+            raise Refusal(502, "engine_refused", "the engine does not take requests of this gateway")
         content_type = (b"content-type", answer.content_type.encode("latin-1"))
         if answer.status >= 400:
             body, content_type = reshaped(answer.status, body, self.exchange.anthropic), JSON
@@ -252,6 +265,8 @@ class Relay(Passage):
                 if not (self.store and recorder.done) and (end := _end_of_events(held, len(chunk))):
                     await self.exchange.send(self.passed(bytes(held[:end]), recorder))
                     del held[:end]
+                if len(held) > EVENT_BYTES:
+                    raise Refusal(502, "engine_broke_off", f"the engine sent an event of more than {EVENT_BYTES} bytes")
         except Refusal as refused:
             # What comes after the end is not missed.
             broken = None if recorder.done else refused

@@ -34,7 +34,8 @@ async def page(exchange: Exchange, read: Callable[[str | None, int, Order], Item
     """A list of items as a query asks for it: ``after``, ``limit``, ``order``. Raises Refusal."""
     given = query(exchange)
     limit, order = given.get("limit", str(DEFAULT_LIMIT)), given.get("order", Order.DESCENDING.value)
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= MAX_LIMIT):
+    # Python refuses to read very long numbers.
+    if not (limit.isascii() and limit.isdigit() and len(limit) <= 9 and 1 <= int(limit) <= MAX_LIMIT):
         raise Refusal(400, "invalid_limit", f"limit is a number from 1 to {MAX_LIMIT}, not {limit[:40]!r}", "limit")
     if order not in list(Order):
         raise Refusal(400, "invalid_order", f"order is asc or desc, not {order[:40]!r}", "order")

@@ -105,14 +105,21 @@ class StoredRelay(Relay):
         }
         if (context := turn.begun.context) is not None:
             try:
-                before = await run_in_threadpool(_stored(self.gateway, self.exchange).recall, context)
+                most_bytes = self.gateway.settings.gateway_body_bytes
+                before = await run_in_threadpool(_stored(self.gateway, self.exchange).recall, context, most_bytes)
             except (EntryNotFound, SessionNotFound, SessionExpired):
                 raise _no_previous(self.state.response) from None
+            if before is None:
+                raise Refusal(
+                    413,
+                    "context_too_large",
+                    f"the request goes on from more than {most_bytes} bytes: see AGENTSTATE_GATEWAY_BODY_BYTES",
+                )
             body["input"] = [*before, *self.given]
             self.messages = self.heard(body)
             if turn.begun.whole:
                 self.given = body["input"]
-        self.raw = documents.dumps({**body, "store": False, "request_id": self.request_id})
+        self.raw = self.dumped({**body, "store": False, "request_id": self.request_id})
 
     def kept(self, turn: Turn, answer: Answer) -> Kept:
         if not self.store:

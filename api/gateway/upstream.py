@@ -84,7 +84,7 @@ class Upstream:
     ) -> AsyncIterator[Answer]:
         """The engine's answer. Leaving the context before its end closes the connection, which ends the request there.
         Raises Refusal, 502 or 504, if there is none; Unreachable if there was no connection."""
-        sent = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+        sent = [(name.decode("latin-1"), _text(value)) for name, value in headers]
         sent.append(("Accept-Encoding", "identity"))
         if self._authorization is not None:
             sent.append(("Authorization", self._authorization))
@@ -113,6 +113,14 @@ class Upstream:
 
     async def close(self) -> None:
         await self._session.close()
+
+
+def _text(value: bytes) -> str:
+    """A header's value as text that aiohttp, which writes UTF-8, makes the same bytes of where it can."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 def _root(base_url: str) -> str:

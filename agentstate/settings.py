@@ -100,7 +100,7 @@ class Settings(BaseSettings):
         description="How long a request waits for a session that it names and that is being run, before it gets 409.",
     )
     gateway_streams: int = Field(
-        0, ge=0, description="Requests of a tenant that may run at once through one gateway. 0: no limit."
+        0, ge=0, description="Turns of a tenant that may run at once through one gateway. 0: no limit."
     )
     gateway_body_bytes: ByteSize = Field(
         ByteSize(64 * MIB), gt=0, description="Limit of the body of a request to the gateway."

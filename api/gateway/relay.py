@@ -110,9 +110,11 @@ class Passage:
             logger.error("an engine answers %d: is AGENTSTATE_ENGINE_API_KEY the engines' --api-key?", answer.status)
             raise Refusal(502, "engine_refused", "the engine does not take requests of this gateway")
         content_type = (b"content-type", answer.content_type.encode("latin-1"))
+        retry = [(b"retry-after", answer.retry_after.encode("latin-1"))] if answer.retry_after else []
         if answer.status >= 400:
             body, content_type = reshaped(answer.status, body, self.exchange.anthropic), JSON
-        retry = [(b"retry-after", answer.retry_after.encode("latin-1"))] if answer.retry_after else []
+            again = answer.status in (408, 429) or answer.status >= 500
+            retry.append((b"x-should-retry", b"true" if again else b"false"))
         await self.exchange.answer(answer.status, body, [content_type, *retry, *headers])
         return body
 

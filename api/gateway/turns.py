@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 RENEWALS_PER_TTL = 3
 SALT_S = 5.0  # as long as an API key is trusted without asking again
+# A turn ends in the background within this time, here or at another gateway, unless SQL does not answer.
+ENDING_S = 1.0
 # How long an engine is asked whether a turn's KV is durable. No client waits for the answer.
 FLUSH_MS = 1000
 # How often an end that SQL does not answer is tried again, each time after twice as long as before.
@@ -135,15 +137,15 @@ class Turns:
         self._asking: set[asyncio.Task[None]] = set()  # what nobody waits for
 
     async def begin(self, tenant: Tenant, wanted: Wanted, wait_s: float) -> Turn:
-        """The turn of a request. A session that its client named and that is being run is waited for, ``wait_s`` at
-        most. If SQL does not answer, the request has no session, unless it goes on from what is kept here. Raises
-        AgentStateError."""
+        """The turn of a request. A session that its client named and that is being run is waited for, ``wait_s`` or
+        `ENDING_S` at most. If SQL does not answer, the request has no session, unless it goes on from what is kept
+        here. Raises AgentStateError."""
         if (wanted.named or wanted.harness or wanted.conversation or wanted.state) is None:
             return await self.without(tenant)
         await self._ended(tenant, wanted)
         settings = self.service.settings
         sessions = self.service.sessions.of(tenant.id)
-        deadline_s = time.monotonic() + wait_s
+        deadline_s = time.monotonic() + max(wait_s, ENDING_S)
         while True:
             beginning = asyncio.ensure_future(
                 run_in_threadpool(
@@ -244,7 +246,7 @@ class Turns:
             digests = () if wanted.conversation is None else wanted.conversation.prefixes()
             for by in (wanted.named, wanted.harness, *digests):
                 if by is not None and (task := self._ending_of.get((tenant.id, by))) is not None:
-                    await asyncio.wait((task,))
+                    await asyncio.wait((task,), timeout=ENDING_S)
 
     async def _read_salt(self, tenant: Tenant) -> str | None:
         salt: str | None = await run_in_threadpool(self.service.sessions.of(tenant.id).salt)

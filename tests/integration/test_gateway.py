@@ -389,6 +389,7 @@ def test_errors_of_the_engine_keep_their_status_and_get_their_form(
     assert message in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
     assert answer.headers["retry-after"] == "7"
+    assert answer.headers["x-should-retry"] == ("true" if status == 429 or status >= 500 else "false")
     anthropic = gateway.post("/v1/messages", {**HELLO, "max_tokens": 9})
     assert anthropic.status_code == status
     assert (anthropic.json()["type"], set(anthropic.json()["error"])) == ("error", {"type", "message"})

@@ -16,6 +16,8 @@ from postgres import server
 from prometheus_client import generate_latest
 from stage import MODEL, PATIENCE_S, Peer, register, serving, stored
 
+from agentstate.errors import SessionBusy
+from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from api import gate
@@ -271,3 +273,35 @@ def test_any_gateway_serves_any_session(
             said += [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "on"}]
     assert len(sessions) == 1
     assert len({first.turn(asked) for asked in first.engine.asked}) == 1
+
+
+def test_a_named_session_whose_turn_another_gateway_is_ending_is_waited_for(
+    tmp_path: Path,
+    database_url: str,
+    make_gateway: Callable[..., Gateway],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = make_gateway(says_hi)
+    may_end = threading.Event()
+    begin, end = Sessions.begin, Sessions.end
+
+    def begun(*args: Any, **options: Any) -> Any:
+        try:
+            return begin(*args, **options)
+        except SessionBusy:
+            may_end.set()  # the second gateway has met the first one's lease
+            raise
+
+    def ended(*args: Any, **options: Any) -> Any:
+        may_end.wait()
+        return end(*args, **options)
+
+    monkeypatch.setattr(turns, "ENDING_S", PATIENCE_S)
+    monkeypatch.setattr(Sessions, "begin", begun)
+    monkeypatch.setattr(Sessions, "end", ended)
+    with serving(Settings(home=tmp_path, database_url=database_url, engine_timeout_s=3600)) as service:
+        second = Gateway(service, first.engine, first.peer)
+        answers = [gateway.chat(*HELLO["messages"], X_AgentState_Session="s") for gateway in (first, second)]
+        first.ended()
+        second.ended()
+    assert [answer.status_code for answer in answers] == [200, 200]

@@ -75,9 +75,10 @@ def reshaped(status: int, body: bytes, anthropic: bool) -> bytes:
         said = {}
     if not isinstance(said, dict):
         said = {}
-    if isinstance(said.get("error"), dict) and anthropic == (said.get("type") == "error"):
+    nested = isinstance(said.get("error"), dict)
+    inner = said["error"] if nested else said
+    if nested and anthropic == (said.get("type") == "error") and isinstance(inner.get("code"), str | None):
         return body
-    inner = said["error"] if isinstance(said.get("error"), dict) else said
     message = inner.get("message") or said.get("detail") or said.get("error")
     if not isinstance(message, str):
         shown = body.decode("utf-8", "replace").strip()[:1000] if message is None else documents.dumps(message).decode()

@@ -374,6 +374,7 @@ def test_a_client_that_leaves_a_whole_answer_has_it_aborted(make_gateway: Callab
             "too long",
         ),
         (429, {"error": {"message": "slow down", "type": "x", "code": "y", "param": "z"}}, "slow down"),
+        (400, {"error": {"message": "no images", "type": "BadRequest", "code": 400, "param": None}}, "no images"),
         (500, b"Internal Server Error", "Internal Server Error"),
         (422, {"detail": [{"loc": ["body"], "msg": "m"}]}, "msg"),
         (503, {"error": "text"}, "text"),
@@ -388,6 +389,7 @@ def test_errors_of_the_engine_keep_their_status_and_get_their_form(
     error = answer.json()["error"]
     assert message in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["code"], str)
     assert answer.headers["retry-after"] == "7"
     assert answer.headers["x-should-retry"] == ("true" if status == 429 or status >= 500 else "false")
     anthropic = gateway.post("/v1/messages", {**HELLO, "max_tokens": 9})

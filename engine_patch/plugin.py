@@ -182,14 +182,20 @@ async def _as_response_requested(original: Any, serving: Any, request: Any, raw_
         turns.take_over_id(request, raw_request)
     except ValueError as error:
         return serving.create_error_response(str(error))
-    return await original(serving, request, raw_request)
+    if not _answers_for_us(serving):
+        return await original(serving, request, raw_request)
+    responses.say_sampling(serving, request)
+    return responses.without_null_logprobs(await original(serving, request, raw_request))
 
 
 def _around_response_stream(original: Any, serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    ours = serving.tokenizer_manager.server_args.radix_cache_backend == BACKEND
-    if ours and responses.may_call_tools(serving, request):
+    if _answers_for_us(serving) and responses.may_call_tools(serving, request):
         return responses.as_generated(serving._responses_stream_generator_non_harmony(request, *args, **kwargs))
     return original(serving, request, *args, **kwargs)
+
+
+def _answers_for_us(serving: Any) -> bool:
+    return bool(serving.tokenizer_manager.server_args.radix_cache_backend == BACKEND)
 
 
 def _as_scheduled(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

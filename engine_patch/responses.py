@@ -1,19 +1,51 @@
-"""SGLang's Responses stream, with its text as it is generated.
+"""SGLang's Responses: its stream with the text as it is generated, and what it leaves unsaid.
 
 Once a request offers tools, SGLang holds back everything from an answer's first message on. It writes into a message's
 events which ``phase`` of the answer the message is: ``commentary`` if a tool call follows, else ``final_answer``. Only
 a tool call, or the end, tells. Here the events of a message go out as they come, the first of them without a phase, and
 what is held back is the one that ends the message.
+
+SGLang answers null for ``temperature`` and ``top_p`` unless the request has them, and for the ``logprobs`` of a text
+unless they are asked for. OpenAI's specification has no null there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 _ITEM_ADDED, _ITEM_DONE = "event: response.output_item.added\n", "event: response.output_item.done\n"
 _CALLS = ("function_call", "custom_tool_call", "shell_call")
+# No text contains this: its quotes would be escaped.
+_NO_LOGPROBS = '"type":"output_text","logprobs":null'
+_SAMPLED_WITH = ("temperature", "top_p")
+
+
+def say_sampling(serving: Any, request: Any) -> None:
+    """Write into a request what SGLang samples it with, where it leaves that to SGLang: an answer echoes it."""
+    for name in _SAMPLED_WITH:
+        if getattr(request, name) is None:
+            default = request._DEFAULT_SAMPLING_PARAMS[name]
+            setattr(request, name, serving.default_sampling_params.get(name, default))
+
+
+def without_null_logprobs(answer: Any) -> Any:
+    """What `create_responses` answers, with an empty list where a text has no ``logprobs``: a response, or events."""
+    if isinstance(answer, AsyncGenerator):
+        return _events_without_null_logprobs(answer)
+    for item in getattr(answer, "output", ()):
+        for part in getattr(item, "content", None) or ():
+            if getattr(part, "logprobs", ()) is None:
+                part.logprobs = []
+    return answer
+
+
+async def _events_without_null_logprobs(events: AsyncGenerator[str]) -> AsyncIterator[str]:
+    async with aclosing(events):
+        async for event in events:
+            yield event.replace(_NO_LOGPROBS, _NO_LOGPROBS.replace("null", "[]"))
 
 
 def may_call_tools(serving: Any, request: Any) -> bool:

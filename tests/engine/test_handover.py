@@ -108,7 +108,7 @@ def test_headers_that_cannot_be_read_end_the_request() -> None:
 
 class Serving(OpenAIServingResponses):
     def __init__(self) -> None:
-        pass
+        self.tokenizer_manager = SimpleNamespace(server_args=SimpleNamespace(radix_cache_backend=None))
 
 
 def response_requested(request: ResponsesRequest, raw_request: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from sglang.srt.entrypoints.openai import serving_responses
-from sglang.srt.entrypoints.openai.protocol import RequestResponseMetadata, ResponsesRequest
+from sglang.srt.entrypoints.openai.protocol import RequestResponseMetadata, ResponsesRequest, ResponsesResponse
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 
 from engine_patch import plugin, responses
@@ -32,6 +32,7 @@ class Serving(OpenAIServingResponses):
         self.template_manager = SimpleNamespace(force_reasoning=False)
         self.tool_call_parser, self.reasoning_parser = "hermes", "qwen3"
         self.enable_prompt_tokens_details = self.enable_response_store = False
+        self.default_sampling_params = {"top_p": 0.9}
         self._encoding_adapter = None
 
 
@@ -251,3 +252,58 @@ def test_a_client_that_leaves_ends_the_generation() -> None:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(read())
     assert ended == [True]
+
+
+# --- what SGLang answers null for
+
+
+QUOTED = '"type":"output_text","logprobs":null'
+
+
+def answered(request: ResponsesRequest, serving: Serving) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The responses and the parts of text in an answer of SGLang's with the plug-in: a whole one, or a stream."""
+
+    async def original(serving: Serving, request: ResponsesRequest, raw_request: Any) -> Any:
+        if request.stream:
+            return stream(False, chunks([QUOTED], STOP), request, serving)
+        output = serving._make_response_output_items(request, QUOTED, None, require_reasoning=False)
+        given: dict[str, Any] = {"model_name": "m", "created_time": 1, "status": "completed", "usage": None}
+        return ResponsesResponse.from_request(request, {}, output=output, **given)
+
+    async def run() -> list[dict[str, Any]]:
+        answer = await plugin._as_response_requested(original, serving, request)
+        if isinstance(answer, ResponsesResponse):
+            return [{"response": answer.model_dump()}]
+        return [payload(event) async for event in answer]
+
+    documents = asyncio.run(run())
+    told = [document["response"] for document in documents if "response" in document]
+    items = [*(document.get("item", {}) for document in documents), *(item for one in told for item in one["output"])]
+    parts = [document["part"] for document in documents if "part" in document]
+    return told, [*parts, *(part for item in items for part in item.get("content", []))]
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_text_without_logprobs_has_a_list_of_none(streams: bool) -> None:
+    _, parts = answered(asked(stream=streams, tools=[]), Serving())
+    assert {part["text"] for part in parts} - {""} == {QUOTED}
+    assert [part["logprobs"] for part in parts] == [[]] * (4 if streams else 1)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.0, "top_p": 0.5}], ids=["unsaid", "said"])
+def test_an_answer_says_what_it_was_sampled_with(streams: bool, fields: dict[str, Any]) -> None:
+    request, serving = asked(stream=streams, tools=[], **fields), Serving()
+    sampled = request.to_sampling_params(default_params=serving.default_sampling_params)
+    told, _ = answered(request, serving)
+    assert told
+    for response in told:
+        assert (response["temperature"], response["top_p"]) == (sampled["temperature"], sampled["top_p"])
+    again = request.to_sampling_params(default_params=serving.default_sampling_params)
+    assert again == sampled
+
+
+def test_nulls_of_an_engine_without_the_flag_are_left() -> None:
+    told, parts = answered(asked(tools=[]), Serving(None))
+    assert {part["logprobs"] for part in parts} == {None}
+    assert {response["temperature"] for response in told} == {None}

@@ -7,6 +7,7 @@ anything.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -40,6 +41,28 @@ if TYPE_CHECKING:
 _OPENING = frozenset({"response.created", "response.in_progress"})
 _BLANK_LINE = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)")
 _KEPT = ("completed", "incomplete")
+# What a response says of its request, and its value where the request says nothing.
+_ECHOED: dict[str, Any] = {
+    "background": False,
+    "frequency_penalty": 0.0,
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "presence_penalty": 0.0,
+    "prompt_cache_key": None,
+    "reasoning": None,
+    "safety_identifier": None,
+    "service_tier": "default",
+    "temperature": None,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": None,
+    "truncation": "disabled",
+}
 
 
 class StoredRelay(Relay):
@@ -49,6 +72,7 @@ class StoredRelay(Relay):
     given: Sequence[Item] = ()
     _opening = True
     _response: dict[str, Any] | None = None  # as it was last told
+    _completed_at: int | None = None
     _sent = b""  # the newest events that are numbered
 
     def check(self) -> None:
@@ -149,10 +173,19 @@ class StoredRelay(Relay):
         return ()
 
     def told_of(self, response: dict[str, Any]) -> dict[str, Any]:
-        """A response as its client gets it: the engine knows nothing of what is kept."""
+        """A response as its client gets it: the engine knows nothing of what is kept, and leaves things out."""
         conversation = self.state.conversation
+        completed = response.get("status") == "completed"
+        if completed and self._completed_at is None:
+            self._completed_at = int(time.time())
+        echoed = _echo(self.body)
+        told = {name: value for name, value in response.items() if value is not None or name not in echoed}
+        if isinstance(text := told.get("text"), dict):
+            told["text"] = {**_ECHOED["text"], **text}
         return {
-            **response,
+            **echoed,
+            **told,
+            "completed_at": self._completed_at if completed else None,
             "id": self.request_id,
             "output": response.get("output") or [],
             "usage": response.get("usage"),
@@ -194,9 +227,7 @@ class StoredRelay(Relay):
             "object": "response",
             "created_at": 0,
             "model": self.model or "",
-            "parallel_tool_calls": True,
-            "tool_choice": "auto",
-            "tools": [],
+            "incomplete_details": None,
             **self.told_of(self._response or {}),
             "status": "failed",
             "error": {"code": "server_error", "message": refused.message},
@@ -206,6 +237,14 @@ class StoredRelay(Relay):
             with suppress(*UNKNOWN_FORM):
                 number = documents.loads(payload)["sequence_number"]
         return _event({"type": "response.failed", "sequence_number": number + 1, "response": response})
+
+
+def _echo(body: dict[str, Any]) -> dict[str, Any]:
+    """What a response says of its request. A tier is named by the engine, or is the default one."""
+    said = {name: body[name] for name in _ECHOED if body.get(name) is not None}
+    if said.get("service_tier") == "auto":
+        del said["service_tier"]
+    return {**_ECHOED, **said}
 
 
 def _event(document: dict[str, Any]) -> bytes:

@@ -153,7 +153,7 @@ def completion(content: str | None, **message: Any) -> dict[str, Any]:
 
 def said(text: str, item_id: str = "msg_1") -> dict[str, Any]:
     """A message of a response's output."""
-    content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": None}]
+    content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}]
     return {"id": item_id, "type": "message", "role": "assistant", "content": content, "status": "completed"}
 
 
@@ -189,7 +189,7 @@ def response(asked: Asked, output: list[dict[str, Any]], status: str = "complete
         "instructions": body.get("instructions"),
         "previous_response_id": body.get("previous_response_id"),
         "store": body.get("store"),
-        "metadata": body.get("metadata"),
+        "metadata": body.get("metadata") or {},
         **fields,
     }
 

@@ -287,11 +287,7 @@ def test_another_model_may_answer_in_a_conversation(connect: Callable[..., tuple
         assert answer.model == model
         gateway.ended()
         assert gateway.service.client.read(made.id).model == model
-    assert given(gateway) == [
-        "hello",
-        [{"type": "output_text", "text": "hi", "annotations": [], "logprobs": None}],
-        "hello",
-    ]
+    assert given(gateway) == ["hello", said("hi")["content"], "hello"]
 
 
 def test_a_conversation_in_which_a_response_is_made_is_locked(make_gateway: Callable[..., Gateway]) -> None:

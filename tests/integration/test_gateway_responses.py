@@ -569,6 +569,111 @@ def test_an_answer_that_ends_too_early_is_kept_as_it_is(connect: Callable[..., C
     assert client.given() == [user("hello"), user("go on")]
 
 
+# --- what the specification asks of a response, and the engine leaves out
+
+
+ASKED: dict[str, Any] = {
+    "frequency_penalty": 0.5,
+    "instructions": "be brief",
+    "max_output_tokens": 9,
+    "max_tool_calls": 2,
+    "metadata": {"a": "b"},
+    "parallel_tool_calls": False,
+    "presence_penalty": 0.25,
+    "prompt_cache_key": "a prefix",
+    "reasoning": {"effort": "low"},
+    "safety_identifier": "somebody",
+    "service_tier": "flex",
+    "temperature": 0.0,
+    "text": {"format": {"type": "json_object"}},
+    "tool_choice": "none",
+    "tools": [{"type": "function", "name": "run", "parameters": {"type": "object"}, "strict": False}],
+    "top_logprobs": 1,
+    "top_p": 0.5,
+    "truncation": "auto",
+}
+UNASKED: dict[str, Any] = {
+    **dict.fromkeys(ASKED),
+    "frequency_penalty": 0.0,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "presence_penalty": 0.0,
+    "service_tier": "default",
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "truncation": "disabled",
+}
+
+
+def silent(asked: Asked) -> None:
+    """An engine that answers null for all that a response echoes, or leaves it out."""
+    unsaid = dict.fromkeys(ASKED)
+    if not asked.document.get("stream"):
+        asked.whole(response(asked, [said("hi")], **unsaid))
+        return
+    asked.start()
+    for event in response_events(asked, [said("hi")], **unsaid):
+        document = json.loads(event.partition(b"data: ")[2])
+        if "response" in document:
+            kept = {name: value for name, value in document["response"].items() if name not in ASKED}
+            event = b"data: " + json.dumps({**document, "response": kept}).encode() + b"\n\n"
+        asked.send(event)
+    asked.end()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("fields", "echoed"),
+    [(ASKED, ASKED), ({}, UNASKED), ({"service_tier": "auto"}, UNASKED)],
+    ids=["all", "nothing", "any tier"],
+)
+def test_a_response_says_what_it_was_asked(
+    connect: Callable[..., Client], fields: dict[str, Any], echoed: dict[str, Any], stream: bool
+) -> None:
+    client = connect(silent)
+    http = client.gateway.service.http
+    answer = http.post("/v1/responses", json={"model": MODEL, "input": "hello", "stream": stream, **fields})
+    client.gateway.ended()
+    if stream:
+        events = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n") if "data:" in line]
+        told = [event["response"] for event in events if "response" in event]
+        assert [one["status"] for one in told] == ["in_progress", "in_progress", "completed"]
+    else:
+        told = [answer.json()]
+    for one in told:
+        assert {name: one[name] for name in echoed} == echoed
+        assert one["background"] is False
+        assert (one["completed_at"] is not None) == (one["status"] == "completed")
+    assert told[-1]["completed_at"] >= told[-1]["created_at"]
+    assert http.get(f"/v1/responses/{told[-1]['id']}").json() == told[-1]
+
+
+def test_what_the_engine_says_of_itself_is_what_a_response_says(connect: Callable[..., Client]) -> None:
+    verbose = {"format": {"type": "text"}, "verbosity": "low"}
+    theirs = {"temperature": 0.6, "top_p": 0.9, "tool_choice": "required", "service_tier": "priority"}
+    client = connect(lambda asked: asked.whole(response(asked, [said("hi")], text={"verbosity": "low"}, **theirs)))
+    told = client.create(input="hello").to_dict()
+    assert {**told, **theirs, "text": verbose} == told
+
+
+def test_a_response_that_was_not_completed_has_no_time_of_that(connect: Callable[..., Client]) -> None:
+    def script(asked: Asked) -> None:
+        *events, _ = response_events(asked, [said("hi")])
+        asked.start()
+        if asked.document["input"] == "cut":
+            asked.send(*events)
+        asked.cut()
+
+    client = connect(script)
+    for words in ("cut", "cut before the first event"):
+        *_, last = client.stream(input=words)
+        assert last.type == "response.failed"
+        failed = last.response.to_dict()
+        assert {**UNASKED, "completed_at": None, "incomplete_details": None}.items() <= failed.items()
+
+
 # --- what is there of a response
 
 

@@ -102,7 +102,7 @@ class _Resource:
     async def _body(self) -> dict[str, Any]:
         raw = await self._exchange.body(self._gateway.settings.gateway_body_bytes)
         try:
-            body = documents.loads(raw) if raw.strip() else {}
+            body = documents.loads(raw) if raw.strip(b" \t\r\n") else {}
         except ValueError as error:
             raise Refusal(400, "invalid_json", f"the body is not JSON: {error}") from None
         if not isinstance(body, dict):

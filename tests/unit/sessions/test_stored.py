@@ -51,7 +51,7 @@ class Turns:
         assert begun.resumed is not None
         made = f"resp_{next(numbers):032x}"
         if begun.context is not None and begun.whole:
-            received = [*self.stored.recall(begun.context), *received]
+            received = [*self.stored.recall(begun.context, 1 << 20), *received]
         new = NewResponse(made, {"id": made}, received, output, begun.time_us, begun.base, begun.whole)
         said = Conversation([Said("assistant", bytes(16), 1)])
         self.sessions.end(begun.resumed.session.id, begun.resumed.lease.key, said, [], response=new, expires_in_s=60)
@@ -65,7 +65,7 @@ class Turns:
         """What a request after this response would be given."""
         begun = self.begin(State(response=previous))
         assert begun.context is not None and begun.resumed is not None
-        found = [item["content"] for item in self.stored.recall(begun.context)]
+        found = [item["content"] for item in self.stored.recall(begun.context, 1 << 20)]
         self.sessions.end(begun.resumed.session.id, begun.resumed.lease.key, None, [], expires_in_s=60)
         return found
 
@@ -317,7 +317,7 @@ def test_items_against_a_list(turns: Turns, steps: list[tuple[str, Any]]) -> Non
             assert found == (model[::-1] if newest else model)
     context = turns.begin(State(conversation=conversation)).context
     assert context is not None
-    assert turns.stored.recall(context) == model
+    assert turns.stored.recall(context, 1 << 20) == model
 
 
 @pytest.mark.parametrize(

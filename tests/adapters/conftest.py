@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "integration"))
 
 # Google's ADK has an environment of its own.
 HAS_ADK = find_spec("google") is not None and find_spec("google.adk") is not None
-collect_ignore_glob = ["test_[!g]*.py"] if HAS_ADK else ["test_google_adk.py"]
+collect_ignore = [
+    path.name for path in Path(__file__).parent.glob("test_*.py") if (path.name == "test_google_adk.py") != HAS_ADK
+]
 
 from stage import Service, register, serving  # noqa: E402
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agentstate.errors import AgentStateError
 from agentstate.sessions.tenants import Tenant
-from api.gateway import conversations, dialects, stored
+from api.gateway import conversations, dialects, resources, stored
 from api.gateway.errors import Refusal, refusal
 from api.gateway.exchange import Exchange, Gone
 from api.gateway.fleet import REMEMBERED_S, Fleet
@@ -110,7 +110,7 @@ class Gateway:
         path, method = exchange.scope["path"].rstrip("/"), exchange.scope["method"]
         if path == "/v1/models" or path.startswith("/v1/models/"):
             exchange.scope["route"] = Observed("/v1/models/{model}" if path != "/v1/models" else path)
-            _require(method, "GET")
+            resources.require(method, {"GET": None})
             await self._models(exchange, path.removeprefix("/v1/models").removeprefix("/"))
             return
         for prefix, resource in RESOURCES.items():
@@ -121,7 +121,7 @@ class Gateway:
         if route is None:
             raise Refusal(404, "not_found", f"there is no {path} here")
         exchange.scope["route"] = Observed(path)
-        _require(method, "POST")
+        resources.require(method, {"POST": None})
         if route.dialect is None:
             await Passage(self, exchange, path).run()
             return
@@ -211,8 +211,3 @@ class GatewayRoutes:
                 raise
             logger.exception("a request to %s fails", scope["path"])
             await exchange.refuse(Refusal(500, "internal_error", "the gateway failed: its log says why"))
-
-
-def _require(method: str, allowed: str) -> None:
-    if method != allowed:
-        raise Refusal(405, "method_not_allowed", f"use {allowed}, not {method}", headers=[(b"allow", allowed.encode())])

@@ -85,10 +85,6 @@ class Fleet:
         """Ask SQL again with the next request."""
         self._tried_s = float("-inf")
 
-    def running(self, base_url: str) -> int:
-        """How many requests this gateway has at an engine."""
-        return self._running[base_url]
-
     @contextmanager
     def counted(self, base_url: str) -> Iterator[None]:
         """Counts a request at an engine."""

@@ -102,8 +102,8 @@ class Passage:
             raise Refusal(400, "invalid_model", "the model is not a string", "model")
         return model or None
 
-    async def pass_whole(self, answer: Answered, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
-        """Pass on an answer in one piece; an error in the form that the client reads. Returns it."""
+    async def pass_whole(self, answer: Answered, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Pass on an answer in one piece; an error in the form that the client reads."""
         body = await answer.body()
         if answer.status in (401, 403):
             # A client would take it for a word about its own key.
@@ -116,7 +116,6 @@ class Passage:
             again = answer.status in (408, 429) or answer.status >= 500
             retry.append((b"x-should-retry", b"true" if again else b"false"))
         await self.exchange.answer(answer.status, body, [content_type, *retry, *headers])
-        return body
 
     def passed_on(self) -> Iterator[tuple[bytes, bytes]]:
         """The client's headers that the engine gets."""

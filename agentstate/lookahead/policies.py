@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,11 +29,11 @@ def lru(wait: Wait) -> float:
 
 
 def ttl(seconds: float) -> Policy:
-    """Who has waited longer than ``seconds`` leaves before all others; else the least recently used."""
-    bonus = 2 * blind_rate(0.0)
+    """Who has waited for ``seconds`` or less is pinned, which is an infinite worth; else the least recently used leaves
+    first. A published rule, to compare with."""
 
     def value(wait: Wait) -> float:
-        return lru(wait) + (bonus if wait.waited_s <= seconds else 0.0)
+        return math.inf if wait.waited_s <= seconds else lru(wait)
 
     return value
 

@@ -88,12 +88,10 @@ def test_policies_order_the_same_waits_in_their_own_ways() -> None:
     }
     assert order(lru, waits) == ["back soon", "unknown", "for long"]
     assert order(planner, waits) == ["for long", "unknown", "back soon"]
-    assert order(ttl(60.0), waits) == ["back soon", "unknown", "for long"]
 
 
-def test_a_ttl_keeps_what_is_younger_before_anything_older() -> None:
+def test_a_ttl_pins_what_is_younger_and_drops_the_oldest_first() -> None:
     policy = ttl(60.0)
-    ages = [0.0, 59.9, 60.0, 60.1, 1e6]
-    values = [policy(Wait(None, age, 1.0, GIB)) for age in ages]
-    assert values == sorted(values, reverse=True)
-    assert values[2] > 2 * values[3]
+    pinned, *free = [policy(Wait(Forecast.exactly(1.0), age, 1.0, GIB)) for age in (60.0, 60.1, 100.0, 1e6)]
+    assert math.isinf(pinned)
+    assert free == sorted(free, reverse=True) and math.isfinite(free[0])

@@ -37,11 +37,20 @@ _LARGEST_WEIGHT = 2.0**40
 
 # A ratio of 1 is kept in this bin, so that any from 2 ** -13 to 2 ** 13 has a bin of its own.
 _EVEN = NEVER // 2
-# A wait counts for the bins about its own as well: the fewer there were, the less a bin says.
-_KERNEL = ((-2, 1 / 9), (-1, 2 / 9), (0, 3 / 9), (1, 2 / 9), (2, 1 / 9))
-_SPREAD = [[(min(NEVER - 1, max(0, at + by)), share) for by, share in _KERNEL] for at in range(NEVER)] + [
-    [(NEVER, 1.0)]
-]
+
+
+def _spread(kernel: tuple[float, ...]) -> list[list[tuple[int, float]]]:
+    """The bins that a wait counts for, and how much, by its own bin: its neighbours as well, as a few waits do not tell
+    one bin from the next. *Never* is alone."""
+    half = len(kernel) // 2
+    finite = [
+        [(min(NEVER - 1, max(0, at + by - half)), share) for by, share in enumerate(kernel)] for at in range(NEVER)
+    ]
+    return [*finite, [(NEVER, 1.0)]]
+
+
+_TIMES = _spread((1 / 9, 2 / 9, 3 / 9, 2 / 9, 1 / 9))
+_OF_RATIOS = _spread((1 / 4, 2 / 4, 1 / 4))
 _DOUBT = -0.3
 _SCORE_MEMORY = 30.0
 
@@ -56,14 +65,14 @@ class _Histogram:
         self.total = 0.0
         self.unit = 1.0
 
-    def add(self, at: int) -> None:
+    def add(self, bins: list[tuple[int, float]]) -> None:
         self.unit *= _GROWTH
         if self.unit > _LARGEST_WEIGHT:
             self.weights = {at: weight / self.unit for at, weight in self.weights.items() if weight > self.unit * 1e-6}
             self.total /= self.unit
             self.unit = 1.0
         unit, weights = self.unit, self.weights
-        for near, share in _SPREAD[at]:
+        for near, share in bins:
             weights[near] = weights.get(near, 0.0) + share * unit
         self.total += unit
 
@@ -235,12 +244,12 @@ class Durations:
                 if name.ratios is None:
                     name.ratios = _Histogram()
                 by_ratio = name.ratios.one(ratio, by_ratio, weight)
-                name.ratios.add(ratio)
+                name.ratios.add(_OF_RATIOS[ratio])
             lead = max(-5.0, min(5.0, math.log(max(1e-9, by_ratio)) - math.log(max(1e-9, by_name))))
             for name, _ in names:
                 name.score(lead)
         for name, _ in names:
-            name.taken.add(at)
+            name.taken.add(_TIMES[at])
 
     def _known(self, tool: str, head: str) -> list[tuple[_Name, float]]:
         """What is known of a wait, from the general to the particular, and what each counts for the next."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from agentstate.lookahead.forecast import Forecast, blind_rate
@@ -32,10 +33,11 @@ def ttl(seconds: float) -> Policy:
     """Who has waited for ``seconds`` or less is pinned, which is an infinite worth; else the least recently used leaves
     first. A published rule, to compare with."""
 
-    def value(wait: Wait) -> float:
-        return math.inf if wait.waited_s <= seconds else lru(wait)
+    return partial(_pinned, seconds)
 
-    return value
+
+def _pinned(seconds: float, wait: Wait) -> float:
+    return math.inf if wait.waited_s <= seconds else lru(wait)
 
 
 def planner(wait: Wait) -> float:

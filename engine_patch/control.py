@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from agentstate.errors import EngineError
-from agentstate.fleet.control import MAX_BYTES, new_secret, pack, protect, unpack
+from agentstate.fleet.control import KINDS, MAX_BYTES, new_secret, pack, protect, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,13 @@ _IDLE_MS = 200  # how long `close` may have to wait
 _TICK_S = 1.0
 _MOST_WAITERS = 256
 _LONGEST_WAIT_S = 600.0
+
+
+def _seconds(ms: Any) -> float:
+    """Raises ValueError unless ``ms`` is a number of milliseconds from 0 on."""
+    if isinstance(ms, bool) or not isinstance(ms, int | float) or not 0 <= ms < math.inf:
+        raise ValueError(f"{ms!r} is no number of milliseconds")
+    return ms / 1000
 
 
 class _Waiter(NamedTuple):
@@ -46,10 +54,19 @@ class Verbs(Protocol):
     def flush(self, session_id: str) -> dict[str, Any]:
         """How far the session is durable as of now; while the state is ``pending`` the peer waits."""
 
-    def prefetch(self, session_id: str, tier: str, packed: bytes | None) -> Callable[[], dict[str, Any]]:
-        """Begin a prefetch of the pages ``packed``, or of all that are known, and return what tells its state."""
+    def prefetch(
+        self, session_id: str, tier: str, packed: bytes | None, due_s: float | None
+    ) -> Callable[[], dict[str, Any]]:
+        """Begin a prefetch of the pages ``packed``, or of all that are known, which are needed ``due_s`` from now
+        (None: at once), and return what tells its state."""
 
     def demote(self, session_id: str) -> dict[str, Any]: ...
+
+    def foresee(self, session_id: str, packed: bytes | None, waited_s: float, kind: str) -> dict[str, Any]:
+        """Take note of a forecast (`lookahead.Forecast`), None where nothing is known; ``waited_s`` of it have passed.
+        Raises ValueError if it is malformed."""
+
+    def release(self, session_id: str) -> dict[str, Any]: ...
 
     def spill(self, on: bool) -> dict[str, Any]: ...
 
@@ -136,10 +153,17 @@ class ControlEndpoint:
                     session = str(request["session"])
                     self._waiters.append(_Waiter(peer, lambda: self._verbs.flush(session), deadline_s))
                 case "prefetch":
-                    begun = self._verbs.prefetch(str(request["session"]), str(request["tier"]), request.get("keys"))
+                    due_s = None if (due_ms := request.get("due_ms")) is None else _seconds(due_ms)
+                    begun = self._verbs.prefetch(
+                        str(request["session"]), str(request["tier"]), request.get("keys"), due_s
+                    )
                     self._waiters.append(_Waiter(peer, begun, deadline_s))
                 case "demote":
                     self._send(peer, {"ok": True, **self._verbs.demote(str(request["session"]))})
+                case "foresee":
+                    self._send(peer, {"ok": True, **self._foresee(request)})
+                case "release":
+                    self._send(peer, {"ok": True, **self._verbs.release(str(request["session"]))})
                 case "spill":
                     self._send(peer, {"ok": True, **self._verbs.spill(bool(request["on"]))})
                 case "stat":
@@ -153,6 +177,14 @@ class ControlEndpoint:
         except Exception as error:
             logger.exception("agentstate: a control request failed")
             self._send(peer, {"ok": False, "error": str(error)})
+
+    def _foresee(self, request: dict[str, Any]) -> dict[str, Any]:
+        packed, kind = request["forecast"], request["kind"]
+        if not isinstance(packed, bytes | None):
+            raise ValueError(f"forecast is a {type(packed).__name__}, not packed")
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+        return self._verbs.foresee(str(request["session"]), packed, _seconds(request["waited_ms"]), kind)
 
     def _settle(self, waiter: _Waiter) -> bool:
         """Answer a waiter when its answer is final or its time is up. Returns whether it did."""

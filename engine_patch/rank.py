@@ -164,11 +164,19 @@ class Rank:
     def flush(self, session_id: str) -> dict[str, Any]:
         return self.sessions.standing(session_id)
 
-    def prefetch(self, session_id: str, tier: str, packed: bytes | None) -> Callable[[], dict[str, Any]]:
+    def prefetch(
+        self, session_id: str, tier: str, packed: bytes | None, due_s: float | None
+    ) -> Callable[[], dict[str, Any]]:
         return self.sessions.prefetch(session_id, tier, packed)
 
     def demote(self, session_id: str) -> dict[str, Any]:
         return self.sessions.demote(session_id)
+
+    def foresee(self, session_id: str, packed: bytes | None, waited_s: float, kind: str) -> dict[str, Any]:
+        return {"state": "ignored"}
+
+    def release(self, session_id: str) -> dict[str, Any]:
+        return {"state": "ignored"}
 
     def spill(self, on: bool) -> dict[str, Any]:
         """Whether what is computed from now on is stored."""

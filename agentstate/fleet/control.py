@@ -7,12 +7,20 @@ lives in ``engine_patch.control``.
 Verbs::
 
     flush(session, timeout_ms)                -> state, tokens, pages, bytes    the barrier of a suspend
-    prefetch(session, keys, tier, timeout_ms) -> state, tokens, pages, bytes    bring pages back before they are asked
-                                                                                 for: the packed page keys, in order,
+    prefetch(session, keys, tier, timeout_ms, -> state, tokens, pages, bytes    bring pages back before they are asked
+             due_ms?)                                                            for: the packed page keys, in order,
                                                                                  to the tier "host" or "device"; without
-                                                                                 keys, what the engine knows
+                                                                                 keys, what the engine knows. They are
+                                                                                 needed ``due_ms`` from now: without it,
+                                                                                 at once
     demote(session, timeout_ms)               -> state, tokens, pages, bytes    evict the session from the device
                                                                                  first
+    foresee(session, forecast, waited_ms,     -> state                          when the session's next request is
+            kind)                                                                expected: a wait has begun, or more is
+                                                                                 known of it
+    release(session)                          -> state                          nobody comes back to the session: it is
+                                                                                 the first to leave device and host
+                                                                                 memory
     spill(on)                                 -> state                          whether what is computed from now on is
                                                                                  stored: "on" or "off"
     stat()                                    -> counters of the rank, its fingerprint and its page store
@@ -22,6 +30,11 @@ waiting, and starts nothing twice. Pages computed while spilling is off are stor
 spilling on. The other states of the first three are those of ``KvState`` for a flush; ``warm``, ``partial`` and
 ``cold`` for a prefetch, which also says in ``tier`` where the pages went: to host memory if the device cannot be
 reached; ``demoted`` for a demote. An engine answers with an error what it does not know or cannot do.
+
+``foresee`` and ``release`` are answered at once: ``accepted``, or ``ignored`` by an engine that makes no use of them.
+A ``forecast`` is a packed `lookahead.Forecast` of the whole wait, None where nothing is known; ``waited_ms`` of it have
+passed, and ``kind`` is what is waited for: ``tool``, ``person`` or ``other``. The newest one of a wait counts, and none
+once the session's next request has come. They go to rank 0 alone.
 
 An endpoint is bound to loopback unless an operator sets ``AGENTSTATE_CONTROL_ADDRESS`` otherwise. It answers only those
 who know its secret, which the engine generates at start and registers in SQL. The secret is the key of both sides of a
@@ -45,6 +58,8 @@ from agentstate.errors import EngineRefused, EngineUnreachable
 MAX_BYTES = 64 << 20
 # How long a connection is kept without an exchange.
 _IDLE_S = 10.0
+# What a session may wait for.
+KINDS = ("tool", "person", "other")
 
 
 def new_secret() -> str:

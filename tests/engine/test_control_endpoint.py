@@ -33,15 +33,25 @@ class Rank:
             raise RuntimeError("the database is down")
         return {"state": state, "tokens": 64, "pages": 1, "bytes": 10}
 
-    def prefetch(self, session: str, tier: str, keys: bytes | None) -> Callable[[], dict[str, Any]]:
+    def prefetch(
+        self, session: str, tier: str, keys: bytes | None, due_s: float | None
+    ) -> Callable[[], dict[str, Any]]:
         if tier == "moon":
             raise ValueError("tier 'moon' is neither host nor device")
+        self.due_s = due_s
         return lambda: {"state": self.states[session], "tier": tier, "keys": keys}
 
     def demote(self, session: str) -> dict[str, Any]:
         if session not in self.states:
             raise EngineError("sessions cannot be demoted here")
         return {"state": "demoted"}
+
+    def foresee(self, session: str, forecast: bytes | None, waited_s: float, kind: str) -> dict[str, Any]:
+        self.foreseen = session, forecast, waited_s, kind
+        return {"state": "accepted"}
+
+    def release(self, session: str) -> dict[str, Any]:
+        return {"state": "accepted" if session in self.states else "ignored"}
 
     def spill(self, on: bool) -> dict[str, Any]:
         return {"state": "on" if on else "off"}
@@ -253,6 +263,47 @@ def test_a_session_is_demoted(rank: Rank, client: ControlClient) -> None:
         client.call("demote", WAIT_S, session="t")
 
 
+@pytest.mark.parametrize(("told", "due_s"), [({}, None), ({"due_ms": 1500}, 1.5), ({"due_ms": 0}, 0.0)], ids=str)
+def test_a_prefetch_says_when_its_pages_are_needed(
+    rank: Rank, client: ControlClient, told: dict[str, int], due_s: float | None
+) -> None:
+    rank.states["s"] = "warm"
+    client.call("prefetch", WAIT_S, session="s", tier="host", **told)
+    assert rank.due_s == due_s
+
+
+@pytest.mark.parametrize("due_ms", [-1, float("inf"), float("nan"), "soon", True], ids=str)
+def test_a_prefetch_is_due_at_no_such_time(rank: Rank, client: ControlClient, due_ms: Any) -> None:
+    rank.states["s"] = "warm"
+    with pytest.raises(EngineRefused, match="malformed request: .*no number of milliseconds"):
+        client.call("prefetch", WAIT_S, session="s", tier="host", due_ms=due_ms)
+
+
+@pytest.mark.parametrize("forecast", [b"\x01\xff", None])
+def test_a_forecast_is_taken_note_of(rank: Rank, client: ControlClient, forecast: bytes | None) -> None:
+    told = {"session": "s", "forecast": forecast, "waited_ms": 250, "kind": "tool"}
+    assert client.call("foresee", WAIT_S, **told) == {"state": "accepted"}
+    assert rank.foreseen == ("s", forecast, 0.25, "tool")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"forecast": "soon"}, {"waited_ms": -1}, {"waited_ms": float("inf")}, {"waited_ms": None}, {"kind": "lunch"}],
+    ids=str,
+)
+def test_a_forecast_that_is_none_is_refused(rank: Rank, client: ControlClient, wrong: dict[str, Any]) -> None:
+    told = {"session": "s", "forecast": None, "waited_ms": 0, "kind": "tool"}
+    with pytest.raises(EngineRefused, match="malformed request"):
+        client.call("foresee", WAIT_S, **{**told, **wrong})
+    assert not hasattr(rank, "foreseen")
+
+
+def test_a_session_is_released(rank: Rank, client: ControlClient) -> None:
+    rank.states["s"] = "durable"
+    assert client.call("release", WAIT_S, session="s") == {"state": "accepted"}
+    assert client.call("release", WAIT_S, session="t") == {"state": "ignored"}
+
+
 def test_a_tick_that_fails_is_not_the_last(rank: Rank, client: ControlClient) -> None:
     assert rank.ticks.acquire(timeout=WAIT_S) and rank.ticks.acquire(timeout=WAIT_S)
     assert client.call("stat", WAIT_S)
@@ -269,6 +320,8 @@ VERBS: dict[str, dict[str, Any]] = {
     "flush": {"session": "s"},
     "prefetch": {"session": "s", "tier": "host"},
     "demote": {"session": "s"},
+    "foresee": {"session": "s", "forecast": None, "waited_ms": 0, "kind": "other"},
+    "release": {"session": "s"},
     "spill": {"on": False},
     "stat": {},
 }

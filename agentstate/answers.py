@@ -230,6 +230,15 @@ class Operation(BaseModel):
     seconds: float | None = Field(default=None, description="From its start to its end.")
 
 
+class Signalled(BaseModel):
+    model_config = _example({"session_id": _SESSION["id"], "state": "accepted"})
+
+    session_id: str
+    state: Literal["accepted", "ignored"] = Field(
+        description="ignored: the session is being run, no live engine has had it, or foresight is off."
+    )
+
+
 class ToolCall(BaseModel):
     model_config = _example(
         {

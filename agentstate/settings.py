@@ -78,6 +78,11 @@ class Settings(BaseSettings):
     lease_ttl_s: float = Field(
         60, gt=0, description="Default lifetime of a lease, if a resume sets none; a lease can be renewed."
     )
+    foresight: bool = Field(
+        True,
+        description="Whether the service learns how long sessions wait, and tells engines when it expects their next "
+        "requests: on or off.",
+    )
     engine_api_key: SecretStr = Field(
         SecretStr(""), description="The key that engines want of the gateway: their --api-key. Empty: none."
     )

@@ -10,11 +10,13 @@ from fastapi import FastAPI
 
 import agentstate
 from agentstate.fleet.operations import Operations
+from agentstate.fleet.waits import Waits
 from agentstate.sessions.collection import Collector
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from api import (
+    activity,
     branches,
     engines,
     entries,
@@ -57,14 +59,16 @@ def create_app(settings: Settings) -> FastAPI:
         collector = None
         if settings.collect_interval_s > 0:
             collector = Collector(database, settings.collect_interval_s, settings.expired_retention_s)
+        waits = Waits(database, following, settings.engine_timeout_s) if settings.foresight else None
         app.state.service = service = Service(
             settings=settings,
             database=database,
-            sessions=Sessions(database, settings.engine_timeout_s),
+            sessions=Sessions(database, settings.engine_timeout_s, waits=waits),
             operations=following,
             changes=Changes(database),
             gate=Gate(database, settings.requests_per_s),
             metrics=Metrics(database),
+            waits=waits,
         )
         app.state.gateway = gateway = Gateway(service)
         try:
@@ -74,6 +78,8 @@ def create_app(settings: Settings) -> FastAPI:
             await gateway.close()
             if collector is not None:
                 collector.close()
+            if waits is not None:
+                waits.close()
             following.close()
             if traces is not None:
                 traces.shutdown()
@@ -100,6 +106,7 @@ def create_app(settings: Settings) -> FastAPI:
         branches,
         toolcalls,
         prefetch,
+        activity,
         events,
         operations,
         engines,

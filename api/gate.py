@@ -20,6 +20,7 @@ from agentstate.sql.database import Database
 
 TRUST_S = 5.0
 MAX_REMEMBERED = 10_000
+HINTS_PER_S = 50.0  # of a tenant: what its sessions are going to do
 BURST_S = 2.0  # a tenant that was quiet may send this many seconds' worth at once
 
 
@@ -39,6 +40,7 @@ class Gate:
         self._known: dict[bytes | None, tuple[float, Tenant | None, bool]] = {}
         self._keyed = False  # whether there is known to be a key
         self._buckets: dict[str, _Bucket] = {}
+        self._hints: dict[str, _Bucket] = {}
 
     async def admit(self, authorization: str | None, *, remembered_s: float = 0) -> tuple[Tenant, bool]:
         """The tenant of a request with this ``Authorization``, and whether every caller is admitted, for want of any
@@ -84,16 +86,23 @@ class Gate:
                 return None, False
             return tenants.find(connection, DEFAULT_TENANT), True
 
+    def take_hint(self, tenant: Tenant) -> None:
+        """Admit a hint: a request that changes nothing of a session. Raises RateLimited."""
+        _take(self._hints, tenant, HINTS_PER_S, "hints")
+
     def _take(self, tenant: Tenant) -> None:
         rate = self._requests_per_s if tenant.requests_per_s is None else tenant.requests_per_s
-        if rate <= 0:
-            return
-        now_s, burst = time.monotonic(), max(1.0, rate * BURST_S)
-        bucket = self._buckets.setdefault(tenant.id, _Bucket(burst, now_s))
-        bucket.tokens = min(burst, bucket.tokens + (now_s - bucket.filled_s) * rate)
-        bucket.filled_s = now_s
-        if bucket.tokens < 1:
-            raise RateLimited(
-                f"tenant {tenant.id} may send {rate:g} requests a second", retry_after_s=(1 - bucket.tokens) / rate
-            )
-        bucket.tokens -= 1
+        if rate > 0:
+            _take(self._buckets, tenant, rate, "requests")
+
+
+def _take(buckets: dict[str, _Bucket], tenant: Tenant, rate: float, what: str) -> None:
+    now_s, burst = time.monotonic(), max(1.0, rate * BURST_S)
+    bucket = buckets.setdefault(tenant.id, _Bucket(burst, now_s))
+    bucket.tokens = min(burst, bucket.tokens + (now_s - bucket.filled_s) * rate)
+    bucket.filled_s = now_s
+    if bucket.tokens < 1:
+        raise RateLimited(
+            f"tenant {tenant.id} may send {rate:g} {what} a second", retry_after_s=(1 - bucket.tokens) / rate
+        )
+    bucket.tokens -= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from fastapi import APIRouter, Response, status
 from sqlalchemy.engine import Connection
@@ -13,8 +14,10 @@ from agentstate import answers
 from agentstate.errors import AgentStateError, EngineError, EngineUnreachable
 from agentstate.fleet import operations
 from agentstate.fleet.operations import Kind, Outcome, PrefetchState, Question, Tier
+from agentstate.lookahead.forecast import Forecast
 from agentstate.sessions.outcomes import PagesOfSession
 from agentstate.sessions.verbs import Sessions
+from agentstate.sql.models import SessionStatus
 from api.operations import view
 from api.problems import COMMON
 from api.schemas import PathId, PrefetchPages
@@ -53,6 +56,7 @@ async def prefetch(
     write: WriteDep,
 ) -> Response:
     """Have the engine bring the pages back. The operation reports the outcome."""
+    service.gate.take_hint(caller)
     pages = await run_in_threadpool(sessions.pages, session_id)
     ids: list[str] = []
 
@@ -63,8 +67,12 @@ async def prefetch(
     answer = await run_in_threadpool(write.run, act)
     if answer.replayed:
         return answer.response()
-    limit_s = None if body.deadline_ms is None else body.deadline_ms / 1000
-    warm = await start(service, pages, ids[0], body.tier, limit_s)
+    due_s = None if body.due_ms is None else body.due_ms / 1000
+    limit_s = (due_s or 0) + operations.FLUSH_LIMIT_S if body.deadline_ms is None else body.deadline_ms / 1000
+    warm = await start(service, pages, ids[0], body.tier, limit_s, due_s)
+    idle = pages.session.status is not SessionStatus.RUNNING
+    if due_s is not None and idle and pages.ranks and service.waits is not None:
+        service.waits.expected(caller.id, pages.session.uid, Forecast.exactly(due_s), "other", pages.ranks[0])
 
     def load() -> answers.Operation:
         with service.database.read() as connection:
@@ -85,10 +93,17 @@ async def start_later(service: Service, sessions: Sessions, session_id: str, ope
 
 
 async def start(
-    service: Service, pages: PagesOfSession, operation_id: str, tier: Tier, limit_s: float | None = None
+    service: Service,
+    pages: PagesOfSession,
+    operation_id: str,
+    tier: Tier,
+    limit_s: float | None = None,
+    due_s: float | None = None,
 ) -> Outcome | None:
-    """Start an announced prefetch. Returns the outcome if the pages are in the tier already, else None."""
-    question = Question(Kind.PREFETCH, pages.session.uid, pages.ranks, tier, pages.keys)
+    """Start an announced prefetch of pages that are needed ``due_s`` from now, or at once. Returns the outcome if they
+    are in the tier already, else None."""
+    due_at_s = None if due_s is None else time.monotonic() + due_s
+    question = Question(Kind.PREFETCH, pages.session.uid, pages.ranks, tier, pages.keys, due_at_s)
     try:
         if not pages.ranks:
             raise EngineError("no live engine serves the session")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from agentstate import ids
 from agentstate.errors import InvalidId
 from agentstate.fleet.operations import Tier
+from agentstate.fleet.waits import Activity
 from agentstate.sessions.outcomes import SuspendReason
 from agentstate.sql.models import EntryKind
 from api.paths import decoded
@@ -179,12 +180,30 @@ class RewindSession(Body):
 
 
 class PrefetchPages(Body):
-    model_config = _example(tier="host", deadline_ms=2000)
+    model_config = _example(tier="host", due_ms=1500, deadline_ms=2000)
 
     tier: Tier = Tier.HOST
+    due_ms: Int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_PREFETCH_MS,
+        description="When the pages are needed: what is needed sooner is read before them. The default is at once.",
+    )
     deadline_ms: Int | None = Field(
         default=None, ge=1, le=MAX_PREFETCH_MS, description="Fail after this time, when the pages are no longer useful."
     )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.due_ms is not None and self.deadline_ms is not None and self.due_ms > self.deadline_ms:
+            raise ValueError("the pages are due after the deadline, when they are no longer useful")
+        return self
+
+
+class Signal(Body):
+    model_config = _example(kind="typing")
+
+    kind: Activity = Field(description="typing: a person writes the next message; opened: a person reads the session.")
 
 
 class ClaimToolCall(Body):

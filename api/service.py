@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Request
 
 from agentstate.fleet.operations import Operations
+from agentstate.fleet.waits import Waits
 from agentstate.sessions.rows import Seen
 from agentstate.sessions.tenants import Tenant
 from agentstate.sessions.verbs import Sessions
@@ -28,6 +29,7 @@ class Service:
     changes: Changes
     gate: Gate
     metrics: Metrics
+    waits: Waits | None
 
 
 # Asynchronous although nothing is awaited: FastAPI would otherwise run it in a thread. Each takes what it can from the

@@ -1,5 +1,6 @@
 """What stands in for an engine where its computing is not what is measured: the control endpoint, which answers every
-flush with ``durable`` at once, and the HTTP side, which replays a stream. Each is a process of its own."""
+flush with ``durable`` at once and accepts every forecast, and the HTTP side, which replays a stream. Each is a process
+of its own."""
 
 from __future__ import annotations
 
@@ -84,10 +85,12 @@ def _answer_flushes(pipe: Pipe) -> None:
     pipe.send((socket.getsockopt_string(zmq.LAST_ENDPOINT), secret))
     while True:
         *sender, raw = socket.recv_multipart()
-        assert unpack(raw)["verb"] == "flush"
-        socket.send_multipart(
-            [*sender, pack({"ok": True, "state": "durable", "tokens": 64, "pages": 1, "bytes": 1024})]
-        )
+        verb = unpack(raw)["verb"]
+        assert verb in ("flush", "foresee")
+        told = {"state": "accepted"}
+        if verb == "flush":
+            told = {"state": "durable", "tokens": 64, "pages": 1, "bytes": 1024}
+        socket.send_multipart([*sender, pack({"ok": True, **told})])
 
 
 def _replay(pipe: Pipe, intervals_s: Sequence[float]) -> None:

@@ -9,7 +9,8 @@ prefetch the session's pages are brought back before the next request needs them
 ======== ============================================================================================
 
 One thread with an event loop asks for all of them, so a suspend that waits costs no thread. When the service ends, the
-operations that it followed fail; the engines carry on all the same.
+operations that it followed fail; the engines carry on all the same. The same thread sends `fleet.notices`, which nobody
+waits for.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -39,6 +41,7 @@ from agentstate.errors import (
 from agentstate.fleet.control import ControlConnections
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import KvState
+from agentstate.fleet.notices import Notice, Notices
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import OperationState, operations
 
@@ -120,18 +123,21 @@ class Operation:
 
 @dataclass(frozen=True)
 class Question:
-    """What the ranks of one engine are asked about a session; ``keys`` are packed page keys, one string a rank."""
+    """What the ranks of one engine are asked about a session; ``keys`` are packed page keys, one string a rank, which
+    are needed at ``due_s`` of the monotonic clock, or at once."""
 
     kind: Kind
     session_id: str
     ranks: Sequence[Engine]
     tier: Tier | None = None
     keys: Sequence[bytes] = ()
+    due_s: float | None = None
 
     def arguments(self, number: int) -> dict[str, Any]:
         if self.kind is not Kind.PREFETCH:
             return {"session": self.session_id}
-        return {"session": self.session_id, "tier": str(self.tier), "keys": self.keys[number]}
+        due = {} if self.due_s is None else {"due_ms": max(0, round((self.due_s - time.monotonic()) * 1000))}
+        return {"session": self.session_id, "tier": str(self.tier), "keys": self.keys[number], **due}
 
 
 def load(connection: Connection, operation_id: str, tenant: str) -> Operation:
@@ -224,6 +230,32 @@ class Operations:
     def fail(self, operation_id: str, reason: str) -> None:
         self._update(operation_id, state=OperationState.FAILED, result={"error": reason}, finished_us=now_us())
 
+    def tell(self, tenant: str, session: str, rank: Engine, verb: str, arguments: Callable[[], dict[str, Any]]) -> None:
+        """Tell a rank something about a session of the tenant, once, without waiting for it (`Notices`)."""
+        self._on_loop(lambda: self._notices.add(tenant, session, Notice(rank, verb, arguments)))
+
+    def untell(self, session: str) -> None:
+        """Do not tell what has not been told about a session."""
+        self._on_loop(lambda: self._notices.remove(session))
+
+    @property
+    def told(self) -> Mapping[str, int]:
+        """What became of all that was to be told (`Notices`)."""
+        return self._notices.told
+
+    def telling(self) -> int:
+        """How much is still being told, of what was to be told before this is asked."""
+
+        async def count() -> int:
+            return self._notices.waiting
+
+        return asyncio.run_coroutine_threadsafe(count(), self._loop).result()
+
+    def _on_loop(self, act: Callable[[], None]) -> None:
+        # After `close` there is no loop, and nobody to tell.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(act)
+
     def close(self) -> None:
         """End the threads; what they followed fails. Waits for at most one question to an engine."""
         if self._closing.is_set():
@@ -245,8 +277,15 @@ class Operations:
         self._stop = asyncio.Event()
         self._connections = ControlConnections()
         self._questions = asyncio.Semaphore(MAX_QUESTIONS)
+        connections = self._connections
+        self._notices = Notices(
+            lambda address, secret, verb, timeout_s, arguments: connections.call(
+                address, secret, verb, timeout_s, **arguments
+            )
+        )
         started.set()
         await self._stop.wait()
+        self._notices.close()
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*rest, return_exceptions=True)
         self._connections.close()

@@ -25,6 +25,7 @@ from agentstate.sql.models import (
     CHECKPOINT_TABLES,
     api_keys,
     blobs,
+    durations,
     entries,
     idempotency,
     operations,
@@ -84,8 +85,8 @@ def release_expired(database: Database) -> None:
 
 
 def remove_tenant(database: Database, tenant_id: str) -> int:
-    """Delete all sessions of a tenant, also those that run, and revoke its keys: how many sessions. Raises
-    DatabaseError; then what was deleted so far stays deleted."""
+    """Delete all sessions of a tenant, also those that run, and what was learned of them, and revoke its keys: how many
+    sessions. Raises DatabaseError; then what was deleted so far stays deleted."""
     with database.write() as connection:
         connection.execute(
             sa.update(api_keys)
@@ -93,7 +94,11 @@ def remove_tenant(database: Database, tenant_id: str) -> int:
             .values(revoked_us=now_us())
         )
     of_tenant = sa.and_(sessions.c.tenant == tenant_id, sessions.c.deleted_us.is_(None))
-    return _bury(database, of_tenant)
+    buried = _bury(database, of_tenant)
+    with database.write() as connection:
+        connection.execute(sa.delete(durations).where(durations.c.tenant == tenant_id))
+        connection.execute(sa.delete(tool_timings).where(tool_timings.c.tenant == tenant_id))
+    return buried
 
 
 class Collector:

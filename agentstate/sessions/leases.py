@@ -35,10 +35,13 @@ class LeaseKey:
 
 @dataclass(frozen=True)
 class Lease:
-    """A lease that was just given or renewed. ``expires_us`` is by the database's clock."""
+    """A lease that was just given or renewed. ``released_us`` is when the one before it was released, if any was, and
+    ``waited_for`` the reason that was given. Times are by the database's clock."""
 
     key: LeaseKey
     expires_us: int
+    released_us: int | None = None
+    waited_for: str | None = None
 
 
 def take(
@@ -68,7 +71,7 @@ def take(
     ).one_or_none()
     if row is None:
         raise _busy(remaining_s(connection, session_id), revision)
-    return Lease(LeaseKey(token, row.epoch), row.expires_us)
+    return Lease(LeaseKey(token, row.epoch), row.expires_us, row.released_us, row.waits_for)
 
 
 def remaining_s(connection: Connection, session_id: str) -> float:
@@ -104,10 +107,11 @@ def renew(connection: Connection, session_id: str, key: LeaseKey, ttl_s: float, 
     return Lease(key, expires_us)
 
 
-def release(connection: Connection, session_id: str, key: LeaseKey, revision: int) -> str | None:
-    """End a valid lease, so that the session can be resumed at once. Returns the engine that it was taken for. Raises
-    LeaseLost."""
-    released = connection.execute(_RELEASE, _shown(session_id, key)).one_or_none()
+def release(connection: Connection, session_id: str, key: LeaseKey, revision: int, reason: str) -> str | None:
+    """End a valid lease, so that the session can be resumed at once, and remember the reason. Returns the engine that
+    it was taken for. Raises LeaseLost."""
+    shown = {**_shown(session_id, key), "reason": reason}
+    released = connection.execute(_RELEASE, shown).one_or_none()
     if released is None:
         raise _lost(key, revision)
     engine: str | None = released.engine
@@ -125,7 +129,12 @@ _held = sa.and_(
 _LEFT = sa.select(leases.c.expires_us - now_us()).where(leases.c.session_id == sa.bindparam("session"))
 _REQUIRE = sa.select(now_us()).select_from(leases).where(_held)
 _RENEW = sa.update(leases).where(_held).values(expires_us=now_us() + _ttl_us).returning(leases.c.expires_us)
-_RELEASE = sa.update(leases).where(_held).values(token_hash=None, expires_us=0).returning(leases.c.engine)
+_RELEASE = (
+    sa.update(leases)
+    .where(_held)
+    .values(token_hash=None, expires_us=0, released_us=now_us(), waits_for=sa.bindparam("reason"))
+    .returning(leases.c.engine)
+)
 
 
 @cache
@@ -148,7 +157,7 @@ def _taking(dialect: str) -> Any:
             },
             where=leases.c.expires_us <= now_us(),
         )
-        .returning(leases.c.epoch, leases.c.expires_us)
+        .returning(leases.c.epoch, leases.c.expires_us, leases.c.released_us, leases.c.waits_for)
     )
 
 

@@ -17,6 +17,7 @@ from agentstate.sql.models import SessionStatus, ToolCallState
 class SuspendReason(StrEnum):
     TOOL_WAIT = "tool_wait"
     USER_WAIT = "user_wait"
+    OTHER = "other"
     DONE = "done"  # nothing is expected any more: refused while a tool call is claimed
 
 
@@ -72,8 +73,11 @@ class Since:
 
 @dataclass(frozen=True)
 class Appended:
+    """``open_calls`` tool calls have no result now."""
+
     session: Session
     entries: list[Entry]
+    open_calls: int
 
 
 @dataclass(frozen=True)

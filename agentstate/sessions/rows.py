@@ -5,7 +5,7 @@ What `agentstate.sessions.verbs` builds its verbs from; each of these is a part 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from agentstate import ids
 from agentstate.errors import RevisionStale, SessionExists, SessionExpired, SessionNotFound, ToolCallReused
 from agentstate.fleet import manifests
 from agentstate.fleet.placement import Stored
+from agentstate.fleet.waits import Took
 from agentstate.sessions import branches, leases, salts, toolcalls, transcript
 from agentstate.sessions.history import History
 from agentstate.sessions.leases import LeaseKey
@@ -66,10 +67,12 @@ Seen = int | Collection[int] | None
 
 
 class Rows:
-    """The rows of ``tenant``'s sessions."""
+    """The rows of ``tenant``'s sessions. ``took`` is told, in the transaction, how long tool calls took that are given
+    their results."""
 
-    def __init__(self, tenant: str):
+    def __init__(self, tenant: str, took: Callable[[Sequence[Took]], None] | None = None):
         self.tenant = tenant
+        self._took = took
 
     def find(self, connection: Connection, session_id: str) -> Any:
         """A session's row, with the status that holds now."""
@@ -146,12 +149,14 @@ class Rows:
         steps = [step for entry in appended if (step := transcript.step(entry))]
         if steps:
             history = History.of(connection, before)
-            toolcalls.record(connection, self.tenant, before.id, history, steps, time_us)
+            took = toolcalls.record(connection, self.tenant, before.id, history, steps, time_us)
+            if took and self._took is not None:
+                self._took(took)
         open_calls = transcript.write(connection, self.tenant, before.id, appended, before.open_calls)
         session = change(
             connection, before.id, head_entry=parent_id, next_seq=appended[-1].seq + 1, open_calls=open_calls
         )
-        return Appended(session, appended)
+        return Appended(session, appended, open_calls)
 
     def tool_call(self, connection: Connection, row: Any, history: History, call: toolcalls.KnownCall) -> ToolCall:
         result = None

@@ -9,27 +9,35 @@ point are copied, as ``unknown``, because whoever claimed them works for the par
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentstate.errors import InvalidEntry
+from agentstate.fleet.waits import Took
+from agentstate.lookahead import commands
 from agentstate.sessions.history import History
 from agentstate.sql.models import ToolCallState, tool_calls, tool_timings
 
 OPEN = (ToolCallState.CLAIMED, ToolCallState.UNKNOWN)
 TIMINGS = 100  # how many of a tool's last durations an estimate is made of
+# A command is not looked for in longer arguments: they are the contents of files.
+COMMAND_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A tool call that is about to run. ``expected_s`` is the caller's estimate of its duration, if it has one."""
+    """A tool call that is about to run. ``head`` is what the command that it runs is known by, empty if it runs none;
+    ``expected_s`` is the caller's estimate of its duration, if it has one."""
 
     call_id: str
     name: str
+    head: str
     expected_s: float | None
     seq: int
 
@@ -49,12 +57,45 @@ class KnownCall:
 
     call_id: str
     name: str
+    head: str | None
     state: ToolCallState
     expected_s: float | None
     call_seq: int
     result_seq: int | None
     claimed_us: int
     finished_us: int | None
+
+
+@dataclass(frozen=True)
+class OpenCall:
+    """A tool call without a result."""
+
+    call_id: str
+    name: str
+    head: str | None
+    expected_s: float | None
+    claimed_us: int
+
+
+def command(arguments: Any) -> str | None:
+    """The command line in a tool's arguments, an object or the text of one; None if they have none."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if len(arguments) <= COMMAND_BYTES else None
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(arguments, Mapping):
+        return None
+    found = arguments.get("command", arguments.get("cmd"))
+    if isinstance(found, list):
+        found = " ".join(map(str, found))
+    return found if isinstance(found, str) else None
+
+
+def head(arguments: Any) -> str:
+    """What the command in a tool's arguments is known by (`commands.head`); empty if they have none."""
+    found = command(arguments)
+    return "" if found is None else commands.head(found)
 
 
 def known(connection: Connection, session_id: str, history: History, call_ids: Collection[str]) -> dict[str, KnownCall]:
@@ -84,14 +125,15 @@ def record(
     history: History,
     steps: Sequence[Claim | Finish],
     time_us: int,
-) -> None:
-    """Write claims and results, in the order in which they were appended; a result may follow its own claim.
+) -> list[Took]:
+    """Write claims and results, in the order in which they were appended; a result may follow its own claim. Returns
+    how long the calls took whose results these are.
 
     Raises InvalidEntry for a call id that is claimed twice, and for a result whose call is not known or has one. The
     caller holds the session's lock. The number of statements does not depend on that of the steps.
     """
     if not steps:
-        return
+        return []
     before = known(connection, session_id, history, {step.call_id for step in steps})
     states = {call.call_id: call.state for call in before.values()}
     for step in steps:
@@ -114,7 +156,13 @@ def record(
         connection.execute(
             sa.insert(tool_calls).values(session_id=session_id, state=ToolCallState.CLAIMED, claimed_us=time_us),
             [
-                {"call_id": step.call_id, "name": step.name, "expected_s": step.expected_s, "call_seq": step.seq}
+                {
+                    "call_id": step.call_id,
+                    "name": step.name,
+                    "head": step.head,
+                    "expected_s": step.expected_s,
+                    "call_seq": step.seq,
+                }
                 for step in claims.values()
             ],
         )
@@ -140,16 +188,19 @@ def record(
             sa.insert(tool_timings).values(tenant=tenant, finished_us=time_us),
             [{"name": call.name, "seconds": max(0, time_us - call.claimed_us) / 1_000_000} for call in timed],
         )
+    return [
+        Took(call.name, call.head or "", (time_us - call.claimed_us) / 1_000_000, call.expected_s) for call in timed
+    ]
 
 
-def pending(connection: Connection, session_id: str) -> list[str]:
-    """Ids of the calls without a result, in the order of their claims: still running, or ``unknown``."""
-    return _ids(connection, session_id, OPEN)
+def pending(connection: Connection, session_id: str) -> list[OpenCall]:
+    """The calls without a result, in the order of their claims: still running, or ``unknown``."""
+    return _open(connection, session_id, OPEN)
 
 
 def in_flight(connection: Connection, session_id: str) -> list[str]:
     """Ids of the calls that are claimed and being executed, as far as anyone knows."""
-    return _ids(connection, session_id, (ToolCallState.CLAIMED,))
+    return [call.call_id for call in _open(connection, session_id, (ToolCallState.CLAIMED,))]
 
 
 def abandon(connection: Connection, session_id: str) -> None:
@@ -163,7 +214,7 @@ def abandon(connection: Connection, session_id: str) -> None:
 
 def copy_open(connection: Connection, session_id: str, fork_id: str) -> None:
     """Give a fork the calls that are open in its parent, as ``unknown``."""
-    columns = ("call_seq", "call_id", "name", "expected_s", "claimed_us")
+    columns = ("call_seq", "call_id", "name", "head", "expected_s", "claimed_us")
     connection.execute(
         sa.insert(tool_calls).from_select(
             ["session_id", "state", *columns],
@@ -213,12 +264,12 @@ def whole_from(connection: Connection, history: History, seq: int) -> int:
 
 
 # Sorted after it: for an ORDER BY, SQLite would walk through all calls of the session in the order of the primary key.
-_IDS = sa.select(tool_calls.c.call_id, tool_calls.c.call_seq).where(
+_OPEN = sa.select(*(tool_calls.c[name] for name in OpenCall.__dataclass_fields__), tool_calls.c.call_seq).where(
     tool_calls.c.session_id == sa.bindparam("session"),
     tool_calls.c.state.in_(sa.bindparam("states", expanding=True)),
 )
 
 
-def _ids(connection: Connection, session_id: str, states: Sequence[ToolCallState]) -> list[str]:
-    found = connection.execute(_IDS, {"session": session_id, "states": states})
-    return [row.call_id for row in sorted(found, key=lambda row: row.call_seq)]
+def _open(connection: Connection, session_id: str, states: Sequence[ToolCallState]) -> list[OpenCall]:
+    found = connection.execute(_OPEN, {"session": session_id, "states": states})
+    return [OpenCall(*row[:-1]) for row in sorted(found, key=lambda row: row.call_seq)]

@@ -158,7 +158,9 @@ def step(entry: Entry) -> toolcalls.Claim | toolcalls.Finish | None:
     if entry.call_id is None:
         return None
     if entry.kind is EntryKind.TOOL_CALL:
-        return toolcalls.Claim(entry.call_id, entry.payload["name"], entry.payload.get("expected_s"), entry.seq)
+        payload = entry.payload
+        head = toolcalls.head(payload.get("arguments"))
+        return toolcalls.Claim(entry.call_id, payload["name"], head, payload.get("expected_s"), entry.seq)
     return toolcalls.Finish(entry.call_id, "error" in entry.payload, entry.seq)
 
 

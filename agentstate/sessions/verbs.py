@@ -7,7 +7,7 @@ each other and ``seq`` has no gaps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -29,8 +29,12 @@ from agentstate.errors import (
     ToolInFlight,
 )
 from agentstate.fleet import engines, manifests, turns
+from agentstate.fleet.engines import Engine
 from agentstate.fleet.placement import choose, named, outlook
 from agentstate.fleet.turns import Turn
+from agentstate.fleet.waits import NEVER, Awaited, Took, Waits
+from agentstate.lookahead.durations import OTHER, PERSON
+from agentstate.lookahead.forecast import Forecast
 from agentstate.sessions import (
     belonging,
     branches,
@@ -63,6 +67,7 @@ from agentstate.sessions.outcomes import (
 )
 from agentstate.sessions.responses import NewResponse
 from agentstate.sessions.rows import Rows, Seen
+from agentstate.sessions.toolcalls import OpenCall
 from agentstate.sessions.transcript import EntryPage, NewEntry
 from agentstate.settings import DEFAULT_TENANT
 from agentstate.sql import secret
@@ -70,24 +75,35 @@ from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import EntryKind, SessionStatus, ToolCallState
 from agentstate.sql.models import sessions as table
 
+# Waits that are learned from when they end, by the reasons of suspends. Tool calls are timed one by one.
+_WAITS = {SuspendReason.USER_WAIT.value: PERSON, SuspendReason.OTHER.value: OTHER}
+
 
 class Sessions:
     """The verbs of one tenant's sessions on one database.
 
-    An engine is live while its heartbeat is at most ``engine_timeout_s`` old. Every method raises DatabaseError, and
-    those that name a session raise SessionNotFound, also for another tenant's, and SessionExpired. Where a method
-    takes the ``revision`` that the caller has seen, it raises RevisionStale when there is a newer one.
+    An engine is live while its heartbeat is at most ``engine_timeout_s`` old. ``waits`` is told when sessions begin and
+    cease to wait. Every method raises DatabaseError, and those that name a session raise SessionNotFound, also for
+    another tenant's, and SessionExpired. Where a method takes the ``revision`` that the caller has seen, it raises
+    RevisionStale when there is a newer one.
     """
 
-    def __init__(self, database: Database, engine_timeout_s: float, tenant: str = DEFAULT_TENANT):
+    def __init__(
+        self,
+        database: Database,
+        engine_timeout_s: float,
+        tenant: str = DEFAULT_TENANT,
+        waits: Waits | None = None,
+    ):
         self._database = database
         self._engine_timeout_s = engine_timeout_s
         self._tenant = tenant
-        self._rows = Rows(tenant)
+        self._waits = waits
+        self._rows = Rows(tenant, self._took)
 
     def of(self, tenant: str) -> Self:
         """The sessions of another tenant."""
-        return type(self)(self._database, self._engine_timeout_s, tenant)
+        return type(self)(self._database, self._engine_timeout_s, tenant, self._waits)
 
     # --- sessions as a whole
 
@@ -225,6 +241,17 @@ class Sessions:
             before = self._rows.lock(connection, session_id)
             return self._release(connection, before, key, reason, expires_in_s, release_kv)
 
+    def signal(self, session_id: str, forecast: Forecast) -> bool:
+        """Tell the session's engine when a person is going to go on with it. False, and nothing is told, while the
+        session is being run, and where no live engine has had it."""
+        with self._database.read() as connection:
+            row = self._rows.find(connection, session_id)
+            server = None if row.engine is None else named(row.engine, engines.live(connection, self._engine_timeout_s))
+        if row.status == SessionStatus.RUNNING or server is None or self._waits is None:
+            return False
+        self._waits.expected(self._tenant, row.id, forecast, "person", server.ranks[0])
+        return True
+
     def renew(self, session_id: str, key: LeaseKey, *, lease_ttl_s: float) -> Lease:
         """Keep a lease: it lapses ``lease_ttl_s`` from now. Raises LeaseLost."""
         with self._database.write() as connection:
@@ -294,7 +321,7 @@ class Sessions:
             before = self._rows.lock(connection, before.name)
         resumed = self._take(connection, before, lease_ttl_s, 0, preferred=wanted.engine, by_gateway=True)
         if wanted.results and before.open_calls:
-            pending = set(toolcalls.pending(connection, before.id))
+            pending = {call.call_id for call in toolcalls.pending(connection, before.id)}
             new = []
             for result in wanted.results:
                 if result.call_id in pending:
@@ -382,6 +409,11 @@ class Sessions:
         )
         if before.status == SessionStatus.RUNNING:  # its lease was not released: it lapsed
             toolcalls.abandon(connection, before.id)
+        elif before.status == SessionStatus.SUSPENDED and lease.released_us is not None:
+            tool = _WAITS.get(lease.waited_for or "")
+            if tool is not None:
+                self._took([Took(tool, "", (before.time_us - lease.released_us) / 1_000_000)])
+        self._tell(lambda waits: waits.over(before.id, server.ranks[0] if server else None))
         session = rows.change(connection, before.id, status=SessionStatus.RUNNING)
         installation = secret.read(connection)
         engine_session = before.id
@@ -393,7 +425,9 @@ class Sessions:
             session=session,
             lease=lease,
             tail=transcript.tail(connection, before.name, history, tail),
-            pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
+            pending_tool_calls=(
+                [call.call_id for call in toolcalls.pending(connection, before.id)] if before.open_calls else []
+            ),
             engine=server,
             kv=outlook(session.model, stored, server, live),
             cache_salt=salts.salt(installation, before.kv_scope, session.cache_salt),
@@ -410,7 +444,7 @@ class Sessions:
         release_kv: bool = False,
     ) -> Suspended:
         """End the turn of the session whose locked row is ``before``."""
-        engine = leases.release(connection, before.id, key, before.revision)
+        engine = leases.release(connection, before.id, key, before.revision, reason)
         running = toolcalls.in_flight(connection, before.id) if reason is SuspendReason.DONE else []
         if running:
             raise ToolInFlight(
@@ -427,11 +461,49 @@ class Sessions:
             server = choose(session.model, rows.stored(connection, before, History.of(connection, before)), live)
         if release_kv:
             manifests.give_up(connection, before.id)
+        pending = toolcalls.pending(connection, before.id) if before.open_calls else []
+        if server is not None:
+            self._tell_of_suspend(before, reason, release_kv, pending, server.ranks[0])
         return Suspended(
             session=session,
-            pending_tool_calls=toolcalls.pending(connection, before.id) if before.open_calls else [],
+            pending_tool_calls=[call.call_id for call in pending],
             ranks=list(server.ranks) if server else [],
         )
+
+    def _tell_of_suspend(
+        self, before: Any, reason: SuspendReason, release_kv: bool, pending: Sequence[OpenCall], rank: Engine
+    ) -> None:
+        tenant, uid = self._tenant, before.id
+        if release_kv:
+            self._tell(lambda waits: waits.released(tenant, uid, rank))
+        elif reason is SuspendReason.DONE:
+            self._tell(lambda waits: waits.expected(tenant, uid, NEVER, "other", rank))
+        elif reason is SuspendReason.TOOL_WAIT and pending:
+            self._tell(lambda waits: waits.begun(tenant, uid, _awaited(pending, before.time_us), rank))
+        else:
+            tool = PERSON if reason is SuspendReason.USER_WAIT else OTHER
+            self._tell(lambda waits: waits.begun(tenant, uid, [Awaited(tool)], rank))
+
+    def _tell_of_calls(
+        self, connection: Connection, uid: str, new: Sequence[NewEntry], open_calls: int, time_us: int
+    ) -> None:
+        """Tell what the session waits for, if tool calls were claimed or finished."""
+        calls = [entry for entry in new if entry.call_id is not None]
+        if self._waits is None or not calls:
+            return
+        if all(call.kind is EntryKind.TOOL_CALL for call in calls) and open_calls == len(calls):
+            awaited = [_claimed(call.payload) for call in calls]
+        else:
+            awaited = _awaited(toolcalls.pending(connection, uid), time_us) if open_calls else []
+        self._tell(lambda waits: waits.begun(self._tenant, uid, awaited))
+
+    def _took(self, waits_over: Sequence[Took]) -> None:
+        self._tell(lambda waits: waits.took(self._tenant, waits_over))
+
+    def _tell(self, act: Callable[[Waits], None]) -> None:
+        """Tell who follows waits, once it is committed."""
+        if (waits := self._waits) is not None:
+            self._database.once_committed(lambda: act(waits))
 
     def pages(self, session_id: str) -> PagesOfSession:
         """The engine that runs the session, or that it would be resumed on, and which pages each rank stores of it.
@@ -506,7 +578,9 @@ class Sessions:
         with self._database.write() as connection:
             before = self._rows.lock(connection, session_id)
             time_us = leases.require(connection, before.id, key, before.revision)
-            return self._rows.append(connection, before, new, time_us)
+            appended = self._rows.append(connection, before, new, time_us)
+            self._tell_of_calls(connection, before.id, new, appended.open_calls, time_us)
+            return appended
 
     # --- branches
 
@@ -643,11 +717,11 @@ class Sessions:
             if found is not None:
                 return Claimed(self._rows.tool_call(connection, before, history, found), fresh=False)
             time_us = self._rows.require_turn(connection, before, key)
-            session = self._rows.append(connection, before, new, time_us).session
+            appended = self._rows.append(connection, before, new, time_us)
+            self._tell_of_calls(connection, before.id, new, appended.open_calls, time_us)
             typical_s = toolcalls.typical_s(connection, self._tenant, name)
-            call = ToolCall(
-                call_id, name, ToolCallState.CLAIMED, expected_s, typical_s, time_us, None, None, session.revision
-            )
+            revision = appended.session.revision
+            call = ToolCall(call_id, name, ToolCallState.CLAIMED, expected_s, typical_s, time_us, None, None, revision)
             return Claimed(call, fresh=True)
 
     def finish(self, session_id: str, call_id: str, result: dict[str, Any], *, key: LeaseKey | None = None) -> ToolCall:
@@ -669,9 +743,20 @@ class Sessions:
                 )
             if found.state not in toolcalls.OPEN:
                 raise ToolCallFinal(f"tool call {call_id!r} has a result already", revision=before.revision)
-            self._rows.append(connection, before, new, time_us)
+            appended = self._rows.append(connection, before, new, time_us)
+            self._tell_of_calls(connection, before.id, new, appended.open_calls, time_us)
             after = self._rows.lock(connection, session_id)
             history = History.of(connection, after)
             return self._rows.tool_call(
                 connection, after, history, toolcalls.known(connection, after.id, history, [call_id])[call_id]
             )
+
+
+def _claimed(payload: dict[str, Any]) -> Awaited:
+    return Awaited(payload["name"], toolcalls.head(payload.get("arguments")), payload.get("expected_s"))
+
+
+def _awaited(calls: Sequence[OpenCall], time_us: int) -> list[Awaited]:
+    return [
+        Awaited(call.name, call.head or "", call.expected_s, (time_us - call.claimed_us) / 1_000_000) for call in calls
+    ]

@@ -23,7 +23,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -183,11 +183,18 @@ class Database:
             if self.is_sqlite:
                 self._make_parent()
             with self._writer.begin() as connection:
-                self._thread.connection = connection
+                self._thread.connection, self._thread.then = connection, []
                 try:
                     yield connection
                 finally:
-                    self._thread.connection = None
+                    self._thread.connection, then = None, self._thread.then
+        for act in then:
+            act()
+
+    def once_committed(self, act: Callable[[], None]) -> None:
+        """In a block of `write`: call ``act`` on this thread once the transaction has committed, if it does. It must
+        not raise, since what was written stays."""
+        self._thread.then.append(act)
 
     def upgrade(self) -> None:
         """Bring the schema to this version's. Safe to call from many processes at once; nothing is left half-done."""

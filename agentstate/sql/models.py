@@ -187,6 +187,7 @@ tool_calls = Table(
     Column("result_seq", BigInteger),
     Column("claimed_us", BigInteger, nullable=False),
     Column("finished_us", BigInteger),
+    Column("head", Text),  # what the command that it runs is known by; empty if it runs none
     Index("ix_tool_calls_call_id", "session_id", "call_id"),
     Index("ix_tool_calls_pending", "session_id", "state"),
     Index("ix_tool_calls_results", "session_id", "result_seq"),
@@ -205,6 +206,16 @@ tool_timings = Table(
     Index("ix_tool_timings_finished", "finished_us"),
 )
 
+# How long the waits of a tenant's sessions last: see `agentstate.fleet.waits`.
+durations = Table(
+    "durations",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("version", BigInteger, nullable=False),  # how often it was written
+    Column("updated_us", BigInteger, nullable=False),
+    Column("learned", LargeBinary, nullable=False),  # `lookahead.durations`, dumped
+)
+
 leases = Table(
     "leases",
     metadata,
@@ -215,6 +226,8 @@ leases = Table(
     Column("engine", Text),  # base URL of the engine that the newest resume named; null where there was none
     # The first epoch that may still publish manifests: those before it lapsed and were taken over.
     Column("fence", BigInteger, nullable=False, server_default="0"),
+    Column("released_us", BigInteger),  # when the newest turn ended that did not lapse
+    Column("waits_for", Text),  # the reason of its suspend
     Index("ix_leases_expiry", "expires_us"),
 )
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -14,7 +14,10 @@ from urllib.parse import quote
 from starlette.concurrency import run_in_threadpool
 
 from agentstate.errors import AgentStateError
+from agentstate.fleet import hints
+from agentstate.fleet.hints import Hints
 from agentstate.fleet.placement import Server
+from agentstate.sessions import toolcalls
 from agentstate.sessions.belonging import Wanted
 from agentstate.sessions.conversations import Conversation, Said
 from agentstate.sessions.transcript import NewEntry
@@ -51,8 +54,10 @@ SSE_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 LONG_BYTES = 256 << 10
 # The longest event: it is held until it is whole.
 EVENT_BYTES = 64 << 20
-# The head of a tool's command, kept where the transcript is not.
+# The beginning of a tool's command, kept where the transcript is not.
 COMMAND_CHARACTERS = 80
+# The beginning of an action's id, in the answer to its hint.
+HINT_CHARACTERS = 64
 
 
 class Passage:
@@ -144,6 +149,7 @@ class Relay(Passage):
         self.dialect = dialect
         self.metrics = gateway.service.metrics
         self.messages: list[Message] = []
+        self.hints = Hints()
         self.store = False
         self.begin_s = 0.0
 
@@ -155,6 +161,10 @@ class Relay(Passage):
             self.identity = harnesses.identify(exchange.headers, self.body)
         except ValueError as error:
             raise Refusal(400, "invalid_request", str(error), "session_id") from None
+        try:
+            self.hints = hints.read(self.body.get("kv_hints"))
+        except ValueError as error:
+            raise Refusal(400, "invalid_request", str(error), "kv_hints") from None
         self.take_out()
         self.check()
         if len(self.raw) > LONG_BYTES:
@@ -191,6 +201,8 @@ class Relay(Passage):
         self.metrics.gateway_begin_seconds.observe(self.begin_s)
         came = "degraded" if turn.degraded else turn.begun.origin
         self.metrics.gateway_requests.labels(self.dialect.name, came).inc()
+        if not turn.expects(self.hints):
+            self.hints = self.hints.ignored()
         try:
             await self.prepare(turn)
             urls = [server.base_url for server in servers]
@@ -223,7 +235,12 @@ class Relay(Passage):
         """What the request needs of its turn before it is sent."""
 
     def told(self, turn: Turn) -> list[tuple[bytes, bytes]]:
-        return [*super().told(turn), (b"server-timing", f"begin;dur={self.begin_s * 1000:.3f}".encode())]
+        headers = [*super().told(turn), (b"server-timing", f"begin;dur={self.begin_s * 1000:.3f}".encode())]
+        if answers := self.hints.answers:
+            named = {quote(action[:HINT_CHARACTERS], safe=""): answer for action, answer in answers.items()}
+            told = ", ".join(f"{action}={answer}" for action, answer in named.items())
+            headers.append((b"x-agentstate-kv-hints", told.encode()))
+        return headers
 
     def wanted(self, server: Server) -> Wanted:
         identity, guesses = self.identity, self.gateway.settings.gateway_guess
@@ -356,7 +373,7 @@ def _message(said: Message) -> NewEntry:
 
 
 def _call(call: Call, whole: bool) -> NewEntry:
-    arguments = call.arguments if whole else _command(call.arguments)
+    arguments = call.arguments if whole else _beginning(call.arguments)
     return NewEntry(EntryKind.TOOL_CALL, {"name": call.name or "?", "arguments": arguments}, call.id)
 
 
@@ -365,16 +382,10 @@ def _result(said: Message, whole: bool) -> NewEntry:
     return NewEntry(EntryKind.TOOL_RESULT, {outcome: said.item if whole else None}, said.result_of)
 
 
-def _command(arguments: str) -> str | None:
-    """The head of the command in a tool's arguments, if it has one."""
-    try:
-        given = documents.loads(arguments.encode())
-    except ValueError:
-        return None
-    command = given.get("command", given.get("cmd")) if isinstance(given, Mapping) else None
-    if isinstance(command, list):
-        command = " ".join(map(str, command))
-    return command[:COMMAND_CHARACTERS] if isinstance(command, str) else None
+def _beginning(arguments: str) -> dict[str, str] | None:
+    """The beginning of the command in a tool's arguments, if they have one."""
+    command = toolcalls.command(arguments)
+    return None if command is None else {"command": command[:COMMAND_CHARACTERS]}
 
 
 def _header(value: str) -> bytes:

@@ -22,7 +22,9 @@ from agentstate.errors import (
     SessionExpired,
     SessionNotFound,
 )
+from agentstate.fleet.engines import Engine
 from agentstate.fleet.handover import Handover
+from agentstate.fleet.hints import Hints
 from agentstate.fleet.manifests import KvState
 from agentstate.fleet.operations import Kind, Question
 from agentstate.fleet.placement import KvOutlook
@@ -70,6 +72,14 @@ class Turn:
         self._salt = salt
         self._renewing = None if begun.resumed is None else asyncio.create_task(self._renew())
         self._over = begun.resumed is None
+        self.hints = Hints()
+
+    def expects(self, hints: Hints) -> bool:
+        """Take note of what is expected once the turn has ended. False if nobody can be told."""
+        if self.begun.resumed is None or self._turns.service.waits is None:
+            return False
+        self.hints = hints
+        return True
 
     @property
     def session(self) -> str | None:
@@ -208,7 +218,18 @@ class Turns:
             expires_in_s=None if named else self.service.settings.gateway_expires_s,
         )
         if suspended.ranks:
+            self._tell(turn, suspended.ranks[0])
             self.keep(self._ask(resumed.session.id, Question(Kind.FLUSH, resumed.session.uid, suspended.ranks)))
+
+    def _tell(self, turn: Turn, rank: Engine) -> None:
+        """Tell what the client expects, after what has been learned."""
+        waits, hints, resumed = self.service.waits, turn.hints, turn.begun.resumed
+        if waits is None or resumed is None:
+            return
+        if hints.release:
+            waits.released(turn.tenant.id, resumed.session.uid, rank)
+        elif hints.forecast is not None:
+            waits.expected(turn.tenant.id, resumed.session.uid, hints.forecast, "other", rank)
 
     def keep(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something in the background, at most until the gateway is closed."""

@@ -67,10 +67,13 @@ SECRET = new_secret()
 
 @dataclass
 class Peer:
-    """The control endpoint of an engine rank. ``answer`` makes the reply to each request; None leaves it unanswered."""
+    """The control endpoint of an engine rank. ``answer`` makes the reply to each request; None leaves it unanswered.
+    Notices, which nobody waits for, have a reply and a list of their own."""
 
     answer: Callable[[dict[str, Any]], Any]
     requests: list[dict[str, Any]] = field(default_factory=list)
+    notice: Any = field(default_factory=lambda: {"ok": True, "state": "accepted"})
+    told: list[dict[str, Any]] = field(default_factory=list)
     address: str = ""
 
     def __post_init__(self) -> None:
@@ -89,8 +92,12 @@ class Peer:
                 continue
             *peer, raw = self._socket.recv_multipart()
             request = msgpack.unpackb(raw)
-            self.requests.append(request)
-            answer = self.answer(request)
+            if request["verb"] in ("foresee", "release"):
+                self.told.append(request)
+                answer = self.notice
+            else:
+                self.requests.append(request)
+                answer = self.answer(request)
             if answer is not None:
                 self._socket.send_multipart([*peer, msgpack.packb(answer)])
 

@@ -500,7 +500,7 @@ def test_tool_calls_are_claimed_at_an_answers_end_and_finished_by_the_next_reque
         ]
     else:
         assert entries == [
-            (EntryKind.TOOL_CALL, {"name": "run", "arguments": "ls -l /tmp"}),
+            (EntryKind.TOOL_CALL, {"name": "run", "arguments": {"command": "ls -l /tmp"}}),
             (EntryKind.TOOL_RESULT, {"output": None}),
         ]
 

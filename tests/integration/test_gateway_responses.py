@@ -179,7 +179,7 @@ def test_nothing_is_kept_where_the_client_does_not_want_it(connect: Callable[...
     assert client.session == session
     entries = client.gateway.service.client.entries(session).data
     assert [(entry.kind, entry.payload) for entry in entries] == [
-        (EntryKind.TOOL_CALL, {"name": "run", "arguments": "ls -l /tmp"}),
+        (EntryKind.TOOL_CALL, {"name": "run", "arguments": {"command": "ls -l /tmp"}}),
         (EntryKind.TOOL_RESULT, {"output": None}),
     ]
 

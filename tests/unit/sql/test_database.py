@@ -39,6 +39,22 @@ def test_a_block_that_raises_leaves_nothing_behind(database: Database) -> None:
     assert count(database) == 0
 
 
+def test_what_is_to_be_done_once_it_is_committed_is_done_then_and_only_then(database: Database) -> None:
+    done: list[int] = []
+    with database.write() as connection:
+        with database.write():
+            database.once_committed(lambda: done.append(count(database)))
+        insert_operation(connection)
+        assert done == []
+    assert done == [1]
+    with pytest.raises(RuntimeError, match="broken"), database.write() as connection:
+        database.once_committed(lambda: done.append(2))
+        raise RuntimeError("broken")
+    with database.write():
+        pass
+    assert done == [1]
+
+
 def test_the_clock_is_the_databases_in_whole_microseconds(database: Database) -> None:
     with database.read() as connection:
         first = connection.execute(sa.select(now_us())).scalar_one()

@@ -1,0 +1,413 @@
+"""Waits: how long sessions pause between two requests. The service learns it, and tells engines what it expects.
+
+A wait begins when a turn ends, or when a tool call is claimed in one, and ends with the session's next request. `Waits`
+hears of both from the verbs, once they are committed. What they tell goes into a queue, so no request waits for it; one
+thread learns, forecasts, and hands a message a wait to `fleet.operations`.
+
+What is learned of a tenant (`lookahead.durations`: names of tools and heads of commands, never arguments or contents)
+is in SQL, and survives a restart. Every few seconds what was learned here is added to it, so several services learn
+together.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import pairwise
+from typing import Any
+
+import sqlalchemy as sa
+
+from agentstate.errors import DatabaseError
+from agentstate.fleet import engines
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.operations import Operations
+from agentstate.fleet.placement import named
+from agentstate.lookahead.durations import OTHER, PERSON, Durations
+from agentstate.lookahead.forecast import EDGES, LONGEST_S, Forecast
+from agentstate.sql.database import Database, insert, now_us
+from agentstate.sql.models import durations as table
+from agentstate.sql.models import leases
+
+logger = logging.getLogger(__name__)
+
+SAVE_S = 5.0
+# How long what others have learned may go unread.
+REFRESH_S = 60.0
+MAX_QUEUED = 10_000
+MAX_TENANTS = 1_000
+# Sessions whose engine, or whose wait, is remembered.
+MAX_SESSIONS = 50_000
+LOOKED_UP = 500
+HOUR_S = 3600.0
+TRIES = 5
+
+
+class Activity(StrEnum):
+    """What a person does before going on with a session."""
+
+    TYPING = "typing"
+    OPENED = "opened"  # the session, to read in it
+
+
+FORECASTS = {
+    Activity.TYPING: Forecast.exactly(5.0, sigma=1.0),
+    Activity.OPENED: Forecast.exactly(20.0, sigma=1.5),
+}
+NOW = Forecast.exactly(0.5, sigma=1.0)
+"""What was waited for is there."""
+NEVER = Forecast.exactly(float("inf"))
+
+
+@dataclass(frozen=True)
+class Took:
+    """A wait that is over: how long it took by the database's clock, which may have been set back, and how long it was
+    announced to take. ``tool`` is a tool's name, `PERSON` or `OTHER`."""
+
+    tool: str
+    head: str
+    seconds: float
+    announced_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """Something that a session waits for, since ``age_s``."""
+
+    tool: str
+    head: str = ""
+    announced_s: float | None = None
+    age_s: float = 0.0
+
+
+@dataclass
+class _Learned:
+    """What is known of a tenant's waits: as of ``version`` in SQL, and what came since."""
+
+    durations: Durations
+    version: int
+    read_s: float
+    changed: bool = False
+    # Forecasts are made anew once something was learned; that of a name is asked for many times in between.
+    forecasts: dict[tuple[str, str, float | None], Forecast] = field(default_factory=dict)
+
+
+class Waits:
+    """The waits of all sessions, as one service sees them. Thread-safe; no method waits for SQL or an engine, and none
+    raises. An engine is live while its heartbeat is at most ``engine_timeout_s`` old. Close it to end its thread; what
+    was learned is in SQL then.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        operations: Operations,
+        engine_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._database = database
+        self._operations = operations
+        self._engine_timeout_s = engine_timeout_s
+        self._clock = clock
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._learned: OrderedDict[str, _Learned] = OrderedDict()
+        self._ranks: OrderedDict[str, Engine] = OrderedDict()
+        # Who waits here since when: those that are not back within a day teach that, too.
+        self._waiting: OrderedDict[str, tuple[str, Sequence[Awaited], float]] = OrderedDict()
+        self._saved_s = self._swept_s = clock()
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="agentstate-waits", daemon=True)
+        self._thread.start()
+
+    # --- what happens to sessions: ``session`` is the uid, ``rank`` the engine's rank 0 if it is known
+
+    def begun(self, tenant: str, session: str, awaited: Sequence[Awaited], rank: Engine | None = None) -> None:
+        """The session waits until all of ``awaited`` are there; for its next request alone if that is empty."""
+        since_s = self._clock()
+        self._put(lambda: self._begin(tenant, session, awaited, rank, since_s))
+
+    def expected(self, tenant: str, session: str, forecast: Forecast, kind: str, rank: Engine | None = None) -> None:
+        """The session's next request is expected like this, whatever has been learned."""
+        since_s = self._clock()
+        self._put(lambda: self._foresee(tenant, session, forecast, 0.0, kind, rank, since_s))
+
+    def released(self, tenant: str, session: str, rank: Engine | None = None) -> None:
+        """Nobody comes back to the session."""
+        self._put(lambda: self._release(tenant, session, rank))
+
+    def over(self, session: str, rank: Engine | None) -> None:
+        """The session's next request has come, and goes to this engine."""
+        self._put(lambda: self._end(session, rank))
+
+    def took(self, tenant: str, waits: Sequence[Took]) -> None:
+        """Learn from waits that are over."""
+        self._put(lambda: self._learn(tenant, waits))
+
+    def settle(self) -> None:
+        """Wait until all that was said before is learned, in SQL if that answers, and on its way to the engines."""
+        done = threading.Event()
+
+        def settled() -> None:
+            try:
+                self._save()
+            finally:
+                done.set()
+
+        self._queue.put(settled)
+        done.wait()
+
+    def close(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._queue.put(None)
+            self._thread.join()
+
+    def _put(self, note: Callable[[], None]) -> None:
+        # Who cannot keep up forgets: waits are guesses.
+        if self._queue.qsize() < MAX_QUEUED:
+            self._queue.put(note)
+
+    # --- on the thread
+
+    def _run(self) -> None:
+        while True:
+            try:
+                note = self._queue.get(timeout=SAVE_S)
+            except queue.Empty:
+                note = _nothing
+            try:
+                if note is None:
+                    self._save()
+                    return
+                note()
+                if self._clock() - self._saved_s >= SAVE_S:
+                    self._save()
+                if self._clock() - self._swept_s >= HOUR_S:
+                    self._sweep()
+            except DatabaseError as error:
+                logger.warning("what is known of waits is not told or kept for now: %s", error)
+            except Exception:
+                logger.exception("a wait is not followed")
+
+    def _begin(
+        self, tenant: str, session: str, awaited: Sequence[Awaited], rank: Engine | None, since_s: float
+    ) -> None:
+        self._remember(self._waiting, session, (tenant, awaited, since_s))
+        forecast, waited_s = self._forecast(tenant, awaited)
+        tools = {one.tool for one in awaited}
+        kind = "person" if tools == {PERSON} else "other" if tools == {OTHER} else "tool"
+        self._foresee(tenant, session, forecast, waited_s, kind, rank, since_s)
+
+    def _forecast(self, tenant: str, awaited: Sequence[Awaited]) -> tuple[Forecast, float]:
+        """What to expect, and how much of that has passed."""
+        if not awaited:
+            return NOW, 0.0
+        known = self._known(tenant)
+        forecasts = []
+        for one in awaited:
+            key = one.tool, one.head, one.announced_s
+            if key not in known.forecasts:
+                known.forecasts[key] = known.durations.forecast(*key)
+            forecasts.append(known.forecasts[key])
+        ages_s = [max(0.0, one.age_s) for one in awaited]
+        if len(forecasts) == 1:
+            return forecasts[0], ages_s[0]
+        if max(ages_s) > min(ages_s):
+            forecasts = [_rest(forecast, age_s) for forecast, age_s in zip(forecasts, ages_s, strict=True)]
+            ages_s = [0.0]
+        return Forecast.after_all(forecasts), ages_s[0]
+
+    def _foresee(
+        self,
+        tenant: str,
+        session: str,
+        forecast: Forecast,
+        waited_s: float,
+        kind: str,
+        rank: Engine | None,
+        since_s: float,
+    ) -> None:
+        packed = forecast.pack()
+
+        def arguments() -> dict[str, Any]:
+            waited_ms = max(0.0, waited_s + self._clock() - since_s) * 1000
+            return {"session": session, "forecast": packed, "waited_ms": round(waited_ms), "kind": kind}
+
+        if (rank := self._rank_of(session, rank)) is not None:
+            self._operations.tell(tenant, session, rank, "foresee", arguments)
+
+    def _release(self, tenant: str, session: str, rank: Engine | None) -> None:
+        self._waiting.pop(session, None)
+        if (rank := self._rank_of(session, rank)) is not None:
+            self._operations.tell(tenant, session, rank, "release", lambda: {"session": session})
+
+    def _end(self, session: str, rank: Engine | None) -> None:
+        self._waiting.pop(session, None)
+        self._operations.untell(session)
+        if rank is None:
+            self._ranks.pop(session, None)
+        else:
+            self._remember(self._ranks, session, rank)
+
+    def _learn(self, tenant: str, waits: Sequence[Took]) -> None:
+        known = self._known(tenant)
+        for one in waits:
+            known.durations.observe(one.tool, one.head, one.seconds, one.announced_s)
+        known.changed = True
+
+    def _rank_of(self, session: str, rank: Engine | None) -> Engine | None:
+        """The rank to tell. One that is not known here had its turn at another service."""
+        if rank is None and (rank := self._ranks.get(session)) is None:
+            with self._database.read() as connection:
+                base_url = connection.execute(
+                    sa.select(leases.c.engine).where(leases.c.session_id == session)
+                ).scalar_one_or_none()
+                server = named(base_url, engines.live(connection, self._engine_timeout_s)) if base_url else None
+            rank = server.ranks[0] if server else None
+        if rank is not None:
+            self._remember(self._ranks, session, rank)
+        return rank
+
+    @staticmethod
+    def _remember(kept: OrderedDict[str, Any], session: str, value: Any) -> None:
+        kept[session] = value
+        kept.move_to_end(session)
+        if len(kept) > MAX_SESSIONS:
+            kept.popitem(last=False)
+
+    def _sweep(self) -> None:
+        """Learn from those who have not been back for a day, here or at another service."""
+        self._swept_s = now_s = self._clock()
+        late = [session for session, (_, _, since_s) in self._waiting.items() if now_s - since_s > LONGEST_S]
+        for first in range(0, len(late), LOOKED_UP):
+            some = late[first : first + LOOKED_UP]
+            with self._database.read() as connection:
+                back = connection.execute(
+                    sa.select(leases.c.session_id).where(
+                        leases.c.session_id.in_(some),
+                        sa.or_(
+                            leases.c.token_hash.is_not(None),
+                            leases.c.released_us > now_us() - round(LONGEST_S * 1_000_000),
+                        ),
+                    )
+                )
+                here = set(back.scalars())
+            for session in some:
+                tenant, awaited, _ = self._waiting.pop(session)
+                if session not in here and awaited:
+                    known = self._known(tenant)
+                    known.changed = True
+                    for one in awaited:
+                        known.durations.observe(one.tool, one.head, None, one.announced_s)
+
+    # --- what is known, in memory and in SQL
+
+    def _known(self, tenant: str) -> _Learned:
+        known = self._learned.get(tenant)
+        if known is None:
+            known = self._learned[tenant] = _Learned(Durations(), 0, float("-inf"))
+            while len(self._learned) > MAX_TENANTS:
+                oldest, gone = self._learned.popitem(last=False)
+                with suppress(DatabaseError):
+                    self._save_tenant(oldest, gone)
+        self._learned.move_to_end(tenant)
+        if not known.changed and self._clock() - known.read_s > REFRESH_S:
+            known.read_s = self._clock()
+            # If SQL does not answer, what is known will do.
+            with suppress(DatabaseError):
+                self._read(tenant, known)
+        return known
+
+    def _read(self, tenant: str, known: _Learned) -> None:
+        """Know what SQL has."""
+        with self._database.read() as connection:
+            row = connection.execute(_READ, {"of_tenant": tenant, "known": known.version}).one_or_none()
+        if row is not None:
+            known.version = row.version
+            known.forecasts.clear()
+            _load(known.durations, tenant, row.learned)
+
+    def _save(self) -> None:
+        self._saved_s = self._clock()
+        for tenant, known in self._learned.items():
+            if known.changed:
+                self._save_tenant(tenant, known)
+
+    def _save_tenant(self, tenant: str, known: _Learned) -> None:
+        """Add what was learned here to what SQL has. That is written if nobody else wrote meanwhile, so nothing is
+        locked while it is being worked out."""
+        for _ in range(TRIES):
+            changes = known.durations.changes()
+            if changes is None:
+                known.changed = False
+                return
+            dumped = known.durations.dump()
+            if self._write(tenant, known.version, dumped):
+                known.version += 1
+                known.durations.load(dumped)
+                known.forecasts.clear()
+                known.changed = False
+                return
+            # Others have learned as well: theirs, and what was learned here since.
+            with self._database.read() as connection:
+                row = connection.execute(_READ, {"of_tenant": tenant, "known": -1}).one_or_none()
+            together = Durations()
+            if row is not None:
+                _load(together, tenant, row.learned)
+            together.merge(changes)
+            dumped = together.dump()
+            version = 0 if row is None else row.version
+            if self._write(tenant, version, dumped):
+                known.version = version + 1
+                known.durations.load(dumped)
+                known.forecasts.clear()
+                known.changed = False
+                return
+
+    def _write(self, tenant: str, version: int, dumped: bytes) -> bool:
+        """Whether it was written: SQL had ``version``, 0 for none."""
+        values = {"of_tenant": tenant, "known": version, "dumped": dumped}
+        with self._database.write() as connection:
+            if version:
+                return connection.execute(_UPDATE, values).rowcount == 1
+            first = insert(connection.dialect.name, table).values(
+                tenant=tenant, learned=dumped, version=1, updated_us=now_us()
+            )
+            made = connection.execute(first.on_conflict_do_nothing().returning(table.c.version))
+            return made.one_or_none() is not None
+
+
+def _load(durations: Durations, tenant: str, learned: bytes) -> None:
+    try:
+        durations.load(bytes(learned))
+    except ValueError as error:
+        logger.warning("what was learned of tenant %s's waits cannot be read, and is learned anew: %s", tenant, error)
+
+
+def _rest(forecast: Forecast, age_s: float) -> Forecast:
+    """What remains of a wait that has lasted ``age_s``; all of it if it has lasted longer than was possible."""
+    if age_s <= 0:
+        return forecast
+    below = [*(forecast.by(age_s + edge) for edge in EDGES), 1.0]
+    mass = [max(0.0, upper - lower) for lower, upper in pairwise(below)]
+    return Forecast.from_mass(mass) if sum(mass) > 1e-9 else forecast
+
+
+def _nothing() -> None:
+    """Nothing happened for a while."""
+
+
+_of_tenant = table.c.tenant == sa.bindparam("of_tenant")
+_READ = sa.select(table.c.learned, table.c.version).where(_of_tenant, table.c.version != sa.bindparam("known"))
+_UPDATE = (
+    sa.update(table)
+    .where(_of_tenant, table.c.version == sa.bindparam("known"))
+    .values(learned=sa.bindparam("dumped"), version=table.c.version + 1, updated_us=now_us())
+)

@@ -26,6 +26,7 @@ from agentstate.answers import (
     Resumed,
     Session,
     SessionList,
+    Signalled,
     Suspended,
     ToolCall,
 )
@@ -213,13 +214,25 @@ def rewind(session_id: str, at: str | None, *, revision: str, lease: Lease | Non
     return _post(Session, _session(session_id, "rewind"), body, headers=_seen(revision))
 
 
-def prefetch(session_id: str, *, tier: str = "host", deadline_s: float | None = None) -> Call[Operation]:
+def prefetch(
+    session_id: str, *, tier: str = "host", due_s: float | None = None, deadline_s: float | None = None
+) -> Call[Operation]:
     """Bring the session's KV back to the engine's ``host`` memory or to the ``device``, before a request needs it.
 
-    It fails after ``deadline_s``, when it is no longer useful. The operation is already done if the KV is there.
+    It is needed ``due_s`` from now, by default at once: what is needed sooner is read before it. It fails after
+    ``deadline_s``, when it is no longer useful. The operation is already done if the KV is there.
     """
-    body = {"tier": tier, "deadline_ms": None if deadline_s is None else round(deadline_s * 1000)}
+    times = {"due_ms": due_s, "deadline_ms": deadline_s}
+    body = {"tier": tier, **{name: round(s * 1000) for name, s in times.items() if s is not None}}
     return _post(Operation, _session(session_id, "prefetch"), body)
+
+
+def activity(session_id: str, kind: str) -> Call[Signalled]:
+    """Say what a person does who is going to go on with the session: ``typing``, or ``opened``. Its KV is brought back
+    meanwhile, where the engine has room. Raises RateLimited.
+    """
+    path = _session(session_id, "activity")
+    return Call(_model(Signalled), "POST", path, Repeat.READ, body={"kind": kind})
 
 
 def claim_tool_call(
@@ -233,9 +246,10 @@ def claim_tool_call(
 ) -> Call[ToolCall]:
     """Claim a tool call, before executing it. Execute it only if its ``state`` is claimed.
 
-    If the call already has a result, the answer contains it. Needs the ``lease`` while a turn is running. Raises
-    ToolCallClaimed, ToolCallUnknown (its claimant vanished: it may or may not have run), ToolCallReused (the id belongs
-    to a call of another tool or with other arguments), SessionBusy, LeaseLost.
+    ``expected_s`` is how long it is expected to take: the session's KV is wanted again then. If the call already has a
+    result, the answer contains it. Needs the ``lease`` while a turn is running. Raises ToolCallClaimed, ToolCallUnknown
+    (its claimant vanished: it may or may not have run), ToolCallReused (the id belongs to a call of another tool or
+    with other arguments), SessionBusy, LeaseLost.
     """
     body = {"name": name, "arguments": arguments, "expected_s": expected_s, **_held(lease)}
     path = _session(session_id, "tool-calls", _part(call_id))

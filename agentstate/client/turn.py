@@ -9,11 +9,14 @@ interrupted request: a lease that was taken meanwhile is given back, and the sus
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, Self, TypedDict, TypeVar, Unpack
 
 from pydantic import ValidationError
 
+from agentstate import documents
 from agentstate.answers import (
     AppendedEntries,
     EngineLink,
@@ -25,12 +28,14 @@ from agentstate.answers import (
     Session,
     StoredKv,
     Suspended,
+    ToolCall,
 )
 from agentstate.client import routes
 from agentstate.client.keeper import BlockingSender, Keeper, apart
 from agentstate.client.routes import Call
 from agentstate.errors import AgentStateError, EngineUnreachable, ToolInFlight
 from agentstate.fleet.manifests import KvState
+from agentstate.sql.models import ToolCallState
 
 RENEWALS_PER_TTL = 3
 
@@ -92,7 +97,7 @@ class _Turn:
         durable_timeout_ms: int = 500,
     ):
         self.session_id = session_id
-        #: Why the turn ends: ``user_wait``, ``tool_wait`` or ``done``. May be set in the block.
+        #: Why the turn ends: ``user_wait``, ``tool_wait``, ``other`` or ``done``. May be set in the block.
         self.reason = reason
         #: What the suspend at the end of the block answered; None before.
         self.suspended: Suspended | None = None
@@ -214,6 +219,14 @@ class _Turn:
             raise failure
         error.add_note(f"and session {self.session_id} could not be suspended: {failure}")
 
+    def _claim(self, call_id: str, name: str, arguments: Any, expected_s: float | None) -> Call[ToolCall]:
+        return routes.claim_tool_call(
+            self.session_id, call_id, name, arguments, expected_s=expected_s, lease=self.lease
+        )
+
+    def _finish(self, call_id: str, **result: Any) -> Call[ToolCall]:
+        return routes.finish_tool_call(self.session_id, call_id, lease=self.lease, **result)
+
     def _outcome(self) -> Suspended:
         if self.suspended is None:
             raise RuntimeError(f"the turn of session {self.session_id} has not ended by a suspend")
@@ -226,6 +239,15 @@ def _settled(suspended: Suspended, operation: Operation) -> StoredKv:
         return StoredKv.model_validate(operation.result)
     except ValidationError:
         return suspended.kv.model_copy(update={"state": KvState.UNKNOWN})
+
+
+def _shown(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _with_output(call: ToolCall, output: Any) -> ToolCall:
+    """A call that was just reported: the service does not repeat its output."""
+    return call.model_copy(update={"result": {"output": documents.finite(output)}})
 
 
 class Turn(_Turn):
@@ -276,6 +298,34 @@ class Turn(_Turn):
     def append(self, *entries: dict[str, Any]) -> AppendedEntries:
         """Append entries, all or none; they are stored once this returns. Raises LeaseLost, InvalidEntry."""
         return self._client._send(routes.append(self.session_id, self.lease, entries))
+
+    def tool(
+        self,
+        call_id: str,
+        name: str,
+        arguments: Any = None,
+        *,
+        run: Callable[[], Any],
+        expected_s: float | None = None,
+    ) -> ToolCall:
+        """Run a tool once: claim the call, ``run`` it, and report its output. Its ``result`` has the output.
+
+        ``expected_s`` is how long it is expected to take. If the call has a result already, nothing is run. What
+        ``run`` raises is reported as the call's error, and raised. Raises ToolCallClaimed, ToolCallUnknown,
+        ToolCallReused, LeaseLost.
+        """
+        call = self._client._send(self._claim(call_id, name, arguments, expected_s))
+        if call.state is not ToolCallState.CLAIMED:
+            return call
+        try:
+            output = run()
+        except Exception as error:
+            try:
+                self._client._send(self._finish(call_id, error=_shown(error)))
+            except AgentStateError as failure:
+                error.add_note(f"and that could not be reported: {failure}")
+            raise
+        return _with_output(self._client._send(self._finish(call_id, output=output)), output)
 
     def wait_durable(self, *, timeout_s: float = 60.0) -> StoredKv:
         """After the block: wait for the flush, and return what is stored of the session. Raises TimeoutError."""
@@ -331,6 +381,31 @@ class AsyncTurn(_Turn):
     async def append(self, *entries: dict[str, Any]) -> AppendedEntries:
         """Append entries, all or none; they are stored once this returns. Raises LeaseLost, InvalidEntry."""
         return await self._client._send(routes.append(self.session_id, self.lease, entries))
+
+    async def tool(
+        self,
+        call_id: str,
+        name: str,
+        arguments: Any = None,
+        *,
+        run: Callable[[], Any],
+        expected_s: float | None = None,
+    ) -> ToolCall:
+        """Run a tool once, as `Turn.tool` does; what ``run`` returns is awaited if it can be."""
+        call = await self._client._send(self._claim(call_id, name, arguments, expected_s))
+        if call.state is not ToolCallState.CLAIMED:
+            return call
+        try:
+            output = run()
+            if inspect.isawaitable(output):
+                output = await output
+        except Exception as error:
+            try:
+                await self._client._send(self._finish(call_id, error=_shown(error)))
+            except AgentStateError as failure:
+                error.add_note(f"and that could not be reported: {failure}")
+            raise
+        return _with_output(await self._client._send(self._finish(call_id, output=output)), output)
 
     async def wait_durable(self, *, timeout_s: float = 60.0) -> StoredKv:
         """After the block: wait for the flush, and return what is stored of the session. Raises TimeoutError."""

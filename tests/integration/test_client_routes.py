@@ -109,6 +109,17 @@ def test_tool_calls(service: Service, session: Session) -> None:
     assert client.finish_tool_call("s", "c2", error="no such file").state == "failed"
 
 
+def test_hints(service: Service, session: Session) -> None:
+    client = service.client
+    assert (client.activity("s", "typing").session_id, client.activity("s", "opened").state) == ("s", "ignored")
+    with pytest.raises(RequestRefused, match="dancing|typing"):
+        client.activity("s", "dancing")
+    operation = client.prefetch("s", tier="device", due_s=0.5, deadline_s=2)
+    assert operation.result == {"error": "no live engine serves the session"}
+    with pytest.raises(RequestRefused, match="after the deadline"):
+        client.prefetch("s", due_s=3, deadline_s=2)
+
+
 ODD_IDS = ["user@example.com", "a/b", "a/entries", "ü", "漢字 50%", "%2F", "a?b#c", "x" * 129, "é" * 475]
 
 

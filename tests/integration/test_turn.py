@@ -25,10 +25,10 @@ class Both:
     """A turn by either client, run to its end: what it does is an async function of it, in which `now` awaits."""
 
     def __init__(self, service: Service, is_async: bool):
-        self._service, self._is_async = service, is_async
+        self._service, self.is_async = service, is_async
 
     def __call__(self, work: Callable[[Any], Any], **options: Any) -> Turn | AsyncTurn:
-        if not self._is_async:
+        if not self.is_async:
             with self._service.client.turn("s", **options) as turn:
                 for step in work(turn):
                     step()
@@ -86,6 +86,68 @@ def test_a_turn_whose_block_raises_ends_suspended_too(service: Service, run: Bot
     with service.client.turn("s") as turn:
         assert turn.pending_tool_calls == ["c"]
         turn.append(tool_output("c", "known after all"))
+
+
+def used(service: Service, in_turn: Both, **given: Any) -> list[Any]:
+    """What `tool` gave."""
+    found: list[Any] = []
+
+    def work(turn: Any) -> Any:
+        if not isinstance(turn, AsyncTurn):
+            yield lambda: found.append(turn.tool("c", "read", {"path": "a"}, **given))
+            return
+
+        async def use() -> None:
+            found.append(await turn.tool("c", "read", {"path": "a"}, **given))
+
+        yield use
+
+    in_turn(work)
+    return found
+
+
+def test_a_tool_is_run_once(service: Service, run: Both) -> None:
+    ran: list[str] = []
+
+    def read() -> Any:
+        with service.database.read() as connection:
+            ran.extend(connection.execute(sa.text("SELECT state FROM tool_calls")).scalars())
+        return {"text": float("nan")}
+
+    for _ in range(2):
+        (call,) = used(service, run, run=read, expected_s=2.5)
+        assert (call.state, call.expected_s, call.result) == ("done", 2.5, {"output": {"text": "NaN"}})
+    assert ran == ["claimed"]
+
+
+def test_a_tool_that_is_awaited(service: Service, run: Both) -> None:
+    async def read() -> str:
+        await asyncio.sleep(0)
+        return "text"
+
+    if run.is_async:
+        assert used(service, run, run=read)[0].result == {"output": "text"}
+
+
+def test_what_a_tool_raises_is_its_error(service: Service, run: Both) -> None:
+    def read() -> Any:
+        raise FileNotFoundError("no such file")
+
+    with pytest.raises(FileNotFoundError) as raised:
+        used(service, run, run=read)
+    assert getattr(raised.value, "__notes__", []) == []
+    (call,) = used(service, run, run=lambda: pytest.fail("it ran again"))
+    assert (call.state, call.result) == ("failed", {"error": "FileNotFoundError: no such file"})
+
+
+def test_what_a_tool_raises_comes_first(service: Service, run: Both) -> None:
+    def read() -> Any:
+        lapse(service)
+        raise FileNotFoundError("no such file")
+
+    with pytest.raises(FileNotFoundError) as raised:
+        used(service, run, run=read)
+    assert "could not be reported" in raised.value.__notes__[0]
 
 
 def test_a_turn_that_is_done_too_early_says_so_and_is_suspended(service: Service, run: Both) -> None:

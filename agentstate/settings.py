@@ -29,7 +29,9 @@ ENGINE_LIMITS = (
     "drive_timeout_s",
     "break_even",
     "read_ahead",
+    "read_priorities",
     "preload_bytes",
+    "queue_aging_s",
     "prefetch_ttl_s",
     "heartbeat_interval_s",
 )
@@ -180,11 +182,22 @@ class Settings(BaseSettings):
         description="Whether to read the pages of a queued request before it is admitted: on or off, the same on all "
         "ranks.",
     )
+    read_priorities: bool = Field(
+        True,
+        description="Whether prefetches and preloads are read in the order in which they are needed: first what a "
+        "queued request needs, then what is due, by its time. off: in the order in which they were asked for.",
+    )
     preload_bytes: ByteSize = Field(
         ByteSize(256 * MIB),
         ge=0,
         description="A request that restores at least this much per rank is deferred while others run, until its pages "
         "are on the device, so that the others do not wait for the drive. 0: never. The same on all ranks.",
+    )
+    queue_aging_s: float = Field(
+        10.0,
+        ge=0,
+        description="Queued requests are admitted in the order of how much of their KV is not on the device, the least "
+        "first; one that has waited this long goes first. 0: in order of arrival. The same on all ranks.",
     )
     prefetch_ttl_s: float = Field(
         60.0, gt=0, description="How long prefetched pages stay in host memory for the next request."

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agentstate.pages import DEMAND
 from engine_patch.linker import AgentStateLinker
+from engine_patch.order import Order
 from engine_patch.preloads import Preload, Preloads
 from engine_patch.sessions import Progress
 from engine_patch.sglang_api import CLIP_MAX_NEW_TOKENS, MatchPrefixParams, RadixKey, UnifiedRadixCache
@@ -60,11 +62,13 @@ class Deferrals:
         linker: AgentStateLinker,
         preloads: Preloads,
         match: Callable[[Req], StoredHit | None],
+        order: Order,
     ):
         self._cache = cache
         self._linker = linker
         self._preloads = preloads
         self._match = match
+        self._order = order
         self._least_bytes = linker.preload_bytes if len(cache._components_tuple) == 1 else 0
         self._queued: dict[str, _Queued] = {}
 
@@ -88,8 +92,7 @@ class Deferrals:
 
     def begin(self, scheduler: Scheduler) -> None:
         """Defer the requests that join a preload, and those for which one can begin because there is memory that
-        nothing before them needs. First come, first served: behind a request that finds too little, no other gets
-        any."""
+        nothing before them in the `Order` needs: behind a request that finds too little, no other gets any."""
         queue = scheduler.waiting_queue
         self._queued = {req.rid: known for req in queue if (known := self._queued.get(req.rid)) is not None}
         for req in queue:
@@ -101,7 +104,7 @@ class Deferrals:
         if not starts and not self._preloads:
             return
         reserved = needed_by_running(scheduler)
-        for req in queue:
+        for req in self._order.ranked(queue, scheduler.policy):
             known = self._queued.setdefault(req.rid, _Queued())
             if known.deferred is None and known.times < _MOST:
                 if starts and not known.matched:
@@ -117,6 +120,7 @@ class Deferrals:
         if preload is None or preload.progress is Progress.RUNNING:
             return
         known.deferred, known.matched, known.long, known.short = None, False, None, False
+        self._order.forget(req)
         known.times += 1
         if preload.progress is Progress.DONE and preload.restores:
             self._linker.preload_stats.requests += 1
@@ -131,12 +135,12 @@ class Deferrals:
         what it misses that is long by itself."""
         page_size = self._cache.page_size
         for preload in self._preloads:
-            if preload.brings(req):
-                return preload
+            common = 0
             if hit is not None:
                 common = preload.common(hit.keys, hit.device_tokens // page_size, page_size)
-                if common and self._linker.n_bytes(common) >= self._least_bytes:
-                    return preload
+            if preload.brings(req) or (common and self._linker.n_bytes(common) >= self._least_bytes):
+                self._preloads.hasten(preload, DEMAND)
+                return preload
         return None
 
     def _start(self, req: Req, known: _Queued, hit: StoredHit, reserved: int) -> bool:

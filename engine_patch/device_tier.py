@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agentstate.errors import EngineError
+from agentstate.pages import PLANNED, Need
 from engine_patch.deferrals import needed_by_running
 from engine_patch.linker import AgentStateLinker
 from engine_patch.preloads import Preload, Preloads
@@ -38,6 +39,7 @@ _REMEMBERED_TOKENS = 16_000_000
 class _Prefetch:
     key: RadixKey
     keys: list[bytes]
+    need: Need
     preload: Preload | None = None
     settled: Progress = Progress.RUNNING
 
@@ -69,7 +71,7 @@ class DeviceTier:
 
     def run(self, scheduler: Scheduler) -> None:
         """Do what was asked for. Called before the scheduler makes its next batch."""
-        while not self._asked.empty():
+        for _ in range(self._asked.qsize()):
             try:
                 self._asked.get_nowait()(scheduler)
             except Exception:
@@ -100,10 +102,11 @@ class DeviceTier:
                 break
             node.last_access_time = 0
 
-    def prefetch(self, session_id: str, keys: list[bytes]) -> Callable[[], Progress] | None:
+    def prefetch(self, session_id: str, keys: list[bytes], need: Need = PLANNED) -> Callable[[], Progress] | None:
         """Bring the pages ``keys``, the session's stored chain, into the tree. They take memory that is free or
         evictable, and that no running request is going to need; if there is too little, none are brought. Returns what
-        tells the progress. From any thread; a prefetch that is under way already continues.
+        tells the progress. From any thread; a prefetch that is under way already continues, and what another one is
+        bringing is waited for.
 
         Returns None if it cannot be done: the tree is keyed by token ids, which only a process that has served the
         session has, and the session's newest ones need not be those of ``keys``.
@@ -113,10 +116,12 @@ class DeviceTier:
         if prefetch is None or prefetch.progress is not Progress.RUNNING or prefetch.keys != keys:
             if (key := self._tokens_of(session_id, keys)) is None:
                 return None
-            prefetch = _Prefetch(key, keys)
+            prefetch = _Prefetch(key, keys, need)
             with self._prefetching:
                 self._prefetches[session_id] = prefetch
             self._asked.put(lambda scheduler: self._try(prefetch, scheduler))
+        else:
+            self._asked.put(lambda scheduler: self._hasten(prefetch, need))
         return lambda: prefetch.progress
 
     def kept(self) -> dict[str, int]:
@@ -139,7 +144,19 @@ class DeviceTier:
         key = key[: len(keys) * page_size]
         return key if get_storage_hash_str(key, page_size=page_size)[-1] == keys[-1].hex() else None
 
+    def _hasten(self, prefetch: _Prefetch, need: Need) -> None:
+        prefetch.need = min(prefetch.need, need)
+        if prefetch.preload is not None:
+            self._preloads.hasten(prefetch.preload, need)
+
     def _try(self, prefetch: _Prefetch, scheduler: Scheduler) -> None:
+        page_size = self._cache.page_size
+        shared = [preload for preload in self._preloads if preload.common(prefetch.keys, 0, page_size)]
+        if shared:
+            for preload in shared:
+                self._preloads.hasten(preload, prefetch.need)
+            self._asked.put(lambda scheduler: self._try(prefetch, scheduler))
+            return
         try:
             prefetch.settled = self._begin(prefetch, needed_by_running(scheduler))
         except Exception:
@@ -154,7 +171,7 @@ class DeviceTier:
         if not missing:
             return Progress.DONE
         if self._linker.restores:
-            prefetch.preload = self._preloads.start("a prefetch", prefetch.key, found, missing, reserved)
+            prefetch.preload = self._preloads.start("a prefetch", prefetch.key, found, missing, reserved, prefetch.need)
         return Progress.FAILED if prefetch.preload is None else Progress.RUNNING
 
     def _path(self, key: RadixKey) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from agentstate.fleet.turns import Turn
-from agentstate.pages import PageKeys
+from agentstate.pages import DEMAND, Need, PageKeys
 from engine_patch.break_even import Word
 from engine_patch.feeds import Source
 from engine_patch.rank import Rank
@@ -41,6 +41,8 @@ class AgentStateLinker(UnifiedCacheLinker):
         self.reads_ahead = self._rank.settings.read_ahead
         self.preload_bytes = int(self._rank.settings.preload_bytes)
         self.preload_stats = self._rank.preload_stats
+        self.queue_aging_s = self._rank.settings.queue_aging_s
+        self.order_stats = self._rank.order_stats
         self.layer_done_counter = self._pools.gate
         self.pools = self._pools.device_pages
         if PoolName.MAMBA in self.pools:
@@ -205,10 +207,14 @@ class AgentStateLinker(UnifiedCacheLinker):
         """Whether device pages are in quarantine."""
         return self._pools.quarantines
 
-    def preload(self, rid: str, keys: Sequence[bytes], slots: torch.Tensor) -> int:
-        """Load pages for no request, into slots that the caller owns. Returns the number of a batch, for `landed` and
-        `finish`."""
-        return self._pools.preload(rid, keys, slots, self._device_events())
+    def preload(self, rid: str, keys: Sequence[bytes], slots: torch.Tensor, need: Need = DEMAND) -> int:
+        """Load pages for no request that runs, into slots that the caller owns. Returns the number of a batch, for
+        `landed` and `finish`."""
+        return self._pools.preload(rid, keys, slots, self._device_events(), need)
+
+    def hasten(self, batch: int, need: Need) -> None:
+        """Let a preload be as urgent as ``need``, if it is less so."""
+        self._pools.hasten(batch, need)
 
     def landed(self, batch: int) -> bool:
         """Whether `finish` would not wait."""

@@ -69,6 +69,9 @@ def register() -> None:
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _around_next_batch, sgl.HookType.AROUND
     )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority", _around_priorities, sgl.HookType.AROUND
+    )
     sgl.HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.on_idle", _while_idle, sgl.HookType.AROUND)
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler._prefetch_kvcache", _while_queueing, sgl.HookType.AROUND
@@ -292,6 +295,12 @@ def _around_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
     cache.before_next_batch(scheduler)
     with cache.deferrals.deferring(scheduler):
         return original(scheduler, *args, **kwargs)
+
+
+def _around_priorities(original: Any, policy: Any, waiting_queue: Any, *args: Any, **kwargs: Any) -> None:
+    original(policy, waiting_queue, *args, **kwargs)
+    if isinstance(policy.tree_cache, _cache_class()):
+        policy.tree_cache.order.sort(waiting_queue, policy)
 
 
 def _while_idle(original: Any, scheduler: Any) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
 
-from agentstate.pages import LayerwiseReader, PageStore, Pin
+from agentstate.pages import DEMAND, PLANNED, LayerwiseReader, Need, PageStore, Pin
 from engine_patch.feeds import Piece, Reading, pieces
 
 
@@ -78,9 +78,11 @@ class Prefetches:
         """Begin to read those of ``keys`` for a request that has just been queued that are not being read already."""
         with self._mutex:
             if rid not in self._requests:
-                self._claim(self._requests, rid, keys, None)
+                self._claim(self._requests, rid, keys, None, DEMAND)
 
-    def for_session(self, session_id: str, keys: Sequence[bytes], expires_in_s: float) -> Callable[[], float | None]:
+    def for_session(
+        self, session_id: str, keys: Sequence[bytes], expires_in_s: float, need: Need = PLANNED
+    ) -> Callable[[], float | None]:
         """Begin to read ``keys``, a session's chain, or go on with that: what tells which fraction of it is in memory
         once there will not be more, because it is all there, or the memory is full; None until then. All of it is
         where it is wanted when a request has it, and nothing when it was abandoned, or is not stored (any more)."""
@@ -88,8 +90,10 @@ class Prefetches:
             claim, expires_s = self._sessions.get(session_id), self._clock() + expires_in_s
             if claim is not None and claim.whole and list(claim.keys) == list(keys):
                 claim.expires_s = expires_s
+                for reading, _ in claim.parts:
+                    reading.stream.need(need)
                 return claim.fraction
-            new = self._claim(self._sessions, session_id, keys, expires_s)
+            new = self._claim(self._sessions, session_id, keys, expires_s, need)
             # Only now: they may have most of it in common.
             self._release(claim)
             if new is None:
@@ -165,7 +169,9 @@ class Prefetches:
                 while claims:
                     self._release(claims.popitem()[1])
 
-    def _claim(self, claims: _Claims, owner: str, keys: Sequence[bytes], expires_s: float | None) -> _Claim | None:
+    def _claim(
+        self, claims: _Claims, owner: str, keys: Sequence[bytes], expires_s: float | None, need: Need
+    ) -> _Claim | None:
         """Enter a claim in place of the owner's last; None when not all of ``keys`` are stored."""
         plan = pieces(keys, self._readings)
         pins: dict[int, Pin] = {}
@@ -181,12 +187,12 @@ class Prefetches:
         for piece in plan:
             reading = piece.reading
             if not isinstance(reading, _ReadAhead):
-                stream = self._reader.open(pins[piece.pages.start], background=claims is self._sessions)
+                stream = self._reader.open(pins[piece.pages.start], need)
                 reading = _ReadAhead(stream)
                 self._readings.append(reading)
                 self.stats.issued += 1
-            elif claims is self._requests:
-                reading.stream.need()
+            else:
+                reading.stream.need(need)
             reading.claims += 1
             claim.parts.append((reading, len(piece.pages)))
         return claim

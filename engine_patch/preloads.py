@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from agentstate.pages import DEMAND, Need
 from engine_patch.linker import AgentStateLinker
 from engine_patch.restore import Finished
 from engine_patch.sessions import Progress
@@ -112,26 +113,27 @@ class Preloads:
         found: MatchResult,
         keys: Sequence[bytes],
         reserved: int,
+        need: Need = DEMAND,
         *,
         restores: bool = False,
     ) -> Preload | None:
         """Begin to load ``keys``, the part of ``key`` after the match ``found``. Returns None, and changes nothing, if
         too little memory is free or evictable besides the ``reserved`` tokens. The log calls the preload ``name``."""
         cache = self._cache
-        need = len(keys) * cache.page_size
+        tokens = len(keys) * cache.page_size
         allocator = cache.token_to_kv_pool_allocator
         lock = cache.inc_lock_ref(found.last_device_node).to_dec_params()
         slots = preload = None
         try:
             if self.fits(len(keys), reserved):
-                if (free := allocator.available_size()) < need:
-                    cache.evict(EvictParams(num_tokens=need - free))
-                slots = allocator.alloc(need)
+                if (free := allocator.available_size()) < tokens:
+                    cache.evict(EvictParams(num_tokens=tokens - free))
+                slots = allocator.alloc(tokens)
             if slots is not None:
                 root = cache.root_node_handle(key.extra_key)
                 indices = cache.tree_core.collect_full_device_indices(found.last_device_node, root)
                 prefix = indices[: found.device_prefix_len]
-                batch, node = self._load(name, keys, slots), found.last_device_node
+                batch, node = self._load(name, keys, slots, need), found.last_device_node
                 preload = Preload(key, keys, batch, prefix, slots, node, lock, time.monotonic(), restores)
                 self._keep([*self._under_way, preload])
         finally:
@@ -141,9 +143,14 @@ class Preloads:
                 cache.dec_lock_ref(found.last_device_node, lock)
         return preload
 
-    def _load(self, name: str, keys: Sequence[bytes], slots: torch.Tensor) -> int | None:
+    def hasten(self, preload: Preload, need: Need) -> None:
+        """Let a preload be as urgent as ``need``, if it is less so."""
+        if preload.batch is not None:
+            self._linker.hasten(preload.batch, need)
+
+    def _load(self, name: str, keys: Sequence[bytes], slots: torch.Tensor, need: Need) -> int | None:
         try:
-            return self._linker.preload(name, keys, slots)
+            return self._linker.preload(name, keys, slots, need)
         except Exception:
             # The other ranks may have begun: this one reports its failure when they agree on the outcome.
             logger.exception("agentstate: pages could not be loaded ahead for %s", name)

@@ -25,6 +25,7 @@ from engine_patch.deferrals import Deferrals, StoredHit
 from engine_patch.device_tier import DeviceTier
 from engine_patch.linker import AgentStateLinker
 from engine_patch.lost_pages import LostPages
+from engine_patch.order import Order
 from engine_patch.preloads import Preloads
 from engine_patch.restore import Restored
 from engine_patch.sglang_api import (
@@ -188,7 +189,10 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.agentstate = cache_linker
         self.linker = _LinkerWrapper(self, cache_linker)
         self.preloads = Preloads(self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked)
-        self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit)
+        self.order = Order(
+            cache_linker.queue_aging_s, cache_linker.order_stats, self._stored_hit, self.linker.on_all_ranks
+        )
+        self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit, self.order)
         self.device_tier = DeviceTier(self, cache_linker, self.preloads)
         cache_linker.attach(self.device_tier, self.kept)
 
@@ -200,6 +204,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             **self.device_tier.kept(),
             "preloads": len(self.preloads),
             "deferrals": self.deferrals.kept,
+            "ordered_requests": self.order.kept,
             "recomputations": len(self._recomputing),
             "locked_tokens": self._locked_tokens,
         }
@@ -208,6 +213,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         if self.linker is not None:
             self.preloads.drop()
             self.deferrals.forget()
+            self.order.clear()
             self.linker.landed.clear()
         super().reset()
 
@@ -229,8 +235,10 @@ class AgentStateRadixCache(UnifiedRadixCache):
         """Begin to read what a request will load, now that it is being queued behind others; unless it is to be
         preloaded, which begins before the next batch."""
         self.deferrals.queueing(req)
+        self.order.queueing(req)
         runs = scheduler.chunked_req or not scheduler.running_batch.is_empty()
-        if not (runs or scheduler.waiting_queue) or not (self.agentstate.reads_ahead or self.deferrals.on):
+        looked_at = self.agentstate.reads_ahead or self.deferrals.on or self.order.on
+        if not (runs or scheduler.waiting_queue) or not looked_at:
             return
         if not self.deferrals.brings(req):
             hit = self._stored_hit(req)
@@ -241,7 +249,9 @@ class AgentStateRadixCache(UnifiedRadixCache):
     def _stored_hit(self, req: Req) -> StoredHit | None:
         """What a queued request can restore. When it is admitted it is matched again, and need not hit that then."""
         req.init_next_round_input(self, cow_mamba=False)
-        if (found := self.linker.hit_markers.pop(req.rid, None)) is None:
+        found = self.linker.hit_markers.pop(req.rid, None)
+        self.order.matched(req, req.prefix_len, len(found.tail_hashes) if found is not None else 0)
+        if found is None:
             return None
         end = found.device_hit_len + len(found.tail_hashes) * self.page_size
         key = RadixKey(req.full_untruncated_fill_ids[:end], req.extra_key, cache_salt=req.cache_salt)
@@ -258,6 +268,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             self.linker.unlocked = False
             scheduler.running_batch.batch_is_full = False
         self.requeue_failed(scheduler)
+        self.order.step(scheduler.waiting_queue, scheduler.policy)
         self.deferrals.begin(scheduler)
         self.linker.tidy(lambda: self._queued(scheduler))
         self._locked_tokens = self.protected_size()

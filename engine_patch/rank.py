@@ -18,6 +18,7 @@ from engine_patch import identity
 from engine_patch.break_even import BreakEven
 from engine_patch.control import ControlEndpoint
 from engine_patch.metrics import Metrics
+from engine_patch.order import OrderStats
 from engine_patch.pools import DevicePool, device_pools
 from engine_patch.restore import PreloadStats
 from engine_patch.sessions import Sessions
@@ -46,6 +47,7 @@ class Rank:
         self._server_args = server_args
         self.break_even = BreakEven()
         self.preload_stats = PreloadStats()
+        self.order_stats = OrderStats()
         self.kept_by_tree: Callable[[], dict[str, int]] = dict
         self.page_size: int = params.page_size
         pools: list[DevicePool] = []
@@ -194,6 +196,7 @@ class Rank:
             **self.pools.stat(),
             "break_even": asdict(self.break_even.stats),
             "preload": asdict(self.preload_stats),
+            "order": asdict(self.order_stats),
             "erasures": self.sessions.erasures,
             "kept": self._kept(),
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from agentstate.pages import Chunk, LayerwiseReader, PageStore
+from agentstate.pages import AWAITED, DEMAND, Chunk, LayerwiseReader, Need, PageStore, Urgency
 from agentstate.pages.handles import is_of_drive
 from engine_patch.arrivals import Arrivals
 from engine_patch.failures import Unusable
@@ -110,8 +109,7 @@ class Finished(NamedTuple):
 class _Batch:
     loads: list[Load]
     feeds: list[Feed]
-    # Whether no request waits for it.
-    background: bool
+    need: Need
     lane: CopyLane
     ready: Sequence[torch.Event]
     failed: set[str] = field(default_factory=set)
@@ -127,12 +125,69 @@ class _Batch:
     # that no more are copied.
     landing: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def background(self) -> bool:
+        """Whether no forward waits for it."""
+        return self.need.urgency is not Urgency.AWAITED
+
     def numbers(self) -> torch.Tensor:
         """The device pages of all loads."""
         return torch.cat([load.numbers[:] for load in self.loads])
 
 
-_Queue = queue.Queue[tuple[int, _Batch] | None]
+class _Batches:
+    """Batches that wait for the thread of their urgency, which takes the one that is due first, then the oldest: none
+    waits for a less urgent one."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: dict[int, _Batch] = {}
+        self._running = 0
+        self._closed = False
+
+    def put(self, index: int, batch: _Batch) -> None:
+        with self._changed:
+            self._waiting[index] = batch
+            self._changed.notify_all()
+
+    def hasten(self, batch: _Batch, need: Need) -> None:
+        """Let a batch be as urgent as ``need``, if it is less so, also while it runs."""
+        with self._changed:
+            batch.need = min(batch.need, need)
+            self._changed.notify_all()
+
+    def take(self, urgency: Urgency) -> tuple[int, _Batch] | None:
+        """Wait for a batch, whose end is to be told by `over`. None once it is closed and none is left."""
+        with self._changed:
+            while True:
+                mine = [(batch.need, index) for index, batch in self._waiting.items() if batch.need.urgency == urgency]
+                if mine:
+                    _, index = min(mine)
+                    self._running += 1
+                    return index, self._waiting.pop(index)
+                if self._closed:
+                    return None
+                self._changed.wait()
+
+    def over(self) -> None:
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._waiting) + self._running
+
+    def join(self) -> None:
+        """Wait until none is left."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.unfinished)
+
+    def close(self) -> None:
+        """No more follow."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 class _Abandoned(Exception):
@@ -174,11 +229,10 @@ class Restorer:
         # The feeds of the pending loads.
         self._feeds: list[Feed] = []
         self._batches: dict[int, _Batch] = {}
-        # Background loads (True) have a thread of their own: a forward must not wait for them.
-        self._queues: dict[bool, _Queue] = {background: queue.Queue() for background in (False, True)}
+        self._begun = _Batches()
         self._threads = [
-            threading.Thread(target=self._run, args=(batches,), name="agentstate-restore", daemon=True)
-            for batches in self._queues.values()
+            threading.Thread(target=self._run, args=(urgency,), name="agentstate-restore", daemon=True)
+            for urgency in Urgency
         ]
         for thread in self._threads:
             thread.start()
@@ -186,7 +240,7 @@ class Restorer:
     def queue(self, rid: str, keys: Sequence[bytes], numbers: torch.Tensor | PageNumbers) -> None:
         """Queue ``keys`` for the device pages ``numbers``. Pages that are not being read already are read from now
         on."""
-        self._pending[rid] = self._load(rid, keys, numbers, self._feeds, Source.COLD)
+        self._pending[rid] = self._load(rid, keys, numbers, self._feeds, Source.COLD, DEMAND)
 
     def preload(
         self,
@@ -194,11 +248,19 @@ class Restorer:
         keys: Sequence[bytes],
         numbers: torch.Tensor | PageNumbers,
         ready: Sequence[torch.Event] = (),
+        need: Need = DEMAND,
     ) -> int:
-        """Load ``keys`` into the device pages ``numbers`` for no request yet, as a batch of its own, and return its
-        index. The batch is in no other's way, and ranks below what requests wait for."""
+        """Load ``keys`` into the device pages ``numbers`` for no request that runs, as a batch of its own, and return
+        its index. No forward and no more urgent batch waits for it."""
         feeds: list[Feed] = []
-        return self._begin([self._load(rid, keys, numbers, feeds, Source.DEVICE)], feeds, ready, background=True)
+        return self._begin([self._load(rid, keys, numbers, feeds, Source.DEVICE, need)], feeds, ready, need)
+
+    def hasten(self, index: int, need: Need) -> None:
+        """Let a preload be as urgent as ``need``, if it is less so."""
+        if (batch := self._batches.get(index)) is not None:
+            for feed in batch.feeds:
+                feed.stream.need(need)
+            self._begun.hasten(batch, need)
 
     def _load(
         self,
@@ -207,6 +269,7 @@ class Restorer:
         numbers: torch.Tensor | PageNumbers,
         feeds: list[Feed],
         source: Source,
+        need: Need,
     ) -> Load:
         """A load that is fed by ``feeds``, by what was read ahead, and by streams of its own; the latter two are added
         to ``feeds``."""
@@ -225,11 +288,12 @@ class Restorer:
                     except KeyError as missing:
                         load.missing += missing.args
                         continue
-                    reading = Reading(self._reader.open(pin, background=source is Source.DEVICE))
+                    reading = Reading(self._reader.open(pin, need, background=source is Source.DEVICE))
                     feed = Feed(reading, source)
                 elif (known := before.get(id(own.reading))) is not None:
                     feed = known
                 else:
+                    own.reading.stream.need(need)
                     feed = Feed(own.reading, Source.HOST)
                 if id(feed.reading) not in before:
                     before[id(feed.reading)] = feed
@@ -263,13 +327,13 @@ class Restorer:
             return -1
         loads, self._pending = list(self._pending.values()), {}
         feeds, self._feeds = self._feeds, []
-        return self._begin(loads, feeds, ready, background=False)
+        return self._begin(loads, feeds, ready, AWAITED)
 
-    def _begin(self, loads: list[Load], feeds: list[Feed], ready: Sequence[torch.Event], *, background: bool) -> int:
+    def _begin(self, loads: list[Load], feeds: list[Feed], ready: Sequence[torch.Event], need: Need) -> int:
         index = self.arrivals.begin()
-        lane = self._pages.background if background else self._pages.inbound
-        batch = self._batches[index] = _Batch(loads, feeds, background, lane, ready)
-        self._queues[background].put((index, batch))
+        lane = self._pages.inbound if need is AWAITED else self._pages.background
+        batch = self._batches[index] = _Batch(loads, feeds, need, lane, ready)
+        self._begun.put(index, batch)
         return index
 
     def landed(self, index: int) -> bool:
@@ -302,7 +366,7 @@ class Restorer:
             "queued_loads": len(self._pending),
             "queued_feeds": len(self._feeds),
             "batches": len(self._batches),
-            "running_batches": sum(batches.unfinished_tasks for batches in self._queues.values()),
+            "running_batches": self._begun.unfinished,
             "awaited_batches": self.arrivals.kept,
             **self.prefetches.kept(),
             **self._reader.kept(),
@@ -310,8 +374,7 @@ class Restorer:
 
     def drain(self) -> None:
         """Wait for what runs."""
-        for batches in self._queues.values():
-            batches.join()
+        self._begun.join()
 
     def reset(self) -> None:
         """Forget what is queued and wait for what runs."""
@@ -333,15 +396,14 @@ class Restorer:
         for rid in list(self._pending):
             self.cancel(rid)
         self.prefetches.clear()
-        for batches in self._queues.values():
-            batches.put(None)
+        self._begun.close()
         for thread in self._threads:
             thread.join()
         self._reader.close()
         self._pinned.close()
 
-    def _run(self, batches: _Queue) -> None:
-        while (item := batches.get()) is not None:
+    def _run(self, urgency: Urgency) -> None:
+        while (item := self._begun.take(urgency)) is not None:
             index, batch = item
             try:
                 with ExitStack() as closing:
@@ -357,8 +419,7 @@ class Restorer:
                 self.arrivals.fail(index, error)
             # Not before: whoever waits for the batch must not wait for the index too.
             self._drop_bad(batch)
-            batches.task_done()
-        batches.task_done()
+            self._begun.over()
 
     def _drop_bad(self, batch: _Batch) -> None:
         """Drop the pages that a batch found wrong, and those that a drive failed to read for the second time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from enum import Enum, auto
@@ -15,7 +16,7 @@ from agentstate.fleet import turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest, split_keys
 from agentstate.fleet.turns import Turn
-from agentstate.pages import PageKeys
+from agentstate.pages import Need, PageKeys, Urgency
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from engine_patch.catalog import Catalog
@@ -26,6 +27,10 @@ from engine_patch.stored_pools import StoredPools
 from engine_patch.turns import RequestSession
 
 logger = logging.getLogger(__name__)
+
+
+# A later due time counts as this one: what has been read is kept until then.
+_LATEST_DUE_S = 600.0
 
 
 class Progress(Enum):
@@ -39,7 +44,7 @@ class Progress(Enum):
 class Device(Protocol):
     """What can be asked of the radix tree for a session. From any thread."""
 
-    def prefetch(self, session_id: str, keys: list[bytes]) -> Callable[[], Progress] | None:
+    def prefetch(self, session_id: str, keys: list[bytes], need: Need) -> Callable[[], Progress] | None:
         """Bring the pages ``keys`` into the tree: what tells how far that is. None where it cannot be done."""
 
     def demote(self, session_id: str) -> None:
@@ -187,9 +192,12 @@ class Sessions:
             return self._ledger.remembered(self._pools.durable(keys), len(keys) + lost)
         return standing or {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0}
 
-    def prefetch(self, session_id: str, tier: str, packed: bytes | None) -> Callable[[], dict[str, Any]]:
+    def prefetch(
+        self, session_id: str, tier: str, packed: bytes | None, due_s: float | None = None
+    ) -> Callable[[], dict[str, Any]]:
         """Begin to bring a session's pages nearer, those of ``packed`` or all that are known: what tells how far that
-        is, as of now. Goes on with what has begun already.
+        is, as of now. Goes on with what has begun already. They are needed ``due_s`` from now (None: at once): of
+        several sessions' pages, those that are due first are read first.
 
         ``tier`` is ``device`` or ``host``; where the device cannot be reached (`Device`), host memory is.
         """
@@ -200,11 +208,13 @@ class Sessions:
         whole = "warm" if len(keys) == len(chain) else "partial"
         if not keys:
             return lambda: self._answer("cold", 0, tier)
-        device = self.device.prefetch(session_id, keys) if tier == "device" and self.device else None
+        due_s = min(due_s or 0.0, _LATEST_DUE_S)
+        need = Need(Urgency.DUE, time.monotonic() + due_s)
+        device = self.device.prefetch(session_id, keys, need) if tier == "device" and self.device else None
         if device is not None:
             states = {Progress.RUNNING: "pending", Progress.DONE: whole, Progress.FAILED: "cold"}
             return lambda: self._answer(states[device()], len(keys), tier)
-        staged = self._pools.prefetch(session_id, keys, self._prefetch_ttl_s)
+        staged = self._pools.prefetch(session_id, keys, due_s + self._prefetch_ttl_s, need)
 
         def answer() -> dict[str, Any]:
             if (fraction := staged()) is None:

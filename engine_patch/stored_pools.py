@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentstate.pages import READ_THREADS, LayerwiseReader, PageKeys, PageStore
+from agentstate.pages import DEMAND, PLANNED, READ_THREADS, LayerwiseReader, Need, PageKeys, PageStore
 from agentstate.pages.space import StoreStats
 from agentstate.settings import Settings
 from engine_patch.arrivals import Arrivals, LayerGate
@@ -146,6 +146,7 @@ class _StoredPool:
             "spill": {**dataclasses.asdict(self.spiller.stats), "waiting": self.spiller.waiting},
             "restore": dataclasses.asdict(self.restorer.stats),
             "prefetch": dataclasses.asdict(prefetches.stats),
+            "reads": self.reader.read_bytes(),
             "staged_bytes": self.reader.staged_bytes,
         }
 
@@ -169,6 +170,7 @@ class StoredPools:
         self._pages_refused = 0
         self._failures = Failures()
         self._scrubbing = False
+        self._priorities = settings.read_priorities
 
     @property
     def device(self) -> torch.device:
@@ -212,10 +214,15 @@ class StoredPools:
         for pool in self._pools:
             pool.restorer.prefetches.for_request(rid, pool.needed(keys))
 
-    def prefetch(self, session_id: str, keys: Sequence[bytes], ttl_s: float) -> Callable[[], float | None]:
+    def prefetch(
+        self, session_id: str, keys: Sequence[bytes], ttl_s: float, need: Need = PLANNED
+    ) -> Callable[[], float | None]:
         """Begin to read a session's stored chain to host memory, and keep it for so long. Returns what tells the
         fraction of it that is there, of the pool that has least, once there will not be more; None until then."""
-        of_pools = [pool.restorer.prefetches.for_session(session_id, pool.needed(keys), ttl_s) for pool in self._pools]
+        need = self._ranked(need)
+        of_pools = [
+            pool.restorer.prefetches.for_session(session_id, pool.needed(keys), ttl_s, need) for pool in self._pools
+        ]
 
         def fraction() -> float | None:
             fractions = [of_pool() for of_pool in of_pools]
@@ -286,12 +293,26 @@ class StoredPools:
             stats.pages_evicted + stats.pages_dropped + stats.pages_vanished + stats.pages_erased for stats in of_pools
         )
 
-    def preload(self, rid: str, keys: Sequence[bytes], slots: torch.Tensor, ready: Sequence[torch.Event]) -> int:
-        """Load full-attention pages for no request, into slots that the caller owns: the number of a batch of its
-        own."""
+    def preload(
+        self,
+        rid: str,
+        keys: Sequence[bytes],
+        slots: torch.Tensor,
+        ready: Sequence[torch.Event],
+        need: Need = DEMAND,
+    ) -> int:
+        """Load full-attention pages for no request that runs, into slots that the caller owns: the number of a batch of
+        its own."""
         pool = self._pools[0]
-        device = pool.device_pages
-        return pool.restorer.preload(rid, keys, device.numbers_in(slots, device.background), ready)
+        numbers = pool.device_pages.numbers_in(slots, pool.device_pages.background)
+        return pool.restorer.preload(rid, keys, numbers, ready, self._ranked(need))
+
+    def hasten(self, index: int, need: Need) -> None:
+        """Let a preload be as urgent as ``need``, if it is less so."""
+        self._pools[0].restorer.hasten(index, self._ranked(need))
+
+    def _ranked(self, need: Need) -> Need:
+        return need if self._priorities else PLANNED
 
     def landed(self, index: int) -> bool:
         """Whether a batch of full attention has stopped writing to the device."""

@@ -15,13 +15,28 @@ from agentstate.pages.fingerprint import configuration, fingerprint, tensor_name
 from agentstate.pages.keys import PageKeys
 from agentstate.pages.merging import merge
 from agentstate.pages.pins import Pin, Segment
-from agentstate.pages.reading import READ_THREADS, Chunk, Destination, LayerwiseReader, Part, Stream
+from agentstate.pages.reading import (
+    AWAITED,
+    DEMAND,
+    PLANNED,
+    READ_THREADS,
+    Chunk,
+    Destination,
+    LayerwiseReader,
+    Need,
+    Part,
+    Stream,
+    Urgency,
+)
 from agentstate.pages.space import Quota, Space, StoreStats
 from agentstate.pages.store import PageStore
 from agentstate.pages.writing import Writer
 
 __all__ = [
     "ANYONE",
+    "AWAITED",
+    "DEMAND",
+    "PLANNED",
     "READ_THREADS",
     "Chunk",
     "Destination",
@@ -30,6 +45,7 @@ __all__ = [
     "Geometry",
     "KvikioBackend",
     "LayerwiseReader",
+    "Need",
     "PageKeys",
     "PageStore",
     "Part",
@@ -41,6 +57,7 @@ __all__ = [
     "Space",
     "StoreStats",
     "Stream",
+    "Urgency",
     "Writer",
     "configuration",
     "fingerprint",

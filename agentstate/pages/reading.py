@@ -6,11 +6,13 @@ streams share, and verify them there; every stream is read in layer order, as fa
 So memory is bounded whatever the context's length, a forward can start when its first layer has arrived, and a request
 that still waits can have its first layers in memory already.
 
-`Urgency` decides which stream is read first: what a forward waits for, then what a queued request will need, and last
-what nobody waits for yet. Of several streams that are consumed, the one that is furthest behind comes first, then the
+There is one queue of reads. `Need` decides which stream is next, chunk by chunk: what a forward waits for, then what a
+queued request needs, what is due at some time, and what is read in case. A less urgent stream yields as soon as its
+running chunk has been read. Of several streams that are consumed, the one that is furthest behind comes first, then the
 one that was hurried first, since streams consumed together are consumed in that order. Of the others, the oldest comes
 first. The less urgent a stream, the more buffers it leaves to others, and at least one thread reads what is more
-urgent. Consuming frees buffers, so streams that are consumed always advance, and those that wait never hold them up.
+urgent. Consuming frees buffers, so streams that wait never hold up those that are consumed. These have device memory,
+too, and must get on whatever comes before them: one chunk in `_PASSES` is theirs.
 
 A stream whose consumer names a `Destination` needs no buffers: what it has not read yet is read to where it is needed,
 and verified there.
@@ -18,8 +20,9 @@ and verified there.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -39,6 +42,8 @@ from agentstate.pages.pins import Pin, Segment
 RANGE_BYTES = 1 << 20
 # What keeps a drive busy while some of it is verified.
 READ_THREADS = 4
+# How many chunks are read before a stream that is consumed gets one whatever comes before it.
+_PASSES = 32
 
 _Free = deque[tuple[Buffer, Callable[[], None] | None]]
 
@@ -47,13 +52,25 @@ class Urgency(IntEnum):
     """Who waits for a stream. Smaller is read first."""
 
     AWAITED = 0
-    """It is consumed, and a forward waits for it."""
-    DUE = 1
-    """It is read ahead for a request that is queued."""
-    LOADING = 2
-    """It is consumed, and nobody waits for it yet."""
-    IDLE = 3
-    """It is read in case it is asked for some time."""
+    """A forward, which consumes it."""
+    DEMAND = 1
+    """A request that is queued."""
+    DUE = 2
+    """Nobody yet: somebody has said when it will be needed."""
+    PLANNED = 3
+    """Nobody yet: it is read in case it is asked for."""
+
+
+class Need(NamedTuple):
+    """Who needs a stream before it is consumed, and by when on the monotonic clock. The smaller one is read first."""
+
+    urgency: Urgency
+    due_s: float = math.inf
+
+
+AWAITED = Need(Urgency.AWAITED)
+DEMAND = Need(Urgency.DEMAND)
+PLANNED = Need(Urgency.PLANNED)
 
 
 class Part(NamedTuple):
@@ -140,16 +157,20 @@ class LayerwiseReader:
             (self.staging[i * self.chunk_bytes : (i + 1) * self.chunk_bytes], None) for i in range(count)
         )
         self._buffers = count
-        # How many buffers streams leave to more urgent ones. One is enough for some progress.
+        # How many buffers streams leave to more urgent ones. One is enough for some progress. What is consumed in the
+        # background leaves fewer than what waits: it gives them back.
         kept = max(1, count // 8)
         self._left = {
-            Urgency.AWAITED: 0,
-            Urgency.DUE: kept,
-            Urgency.LOADING: kept // 2,
-            Urgency.IDLE: min(2 * kept, count - 1),
+            Urgency.DEMAND: kept,
+            Urgency.DUE: min(2 * kept, count - 1),
+            Urgency.PLANNED: min(3 * kept, count - 1),
         }
+        self._left_by_consumed = kept // 2
         self._most_in_background = max(1, threads - 1)
         self._in_background = 0
+        # By the urgency of streams that are consumed, how many chunks were read while they had to wait.
+        self._passed: Counter[Urgency] = Counter()
+        self._read_bytes: Counter[Urgency] = Counter()
         self._streams: list[Stream] = []
         self._open_streams = 0
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="agentstate-close")
@@ -163,16 +184,16 @@ class LayerwiseReader:
         for thread in self._threads:
             thread.start()
 
-    def open(self, pin: Pin, *, background: bool = False) -> Stream:
-        """Begin to read the pages of ``pin``, in the ``background`` if nobody waits for them yet. Closing the stream
-        closes the pin."""
+    def open(self, pin: Pin, need: Need = DEMAND, *, background: bool = False) -> Stream:
+        """Begin to read the pages of ``pin``. ``background`` streams are going to be consumed without a forward that
+        waits for them. Closing the stream closes the pin."""
         pages = -(-len(pin.keys) // len(self._threads))
         a_thread = max(RANGE_BYTES, pages * self.geometry.layer_bytes) + len(pin.segments) * self._padding
         # The first layer of a short context is waited for in any case: blocks may be cut.
         block_pages = self.geometry.block_pages if a_thread >= self.chunk_bytes else 1
         first = self._runs(pin.segments, min(a_thread, self.chunk_bytes), block_pages)
         others = self._runs(pin.segments, self.chunk_bytes, self.geometry.block_pages)
-        stream = Stream(self, pin, list(first), list(others), background)
+        stream = Stream(self, pin, list(first), list(others), need, background)
         with self._lock:
             self._streams.append(stream)
             self._open_streams += 1
@@ -185,6 +206,11 @@ class LayerwiseReader:
         with self._lock:
             buffers = self._buffers - len(self._free)
             return {"streams": self._open_streams, "extents": self._handles.kept, "staging_buffers": buffers}
+
+    def read_bytes(self) -> dict[str, int]:
+        """How much has been read since the start, by the urgency that it had then."""
+        with self._lock:
+            return {urgency.name.lower(): self._read_bytes[urgency] for urgency in Urgency}
 
     @property
     def staged_bytes(self) -> int:
@@ -204,13 +230,27 @@ class LayerwiseReader:
 
     def _job(self) -> Callable[[], None] | None:
         """The next job for a free thread."""
-        for stream in sorted(self._streams, key=_turn):
+        streams = sorted(self._streams, key=_turn)
+        late = {urgency for urgency, passed in self._passed.items() if passed >= _PASSES}
+        if late:
+            streams.sort(key=lambda stream: not (stream.consumed_in_background and stream.urgency in late))
+        for stream in streams:
+            if stream.waits_for_nobody and self._in_background >= self._most_in_background:
+                continue
             urgency = stream.urgency
-            if urgency >= Urgency.LOADING and self._in_background >= self._most_in_background:
-                return None
-            if job := stream.job(self._free if len(self._free) > self._left[urgency] else None):
-                return job if urgency < Urgency.LOADING else self._background(job)
+            if job := stream.job(self._free if len(self._free) > self._left_by(stream) else None):
+                passed = {
+                    other.urgency for other in streams if other.consumed_in_background and other.wants is not None
+                }
+                self._passed = Counter({other: self._passed[other] + 1 for other in passed if other != urgency})
+                return self._background(job) if stream.waits_for_nobody else job
         return None
+
+    def _left_by(self, stream: Stream) -> int:
+        """How many buffers a stream leaves to others."""
+        if stream.hurried:
+            return self._left_by_consumed if stream.background else 0
+        return self._left[stream.urgency]
 
     def _background(self, job: Callable[[], None]) -> Callable[[], None]:
         self._in_background += 1
@@ -283,11 +323,13 @@ class Stream:
         pin: Pin,
         first: list[tuple[Segment, ...]],
         others: list[tuple[Segment, ...]],
+        need: Need,
         background: bool,
     ):
         self.pin = pin
         self.hurried = False
         self.background = background
+        self._need = need
         # Chunks that are read or being read, in order, each with its buffer, if it has one.
         self.ahead: deque[tuple[Future[Chunk], Buffer | None]] = deque()
         self._reader = reader
@@ -308,10 +350,21 @@ class Stream:
         self._total = len(first) + len(others) * (reader.geometry.layers - 1)
 
     @property
+    def needed(self) -> Need:
+        return AWAITED if self.hurried and not self.background else self._need
+
+    @property
     def urgency(self) -> Urgency:
-        if self.hurried:
-            return Urgency.LOADING if self.background else Urgency.AWAITED
-        return Urgency.IDLE if self.background else Urgency.DUE
+        return self.needed.urgency
+
+    @property
+    def consumed_in_background(self) -> bool:
+        return self.hurried and self.background
+
+    @property
+    def waits_for_nobody(self) -> bool:
+        """Whether one thread is to be left to others."""
+        return self.background or self.urgency >= Urgency.DUE
 
     @property
     def wants(self) -> int | None:
@@ -330,7 +383,7 @@ class Stream:
         """The fraction of its chunks that has been read, once nothing is being read for it: everything has been read,
         or all the memory that it may have is full. None until then."""
         with self._reader._lock:
-            more = self.wants is not None and len(self._reader._free) > self._reader._left[self.urgency]
+            more = self.wants is not None and len(self._reader._free) > self._reader._left_by(self)
             if more or not all(reading.done() for reading, _ in self.ahead):
                 return None
             return self._taken / self._total
@@ -355,8 +408,14 @@ class Stream:
         reading: Future[Chunk] = Future()
         self.ahead.append((reading, buffer))
         self._reading_begun.notify_all()
+        counted = partial(self._counted, self.urgency, read)
+        return lambda: _fulfil(reading, counted if layer else lambda: self._first_layer(counted))
 
-        return lambda: _fulfil(reading, read if layer else lambda: self._first_layer(read))
+    def _counted(self, urgency: Urgency, read: Callable[[], Chunk]) -> Chunk:
+        chunk = read()
+        with self._reader._lock:
+            self._reader._read_bytes[urgency] += chunk.n_bytes
+        return chunk
 
     def _first_layer(self, read: Callable[[], Chunk]) -> Chunk:
         try:
@@ -449,10 +508,10 @@ class Stream:
                 self._reader._streams.append(self)
             self._reader._work_to_do.notify_all()
 
-    def need(self) -> None:
-        """A queued request is going to need what has been read in the background."""
+    def need(self, need: Need = DEMAND) -> None:
+        """Read it as early as ``need`` says. It is never read later than it was to be."""
         with self._reader._lock:
-            self.background = False
+            self._need = min(self._need, need)
             self._reader._work_to_do.notify_all()
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -544,8 +603,9 @@ def _within(run: Sequence[Segment], ranges: Sequence[range]) -> Iterator[Segment
                 at = last
 
 
-def _turn(stream: Stream) -> tuple[Urgency, int]:
-    return stream.urgency, (stream.wants or 0) if stream.hurried else 0
+def _turn(stream: Stream) -> tuple[Need, bool, int]:
+    """Smaller comes first: among equally urgent streams those that are consumed, since they have device memory."""
+    return stream.needed, not stream.hurried, (stream.wants or 0) if stream.hurried else 0
 
 
 def _fulfil(promise: Future[Any], work: Callable[[], Any]) -> None:

@@ -25,6 +25,13 @@ def cache() -> AgentStateRadixCache:
         queueing=lambda req: None,
         matched=lambda req, hit: False,
     )
+    order: Any = SimpleNamespace(
+        on=False,
+        queueing=lambda req: None,
+        step=lambda queue, policy: None,
+        matched=lambda req, device_tokens, restorable: None,
+    )
+    cache.order = order
     tree: Any = SimpleNamespace(
         tree_core=SimpleNamespace(finish_external_linker_offload=lambda *args: None),
         dec_lock_ref=lambda *args: None,
@@ -45,7 +52,7 @@ def test_a_request_that_found_no_room_is_tried_again_when_pages_are_unlocked(
     cache: AgentStateRadixCache, stored: bool
 ) -> None:
     batch = SimpleNamespace(batch_is_full=True)
-    scheduler: Any = SimpleNamespace(running_batch=batch, waiting_queue=[], is_generation=True)
+    scheduler: Any = SimpleNamespace(running_batch=batch, waiting_queue=[], policy=None, is_generation=True)
     cache.before_next_batch(scheduler)
     assert scheduler.running_batch.batch_is_full
     # The last one is that no rank has lost pages.
@@ -63,6 +70,7 @@ class _Queued(SimpleNamespace):
 
     def __init__(self, cache: Any):
         super().__init__(rid="r", full_untruncated_fill_ids=array("q", range(18)), extra_key=None, cache_salt="salt")
+        self.prefix_len = 4
         self.matches = 0
         self._cache = cache
 
@@ -88,19 +96,25 @@ def queue(*waiting: str, runs: bool = False) -> Any:
     )
 
 
-@pytest.mark.parametrize(("reads_ahead", "preloads"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("reads_ahead", "preloads", "orders"),
+    [(False, False, False), (True, False, False), (False, True, False), (True, True, False), (False, False, True)],
+)
 def test_a_request_that_is_queued_behind_others_is_matched_once(
-    cache: AgentStateRadixCache, queued: _Queued, reads_ahead: bool, preloads: bool
+    cache: AgentStateRadixCache, queued: _Queued, reads_ahead: bool, preloads: bool, orders: bool
 ) -> None:
     linker: Any = cache.agentstate
     linker.reads_ahead = reads_ahead
     hits: list[Any] = []
-    cache.deferrals.on = preloads
+    cache.deferrals.on, cache.order.on = preloads, orders  # type: ignore[misc]
+    looked: list[Any] = []
+    cache.order.matched = lambda *found: looked.append(found)  # type: ignore[method-assign]
     cache.deferrals.matched = lambda req, hit: hits.append(hit)
     cache.read_ahead(queue(), queued)
     assert queued.matches == 0  # there is nobody before it
     cache.read_ahead(queue("another"), queued)
-    assert queued.matches == (reads_ahead or preloads)
+    assert queued.matches == (reads_ahead or preloads or orders)
+    assert looked == [(queued, 4, 3)] * queued.matches
     pages = [bytes([number] * 32) for number in range(3)]
     assert linker.read == ([("r", pages)] if reads_ahead else [])
     # Nothing of it stays.
@@ -129,7 +143,7 @@ def test_what_is_on_its_way_to_the_device_is_not_read_ahead(cache: AgentStateRad
 
 def test_it_is_tried_again_when_pages_that_were_quarantined_come_back(cache: AgentStateRadixCache) -> None:
     scheduler: Any = SimpleNamespace(
-        running_batch=SimpleNamespace(batch_is_full=True), waiting_queue=[], is_generation=True
+        running_batch=SimpleNamespace(batch_is_full=True), waiting_queue=[], policy=None, is_generation=True
     )
     linker: Any = cache.agentstate
     linker.quarantines_pages, linker.stuck = True, False

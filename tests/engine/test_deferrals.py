@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tree import PAGE_SIZE, Stage, key_of, pages_of, request, running_request, scheduler
 
+from agentstate.pages import DEMAND, PLANNED
 from engine_patch.sessions import Progress
 from engine_patch.sglang_api import RadixKey
 
@@ -61,7 +62,7 @@ def test_other_restores_are_admitted_at_once(preload_bytes: int, runs: bool, sto
     stage = Stage()
     stage.cache._components_tuple = tuple(range(components))
     stage.linker.preload_bytes = preload_bytes
-    stage.deferrals = type(stage.deferrals)(stage.cache, stage.linker, stage.preloads, stage.match)
+    stage.deferrals = type(stage.deferrals)(stage.cache, stage.linker, stage.preloads, stage.match, stage.order)
     stage.store(key_of(stored))
     engine = scheduler(*([running_request()] if runs else []), waiting=[long_request()])
     assert stage.step(engine) == ["long"]
@@ -144,6 +145,8 @@ def test_what_a_request_joins_is_its_own(stage: Stage, other: dict[str, str], jo
     stage.tier.prefetch("s", pages_of(key_of(16)))
     engine = scheduler(waiting=[request(key_of(21, **other), "like it"), request(key_of(12), "shorter")])
     assert stage.step(engine) == (["shorter"] if joins else ["like it", "shorter"])
+    # A request that waits for it makes it urgent.
+    assert stage.linker.needs == [DEMAND if joins else PLANNED]
     # What a session was prefetched for is on the device for its request.
     stage.linker.has_landed = True
     stage.step(engine)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 from tree import PAGE_SIZE, Stage, key_of, pages_of, running_request, scheduler
 
+from agentstate.pages import PLANNED, Need, Urgency
 from engine_patch.sessions import Progress
 from engine_patch.sglang_api import CLIP_MAX_NEW_TOKENS, RadixKey
 
@@ -26,6 +27,44 @@ def test_a_session_is_brought_back_into_the_tree() -> None:
     (inserted,) = stage.cache.inserted
     assert inserted.key.token_ids == key.token_ids
     assert (stage.linker.preload_stats.preloads, stage.linker.preload_stats.pages) == (1, 4)
+
+
+def test_what_two_sessions_share_is_brought_once() -> None:
+    stage, key, longer = Stage(free=64), key_of(16), key_of(24)
+    need = Need(Urgency.DUE, 5.0)
+    for session, of_session in (("s", key), ("fork", longer)):
+        stage.tier.remember(session, of_session)
+    first = stage.tier.prefetch("s", pages_of(key))
+    stage.step(scheduler())
+    second = stage.tier.prefetch("fork", pages_of(longer), need)
+    for _ in range(2):
+        stage.step(scheduler())
+    assert stage.linker.loads == [pages_of(key)]
+    # It is as urgent as whatever waits for it.
+    assert stage.linker.needs == [need]
+    assert first is not None and second is not None
+    assert (first(), second()) == (Progress.RUNNING, Progress.RUNNING)
+    stage.linker.landed_batches = {1}
+    for _ in range(2):
+        stage.step(scheduler())
+    assert stage.linker.loads == [pages_of(key), pages_of(longer)[4:]]
+    assert (first(), second()) == (Progress.DONE, Progress.RUNNING)
+    stage.linker.landed_batches = {1, 2}
+    stage.step(scheduler())
+    assert (second(), stage.left) == (Progress.DONE, (0, 0, 0))
+    assert not any(stage.tier.kept().values())
+
+
+def test_a_prefetch_that_is_asked_for_again_is_as_urgent_as_that() -> None:
+    stage, key = Stage(free=64), key_of(16)
+    sooner, later = Need(Urgency.DUE, 5.0), Need(Urgency.DUE, 9.0)
+    stage.tier.remember("s", key)
+    stage.tier.prefetch("s", pages_of(key), later)
+    stage.step(scheduler())
+    for need in (sooner, PLANNED):
+        stage.tier.prefetch("s", pages_of(key), need)
+        stage.step(scheduler())
+    assert stage.linker.needs == [sooner]
 
 
 @pytest.mark.parametrize(

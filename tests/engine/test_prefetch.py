@@ -11,8 +11,7 @@ import torch
 from contents import content, keys
 from device import LAYERS, Rank, page_of
 
-from agentstate.pages import LayerwiseReader
-from agentstate.pages.reading import Urgency
+from agentstate.pages import DEMAND, PLANNED, LayerwiseReader, Need, Urgency
 from engine_patch.feeds import Reading
 from engine_patch.prefetch import Prefetches
 from engine_patch.restore import Restorer
@@ -134,13 +133,29 @@ def test_what_a_queued_request_needs_is_no_background_work(ahead: Prefetches) ->
     ahead.for_session("other", keys(5, 6), 10)
     ahead.for_request("a", keys(0, 1))
     ahead.for_request("b", keys(7))
-    urgency = {}
-    for names in ([0, 1, 2, 3], [5, 6], [7]):
-        ((reading, *_),) = taken(ahead, *names)
+    assert needs(ahead, [0, 1, 2, 3], [5, 6], [7]) == [DEMAND, PLANNED, DEMAND]
+
+
+def needs(ahead: Prefetches, *names: list[int]) -> list[Need]:
+    """By when what is read of these pages is needed."""
+    found = []
+    for some in names:
+        ((reading, *_),) = taken(ahead, *some)
         assert reading is not None
-        urgency[names[0]] = reading.stream.urgency
+        found.append(reading.stream.needed)
         close(reading)
-    assert urgency == {0: Urgency.DUE, 5: Urgency.IDLE, 7: Urgency.DUE}
+    return found
+
+
+def test_what_several_need_is_read_when_the_first_needs_it(ahead: Prefetches) -> None:
+    soon, later = Need(Urgency.DUE, 10.0), Need(Urgency.DUE, 20.0)
+    ahead.for_session("in case", keys(0, 1), 60)
+    ahead.for_session("later", keys(0, 1), 60, later)
+    ahead.for_session("the same again", keys(2, 3), 60, later)
+    ahead.for_session("the same again", keys(2, 3), 60, soon)
+    ahead.for_session("soon", keys(4, 5), 60, soon)
+    ahead.for_session("in case, too", keys(4, 5), 60)
+    assert needs(ahead, [0, 1], [2, 3], [4, 5]) == [later, soon, soon]
 
 
 def test_what_is_not_stored_is_not_begun(ahead: Prefetches) -> None:

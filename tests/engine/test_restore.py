@@ -14,9 +14,8 @@ import torch
 from contents import content, drop, expected, key, keys, read, reader_for
 from device import Rank, page_of
 
-from agentstate.pages import Stream, handles
+from agentstate.pages import DEMAND, PLANNED, Need, Stream, Urgency, handles
 from agentstate.pages.files import open_direct
-from agentstate.pages.reading import Urgency
 from engine_patch.feeds import Source
 from engine_patch.restore import Restorer, RestoreStats
 
@@ -735,12 +734,12 @@ def test_what_is_loaded_ahead_is_read_below_what_is_awaited(
         return stream
 
     monkeypatch.setattr(restorer._reader, "open", opened)
-    restorer.finish(restorer.preload("a prefetch", keys(0, 1), torch.tensor([10, 11])))
-    assert urgencies == [Urgency.IDLE, Urgency.LOADING]
+    restorer.finish(restorer.preload("a prefetch", keys(0, 1), torch.tensor([10, 11]), need=PLANNED))
+    assert urgencies == [Urgency.PLANNED, Urgency.PLANNED]
     urgencies.clear()
     queue(restorer, "a", [4], [14])
     assert run(restorer) == set()
-    assert urgencies == [Urgency.DUE, Urgency.AWAITED]
+    assert urgencies == [Urgency.DEMAND, Urgency.AWAITED]
 
 
 class Held:
@@ -753,6 +752,59 @@ class Held:
     def synchronize(self) -> None:
         self.waited_for.set()
         assert self.happened.wait(30)
+
+
+def test_a_preload_waits_for_none_that_is_less_urgent(rank: Rank, restorer: Restorer) -> None:
+    events = {need: Held() for need in (PLANNED, Need(Urgency.DUE, 10.0))}
+    held = [
+        restorer.preload("held", keys(page), torch.tensor([10 + page]), [event], need)
+        for page, (need, event) in enumerate(events.items())
+    ]
+    for event in events.values():
+        assert event.waited_for.wait(30)
+    later = restorer.preload("later", keys(2), torch.tensor([12]), need=PLANNED)
+    assert restorer.finish(restorer.preload("for a request", keys(3), torch.tensor([13]))).failed == set()
+    assert is_restored(rank, key(3), 13)
+    # A request joins the one that has not begun yet, behind another of its kind.
+    assert not restorer.landed(later)
+    restorer.hasten(later, DEMAND)
+    assert restorer.finish(later).failed == set()
+    assert not any(restorer.landed(index) for index in held)
+    for event in events.values():
+        event.happened.set()
+    assert [restorer.finish(index).failed for index in held] == [set(), set()]
+    assert are_restored(rank, [0, 1, 2], [10, 11, 12])
+
+
+def test_of_preloads_that_are_due_the_first_one_is_next(rank: Rank, restorer: Restorer) -> None:
+    event, order = Held(), list[int]()
+    complete = restorer.arrivals.complete
+
+    def completed(index: int, layer: int) -> None:
+        order.append(index)
+        complete(index, layer)
+
+    restorer.arrivals.complete = completed  # type: ignore[method-assign]
+    due = [
+        restorer.preload("due", keys(page), torch.tensor([10 + page]), ready, Need(Urgency.DUE, due_s))
+        for page, (ready, due_s) in enumerate([([event], 50.0), ([], 40.0), ([], 30.0), ([], 35.0)])
+        if not page or event.waited_for.wait(30)
+    ]
+    restorer.hasten(due[1], Need(Urgency.DUE, 20.0))
+    event.happened.set()
+    assert not any(restorer.finish(index).failed for index in due)
+    layers = rank.store.geometry.layers
+    assert order[::layers] == [due[0], due[1], due[2], due[3]]
+
+
+def test_what_a_preload_takes_over_is_as_urgent_as_it(rank: Rank, restorer: Restorer) -> None:
+    restorer.prefetches.for_session("a", keys(0, 1), 60)
+    (reading,) = restorer.prefetches._readings
+    event = Held()
+    index = restorer.preload("for a request", keys(0, 1), torch.tensor([10, 11]), [event])
+    assert reading.stream.needed == DEMAND
+    event.happened.set()
+    assert restorer.finish(index).failed == set()
 
 
 def test_no_device_page_is_written_before_the_forwards_that_were_launched_are_over(

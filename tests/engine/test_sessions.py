@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from turns import turn
 from agentstate.fleet import turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
+from agentstate.pages import Need, Urgency
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from engine_patch.rank import Rank
@@ -31,6 +33,7 @@ class Pools:
         self.held = 8
         self.fraction: float | None = None
         self.queued: list[Any] = []
+        self.prefetched: list[tuple[float, Need]] = []
 
     def durable(self, keys: list[bytes], *, use: bool = False) -> int:
         return min(self.held, len(keys))
@@ -56,7 +59,8 @@ class Pools:
     def then(self, action: Any) -> None:
         self.queued.append(action)
 
-    def prefetch(self, session_id: str, keys: list[bytes], ttl_s: float) -> Any:
+    def prefetch(self, session_id: str, keys: list[bytes], ttl_s: float, need: Need) -> Any:
+        self.prefetched.append((ttl_s, need))
         return lambda: self.fraction
 
 
@@ -135,11 +139,26 @@ def test_a_prefetch_is_warm_when_all_of_it_is_in_memory(
 def test_what_the_device_cannot_take_goes_to_host_memory(stage: Stage) -> None:
     stage.pools.fraction = 1
     packed = b"".join(keys(*range(8)))
-    device: Any = SimpleNamespace(prefetch=lambda session, chain: None)
+    device: Any = SimpleNamespace(prefetch=lambda session, chain, need: None)
     stage.sessions.device = device
     assert stage.sessions.prefetch("s", "device", packed)()["tier"] == "host"
-    device.prefetch = lambda session, chain: lambda: Progress.DONE
+    device.prefetch = lambda session, chain, need: lambda: Progress.DONE
     assert stage.sessions.prefetch("s", "device", packed)()["tier"] == "device"
+
+
+@pytest.mark.parametrize("tier", ["host", "device"])
+@pytest.mark.parametrize(("due_s", "counts"), [(None, 0), (5.0, 5), (1e300, 600)])
+def test_what_is_due_is_read_by_its_time_and_kept_until_then(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, tier: str, due_s: float | None, counts: float
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    needs: list[Need] = []
+    stage.sessions.device = SimpleNamespace(prefetch=lambda session, chain, need: needs.append(need))  # type: ignore[assignment]
+    stage.sessions.prefetch("s", tier, b"".join(keys(1)), due_s)
+    ((kept_s, need),) = stage.pools.prefetched
+    assert need == Need(Urgency.DUE, 1000.0 + counts)
+    assert needs == ([need] if tier == "device" else [])
+    assert kept_s == counts + Settings().prefetch_ttl_s
 
 
 def test_what_waits_for_the_drive_is_one_request_a_session(stage: Stage) -> None:

@@ -9,6 +9,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from sglang.srt.layers.attention.attention_registry import register_attention_ba
 from sglang.srt.layers.attention.mamba import causal_conv1d
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import Req, ReqKvInfo, ScheduleBatch
+from sglang.srt.managers.schedule_policy import SchedulePolicy
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
@@ -123,6 +126,7 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (Req.reset_for_retract, "self"),
     (Scheduler._add_request_to_queue, "self req is_retracted"),
     (Scheduler.get_next_batch_to_run, "self running_batch last_batch"),
+    (SchedulePolicy.calc_priority, "self waiting_queue"),
     (SchedulerWeightUpdaterManager._observe_weight_load, "self source"),
     (SchedulerWeightUpdaterManager.begin_weight_update, "self recv_req"),
     (SchedulerWeightUpdaterManager.update_weights_from_disk, "self recv_req"),
@@ -193,10 +197,10 @@ ATTRIBUTES: dict[type, str] = {
     "discard_output_reason finished_output finished_reason finished_len to_finish is_retracted retracted_stain "
     "retraction_count cached_tokens cached_tokens_device cached_tokens_host cached_tokens_storage "
     "_cache_breakdown_computed origin_input_ids output_ids sampling_params multimodal_inputs session "
-    "storage_hit_start storage_hit_length",
+    "storage_hit_start storage_hit_length priority prefix_len",
     ReqKvInfo: "holds_kv cache_inserted_len kv_allocated_len",
     Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us result_queue "
-    "is_generation page_size server_args",
+    "is_generation page_size server_args policy",
     AbortReq: "rid abort_all",
     sgl.PagedTokenToKVPoolAllocator: "device page_size",
     sgl.TokenToKVPoolAllocator: "device page_size",
@@ -301,6 +305,26 @@ def test_an_answer_without_end_is_reckoned_with_as_so_many_tokens() -> None:
     assert 0 < sgl.CLIP_MAX_NEW_TOKENS < 1 << 20
 
 
+def test_what_comes_first_is_not_sorted_but_by_priority() -> None:
+    """What is said of the order of a queue that SGLang serves in order of arrival: `engine_patch.order`."""
+    cache: Any = SimpleNamespace(supports_fast_match_prefix=lambda: True, disable=False)
+    waiting: list[Any] = [
+        SimpleNamespace(priority=priority, time_stats=SimpleNamespace(wait_queue_entry_time=place))
+        for place, priority in enumerate([1, 2, 1, 2])
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule_policy, "match_kv_cache", lambda req, tree: None)
+        patch.setattr(SchedulePolicy, "_touch_waiting_prefixes", lambda *of: None)
+        patch.setattr(schedule_policy, "get_disagg", lambda: SimpleNamespace(disaggregation_mode="null"))
+        for by_priority, low_first, order in [(False, False, "0123"), (True, False, "1302"), (True, True, "0213")]:
+            policy = SchedulePolicy("fcfs", cache, False, by_priority, low_first)
+            assert (policy.policy, policy.tree_cache) == (sgl.CacheAgnosticPolicy.FCFS, cache)
+            assert (policy.enable_priority_scheduling, policy.priority_sign) == (by_priority, 1 if low_first else -1)
+            queue = list(waiting)
+            policy.calc_priority(queue)
+            assert queue == [waiting[int(place)] for place in order]
+
+
 def test_the_members_of_enumerations_exist() -> None:
     assert (sgl.PoolName.KV.value, sgl.PoolName.SWA.value, sgl.PoolName.MAMBA.value) == ("kv", "swa", "mamba")
     assert {sgl.ComponentType.FULL, sgl.ComponentType.SWA, sgl.ComponentType.MAMBA} <= set(sgl.ComponentType)
@@ -386,7 +410,7 @@ def test_every_symbol_of_the_api_module_is_known_by_how_it_is_used() -> None:
     known |= {stock.__name__ for _, stock, _, _ in OVERRIDDEN} | {owner.__name__ for owner in ATTRIBUTES}
     ours = {name for name in sgl.__all__ if getattr(getattr(sgl, name), "__module__", "") == sgl.__name__}
     tested_apart = ours | {"SUPPORTED", "ComponentType", "HookType", "PoolName", "add_attention_backend_choices"}
-    tested_apart |= {"FAKE_BOOTSTRAP_HOST", "CLIP_MAX_NEW_TOKENS"}
+    tested_apart |= {"FAKE_BOOTSTRAP_HOST", "CLIP_MAX_NEW_TOKENS", "CacheAgnosticPolicy"}
     unknown = set(sgl.__all__) - known - tested_apart
     assert not unknown, f"nothing here fails when these change: {sorted(unknown)}"
 

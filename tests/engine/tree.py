@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from agentstate.pages import Need
 from engine_patch.deferrals import Deferrals, StoredHit
 from engine_patch.device_tier import DeviceTier
+from engine_patch.order import Order, OrderStats
 from engine_patch.preloads import Preloads
 from engine_patch.restore import Finished, PreloadStats
-from engine_patch.sglang_api import RadixKey, get_storage_hash_str
+from engine_patch.sglang_api import CacheAgnosticPolicy, RadixKey, get_storage_hash_str
 
 PAGE_SIZE = 4
+FCFS = SimpleNamespace(policy=CacheAgnosticPolicy.FCFS, enable_priority_scheduling=False, priority_sign=-1)
 
 
 class Allocator:
@@ -99,6 +102,7 @@ class Linker:
         self.preload_bytes = preload_bytes
         self.preload_stats = PreloadStats()
         self.loads: list[list[bytes]] = []
+        self.needs: list[Need] = []
         self.read: list[str] = []
         self.has_landed = False
         self.landed_batches: set[int] = set()
@@ -115,11 +119,15 @@ class Linker:
     def read_ahead(self, rid: str, keys: list[bytes]) -> None:
         self.read.append(rid)
 
-    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor) -> int:
+    def hasten(self, batch: int, need: Need) -> None:
+        self.needs[batch - 1] = min(self.needs[batch - 1], need)
+
+    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor, need: Need) -> int:
         if self.breaks:
             raise OSError("of this test")
         assert len(slots) == len(keys) * PAGE_SIZE
         self.loads.append(keys)
+        self.needs.append(need)
         return len(self.loads)
 
     def landed(self, batch: int) -> bool:
@@ -143,7 +151,7 @@ class Stage:
     """One rank without an engine. ``stored`` are the page keys that can be restored; ``other`` makes of what this rank
     says what all ranks agree on."""
 
-    def __init__(self, free: int = 1000, evictable: int = 0, preload_bytes: int = 0):
+    def __init__(self, free: int = 1000, evictable: int = 0, preload_bytes: int = 0, aging_s: float = 0):
         self.cache = Cache(free, evictable)
         self.linker = Linker(preload_bytes)
         self.stored: set[bytes] = set()
@@ -151,7 +159,10 @@ class Stage:
         self.other: Callable[[Sequence[bool]], Sequence[bool]] = lambda own: own
         self.agreements = 0
         self.preloads = Preloads(self.cache, self.linker, self.agree, self.cache.note_unlocked)
-        self.deferrals = Deferrals(self.cache, self.linker, self.preloads, self.match)
+        self.order_stats = OrderStats()
+        self.now_s = 0.0
+        self.order = Order(aging_s, self.order_stats, self.match, self.agree, lambda: self.now_s)
+        self.deferrals = Deferrals(self.cache, self.linker, self.preloads, self.match, self.order)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("engine_patch.device_tier.get_parallel", lambda: SimpleNamespace(tp_size=1))
             self.tier = DeviceTier(self.cache, self.linker, self.preloads)
@@ -168,6 +179,7 @@ class Stage:
         first = self.cache.has(key)
         keys = pages_of(key)[first // PAGE_SIZE :]
         hit = next((place for place, one in enumerate(keys) if one not in self.stored), len(keys))
+        self.order.matched(req, first, hit)
         return StoredHit(key[: first + hit * PAGE_SIZE], first, keys[:hit]) if hit else None
 
     def store(self, key: RadixKey) -> None:
@@ -177,9 +189,12 @@ class Stage:
         """Everything between two batches: the requests that the scheduler sees then."""
         self.tier.run(engine)
         self.preloads.land()
+        self.order.step(engine.waiting_queue, engine.policy)
         self.deferrals.begin(engine)
         with self.deferrals.deferring(engine):
-            return [req.rid for req in engine.waiting_queue]
+            seen = list(engine.waiting_queue)
+            self.order.sort(seen, engine.policy)
+            return [req.rid for req in seen]
 
     @property
     def left(self) -> tuple[int, int, int]:
@@ -202,6 +217,7 @@ def scheduler(*running: Any, waiting: list[Any] | None = None) -> Any:
         chunked_req=None,
         waiting_queue=waiting or [],
         page_size=PAGE_SIZE,
+        policy=FCFS,
     )
 
 

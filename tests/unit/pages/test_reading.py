@@ -17,14 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentstate.pages import (
+    DEMAND,
+    PLANNED,
     Chunk,
     Destination,
     Geometry,
     LayerwiseReader,
+    Need,
     PageStore,
     Pin,
     PosixBackend,
     Stream,
+    Urgency,
     handles,
     staging_memory,
 )
@@ -546,43 +550,91 @@ class Gated(PosixBackend):
         return File()
 
 
-def test_what_is_more_urgent_is_read_first(tmp_path: Path) -> None:
-    """Whatever was asked for before: what a forward waits for, what a queued request needs, what is loaded for no
-    request yet, and what may be asked for some time."""
-    store = PageStore(tmp_path, MARK, MLA)
-    names = {}
-    for page in ("idle", "loading", "due", "promoted", "awaited", "first"):
-        write(store, keys(page))
-        names[store.pin(keys(page)).segments[0].extent.path.name] = page
-    backend = Gated()
-    reader = LayerwiseReader(MLA, staging_bytes=4 << 20, threads=1, chunk_bytes=1, backend=backend)
-    first = reader.open(store.pin(keys("first")), background=True)
-    assert backend.begun.wait(60)
-    streams = {
-        page: reader.open(store.pin(keys(page)), background=page in ("idle", "loading", "promoted"))
-        for page in ("idle", "loading", "promoted", "due", "awaited")
-    }
-    streams["loading"].hurry(background=True)
-    streams["awaited"].hurry()
-    streams["promoted"].need()
-    backend.gate.set()
-    everything = (*streams.values(), first)
-    while any(stream.staged != 1 for stream in everything):
-        time.sleep(0.001)
-    order = [names[name] for name in backend.order]
-    expected_order = [page for page in ("awaited", "promoted", "due", "loading", "first", "idle") for _ in range(2)]
-    expected_order.remove("first")
-    assert order == ["first", *expected_order]
-    for stream in everything:
-        stream.close()
-    reader.close()
-    store.close()
+class Queue:
+    """Streams of one page each at a reader of one thread, whose drive answers when the gate opens."""
+
+    def __init__(self, directory: Path, geometry: Geometry = MLA):
+        self.backend = Gated()
+        self.store = PageStore(directory, MARK, geometry)
+        self.reader = LayerwiseReader(geometry, staging_bytes=16 << 20, threads=1, chunk_bytes=1, backend=self.backend)
+        self.streams: list[Stream] = []
+        self._names: dict[str, str] = {}
+        self.open("first", PLANNED)
+        assert self.backend.begun.wait(60)
+
+    def open(self, name: str, need: Need = DEMAND, *, background: bool = False) -> Stream:
+        write(self.store, keys(name))
+        pin = self.store.pin(keys(name))
+        self._names[pin.segments[0].extent.path.name] = name
+        self.streams.append(self.reader.open(pin, need, background=background))
+        return self.streams[-1]
+
+    def read(self) -> list[str]:
+        """Open the gate: the names of the streams in the order in which their chunks were read."""
+        self.backend.gate.set()
+        while any(stream.staged != 1 for stream in self.streams):
+            time.sleep(0.001)
+        return [self._names[name] for name in self.backend.order]
+
+    def close(self) -> None:
+        self.backend.gate.set()
+        for stream in self.streams:
+            stream.close()
+        self.reader.close()
+        self.store.close()
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[Queue]:
+    queue = Queue(tmp_path)
+    yield queue
+    queue.close()
+
+
+def test_what_is_more_urgent_is_read_first(queue: Queue) -> None:
+    """Whatever was asked for before: what a forward waits for, what queued requests need, what is due, by its time,
+    and what is read in case; of these first what is loaded already."""
+    queue.open("planned", PLANNED)
+    queue.open("loaded in case", PLANNED, background=True).hurry(background=True)
+    queue.open("due later", Need(Urgency.DUE, 20.0))
+    queue.open("due sooner", Need(Urgency.DUE, 10.0), background=True)
+    queue.open("promoted", PLANNED).need()
+    queue.open("loaded", DEMAND, background=True).hurry(background=True)
+    queue.open("queued", DEMAND)
+    queue.open("awaited", PLANNED).hurry()
+    expected = ["awaited", "loaded", "promoted", "queued", "due sooner", "due later", "loaded in case"]
+    order = [name for name in expected for _ in range(MLA.layers)]
+    # One chunk of it was under way when the others came.
+    rest = ["first"] * (MLA.layers - 1) + ["planned"] * MLA.layers
+    assert queue.read() == ["first", *order, *rest]
+    read = queue.reader.read_bytes()
+    assert [read[urgency] // read["awaited"] for urgency in ("awaited", "demand", "due", "planned")] == [1, 3, 2, 3]
+
+
+def test_what_is_needed_is_never_read_later_than_it_was_to_be(queue: Queue) -> None:
+    soon = queue.open("soon", Need(Urgency.DUE, 10.0))
+    queue.open("later", Need(Urgency.DUE, 20.0))
+    soon.need(Need(Urgency.DUE, 30.0))
+    soon.need(PLANNED)
+    assert queue.read()[1 : 1 + MLA.layers] == ["soon"] * MLA.layers
+
+
+def test_what_has_device_memory_gets_on_whatever_comes_before_it(tmp_path: Path) -> None:
+    """Or the memory would be its for as long as others come."""
+    queue = Queue(tmp_path, Geometry(layers=100, page_size=4, component_bytes=(64,)))
+    queue.open("waits", PLANNED)
+    queue.open("loaded", PLANNED, background=True).hurry(background=True)
+    queue.open("awaited").hurry()
+    order = queue.read()[1:]
+    assert order[:100].count("loaded") == 3
+    assert set(order[:103]) == {"awaited", "loaded"}
+    queue.close()
 
 
 def test_a_drive_that_hangs_in_the_background_leaves_a_thread_to_what_is_awaited(store: PageStore) -> None:
     backend = Gated()
     reader = LayerwiseReader(store.geometry, staging_bytes=8 << 20, threads=2, chunk_bytes=1, backend=backend)
-    idle = reader.open(store.pin(keys(*range(12))), background=True)
+    idle = reader.open(store.pin(keys(*range(12))), PLANNED)
     assert backend.begun.wait(60)
     with reader._lock:
         assert reader._in_background == 1
@@ -603,8 +655,8 @@ def test_what_is_loaded_in_the_background_advances_beside_what_waits(store: Page
     """Or device memory that it has would be its for ever."""
     reader = LayerwiseReader(store.geometry, staging_bytes=staging_bytes, threads=2, chunk_bytes=1)
     waiting = [reader.open(store.pin(keys(*range(12)))) for _ in range(3)]
-    idle = reader.open(store.pin(keys(*range(12))), background=True)
-    with reader.open(store.pin(keys(3, 2, 1)), background=True) as stream:
+    idle = reader.open(store.pin(keys(*range(12))), PLANNED)
+    with reader.open(store.pin(keys(3, 2, 1)), PLANNED, background=True) as stream:
         assert sum(chunk.count for chunk in stream) == 3 * store.geometry.layers
     for one in (*waiting, idle):
         one.close()

@@ -23,6 +23,7 @@ ENGINE_LIMITS = (
     "pages_free_fraction",
     "staging_bytes",
     "spill_staging_bytes",
+    "host_bytes",
     "spill_queue_bytes",
     "read_backend",
     "read_threads",
@@ -135,6 +136,12 @@ class Settings(BaseSettings):
         ByteSize(512 * MIB),
         gt=0,
         description="Memory of an engine rank for restoring pages: on the host, or with kvikio on the GPU.",
+    )
+    host_bytes: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="Host memory of an engine rank for pages that have left the device, pinned on a GPU. 0: none. "
+        "Empty: none on a CPU; on a GPU an eighth of the machine's memory, divided among its ranks.",
     )
     pages_quota: ByteSize | None = Field(
         None,

@@ -7,6 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 # By rid: pages that must not be restored again, nor anything after them. An empty set rules out the whole prefix.
 Unusable = Mapping[str, frozenset[bytes]]
 
+# Stands for copies in memory that were at fault and are gone: what is stored may be restored.
+NO_STORED_PAGE = b""
+
 
 class Failures:
     """A request whose restore failed does not look up the unusable pages again, even if the store still serves them:

@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from agentstate.pages import Chunk, Destination, Stream
+from agentstate.pages import DEMAND, Chunk, Destination, Need, PageKeys
 from engine_patch.transfer import CopyLane, DevicePages, PageNumbers, Place
 
 
 class Source(StrEnum):
-    """Where pages are restored from: ``cold`` is the disk; ``host`` is staging, which they are in or on their way to
-    because they were read ahead or prefetched; ``device`` is the disk too, preloaded: for a prefetch to the device, or
-    for a request that does not run yet."""
+    """Where pages are restored from: ``cold`` is the disk; ``staging`` is memory which they are in or on their way to
+    because they were read ahead or prefetched; ``host`` is the host tier; ``device`` is the disk too, preloaded: for a
+    prefetch to the device, or for a request that does not run yet."""
 
     COLD = "cold"
+    STAGING = "staging"
     HOST = "host"
     DEVICE = "device"
 
 
-class Reading:
-    """A stream, and the keys of the pages that it reads, in order."""
+class Pinned(Protocol):
+    """The pages that a stream keeps, like a `Pin`."""
 
-    def __init__(self, stream: Stream):
+    @property
+    def keys(self) -> PageKeys: ...
+
+    def copies(self, pages: Iterable[int]) -> list[tuple[bytes, int]]: ...
+
+
+class Streaming(Protocol):
+    """What is needed of a stream, whether it is of a drive (`Stream`) or of the host tier (`HostStream`)."""
+
+    @property
+    def pin(self) -> Pinned: ...
+
+    @property
+    def staged(self) -> float | None: ...
+
+    def need(self, need: Need = DEMAND) -> None: ...
+
+    def hurry(
+        self,
+        destinations: Sequence[Destination] = (),
+        *,
+        wanted: Sequence[range] | None = None,
+        background: bool = False,
+    ) -> None: ...
+
+    def layer(self, layer: int) -> Iterator[Chunk]: ...
+
+    def close(self) -> None: ...
+
+    def discard(self) -> None: ...
+
+
+class Reading:
+    """A stream, the keys of the pages that it reads, in order, and where they come from."""
+
+    def __init__(self, stream: Streaming, source: Source = Source.COLD):
         self.stream = stream
+        self.source = source
         self.keys = stream.pin.keys
 
     @cached_property
@@ -85,6 +122,20 @@ def pieces(keys: Sequence[bytes], readings: Sequence[Reading]) -> list[Piece]:
     return found
 
 
+def refined(
+    keys: Sequence[bytes], split: Iterable[Piece], further: Callable[[Sequence[bytes]], Sequence[Piece]]
+) -> Iterator[Piece]:
+    """The pieces ``split`` of the chain ``keys``; instead of one that nobody reads, what ``further`` makes of its
+    keys."""
+    for piece in split:
+        if piece.reading is not None:
+            yield piece
+            continue
+        first = piece.pages.start
+        for part in further(keys[first : piece.pages.stop]):
+            yield part._replace(pages=range(first + part.pages.start, first + part.pages.stop))
+
+
 @dataclass(eq=False)
 class Load:
     """One request's restore of ``keys`` to the device pages ``numbers``. ``missing`` are the keys that were no longer
@@ -125,14 +176,17 @@ class Feed:
     """A stream of a batch, and the loads that it feeds."""
 
     reading: Reading
-    source: Source
     portions: list[Portion] = field(default_factory=list)
     # Where pages are read straight to, and for which portion. Pages that several portions need go to the first.
     homes: list[tuple[Portion, Destination]] = field(default_factory=list)
 
     @property
-    def stream(self) -> Stream:
+    def stream(self) -> Streaming:
         return self.reading.stream
+
+    @property
+    def source(self) -> Source:
+        return self.reading.source
 
     def join(self, load: Load, piece: Piece) -> None:
         """Feed a load with one of its pieces."""

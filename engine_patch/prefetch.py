@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from agentstate.pages import DEMAND, PLANNED, LayerwiseReader, Need, PageStore, Pin
-from engine_patch.feeds import Piece, Reading, pieces
+from engine_patch.feeds import Piece, Reading, Source, pieces, refined
+from engine_patch.host_tier import HostPool
 
 
 @dataclass
 class PrefetchStats:
     """Counters since the engine started: reads begun ahead of admission, those that a request then used, and those
-    that expired or were abandoned unused."""
+    that expired or were abandoned unused. What is in the host tier is not read."""
 
     issued: int = 0
     used: int = 0
@@ -61,12 +62,19 @@ class Prefetches:
 
     A stream takes staging memory as the reader grants it and keeps it until it is used or abandoned, so every claim has
     an end: that of a request when the request leaves the queue, that of a session by time. A stream is abandoned with
-    the last claim. Thread-safe.
+    the last claim. Pages that are in the ``host`` tier are kept there by a claim, and not read. Thread-safe.
     """
 
-    def __init__(self, store: PageStore, reader: LayerwiseReader, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        store: PageStore,
+        reader: LayerwiseReader,
+        clock: Callable[[], float] = time.monotonic,
+        host: HostPool | None = None,
+    ):
         self.stats = PrefetchStats()
         self._store = store
+        self._host = host
         self._reader = reader
         self._clock = clock
         self._mutex = threading.Lock()
@@ -102,13 +110,16 @@ class Prefetches:
             return new.fraction
 
     def covers(self, keys: Sequence[bytes]) -> bool:
-        """Whether all of ``keys`` are being read."""
+        """Whether all of ``keys`` are being read, or in the host tier."""
         first = 0
+        here = self._host.has(keys) if self._host is not None else []
         with self._mutex:
             while first < len(keys):
                 pages = max((reading.common(keys, first)[0] for reading in self._readings), default=0)
-                if not pages:
+                if not pages and not any(here[first : first + 1]):
                     return False
+                while any(here[first + pages : first + pages + 1]):
+                    pages += 1
                 first += pages
         return True
 
@@ -120,7 +131,7 @@ class Prefetches:
                 if isinstance(reading, _ReadAhead):
                     self._readings.remove(reading)
                     reading.used = True
-                    self.stats.used += 1
+                    self.stats.used += reading.source is Source.STAGING
             for claims in (self._requests, self._sessions):
                 for owner in [owner for owner, claim in claims.items() if not any(_unused(claim))]:
                     del claims[owner]
@@ -174,6 +185,8 @@ class Prefetches:
     ) -> _Claim | None:
         """Enter a claim in place of the owner's last; None when not all of ``keys`` are stored."""
         plan = pieces(keys, self._readings)
+        if self._host is not None:
+            plan = list(refined(keys, plan, self._host.pieces))
         pins: dict[int, Pin] = {}
         try:
             for piece in plan:
@@ -182,15 +195,20 @@ class Prefetches:
         except KeyError:
             for pin in pins.values():
                 pin.close()
+            for piece in plan:
+                if piece.reading is not None and not isinstance(piece.reading, _ReadAhead):
+                    piece.reading.stream.discard()
             return None
         claim = claims[owner] = _Claim(keys, expires_s, [])
         for piece in plan:
             reading = piece.reading
             if not isinstance(reading, _ReadAhead):
-                stream = self._reader.open(pins[piece.pages.start], need)
-                reading = _ReadAhead(stream)
+                if reading is None:
+                    stream = self._reader.open(pins[piece.pages.start], need)
+                    reading = Reading(stream, Source.STAGING)
+                    self.stats.issued += 1
+                reading = _ReadAhead(reading.stream, reading.source)
                 self._readings.append(reading)
-                self.stats.issued += 1
             else:
                 reading.stream.need(need)
             reading.claims += 1
@@ -205,7 +223,7 @@ class Prefetches:
                 reading.used = False
                 # Whoever asks for it must not wait for a drive.
                 reading.stream.discard()
-                self.stats.wasted += 1
+                self.stats.wasted += reading.source is Source.STAGING
 
 
 def _unused(claim: _Claim) -> Iterator[_ReadAhead]:

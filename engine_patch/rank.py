@@ -58,7 +58,7 @@ class Rank:
         self._device_pools = pools
         self._shape = identity.shape()
         marks, self._space = self._identity()
-        self.pools = StoredPools(pools, self._opening(marks, self._space), settings)
+        self.pools = StoredPools(pools, self._opening(marks, self._space), settings, self._ranks_here())
         self._control = ControlEndpoint(settings.control_address, self)
         self._engine = identity.engine(
             settings,
@@ -83,6 +83,10 @@ class Rank:
             self._control.address,
             ", ".join(f"{name} {value}" for name, value in limits.items()),
         )
+
+    def _ranks_here(self) -> int:
+        """How many ranks share this machine."""
+        return max(1, int(get_parallel().tp_size) // int(getattr(self._server_args, "nnodes", 1)))
 
     def _identity(self) -> tuple[Mapping[PoolName, bytes], Space]:
         """The fingerprints of this rank's pools with the weights that are loaded, and the room of their stores."""

@@ -15,8 +15,9 @@ import torch
 from agentstate.pages import AWAITED, DEMAND, Chunk, LayerwiseReader, Need, PageStore, Urgency
 from agentstate.pages.handles import is_of_drive
 from engine_patch.arrivals import Arrivals
-from engine_patch.failures import Unusable
-from engine_patch.feeds import Feed, Load, Portion, Reading, Source, pieces
+from engine_patch.failures import NO_STORED_PAGE, Unusable
+from engine_patch.feeds import Feed, Load, Portion, Reading, Source, pieces, refined
+from engine_patch.host_tier import HostPool
 from engine_patch.prefetch import Prefetches
 from engine_patch.staging import PinnedMemory
 from engine_patch.transfer import CopyLane, DevicePages, PageNumbers
@@ -30,7 +31,8 @@ _REMEMBERED_UNREAD = 100_000
 @dataclass
 class RestoreStats:
     """Counters since the engine started. ``restores`` are the batches that brought a request its pages. Of
-    ``bytes_read``, ``bytes_straight`` were read to where they are needed, past staging. ``pages_failed`` were
+    ``bytes_read``, ``bytes_straight`` were read to where they are needed, past staging; ``bytes_host`` came from the
+    host tier instead, with ``pages_host`` of the ``pages_restored``. ``pages_failed`` were
     damaged, or could not be read in two restores, and were dropped; ``pages_unread`` could not be read this time and
     were kept; ``timed_out`` are the batches that had not arrived yet when they were abandoned, because a drive did not
     answer.
@@ -41,6 +43,8 @@ class RestoreStats:
     pages_restored: int = 0
     bytes_read: int = 0
     bytes_straight: int = 0
+    pages_host: int = 0
+    bytes_host: int = 0
     seconds: float = 0.0
     first_layer_s: float = 0.0
     forward_wait_s: float = 0.0
@@ -121,6 +125,7 @@ class _Batch:
     restored: Restored | None = None
     n_bytes: int = 0
     straight: int = 0
+    in_memory: int = 0
     # Held while pages are copied to the device. Once the batch is abandoned, whoever has held this lock since knows
     # that no more are copied.
     landing: threading.Lock = field(default_factory=threading.Lock)
@@ -206,6 +211,9 @@ class Restorer:
     Pages that several requests of a batch need are read once and copied to all of them. An unusable page fails all
     requests that need it.
 
+    What the ``host`` tier has comes from there. If a page there is wrong, it is gone, and the requests that need it are
+    restored again, from the drive.
+
     If the device's memory is the host's and aligned (`DevicePages.addressable`), pages that have not been read when a
     batch starts are read straight into their place: a bad page's bytes then lie where those of a recomputed request
     will.
@@ -214,11 +222,19 @@ class Restorer:
     A chunk's memory is reused when its own copies are over.
     """
 
-    def __init__(self, store: PageStore, pages: DevicePages, reader: LayerwiseReader, timeout_s: float | None = None):
+    def __init__(
+        self,
+        store: PageStore,
+        pages: DevicePages,
+        reader: LayerwiseReader,
+        timeout_s: float | None = None,
+        host: HostPool | None = None,
+    ):
         self.stats = RestoreStats()
         self.arrivals = Arrivals(pages.geometry.layers, timeout_s)
-        self.prefetches = Prefetches(store, reader)
+        self.prefetches = Prefetches(store, reader, host=host)
         self._store = store
+        self._host = host
         self._pages = pages
         self._reader = reader
         self._pinned = PinnedMemory(reader.staging, pages.device)
@@ -271,34 +287,28 @@ class Restorer:
         source: Source,
         need: Need,
     ) -> Load:
-        """A load that is fed by ``feeds``, by what was read ahead, and by streams of its own; the latter two are added
-        to ``feeds``."""
+        """A load that is fed by ``feeds``, by what was read ahead, by the host tier, and by streams of its own; all but
+        the first are added to ``feeds``."""
         load = Load(rid, keys, numbers)
         before = {id(feed.reading): feed for feed in feeds}
-        for joined in pieces(keys, [feed.reading for feed in feeds]):
-            if joined.reading is not None:
-                before[id(joined.reading)].join(load, joined)
-                continue
-            first = joined.pages.start
-            for piece in self.prefetches.take(keys[first : joined.pages.stop]):
-                own = piece._replace(pages=range(first + piece.pages.start, first + piece.pages.stop))
-                if own.reading is None:
-                    try:
-                        pin = self._store.pin(keys[own.pages.start : own.pages.stop])
-                    except KeyError as missing:
-                        load.missing += missing.args
-                        continue
-                    reading = Reading(self._reader.open(pin, need, background=source is Source.DEVICE))
-                    feed = Feed(reading, source)
-                elif (known := before.get(id(own.reading))) is not None:
-                    feed = known
-                else:
-                    own.reading.stream.need(need)
-                    feed = Feed(own.reading, Source.HOST)
-                if id(feed.reading) not in before:
-                    before[id(feed.reading)] = feed
-                    feeds.append(feed)
-                feed.join(load, own)
+        split = refined(keys, pieces(keys, [feed.reading for feed in feeds]), self.prefetches.take)
+        if self._host is not None:
+            self._host.overtaken(keys)
+            split = refined(keys, split, self._host.pieces)
+        for piece in split:
+            if (reading := piece.reading) is None:
+                try:
+                    pin = self._store.pin(keys[piece.pages.start : piece.pages.stop])
+                except KeyError as missing:
+                    load.missing += missing.args
+                    continue
+                reading = Reading(self._reader.open(pin, need, background=source is Source.DEVICE), source)
+            elif id(reading) not in before:
+                reading.stream.need(need)
+            if (feed := before.get(id(reading))) is None:
+                feed = before[id(reading)] = Feed(reading)
+                feeds.append(feed)
+            feed.join(load, piece)
         if load.missing:
             self._leave(load, feeds)
         return load
@@ -463,8 +473,9 @@ class Restorer:
                     self._land(index, batch, feed, chunk)
                     batch.n_bytes += chunk.n_bytes
                     batch.straight += chunk.n_bytes if chunk.straight else 0
+                    batch.in_memory += chunk.n_bytes_in_memory
                     if (fed := feed.fed_by(chunk)) is not None:
-                        fed.n_bytes += chunk.n_bytes
+                        fed.n_bytes += chunk.n_bytes + chunk.n_bytes_in_memory
             batch.lane.finish()
             if layer == 0:
                 first_layer_s = time.perf_counter() - started
@@ -501,7 +512,8 @@ class Restorer:
         batch.wrong.update(pin.copies(page for page in bad if page in chunk.wrong))
         keys = batch.unusable.setdefault(load.rid, set())
         if keys is not None:
-            keys.update(pin.keys[page] for page in bad)
+            in_memory = feed.source is Source.HOST
+            keys.update([NO_STORED_PAGE] if in_memory else (pin.keys[page] for page in bad))
         reason = chunk.wrong.get(bad[0], "")
         for segment, error in chunk.unread:
             pages = range(segment.first, segment.first + segment.pages)
@@ -531,10 +543,13 @@ class Restorer:
         with self._counting:
             self.stats.bytes_read += batch.n_bytes
             self.stats.bytes_straight += batch.straight
+            self.stats.bytes_host += batch.in_memory
             if not requests:
                 return None
             self.stats.restores += 1
             self.stats.pages_restored += sum(of_request.pages for of_request in requests.values())
+            in_memory = (portion for feed in batch.feeds if feed.source is Source.HOST for portion in feed.portions)
+            self.stats.pages_host += sum(len(portion.pages) for portion in in_memory if portion.load.rid in requests)
             self.stats.first_layer_s += first_layer_s
             self.stats.seconds += seconds
         return Restored(requests, seconds)

@@ -23,13 +23,15 @@ from agentstate.pages.space import StoreStats
 from agentstate.settings import Settings
 from engine_patch.arrivals import Arrivals, LayerGate
 from engine_patch.failures import Failures, together
+from engine_patch.host_memory import bound
+from engine_patch.host_tier import HostPool, HostStats, HostTier
 from engine_patch.pools import DevicePool
 from engine_patch.quarantine import Quarantine
 from engine_patch.restore import Finished, Restored, RestoredRequest, Restorer, RestoreStats
 from engine_patch.sglang_api import PoolName, PoolTransfer
 from engine_patch.spill import Spiller, SpillStats
 from engine_patch.staging import read_backend
-from engine_patch.transfer import PageNumbers
+from engine_patch.transfer import CopyLane, PageNumbers
 
 OpenStore = Callable[[DevicePool], PageStore]
 # More than a reader takes by itself: beside a forward, threads that hand over less often disturb it less. An
@@ -85,7 +87,9 @@ class OfferBudget:
 
 
 class _StoredPool:
-    def __init__(self, pool: DevicePool, open_store: OpenStore, settings: Settings, parts: int):
+    def __init__(
+        self, pool: DevicePool, open_store: OpenStore, settings: Settings, parts: int, tier: HostTier | None = None
+    ):
         self.name = pool.name
         self.model_layers = pool.model_layers
         self.window_pages = pool.window_pages
@@ -99,14 +103,18 @@ class _StoredPool:
         # Of recurrent states SGLang has hardly more than its requests need, and ends when there is none.
         most = len(self.device_pages) // (4 if pool.name is PoolName.MAMBA else 2)
         self.most_offered = max(1, min(queue_pages, most))
+        backend = read_backend(settings.read_backend, self.device_pages.device)
         self.reader = LayerwiseReader(
             self.device_pages.geometry,
             staging_bytes=settings.staging_bytes // parts,
             threads=settings.read_threads or (_READ_THREADS_BESIDE if self.device_pages.addressable else READ_THREADS),
             chunk_bytes=chunk_bytes(self.device_pages.device),
-            backend=read_backend(settings.read_backend, self.device_pages.device),
+            backend=backend,
         )
-        self.restorer = Restorer(self.store, self.device_pages, self.reader, self._timeout_s)
+        self.host = (
+            HostPool(tier, self.store, self.device_pages, self.reader, backend.on_host) if tier is not None else None
+        )
+        self.restorer = Restorer(self.store, self.device_pages, self.reader, self._timeout_s, self.host)
         # Whether nothing is spilled any more.
         self.ended = False
         self.quarantine = Quarantine(pool.allocator) if Quarantine.works(pool.allocator) else None
@@ -122,6 +130,8 @@ class _StoredPool:
             return False
         stats, on = self.spiller.stats, self.spiller.on
         self.restorer.move(store)
+        if self.host is not None:
+            self.host.move(store)
         self.store.close()
         self.store = store
         self.spiller = self._new_spiller()
@@ -137,6 +147,8 @@ class _StoredPool:
         kept = Counter({"pinned_extents": self.store.pinned, "quarantined_pages": quarantined})
         kept.update(self.restorer.kept())
         kept.update(self.spiller.kept())
+        if self.host is not None:
+            kept.update(self.host.kept())
         return kept
 
     def stat(self) -> dict[str, Any]:
@@ -147,19 +159,24 @@ class _StoredPool:
             "restore": dataclasses.asdict(self.restorer.stats),
             "prefetch": dataclasses.asdict(prefetches.stats),
             "reads": self.reader.read_bytes(),
+            "host": dataclasses.asdict(self.host.stats if self.host is not None else HostStats()),
             "staged_bytes": self.reader.staged_bytes,
         }
 
 
 class StoredPools:
     """``pools``, full attention first, each with a store that ``open_store`` opens. Memory for staging is shared out
-    evenly. Without pools it is a place where nothing is stored and nothing is found.
+    evenly; that of the host tier goes to what is worth most. ``ranks`` share the machine. Without pools it is a place
+    where nothing is stored and nothing is found.
 
     Every request loads from every pool, so that all pools count their batches alike: one index serves them all.
     """
 
-    def __init__(self, pools: Sequence[DevicePool], open_store: OpenStore, settings: Settings):
-        self._pools = [_StoredPool(pool, open_store, settings, len(pools)) for pool in pools]
+    def __init__(self, pools: Sequence[DevicePool], open_store: OpenStore, settings: Settings, ranks: int = 1):
+        device = pools[0].device_pages.device if pools else torch.device("cpu")
+        host_bytes = bound(settings.host_bytes, device, ranks)
+        self.host_tier = HostTier(host_bytes, device, settings.read_threads or READ_THREADS) if host_bytes else None
+        self._pools = [_StoredPool(pool, open_store, settings, len(pools), self.host_tier) for pool in pools]
         routes: dict[int, list[tuple[Arrivals, int]]] = {}
         for pool in self._pools:
             for position, layer in enumerate(pool.model_layers):
@@ -217,11 +234,15 @@ class StoredPools:
     def prefetch(
         self, session_id: str, keys: Sequence[bytes], ttl_s: float, need: Need = PLANNED
     ) -> Callable[[], float | None]:
-        """Begin to read a session's stored chain to host memory, and keep it for so long. Returns what tells the
-        fraction of it that is there, of the pool that has least, once there will not be more; None until then."""
+        """Begin to read a session's stored chain to host memory: to the host tier, in whose order it stays there, or
+        else to staging, where it is kept for so long. Returns what tells the fraction of it that is there, of the pool
+        that has least, once there will not be more; None until then."""
         need = self._ranked(need)
         of_pools = [
-            pool.restorer.prefetches.for_session(session_id, pool.needed(keys), ttl_s, need) for pool in self._pools
+            pool.restorer.prefetches.for_session(session_id, pool.needed(keys), ttl_s, need)
+            if pool.host is None
+            else pool.host.fetch(session_id, pool.needed(keys), need)
+            for pool in self._pools
         ]
 
         def fraction() -> float | None:
@@ -264,10 +285,12 @@ class StoredPools:
 
     def remove(self, keys: Collection[bytes]) -> None:
         """Stop serving pages, in all pools, to erase them (`PageStore.remove`). What is read ahead of them is
-        abandoned, so that it pins them no longer."""
+        abandoned, so that it pins them no longer, and what the host tier has of them is forgotten."""
         for pool in self._pools:
             pool.store.remove(keys)
             pool.restorer.prefetches.forget(set(keys))
+            if pool.host is not None:
+                pool.host.forget(keys)
 
     def scrub(self, keys: Collection[bytes], stop: Callable[[], bool]) -> bool:
         """Whether no file of any pool has a copy of these pages that is not served (`PageStore.scrub`)."""
@@ -459,11 +482,46 @@ class StoredPools:
         if self._pools:
             self._pools[0].spiller.then(action)
 
+    def demote(
+        self,
+        transfers: Sequence[PoolTransfer],
+        ready: Callable[[], Sequence[torch.Event]],
+        session_id: str | None = None,
+    ) -> bool:
+        """Copy a tree node's pages, which are about to leave the device, to the host tier. The caller keeps them as
+        they are until the result is in; one follows for all pools. ``ready`` tells the events after which they may be
+        read. False, and nothing asked for, without a host tier."""
+        if self.host_tier is None or not self._pools:
+            return False
+        given = {transfer.name: transfer for transfer in transfers}
+        events = ready()
+        for pool in self._pools:
+            assert pool.host is not None
+            keys, numbers = _offered(pool, given.get(pool.name), pool.host.lane)
+            pool.host.demote(keys, numbers, events, session_id)
+        return True
+
+    @property
+    def demoted(self) -> int:
+        """Demotions whose result is in, in every pool."""
+        return min((len(pool.host.results) for pool in self._pools if pool.host is not None), default=0)
+
+    def pop_demoted(self) -> bool:
+        """Take the oldest result: whether all of the node's pages are in the host tier."""
+        return all([pool.host.results.popleft() for pool in self._pools if pool.host is not None])
+
+    def in_host_memory(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of ``keys`` the host tier has of full attention."""
+        host = self._pools[0].host if self._pools else None
+        return [False] * len(keys) if host is None else host.has(keys)
+
     def drain(self) -> None:
         """Wait until nothing reads or writes device memory, as long as a drive takes for that."""
         for pool in self._pools:
             pool.restorer.drain()
             pool.spiller.drain()
+        if self.host_tier is not None:
+            self.host_tier.drain_copies()
 
     def reset(self) -> None:
         self.gate.reset()
@@ -476,6 +534,11 @@ class StoredPools:
             pool.spiller.drain()
             pool.spiller.results.clear()
         self._budget.clear()
+        if self.host_tier is not None:
+            self.host_tier.drain_copies()
+        for pool in self._pools:
+            if pool.host is not None:
+                pool.host.results.clear()
 
     def move(self, open_store: OpenStore, within_s: float) -> bool:
         """Store to and restore from other stores from now on, when nothing is offered and nothing loaded. False when a
@@ -504,9 +567,16 @@ class StoredPools:
     def close(self) -> None:
         """After `finish_spilling`. A store that a drive still writes to is left as it is."""
         for pool in self._pools:
+            if pool.host is not None:
+                pool.host.stop()
+        if self.host_tier is not None:
+            self.host_tier.end()
+        for pool in self._pools:
             pool.restorer.close()
             if pool.ended and not self._scrubbing:
                 pool.store.close()
+        if self.host_tier is not None:
+            self.host_tier.close()
 
     def describe(self) -> str:
         """For the log: what a page of each pool takes, and how many are stored."""
@@ -531,6 +601,7 @@ class StoredPools:
                 "store": dataclasses.asdict(StoreStats()),
                 "spill": {**dataclasses.asdict(SpillStats()), "pages_refused": 0, "waiting": 0},
                 "restore": dataclasses.asdict(RestoreStats()),
+                "host": {**dataclasses.asdict(HostStats()), "bound": 0, "used": 0},
                 "pools": {},
             }
         full, *windowed = self._pools
@@ -538,6 +609,8 @@ class StoredPools:
         stat["restore"]["forward_wait_s"] = self.gate.waited_s
         stat["spill"]["pages_refused"] = self._pages_refused
         stat["spill"]["waiting"] = sum(pool.spiller.waiting for pool in self._pools)
+        tier = self.host_tier
+        stat["host"] |= {"bound": tier.memory.n_bytes, "used": tier.memory.used} if tier else {"bound": 0, "used": 0}
         return {**stat, "pools": {pool.name.value: pool.stat() for pool in windowed}}
 
 
@@ -550,12 +623,15 @@ def keys_of(transfer: PoolTransfer) -> PageKeys:
     return PageKeys.from_hex(transfer.keys)
 
 
-def _offered(pool: _StoredPool, transfer: PoolTransfer | None) -> tuple[PageKeys, torch.Tensor | PageNumbers]:
+def _offered(
+    pool: _StoredPool, transfer: PoolTransfer | None, lane: CopyLane | None = None
+) -> tuple[PageKeys, torch.Tensor | PageNumbers]:
+    """What of a transfer is to be copied out of the device, on ``lane``."""
     if transfer is None:
         return PageKeys(), torch.empty(0, dtype=torch.int64)
     keys = keys_of(transfer)
     if pool.window_pages is None:
-        return keys, pool.device_pages.numbers_in(transfer.device_indices, pool.device_pages.outbound)
+        return keys, pool.device_pages.numbers_in(transfer.device_indices, lane or pool.device_pages.outbound)
     # What has left the window may have left the pool: its slots are those of the pool's empty first page.
     held = pool.device_pages.held_pages(transfer.device_indices)
     own = PageKeys.of(keys[position] for position, _ in held)

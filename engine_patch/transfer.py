@@ -170,20 +170,27 @@ class DevicePages:
         with lane.queueing():
             return Place(None, self._on_device(numbers))
 
-    def gather(self, layer: int, pages: torch.Tensor | Place, out: Sequence[np.ndarray]) -> None:
-        """Device → host, queued on ``outbound``: ``pages``, by their numbers or their `place`, of ``layer`` into
-        ``out``, a uint8 array of shape (pages, component bytes) a component. Raises ValueError for a page number that
-        the device does not have."""
+    def gather(
+        self,
+        layer: int,
+        pages: torch.Tensor | Place,
+        out: Sequence[np.ndarray],
+        lane: CopyLane | None = None,
+    ) -> None:
+        """Device → host, queued on ``lane``, which is ``outbound`` by default: ``pages``, by their numbers or their
+        `place`, of ``layer`` into ``out``, a uint8 array of shape (pages, component bytes) a component. Raises
+        ValueError for a page number that the device does not have."""
+        lane = lane or self.outbound
         if self._arrays is not None:
-            place = pages if isinstance(pages, Place) else self.place(pages, self.outbound)
+            place = pages if isinstance(pages, Place) else self.place(pages, lane)
             for source, array in zip(self._arrays[layer], out, strict=True):
                 if place.run is None:
                     np.take(source, place.index, axis=0, out=array, mode="clip")
                 else:
                     np.copyto(array, source[place.run])
             return
-        with self.outbound.queueing():
-            place = pages if isinstance(pages, Place) else self.place(pages, self.outbound)
+        with lane.queueing():
+            place = pages if isinstance(pages, Place) else self.place(pages, lane)
             for rows, array in zip(self._rows[layer], out, strict=True):
                 target = torch.from_numpy(array)
                 if place.run is not None:

@@ -102,6 +102,8 @@ class Chunk:
     Two kinds of pages must not be used. ``wrong`` pages are lost for good, with the reason: their bytes are not what
     was written, or their extent is gone, cut off or no extent. ``unread`` segments could not be read this time, with
     the reason: nothing is known of their pages.
+
+    What is in host memory already is streamed in chunks too: ``n_bytes_in_memory`` of it.
     """
 
     layer: int
@@ -111,6 +113,7 @@ class Chunk:
     wrong: dict[int, str] = field(default_factory=dict)
     unread: list[tuple[Segment, OSError]] = field(default_factory=list)
     n_bytes: int = 0
+    n_bytes_in_memory: int = 0
     keep_until: Callable[[], None] | None = None
     straight: bool = False
 

@@ -119,8 +119,8 @@ def test_what_forks_have_in_common_is_read_once(rank: Rank, restorer: Restorer, 
     assert restored.n_bytes == stats.bytes_read, "counted for one of them"
     # The shortest one is fed by the same.
     assert restored.requests["f2"].n_bytes == 0
-    assert restored.requests["f2"].sources == {Source.HOST if ahead else Source.COLD}
-    assert restored.requests["f0"].sources == ({Source.COLD, Source.HOST} if ahead else {Source.COLD})
+    assert restored.requests["f2"].sources == {Source.STAGING if ahead else Source.COLD}
+    assert restored.requests["f0"].sources == ({Source.COLD, Source.STAGING} if ahead else {Source.COLD})
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -265,11 +265,11 @@ def test_a_batch_tells_what_it_brought_back_and_from_where(rank: Rank, restorer:
     assert restored is not None
     assert {rid: (share.pages, share.sources) for rid, share in restored.requests.items()} == {
         "a": (3, {Source.COLD}),
-        "b": (2, {Source.HOST}),
+        "b": (2, {Source.STAGING}),
     }
     assert all(share.n_bytes >= share.pages * rank.store.geometry.page_bytes for share in restored.requests.values())
     assert restored.n_bytes == sum(share.n_bytes for share in restored.requests.values())
-    assert restored.sources == {Source.COLD, Source.HOST}
+    assert restored.sources == {Source.COLD, Source.STAGING}
     restored = restorer.finish(restorer.preload("a prefetch", keys(6), torch.tensor([3]))).restored
     assert restored is not None and restored.sources == {Source.DEVICE}
 

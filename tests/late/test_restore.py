@@ -93,7 +93,7 @@ def test_what_was_read_ahead_is_what_a_forward_sees(rank: Rank, forward: Forward
     batch = restorer.start()
     forward.run(restorer.arrivals, batch, list(SCATTERED))
     found = restorer.finish(batch)
-    assert found.restored is not None and found.restored.sources == {Source.HOST}
+    assert found.restored is not None and found.restored.sources == {Source.STAGING}
     assert all(forward.seen(number) == rank.expected(name) for number, name in SCATTERED.items())
 
 

@@ -42,6 +42,19 @@ NOTICED_BY = {
     "agentstate/pages/reading.py Stream._let_go: reading.result().keep_until": (
         "late/test_staging.py::test_the_memory_of_a_stream_that_is_closed_is_kept_until_its_copies_are_over",
     ),
+    "engine_patch/host_reading.py HostStream.layer: chunk.keep_until": (
+        "late/test_host_tier.py::test_memory_is_not_another_runs_before_it_is_copied_from",
+    ),
+    "engine_patch/host_reading.py HostStream._let_go: wait": (
+        "late/test_host_tier.py::test_memory_is_not_another_runs_before_it_is_copied_from",
+        "late/test_host_tier.py::test_memory_of_a_stream_that_is_discarded_is_kept_until_its_copies_are_over",
+    ),
+    "engine_patch/host_tier.py HostPool._copy: self.lane.after": (
+        "late/test_host_tier.py::test_what_a_forward_still_writes_is_copied",
+    ),
+    "engine_patch/host_tier.py HostPool._copy: self.lane.finish": (
+        "late/test_host_tier.py::test_a_copy_is_whole_before_it_is_summed_up",
+    ),
     "engine_patch/restore.py Restorer.finish: batch.lane.finish": (
         "late/test_restore.py::test_nothing_comes_to_the_pages_of_a_batch_that_was_abandoned",
     ),

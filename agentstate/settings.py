@@ -33,6 +33,7 @@ ENGINE_LIMITS = (
     "read_priorities",
     "preload_bytes",
     "queue_aging_s",
+    "foresight",
     "prefetch_ttl_s",
     "heartbeat_interval_s",
 )
@@ -83,8 +84,9 @@ class Settings(BaseSettings):
     )
     foresight: bool = Field(
         True,
-        description="Whether the service learns how long sessions wait, and tells engines when it expects their next "
-        "requests: on or off.",
+        description="Whether the service learns how long sessions wait and tells engines, and whether an engine makes "
+        "use of that: what is worth least leaves the device first, and what is needed soon is brought back. off: the "
+        "least recently used leaves first.",
     )
     engine_api_key: SecretStr = Field(
         SecretStr(""), description="The key that engines want of the gateway: their --api-key. Empty: none."

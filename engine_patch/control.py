@@ -68,6 +68,8 @@ class Verbs(Protocol):
 
     def release(self, session_id: str) -> dict[str, Any]: ...
 
+    def explain(self, session_id: str) -> dict[str, Any]: ...
+
     def spill(self, on: bool) -> dict[str, Any]: ...
 
     def stat(self) -> dict[str, Any]: ...
@@ -164,6 +166,8 @@ class ControlEndpoint:
                     self._send(peer, {"ok": True, **self._foresee(request)})
                 case "release":
                     self._send(peer, {"ok": True, **self._verbs.release(str(request["session"]))})
+                case "explain":
+                    self._send(peer, {"ok": True, **self._verbs.explain(str(request["session"]))})
                 case "spill":
                     self._send(peer, {"ok": True, **self._verbs.spill(bool(request["on"]))})
                 case "stat":

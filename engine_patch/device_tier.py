@@ -1,5 +1,4 @@
-"""The part of each session that is on the device, and requests for it from outside the scheduler: to bring a session
-back before its next request, or to make it the first to be evicted."""
+"""Sessions that are brought back to the device before their next request, whoever asks for that."""
 
 from __future__ import annotations
 
@@ -7,11 +6,10 @@ import logging
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from agentstate.errors import EngineError
 from agentstate.pages import PLANNED, Need
 from engine_patch.deferrals import needed_by_running
 from engine_patch.linker import AgentStateLinker
@@ -21,7 +19,6 @@ from engine_patch.sglang_api import (
     MatchPrefixParams,
     RadixKey,
     UnifiedRadixCache,
-    UnifiedTreeCore,
     get_parallel,
     get_storage_hash_str,
 )
@@ -51,7 +48,7 @@ class _Prefetch:
 class DeviceTier:
     """Work on the radix tree. Whoever asks for it, it is done on the scheduler's thread, between two batches.
 
-    Sessions are moved neither with tensor parallelism, where the trees of all ranks must change alike and control
+    It ``moves`` sessions neither with tensor parallelism, where the trees of all ranks must change alike and control
     messages reach them at different times, nor for models with more than full attention.
     """
 
@@ -64,10 +61,7 @@ class DeviceTier:
         self._tokens = 0
         self._prefetches: dict[str, _Prefetch] = {}
         self._prefetching = threading.Lock()
-        # SGLang's default tree, in Rust, shows nobody its single nodes.
-        self._sees_nodes = isinstance(cache.tree_core, UnifiedTreeCore)
-        self._alone = get_parallel().tp_size == 1
-        self._moves = self._alone and len(cache._components_tuple) == 1
+        self.moves = get_parallel().tp_size == 1 and len(cache._components_tuple) == 1
 
     def run(self, scheduler: Scheduler) -> None:
         """Do what was asked for. Called before the scheduler makes its next batch."""
@@ -84,23 +78,9 @@ class DeviceTier:
         while self._tokens > _REMEMBERED_TOKENS and len(self._sessions) > 1:
             self._tokens -= len(self._sessions.popitem(last=False)[1])
 
-    def demote(self, session_id: str) -> None:
-        """Make the session's pages the first to be evicted, except those that another session shares. From any thread.
-        Raises EngineError if that cannot be done."""
-        if not self._sees_nodes:
-            raise EngineError(
-                "sessions are demoted in SGLang's Python tree only: start the engine with "
-                "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python"
-            )
-        if not self._moves:
-            raise EngineError("sessions cannot be demoted with tensor parallelism, or with this model's attention")
-        self._asked.put(lambda scheduler: self._demote(self._sessions.get(session_id)))
-
-    def _demote(self, key: RadixKey | None) -> None:
-        for node in self._path(key) if key is not None else ():
-            if len(node.children) > 1:
-                break
-            node.last_access_time = 0
+    def tokens(self, session_id: str) -> int:
+        """How many tokens the session's context has, 0 if none of its requests has ended here lately."""
+        return len(self._sessions.get(session_id, ()))
 
     def prefetch(self, session_id: str, keys: list[bytes], need: Need = PLANNED) -> Callable[[], Progress] | None:
         """Bring the pages ``keys``, the session's stored chain, into the tree. They take memory that is free or
@@ -138,7 +118,7 @@ class DeviceTier:
         """The tree's key of the pages ``keys``. A page's key covers all tokens before it, so comparing the last one is
         enough."""
         page_size = self._cache.page_size
-        key = self._sessions.get(session_id) if self._moves else None
+        key = self._sessions.get(session_id) if self.moves else None
         if key is None or len(key) < len(keys) * page_size:
             return None
         key = key[: len(keys) * page_size]
@@ -173,12 +153,3 @@ class DeviceTier:
         if self._linker.restores:
             prefetch.preload = self._preloads.start("a prefetch", prefetch.key, found, missing, reserved, prefetch.need)
         return Progress.FAILED if prefetch.preload is None else Progress.RUNNING
-
-    def _path(self, key: RadixKey) -> Iterator[Any]:
-        """The nodes along ``key`` that are on the device, from its end to the root."""
-        core = self._cache.tree_core
-        found = self._cache.match_prefix(MatchPrefixParams(key=key.page_aligned(self._cache.page_size)))
-        node = core.node_by_id(found.last_device_node)
-        while node is not core.root_node:
-            yield node
-            node = node.parent

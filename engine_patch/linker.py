@@ -43,16 +43,21 @@ class AgentStateLinker(UnifiedCacheLinker):
         self.preload_stats = self._rank.preload_stats
         self.queue_aging_s = self._rank.settings.queue_aging_s
         self.order_stats = self._rank.order_stats
+        self.waits = self._rank.waits
+        self.foresight_stats = self._rank.foresight_stats
         self.layer_done_counter = self._pools.gate
         self.pools = self._pools.device_pages
         if PoolName.MAMBA in self.pools:
             # The state has readers of its own, which do not pass through the KV pool.
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
 
-    def attach(self, device: Device, kept: Callable[[], dict[str, int]]) -> None:
-        """The radix tree is there: from now on sessions can be moved in it, and `stat` shows what it has ``kept`` for
-        requests."""
+    def attach(
+        self, device: Device, explain: Callable[[str], dict[str, Any]], kept: Callable[[], dict[str, int]]
+    ) -> None:
+        """The radix tree is there: from now on sessions can be moved in it and it can ``explain`` where one is, and
+        `stat` shows what it has ``kept`` for requests."""
         self._rank.sessions.device = device
+        self._rank.explain_device = explain
         self._rank.kept_by_tree = kept
 
     def retire(self, reason: str) -> None:
@@ -231,6 +236,10 @@ class AgentStateLinker(UnifiedCacheLinker):
     def quarantine_slots(self, slots: torch.Tensor) -> None:
         """Like `quarantine`, for the slots of a preload that some rank may still write to."""
         self.quarantine(Finished(set(), numbers=(partial(self._pools.page_numbers, slots),)))
+
+    def bring(self, session_id: str) -> Callable[[], dict[str, Any]]:
+        """Begin to bring a session to the device: what tells how far that is. From any thread."""
+        return self._rank.sessions.prefetch(session_id, "device", None)
 
     def n_bytes(self, pages: int) -> int:
         """The bytes that one rank reads to restore a prefix of so many pages."""

@@ -285,6 +285,7 @@ def _around_step_counters(original: Any, scheduler: Any, batch: Any, result: Any
 
 def _while_queueing(original: Any, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     if (cache := _ours(scheduler)) is not None:
+        cache.end_wait(req)
         cache.read_ahead(scheduler, req)
     return original(scheduler, req, *args, **kwargs)
 

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ import torch
 from agentstate.pages import PageKeys
 from engine_patch.deferrals import Deferrals, StoredHit
 from engine_patch.device_tier import DeviceTier
+from engine_patch.eviction import EvictionOrder
+from engine_patch.foresight import Foresight
 from engine_patch.linker import AgentStateLinker
 from engine_patch.lost_pages import LostPages
 from engine_patch.order import Order
@@ -30,6 +33,8 @@ from engine_patch.preloads import Preloads
 from engine_patch.restore import Restored
 from engine_patch.sglang_api import (
     FINISH_ABORT,
+    EvictParams,
+    EvictResult,
     RadixKey,
     UnifiedCacheLinkerWrapper,
     UnifiedRadixCache,
@@ -184,6 +189,8 @@ class AgentStateRadixCache(UnifiedRadixCache):
         # SGLang sends embeddings also of a request that is marked as sent.
         self._generates = True
         self._locked_tokens = 0
+        # The nodes that the walk which is under way passes over.
+        self._passed_over: set[int] = set()
 
     def init_cache_linker(self, cache_linker: AgentStateLinker) -> None:
         self.agentstate = cache_linker
@@ -194,7 +201,16 @@ class AgentStateRadixCache(UnifiedRadixCache):
         )
         self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit, self.order)
         self.device_tier = DeviceTier(self, cache_linker, self.preloads)
-        cache_linker.attach(self.device_tier, self.kept)
+        self.eviction = EvictionOrder(self.tree_core, cache_linker.waits, self._least)
+        self.foresight = Foresight(
+            cache_linker.waits,
+            self.eviction,
+            cache_linker.foresight_stats,
+            length=self.device_tier.tokens,
+            room=self.token_to_kv_pool_allocator.available_size,
+            bring=cache_linker.bring if self.device_tier.moves else None,
+        )
+        cache_linker.attach(self.device_tier, self.foresight.explain, self.kept)
 
     def kept(self) -> dict[str, int]:
         """What the tree keeps for requests and offers. From any thread; ``locked_tokens`` are those that no eviction
@@ -203,6 +219,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             **self.linker.kept(),
             **self.device_tier.kept(),
             "preloads": len(self.preloads),
+            "fetches": self.foresight.kept,
             "deferrals": self.deferrals.kept,
             "ordered_requests": self.order.kept,
             "recomputations": len(self._recomputing),
@@ -215,11 +232,15 @@ class AgentStateRadixCache(UnifiedRadixCache):
             self.deferrals.forget()
             self.order.clear()
             self.linker.landed.clear()
+            self.eviction.forget()
         super().reset()
 
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
-        if req.finished() and req.session_id and not self.disable:
+        if not req.finished() or self.disable:
+            return
+        turn = None
+        if req.session_id:
             # The insert may have kept less than it was offered; what it kept is what the manifest may list.
             tokens = req.full_untruncated_fill_ids[: req.kv.cache_inserted_len]
             key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
@@ -230,6 +251,57 @@ class AgentStateRadixCache(UnifiedRadixCache):
             if turn is not None:
                 self.device_tier.remember(turn.session_id, key)
                 self.agentstate.request_finished(turn, key)
+        self.eviction.ended(None if turn is None else turn.session_id, req.last_node)
+
+    def _evict(
+        self,
+        params: EvictParams,
+        available_size_targets: Any = None,
+        *,
+        allocation_reclaim_satisfied: Callable[[], bool] | None = None,
+    ) -> EvictResult:
+        """As stock, but that what is worth least goes first (`EvictionOrder`)."""
+        walk = partial(
+            super()._evict,
+            available_size_targets=available_size_targets,
+            allocation_reclaim_satisfied=allocation_reclaim_satisfied,
+        )
+        total = EvictResult()
+        for passed_over in self.eviction.rounds(params.num_tokens):
+            self._passed_over = passed_over
+            missing = EvictParams(num_tokens=params.num_tokens - total.num_tokens_evicted)
+            try:
+                _add(total, walk(missing))
+            finally:
+                self._passed_over = set()
+            if total.num_tokens_evicted >= params.num_tokens:
+                break
+        rest = EvictParams(
+            max(0, params.num_tokens - total.num_tokens_evicted),
+            max(0, params.swa_num_tokens - total.swa_num_tokens_evicted),
+            max(0, params.mamba_num - total.mamba_num_evicted),
+        )
+        if rest != EvictParams():
+            _add(total, walk(rest))
+        return total
+
+    def _least(self, tensor: torch.Tensor) -> None:
+        self._all_reduce_attn_groups(tensor, torch.distributed.ReduceOp.MIN)
+
+    def _evict_device_next_node(self, component_type: Any, tracker: Any) -> tuple[int | None, bool]:
+        while True:
+            node, progressed = super()._evict_device_next_node(component_type, tracker)
+            if node not in self._passed_over:
+                return node, progressed
+
+    def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
+        self.eviction.evicting(node_id)
+        return super()._evict_device_leaf(node_id, tracker)
+
+    def end_wait(self, req: Req) -> None:
+        """A request is being queued: whoever's it is does not wait any more."""
+        if req.session_id and (turn := self.agentstate.turn(RequestSession(req.session_id))) is not None:
+            self.foresight.back(turn.session_id)
 
     def read_ahead(self, scheduler: Scheduler, req: Req) -> None:
         """Begin to read what a request will load, now that it is being queued behind others; unless it is to be
@@ -260,6 +332,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
     def before_next_batch(self, scheduler: Scheduler) -> None:
         """Everything that is done between two batches."""
         self._generates = scheduler.is_generation
+        self.foresight.step()
         self.device_tier.run(scheduler)
         self.preloads.land()
         if self.linker.unlocked:
@@ -337,6 +410,12 @@ class AgentStateRadixCache(UnifiedRadixCache):
                 # Of this request alone: others that come until then are not meant.
                 item.abort = copy(abort)
                 item.abort.rid, item.abort.abort_all = item.req.rid, False
+
+
+def _add(total: EvictResult, found: EvictResult) -> None:
+    total.num_tokens_evicted += found.num_tokens_evicted
+    total.swa_num_tokens_evicted += found.swa_num_tokens_evicted
+    total.mamba_num_evicted += found.mamba_num_evicted
 
 
 @dataclass

@@ -11,12 +11,15 @@ from typing import Any
 
 from agentstate.errors import AgentStateError, DatabaseError, EngineError
 from agentstate.fleet import engines
+from agentstate.lookahead import policies
+from agentstate.lookahead.forecast import Forecast
 from agentstate.pages import PageStore, Space
 from agentstate.settings import ENGINE_LIMITS, Settings
 from agentstate.sql.database import Database
 from engine_patch import identity
 from engine_patch.break_even import BreakEven
 from engine_patch.control import ControlEndpoint
+from engine_patch.foresight import ForesightStats
 from engine_patch.metrics import Metrics
 from engine_patch.order import OrderStats
 from engine_patch.pools import DevicePool, device_pools
@@ -24,6 +27,7 @@ from engine_patch.restore import PreloadStats
 from engine_patch.sessions import Sessions
 from engine_patch.sglang_api import PoolName, get_observability, get_parallel
 from engine_patch.stored_pools import StoredPools
+from engine_patch.waits import Waits
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,9 @@ class Rank:
         self.break_even = BreakEven()
         self.preload_stats = PreloadStats()
         self.order_stats = OrderStats()
+        self.waits = Waits(policies.planner if settings.foresight else policies.lru)
+        self.foresight_stats = ForesightStats()
+        self.explain_device: Callable[[str], dict[str, Any]] = lambda session_id: {}
         self.kept_by_tree: Callable[[], dict[str, int]] = dict
         self.page_size: int = params.page_size
         pools: list[DevicePool] = []
@@ -176,13 +183,28 @@ class Rank:
         return self.sessions.prefetch(session_id, tier, packed)
 
     def demote(self, session_id: str) -> dict[str, Any]:
-        return self.sessions.demote(session_id)
+        self.waits.release(session_id)
+        return self.sessions.demoted(session_id)
 
     def foresee(self, session_id: str, packed: bytes | None, waited_s: float, kind: str) -> dict[str, Any]:
-        return {"state": "ignored"}
+        forecast = None if packed is None else Forecast.unpack(packed)
+        taken = self.settings.foresight and self.waits.foresee(session_id, forecast, waited_s, kind)
+        self.foresight_stats.foreseen += taken
+        self.foresight_stats.ignored += not taken
+        return _taken(taken)
 
     def release(self, session_id: str) -> dict[str, Any]:
-        return {"state": "ignored"}
+        return _taken(self.waits.release(session_id))
+
+    def explain(self, session_id: str) -> dict[str, Any]:
+        """Where the session's context is, what it waits for, and what a byte of it is worth on the device."""
+        said = self.explain_device(session_id)
+        pages = {"device": said.pop("device_tokens", 0) // self.page_size, "disk": self.sessions.stored(session_id)}
+        tiers = {
+            name: {"tokens": count * self.page_size, "bytes": self.pools.n_bytes(count)}
+            for name, count in pages.items()
+        }
+        return {"tiers": tiers, **said}
 
     def spill(self, on: bool) -> dict[str, Any]:
         """Whether what is computed from now on is stored."""
@@ -201,6 +223,7 @@ class Rank:
             "break_even": asdict(self.break_even.stats),
             "preload": asdict(self.preload_stats),
             "order": asdict(self.order_stats),
+            "foresight": asdict(self.foresight_stats),
             "erasures": self.sessions.erasures,
             "kept": self._kept(),
         }
@@ -219,3 +242,7 @@ class Rank:
     def tick(self) -> None:
         if self.metrics is not None:
             self.metrics.update(self.stat())
+
+
+def _taken(taken: bool) -> dict[str, Any]:
+    return {"state": "accepted" if taken else "ignored"}

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from enum import Enum, auto
 from typing import Any, Protocol
 
-from agentstate.errors import EngineError
 from agentstate.fleet import turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest, split_keys
@@ -46,9 +45,6 @@ class Device(Protocol):
 
     def prefetch(self, session_id: str, keys: list[bytes], need: Need) -> Callable[[], Progress] | None:
         """Bring the pages ``keys`` into the tree: what tells how far that is. None where it cannot be done."""
-
-    def demote(self, session_id: str) -> None:
-        """Make the session's pages the first to be evicted. Raises EngineError where that cannot be done."""
 
 
 class Sessions:
@@ -227,11 +223,12 @@ class Sessions:
 
         return answer
 
-    def demote(self, session_id: str) -> dict[str, Any]:
-        """Make the session's pages the first that the device evicts."""
-        if self.device is None:
-            raise EngineError("the engine is not up yet")
-        self.device.demote(session_id)
+    def stored(self, session_id: str) -> int:
+        """How many pages of the session's context are stored."""
+        return self._pools.durable(self._chain(session_id))
+
+    def demoted(self, session_id: str) -> dict[str, Any]:
+        """The answer for a session whose pages are the first that the device evicts."""
         return self._answer("demoted", len(self._ledger.chain(session_id) or ()), "device")
 
     def _chain(self, session_id: str) -> list[bytes]:

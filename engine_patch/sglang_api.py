@@ -38,7 +38,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT  # noqa: E402
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, CacheAgnosticPolicy  # noqa: E402
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator  # noqa: E402
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator  # noqa: E402
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams  # noqa: E402
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, InsertParams, MatchPrefixParams  # noqa: E402
 from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer  # noqa: E402
 from sglang.srt.mem_cache.memory_pool import (  # noqa: E402
@@ -60,7 +60,6 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (  # noqa: E
     UnifiedCacheLinkerWrapper,
 )
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import _PendingOffload as PendingOffload  # noqa: E402
-from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeCore  # noqa: E402
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache  # noqa: E402
 from sglang.srt.mem_cache.utils import get_storage_hash_str  # noqa: E402
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: E402
@@ -119,6 +118,7 @@ __all__ = [
     "CacheAgnosticPolicy",
     "ComponentType",
     "EvictParams",
+    "EvictResult",
     "GenerateReqInput",
     "HookRegistry",
     "HookType",
@@ -139,7 +139,6 @@ __all__ = [
     "UnifiedCacheLinker",
     "UnifiedCacheLinkerWrapper",
     "UnifiedRadixCache",
-    "UnifiedTreeCore",
     "UpdateWeightFromDiskReqOutput",
     "add_attention_backend_choices",
     "check_version",

@@ -460,6 +460,22 @@ def beside(
     _room("benchmarks.beside").beside(Settings(), models.split(","), tokens, requests, output, rounds, report)
 
 
+@bench.command("foresight")
+def bench_foresight(
+    model: Annotated[str, typer.Option(help="The model.")] = "smollm2-135m-instruct",
+    rounds: Annotated[int, typer.Option(min=2, help="How often each policy serves the agents.")] = 5,
+    forwards: Annotated[
+        float, typer.Option(min=0, help="Slow the drive down until a restore takes so many forwards. 0: as it is.")
+    ] = 4.0,
+    agents: Annotated[int, typer.Option(min=2, help="How many agents there are.")] = 12,
+    turns: Annotated[int, typer.Option(min=2, help="Turns of each.")] = 17,
+    report: JsonPath = None,
+) -> None:
+    """Serve agents whose KV is four times the device's pool, by LRU, without prediction, and with announcements."""
+    room = _room("benchmarks.foresight")
+    room.foresight(Settings(), model, rounds, forwards, room.Plan(agents=agents, turns=turns), report)
+
+
 @bench.command()
 def guesses(
     model: Annotated[str, typer.Option(help="The model.")] = "smollm2-135m-instruct",

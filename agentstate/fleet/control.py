@@ -21,6 +21,8 @@ Verbs::
     release(session)                          -> state                          nobody comes back to the session: it is
                                                                                  the first to leave device and host
                                                                                  memory
+    explain(session)                          -> tiers, wait, index, place,     where the session's context is, what it
+                                                 fetch                          waits for, and what its bytes are worth
     spill(on)                                 -> state                          whether what is computed from now on is
                                                                                  stored: "on" or "off"
     stat()                                    -> counters of the rank, its fingerprint and its page store

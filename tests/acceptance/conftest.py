@@ -10,13 +10,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from compiler import c_compiler
 from prompts import EXACT, Generator
-from stacks import Drive, MakeStack
+from stacks import MakeStack
 from zygote import Zygotes
 
 from agentstate.cli.local import LocalStack, Spawn, free_port
 from agentstate.settings import Settings
+from benchmarks.slow_drive import Drive
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,21 +63,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, engine_python: Path) -
 
 
 @pytest.fixture(scope="session")
-def slow_drive(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which an engine's drive is as slow as `Drive` says (see slow_drive.c)."""
-    directory = tmp_path_factory.mktemp("slow")
-    (directory / "speed").write_text("1e12")
-    shim, source = directory / "slow_drive.so", Path(__file__).with_name("slow_drive.c")
-    subprocess.run([c_compiler(), "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl", "-lpthread"], check=True)
-    return {"LD_PRELOAD": str(shim), "SPEED": str(directory / "speed")}
+def one_drive(tmp_path_factory: pytest.TempPathFactory) -> Drive:
+    return Drive(tmp_path_factory.mktemp("slow"))
+
+
+@pytest.fixture(scope="session")
+def slow_drive(one_drive: Drive) -> dict[str, str]:
+    """An environment in which an engine's drive is as slow as `Drive` says."""
+    return one_drive.environment
 
 
 @pytest.fixture
-def drive(slow_drive: dict[str, str]) -> Iterator[Drive]:
-    drive = Drive(Path(slow_drive["SPEED"]))
-    drive.answer()
-    yield drive
-    drive.answer()
+def drive(one_drive: Drive) -> Iterator[Drive]:
+    one_drive.answer()
+    yield one_drive
+    one_drive.answer()
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from prompts import PAGE, TINY, Generator, Stream, prompt
-from stacks import Drive, MakeStack
+from stacks import MakeStack
 
 from agentstate.cli.local import LocalStack
 from benchmarks.beside import Beside, Variant
+from benchmarks.slow_drive import Drive
 
 READS = "extents"
 _EIGHT = [prompt(500 + number, 30) for number in range(8)]

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from models import VOCABULARY
 from prompts import TINY, Generated, Generator, Stream
-from stacks import Drive, MakeStack
+from stacks import MakeStack
 
 from agentstate.cli.local import LocalStack
 from agentstate.fleet.control import ControlClient
 from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.files import read_header
 from agentstate.pages.inventory import store_directories
+from benchmarks.slow_drive import Drive
 
 PAGE = 64
 QUESTION = 7 * PAGE + 20

@@ -1,4 +1,4 @@
-"""What needs SGLang's Python tree: sessions that are let go of first, and pages offered again that the store lost."""
+"""On SGLang's Python tree: sessions that are let go of first, and pages offered again that the store has lost."""
 
 from __future__ import annotations
 

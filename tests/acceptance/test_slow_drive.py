@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from prompts import PAGE, TINY, Generator, Stream, prompt
-from stacks import Drive, MakeStack
+from stacks import MakeStack
 
 from agentstate.cli.local import LocalStack
+from benchmarks.slow_drive import Drive
 
 READS = "extents"
 

@@ -1,4 +1,4 @@
-"""Before the next request: pages that are brought back to host or device memory, and such as are let go of first."""
+"""Before the next request: pages that are brought back to host or device memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from prompts import PAGE, Generator, prompt
 
 from agentstate.cli.local import LocalStack
 from agentstate.client import Client
-from agentstate.errors import EngineRefused
 from agentstate.fleet.control import ControlClient
 
 
@@ -75,11 +74,6 @@ def test_pages_that_were_prefetched_to_the_device_are_a_hit(
 def test_a_session_that_nobody_knows_is_missing(rank: ControlClient) -> None:
     for tier in ("host", "device"):
         assert prefetch(rank, "ses_unheard_of", tier)["state"] == "cold"
-
-
-def test_demotion_is_refused_where_the_tree_cannot_do_it(rank: ControlClient) -> None:
-    with pytest.raises(EngineRefused, match="SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python"):
-        rank.call("demote", 60, session="ses_any")
 
 
 @contextmanager

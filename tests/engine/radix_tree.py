@@ -12,7 +12,10 @@ import torch
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
 from agentstate.fleet.turns import Turn
+from agentstate.lookahead import policies
 from engine_patch.break_even import Word
+from engine_patch.foresight import ForesightStats
+from engine_patch.order import OrderStats
 from engine_patch.radix_cache import AgentStateRadixCache
 from engine_patch.restore import PreloadStats
 from engine_patch.sglang_api import (
@@ -25,6 +28,7 @@ from engine_patch.sglang_api import (
     RadixKey,
 )
 from engine_patch.turns import RequestSession
+from engine_patch.waits import Waits
 
 PAGE_SIZE = 4
 PAGES = 64
@@ -41,8 +45,12 @@ class Linker:
     preload_bytes = 0
     preload_stats = PreloadStats()
     quarantines_pages = stuck = False
+    queue_aging_s = 0.0
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.waits = Waits(policies.planner, clock)
+        self.foresight_stats = ForesightStats()
+        self.order_stats = OrderStats()
         self.stores: set[str] = set()
         self.offers: list[list[str]] = []
         self.lost = 0
@@ -50,7 +58,9 @@ class Linker:
         self.finished: list[str] = []
         self._answers: list[bool] = []
 
-    def attach(self, device: Any, kept: Callable[[], dict[str, int]]) -> None:
+    bring = None
+
+    def attach(self, device: Any, explain: Any, kept: Callable[[], dict[str, int]]) -> None:
         self.kept_by_tree = kept
 
     def lose(self, *keys: str) -> None:
@@ -117,7 +127,8 @@ class Tree(AgentStateRadixCache):
         )
         super().__init__(params)
         self.agree = agree
-        self.store = Linker()
+        self.now_s = 0.0
+        self.store = Linker(lambda: self.now_s)
         self.init_cache_linker(self.store)
 
     def _all_reduce_attn_groups(self, tensor: torch.Tensor, op: Any) -> None:
@@ -132,6 +143,7 @@ class Tree(AgentStateRadixCache):
         prefix = self.tree_core.collect_full_device_indices(there.last_device_node, root)
         self.insert(InsertParams(key=key, value=torch.cat([prefix, slots]), session_id=session_id))
         self.linker.lost_pages.finished(RequestSession(session_id), key)
+        self.eviction.ended(session_id or None, self.tree_core.match_full_device_prefix(key)[1])
 
     def settle(self, stored: bool = True) -> None:
         """Everything that was offered is stored, or nothing, and the tree knows."""

@@ -17,6 +17,7 @@ def cache() -> AgentStateRadixCache:
     cache = AgentStateRadixCache.__new__(AgentStateRadixCache)
     cache._recomputing = []
     cache.device_tier = SimpleNamespace(run=lambda scheduler: None)
+    cache.foresight = SimpleNamespace(step=lambda: None)
     cache.preloads = SimpleNamespace(land=lambda: None)
     cache.deferrals = SimpleNamespace(
         on=False,

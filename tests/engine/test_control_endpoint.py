@@ -50,6 +50,9 @@ class Rank:
         self.foreseen = session, forecast, waited_s, kind
         return {"state": "accepted"}
 
+    def explain(self, session: str) -> dict[str, Any]:
+        return {"tiers": {}, "wait": None}
+
     def release(self, session: str) -> dict[str, Any]:
         return {"state": "accepted" if session in self.states else "ignored"}
 
@@ -322,6 +325,7 @@ VERBS: dict[str, dict[str, Any]] = {
     "demote": {"session": "s"},
     "foresee": {"session": "s", "forecast": None, "waited_ms": 0, "kind": "other"},
     "release": {"session": "s"},
+    "explain": {"session": "s"},
     "spill": {"on": False},
     "stat": {},
 }

@@ -138,7 +138,7 @@ def test_a_prefetch_that_breaks_down_gives_everything_back() -> None:
 def test_with_tensor_parallelism_nothing_is_moved() -> None:
     stage, key = Stage(free=64), key_of(16)
     tier = stage.tier
-    tier._alone = tier._moves = False
+    tier.moves = False
     tier.remember("s", key)
     assert tier.prefetch("s", pages_of(key)) is None
     assert not any(tier.kept().values())

@@ -20,8 +20,8 @@ from engine_patch.sglang_api import MatchPrefixParams, get_storage_hash_str
 
 @pytest.fixture(autouse=True)
 def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    parallel = SimpleNamespace(tp_size=1)
-    for module in ("device_tier", "lost_pages"):
+    parallel = SimpleNamespace(tp_size=1, tp_rank=0)
+    for module in ("device_tier", "eviction", "lost_pages"):
         monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: parallel)
     return parallel
 
@@ -231,8 +231,9 @@ def test_what_was_lost_is_offered_before_the_manifest_that_lists_it(monkeypatch:
     tree.disable = False
     tree.linker = SimpleNamespace(lost_pages=SimpleNamespace(finished=telling("offered")))
     tree.device_tier = SimpleNamespace(remember=telling("remembered"))
+    tree.eviction = SimpleNamespace(ended=lambda owner, node: None)
     tree.agentstate = SimpleNamespace(turn=lambda session: proven, request_finished=telling("manifest"))
-    fields = {"full_untruncated_fill_ids": [1, 2, 3, 4], "kv": SimpleNamespace(cache_inserted_len=3)}
+    fields = {"full_untruncated_fill_ids": [1, 2, 3, 4], "kv": SimpleNamespace(cache_inserted_len=3), "last_node": 7}
     request = SimpleNamespace(session_id="ses", extra_key=None, cache_salt=None, finished=lambda: True, **fields)
     tree.checkpoint_into_tree(request, up_to=4)
     assert told == [("offered", "ses", 3), ("remembered", "ses", 3), ("manifest", "ses", 3)]

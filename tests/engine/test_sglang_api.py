@@ -34,6 +34,7 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.mem_cache.unified_cache import unified_tree_core
+from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import TreePathNodeInfo
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
 from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
@@ -86,7 +87,7 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.resolving_view, "server_args"),
     (sgl.warmup, "name"),
     (sgl.SWAKVPool.translate_loc_from_full_to_swa, "self kv_indices"),
-    (sgl.EvictParams, "num_tokens"),
+    (sgl.EvictParams, "num_tokens swa_num_tokens mamba_num"),
     (sgl.InsertParams, "key value * prev_prefix_len"),
     (sgl.MatchPrefixParams, "key"),
     (sgl.UnifiedRadixCache.match_prefix, "self params"),
@@ -95,11 +96,11 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (sgl.UnifiedRadixCache.inc_lock_ref, "self node_id"),
     (sgl.UnifiedRadixCache.dec_lock_ref, "self node_id params"),
     (sgl.UnifiedRadixCache.root_node_handle, "self extra_key"),
-    (sgl.UnifiedTreeCore.node_by_id, "self node_id"),
-    (sgl.UnifiedTreeCore.collect_full_device_indices, "self from_node_id until_node_id"),
-    (sgl.UnifiedTreeCore.collect_path_info, "self end_node_ids"),
-    (sgl.UnifiedTreeCore.get_component_device_value, "self node_id component_type"),
-    (sgl.UnifiedTreeCore.get_hash_values, "self node_id"),
+    (unified_tree_core.UnifiedTreeCore.collect_full_device_indices, "self from_node_id until_node_id"),
+    (unified_tree_core.UnifiedTreeCore.collect_path_info, "self end_node_ids"),
+    (unified_tree_core.UnifiedTreeCore.get_component_device_value, "self node_id component_type"),
+    (unified_tree_core.UnifiedTreeCore.get_hash_values, "self node_id"),
+    (unified_tree_core.UnifiedTreeCore.get_last_hash_value, "self node_id"),
     (sgl.UnifiedRadixCache.protected_size, "self"),
     (Req.init_next_round_input, "self tree_cache * cow_mamba"),
     (Scheduler._prefetch_kvcache, "self req"),
@@ -148,6 +149,14 @@ OVERRIDDEN: list[tuple[type, type, str, str]] = [
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "init_cache_linker", "self cache_linker"),
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "checkpoint_into_tree", "self req up_to kwargs"),
     (AgentStateRadixCache, sgl.UnifiedRadixCache, "finish_external_linker_loads", "self reqs"),
+    (
+        AgentStateRadixCache,
+        sgl.UnifiedRadixCache,
+        "_evict",
+        "self params available_size_targets allocation_reclaim_satisfied",
+    ),
+    (AgentStateRadixCache, sgl.UnifiedRadixCache, "_evict_device_next_node", "self component_type tracker"),
+    (AgentStateRadixCache, sgl.UnifiedRadixCache, "_evict_device_leaf", "self node_id tracker"),
     (_LinkerWrapper, sgl.UnifiedCacheLinkerWrapper, "__init__", "self cache cache_linker"),
     (
         _LinkerWrapper,
@@ -197,7 +206,7 @@ ATTRIBUTES: dict[type, str] = {
     "discard_output_reason finished_output finished_reason finished_len to_finish is_retracted retracted_stain "
     "retraction_count cached_tokens cached_tokens_device cached_tokens_host cached_tokens_storage "
     "_cache_breakdown_computed origin_input_ids output_ids sampling_params multimodal_inputs session "
-    "storage_hit_start storage_hit_length priority prefix_len",
+    "storage_hit_start storage_hit_length priority prefix_len last_node",
     ReqKvInfo: "holds_kv cache_inserted_len kv_allocated_len",
     Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us result_queue "
     "is_generation page_size server_args policy",
@@ -207,8 +216,9 @@ ATTRIBUTES: dict[type, str] = {
     SWATokenToKVPoolAllocator: "full_attn_allocator swa_attn_allocator page_size",
     SamplingParams: "max_new_tokens",
     ScheduleBatch: "reqs prefix_lens extend_lens batch_is_full",
+    sgl.EvictResult: "num_tokens_evicted swa_num_tokens_evicted mamba_num_evicted",
+    TreePathNodeInfo: "node_id path_end num_children",
     MatchResult: "device_prefix_len last_device_node",
-    unified_tree_core.UnifiedTreeNode: "id parent children last_access_time external_cache_stored hash_value",
     sgl.UnifiedCacheLinkerWrapper: "cache cache_linker hit_markers inflight_load_rids inflight_load_index "
     "private_load_indices",
     SchedulerWeightUpdaterManager: "scheduler",

@@ -1,0 +1,122 @@
+"""The sessions whose agents are away: since when, what is foreseen of their return, and what a byte of theirs is worth
+until then."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any
+
+from agentstate.lookahead.forecast import Forecast
+from agentstate.lookahead.policies import Policy, Wait
+
+# How many waits are remembered. The oldest are forgotten first: they are worth least, unless something is foreseen.
+_MOST = 16_384
+# By how much longer than its session a wait may say that it lasts: messages take time, and clocks differ.
+_SLACK_S = 1.0
+# After so long a request counts as gone that never ended: one that was aborted in the queue.
+_LONGEST_TURN_S = 600.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a wait, by the monotonic clock: since when, and since when that is known; of which ``kind``, if
+    that was said. It is ``over`` once a request of the session is queued, and ``released`` if nobody comes back."""
+
+    since_s: float
+    foreseen_s: float = 0.0
+    forecast: Forecast | None = None
+    kind: str = ""
+    over: bool = False
+    released: bool = False
+
+
+class Waits:
+    """Waits by their owner: a session's id or, for a request without one, whatever names it. Thread-safe.
+
+    ``policy`` gives the index of a wait that is not over.
+    """
+
+    def __init__(self, policy: Policy, clock: Callable[[], float] = time.monotonic, most: int = _MOST):
+        self._policy = policy
+        self._clock = clock
+        self._most = most
+        self._mutex = threading.Lock()
+        self._waits: OrderedDict[Hashable, Known] = OrderedDict()
+        self._foreseen: set[Hashable] = set()
+
+    def began(self, owner: Hashable) -> None:
+        """A request of the owner has ended."""
+        with self._mutex:
+            self._put(owner, Known(self._clock()))
+            while len(self._waits) > self._most:
+                self._foreseen.discard(self._waits.popitem(last=False)[0])
+
+    def over(self, owner: Hashable) -> None:
+        """A request of the owner is queued."""
+        with self._mutex:
+            if owner in self._waits:
+                self._put(owner, Known(self._clock(), over=True))
+
+    def foresee(self, owner: Hashable, forecast: Forecast | None, waited_s: float, kind: str) -> bool:
+        """Take a forecast of the wait that began ``waited_s`` ago; None takes the last one back. False if the owner is
+        not known here, or its wait is another one by now."""
+        with self._mutex:
+            wait = self._waits.get(owner)
+            began_s = self._clock() - waited_s
+            if wait is None or wait.over or not began_s >= wait.since_s - _SLACK_S:
+                return False
+            self._put(owner, replace(wait, foreseen_s=self._clock(), forecast=forecast, kind=kind), last=False)
+            return True
+
+    def release(self, owner: Hashable) -> bool:
+        """Nobody comes back to the owner's context, as far as anyone knows. False if the owner is not known here, or a
+        request of it is queued."""
+        with self._mutex:
+            wait = self._waits.get(owner)
+            if wait is None or wait.over:
+                return False
+            self._put(owner, replace(wait, released=True), last=False)
+            return True
+
+    def get(self, owner: Hashable) -> Known | None:
+        with self._mutex:
+            return self._waits.get(owner)
+
+    def index(self, owner: Hashable) -> float:
+        """What a byte of the owner's is worth, a second: infinite once its wait is over, 0 if it is released or not
+        known."""
+        wait = self.get(owner)
+        if wait is None or wait.released:
+            return 0.0
+        age_s = self._clock() - wait.since_s
+        if wait.over and age_s < _LONGEST_TURN_S:
+            return math.inf
+        # A byte costs as much to bring back as any other.
+        return self._policy(Wait(wait.forecast, age_s, cost_s=1.0, n_bytes=1))
+
+    def soonest(self, most: int) -> list[Any]:
+        """The owners that something is foreseen of and that are worth something, who is worth most first."""
+        with self._mutex:
+            owners = list(self._foreseen)
+        found = [(index, owner) for owner in owners if 0 < (index := self.index(owner)) < math.inf]
+        return [owner for _, owner in sorted(found, key=itemgetter(0), reverse=True)[:most]]
+
+    @property
+    def foreseen(self) -> int:
+        """Of how many waits something else is known than since when."""
+        return len(self._foreseen)
+
+    def _put(self, owner: Hashable, wait: Known, *, last: bool = True) -> None:
+        self._waits[owner] = wait
+        if last:
+            self._waits.move_to_end(owner)
+        if wait.forecast is not None or wait.released:
+            self._foreseen.add(owner)
+        else:
+            self._foreseen.discard(owner)

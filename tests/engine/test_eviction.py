@@ -1,0 +1,197 @@
+"""What is worth least leaves the device first, in both of SGLang's own trees."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from radix_tree import PAGE_SIZE, PAGES, TREES, Tree, key_of
+
+from agentstate.lookahead.forecast import Forecast
+from engine_patch.sglang_api import EvictParams, MatchPrefixParams, RadixKey
+
+SESSIONS = ("a", "b", "c", "d")
+SOON, LATE = Forecast.exactly(5.0), Forecast.exactly(20_000.0)
+
+
+@pytest.fixture(autouse=True)
+def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    parallel = SimpleNamespace(tp_size=1, tp_rank=0)
+    for module in ("device_tier", "eviction", "lost_pages"):
+        monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: parallel)
+    return parallel
+
+
+@pytest.fixture(params=TREES)
+def make_tree(request: pytest.FixtureRequest) -> Callable[..., Tree]:
+    return lambda *arguments: Tree(request.param, *arguments)
+
+
+def filled(tree: Tree, shared: int = 2) -> dict[str, RadixKey]:
+    """Four sessions of eight pages, computed a second apart, with the first pages in common."""
+    keys = {}
+    for seed, session in enumerate(SESSIONS):
+        keys[session] = key_of(8, seed, shared=shared)
+        tree.compute(keys[session], session)
+        tree.settle()
+        tree.now_s += 1.0
+    return keys
+
+
+def there(tree: Tree, keys: dict[str, RadixKey]) -> dict[str, int]:
+    """How many pages of each are on the device. Touches nothing."""
+    return {name: tree.tree_core.match_full_device_prefix(key)[0] // PAGE_SIZE for name, key in keys.items()}
+
+
+def evict(tree: Tree, pages: int) -> int:
+    return int(tree.evict(EvictParams(num_tokens=pages * PAGE_SIZE)).num_tokens_evicted) // PAGE_SIZE
+
+
+def test_who_is_back_late_goes_before_who_is_back_soon(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    keys = filled(tree)
+    assert tree.store.waits.foresee("c", LATE, 0.0, "person")
+    assert tree.store.waits.foresee("a", SOON, 0.0, "tool")
+    assert evict(tree, 6) == 6
+    assert there(tree, keys) == {"a": 8, "b": 8, "c": 2, "d": 8}
+    # Of those without a forecast the one that was used least recently.
+    assert evict(tree, 6) == 6
+    assert there(tree, keys) == {"a": 8, "b": 2, "c": 2, "d": 8}
+
+
+def test_where_nothing_is_foreseen_the_least_recently_used_go(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    keys = filled(tree)
+    tree.match_prefix(MatchPrefixParams(key=keys["a"]))
+    assert list(tree.eviction.rounds(100)) == []
+    assert evict(tree, 12) == 12
+    assert there(tree, keys) == {"a": 8, "b": 2, "c": 2, "d": 8}
+
+
+def test_an_eviction_is_as_large_as_it_must_be_whatever_is_foreseen(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    keys = filled(tree)
+    for session in SESSIONS:
+        assert tree.store.waits.foresee(session, SOON, 0.0, "tool")
+    assert evict(tree, PAGES) == 26
+    assert there(tree, keys) == dict.fromkeys(SESSIONS, 0)
+    assert (len(tree.eviction), tree.evictable_size()) == (0, 0)
+
+
+def test_a_prefix_that_is_shared_stays_for_who_is_back_soon(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    keys = filled(tree, shared=6)
+    for session in SESSIONS:
+        assert tree.store.waits.foresee(session, SOON if session == "b" else LATE, 0.0, "tool")
+    assert evict(tree, 6) == 6
+    assert there(tree, keys) == {"a": 6, "b": 8, "c": 6, "d": 6}
+
+
+def test_who_is_being_served_or_was_released(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    keys = filled(tree)
+    waits = tree.store.waits
+    assert waits.release("d")
+    waits.over("a")
+    # It is queued: neither what is foreseen of it, nor that it is released, means anything now.
+    assert not waits.foresee("a", LATE, 0.0, "person")
+    assert not waits.release("a")
+    assert evict(tree, 6) == 6
+    assert there(tree, keys) == {"a": 8, "b": 8, "c": 8, "d": 2}
+    assert evict(tree, 12) == 12
+    assert there(tree, keys) == {"a": 8, "b": 2, "c": 2, "d": 2}
+
+
+def test_a_forecast_of_an_earlier_wait_is_ignored(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    filled(tree)
+    waits = tree.store.waits
+    waits.over("a")
+    tree.now_s += 100.0
+    tree.eviction.ended("a", tree.tree_core.match_full_device_prefix(key_of(8, 0, shared=2))[1])
+    assert not waits.foresee("a", LATE, 90.0, "person")
+    assert not waits.foresee("a", LATE, float("nan"), "person")
+    assert not waits.foresee("nobody", LATE, 0.0, "person")
+    assert waits.foreseen == 0
+    assert waits.foresee("a", LATE, 0.5, "person")
+    assert waits.foresee("a", None, 0.5, "person")
+    assert waits.foreseen == 0
+
+
+def test_a_context_that_is_evicted_from_its_end_is_known_to_where_it_is_left(make_tree: Callable[..., Tree]) -> None:
+    """A session's turns are nodes one after another; the last of them go, and what is before them has its worth."""
+    tree = make_tree()
+    first, second = key_of(8), key_of(12)
+    other = key_of(8, 1)
+    for key in (first, second):
+        tree.compute(key, "a")
+        tree.settle()
+    tree.compute(other, "b")
+    tree.settle()
+    tree.now_s = 60.0
+    assert tree.store.waits.foresee("a", LATE, 60.0, "person")
+    assert evict(tree, 4) == 4
+    assert tree.eviction.tokens("a") == len(first)
+    assert tree.store.waits.foresee("a", Forecast.exactly(65.0), 60.0, "tool")
+    assert evict(tree, 4) == 8
+    assert there(tree, {"a": first, "b": other}) == {"a": 8, "b": 0}
+
+
+def test_requests_without_a_session_are_ordered_with_the_others(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    nobody, early, late = key_of(8, 9), key_of(8, 1), key_of(8, 2)
+    for key, session in ((early, "early"), (nobody, ""), (late, "late")):
+        tree.compute(key, session)
+        tree.settle()
+        tree.now_s += 1.0
+    assert tree.store.waits.foresee("early", SOON, 0.0, "tool")
+    assert evict(tree, 8) == 8
+    assert there(tree, {"early": early, "nobody": nobody, "late": late}) == {"early": 8, "nobody": 0, "late": 8}
+
+
+def test_a_flush_forgets_what_is_on_the_device(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    filled(tree)
+    tree.store.waits.foresee("a", SOON, 0.0, "tool")
+    tree.reset()
+    assert len(tree.eviction) == 0
+    assert evict(tree, 1) == 0
+
+
+@pytest.mark.parametrize("backend", TREES)
+def test_ranks_evict_what_the_first_of_them_would(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the second rank has heard of a forecast, or has heard of another one: both do as the first one says."""
+    meeting, slots = threading.Barrier(2), {}
+    ranks = threading.local()
+
+    def least(said: torch.Tensor) -> None:
+        slots[ranks.number] = said.clone()
+        meeting.wait(10)
+        said.copy_(torch.minimum(slots[0], slots[1]))
+        meeting.wait(10)
+
+    monkeypatch.setattr("engine_patch.eviction.get_parallel", lambda: SimpleNamespace(tp_size=2, tp_rank=ranks.number))
+
+    def run(number: int, foreseen: list[dict[str, Any]]) -> list[dict[str, int]]:
+        ranks.number = number
+        tree = Tree(backend, least)
+        keys = filled(tree)
+        found = []
+        for forecasts in foreseen:
+            for session, forecast in forecasts.items():
+                tree.store.waits.foresee(session, forecast, 0.0, "tool")
+            assert evict(tree, 6) == 6
+            found.append(there(tree, keys))
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, 0, [{}, {"b": SOON}])
+        second = pool.submit(run, 1, [{"a": SOON}, {"c": SOON}])
+        of_first, of_second = first.result(20), second.result(20)
+    assert of_first == of_second
+    assert of_first == [{"a": 2, "b": 8, "c": 8, "d": 8}, {"a": 2, "b": 8, "c": 2, "d": 8}]

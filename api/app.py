@@ -67,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
             operations=following,
             changes=Changes(database),
             gate=Gate(database, settings.requests_per_s),
-            metrics=Metrics(database),
+            metrics=Metrics(database, following),
             waits=waits,
         )
         app.state.gateway = gateway = Gateway(service)

@@ -6,11 +6,15 @@ Rows are counted at most every ``COUNT_S``, so that frequent scrapes cost nothin
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from agentstate.fleet.operations import Operations
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import SessionStatus, leases, sessions
 
@@ -23,7 +27,7 @@ router = APIRouter(tags=["health"])
 class Metrics:
     """The metrics of one application."""
 
-    def __init__(self, database: Database):
+    def __init__(self, database: Database, operations: Operations):
         self._database = database
         self._counted_s = float("-inf")
         self.registry = CollectorRegistry()
@@ -61,6 +65,7 @@ class Metrics:
             ["api"],
             registry=self.registry,
         )
+        self.registry.register(_Notices(operations))
         self._sessions = Gauge("agentstate_sessions", "Sessions, by status.", ["status"], registry=self.registry)
         self._leases = Gauge("agentstate_leases", "Leases that are valid now.", registry=self.registry)
 
@@ -85,6 +90,24 @@ class Metrics:
             self._sessions.labels(status).set(by_status.get(status, 0))
         self._leases.set(valid)
         self._counted_s = time.monotonic()
+
+
+class _Notices(Collector):
+    """What became of notices to engines."""
+
+    def __init__(self, operations: Operations):
+        self._operations = operations
+
+    def collect(self) -> Iterator[Metric]:
+        told = CounterMetricFamily(
+            "agentstate_notices",
+            "Messages to engines about sessions that wait, by what became of them: what the engine answered; unknown, "
+            "if it does not know them; unreachable; refused; dropped, if too many waited.",
+            labels=["state"],
+        )
+        for state, number in sorted(self._operations.told.items()):
+            told.add_metric([state], number)
+        yield told
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -46,6 +46,7 @@ from agentstate.errors import (
     SessionExpired,
     SessionNotFound,
 )
+from agentstate.sessions import toolcalls
 from agentstate.sql.models import EntryKind
 
 PAGE = 1000
@@ -216,12 +217,12 @@ class AgentStateSessionService(BaseSessionService):
     ) -> answers.AppendedEntries:
         """Append an event, then the claims of the tool calls that it makes, and the ends of those that it answers.
 
-        The event has the arguments and results, so these entries do not.
+        The event has the arguments and results, so these entries do not, but for the beginning of a command.
         """
         pending = set(turn.pending_tool_calls)
         # The gateway may have seen the call before, in the model's answer.
         calls = {
-            call.id: call.name
+            call.id: call
             for call in event.get_function_calls()
             if call.id is not None and _is_id(call.id) and call.id not in pending
         }
@@ -229,7 +230,7 @@ class AgentStateSessionService(BaseSessionService):
         if event.author != "user":
             # The first answer of a tool that runs for long says that it has begun.
             results -= {id for earlier in session.events for id in earlier.long_running_tool_ids or ()}
-        claims = [tool_call(id, name or "") for id, name in calls.items()]
+        claims = [tool_call(id, call.name or "", toolcalls.beginning(call.args)) for id, call in calls.items()]
         ends = [tool_output(id, None) for id in sorted(results)]
         own = message({KEY: content})
         try:

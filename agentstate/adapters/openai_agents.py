@@ -4,7 +4,7 @@
 
     async with AsyncClient("http://127.0.0.1:8700") as client:
         async with AgentStateSession("agent-17", client, model="smollm2") as session:   # one turn: resumed, suspended
-            await Runner.run(agent, "Hello", session=session, run_config=session.run_config())
+            await Runner.run(agent, "Hello", session=session, run_config=session.run_config(), hooks=session.hooks())
         print(session.turn.suspended.kv)
 
 In the block the agent holds its session's lease, and the engine knows which session its calls belong to. Outside the
@@ -14,19 +14,31 @@ block the object is a ``Session`` like the SDK's others: every change is its own
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, cast
 
-from agents import ModelSettings, OpenAIProvider, RunConfig, SessionSettings, TResponseInputItem
+from agents import (
+    ModelSettings,
+    OpenAIProvider,
+    RunConfig,
+    RunHooks,
+    SessionSettings,
+    Tool,
+    TResponseInputItem,
+)
 
 from agentstate import documents
 from agentstate.answers import Entry
-from agentstate.client import AsyncClient, AsyncTurn, message, note
+from agentstate.client import AsyncClient, AsyncTurn, message, note, tool_call, tool_error, tool_output
 from agentstate.client.turn import TurnOptions
 from agentstate.errors import AgentStateError, RevisionStale, SessionNotFound
+from agentstate.sessions import toolcalls
 from agentstate.sql.models import EntryKind
+
+logger = logging.getLogger(__name__)
 
 PAGE = 1000
 # Limits of one append: the service takes bodies of 8 MiB, part of which is not entries.
@@ -62,6 +74,7 @@ class AgentStateSession:
         self._model = model
         self._busy_timeout_s = busy_timeout_s
         self._running: AsyncTurn | None = None
+        self._claimed: set[str] = set()  # of its hooks, without an end
         self._changing = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -74,6 +87,11 @@ class AgentStateSession:
     ) -> None:
         turn, self._running = self._running, None
         assert turn is not None
+        left, self._claimed = self._claimed, set()
+        if left and (error is None or isinstance(error, Exception)):
+            # A tool that raised has no end.
+            with suppress(AgentStateError):
+                await turn.append(*(tool_error(call_id, "it did not end") for call_id in sorted(left)))
         await turn.__aexit__(kind, error, trace)
 
     def run_config(self) -> RunConfig:
@@ -90,6 +108,16 @@ class AgentStateSession:
             model_settings=ModelSettings(extra_body=dict(self._running.extra_body)),
             tracing_disabled=True,
         )
+
+    def hooks(self, expected_s: Mapping[str, float] | None = None) -> RunHooks[Any]:
+        """Hooks for `Runner.run` that tell the service when a tool begins and ends, so that the session's KV is there
+        for the model's next call. ``expected_s`` is how long tools are expected to take, by their names.
+
+        They claim the tool's call in the session and finish it, without arguments and output, which the items have, but
+        for the beginning of a command. A call that cannot be claimed is run all the same. They do nothing outside a
+        block.
+        """
+        return _ToolHooks(self, expected_s or {})
 
     async def get_items(self, limit: int | None = None) -> list[TResponseInputItem]:
         """The conversation, the oldest item first; with a limit its newest items."""
@@ -177,6 +205,38 @@ class AgentStateSession:
                 await self._client.ensure_session(self.session_id, self._model)
                 turn = await stack.enter_async_context(self._client.turn(self.session_id, **options))
             yield turn
+
+
+class _ToolHooks(RunHooks[Any]):
+    """Claims and finishes calls of tools in the session's turn. What goes wrong with that is no concern of the run."""
+
+    def __init__(self, session: AgentStateSession, expected_s: Mapping[str, float]):
+        self._session = session
+        self._expected_s = expected_s
+
+    async def on_tool_start(self, context: Any, agent: Any, tool: Tool) -> None:
+        call_id = getattr(context, "tool_call_id", None)
+        if isinstance(call_id, str):
+            arguments = toolcalls.beginning(getattr(context, "tool_arguments", None))
+            claim = tool_call(call_id, tool.name, arguments, expected_s=self._expected_s.get(tool.name))
+            if await self._appended(claim):
+                self._session._claimed.add(call_id)
+
+    async def on_tool_end(self, context: Any, agent: Any, tool: Tool, result: Any) -> None:
+        call_id = getattr(context, "tool_call_id", None)
+        if call_id in self._session._claimed:
+            self._session._claimed.remove(call_id)
+            await self._appended(tool_output(call_id, None))
+
+    async def _appended(self, entry: dict[str, Any]) -> bool:
+        if (turn := self._session._running) is None:
+            return False
+        try:
+            await turn.append(entry)
+        except AgentStateError as error:
+            logger.info("a tool of session %s is not told of: %s", self._session.session_id, error)
+            return False
+        return True
 
 
 def _batches(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -241,7 +241,7 @@ class Operations:
     @property
     def told(self) -> Mapping[str, int]:
         """What became of all that was to be told (`Notices`)."""
-        return self._notices.told
+        return dict(self._notices.told)
 
     def telling(self) -> int:
         """How much is still being told, of what was to be told before this is asked."""

@@ -1,7 +1,7 @@
 """Waits: how long sessions pause between two requests. The service learns it, and tells engines what it expects.
 
 A wait begins when a turn ends, or when a tool call is claimed in one, and ends with the session's next request. `Waits`
-hears of both from the verbs, once they are committed. What they tell goes into a queue, so no request waits for it; one
+hears of both from the verbs, once they are committed. What they tell is only noted, so no request waits for it; one
 thread learns, forecasts, and hands a message a wait to `fleet.operations`.
 
 What is learned of a tenant (`lookahead.durations`: names of tools and heads of commands, never arguments or contents)
@@ -12,10 +12,9 @@ together.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,7 +40,9 @@ logger = logging.getLogger(__name__)
 SAVE_S = 5.0
 # How long what others have learned may go unread.
 REFRESH_S = 60.0
-MAX_QUEUED = 10_000
+# How long notes are gathered.
+PAUSE_S = 0.02
+MAX_NOTES = 10_000
 MAX_TENANTS = 1_000
 # Sessions whose engine, or whose wait, is remembered.
 MAX_SESSIONS = 50_000
@@ -116,13 +117,14 @@ class Waits:
         self._operations = operations
         self._engine_timeout_s = engine_timeout_s
         self._clock = clock
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._notes: deque[Callable[[], None]] = deque()
+        self._noted = threading.Event()
+        self._closing = threading.Event()
         self._learned: OrderedDict[str, _Learned] = OrderedDict()
         self._ranks: OrderedDict[str, Engine] = OrderedDict()
         # Who waits here since when: those that are not back within a day teach that, too.
         self._waiting: OrderedDict[str, tuple[str, Sequence[Awaited], float]] = OrderedDict()
         self._saved_s = self._swept_s = clock()
-        self._ended = False
         self._thread = threading.Thread(target=self._run, name="agentstate-waits", daemon=True)
         self._thread.start()
 
@@ -131,24 +133,24 @@ class Waits:
     def begun(self, tenant: str, session: str, awaited: Sequence[Awaited], rank: Engine | None = None) -> None:
         """The session waits until all of ``awaited`` are there; for its next request alone if that is empty."""
         since_s = self._clock()
-        self._put(lambda: self._begin(tenant, session, awaited, rank, since_s))
+        self._note(lambda: self._begin(tenant, session, awaited, rank, since_s))
 
     def expected(self, tenant: str, session: str, forecast: Forecast, kind: str, rank: Engine | None = None) -> None:
         """The session's next request is expected like this, whatever has been learned."""
         since_s = self._clock()
-        self._put(lambda: self._foresee(tenant, session, forecast, 0.0, kind, rank, since_s))
+        self._note(lambda: self._foresee(tenant, session, forecast, 0.0, kind, rank, since_s))
 
     def released(self, tenant: str, session: str, rank: Engine | None = None) -> None:
         """Nobody comes back to the session."""
-        self._put(lambda: self._release(tenant, session, rank))
+        self._note(lambda: self._release(tenant, session, rank))
 
     def over(self, session: str, rank: Engine | None) -> None:
         """The session's next request has come, and goes to this engine."""
-        self._put(lambda: self._end(session, rank))
+        self._note(lambda: self._end(session, rank))
 
     def took(self, tenant: str, waits: Sequence[Took]) -> None:
         """Learn from waits that are over."""
-        self._put(lambda: self._learn(tenant, waits))
+        self._note(lambda: self._learn(tenant, waits))
 
     def settle(self) -> None:
         """Wait until all that was said before is learned, in SQL if that answers, and on its way to the engines."""
@@ -156,45 +158,52 @@ class Waits:
 
         def settled() -> None:
             try:
+                self._sweep_if_due()
                 self._save()
             finally:
                 done.set()
 
-        self._queue.put(settled)
+        self._notes.append(settled)
+        self._noted.set()
         done.wait()
 
     def close(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._queue.put(None)
-            self._thread.join()
+        self._closing.set()
+        self._noted.set()
+        self._thread.join()
 
-    def _put(self, note: Callable[[], None]) -> None:
+    def _note(self, note: Callable[[], None]) -> None:
         # Who cannot keep up forgets: waits are guesses.
-        if self._queue.qsize() < MAX_QUEUED:
-            self._queue.put(note)
+        if len(self._notes) < MAX_NOTES:
+            self._notes.append(note)
+            if not self._noted.is_set():
+                self._noted.set()
 
     # --- on the thread
 
     def _run(self) -> None:
-        while True:
-            try:
-                note = self._queue.get(timeout=SAVE_S)
-            except queue.Empty:
-                note = _nothing
-            try:
-                if note is None:
-                    self._save()
-                    return
-                note()
-                if self._clock() - self._saved_s >= SAVE_S:
-                    self._save()
-                if self._clock() - self._swept_s >= HOUR_S:
-                    self._sweep()
-            except DatabaseError as error:
-                logger.warning("what is known of waits is not told or kept for now: %s", error)
-            except Exception:
-                logger.exception("a wait is not followed")
+        while not self._closing.is_set():
+            if self._noted.wait(SAVE_S):
+                # Whoever notes something is to go on: waking up for every note would take the interpreter from it.
+                self._closing.wait(PAUSE_S)
+                self._noted.clear()
+            while self._notes:
+                self._guarded(self._notes.popleft())
+            self._guarded(self._sweep_if_due)
+            if self._clock() - self._saved_s >= SAVE_S:
+                self._guarded(self._save)
+        while self._notes:
+            self._guarded(self._notes.popleft())
+        self._guarded(self._save)
+
+    @staticmethod
+    def _guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except DatabaseError as error:
+            logger.warning("what is known of waits is not told or kept for now: %s", error)
+        except Exception:
+            logger.exception("a wait is not followed")
 
     def _begin(
         self, tenant: str, session: str, awaited: Sequence[Awaited], rank: Engine | None, since_s: float
@@ -282,9 +291,12 @@ class Waits:
         if len(kept) > MAX_SESSIONS:
             kept.popitem(last=False)
 
-    def _sweep(self) -> None:
+    def _sweep_if_due(self) -> None:
         """Learn from those who have not been back for a day, here or at another service."""
-        self._swept_s = now_s = self._clock()
+        now_s = self._clock()
+        if now_s - self._swept_s < HOUR_S:
+            return
+        self._swept_s = now_s
         late = [session for session, (_, _, since_s) in self._waiting.items() if now_s - since_s > LONGEST_S]
         for first in range(0, len(late), LOOKED_UP):
             some = late[first : first + LOOKED_UP]
@@ -398,10 +410,6 @@ def _rest(forecast: Forecast, age_s: float) -> Forecast:
     below = [*(forecast.by(age_s + edge) for edge in EDGES), 1.0]
     mass = [max(0.0, upper - lower) for lower, upper in pairwise(below)]
     return Forecast.from_mass(mass) if sum(mass) > 1e-9 else forecast
-
-
-def _nothing() -> None:
-    """Nothing happened for a while."""
 
 
 _of_tenant = table.c.tenant == sa.bindparam("of_tenant")

@@ -28,6 +28,8 @@ OPEN = (ToolCallState.CLAIMED, ToolCallState.UNKNOWN)
 TIMINGS = 100  # how many of a tool's last durations an estimate is made of
 # A command is not looked for in longer arguments: they are the contents of files.
 COMMAND_BYTES = 16 << 10
+# The beginning of a command, kept where the arguments are not.
+COMMAND_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,13 @@ def command(arguments: Any) -> str | None:
     if isinstance(found, list):
         found = " ".join(map(str, found))
     return found if isinstance(found, str) else None
+
+
+def beginning(arguments: Any) -> dict[str, str] | None:
+    """Arguments that have nothing but the beginning of the command, for calls whose arguments are kept elsewhere or not
+    at all."""
+    found = command(arguments)
+    return None if found is None else {"command": found[:COMMAND_CHARACTERS]}
 
 
 def head(arguments: Any) -> str:

@@ -54,8 +54,6 @@ SSE_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 LONG_BYTES = 256 << 10
 # The longest event: it is held until it is whole.
 EVENT_BYTES = 64 << 20
-# The beginning of a tool's command, kept where the transcript is not.
-COMMAND_CHARACTERS = 80
 # The beginning of an action's id, in the answer to its hint.
 HINT_CHARACTERS = 64
 
@@ -373,19 +371,13 @@ def _message(said: Message) -> NewEntry:
 
 
 def _call(call: Call, whole: bool) -> NewEntry:
-    arguments = call.arguments if whole else _beginning(call.arguments)
+    arguments = call.arguments if whole else toolcalls.beginning(call.arguments)
     return NewEntry(EntryKind.TOOL_CALL, {"name": call.name or "?", "arguments": arguments}, call.id)
 
 
 def _result(said: Message, whole: bool) -> NewEntry:
     outcome = "error" if said.failed else "output"
     return NewEntry(EntryKind.TOOL_RESULT, {outcome: said.item if whole else None}, said.result_of)
-
-
-def _beginning(arguments: str) -> dict[str, str] | None:
-    """The beginning of the command in a tool's arguments, if they have one."""
-    command = toolcalls.command(arguments)
-    return None if command is None else {"command": command[:COMMAND_CHARACTERS]}
 
 
 def _header(value: str) -> bytes:

@@ -374,6 +374,86 @@ def test_an_agent_that_fails_is_suspended_with_what_it_had(run: Any, service: Se
     assert service.client.entries("s").data[0].payload["content"] == "2 + 40?"
 
 
+def calls(service: Service) -> list[tuple[str, str, float | None]]:
+    with service.database.read() as connection:
+        found = connection.exec_driver_sql("SELECT name, state, expected_s FROM tool_calls ORDER BY call_seq")
+        return [(row.name, row.state, row.expected_s) for row in found]
+
+
+@sqlite_only
+def test_its_hooks_tell_when_tools_begin_and_end(run: Any, service: Service, chat: Any) -> None:
+    chat(calculating)
+    states: list[Any] = []
+
+    @function_tool
+    def add(a: int, b: int) -> int:
+        """The sum of two numbers."""
+        states.append(calls(service)[-1])
+        return a + b
+
+    async def ask(client: AsyncClient) -> str:
+        agent = Agent(name="calculator", tools=[add])
+        async with AgentStateSession("s", client, model=MODEL) as session:
+            hooks, config = session.hooks({"add": 2.5}), session.run_config()
+            return str(
+                (await Runner.run(agent, "2 + 40?", session=session, run_config=config, hooks=hooks)).final_output
+            )
+
+    assert [run(ask), run(ask)] == ["It is 42.", "It is 42."]
+    assert states == [("add", "claimed", 2.5)] * 2
+    assert calls(service) == [("add", "done", 2.5)] * 2
+    # The items are what they were without hooks.
+    items = run(lambda client: AgentStateSession("s", client, model=MODEL).get_items())
+    assert [each.get("type", "message") for each in items][:4] == [
+        "message",
+        "function_call",
+        "function_call_output",
+        "message",
+    ]
+    assert len(items) == 8
+
+
+@sqlite_only
+def test_a_tool_that_raises_is_not_waited_for(run: Any, service: Service, chat: Any) -> None:
+    chat(calculating)
+
+    @function_tool(failure_error_function=None)
+    def add(a: int, b: int) -> int:
+        """The sum of two numbers."""
+        raise ZeroDivisionError("broken")
+
+    async def ask(client: AsyncClient) -> None:
+        agent = Agent(name="calculator", tools=[add])
+        async with AgentStateSession("s", client, model=MODEL) as session:
+            config, hooks = session.run_config(), session.hooks()
+            await Runner.run(agent, "2 + 40?", session=session, run_config=config, hooks=hooks)
+
+    with pytest.raises(Exception, match="broken"):
+        run(ask)
+    assert calls(service) == [("add", "failed", None)]
+    assert service.client.read("s").status is SessionStatus.SUSPENDED
+
+
+@sqlite_only
+def test_a_call_that_cannot_be_claimed_is_run_all_the_same(run: Any, service: Service, chat: Any) -> None:
+    chat(calculating)
+    service.client.create_session(MODEL, id="s")
+    service.client.claim_tool_call("s", "call_1", "add")
+
+    async def ask(client: AsyncClient) -> str:
+        agent = Agent(name="calculator", tools=[add])
+        session = AgentStateSession("s", client, model=MODEL)
+        hooks = session.hooks()
+        async with session:
+            config = session.run_config()
+            return str(
+                (await Runner.run(agent, "2 + 40?", session=session, run_config=config, hooks=hooks)).final_output
+            )
+
+    assert run(ask) == "It is 42."
+    assert calls(service) == [("add", "claimed", None)]
+
+
 @sqlite_only
 def test_an_agent_whose_lease_is_lost_writes_no_more(run: Any, service: Service, chat: Any) -> None:
     def reply(request: dict[str, Any]) -> dict[str, Any]:

@@ -427,6 +427,7 @@ def test_an_engine_that_does_not_know_the_verb_is_told_once(service: Service, pe
         assert suspend(service, session, resumed(service, session))["kv"]["state"] == "durable"
         assert len(told(service, peer)) == (not number)
     assert service.app.state.service.operations.told == {"unknown": 3}
+    assert 'agentstate_notices_total{state="unknown"} 3.0' in service.http.get("/metrics").text
 
 
 def test_an_engine_that_is_silent_is_left_alone(service: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,8 +209,8 @@ def test_more_than_can_be_followed_is_forgotten(followed: Waits, told: Told, mon
         going.set()
         may_go_on.wait()
 
-    monkeypatch.setattr(waits, "MAX_QUEUED", 10)
-    followed._put(hold)
+    monkeypatch.setattr(waits, "MAX_NOTES", 10)
+    followed._note(hold)
     going.wait()
     for number in range(100):
         followed.begun("t", f"s{number}", [Awaited("search")], RANK)

@@ -172,6 +172,23 @@ class AgentStateLinker(UnifiedCacheLinker):
     def pop_completed_offload(self) -> bool:
         return self._pools.pop_result()
 
+    @property
+    def demotes(self) -> bool:
+        """Whether there is a host tier to copy to."""
+        return self._rank.off is None and self._pools.host_tier is not None
+
+    def demote(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        """Copy pages that are about to leave the device to the host tier, if there is one (`StoredPools.demote`)."""
+        return self.demotes and self._pools.demote(transfers, self._device_events, session_id)
+
+    def num_demoted(self) -> int:
+        """How many demotions are over whose result has not been taken."""
+        return self._pools.demoted
+
+    def pop_demoted(self) -> bool:
+        """Take the result of the oldest demotion: whether all of its pages are in host memory."""
+        return self._pools.pop_demoted()
+
     def turn(self, session: RequestSession) -> Turn | None:
         """The turn that a request belongs to; None without a valid token."""
         return self._rank.sessions.turn(session)

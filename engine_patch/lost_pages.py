@@ -11,12 +11,11 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
+from engine_patch.demotions import device_pages_of
 from engine_patch.linker import AgentStateLinker
 from engine_patch.sglang_api import (
-    ComponentType,
     MatchPrefixParams,
     PendingOffload,
-    PoolName,
     PoolTransfer,
     RadixKey,
     UnifiedCacheLinkerWrapper,
@@ -94,23 +93,7 @@ class LostPages:
         (path,) = core.collect_path_info([found.last_device_node])
         for node in path:
             if node.node_id not in offered and (keys := core.get_hash_values(node.node_id)):
-                full = core.collect_full_device_indices(node.node_id, node.parent_id)
-                transfers = [PoolTransfer(name=PoolName.KV, device_indices=full, keys=keys)]
-                yield node.node_id, transfers + self._windowed(node.node_id, keys)
-
-    def _windowed(self, node: int, keys: Sequence[str]) -> list[PoolTransfer]:
-        """What a node has in the pools beside full attention."""
-        cache, transfers = self._cache, []
-        if ComponentType.SWA in cache.components:
-            slots = cache.tree_core.get_component_device_value(node, ComponentType.SWA)
-            if slots is not None and (pages := len(slots) // cache.page_size):
-                slots = slots[-pages * cache.page_size :]
-                transfers.append(PoolTransfer(name=PoolName.SWA, device_indices=slots, keys=list(keys[-pages:])))
-        if ComponentType.MAMBA in cache.components:
-            state = cache.tree_core.get_component_device_value(node, ComponentType.MAMBA)
-            if state is not None:
-                transfers.append(PoolTransfer(name=PoolName.MAMBA, device_indices=state, keys=[keys[-1]]))
-        return transfers
+                yield node.node_id, device_pages_of(cache, node.node_id, keys, node.parent_id)
 
     def _offer(self, node: int, transfers: list[PoolTransfer], session_id: str | None) -> bool:
         lock = self._cache.inc_lock_ref(node).to_dec_params()

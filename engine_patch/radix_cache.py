@@ -23,6 +23,7 @@ import torch
 
 from agentstate.pages import PageKeys
 from engine_patch.deferrals import Deferrals, StoredHit
+from engine_patch.demotions import Demotions, chain_of
 from engine_patch.device_tier import DeviceTier
 from engine_patch.eviction import EvictionOrder
 from engine_patch.foresight import Foresight
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+    from sglang.srt.mem_cache.base_prefix_cache import EvictResult, MatchResult
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +201,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             cache_linker.queue_aging_s, cache_linker.order_stats, self._stored_hit, self.linker.on_all_ranks
         )
         self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit, self.order)
+        self.demotions = Demotions(self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked)
         self.device_tier = DeviceTier(self, cache_linker, self.preloads)
         self.eviction = EvictionOrder(self.tree_core, cache_linker.waits, self._least)
         self.foresight = Foresight(
@@ -220,6 +222,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             **self.device_tier.kept(),
             "preloads": len(self.preloads),
             "fetches": self.foresight.kept,
+            "locked_demotions": len(self.demotions),
             "deferrals": self.deferrals.kept,
             "ordered_requests": self.order.kept,
             "recomputations": len(self._recomputing),
@@ -231,9 +234,22 @@ class AgentStateRadixCache(UnifiedRadixCache):
             self.preloads.drop()
             self.deferrals.forget()
             self.order.clear()
+            self.demotions.drop()
             self.linker.landed.clear()
             self.eviction.forget()
         super().reset()
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        result = super().evict(params)
+        if self.linker is not None:
+            self.demotions.evicted(result.num_tokens_evicted)
+        return result
+
+    def evict_for_alloc(self, params: EvictParams, **kwargs: Any) -> EvictResult:
+        result = super().evict_for_alloc(params, **kwargs)
+        if self.linker is not None:
+            self.demotions.evicted(result.num_tokens_evicted)
+        return result
 
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
@@ -248,6 +264,8 @@ class AgentStateRadixCache(UnifiedRadixCache):
             # Who only knows the id is served, and changes nothing that is known of the session.
             turn = self.agentstate.turn(session)
             self.linker.lost_pages.finished(session, key, turn is not None)
+            # Proven or not: all ranks must do the same, and a turn may be proven to one of them only.
+            self.demotions.ended(chain_of(req), key, str(session) if turn is not None else None)
             if turn is not None:
                 self.device_tier.remember(turn.session_id, key)
                 self.agentstate.request_finished(turn, key)
@@ -308,6 +326,8 @@ class AgentStateRadixCache(UnifiedRadixCache):
         preloaded, which begins before the next batch."""
         self.deferrals.queueing(req)
         self.order.queueing(req)
+        if req.session_id:
+            self.demotions.goes_on(chain_of(req))
         runs = scheduler.chunked_req or not scheduler.running_batch.is_empty()
         looked_at = self.agentstate.reads_ahead or self.deferrals.on or self.order.on
         if not (runs or scheduler.waiting_queue) or not looked_at:
@@ -335,6 +355,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.foresight.step()
         self.device_tier.run(scheduler)
         self.preloads.land()
+        self.demotions.land()
         if self.linker.unlocked:
             # A request that found no room is not tried again before one that runs has ended, and the room that it
             # lacked may have been locked until it was stored.
@@ -343,6 +364,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.requeue_failed(scheduler)
         self.order.step(scheduler.waiting_queue, scheduler.policy)
         self.deferrals.begin(scheduler)
+        self.demotions.keep_ahead()
         self.linker.tidy(lambda: self._queued(scheduler))
         self._locked_tokens = self.protected_size()
 

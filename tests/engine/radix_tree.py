@@ -37,14 +37,14 @@ TREES = ("python", "rust")
 
 class Linker:
     """What of a linker the tree asks: ``stores`` are the keys that its rank has, ``offers`` those that it was offered
-    and has not answered."""
+    and has not answered, ``demoted`` what it was to copy to host memory, of which so many are ``copied``."""
 
     pools = {PoolName.KV: None}
     word = Word.RESTORE
     restores = reads_ahead = True
     preload_bytes = 0
     preload_stats = PreloadStats()
-    quarantines_pages = stuck = False
+    quarantines_pages = stuck = demotes = False
     queue_aging_s = 0.0
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -56,6 +56,8 @@ class Linker:
         self.lost = 0
         self.refuses = False
         self.finished: list[str] = []
+        self.demoted: list[tuple[list[str], list[int], str | None]] = []
+        self.copied = 0
         self._answers: list[bool] = []
 
     bring = None
@@ -78,6 +80,18 @@ class Linker:
         if not self.refuses:
             self.offers.append(transfers[0].keys)
         return not self.refuses
+
+    def demote(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        (full,) = transfers
+        self.demoted.append((full.keys, full.device_indices.tolist(), session_id))
+        return not self.refuses
+
+    def num_demoted(self) -> int:
+        return self.copied
+
+    def pop_demoted(self) -> bool:
+        self.copied -= 1
+        return True
 
     def stored(self, transfers: Sequence[PoolTransfer]) -> bool:
         return self.stores.issuperset(transfers[0].keys)
@@ -141,7 +155,8 @@ class Tree(AgentStateRadixCache):
         slots = self.token_to_kv_pool_allocator.alloc(len(key) - there.device_prefix_len)
         root = self.root_node_handle(key.extra_key)
         prefix = self.tree_core.collect_full_device_indices(there.last_device_node, root)
-        self.insert(InsertParams(key=key, value=torch.cat([prefix, slots]), session_id=session_id))
+        value, known = torch.cat([prefix, slots]), there.device_prefix_len
+        self.insert(InsertParams(key=key, value=value, prev_prefix_len=known, session_id=session_id))
         self.linker.lost_pages.finished(RequestSession(session_id), key)
         self.eviction.ended(session_id or None, self.tree_core.match_full_device_prefix(key)[1])
 

@@ -232,6 +232,7 @@ def test_what_was_lost_is_offered_before_the_manifest_that_lists_it(monkeypatch:
     tree.linker = SimpleNamespace(lost_pages=SimpleNamespace(finished=telling("offered")))
     tree.device_tier = SimpleNamespace(remember=telling("remembered"))
     tree.eviction = SimpleNamespace(ended=lambda owner, node: None)
+    tree.demotions = SimpleNamespace(ended=lambda *of_the_chain: None)
     tree.agentstate = SimpleNamespace(turn=lambda session: proven, request_finished=telling("manifest"))
     fields = {"full_untruncated_fill_ids": [1, 2, 3, 4], "kv": SimpleNamespace(cache_inserted_len=3), "last_node": 7}
     request = SimpleNamespace(session_id="ses", extra_key=None, cache_salt=None, finished=lambda: True, **fields)

@@ -239,6 +239,76 @@ class Signalled(BaseModel):
     )
 
 
+class KvTier(BaseModel):
+    tokens: int = Field(description="Tokens from the head of the session that are there, on every rank.")
+    bytes: int = Field(description="Their bytes, of all ranks.")
+
+
+class Wait(BaseModel):
+    """What a session waits for between its turns, as its engine knows it."""
+
+    state: Literal["waits", "served", "released"] = Field(
+        description="served: a request of it is queued or runs; released: nobody is expected back."
+    )
+    kind: str = Field(default="", description="tool, person or other; empty where nobody has said.")
+    waited_s: float = Field(description="Since its last request ended, or the one that is served was queued.")
+    rest_p50_s: float | None = Field(
+        default=None, description="It is back this soon with a probability of one half. Null: never, or not known."
+    )
+    rest_p90_s: float | None = Field(default=None, description="It is back this soon in nine of ten such waits.")
+
+
+class Fetch(BaseModel):
+    """The last time that the session's KV was brought to the device before a request."""
+
+    ago_s: float
+    index: float
+    displaced: float = Field(description="The largest index of what had to leave the device for it.")
+    tokens: int
+    outcome: str = Field(
+        description="under way; there; used: the next request found it; late: that came before it; wasted: it failed, "
+        "or left the device unused."
+    )
+
+
+class Placement(BaseModel):
+    """Where a session's KV is, what it waits for, and why it is there."""
+
+    model_config = _example(
+        {
+            "session_id": _SESSION["id"],
+            "engine": "eng_1",
+            "tiers": {
+                "device": {"tokens": 18432, "bytes": 424673280},
+                "host": {"tokens": 0, "bytes": 0},
+                "disk": {"tokens": 18432, "bytes": 424673280},
+            },
+            "wait": {
+                "state": "waits",
+                "kind": "tool",
+                "waited_s": 4.2,
+                "rest_p50_s": 3.1,
+                "rest_p90_s": 11.8,
+            },
+            "index": 0.21,
+            "place": 3,
+            "fetch": None,
+            "next": "leaves the device after 61,440 tokens of others",
+        }
+    )
+
+    session_id: str
+    engine: str | None = Field(description="The engine that was asked; null if none that is live has the session.")
+    tiers: dict[Literal["device", "host", "disk"], KvTier] = Field(description="Empty where no engine answers.")
+    wait: Wait | None = Field(default=None, description="Null if none of its requests has ended on that engine lately.")
+    index: float | None = Field(
+        default=None, description="What a byte of it is worth on the device, per second; the least leaves first."
+    )
+    place: int | None = Field(default=None, description="Its place among the contexts on the device: 1 leaves last.")
+    fetch: Fetch | None = None
+    next: str = Field(default="", description="What would move it, in words.")
+
+
 class ToolCall(BaseModel):
     model_config = _example(
         {

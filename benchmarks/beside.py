@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,10 @@ class Variant(StrEnum):
 
 class Beside:
     """Measures ``stacks``, by the variants that they are for. ``say`` is told what is being done; ``step`` is called
-    after every round."""
+    after every round.
+
+    The decoding requests produce ``output`` tokens each, and more while the ninth is not there yet, up to ``most``.
+    """
 
     def __init__(
         self,
@@ -55,11 +58,13 @@ class Beside:
         output: int,
         say: Callable[[str], None],
         step: Callable[[], None],
+        most: int | None = None,
     ):
         self._stacks = stacks
         self._context = unseen(tokens)
         self._requests = requests
         self._output = output
+        self._most = output if most is None else most
         self._say = say
         self._step = step
 
@@ -125,7 +130,7 @@ class Beside:
                 before = stack.stat()["preload"]["requests"]
                 times: list[list[float]] = [[] for _ in range(self._requests)]
                 decoding = [
-                    asyncio.create_task(engine.ask(unseen(_PROMPT), self._output, times=of_request))
+                    asyncio.create_task(engine.ask(unseen(_PROMPT), self._most, times=of_request))
                     for of_request in times
                 ]
                 while not all(times):
@@ -136,12 +141,20 @@ class Beside:
                     ninth = await engine.ask(self._context + unseen(TAIL), _OUTPUT)
                     if any(task.done() for task in decoding):
                         raise EngineError("a decoding request ended before the ninth did: let them generate more")
-                await asyncio.gather(*decoding)
+                await asyncio.gather(*(self._enough(task, seen) for task, seen in zip(decoding, times, strict=True)))
                 self._check(variant, ninth, stack.stat()["preload"]["requests"] - before)
         finally:
             stack.freeze_engine()
         gaps = [b - a for seen in times for a, b in zip(seen, seen[1:], strict=False) if b > sent_s]
         return gaps, ninth
+
+    async def _enough(self, decoding: asyncio.Task[Answer], seen: list[float]) -> None:
+        """End a decoding request once it has produced what is measured of it."""
+        while not decoding.done() and len(seen) < self._output:
+            await asyncio.sleep(0.005)
+        decoding.cancel()
+        with suppress(asyncio.CancelledError):
+            await decoding
 
     def _check(self, variant: Variant, ninth: Answer | None, deferred: int) -> None:
         if ninth is None:

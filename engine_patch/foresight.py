@@ -151,22 +151,21 @@ class Foresight:
             self._fetches.popitem(last=False)
 
     def explain(self, session_id: str) -> dict[str, Any]:
-        """What is known of the session's wait, and what a byte of it is worth among the others'; what would move it.
-        Times are in seconds from now."""
+        """What is known of the session's wait, and what a byte of it is worth among the others'; what would move it."""
         now_s, wait, fetch = self._clock(), self._waits.get(session_id), self._fetches.get(session_id)
         there = self._order.tokens(session_id)
         said: dict[str, Any] = {"device_tokens": there, "wait": None, "index": None, "place": None, "fetch": None}
         if fetch is not None:
-            said["fetch"] = {**asdict(fetch), "at_s": fetch.at_s - now_s}
+            said["fetch"] = {**asdict(fetch), "ago_s": now_s - fetch.at_s}
         if wait is None:
             return said
         if wait.over:
-            return said | {"wait": {"state": "served", "since_s": wait.since_s - now_s}}
+            return said | {"wait": {"state": "served", "waited_s": now_s - wait.since_s}}
         waited_s, forecast = now_s - wait.since_s, wait.forecast
         said["wait"] = {
             "state": "released" if wait.released else "waits",
             "kind": wait.kind,
-            "since_s": -waited_s,
+            "waited_s": waited_s,
             "rest_p50_s": None if forecast is None else _finite(forecast.rest(waited_s, 0.5)),
             "rest_p90_s": None if forecast is None else _finite(forecast.rest(waited_s, 0.9)),
         }

@@ -318,16 +318,16 @@ class AgentStateRadixCache(UnifiedRadixCache):
 
     def end_wait(self, req: Req) -> None:
         """A request is being queued: whoever's it is does not wait any more."""
-        if req.session_id and (turn := self.agentstate.turn(RequestSession(req.session_id))) is not None:
-            self.foresight.back(turn.session_id)
+        if req.session_id:
+            self.demotions.goes_on(chain_of(req))
+            if (turn := self.agentstate.turn(RequestSession(req.session_id))) is not None:
+                self.foresight.back(turn.session_id)
 
     def read_ahead(self, scheduler: Scheduler, req: Req) -> None:
         """Begin to read what a request will load, now that it is being queued behind others; unless it is to be
         preloaded, which begins before the next batch."""
         self.deferrals.queueing(req)
         self.order.queueing(req)
-        if req.session_id:
-            self.demotions.goes_on(chain_of(req))
         runs = scheduler.chunked_req or not scheduler.running_batch.is_empty()
         looked_at = self.agentstate.reads_ahead or self.deferrals.on or self.order.on
         if not (runs or scheduler.waiting_queue) or not looked_at:

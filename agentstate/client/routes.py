@@ -23,6 +23,7 @@ from agentstate.answers import (
     EntryList,
     Lease,
     Operation,
+    Placement,
     Resumed,
     Session,
     SessionList,
@@ -225,6 +226,11 @@ def prefetch(
     times = {"due_ms": due_s, "deadline_ms": deadline_s}
     body = {"tier": tier, **{name: round(s * 1000) for name, s in times.items() if s is not None}}
     return _post(Operation, _session(session_id, "prefetch"), body)
+
+
+def kv(session_id: str) -> Call[Placement]:
+    """Where the session's KV is, what it waits for, and what would move it."""
+    return Call(_model(Placement), "GET", _session(session_id, "kv"), Repeat.READ)
 
 
 def activity(session_id: str, kind: str) -> Call[Signalled]:

@@ -212,6 +212,20 @@ class Operations:
         """Ask all ranks once, for up to ``timeout_ms``. The future raises EngineUnreachable, EngineRefused."""
         return asyncio.run_coroutine_threadsafe(self._ask(question, timeout_ms), self._loop)
 
+    def explain(self, session_id: str, ranks: Sequence[Engine], timeout_s: float) -> Future[list[dict[str, Any]]]:
+        """Ask every rank where a session is, and why. The future raises EngineUnreachable, EngineRefused."""
+
+        async def ask() -> list[dict[str, Any]]:
+            said = (
+                self._connections.call(
+                    rank.control_address, rank.control_secret, "explain", timeout_s, session=session_id
+                )
+                for rank in ranks
+            )
+            return list(await asyncio.gather(*said))
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop)
+
     def follow(self, operation_id: str, questions: Sequence[Question], limit_s: float | None = None) -> None:
         """Carry out an operation that was announced and committed: ask one question after the other until each is
         settled, and record the outcome of the last one.

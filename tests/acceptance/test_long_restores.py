@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def test_its_cost_is_measured(beside: LocalStack, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("benchmarks.beside.unseen", lambda tokens: prompt(next(seeds), tokens))
     variants = (Variant.NONE, Variant.HIT, Variant.PRELOADED)
     told: list[str] = []
-    measure = Beside(dict.fromkeys(variants, beside), 8 * PAGE, 2, 400, told.append, lambda: told.append("step"))
+    step = partial(told.append, "step")
+    measure = Beside(dict.fromkeys(variants, beside), 8 * PAGE, 2, 100, told.append, step, most=6000)
     row = asyncio.run(measure.run(rounds=2))
     assert told == ["computing the context", "round 1", "step", "round 2", "step"]
     assert [len(row[f"{variant}_p99_all_s"]) for variant in variants] == [2, 2, 2]

@@ -18,6 +18,7 @@ def cache() -> AgentStateRadixCache:
     cache._recomputing = []
     cache.device_tier = SimpleNamespace(run=lambda scheduler: None)
     cache.foresight = SimpleNamespace(step=lambda: None)
+    cache.demotions = SimpleNamespace(land=lambda: None, keep_ahead=lambda: None)
     cache.preloads = SimpleNamespace(land=lambda: None)
     cache.deferrals = SimpleNamespace(
         on=False,

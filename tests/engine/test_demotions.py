@@ -21,8 +21,8 @@ Make = Callable[..., Tree]
 
 @pytest.fixture(autouse=True)
 def parallel(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("device_tier", "lost_pages"):
-        monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: SimpleNamespace(tp_size=1))
+    for module in ("device_tier", "eviction", "lost_pages"):
+        monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: SimpleNamespace(tp_size=1, tp_rank=0))
 
 
 @pytest.fixture(params=TREES)

@@ -183,7 +183,7 @@ def test_a_wait_is_explained() -> None:
     assert said["wait"] == {
         "state": "waits",
         "kind": "tool",
-        "since_s": pytest.approx(-2.0),
+        "waited_s": pytest.approx(2.0),
         "rest_p50_s": pytest.approx(8.0, rel=0.1),
         "rest_p90_s": pytest.approx(10.9, rel=0.1),
     }

@@ -1,0 +1,73 @@
+"""``/v1/sessions/{id}/kv``: where a session's KV is, and why."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+
+from agentstate import answers
+from agentstate.errors import EngineError
+from api.problems import COMMON
+from api.schemas import PathId
+from api.service import ServiceDep, SessionsDep
+from api.sessions import GONE
+
+router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], responses={**COMMON, **GONE})
+
+# An engine answers between two messages; one that is overloaded is not waited for.
+_TIMEOUT_S = 2.0
+_TIERS = ("device", "host", "disk")
+
+
+@router.get("/kv", operation_id="read_kv")
+async def read_kv(session_id: PathId, service: ServiceDep, sessions: SessionsDep) -> answers.Placement:
+    """Where the session's KV is, what the session waits for, and what would move it, as its engine knows that now."""
+    pages = await run_in_threadpool(sessions.pages, session_id)
+    uid = pages.session.uid
+    if not pages.ranks:
+        return answers.Placement(session_id=session_id, engine=None, tiers={}, next="no live engine has served it")
+    engine = pages.ranks[0].id
+    try:
+        said = await asyncio.wrap_future(service.operations.explain(uid, pages.ranks, _TIMEOUT_S))
+        return _placement(session_id, engine, said)
+    except (EngineError, LookupError, TypeError, ValueError) as error:
+        reason = f"the engine does not say: {error}"
+        return answers.Placement(session_id=session_id, engine=engine, tiers={}, next=reason)
+
+
+def _placement(session_id: str, engine: str, said: Sequence[dict[str, Any]]) -> answers.Placement:
+    """What the ranks say together: the first of them decides what leaves the device."""
+    first = said[0]
+    tiers = {
+        name: answers.KvTier(
+            tokens=min(int(of_rank["tiers"][name]["tokens"]) for of_rank in said),
+            bytes=sum(int(of_rank["tiers"][name]["bytes"]) for of_rank in said),
+        )
+        for name in _TIERS
+    }
+    return answers.Placement.model_validate(
+        {
+            "session_id": session_id,
+            "engine": engine,
+            "tiers": tiers,
+            **{name: first.get(name) for name in ("wait", "index", "place", "fetch")},
+            "next": _next(first),
+        }
+    )
+
+
+def _next(said: dict[str, Any]) -> str:
+    wait, index = said.get("wait"), said.get("index")
+    if wait is None or index is None:
+        return "its next request brings it to the device"
+    if wait["state"] == "served":
+        return "it stays on the device until its request has ended"
+    if (ahead := said.get("leaves_after_tokens")) is not None:
+        return f"it leaves the device after {ahead:,} tokens of others"
+    if (least := said.get("fetched_from_index")) is not None and wait["state"] != "released":
+        return f"it is fetched once its index reaches {least:.3g}, or with its next request"
+    return "its next request brings it to the device"

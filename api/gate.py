@@ -20,7 +20,7 @@ from agentstate.sql.database import Database
 
 TRUST_S = 5.0
 MAX_REMEMBERED = 10_000
-HINTS_PER_S = 50.0  # of a tenant: what its sessions are going to do
+HINTS_PER_S = 200.0  # of a tenant: what its sessions are going to do
 BURST_S = 2.0  # a tenant that was quiet may send this many seconds' worth at once
 
 

@@ -44,6 +44,7 @@ REFRESH_S = 60.0
 PAUSE_S = 0.02
 MAX_NOTES = 10_000
 MAX_TENANTS = 1_000
+MAX_FORECASTS = 256  # of a tenant
 # Sessions whose engine, or whose wait, is remembered.
 MAX_SESSIONS = 50_000
 LOOKED_UP = 500
@@ -223,6 +224,8 @@ class Waits:
         for one in awaited:
             key = one.tool, one.head, one.announced_s
             if key not in known.forecasts:
+                if len(known.forecasts) >= MAX_FORECASTS:
+                    known.forecasts.clear()
                 known.forecasts[key] = known.durations.forecast(*key)
             forecasts.append(known.forecasts[key])
         ages_s = [max(0.0, one.age_s) for one in awaited]

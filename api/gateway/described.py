@@ -10,6 +10,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from agentstate.fleet.hints import MAX_ACTIONS
+
 _TAG = "gateway"
 _SESSION = {
     "name": "x-agentstate-session",
@@ -65,7 +67,30 @@ _STATUSES = {
 }
 _OBJECTS = {"type": "array", "items": {"type": "object"}}
 _MODEL = {"type": ["string", "null"]}
-_TURN: dict[str, Any] = {"model": _MODEL, "stream": {"description": "A boolean: the engine judges it."}}
+_HINT = {"action_id": {"type": "string"}, "action_type": {"type": "string"}, "action_version": {"type": "string"}}
+_HINTS = {
+    "type": ["object", "null"],
+    "description": "What is known of the session's next request; x-agentstate-kv-hints says what becomes of it.",
+    "properties": {
+        "protocol_version": {"type": "string"},
+        "message_id": {"type": "string"},
+        "actions": {
+            "type": "array",
+            "maxItems": MAX_ACTIONS,
+            "items": {
+                "type": "object",
+                "properties": {**_HINT, "payload": {"type": "object"}},
+                "required": list(_HINT),
+            },
+        },
+    },
+    "required": ["protocol_version", "message_id"],
+}
+_TURN: dict[str, Any] = {
+    "model": _MODEL,
+    "stream": {"description": "A boolean: the engine judges it."},
+    "kv_hints": _HINTS,
+}
 
 
 def install(app: FastAPI) -> None:

@@ -117,6 +117,16 @@ def test_a_forecast_is_made_anew_once_more_is_known(followed: Waits, told: Told)
     assert after_s > 100 > before_s
 
 
+def test_a_flood_of_names_fills_no_memory(followed: Waits, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "MAX_FORECASTS", 10)
+    followed.took("t", [Took("search", "", 40.0)] * 20)
+    for number in range(100):
+        followed.begun("t", f"s{number}", [Awaited("search", announced_s=float(number))], RANK)
+    followed.settle()
+    assert len({notice["forecast"] for _, notice in told.notices}) == 1
+    assert len(followed._learned["t"].forecasts) <= 10
+
+
 def test_what_is_waited_for_side_by_side_has_waited_by_itself(followed: Waits, told: Told) -> None:
     followed.took("t", [Took("long", "", 100.0)] * 200 + [Took("short", "", 10.0)] * 200)
     followed.begun("t", "s", [Awaited("long", age_s=95.0), Awaited("short", age_s=0.0)], RANK)

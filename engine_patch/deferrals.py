@@ -5,7 +5,7 @@ else to do restores layer by layer, at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from agentstate.pages import DEMAND
 from engine_patch.linker import AgentStateLinker
 from engine_patch.order import Order
-from engine_patch.preloads import Preload, Preloads
+from engine_patch.preloads import Preload, Preloads, common_pages
 from engine_patch.sessions import Progress
 from engine_patch.sglang_api import CLIP_MAX_NEW_TOKENS, MatchPrefixParams, RadixKey, UnifiedRadixCache
 
@@ -38,12 +38,15 @@ class StoredHit:
 
 @dataclass(eq=False)
 class _Queued:
-    """What is known of a queued request: once it is ``matched``, what it can restore if that is ``long``; the preload
-    that it is ``deferred`` for, and how often it has been; whether it found too little memory (``short``)."""
+    """What is known of a queued request: once it is ``matched``, what it can restore (``hit``), also if that is
+    ``long``; the preload that it is ``deferred`` for, and how often it has been; whether it ``follows`` a request whose
+    pages are about to enter the tree; whether it found too little memory (``short``)."""
 
     matched: bool = False
+    hit: StoredHit | None = None
     long: StoredHit | None = None
     deferred: Preload | None = None
+    follows: bool = False
     times: int = 0
     short: bool = False
 
@@ -87,12 +90,13 @@ class Deferrals:
 
     def matched(self, req: Req, hit: StoredHit | None) -> bool:
         """A request that is being queued can restore ``hit``. Returns whether that is long."""
-        self._queued[req.rid] = known = _Queued(matched=True, long=self._if_long(hit))
+        self._queued[req.rid] = known = _Queued(True, hit, self._if_long(hit))
         return known.long is not None
 
-    def begin(self, scheduler: Scheduler) -> None:
+    def begin(self, scheduler: Scheduler, entering: Collection[StoredHit] = ()) -> None:
         """Defer the requests that join a preload, and those for which one can begin because there is memory that
-        nothing before them in the `Order` needs: behind a request that finds too little, no other gets any."""
+        nothing before them in the `Order` needs: behind a request that finds too little, no other gets any. The last
+        batch has restored what is ``entering`` the tree."""
         queue = scheduler.waiting_queue
         self._queued = {req.rid: known for req in queue if (known := self._queued.get(req.rid)) is not None}
         for req in queue:
@@ -100,26 +104,49 @@ class Deferrals:
                 self._go_on(req, known)
         if not queue:
             return
+        self._follow(queue, entering)
         starts = self.on and any(True for _ in running(scheduler))
         if not starts and not self._preloads:
             return
         reserved = needed_by_running(scheduler)
         for req in self._order.ranked(queue, scheduler.policy):
             known = self._queued.setdefault(req.rid, _Queued())
-            if known.deferred is None and known.times < _MOST:
+            if known.deferred is None and not known.follows and known.times < _MOST:
                 if starts and not known.matched:
-                    known.matched, known.long = True, self._if_long(self._match(req))
+                    self._look(req, known)
                 known.deferred = self._joined(req, known.long)
                 if starts and known.deferred is None and known.long is not None:
                     starts = self._start(req, known, known.long, reserved)
             reserved += max(0, _whole(req) - (0 if known.deferred is None else len(known.deferred.key)))
+
+    def _look(self, req: Req, known: _Queued) -> None:
+        known.matched, known.hit = True, self._match(req)
+        known.long = self._if_long(known.hit)
+
+    def _follow(self, queue: Sequence[Req], entering: Collection[StoredHit]) -> None:
+        """Defer, for this step, the requests that would restore for the most part what others have just restored:
+        SGLang makes a batch before the tree has the pages of the one before."""
+        for req in queue:
+            if (known := self._queued.get(req.rid)) is not None and known.follows:
+                known.follows, known.matched, known.hit, known.long = False, False, None, None
+                self._order.forget(req)
+        for other in entering:
+            for req in queue:
+                known = self._queued.setdefault(req.rid, _Queued())
+                if known.deferred is None and not known.matched:
+                    self._look(req, known)
+                if known.deferred is None and not known.follows and (hit := known.hit) is not None:
+                    first, others_first = (one.device_tokens // self._cache.page_size for one in (hit, other))
+                    if 2 * common_pages(hit.keys, first, other.keys, others_first) >= len(hit.keys):
+                        known.follows = True
+                        self._linker.preload_stats.followed += 1
 
     def _go_on(self, req: Req, known: _Queued) -> None:
         """If the preload that a request is deferred for is over, have the request matched again."""
         preload = known.deferred
         if preload is None or preload.progress is Progress.RUNNING:
             return
-        known.deferred, known.matched, known.long, known.short = None, False, None, False
+        known.deferred, known.matched, known.hit, known.long, known.short = None, False, None, None, False
         self._order.forget(req)
         known.times += 1
         if preload.progress is Progress.DONE and preload.restores:
@@ -150,10 +177,10 @@ class Deferrals:
             found = self._cache.match_prefix(MatchPrefixParams(key=hit.key))
             if found.device_prefix_len != hit.device_tokens:
                 # The tree has changed since then.
-                if (anew := self._if_long(self._match(req))) is None:
-                    known.long = None
+                self._look(req, known)
+                if (anew := known.long) is None:
                     return True
-                known.long = hit = anew
+                hit = anew
                 rest = _whole(req) - len(hit.key)
                 found = self._cache.match_prefix(MatchPrefixParams(key=hit.key))
             known.deferred = self._preloads.start(req.rid, hit.key, found, hit.keys, reserved + rest, restores=True)
@@ -171,10 +198,9 @@ class Deferrals:
     def deferring(self, scheduler: Scheduler) -> Iterator[None]:
         """A context within which the scheduler does not see the deferred requests."""
         before = scheduler.waiting_queue
-        deferred = [
-            req for req in before if (known := self._queued.get(req.rid)) is not None and known.deferred is not None
-        ]
-        self._linker.preload_stats.deferred = len(deferred)
+        known = [self._queued.get(req.rid, _Queued()) for req in before]
+        deferred = [req for req, of in zip(before, known, strict=True) if of.deferred is not None or of.follows]
+        self._linker.preload_stats.deferred = sum(of.deferred is not None for of in known)
         if not deferred:
             yield
             return

@@ -43,6 +43,7 @@ _COUNTERS = {
     ("preload", "pages"): ("preloaded_pages", "Pages that they brought to the device."),
     ("preload", "failed"): ("failed_preloads", "Preloads of which nothing was used."),
     ("preload", "requests"): ("deferred_requests", "Requests deferred until their pages had been preloaded."),
+    ("preload", "followed"): ("following_requests", "Requests that waited a step for what another had just restored."),
     ("order", "delayed"): ("delayed_requests", "Requests that later ones with less to bring were put before."),
     ("order", "aged"): ("aged_requests", "Of these, those that went first in the end because they had waited long."),
     ("foresight", "foreseen"): ("forecasts", "Forecasts of when a session is back that were taken."),

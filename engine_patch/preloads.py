@@ -60,14 +60,18 @@ class Preload:
 
     def common(self, keys: Sequence[bytes], first: int, page_size: int) -> int:
         """How many of ``keys``, a chain's pages from number ``first`` on, are on their way."""
-        own_first = len(self.key) // page_size - len(self.keys)
-        start = max(first, own_first)
-        pages = 0
-        for key, own in zip(keys[start - first :], self.keys[start - own_first :], strict=False):
-            if key != own:
-                break
-            pages += 1
-        return pages
+        return common_pages(keys, first, self.keys, len(self.key) // page_size - len(self.keys))
+
+
+def common_pages(some: Sequence[bytes], first: int, others: Sequence[bytes], others_first: int) -> int:
+    """How many pages two parts of chains have in common; ``first`` is the number of each one's first page."""
+    start = max(first, others_first)
+    pages = 0
+    for key, other in zip(some[max(0, start - first) :], others[start - others_first :], strict=False):
+        if key != other:
+            break
+        pages += 1
+    return pages
 
 
 class Preloads:

@@ -64,6 +64,8 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         super().__init__(cache, cache_linker)
         # What was restored for requests whose step has not been timed yet.
         self.landed: dict[str, Restored] = {}
+        # What requests of the last batch have restored and the tree does not have yet.
+        self.entering: dict[str, StoredHit] = {}
         # Whether device pages have become evictable, because they are stored now, or free, since someone last looked.
         self.unlocked = False
         self.lost_pages = LostPages(cache, self, cache_linker, self.on_all_ranks)
@@ -100,6 +102,13 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         self.cache_linker.matching(result.device_prefix_len)
         return super().match(key, req, result)
 
+    def load_back(self, req: Req) -> tuple[int, Any]:
+        hit = self.hit_markers.get(req.rid)
+        loaded, node = super().load_back(req)
+        if hit is not None and loaded:
+            self.entering[req.rid] = stored_hit(req, hit, self.cache.page_size)
+        return loaded, node
+
     def _sync_restorable_prefix(self, restorable: Sequence[int], *, num_pages: int, device_hit_pages: int) -> int:
         """The longest length that every rank can restore, as stock; 0 where all of them together find that computing it
         is faster. Lengths are entered at once: one at a time, a million of them took seconds."""
@@ -131,9 +140,12 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
             self.cache_linker.quarantine(found)
         if found.restored is not None and all(landed):
             self.landed.update(dict.fromkeys(rids, found.restored))
+        failed = [rid for rid, good in zip(rids, landed, strict=True) if not good]
         for rid in rids:
             self.private_load_indices.pop(rid, None)
-        return [rid for rid, good in zip(rids, landed, strict=True) if not good]
+        for rid in failed:
+            self.entering.pop(rid, None)
+        return failed
 
     def tidy(self, queued: Callable[[], Collection[str]]) -> None:
         """Let go of what was read for requests that are not ``queued`` any more, and of the device pages to which no
@@ -171,6 +183,7 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
             "loads_in_flight": len(self.inflight_load_rids),
             "locked_offers": len(self.pending_offloads),
             "untimed_restores": len(self.landed),
+            "entering_restores": len(self.entering),
         }
 
 
@@ -237,6 +250,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             self.demotions.drop()
             self.linker.landed.clear()
             self.eviction.forget()
+            self.linker.entering.clear()
         super().reset()
 
     def evict(self, params: EvictParams) -> EvictResult:
@@ -253,6 +267,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
 
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+        self.linker.entering.pop(req.rid, None)
         if not req.finished() or self.disable:
             return
         turn = None
@@ -345,9 +360,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.order.matched(req, req.prefix_len, len(found.tail_hashes) if found is not None else 0)
         if found is None:
             return None
-        end = found.device_hit_len + len(found.tail_hashes) * self.page_size
-        key = RadixKey(req.full_untruncated_fill_ids[:end], req.extra_key, cache_salt=req.cache_salt)
-        return StoredHit(key, found.device_hit_len, PageKeys.from_hex(found.tail_hashes))
+        return stored_hit(req, found, self.page_size)
 
     def before_next_batch(self, scheduler: Scheduler) -> None:
         """Everything that is done between two batches."""
@@ -363,7 +376,9 @@ class AgentStateRadixCache(UnifiedRadixCache):
             scheduler.running_batch.batch_is_full = False
         self.requeue_failed(scheduler)
         self.order.step(scheduler.waiting_queue, scheduler.policy)
-        self.deferrals.begin(scheduler)
+        # Whatever became of it, nobody waits for it longer than this step.
+        entering, self.linker.entering = self.linker.entering, {}
+        self.deferrals.begin(scheduler, entering.values())
         self.demotions.keep_ahead()
         self.linker.tidy(lambda: self._queued(scheduler))
         self._locked_tokens = self.protected_size()
@@ -438,6 +453,13 @@ def _add(total: EvictResult, found: EvictResult) -> None:
     total.num_tokens_evicted += found.num_tokens_evicted
     total.swa_num_tokens_evicted += found.swa_num_tokens_evicted
     total.mamba_num_evicted += found.mamba_num_evicted
+
+
+def stored_hit(req: Req, found: Any, page_size: int) -> StoredHit:
+    """What the marker ``found`` says that a request can restore."""
+    end = found.device_hit_len + len(found.tail_hashes) * page_size
+    key = RadixKey(req.full_untruncated_fill_ids[:end], req.extra_key, cache_salt=req.cache_salt)
+    return StoredHit(key, found.device_hit_len, PageKeys.from_hex(found.tail_hashes))
 
 
 @dataclass

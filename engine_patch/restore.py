@@ -58,7 +58,8 @@ class RestoreStats:
 class PreloadStats:
     """Counters since the engine started: ``preloads`` whose ``pages`` are in the tree, whether a request or a prefetch
     asked for them; those that ``failed``, and those that are ``under_way`` now. ``requests`` were deferred until a
-    preload that a request asked for had arrived; ``deferred`` are now."""
+    preload that a request asked for had arrived; ``deferred`` are now. ``followed`` are requests that waited a step for
+    pages that another one had just restored."""
 
     preloads: int = 0
     pages: int = 0
@@ -66,6 +67,7 @@ class PreloadStats:
     under_way: int = 0
     requests: int = 0
     deferred: int = 0
+    followed: int = 0
 
 
 class RestoredRequest(NamedTuple):

@@ -84,6 +84,31 @@ def test_a_request_joins_what_is_on_its_way_to_the_device(patient: LocalStack, d
     assert patient.stat()["restore"]["restores"] == before + 1
 
 
+def test_what_comes_while_its_pages_are_restored_does_not_restore_them_again(patient: LocalStack, drive: Drive) -> None:
+    generate = Generator(patient.engine_url)
+    text = prompt(307, 10 * PAGE)
+    forks = [text + prompt(308 + number, 30) for number in range(2)]
+    right = [generate(fork).tokens for fork in forks]
+    patient.settle()
+    patient.flush_device()
+    before = patient.stat()["restore"]["pages_restored"]
+    drive.hang(READS)
+    found: list[Any] = []
+    asked = [threading.Thread(target=lambda fork=fork: found.append(generate(fork))) for fork in forks]
+    asked[0].start()
+    # The engine waits for the drive, and hears of the other one after that.
+    drive.await_caller()
+    asked[1].start()
+    # The later it hears of it, the less there is to see; what is asserted holds in any case.
+    time.sleep(1)
+    drive.answer()
+    for request in asked:
+        request.join()
+    assert sorted(answer.tokens for answer in found) == sorted(right)
+    assert [answer.cached for answer in found] == [10 * PAGE] * 2
+    assert patient.stat()["restore"]["pages_restored"] == before + 10
+
+
 def test_the_device_is_cleared_while_pages_are_on_their_way(patient: LocalStack, drive: Drive) -> None:
     generate = Generator(patient.engine_url)
     text = prompt(304, 10 * PAGE + 9)

@@ -45,7 +45,7 @@ class Linker:
     preload_bytes = 0
     preload_stats = PreloadStats()
     quarantines_pages = stuck = demotes = False
-    queue_aging_s = 0.0
+    queue_aging_s = 10.0
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.waits = Waits(policies.planner, clock)

@@ -20,9 +20,11 @@ def cache() -> AgentStateRadixCache:
     cache.foresight = SimpleNamespace(step=lambda: None)
     cache.demotions = SimpleNamespace(land=lambda: None, keep_ahead=lambda: None)
     cache.preloads = SimpleNamespace(land=lambda: None)
+    begun: list[Any] = []
     cache.deferrals = SimpleNamespace(
+        begun=begun,
         on=False,
-        begin=lambda scheduler: None,
+        begin=lambda scheduler, entering: begun.append(list(entering)),
         brings=lambda req: False,
         queueing=lambda req: None,
         matched=lambda req, hit: False,
@@ -40,7 +42,7 @@ def cache() -> AgentStateRadixCache:
         _all_reduce_attn_groups=lambda *args: None,
     )
     cache.linker = _LinkerWrapper.__new__(_LinkerWrapper)
-    cache.linker.cache, cache.linker.unlocked = tree, False
+    cache.linker.cache, cache.linker.unlocked, cache.linker.entering = tree, False, {}
     cache.agentstate = cache.linker.cache_linker = SimpleNamespace(tidy=lambda queued: None, quarantines_pages=False)
     offload = SimpleNamespace(publish_node_ids=[1], lock_node_id=1, lock_params=None)
     cache.linker.pending_offloads = [offload, offload]
@@ -153,3 +155,14 @@ def test_it_is_tried_again_when_pages_that_were_quarantined_come_back(cache: Age
     cache.before_next_batch(scheduler)
     cache.before_next_batch(scheduler)
     assert not scheduler.running_batch.batch_is_full
+
+
+def test_what_has_just_been_restored_is_told_once(cache: AgentStateRadixCache) -> None:
+    scheduler: Any = SimpleNamespace(
+        running_batch=SimpleNamespace(batch_is_full=True), waiting_queue=[], policy=None, is_generation=True
+    )
+    hit: Any = object()
+    cache.linker.entering = {"r": hit}
+    cache.before_next_batch(scheduler)
+    cache.before_next_batch(scheduler)
+    assert cache.deferrals.begun == [[hit], []]  # type: ignore[attr-defined]

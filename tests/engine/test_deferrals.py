@@ -132,6 +132,40 @@ def test_requests_that_begin_alike_share_a_preload(stage: Stage) -> None:
     assert stage.linker.preload_stats.requests == 4
 
 
+@pytest.mark.parametrize("preload_bytes", [0, 4])
+def test_what_another_request_has_just_restored_is_not_read_again(preload_bytes: int) -> None:
+    """A batch is made before the pages of the one before are in the tree."""
+    stage = Stage(preload_bytes=preload_bytes)
+    little = RadixKey(key_of(12).token_ids + array("q", range(7000, 7040)))
+    for key in (key_of(LONG), little):
+        stage.store(key)
+    hit = stage.match(long_request("first"))
+    assert hit is not None
+    fork = request(RadixKey(key_of(LONG).token_ids + array("q", [7000] * 9)), "fork")
+    others = [request(key_of(9, 8), "other")]
+    if not preload_bytes:
+        # Most of this one is its own.
+        others.append(request(RadixKey(little.token_ids + array("q", [1])), "little"))
+    seen = [req.rid for req in others]
+    engine = scheduler(running_request(), waiting=[fork, *others])
+    assert stage.step(engine, hit) == seen
+    stage.cache.insert(type("Inserted", (), {"key": key_of(LONG)}))
+    assert stage.step(engine) == ["fork", *seen]
+    assert stage.linker.loads == []
+    assert (stage.linker.preload_stats.followed, stage.linker.preload_stats.deferred) == (1, 0)
+
+
+def test_what_another_request_has_restored_is_waited_for_one_step(stage: Stage) -> None:
+    """It may have left without its pages."""
+    hit = stage.match(long_request("first"))
+    engine = scheduler(running_request(), waiting=[long_request("fork")])
+    assert hit is not None
+    assert stage.step(engine, hit) == []
+    assert stage.linker.loads == []
+    assert stage.step(engine) == []
+    assert stage.linker.loads == [pages_of(key_of(LONG))]
+
+
 @pytest.mark.parametrize(
     ("other", "joins"),
     [

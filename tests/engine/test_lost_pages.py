@@ -229,14 +229,21 @@ def test_what_was_lost_is_offered_before_the_manifest_that_lists_it(monkeypatch:
     monkeypatch.setattr(sgl.UnifiedRadixCache, "checkpoint_into_tree", lambda tree, req, up_to: None)
     tree = AgentStateRadixCache.__new__(AgentStateRadixCache)
     tree.disable = False
-    tree.linker = SimpleNamespace(lost_pages=SimpleNamespace(finished=telling("offered")))
+    entering = {"r": "what it has restored", "other": "what another one has"}
+    tree.linker = SimpleNamespace(lost_pages=SimpleNamespace(finished=telling("offered")), entering=entering)
     tree.device_tier = SimpleNamespace(remember=telling("remembered"))
     tree.eviction = SimpleNamespace(ended=lambda owner, node: None)
     tree.demotions = SimpleNamespace(ended=lambda *of_the_chain: None)
     tree.agentstate = SimpleNamespace(turn=lambda session: proven, request_finished=telling("manifest"))
-    fields = {"full_untruncated_fill_ids": [1, 2, 3, 4], "kv": SimpleNamespace(cache_inserted_len=3), "last_node": 7}
+    fields = {
+        "full_untruncated_fill_ids": [1, 2, 3, 4],
+        "kv": SimpleNamespace(cache_inserted_len=3),
+        "last_node": 7,
+        "rid": "r",
+    }
     request = SimpleNamespace(session_id="ses", extra_key=None, cache_salt=None, finished=lambda: True, **fields)
     tree.checkpoint_into_tree(request, up_to=4)
+    assert list(entering) == ["other"], "it is in the tree now"
     assert told == [("offered", "ses", 3), ("remembered", "ses", 3), ("manifest", "ses", 3)]
     told.clear()
     for more in ({"finished": lambda: False}, {"session_id": None}):

@@ -99,7 +99,9 @@ def test_a_batch_that_is_not_timed_leaves_nothing_of_what_it_restored(
 
 def test_what_is_locked_is_shown(make_tree: Callable[[], Tree]) -> None:
     tree = make_tree()
-    scheduler: Any = SimpleNamespace(is_generation=True, waiting_queue=[], running_batch=SimpleNamespace())
+    scheduler: Any = SimpleNamespace(
+        is_generation=True, waiting_queue=[], policy=SimpleNamespace(policy="another"), running_batch=SimpleNamespace()
+    )
     fresh = tree.kept()
     tree.compute(key_of(4))
     tree.before_next_batch(scheduler)

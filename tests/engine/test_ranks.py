@@ -56,6 +56,7 @@ class Rank:
         self.wrapper.cache_linker = self.linker
         self.wrapper.inflight_load_rids, self.wrapper.inflight_load_index = ["a", "b"], 5
         self.wrapper.private_load_indices, self.wrapper.landed, self.wrapper.unlocked = {}, {}, False
+        self.wrapper.entering = dict.fromkeys("ab")  # type: ignore[assignment]
 
     def _agree(self, tensor: torch.Tensor, op: Any) -> None:
         assert op == torch.distributed.ReduceOp.MIN
@@ -83,6 +84,7 @@ def test_what_failed_or_was_given_up_on_one_rank_is_so_on_all(
     rank = Rank(found)
     rank.other = other
     assert rank.wrapper.finish_loads() == failed
+    assert sorted([*rank.wrapper.entering, *failed]) == ["a", "b"], "what has failed does not enter the tree"
     assert rank.linker.held == ([NUMBERS] if held else [])
     assert rank.agreements == 1
 

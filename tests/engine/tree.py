@@ -185,12 +185,13 @@ class Stage:
     def store(self, key: RadixKey) -> None:
         self.stored.update(pages_of(key))
 
-    def step(self, engine: Any) -> list[str]:
-        """Everything between two batches: the requests that the scheduler sees then."""
+    def step(self, engine: Any, *entering: StoredHit) -> list[str]:
+        """Everything between two batches, the last of which has restored what is ``entering`` the tree: the requests
+        that the scheduler sees then."""
         self.tier.run(engine)
         self.preloads.land()
         self.order.step(engine.waiting_queue, engine.policy)
-        self.deferrals.begin(engine)
+        self.deferrals.begin(engine, entering)
         with self.deferrals.deferring(engine):
             seen = list(engine.waiting_queue)
             self.order.sort(seen, engine.policy)

@@ -209,7 +209,9 @@ class Settings(BaseSettings):
         "first; one that has waited this long goes first. 0: in order of arrival. The same on all ranks.",
     )
     prefetch_ttl_s: float = Field(
-        60.0, gt=0, description="How long prefetched pages stay in host memory for the next request."
+        60.0,
+        gt=0,
+        description="How long prefetched pages stay in staging for the next request, where there is no host tier.",
     )
     control_address: str = Field(
         "tcp://127.0.0.1:*", description="ZeroMQ address that an engine rank binds its control endpoint to."

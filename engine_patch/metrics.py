@@ -25,6 +25,8 @@ _COUNTERS = {
     ("restore", "pages_restored"): ("restored_pages", "Pages verified and written to the device."),
     ("restore", "bytes_read"): ("read_bytes", "Bytes read from the page store to restore pages."),
     ("restore", "bytes_straight"): ("straight_read_bytes", "Of these, those that were read straight into the KV pool."),
+    ("restore", "pages_host"): ("host_restored_pages", "Of the restored pages, those that came from the host tier."),
+    ("restore", "bytes_host"): ("host_restored_bytes", "Bytes that came from the host tier, and not from the drive."),
     ("restore", "seconds"): ("restore_seconds", "Time in which pages were restored."),
     ("restore", "first_layer_s"): ("first_layer_seconds", "Time until the first layer of a restore was there."),
     ("restore", "pages_failed"): ("failed_pages", "Pages that were dropped because they were damaged or unreadable."),
@@ -57,6 +59,14 @@ _COUNTERS = {
     ("store", "pages_dropped"): ("dropped_pages", "Pages that were dropped because they were wrong."),
     ("store", "pages_vanished"): ("vanished_pages", "Pages whose files were deleted or replaced by others."),
     ("store", "pages_erased"): ("erased_pages", "Pages that were erased with the sessions that they were of."),
+    ("host", "pages_demoted"): ("demoted_pages", "Pages copied from the device to the host tier."),
+    ("host", "pages_fetched"): ("fetched_pages", "Pages read from the page store to the host tier."),
+    ("host", "pages_refused"): ("host_refused_pages", "Pages for which nothing in the host tier was to leave."),
+    ("host", "pages_evicted"): ("host_evicted_pages", "Pages that left the host tier for others."),
+    ("host", "pages_wrong"): (
+        "host_wrong_pages",
+        "Pages dropped from the host tier because they were wrong.",
+    ),
     ("prefetch", "issued"): ("prefetches", "Reads begun before their request had device memory."),
     ("prefetch", "used"): ("used_prefetches", "Of these, those that a request used."),
     ("prefetch", "wasted"): ("wasted_prefetches", "Of these, those that expired or were abandoned."),
@@ -67,6 +77,8 @@ _GAUGES = {
     ("spill", "waiting"): ("waiting_spills", "Offers and manifests that wait for the spilling thread."),
     ("preload", "under_way"): ("preloads_under_way", "Preloads that are under way."),
     ("preload", "deferred"): ("waiting_requests", "Requests that are deferred now."),
+    ("host", "pages"): ("host_pages", "Pages in the host tier."),
+    ("host", "bytes"): ("host_bytes", "Memory of the host tier that they take."),
     ("staged_bytes",): ("staged_bytes", "Staging memory with pages that were read and are not yet on the device."),
 }
 # Of restores, all pools together: the name, what it is, and the powers of ten whose multiples by 1, 2 and 5 bound the

@@ -135,7 +135,7 @@ class HostTier:
             if run.readers or run.tick >= since:
                 continue
             own = 0.0 if value is None else value(run.session_id, run.keys)
-            if stays and worth is not None and own >= worth:
+            if stays and worth is not None and own > worth:
                 continue
             order = stays, own, run.tick
             if best is None or order < best[0]:

@@ -66,6 +66,8 @@ class Rank:
         self._shape = identity.shape()
         marks, self._space = self._identity()
         self.pools = StoredPools(pools, self._opening(marks, self._space), settings, self._ranks_here())
+        if settings.foresight and self.pools.host_tier is not None:
+            self.pools.host_tier.value = lambda session_id, keys: self.waits.index(session_id)
         self._control = ControlEndpoint(settings.control_address, self)
         self._engine = identity.engine(
             settings,
@@ -199,7 +201,7 @@ class Rank:
     def explain(self, session_id: str) -> dict[str, Any]:
         """Where the session's context is, what it waits for, and what a byte of it is worth on the device."""
         said = self.explain_device(session_id)
-        pages = {"device": said.pop("device_tokens", 0) // self.page_size, "disk": self.sessions.stored(session_id)}
+        pages = {"device": said.pop("device_tokens", 0) // self.page_size, **self.sessions.places(session_id)}
         tiers = {
             name: {"tokens": count * self.page_size, "bytes": self.pools.n_bytes(count)}
             for name, count in pages.items()

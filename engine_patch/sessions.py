@@ -223,9 +223,11 @@ class Sessions:
 
         return answer
 
-    def stored(self, session_id: str) -> int:
-        """How many pages of the session's context are stored."""
-        return self._pools.durable(self._chain(session_id))
+    def places(self, session_id: str) -> dict[str, int]:
+        """How many pages from the head of the session's context are on disk, and in the host tier."""
+        chain = self._chain(session_id)
+        in_memory = self._pools.in_host_memory(chain)
+        return {"disk": self._pools.durable(chain), "host": [*in_memory, False].index(False)}
 
     def demoted(self, session_id: str) -> dict[str, Any]:
         """The answer for a session whose pages are the first that the device evicts."""

@@ -24,6 +24,7 @@ from rich.table import Table
 from agentstate import __version__
 from agentstate.cli import launcher
 from agentstate.cli.pages import pages
+from agentstate.cli.sessions import sessions
 from agentstate.errors import AgentStateError, EngineError, SettingsError
 from agentstate.settings import DEFAULT_TENANT, ENGINE_LIMITS, ENGINE_PLACES, Settings
 
@@ -42,6 +43,7 @@ app.add_typer(keys, name="keys")
 tenants = typer.Typer(help="Tenants: the owners of sessions, each with its own keys and limits.", no_args_is_help=True)
 app.add_typer(tenants, name="tenants")
 app.add_typer(pages, name="pages")
+app.add_typer(sessions, name="sessions")
 bench = typer.Typer(help="Reproduce the documentation's figures on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

@@ -305,7 +305,7 @@ def test_what_is_worth_least_leaves_and_nothing_comes_for_what_is_worth_more(ope
     for page, session in enumerate("abc"):
         assert stage.demote(page, session=session)
     assert stage.demote(3, session="d") and stage.here(*range(4)) == [0, 2, 3]
-    assert not stage.demote(4, session="e"), "no more than d"
+    assert not stage.demote(4, session="e"), "it is worth less than d"
     assert stage.host.stats.pages_refused == 1
     worth["d"] = 0.0
     assert stage.demote(4, session="e") and stage.here(*range(5)) == [0, 2, 4]

@@ -1,0 +1,101 @@
+"""Where a session's KV is and why, as the service tells it from what its engine says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from stage import Answers, Service, register
+from test_http_api import assert_problem, created
+from typer.testing import CliRunner
+
+from agentstate.cli.main import app
+
+TIERS = {
+    "device": {"tokens": 0, "bytes": 0},
+    "host": {"tokens": 64, "bytes": 1000},
+    "disk": {"tokens": 128, "bytes": 2000},
+}
+WAIT = {"state": "waits", "kind": "tool", "waited_s": 4.0, "rest_p50_s": 3.0, "rest_p90_s": None}
+SAID: dict[str, Any] = {"tiers": TIERS, "wait": WAIT, "index": 0.25, "place": 2, "fetched_from_index": 0.5}
+
+
+def explained(service: Service, start_peer: Any, said: Answers | dict[str, Any]) -> dict[str, Any]:
+    peer = start_peer(said if callable(said) else lambda request: {"ok": True, **said})
+    register(service.database, peer.address)
+    session_id = created(service)["id"]
+    found: dict[str, Any] = service.http.get(f"/v1/sessions/{session_id}/kv").raise_for_status().json()
+    assert [(request["verb"], request["session"]) for request in peer.requests] == [("explain", session_id)]
+    return found
+
+
+def test_the_engine_says_where_the_pages_are_and_what_would_move_them(service: Service, start_peer: Any) -> None:
+    found = explained(service, start_peer, SAID)
+    assert found["tiers"] == TIERS
+    assert (found["engine"][:4], found["index"], found["place"]) == ("eng_", 0.25, 2)
+    assert (found["wait"]["kind"], found["wait"]["rest_p50_s"], found["wait"]["rest_p90_s"]) == ("tool", 3.0, None)
+    assert found["next"] == "it is fetched once its index reaches 0.5, or with its next request"
+
+
+@pytest.mark.parametrize(
+    ("more", "following"),
+    [
+        ({"leaves_after_tokens": 61440}, "it leaves the device after 61,440 tokens of others"),
+        ({"wait": {"state": "served", "waited_s": 1.0}}, "it stays on the device until its request has ended"),
+        ({"wait": None, "index": None, "place": None}, "its next request brings it to the device"),
+        ({"wait": {**WAIT, "state": "released"}}, "its next request brings it to the device"),
+    ],
+    ids=["on the device", "served", "unknown", "released"],
+)
+def test_what_would_move_it_is_told_in_words(
+    service: Service, start_peer: Any, more: dict[str, Any], following: str
+) -> None:
+    assert explained(service, start_peer, {**SAID, **more})["next"] == following
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda request: {"ok": False, "error": "unknown verb 'explain'"}, "unknown verb 'explain'"),
+        (lambda request: {"ok": True, "tiers": {"device": "warm"}}, "the engine does not say"),
+        (lambda request: {"ok": True, **SAID, "wait": {"state": "sleeps", "waited_s": 0}}, "the engine does not say"),
+        (
+            lambda request: {"ok": True, **SAID, "tiers": {**TIERS, "disk": {"tokens": None, "bytes": 0}}},
+            "does not say",
+        ),
+    ],
+    ids=["earlier release", "nonsense", "unknown state", "no number"],
+)
+def test_an_engine_that_does_not_say_is_no_error(
+    service: Service, start_peer: Any, answer: Answers, reason: str
+) -> None:
+    found = explained(service, start_peer, answer)
+    assert found["tiers"] == {}
+    assert reason in found["next"]
+
+
+def test_without_an_engine_nothing_is_known(service: Service) -> None:
+    found = service.http.get(f"/v1/sessions/{created(service)['id']}/kv").json()
+    assert (found["engine"], found["tiers"], found["next"]) == (None, {}, "no live engine has served it")
+
+
+def test_of_a_session_that_nobody_has_there_is_nothing_to_tell(service: Service) -> None:
+    assert_problem(service.http.get("/v1/sessions/ses_none/kv"), 404, "session-not-found")
+
+
+def test_the_command_line_shows_it(service: Service, start_peer: Any) -> None:
+    fetch = {"ago_s": 9.0, "index": 0.5, "displaced": 0.1, "tokens": 128, "outcome": "wasted"}
+    register(service.database, start_peer(lambda request: {"ok": True, **SAID, "fetch": fetch}).address)
+    session_id = created(service)["id"]
+    shown = CliRunner().invoke(app, ["sessions", "kv", session_id, "--url", service.base_url])
+    assert shown.exit_code == 0, shown.output
+    for part in (
+        "engine: eng_",
+        "waits for a tool since 4.0 s; is back in 3.0 s (one in two), later (nine in ten)",
+        "worth 0.25 a byte and second on the device: place 2",
+        "fetched 9.0 s ago, 128 tokens: wasted",
+        "it is fetched once its index reaches 0.5",
+    ):
+        assert part in shown.output
+    as_json = CliRunner().invoke(app, ["sessions", "kv", session_id, "--url", service.base_url, "--json"])
+    assert '"place": 2' in as_json.output

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 ROOT = -1
 _FIRST = -1.0  # used before anything
@@ -17,9 +18,20 @@ class SegmentCache:
     is no leaf, and its own mark decides nothing. For the same reason a lock on a segment holds everything before it.
 
     ``reserved`` pages are taken by running requests that have not put their segments in yet.
+
+    With a ``value`` of segments the least valuable leaf leaves first instead, and with it those before it that nothing
+    else needs; what is of infinite value stays. ``dropped`` is told of each segment that leaves.
     """
 
-    def __init__(self, parents: Sequence[int], pages: Sequence[int], capacity_pages: int):
+    def __init__(
+        self,
+        parents: Sequence[int],
+        pages: Sequence[int],
+        capacity_pages: int,
+        value: Callable[[int], float] | None = None,
+        dropped: Callable[[int], None] = lambda segment: None,
+    ):
+        self._value, self._dropped = value, dropped
         self._parents = parents
         self._pages = pages
         self.capacity_pages = capacity_pages
@@ -29,6 +41,7 @@ class SegmentCache:
         self._children: dict[int, int] = {}
         self._locks: dict[int, int] = {}
         self._leaves: list[tuple[float, int]] = []  # may hold what is no leaf any more, or was used since
+        self._tips: set[int] = set()  # every leaf, if there are values
 
     def __contains__(self, segment: int) -> bool:
         return segment in self._used
@@ -58,15 +71,36 @@ class SegmentCache:
                 del self._locks[segment]
                 self._offer(segment)
 
-    def make_room(self, pages: int) -> bool:
-        """Evict until ``pages`` more fit. Returns whether they do; what was evicted on the way stays so if not."""
+    def make_room(self, pages: int, below: float = math.inf) -> bool:
+        """Evict until ``pages`` more fit, with values only what is worth less than ``below``. Returns whether they do;
+        what was evicted on the way stays so if not."""
         over = self.resident_pages + self.reserved + pages - self.capacity_pages
+        if self._value is not None:
+            return over <= 0 or self._make_room_by(self._value, over, below)
         while over > 0:
             leaf = self._oldest_leaf()
             if leaf is None:
                 return False
             over -= self._evict(leaf, over)
         return True
+
+    def could_make_room(self, pages: int, below: float) -> bool:
+        """Whether `make_room` would. Only with values."""
+        assert self._value is not None
+        over = self.resident_pages + self.reserved + pages - self.capacity_pages
+        if over <= 0:
+            return True
+        for tip in self._tips:
+            if tip not in self._locks and self._value(tip) < below:
+                segment = tip
+                while over > 0:
+                    over -= self._pages[segment]
+                    segment = self._parents[segment]
+                    if segment not in self._used or self._children[segment] > 1 or segment in self._locks:
+                        break
+                if over <= 0:
+                    return True
+        return False
 
     def insert(self, segments: Sequence[int], now_s: float) -> None:
         """Insert segments of one path, in its order, that are not cached and for which there is room."""
@@ -75,8 +109,24 @@ class SegmentCache:
             parent = self._parents[segment]
             self._children[parent] = self._children.get(parent, 0) + 1
             self.resident_pages += self._pages[segment]
+            if self._value is not None:
+                self._tips.discard(parent)
+                if not self._children.get(segment):
+                    self._tips.add(segment)
         if segments:
             self._offer(segments[-1])
+
+    def take(self, segment: int) -> None:
+        """Remove a segment that is here, whatever is after it."""
+        del self._used[segment]
+        self.resident_pages -= self._pages[segment]
+        self._tips.discard(segment)
+        parent = self._parents[segment]
+        self._children[parent] -= 1
+        if parent in self._used:
+            if self._value is not None and not self._children[parent]:
+                self._tips.add(parent)
+            self._offer(parent)
 
     def demote(self, segment: int) -> None:
         """Make a cached segment, and all before it that nothing else shares or holds, the first to be evicted."""
@@ -89,7 +139,32 @@ class SegmentCache:
             self._used[parent] = _FIRST
             parent = self._parents[parent]
 
+    def _make_room_by(self, value: Callable[[int], float], over: int, below: float) -> bool:
+        while over > 0:
+            tips = sorted((value(tip), tip) for tip in self._tips if tip not in self._locks)
+            before = over
+            for worth, tip in tips:
+                if worth >= below:
+                    break
+                segment = tip
+                while over > 0:
+                    over -= self._pages[segment]
+                    parent = self._parents[segment]
+                    self.take(segment)
+                    self._dropped(segment)
+                    segment = parent
+                    # What others share is weighed when it is a leaf.
+                    if segment not in self._tips or segment in self._locks or value(segment) > worth:
+                        break
+                if over <= 0:
+                    return True
+            if over == before:
+                return False
+        return True
+
     def _offer(self, segment: int) -> None:
+        if self._value is not None:
+            return
         if not self._children.get(segment) and segment not in self._locks:
             heapq.heappush(self._leaves, (self._used[segment], segment))
 

@@ -22,12 +22,13 @@ from agentstate.fleet import engines
 from agentstate.fleet.control import ControlClient
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from benchmarks import projection, results, traces
+from benchmarks import foresight, foresight_tables, projection, results, traces
 from benchmarks.calibration import Calibration
+from benchmarks.fleet import Fleet
 from benchmarks.probe import probe
 from benchmarks.replay import replay as replay_against
 from benchmarks.replay import validation
-from benchmarks.simulator import Fleet, Simulation
+from benchmarks.simulator import Simulation
 from benchmarks.study import POLICIES, study, summary
 from benchmarks.terminal import console
 from benchmarks.traces import Workload
@@ -93,6 +94,20 @@ def replay(
                 settings["validation"] = validation(simulated, measured)
     _print_replay(chosen, rows, settings.get("validation"))
     _keep(report, "replay", settings, rows)
+
+
+def look_ahead(seeds: Sequence[int], *, full: bool, report: Path | None) -> None:
+    """Simulate one engine under every policy that looks ahead, and print what each is worth."""
+    with _bar() as advance:
+        rows = foresight.study(seeds, full=full, advance=advance)
+    command = f"agentstate bench replay --simulate{' --full' if full else ''} --seed {seeds[0]} --seeds {len(seeds)}"
+    _keep(report, "foresight", {"command": command, "seeds": list(seeds)}, rows)
+    for shown in foresight_tables.tables(rows):
+        numbers = [Column(name, justify="right") for name in shown.header[shown.left :]]
+        table = Table(*shown.header[: shown.left], *numbers, title=shown.title, padding=(0, 0))
+        for cells in shown.rows:
+            table.add_row(*cells)
+        console.print(table)
 
 
 def calibrate(
@@ -249,7 +264,7 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
         def advance(name: str, done: int, total: int) -> None:
             if name not in tasks:
                 tasks[name] = progress.add_task(name, total=total)
-            if done % 200 == 0 or done == total:
+            if total < 200 or done % 200 == 0 or done == total:
                 progress.update(tasks[name], completed=done)
 
         yield advance

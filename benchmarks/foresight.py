@@ -1,298 +1,272 @@
-"""What foresight is worth on a real engine: twelve agents whose KV is four times the device's pool, under each policy.
+"""What holding, ordering, a host tier, signals and forecasts are worth on one engine, simulated.
 
-The agents call tools whose times are drawn from published ones, and come back when those have ended. The drive is
-slowed down until a restore of a context takes about four forwards, since at its own speed a CPU's forwards hide it.
-Engines with nothing but LRU, with what needs no prediction (requests with much to read are deferred, those with little
-go first, pages that leave the device stay in host memory), and with that and announcements of how long each tool takes,
-serve the same agents in turn, beside one whose pool holds everything. Every answer must be the same.
+Every policy serves the same requests: those that an engine with an infinite pool gets within the window. A pool is a
+fraction of the working set, which is the sum of all agents' contexts, on average. Each seed is another workload, and a
+figure is compared with those of the same seed.
 """
 
 from __future__ import annotations
 
-import asyncio
-import math
-import random
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from enum import StrEnum
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
-from rich.table import Column, Table
+from agentstate.lookahead.planner import MARGIN
+from agentstate.lookahead.policies import lru, planner, ttl
+from benchmarks import agents
+from benchmarks.agents import Drift, Make
+from benchmarks.calibration import Calibration
+from benchmarks.fleet import Fleet, Foresight, Outcome, Policy
+from benchmarks.simulator import Simulation
+from benchmarks.study import SHARES, quantile
 
-from agentstate.cli.local import LocalStack
-from agentstate.errors import EngineError
-from agentstate.fleet.control import ControlClient
-from agentstate.lookahead.forecast import Forecast
-from agentstate.settings import Settings
-from benchmarks import results
-from benchmarks.engine import Answer, Engine
-from benchmarks.replay import VOCABULARY, unseen
-from benchmarks.slow_drive import Drive
-from benchmarks.stacks import running, steps
-from benchmarks.study import quantile
-from benchmarks.terminal import console
-from benchmarks.traces import TOOL_S
-from benchmarks.ttft import interval, paired_ratio
+AGENTS = 64
+RECORDED_AGENTS = 24  # their contexts are longer, and they wait less
+HORIZON_S, WARM_S = 2700.0, 500.0
+HOST_BYTES, STAGING_BYTES = 40e9, 16e9
+DRIVES = (14, 3)
+POOLS = (4.0, 6.6)
+INFINITE_TOKENS = 10**9
+SLO = 1.5
+HIT = 1.5
+"""A turn counts as one at the speed of a memory hit if it takes at most so many times its prefill alone."""
 
-# An announcement is wrong by a log-normal factor.
-_SIGMA = 0.2
-_FORWARDS = 4
+_LRU = Policy("LRU", store=True, overlap=True, read_at_arrival=True, ordering=lru)
+_HOLD = replace(_LRU, name="LRU + hold", hold=True)
+_SIMPLE = replace(_HOLD, name="simple", order=True, exclusive=True)
+_TYPING = replace(_SIMPLE, name="simple + typing", typing_s=3.0)
+_LEARNED = replace(_SIMPLE, name="learned", ordering=planner, foresight=Foresight.LEARNED, plan=True, margin=MARGIN)
+_SIGNALS = replace(_LEARNED, name="signals", foresight=Foresight.ANNOUNCED, typing_s=3.0)
+_ANNOUNCED = replace(_SIGNALS, name="announced", typing_s=0.0)
+_ORACLE = replace(_SIMPLE, name="oracle", ordering=planner, foresight=Foresight.EXACT, plan=True)
+INFINITE = replace(_SIMPLE, name="infinite pool")
+
+POLICIES = (
+    _LRU,
+    _HOLD,
+    replace(_SIMPLE, name="TTL 60 s", ordering=ttl(60)),
+    replace(_SIMPLE, name="TTL 300 s", ordering=ttl(300)),
+    _SIMPLE,
+    _TYPING,
+    _LEARNED,
+    _SIGNALS,
+    _ORACLE,
+)
+ORDERS = (
+    replace(_SIMPLE, name="LRU"),
+    replace(_LEARNED, name="learned", plan=False),
+    replace(_ANNOUNCED, name="announced", plan=False),
+    replace(_ORACLE, name="Bélády", plan=False),
+)
+"""How what stays is chosen, and nothing is fetched before it is needed."""
 
 
-class Variant(StrEnum):
-    """What an engine does."""
+def eight_billion(drive_gb_per_s: float) -> Calibration:
+    """The costs of a model of the 8B class: 128 KiB of KV a token; a prefill of 15,000 tokens a second; decoding at
+    4.3 TB/s, of 16 GB of weights and the contexts. Writes take half of the drive's rate."""
+    token_bytes = 128 * 1024
+    return Calibration(
+        name="8b-class",
+        source="chosen",
+        page_tokens=64,
+        token_bytes=token_bytes,
+        layers=32,
+        chunk_tokens=8192,
+        max_running=256,
+        request_s=0.01,
+        forward_s=0.01,
+        token_s=1 / 15_000,
+        pair_s=0.0,
+        step_s=0.005,
+        sequence_s=0.0,
+        context_s=token_bytes / 4.3e12,
+        restore_gb_per_s=drive_gb_per_s,
+        host_gb_per_s=50.0,
+        write_gb_per_s=drive_gb_per_s / 2,
+    )
 
-    FULL = "pool for all"
-    LRU = "LRU"
-    SIMPLE = "simple"
-    SIGNALS = "signals"
+
+WORKLOADS: dict[str, Make] = {
+    "generated": agents.generated,
+    "predictable tools": partial(agents.generated, predictable=0.98),
+    "recorded": agents.weka,
+    "tools ten times slower": partial(agents.generated, drift=Drift(HORIZON_S / 2, 10.0)),
+    "tools ten times faster": partial(agents.generated, drift=Drift(HORIZON_S / 2, 0.1)),
+    "waves": partial(agents.generated, wave_s=30.0),
+    "announced a tenth": agents.telling(agents.generated, factor=0.1),
+    "announced ten times": agents.telling(agents.generated, factor=10.0),
+    "announced noise": agents.telling(agents.generated, noise=True),
+}
+ADVERSARIES = tuple(WORKLOADS)[3:]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """``agents`` take ``turns`` each, of ``context`` tokens at first and ``append`` more each turn, with answers of
-    ``output`` tokens. A tool takes ``longest_s`` at most. The pool holds ``share`` of all contexts."""
+class Case:
+    """One workload on one engine, under every policy. The pool is ``1 / pool`` of the working set of ``sized_for``
+    agents."""
 
-    agents: int = 12
-    turns: int = 17
-    context: int = 1536
-    append: int = 48
-    output: int = 8
-    longest_s: float = 20.0
-    share: float = 0.25
+    section: str
+    workload: str
+    agents: int
+    pool: float
+    drive_gb_per_s: float
+    seed: int
+    policies: tuple[Policy, ...]
+    sized_for: int = AGENTS
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest context."""
-        return self.context + self.turns * (self.append + self.output)
-
-    @property
-    def working_set(self) -> int:
-        return self.agents * (self.context + self.turns * (self.append + self.output) // 2)
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    gap_s: float
-    announced_s: float
-    append: tuple[int, ...]
-
-
-class Agents:
-    """The agents of a round: equal numbers, equal agents; other numbers, other contexts."""
-
-    def __init__(self, plan: Plan, number: int):
-        source = random.Random(number)
-        self.plan = plan
-        self._starts_s = [source.uniform(0, 4) for _ in range(plan.agents)]
-        self._contexts = [source.choices(VOCABULARY, k=plan.context) for _ in range(plan.agents)]
-        self._steps = [[self._step(source) for _ in range(plan.turns)] for _ in range(plan.agents)]
-
-    def _step(self, source: random.Random) -> _Step:
-        gap_s = min(self.plan.longest_s, TOOL_S.sample(source))
-        announced_s = gap_s * math.exp(_SIGMA * source.gauss(0, 1))
-        return _Step(gap_s, announced_s, tuple(source.choices(VOCABULARY, k=self.plan.append)))
-
-    async def play(self, stack: LocalStack, *, announce: bool) -> list[list[Answer]]:
-        """Every answer, an agent a list. If they ``announce``, the engine is told how long each tool takes."""
-        control = stack.control()
-        async with Engine(stack.engine_url) as engine:
-            return list(
-                await asyncio.gather(
-                    *(self._agent(stack, engine, control if announce else None, n) for n in range(self.plan.agents))
-                )
-            )
-
-    async def _agent(
-        self, stack: LocalStack, engine: Engine, control: ControlClient | None, number: int
-    ) -> list[Answer]:
-        turn = await asyncio.to_thread(stack.begin_turn)
-        tokens, answers = list(self._contexts[number]), []
-        await asyncio.sleep(self._starts_s[number])
-        for step in self._steps[number]:
-            tokens += step.append
-            answer = await engine.ask(tokens, self.plan.output, turn.engine_session)
-            tokens += answer.tokens
-            answers.append(answer)
-            ended_s = time.perf_counter()
-            if control is not None:
-                packed = Forecast.exactly(step.announced_s, _SIGMA).pack()
-                await asyncio.to_thread(
-                    control.call, "foresee", 10, session=turn.session.uid, forecast=packed, waited_ms=0, kind="tool"
-                )
-            await asyncio.sleep(max(0.0, step.gap_s - (time.perf_counter() - ended_s)))
-        return answers
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a policy, that of the infinite pool first."""
+        reference, counted = _reference(self.workload, self.agents, self.drive_gb_per_s, self.seed)
+        pool_tokens = int(_working_set(self.workload, self.sized_for, self.drive_gb_per_s, self.seed) / self.pool)
+        shown = {"section": self.section, "workload": self.workload, "agents": self.agents, "pool": self.pool}
+        shown |= {"pool_tokens": pool_tokens, "drive_gb_per_s": self.drive_gb_per_s, "seed": self.seed}
+        rows = [shown | {"variant": INFINITE.name} | reference]
+        for policy in self.policies:
+            outcome = _run(self.workload, self.agents, self.seed, self.drive_gb_per_s, pool_tokens, policy, counted)
+            rows.append(shown | {"variant": policy.name} | figures(outcome))
+        if self.section != "pools":
+            for row in rows:
+                del row["ttft_quantiles_s"]
+        return rows
 
 
-class Comparison:
-    """Measures ``stacks`` with the drive that they have in common. ``say`` is told what is being done; ``step`` is
-    called after every run."""
-
-    def __init__(
-        self,
-        stacks: Mapping[Variant, LocalStack],
-        drive: Drive,
-        plan: Plan,
-        say: Callable[[str], None],
-        step: Callable[[], None],
-    ):
-        self._stacks = stacks
-        self._drive = drive
-        self._plan = plan
-        self._say = say
-        self._step = step
-
-    async def run(self, rounds: int, forwards: float) -> dict[str, Any]:
-        """Every time to a first token but the agents' first, by variant and round. The drive is slowed down until a
-        restore takes so many ``forwards``; 0 leaves it as it is. Raises EngineError if an answer differs."""
-        for stack in self._stacks.values():
-            stack.freeze_engine()
-        speed = 0.0
-        found: dict[Variant, list[dict[str, Any]]] = {variant: [] for variant in self._stacks}
-        try:
-            if forwards:
-                speed = await self._slow_down(forwards)
-            for number in range(rounds):
-                agents, answers = Agents(self._plan, number), {}
-                # Forth and back, so that a machine that slows down more and more favours none.
-                for variant in list(self._stacks)[:: 1 if number % 2 else -1]:
-                    self._say(f"round {number + 1}: {variant}")
-                    answers[variant] = await self._round(variant, agents)
-                    found[variant].append(_figures(answers[variant]))
-                    self._step()
-                _compare(answers)
-        finally:
-            self._drive.answer()
-            for stack in self._stacks.values():
-                stack.thaw_engine()
-        return {"drive_bytes_per_s": speed, "rounds": {variant.value: rows for variant, rows in found.items()}}
-
-    async def _round(self, variant: Variant, agents: Agents) -> list[list[Answer]]:
-        stack = self._stacks[variant]
-        stack.thaw_engine()
-        try:
-            stack.flush_device()
-            answers = await agents.play(stack, announce=variant is Variant.SIGNALS)
-            stack.settle()
-            return answers
-        finally:
-            stack.freeze_engine()
-
-    async def _slow_down(self, forwards: float) -> float:
-        """Set the speed at which a context of average length is read in the time of so many forwards that hit it."""
-        self._say("measuring a forward")
-        stack = self._stacks[Variant.FULL]
-        stack.thaw_engine()
-        try:
-            context = unseen(self._plan.context)
-            async with Engine(stack.engine_url) as engine:
-                await engine.ask(context, 1)
-                hits = [(await engine.ask(context + unseen(self._plan.append), 1)).ttft_s for _ in range(9)]
-                stack.settle()
-                stack.flush_device()
-                before = stack.stat()["restore"]["bytes_read"]
-                await engine.ask(context + unseen(self._plan.append), 1)
-            n_bytes = stack.stat()["restore"]["bytes_read"] - before
-        finally:
-            stack.freeze_engine()
-        speed = n_bytes / (forwards * statistics.median(hits))
-        # Reads alone: what is written is written at the drive's own speed.
-        self._drive.set(speed, "extents")
-        return speed
+def cases(seeds: Sequence[int], *, full: bool = False) -> list[Case]:
+    """All that is simulated, but for capacities."""
+    by_name = {policy.name: policy for policy in POLICIES}
+    few = tuple(by_name[name] for name in ("LRU", "simple", "learned", "signals", "oracle"))
+    found = []
+    for seed in seeds:
+        case = partial(Case, seed=seed)
+        for drive in (*DRIVES, 50) if full else DRIVES:
+            for pool in (2.0, *POOLS) if full else POOLS:
+                found.append(case("pools", "generated", AGENTS, pool, drive, policies=POLICIES))
+        hard = partial(case, pool=POOLS[-1], drive_gb_per_s=DRIVES[0])
+        found.append(hard("orders", "generated", AGENTS, policies=ORDERS))
+        found.append(hard("workloads", "predictable tools", AGENTS, policies=few))
+        for pool in (2.0, 4.0):
+            recorded = hard("workloads", "recorded", RECORDED_AGENTS, policies=few)
+            found.append(replace(recorded, pool=pool, sized_for=RECORDED_AGENTS))
+        for name in ADVERSARIES:
+            found.append(hard("adversaries", name, AGENTS, policies=few[1:4]))
+        for count in (16, 32, 48):
+            found.append(hard("loads", "generated", count, policies=few))
+    return found
 
 
-def _figures(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
-    later = [answer for agent in answers for answer in agent[1:]]
-    ttfts = sorted(answer.ttft_s for answer in later)
+def figures(outcome: Outcome) -> dict[str, Any]:
+    """The figures of an outcome. ``at_hit`` is the share of turns at the speed of a memory hit; waits are means."""
+    served = outcome.served
+    ttfts = sorted(request.ttft_s for request in served)
+    tokens = sum(request.input_tokens for request in served)
+    count = len(served)
+    cost = eight_billion(1)
+    hits = 0
+    for request in served:
+        known = request.device_tokens + request.host_tokens + request.drive_tokens
+        alone_s = cost.request_s + cost.prefill_s(known, max(1, request.input_tokens - known))
+        hits += request.ttft_s <= HIT * alone_s
     return {
-        "requests": len(later),
-        "ttft_s": [round(ttft, 4) for ttft in ttfts],
-        "device_tokens": sum(answer.device_tokens for answer in later),
-        "restored_tokens": sum(answer.restored_tokens for answer in later),
+        "requests": count,
+        "unserved": outcome.unserved,
+        "ttft_mean_s": round(sum(ttfts) / count, 4),
+        **{f"ttft_p{share}_s": round(quantile(ttfts, share / 100), 4) for share in (50, 90, 99)},
+        "at_hit": round(hits / count, 4),
+        "hit_device": round(sum(request.device_tokens for request in served) / tokens, 4),
+        "hit_host": round(sum(request.host_tokens for request in served) / tokens, 4),
+        "read_wait_s": round(sum(request.read_wait_s for request in served) / count, 4),
+        "memory_wait_s": round(sum(request.memory_wait_s for request in served) / count, 4),
+        "bytes_read": outcome.bytes_read,
+        "planned_bytes": outcome.planned_bytes,
+        "forecasts": outcome.forecasts,
+        "within": outcome.within,
+        "ttft_quantiles_s": [round(quantile(ttfts, share), 4) for share in SHARES],
     }
 
 
-def _compare(answers: Mapping[Variant, Sequence[Sequence[Answer]]]) -> None:
-    first, *others = answers.items()
-    for variant, of_variant in others:
-        for number, (expected, found) in enumerate(zip(first[1], of_variant, strict=True)):
-            for turn, (one, other) in enumerate(zip(expected, found, strict=True)):
-                if one.tokens != other.tokens:
-                    raise EngineError(f"agent {number} got other tokens in turn {turn} from {variant} than {first[0]}")
+def capacity(policy: Policy, drive_gb_per_s: float, seed: int) -> dict[str, Any]:
+    """How many agents an engine serves whose p90 is at most `SLO` times that of an infinite pool with as many. Its pool
+    is what `AGENTS` need, over 6.6."""
+    pool_tokens = int(_working_set("generated", AGENTS, drive_gb_per_s, seed) / POOLS[-1])
+
+    def serves(count: int) -> bool:
+        reference, counted = _reference("generated", count, drive_gb_per_s, seed)
+        outcome = _run("generated", count, seed, drive_gb_per_s, pool_tokens, policy, counted)
+        p90_s = quantile(sorted(request.ttft_s for request in outcome.served), 0.9)
+        return not outcome.unserved and p90_s <= SLO * float(reference["ttft_p90_s"])
+
+    good, bad = 0, 192
+    while bad - good > 2:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if serves(middle) else (good, middle)
+    row = {"section": "capacity", "workload": "generated", "drive_gb_per_s": drive_gb_per_s, "seed": seed}
+    return row | {"variant": policy.name, "agents": good, "pool_tokens": pool_tokens}
 
 
-def foresight(settings: Settings, model: str, rounds: int, forwards: float, plan: Plan, report: Path | None) -> None:
-    """Print and keep the times to the first token under each policy."""
-    with ExitStack() as started:
-        drive = Drive(Path(started.enter_context(tempfile.TemporaryDirectory())))
-        stacks = {}
-        for variant, (share, environment) in _engines(plan).items():
-            pool = int(share * plan.working_set) + plan.longest
-            # In bfloat16 a token in another batch may round to another answer.
-            arguments = ["--dtype", "float32", "--max-total-tokens", str(pool), "--skip-tokenizer-init"]
-            stack = started.enter_context(running(settings, model, arguments, **environment, **drive.environment))
-            stack.freeze_engine()
-            stacks[variant] = stack
-        for stack in stacks.values():
-            stack.thaw_engine()
-        say, step = started.enter_context(steps(rounds * len(stacks)))
-        found = asyncio.run(Comparison(stacks, drive, plan, say, step).run(rounds, forwards))
-    rows = _rows(found["rounds"])
-    _print(rows)
-    if report is not None:
-        asked = {"model": model, "rounds": rounds, "forwards": forwards, "plan": vars(plan)}
-        asked["drive_bytes_per_s"] = found["drive_bytes_per_s"]
-        results.write(report, results.record("foresight", asked, rows))
-        console.print(f"raw result written to {report}")
+def study(
+    seeds: Sequence[int], *, full: bool = False, advance: Callable[[str, int, int], None] = lambda name, done, of: None
+) -> list[dict[str, Any]]:
+    """All rows, in order, simulated on all cores that this process may use."""
+    tasks: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = [
+        (case.section, case.rows) for case in cases(seeds, full=full)
+    ]
+    if full:
+        tasks += [("capacity", task) for task in _capacities(seeds)]
+    total = {name: sum(section == name for section, _ in tasks) for name, _ in tasks}
+    done = dict.fromkeys(total, 0)
+    found: dict[int, list[dict[str, Any]]] = {}
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as workers:
+        running = {workers.submit(task): number for number, (_, task) in enumerate(tasks)}
+        for future in as_completed(running):
+            number = running[future]
+            found[number] = future.result()
+            name = tasks[number][0]
+            done[name] += 1
+            advance(name, done[name], total[name])
+    return [row for number in sorted(found) for row in found[number]]
 
 
-def _engines(plan: Plan) -> dict[Variant, tuple[float, dict[str, str]]]:
-    """The pool, as a share of all contexts, and the environment of each variant's engine."""
-    plain = {"AGENTSTATE_FORESIGHT": "off", "AGENTSTATE_PRELOAD_BYTES": "0", "AGENTSTATE_HOST_BYTES": "0"}
-    simple = {"AGENTSTATE_FORESIGHT": "off", "AGENTSTATE_PRELOAD_BYTES": "1MiB", "AGENTSTATE_HOST_BYTES": "256MiB"}
-    return {
-        Variant.FULL: (2.0, plain),
-        Variant.LRU: (plan.share, plain),
-        Variant.SIMPLE: (plan.share, simple),
-        Variant.SIGNALS: (plan.share, {**simple, "AGENTSTATE_FORESIGHT": "on"}),
-    }
+def _capacities(seeds: Sequence[int]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    for seed in seeds:
+        for drive in (*DRIVES, 50):
+            for policy in (_LRU, _SIMPLE, _LEARNED, _SIGNALS, _ORACLE):
+                yield partial(_capacity_rows, policy, drive, seed)
 
 
-def _rows(rounds: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    rows = []
-    for variant, of_variant in rounds.items():
-        row: dict[str, Any] = {"variant": variant, "requests": sum(one["requests"] for one in of_variant)}
-        ttfts = sorted(ttft for one in of_variant for ttft in one["ttft_s"])
-        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
-            row[f"ttft_{name}_s"] = round(quantile(ttfts, share), 4)
-            own = [quantile(one["ttft_s"], share) for one in of_variant]
-            for other in (Variant.LRU, Variant.FULL):
-                theirs = [quantile(one["ttft_s"], share) for one in rounds[other]]
-                ratio, low, high = paired_ratio(own, theirs)
-                row[f"{name}_to_{other.name.lower()}"] = [round(value, 4) for value in (ratio, low, high)]
-        cached = sum(one["device_tokens"] for one in of_variant)
-        row["device_share"] = round(cached / (cached + sum(one["restored_tokens"] for one in of_variant)), 4)
-        rows.append(row)
-    return rows
+def _capacity_rows(policy: Policy, drive_gb_per_s: float, seed: int) -> list[dict[str, Any]]:
+    return [capacity(policy, drive_gb_per_s, seed)]
 
 
-def _print(rows: Sequence[Mapping[str, Any]]) -> None:
-    names = ["p50, s", "p90", "p99", "p90 ÷ LRU", "95 %", "p90 ÷ pool for all", "95 %", "hits on the device"]
-    table = Table("policy", *(Column(name, justify="right") for name in names))
-    for row in rows:
-        (lru, *lru_95), (full, *full_95) = row["p90_to_lru"], row["p90_to_full"]
-        table.add_row(
-            row["variant"],
-            *(f"{row[f'ttft_{name}_s']:.3f}" for name in ("p50", "p90", "p99")),
-            f"{lru:.3f}",
-            interval(lru_95),
-            f"{full:.3f}",
-            interval(full_95),
-            f"{row['device_share']:.0%}",
-        )
-    console.print(table)
+@lru_cache(maxsize=2)
+def _working_set(workload: str, count: int, drive_gb_per_s: float, seed: int) -> float:
+    """The tokens of all contexts of so many agents that wait or run, on average."""
+    outcome = _run(workload, count, seed, drive_gb_per_s, INFINITE_TOKENS, INFINITE, ())
+    return sum(outcome.context_tokens) / len(outcome.context_tokens)
+
+
+@lru_cache(maxsize=4)
+def _reference(
+    workload: str, count: int, drive_gb_per_s: float, seed: int
+) -> tuple[dict[str, Any], frozenset[tuple[int, int]]]:
+    """The figures of an infinite pool, and the requests that it served."""
+    outcome = _run(workload, count, seed, drive_gb_per_s, INFINITE_TOKENS, INFINITE, ())
+    return figures(outcome), frozenset((request.session, request.turn) for request in outcome.served)
+
+
+def _run(
+    workload: str,
+    count: int,
+    seed: int,
+    drive_gb_per_s: float,
+    pool_tokens: int,
+    policy: Policy,
+    counted: frozenset[tuple[int, int]] | tuple[()],
+) -> Outcome:
+    fleet = Fleet(1, pool_tokens, STAGING_BYTES, HOST_BYTES, 1e15)
+    made = WORKLOADS[workload](count, HORIZON_S, seed)
+    simulation = Simulation(
+        made, eight_billion(drive_gb_per_s), fleet, policy, seed=seed, window=(WARM_S, HORIZON_S), counted=counted
+    )
+    return simulation.run()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.engine import Engine
-from benchmarks.simulator import Outcome, Served
+from benchmarks.fleet import Outcome, Served
 from benchmarks.study import quantile
 from benchmarks.traces import Turn, Workload
 

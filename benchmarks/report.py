@@ -6,9 +6,10 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks import plots, results
+from benchmarks import foresight_tables, plots, results
 from benchmarks.ttft import compared, floor_of, interval
 
 Result = dict[str, Any]
@@ -18,6 +19,7 @@ _CONTENTS = {
     "throughput": "What spilling costs",
     "soak": "The same tokens",
     "pages": "The page store",
+    "foresight": "Foresight, simulated",
     "replay": "Agent workloads",
     "service": "The session service",
     "projection": "Other hardware, on paper",
@@ -157,6 +159,48 @@ def _replay(found: Sequence[Result], pictures: Path) -> list[str]:
         plots.distribution(rows, f"{kind}, {settings['requests']:,} requests", pictures, name)
         lines += ["", *_picture(pictures, name, f"{kind}: distribution of the time to first token")]
     return lines
+
+
+def _foresight(found: Sequence[Result], pictures: Path) -> list[str]:
+    result = found[-1]
+    rows, settings = result["rows"], result["settings"]
+    lines = [
+        "One engine, and agents that have one conversation after another, simulated. W is the working set: the",
+        "contexts of all agents. Figures are medians over seeds, with the least and the most. Every policy serves the",
+        "same requests of a seed. *At a hit* is the share of turns that take at most 1.5 times their prefill alone.",
+        "*Way* is how much of the distance from LRU to the oracle is gone; the oracle knows when everybody comes back,",
+        "and fetches in time. *Read wait* and *memory wait* are how long requests waited for reads and for device",
+        "memory, on average. *Ahead* is what was fetched before a request asked for it.",
+        "[What is simulated](benchmarks.md#foresight-simulated).",
+        "",
+        f"`{settings['command']}`, seeds {', '.join(map(str, settings['seeds']))}.",
+        "",
+        _provenance(result),
+    ]
+    for table in foresight_tables.tables(rows):
+        lines += ["", f"### {table.title}", "", *_table(table.header, table.rows, table.left)]
+    for number, (title, chosen) in enumerate(_by_pool(rows).items(), start=1):
+        name = f"foresight-{number}"
+        plots.distribution(chosen, title, pictures, name)
+        lines += ["", *_picture(pictures, name, f"{title}: distribution of the time to first token")]
+    return lines
+
+
+def _by_pool(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """For each pool and drive a row a policy, with the medians of its quantiles over seeds."""
+    shown = ("infinite pool", "LRU", "LRU + hold", "simple", "learned", "signals", "oracle")
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for row in rows:
+        if row["section"] == "pools" and row["variant"] in shown:
+            title = f"{row['agents']} agents, pool W/{row['pool']:g}, drive {row['drive_gb_per_s']:g} GB/s"
+            found.setdefault(title, {}).setdefault(row["variant"], []).append(row["ttft_quantiles_s"])
+    return {
+        title: [
+            {"variant": variant, "ttft_quantiles_s": [median(at) for at in zip(*seeds, strict=True)]}
+            for variant, seeds in variants.items()
+        ]
+        for title, variants in found.items()
+    }
 
 
 def _inside(row: dict[str, Any]) -> list[str]:
@@ -349,6 +393,7 @@ _SECTIONS: dict[str, Callable[[Sequence[Result], Path], list[str]]] = {
     "throughput": _throughput,
     "soak": _soak,
     "pages": _pages,
+    "foresight": _foresight,
     "replay": _replay,
     "service": _service,
     "projection": _projection,

@@ -19,6 +19,7 @@ from agentstate.errors import SettingsError
 KINDS = (
     "ttft",
     "replay",
+    "foresight",
     "projection",
     "pages",
     "service",

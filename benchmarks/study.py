@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from benchmarks.calibration import Calibration
-from benchmarks.simulator import Fleet, Outcome, Policy, Prefetch, Simulation
+from benchmarks.fleet import Fleet, Outcome, Policy, Prefetch
+from benchmarks.simulator import Simulation
 from benchmarks.traces import Workload
 
 _READING = Policy("+ read at arrival", store=True, overlap=True, read_at_arrival=True)

@@ -37,13 +37,33 @@ class Gap(enum.Enum):
 class Turn:
     """One request. ``prompt`` and ``answer`` are segments: the prompt is every token from the root to the end of
     ``prompt``, and ``answer`` is its child. The turn arrives ``gap_s`` after the end of the session's turn before, and
-    not before ``not_before_s`` of the workload's clock."""
+    not before ``not_before_s`` of the workload's clock. ``tool`` ran in the gap, and ``head`` is what its command is
+    known by. A ``fresh`` turn begins another conversation: nobody comes back to the one before."""
 
     gap: Gap
     gap_s: float
     not_before_s: float
     prompt: int
     answer: int
+    tool: str = ""
+    head: str = ""
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Announcements:
+    """What agents say of how long a tool will take: the truth, wrong by a log-normal factor of ``sigma``, and by
+    ``factor``. As ``noise`` they say anything from a tenth of a second to ten minutes."""
+
+    sigma: float = 0.2
+    factor: float = 1.0
+    noise: bool = False
+
+    def say(self, seconds: float, error: float) -> float:
+        """An announcement; ``error`` is a sample of the normal distribution."""
+        if self.noise:
+            return math.exp(math.log(0.1) + math.log(6000.0) * _NORMAL.cdf(error))
+        return max(1e-3, seconds) * self.factor * math.exp(self.sigma * error)
 
 
 @dataclass
@@ -52,12 +72,15 @@ class Workload:
 
     ``parents[i]`` is the segment before segment *i* (`ROOT` for a first one; always less than *i*), ``ends[i]`` how
     many tokens there are from the root to its end. ``source`` says where it comes from and how it was scaled.
+    ``stored`` segments are on every drive before anything happens.
     """
 
     source: str
     sessions: list[list[Turn]] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
+    stored: list[int] = field(default_factory=list)
+    announced: Announcements = Announcements()
 
     def add(self, parent: int, tokens: int) -> int:
         """Add a segment of ``tokens`` after ``parent``, and return its number."""

@@ -15,9 +15,10 @@ from agentstate.settings import Settings
 from benchmarks import results, traces
 from benchmarks.calibration import Calibration
 from benchmarks.engine import Engine
+from benchmarks.fleet import Fleet
 from benchmarks.probe import merged, probe
 from benchmarks.replay import replay, unseen, validation
-from benchmarks.simulator import Fleet, Simulation
+from benchmarks.simulator import Simulation
 from benchmarks.stacks import SMOLLM2, running, steps
 from benchmarks.study import POLICIES, summary
 from benchmarks.terminal import console

@@ -264,7 +264,17 @@ def demo(
 
 @bench.command()
 def replay(
-    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate a fleet under every policy.")] = False,
+    context: typer.Context,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Simulate: by default one engine, under every policy that looks ahead.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also faster drives, larger pools, and how many agents an engine serves.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Of how many seeds, from --seed on; not with --fleet.")] = 3,
+    of_fleet: Annotated[
+        bool, typer.Option("--fleet", help="Simulate a fleet instead, with and without a store. Options below are its.")
+    ] = False,
     engine_url: Annotated[str | None, typer.Option("--engine", help="Replay against this running engine.")] = None,
     source: Annotated[str, typer.Option(help="generated, mooncake or tracelab.")] = "generated",
     sessions: Annotated[int, typer.Option(min=1, help="How many sessions.")] = 2000,
@@ -284,9 +294,16 @@ def replay(
     guess_sigma: Annotated[float, typer.Option(help="Error of guesses of a tool's time (log-normal sigma).")] = 0.5,
     report: JsonPath = None,
 ) -> None:
-    """Replay an agent workload: simulated (--simulate), against a running engine (--engine), or both, to compare
-    them."""
+    """Replay agents: simulated (--simulate; --fleet for a workload of your choice), against a running engine
+    (--engine), or both, to compare them."""
     room = _room("benchmarks.commands")
+    if simulate and not of_fleet and engine_url is None:
+        own = {"simulate", "full", "seeds", "seed", "report"}
+        given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+        if others := set(given) - own:
+            raise SettingsError(f"{', '.join(sorted(others))}: for a workload and a fleet of your choice add --fleet")
+        room.look_ahead(range(seed, seed + seeds), full=full, report=report)
+        return
     workload = room.workload(
         source, sessions=sessions, within_s=within_s, max_gap_s=max_gap_s, tokens=tokens, time=time, seed=seed
     )
@@ -462,8 +479,8 @@ def beside(
     _room("benchmarks.beside").beside(Settings(), models.split(","), tokens, requests, output, rounds, report)
 
 
-@bench.command("foresight")
-def bench_foresight(
+@bench.command()
+def policies(
     model: Annotated[str, typer.Option(help="The model.")] = "smollm2-135m-instruct",
     rounds: Annotated[int, typer.Option(min=2, help="How often each policy serves the agents.")] = 5,
     forwards: Annotated[
@@ -474,8 +491,8 @@ def bench_foresight(
     report: JsonPath = None,
 ) -> None:
     """Serve agents whose KV is four times the device's pool, by LRU, without prediction, and with announcements."""
-    room = _room("benchmarks.foresight")
-    room.foresight(Settings(), model, rounds, forwards, room.Plan(agents=agents, turns=turns), report)
+    room = _room("benchmarks.policies")
+    room.policies(Settings(), model, rounds, forwards, room.Plan(agents=agents, turns=turns), report)
 
 
 @bench.command()

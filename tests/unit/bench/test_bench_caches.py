@@ -145,3 +145,55 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
+
+
+def test_with_values_the_least_valuable_path_leaves_first_and_is_told_of() -> None:
+    #  0 ─ 1 ─ 2      3 ─ 4
+    worth = {0: 5.0, 1: 5.0, 2: 5.0, 3: 2.0, 4: 2.0}
+    dropped: list[int] = []
+    cache = SegmentCache([ROOT, 0, 1, ROOT, 3], [1] * 5, 5, worth.__getitem__, dropped.append)
+    cache.insert([3, 4], 9.0)
+    cache.insert([0, 1, 2], 1.0)
+    assert cache.make_room(1)
+    assert dropped == [4]
+    assert cache.could_make_room(2, below=3.0) is True
+    assert cache.could_make_room(3, below=3.0) is False
+    assert not cache.make_room(3, below=3.0)
+    assert dropped == [4, 3]
+    assert cache.make_room(3)
+    assert dropped == [4, 3, 2]
+
+
+def test_what_is_locked_or_of_infinite_value_stays() -> None:
+    worth = {0: float("inf"), 1: 1.0}
+    cache = SegmentCache([ROOT, ROOT], [1, 1], 2, worth.__getitem__)
+    cache.insert([0], 1.0)
+    cache.insert([1], 1.0)
+    cache.lock(1)
+    assert not cache.make_room(1)
+    cache.unlock(1)
+    assert cache.make_room(1)
+    assert not cache.make_room(2)
+    assert 0 in cache and 1 not in cache
+
+
+def test_what_several_share_leaves_after_what_they_do_not() -> None:
+    #  0 ─ 1      each worth less than what they share
+    #    └ 2
+    worth = {0: 9.0, 1: 1.0, 2: 2.0}
+    cache = SegmentCache([ROOT, 0, 0], [1] * 3, 3, worth.__getitem__)
+    cache.insert([0, 1], 1.0)
+    cache.insert([2], 1.0)
+    assert cache.make_room(2)
+    assert 0 in cache and cache.resident_pages == 1
+
+
+def test_a_segment_can_be_taken_from_amid_a_path() -> None:
+    worth = {0: 1.0, 1: 1.0, 2: 1.0}
+    cache = SegmentCache([ROOT, 0, 1], [1] * 3, 3, worth.__getitem__)
+    cache.insert([0, 1, 2], 1.0)
+    cache.take(1)
+    assert 0 in cache and 2 in cache
+    assert cache.resident_pages == 2
+    assert cache.make_room(3)
+    assert cache.resident_pages == 0

@@ -15,9 +15,9 @@ import pytest
 from agentstate.errors import EngineRefused, EngineUnreachable
 from benchmarks.calibration import Calibration
 from benchmarks.engine import Answer, Engine
+from benchmarks.fleet import Outcome, Served
 from benchmarks.probe import merged, probe
 from benchmarks.replay import replay, validation
-from benchmarks.simulator import Outcome, Served
 from benchmarks.traces import ROOT, Gap, Turn, Workload, tracelab
 
 PAGE = 4

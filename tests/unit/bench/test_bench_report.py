@@ -14,7 +14,7 @@ import pytest
 
 from agentstate.errors import SettingsError
 from benchmarks import report, results
-from benchmarks.simulator import Fleet, Outcome, Served
+from benchmarks.fleet import Fleet, Outcome, Served
 from benchmarks.study import quantile, summary
 from benchmarks.traces import Gap
 from benchmarks.ttft import quotient
@@ -126,7 +126,9 @@ def test_no_results_and_broken_results_are_named(tmp_path: Path) -> None:
 def test_the_commands_write_results_that_the_report_reads(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     fleet = ("--engines", "1", "--device-tokens", "400000", "--within-s", "60", "--max-gap-s", "60")
-    simulated = run("replay", "--simulate", "--sessions", "4", *fleet, "--json", str(raw / "fleet.json"), cwd=tmp_path)
+    simulated = run(
+        "replay", "--simulate", "--fleet", "--sessions", "4", *fleet, "--json", str(raw / "fleet.json"), cwd=tmp_path
+    )
     assert simulated.returncode == 0, simulated.stderr
     assert "+ device prefetch" in simulated.stdout
     projected = run("project", "--json", str(raw / "projection.json"), cwd=tmp_path)
@@ -160,10 +162,13 @@ def test_a_replay_of_nothing_says_what_to_choose(tmp_path: Path) -> None:
     neither = run("replay", "--sessions", "1", cwd=tmp_path)
     assert neither.returncode == 1
     assert "--simulate" in neither.stderr
-    unknown = run("replay", "--simulate", "--source", "dreams", cwd=tmp_path)
+    unknown = run("replay", "--simulate", "--fleet", "--source", "dreams", cwd=tmp_path)
     assert unknown.returncode == 1
     assert "dreams" in unknown.stderr
     assert "Traceback" not in neither.stderr + unknown.stderr
+    without = run("replay", "--simulate", "--sessions", "4", "--source", "mooncake", cwd=tmp_path)
+    assert without.returncode == 1
+    assert "sessions, source: for a workload and a fleet of your choice add --fleet" in without.stderr
 
 
 def test_quantiles_are_by_nearest_rank() -> None:

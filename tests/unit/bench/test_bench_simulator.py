@@ -8,7 +8,8 @@ import pytest
 
 from agentstate.errors import SettingsError
 from benchmarks.calibration import Calibration
-from benchmarks.simulator import Fleet, Outcome, Policy, Prefetch, Simulation
+from benchmarks.fleet import Fleet, Outcome, Policy, Prefetch
+from benchmarks.simulator import Simulation
 from benchmarks.study import POLICIES
 from benchmarks.traces import ROOT, Gap, Turn, Workload, generated
 

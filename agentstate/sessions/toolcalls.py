@@ -28,6 +28,7 @@ OPEN = (ToolCallState.CLAIMED, ToolCallState.UNKNOWN)
 TIMINGS = 100  # how many of a tool's last durations an estimate is made of
 # A command is not looked for in longer arguments: they are the contents of files.
 COMMAND_BYTES = 16 << 10
+COMMAND_WORDS = 100
 # The beginning of a command, kept where the arguments are not.
 COMMAND_CHARACTERS = 80
 
@@ -90,7 +91,7 @@ def command(arguments: Any) -> str | None:
         return None
     found = arguments.get("command", arguments.get("cmd"))
     if isinstance(found, list):
-        found = " ".join(map(str, found))
+        found = " ".join(map(str, found[:COMMAND_WORDS]))
     return found if isinstance(found, str) else None
 
 

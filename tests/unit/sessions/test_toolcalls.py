@@ -4,6 +4,7 @@ import pytest
 import sqlalchemy as sa
 
 from agentstate.errors import InvalidEntry, ToolCallClaimed, ToolCallReused, ToolCallUnknown, ToolInFlight
+from agentstate.sessions import toolcalls
 from agentstate.sessions.collection import collect
 from agentstate.sessions.outcomes import SuspendReason
 from agentstate.sessions.transcript import BLOB_BYTES, NewEntry
@@ -22,6 +23,30 @@ def output(call_id: str) -> NewEntry:
 
 def failure(call_id: str) -> NewEntry:
     return NewEntry(EntryKind.TOOL_RESULT, {"error": "timed out"}, call_id)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "head"),
+    [
+        ({"command": "cd /tmp && pytest -q tests"}, "cd /tmp && pytest -q tests", "pytest"),
+        ('{"command": "git diff secret"}', "git diff secret", "git diff"),
+        ({"cmd": ["timeout", "60", "make", "lint"]}, "timeout 60 make lint", "make lint"),
+        ({"command": ["x"] * 1000}, " ".join(["x"] * 100), "x"),
+        ({"command": "\udcff"}, "\udcff", ""),
+        ({"command": 7}, None, ""),
+        ({"query": "ls"}, None, ""),
+        ("ls -l", None, ""),
+        ("{" * 1000, None, ""),
+        ('{"command": "ls' + " " * 20_000 + '"}', None, ""),
+        (["ls"], None, ""),
+        (None, None, ""),
+    ],
+    ids=str,
+)
+def test_what_a_command_is_known_by(arguments: object, command: str | None, head: str) -> None:
+    assert toolcalls.command(arguments) == command
+    assert toolcalls.head(arguments) == head
+    assert toolcalls.beginning(arguments) == (None if command is None else {"command": command[:80]})
 
 
 def stored(database: Database) -> dict[str, sa.Row[tuple[object, ...]]]:

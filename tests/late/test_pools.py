@@ -11,7 +11,7 @@ import pytest
 import torch
 from contents import keys
 
-from agentstate.pages import PageStore, fingerprint
+from agentstate.pages import DEMAND, PLANNED, Need, PageStore, Urgency, fingerprint
 from agentstate.settings import Settings
 from engine_patch.pools import DevicePool
 from engine_patch.sglang_api import PoolName, PoolTransfer
@@ -163,6 +163,24 @@ def test_what_is_preloaded_is_there_when_it_has_landed(stage: Stage, pools: Stor
     assert pools.finish(ahead).failed == set()
     assert pools.landed(ahead)
     assert stage.written(PoolName.KV, ahead_pages) == right
+
+
+def test_preloads_of_every_urgency_are_there_when_they_have_landed(stage: Stage, pools: StoredPools) -> None:
+    """They run at once, and share a lane."""
+    written = stage.compute(FROM, seed=1)
+    assert offer(pools, FROM, lambda: written)
+    right = stage.written(PoolName.KV, FROM[PoolName.KV])
+    ahead_pages = {DEMAND: [22, 12, 18], Need(Urgency.DUE, 1.0): [14, 20, 16], PLANNED: [8, 23, 11]}
+    flat = [page for pages in ahead_pages.values() for page in pages]
+    before = stage.compute({**TO, PoolName.KV: flat}, seed=2)
+    begun = {}
+    for need, pages in ahead_pages.items():
+        slots = torch.cat([torch.arange(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in pages]).to("cuda")
+        begun[need] = pools.preload("a prefetch", keys(*NODE), slots, before, need)
+    pools.hasten(begun[PLANNED], DEMAND)
+    for need, ahead in begun.items():
+        assert pools.finish(ahead).failed == set()
+        assert stage.written(PoolName.KV, ahead_pages[need]) == right
 
 
 def test_an_aborted_request_is_aborted_in_all_pools(stage: Stage, pools: StoredPools) -> None:

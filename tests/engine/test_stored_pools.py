@@ -42,6 +42,7 @@ class Stage:
         self.stores: dict[PoolName, PageStore] = {}
         self.drive_timeout_s = 60.0
         self.spill_queue_bytes = 1 << 30
+        self.host_bytes = 0
         self.allocators: dict[PoolName, Any] = {
             PoolName.KV: PagedTokenToKVPoolAllocator(PAGES * PAGE_SIZE, PAGE_SIZE, torch.float32, "cpu", None, False),
             PoolName.SWA: PagedTokenToKVPoolAllocator(PAGES * PAGE_SIZE, PAGE_SIZE, torch.float32, "cpu", None, False),
@@ -62,6 +63,7 @@ class Stage:
             read_threads=1,
             drive_timeout_s=self.drive_timeout_s,
             spill_queue_bytes=self.spill_queue_bytes,
+            host_bytes=self.host_bytes,
         )
         return StoredPools([known[name] for name in names], self._open_store, settings)
 
@@ -670,9 +672,13 @@ def open_extents() -> list[str]:
     return [path for path in paths if path.endswith(".ext")]
 
 
+@pytest.mark.parametrize("host_bytes", [0, 64 << 10], ids=["without a host tier", "with one"])
 @pytest.mark.parametrize("seed", range(3))
-def test_nothing_is_left_of_a_storm(stage: Stage, opened: Callable[..., StoredPools], seed: int) -> None:
+def test_nothing_is_left_of_a_storm(
+    stage: Stage, opened: Callable[..., StoredPools], seed: int, host_bytes: int
+) -> None:
     names = (PoolName.KV, PoolName.SWA)
+    stage.host_bytes = host_bytes
     pools, dice = opened(*names), random.Random(seed)
     fresh = pools.kept()
     assert fresh and not any(fresh.values())
@@ -693,6 +699,16 @@ def test_nothing_is_left_of_a_storm(stage: Stage, opened: Callable[..., StoredPo
     def take() -> None:
         while pools.results:
             pools.pop_result()
+        while pools.demoted:
+            pools.pop_demoted()
+
+    def demote() -> None:
+        assert pools.demote(transfers(dice.randrange(8), dice.randint(1, 4)), tuple) is bool(host_bytes)
+
+    def spoil() -> None:
+        some = [run for run, _ in pools.host_tier._runs.values()] if pools.host_tier is not None else []
+        if some:
+            dice.choice(some).rows(dice.randrange(3))[0][0, 0] ^= 1
 
     def load() -> None:
         for _ in range(dice.randint(1, 3)):
@@ -734,7 +750,7 @@ def test_nothing_is_left_of_a_storm(stage: Stage, opened: Callable[..., StoredPo
     for name in names:
         write(stage.stores[name], keys(*pages))
     load()
-    storm = [offer, offer, offer, take, load, load, finish, ahead, break_one, lose, settle]
+    storm = [offer, offer, offer, take, load, load, finish, ahead, break_one, lose, settle, demote, demote, spoil]
     for _ in range(150):
         dice.choice(storm)()
         look()
@@ -744,6 +760,7 @@ def test_nothing_is_left_of_a_storm(stage: Stage, opened: Callable[..., StoredPo
         finish()
     # Enough of it was there to be left.
     assert seen >= {"streams", "pinned_extents", "queued_loads", "batches", "awaited_batches", "budgeted_offers"}
+    assert not host_bytes or seen >= {"demotions", "host_streams"}
     deadline = time.monotonic() + 60
     while (kept := pools.kept()) != fresh:
         assert time.monotonic() < deadline, {name: count for name, count in kept.items() if count}
@@ -774,3 +791,156 @@ def test_pages_are_erased_in_every_pool(stage: Stage, opened: Callable[..., Stor
 def test_nothing_is_held_where_nothing_is_stored(opened: Callable[..., StoredPools]) -> None:
     assert opened().held(keys(1, 2)) == [False, False]
     assert opened().scrub(keys(1), lambda: False)
+
+
+NODE = [PoolName.KV, PoolName.SWA, PoolName.MAMBA]
+
+
+def node(stage: Stage) -> list[PoolTransfer]:
+    """A node of the pages 1, 2 and 3. The first has left the window, and the last has a state."""
+    return [
+        transfer(PoolName.KV, [1, 2, 3], slots(4, 5, 6)),
+        transfer(PoolName.SWA, [1, 2, 3], torch.cat([torch.zeros(PAGE_SIZE, dtype=torch.int64), slots(9, 2)])),
+        transfer(PoolName.MAMBA, [3], torch.tensor([3])),
+    ]
+
+
+def elsewhere() -> list[PoolTransfer]:
+    return [
+        transfer(PoolName.KV, [1, 2, 3], slots(10, 11, 12)),
+        transfer(PoolName.SWA, [2, 3], slots(1, 7)),
+        transfer(PoolName.MAMBA, [3], torch.tensor([7])),
+    ]
+
+
+def has_come(stage: Stage) -> bool:
+    full = all(page_of(stage.full, new) == page_of(stage.full, old) for new, old in ((10, 4), (11, 5), (12, 6)))
+    window = all(page_of(stage.window, new) == page_of(stage.window, old) for new, old in ((1, 9), (7, 2)))
+    return full and window and all(torch.equal(as_bytes(rows[7]), as_bytes(rows[3])) for (rows,) in stage.state)
+
+
+def demoted(pools: StoredPools, transfers: Sequence[PoolTransfer]) -> bool:
+    assert pools.demote(transfers, tuple)
+    assert pools.host_tier is not None
+    pools.host_tier.drain()
+    return pools.pop_demoted()
+
+
+def test_what_a_node_has_in_each_pool_is_demoted_and_comes_back(
+    stage: Stage, opened: Callable[..., StoredPools]
+) -> None:
+    stage.host_bytes = 1 << 20
+    pools = opened(*NODE)
+    assert offered(pools, *node(stage)) and demoted(pools, node(stage))
+    assert pools.in_host_memory(keys(0, 1, 2, 3)) == [False, True, True, True] and pools.staged_for(keys(1, 2, 3))
+    assert pools.load("r", elsewhere())
+    found = pools.finish(pools.start(()))
+    assert found.failed == set() and found.restored is not None and found.restored.sources == {Source.HOST}
+    assert has_come(stage)
+    stat = pools.stat()
+    assert [pool["host"]["pages"] for pool in (stat, *stat["pools"].values())] == [3, 2, 1]
+    assert stat["host"]["bound"] == 1 << 20 and stat["restore"]["bytes_read"] == 0
+
+
+@pytest.mark.parametrize("pool", NODE, ids=str)
+def test_a_page_that_is_wrong_in_one_pool_is_read_from_the_drive(
+    stage: Stage, opened: Callable[..., StoredPools], pool: PoolName
+) -> None:
+    stage.host_bytes = 1 << 20
+    pools = opened(*NODE)
+    assert offered(pools, *node(stage)) and demoted(pools, node(stage))
+    (run,) = [
+        run for run, of_pool in pools.host_tier._runs.values() if of_pool.fingerprint == stage.stores[pool].fingerprint
+    ]
+    run.rows(1)[0][-1, 5] ^= 1
+    assert pools.load("r", elsewhere())
+    assert pools.finish(pools.start(())).failed == {"r"}
+    assert pools.restorable_for("r", keys(1, 2, 3)) == [3], "all of it is stored"
+    assert pools.load("r", elsewhere())
+    found = pools.finish(pools.start(()))
+    assert found.failed == set() and found.restored is not None
+    assert found.restored.sources == {Source.HOST, Source.COLD} and has_come(stage)
+
+
+def test_erased_pages_leave_the_host_tier(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    stage.host_bytes = 1 << 20
+    pools = opened(*NODE)
+    assert offered(pools, *node(stage)) and demoted(pools, node(stage))
+    pools.remove(keys(3))
+    stat = pools.stat()
+    assert [pool["host"]["pages"] for pool in (stat, *stat["pools"].values())] == [0, 0, 0]
+    assert stat["host"]["used"] == 0
+
+
+def test_what_was_copied_with_other_weights_is_forgotten(stage: Stage, tmp_path: Path) -> None:
+    stage.host_bytes = 1 << 20
+    pools = stage.open(*NODE)
+    assert offered(pools, *node(stage)) and demoted(pools, node(stage))
+
+    def other(pool: DevicePool) -> PageStore:
+        mark = fingerprint(pool=pool.name, weights="new")
+        return PageStore(tmp_path / "new" / pool.name, mark, pool.device_pages.geometry)
+
+    assert pools.move(other, 60)
+    assert pools.in_host_memory(keys(1, 2, 3)) == [False] * 3 and pools.stat()["host"]["used"] == 0
+    assert not demoted(pools, node(stage)), "it is not stored"
+    assert offered(pools, *node(stage)) and demoted(pools, node(stage))
+    assert pools.load("r", elsewhere())
+    assert pools.finish(pools.start(())).failed == set() and has_come(stage)
+    pools.finish_spilling(60)
+    pools.close()
+
+
+def test_a_prefetch_reads_into_the_host_tier(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    stage.host_bytes = 1 << 20
+    pools = opened(PoolName.KV, PoolName.SWA)
+    for name in (PoolName.KV, PoolName.SWA):
+        write(stage.stores[name], keys(*range(6)))
+    fraction = pools.prefetch("s", keys(*range(6)), 60)
+    while fraction() is None:
+        pass
+    assert fraction() == 1.0 and pools.in_host_memory(keys(*range(6))) == [True] * 6
+    stat = pools.stat()
+    assert [pool["host"]["pages_fetched"] for pool in (stat, *stat["pools"].values())] == [6, WINDOW]
+    assert stat["prefetch"]["issued"] == 0 and not any(pools.kept().values())
+
+
+@pytest.mark.parametrize("waits", ["drain", "reset"])
+def test_the_device_is_not_changed_before_copies_of_it_are_over(
+    stage: Stage, opened: Callable[..., StoredPools], waits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.host_bytes = 1 << 20
+    pools = opened(*NODE)
+    assert offered(pools, *node(stage))
+    begun, goes_on, order = threading.Event(), threading.Event(), list[str]()
+    device = pools.device_pages[PoolName.KV]
+    gather = device.gather
+
+    def slowly(*arguments: Any) -> None:
+        begun.set()
+        assert goes_on.wait(60)
+        gather(*arguments)
+        order.append("copied")
+
+    monkeypatch.setattr(device, "gather", slowly)
+    assert pools.demote(node(stage), tuple) and begun.wait(60)
+
+    def quiesce() -> None:
+        getattr(pools, waits)()
+        order.append(waits)
+
+    waiting = threading.Thread(target=quiesce)
+    waiting.start()
+    waiting.join(0.1)  # time enough to be wrong
+    goes_on.set()
+    waiting.join(60)
+    assert order == ["copied"] * 3 + [waits]
+    assert pools.demoted == (1 if waits == "drain" else 0)
+
+
+def test_without_a_host_tier_nothing_is_demoted(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    pools = opened(PoolName.KV)
+    assert not pools.demote([transfer(PoolName.KV, [1], slots(4))], tuple)
+    assert (pools.demoted, pools.in_host_memory(keys(1))) == (0, [False])
+    assert pools.stat()["host"]["bound"] == 0
+    assert opened().stat()["host"]["bound"] == 0

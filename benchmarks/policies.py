@@ -41,7 +41,6 @@ from benchmarks.ttft import interval, paired_ratio
 
 # An announcement is wrong by a log-normal factor.
 _SIGMA = 0.2
-_FORWARDS = 4
 
 
 class Variant(StrEnum):

@@ -5,15 +5,15 @@
     {"protocol_version": "0.1", "message_id": "…", "actions": [
         {"action_id": "a1", "action_type": "kv.retain", "action_version": "1.0", "payload": {"duration": 60}}]}
 
-============== ====================== ================================================================================
-action         payload                means, once the request's turn has ended
-============== ====================== ================================================================================
-``kv.retain``  ``duration``: seconds  the next request comes within that time
-``kv.pin``     ``duration``: seconds  the same: nothing is kept whatever else needs the room, so it is always clipped
-``kv.prefetch`` ``due_ms``            the next request comes then
-``kv.demote``  ``duration``: seconds  no request comes for that time, by default an hour
+=============== ===================== ===============================================================================
+action          payload               means, once the request's turn has ended
+=============== ===================== ===============================================================================
+``kv.retain``   ``duration``: seconds the next request comes within that time
+``kv.pin``      ``duration``: seconds the same: nothing is kept whatever else needs the room, so it is always clipped
+``kv.prefetch`` ``due_ms``            the next request comes after that time
+``kv.demote``   ``duration``: seconds no request comes for that time, by default an hour
 ``kv.deref``                          nobody comes back
-============== ====================== ================================================================================
+=============== ===================== ===============================================================================
 
 SGLang defines the envelope and no action; these are named as its proposals name them. A retention may also be the
 longest ``duration`` in a list of ``directives``. Hints are about the request's own session, whatever a payload says.
@@ -37,8 +37,8 @@ ACCEPTED, CLIPPED, IGNORED = "accepted", "clipped", "ignored"
 
 @dataclass(frozen=True)
 class Hints:
-    """What to expect of the session: a ``forecast``, or ``release``, or nothing that was not known. ``answers`` say by
-    the actions' ids what became of them; of several that could be carried out the last one is."""
+    """What to expect of the session: a ``forecast``, or that nobody comes back (``release``), or nothing. ``answers``
+    say by the actions' ids what became of them; of several that could be carried out, the last one is."""
 
     answers: Mapping[str, str] = field(default_factory=dict)
     forecast: Forecast | None = None

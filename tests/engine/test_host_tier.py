@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contents import MARK, content, drop, key, keys, reader_for
+from contents import MARK, MHA, content, drop, key, keys, reader_for, write
 from device import Rank, page_of
 
 from agentstate.pages import PageKeys, PageStore, fingerprint
 from engine_patch.failures import NO_STORED_PAGE, Failures
 from engine_patch.feeds import Source
+from engine_patch.host_memory import Piece
 from engine_patch.host_reading import HostRun
 from engine_patch.host_tier import HostPool, HostTier
 from engine_patch.restore import Finished, Restorer
@@ -236,6 +237,7 @@ def test_a_page_of_other_weights_that_was_being_copied_does_not_come_in(
 ) -> None:
     stage = opening()
     other = PageStore(tmp_path / "other", fingerprint(model="other weights"), stage.rank.store.geometry)
+    write(other, keys(0, 1))
     sum_up = HostRun.sum_up
 
     def moved_meanwhile(run: HostRun) -> None:
@@ -393,6 +395,19 @@ def test_what_a_queued_request_needs_is_kept_and_not_read(opening: Opening) -> N
     assert set(stage.host.kept().values()) == {0}
 
 
+def test_of_what_was_kept_for_a_request_no_more_is_copied_than_it_needs(opening: Opening) -> None:
+    """When it is admitted, some of it has come to the device with another one."""
+    stage = opening()
+    stage.demote(0, 1, 2, 3)
+    stage.demote(4, 5)
+    stage.restorer.prefetches.for_request("a", keys(*range(6)))
+    found = stage.restore([2, 3, 4], [10, 12, 14], "a")
+    assert found.failed == set() and stage.has_on_device([2, 3, 4], [10, 12, 14])
+    assert stage.restorer.stats.bytes_host == 3 * stage.rank.store.geometry.page_bytes
+    assert stage.host.stats.pages_used == 3
+    assert set(stage.host.kept().values()) == {0}
+
+
 def test_what_no_request_takes_is_let_go(opening: Opening) -> None:
     stage = opening()
     stage.demote(0, 1)
@@ -467,10 +482,6 @@ def test_a_batch_that_is_abandoned_leaves_the_tier_as_it_was(opening: Opening) -
 def test_the_layout_is_an_extents() -> None:
     rng = np.random.default_rng(1)
     memory = rng.integers(0, 256, 3 * 5 * 2000, np.uint8)
-    from contents import MHA
-
-    from engine_patch.host_memory import Piece
-
     run = HostRun(MARK, MHA, PageKeys.of(keys(*range(5))), Piece(memory, 0, 0), None)
     run.sum_up()
     for layer in range(3):

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from engine_patch.linker import AgentStateLinker
-from engine_patch.sglang_api import ComponentType, PoolName, PoolTransfer, RadixKey, UnifiedRadixCache
+from engine_patch.sglang_api import (
+    ComponentType,
+    PoolName,
+    PoolTransfer,
+    RadixKey,
+    UnifiedRadixCache,
+    get_parallel,
+)
 from engine_patch.turns import RequestSession
 
 if TYPE_CHECKING:
@@ -20,6 +28,8 @@ _REMEMBERED_TOKENS = 16_000_000
 # What is copied ahead of its eviction: this part of the device's pages. A request that needs more at once drives out
 # what has not been copied.
 _AHEAD = 4
+# Of the chains that were used longest ago, so many are compared.
+_COMPARED = 512
 
 
 # A session as a request names it, in the namespace of the request: nobody else's request is taken for its own.
@@ -45,8 +55,9 @@ class Demotions:
     what is evicted, and ranks evict alike. ``agree`` tells which of some answers is yes on all ranks; ``unlocked`` is
     called when device pages have become evictable.
 
-    `demote` is what an order of eviction asks for. As long as none does, `keep_ahead` follows a simple rule: of the
-    device's pages, a quarter are free, or have been copied and are evicted next.
+    `keep_ahead` follows a simple rule: of the device's pages, a quarter are free, or have been copied and are evicted
+    next. What is evicted next is what is worth least or, with several ranks, what was used longest ago: they would have
+    to agree on the former.
     """
 
     def __init__(
@@ -64,6 +75,7 @@ class Demotions:
         # What requests ended with, and the session that they proved, the one that was used longest ago first.
         self._ended: OrderedDict[Chain, tuple[RadixKey, str | None]] = OrderedDict()
         self._tokens = 0
+        self._alone = get_parallel().tp_size == 1
         # Of what was copied, how many tokens are supposed to be still on the device.
         self._ahead: OrderedDict[Chain, int] = OrderedDict()
 
@@ -123,10 +135,16 @@ class Demotions:
         self._ended[name] = key, session_id
         self._tokens += len(key)
         while self._tokens > _REMEMBERED_TOKENS and len(self._ended) > 1:
-            self._take_oldest()
+            self._take(next(iter(self._ended)))
 
-    def _take_oldest(self) -> tuple[Chain, RadixKey, str | None]:
-        name, (key, session_id) = self._ended.popitem(last=False)
+    def _least(self) -> Chain:
+        """The chain that is worth least of those that were used longest ago."""
+        waits = self._linker.waits
+        some = islice(self._ended, _COMPARED if self._alone and waits.foreseen else 1)
+        return min(some, key=lambda name: waits.index(self._ended[name][1]))
+
+    def _take(self, name: Chain) -> tuple[Chain, RadixKey, str | None]:
+        key, session_id = self._ended.pop(name)
         self._tokens -= len(key)
         return name, key, session_id
 
@@ -148,13 +166,13 @@ class Demotions:
             tokens -= ahead
 
     def keep_ahead(self) -> None:
-        """Copy the chain that was used longest ago, if too little of the device is free or copied."""
+        """Copy the chain that is evicted next, if too little of the device is free or copied."""
         if not self._linker.demotes or self._under_way:
             return
         allocator = self._cache.token_to_kv_pool_allocator
         room = allocator.available_size() + sum(self._ahead.values())
         while room < allocator.size // _AHEAD and self._ended:
-            if self.demote(*self._take_oldest()):
+            if self.demote(*self._take(self._least())):
                 return
 
     def drop(self) -> None:

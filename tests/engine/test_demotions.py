@@ -10,6 +10,7 @@ import pytest
 import torch
 from radix_tree import PAGE_SIZE, PAGES, TREES, Tree, key_of
 
+from agentstate.lookahead.forecast import Forecast
 from engine_patch import demotions
 from engine_patch.demotions import chain_of, together
 from engine_patch.sglang_api import EvictParams, MatchPrefixParams, PoolName, PoolTransfer, RadixKey
@@ -21,7 +22,7 @@ Make = Callable[..., Tree]
 
 @pytest.fixture(autouse=True)
 def parallel(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("device_tier", "eviction", "lost_pages"):
+    for module in ("demotions", "device_tier", "eviction", "lost_pages"):
         monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: SimpleNamespace(tp_size=1, tp_rank=0))
 
 
@@ -149,6 +150,20 @@ def test_one_chain_is_copied_at_a_time(make_tree: Make) -> None:
     tree.demotions.keep_ahead()
     tree.demotions.keep_ahead()
     assert sessions(tree) == ["a"] and tree.protected_size() == 20 * PAGE_SIZE
+
+
+@pytest.mark.parametrize(("ranks", "copied"), [(1, "c"), (2, "a")])
+def test_what_is_worth_least_is_copied_first_where_one_rank_decides(
+    make_tree: Make, monkeypatch: pytest.MonkeyPatch, ranks: int, copied: str
+) -> None:
+    parallel = SimpleNamespace(tp_size=ranks, tp_rank=0)
+    monkeypatch.setattr("engine_patch.demotions.get_parallel", lambda: parallel)
+    tree = make_tree()
+    for session, seed in (("a", 1), ("b", 2), ("c", 3)):
+        run(tree, key_of(20, seed=seed), session)
+    assert tree.store.waits.foresee("c", Forecast.exactly(50_000.0), 0.0, "person")
+    tree.demotions.keep_ahead()
+    assert sessions(tree) == [copied]
 
 
 def test_a_chain_that_goes_on_while_it_is_copied_is_not_evicted_next(make_tree: Make) -> None:

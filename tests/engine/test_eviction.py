@@ -22,7 +22,7 @@ SOON, LATE = Forecast.exactly(5.0), Forecast.exactly(20_000.0)
 @pytest.fixture(autouse=True)
 def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     parallel = SimpleNamespace(tp_size=1, tp_rank=0)
-    for module in ("device_tier", "eviction", "lost_pages"):
+    for module in ("demotions", "device_tier", "eviction", "lost_pages"):
         monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: parallel)
     return parallel
 

@@ -21,7 +21,7 @@ from engine_patch.sglang_api import MatchPrefixParams, get_storage_hash_str
 @pytest.fixture(autouse=True)
 def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     parallel = SimpleNamespace(tp_size=1, tp_rank=0)
-    for module in ("device_tier", "eviction", "lost_pages"):
+    for module in ("demotions", "device_tier", "eviction", "lost_pages"):
         monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: parallel)
     return parallel
 

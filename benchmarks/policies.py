@@ -252,14 +252,19 @@ def policies(settings: Settings, model: str, rounds: int, forwards: float, plan:
 
 def _engines(plan: Plan) -> dict[Variant, tuple[float, dict[str, str]]]:
     """The pool, as a share of all contexts, and the environment of each variant's engine."""
-    plain = {"AGENTSTATE_FORESIGHT": "off", "AGENTSTATE_PRELOAD_BYTES": "0", "AGENTSTATE_HOST_BYTES": "0"}
-    simple = {"AGENTSTATE_FORESIGHT": "off", "AGENTSTATE_PRELOAD_BYTES": "1MiB", "AGENTSTATE_HOST_BYTES": "256MiB"}
+    off = ("PRELOAD_BYTES", "QUEUE_AGING_S", "HOST_BYTES", "FORESIGHT")
+    plain = _settings(STAGING_BYTES="128MiB", **dict.fromkeys(off, "0"))
+    simple = plain | _settings(PRELOAD_BYTES="1MiB", QUEUE_AGING_S="10", HOST_BYTES="256MiB")
     return {
-        Variant.FULL: (2.0, plain),
+        Variant.FULL: (1.2, plain),
         Variant.LRU: (plan.share, plain),
         Variant.SIMPLE: (plan.share, simple),
-        Variant.SIGNALS: (plan.share, {**simple, "AGENTSTATE_FORESIGHT": "on"}),
+        Variant.SIGNALS: (plan.share, simple | _settings(FORESIGHT="1")),
     }
+
+
+def _settings(**values: str) -> dict[str, str]:
+    return {f"AGENTSTATE_{name}": value for name, value in values.items()}
 
 
 def _rows(rounds: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Which queued request is admitted next: the one that lacks the least KV on the device. That request occupies memory
 and drive for the shortest time, so that the others wait least.
 
-Requests that have waited long go first, in order of arrival, or the largest ones would starve. A request whose pages
-are on the device is never delayed.
+Requests that have waited long go first, or the largest ones would starve, and so do those whose pages are on the
+device, all of them in order of arrival.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ class Order:
         if not self._applies(policy):
             return list(queue)
 
-        def key(req: Req) -> tuple[int, bool, int]:
+        def key(req: Req) -> tuple[int, int]:
             waiting = self._of(req)
-            return _priority(req, policy), not waiting.aged, 0 if waiting.aged else waiting.missing or 0
+            return _priority(req, policy), 0 if waiting.aged else waiting.missing or 0
 
         return sorted(queue, key=key)
 

@@ -187,11 +187,11 @@ class Preloads:
         return preload.batch is None or self._linker.landed(preload.batch)
 
     def _goes_on(self, preload: Preload) -> bool:
-        """Whether this rank has nothing to wait for, or a layer has arrived lately."""
+        """Whether this rank has nothing to wait for, or a layer has arrived lately, or others come before it."""
         if preload.batch is None or self._landed(preload):
             return True
         layers, now = self._linker.layers_landed(preload.batch), time.monotonic()
-        if layers > preload.layers:
+        if layers > preload.layers or self._linker.waits(preload.batch):
             preload.layers, preload.progress_s = layers, now
         return now < preload.progress_s + self._linker.drive_timeout_s
 

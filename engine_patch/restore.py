@@ -181,6 +181,10 @@ class _Batches:
             self._running -= 1
             self._changed.notify_all()
 
+    def waits(self, index: int) -> bool:
+        """Whether its thread has not taken a batch yet."""
+        return index in self._waiting
+
     @property
     def unfinished(self) -> int:
         return len(self._waiting) + self._running
@@ -347,6 +351,10 @@ class Restorer:
         batch = self._batches[index] = _Batch(loads, feeds, need, lane, ready)
         self._begun.put(index, batch)
         return index
+
+    def waits(self, index: int) -> bool:
+        """Whether a batch has not begun, because others before it have not ended."""
+        return self._begun.waits(index)
 
     def landed(self, index: int) -> bool:
         """Whether `finish` would not wait."""

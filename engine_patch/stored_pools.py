@@ -337,6 +337,10 @@ class StoredPools:
     def _ranked(self, need: Need) -> Need:
         return need if self._priorities else PLANNED
 
+    def waits(self, index: int) -> bool:
+        """Whether a batch of full attention has not begun, because others before it have not ended."""
+        return self._pools[0].restorer.waits(index)
+
     def landed(self, index: int) -> bool:
         """Whether a batch of full attention has stopped writing to the device."""
         return self._pools[0].restorer.landed(index)

@@ -272,6 +272,26 @@ def test_a_drive_that_does_not_answer_is_waited_for_by_nobody(
     assert stage.cache.locks == 0
 
 
+def test_a_preload_that_waits_for_others_is_not_abandoned(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long these take: the drive answers."""
+    engine = scheduler(running_request(), waiting=[long_request()])
+    stage.step(engine)
+    now = time.monotonic()
+    stage.linker.waiting = {1}
+    for later in range(50, 201, 50):
+        monkeypatch.setattr(time, "monotonic", lambda at=now + later: at)
+        assert stage.step(engine) == []
+    # Its own time begins when it does.
+    stage.linker.waiting = set()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 200 + 59)
+    assert stage.step(engine) == []
+    assert stage.linker.abandoned == []
+    monkeypatch.setattr(time, "monotonic", lambda: now + 200 + 61)
+    stage.stored.clear()
+    assert stage.step(engine) == ["long"]
+    assert stage.linker.abandoned == [1]
+
+
 def test_a_preload_is_used_once_it_has_arrived_on_all_ranks(stage: Stage) -> None:
     engine = scheduler(running_request(), waiting=[long_request()])
     stage.step(engine)

@@ -86,6 +86,17 @@ def test_a_request_is_delayed_no_longer_than_that(stage: Stage) -> None:
     assert stage.order_stats.aged == 4
 
 
+def test_one_that_has_waited_long_goes_before_nobody_who_came_earlier(stage: Stage) -> None:
+    there, large, small = (
+        stored(stage, rid, tokens, seed, on_device)
+        for seed, (rid, tokens, on_device) in enumerate([("there", 40, 40), ("large", 80, 0), ("small", 20, 0)])
+    )
+    engine = scheduler(waiting=[there, large, small])
+    age(stage, engine, AGING_S)
+    assert stage.step(engine) == ["there", "large", "small"]
+    assert stage.order_stats.aged == 1
+
+
 def test_ranks_agree_on_who_has_waited_long(stage: Stage) -> None:
     engine = scheduler(waiting=[stored(stage, "large", 80, 0), stored(stage, "small", 20, 1)])
     stage.other = lambda own: [False] * len(own)
@@ -181,3 +192,14 @@ def test_what_lacks_least_is_preloaded_first() -> None:
     stage.linker.has_landed = True
     # Its pages are there: it is not behind the other one.
     assert stage.step(engine) == ["small", "large"]
+
+
+def test_requests_whose_preloads_have_ended_are_all_looked_at_again() -> None:
+    stage = Stage(preload_bytes=4, aging_s=AGING_S)
+    large = [stored(stage, f"large {seed}", 80, seed) for seed in range(3)]
+    engine = scheduler(running_request(), waiting=large)
+    assert stage.step(engine) == []
+    engine.waiting_queue.append(stored(stage, "small", 8, 3))
+    engine.running_batch = None
+    stage.linker.has_landed = True
+    assert stage.step(engine) == ["large 0", "large 1", "large 2", "small"]

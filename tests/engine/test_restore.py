@@ -767,6 +767,7 @@ def test_a_preload_waits_for_none_that_is_less_urgent(rank: Rank, restorer: Rest
     assert is_restored(rank, key(3), 13)
     # A request joins the one that has not begun yet, behind another of its kind.
     assert not restorer.landed(later)
+    assert [restorer.waits(index) for index in (*held, later)] == [False, False, True]
     restorer.hasten(later, DEMAND)
     assert restorer.finish(later).failed == set()
     assert not any(restorer.landed(index) for index in held)
@@ -790,11 +791,11 @@ def test_of_preloads_that_are_due_the_first_one_is_next(rank: Rank, restorer: Re
         for page, (ready, due_s) in enumerate([([event], 50.0), ([], 40.0), ([], 30.0), ([], 35.0)])
         if not page or event.waited_for.wait(30)
     ]
-    restorer.hasten(due[1], Need(Urgency.DUE, 20.0))
+    restorer.hasten(due[3], Need(Urgency.DUE, 20.0))
     event.happened.set()
     assert not any(restorer.finish(index).failed for index in due)
     layers = rank.store.geometry.layers
-    assert order[::layers] == [due[0], due[1], due[2], due[3]]
+    assert order[::layers] == [due[0], due[3], due[2], due[1]]
 
 
 def test_what_a_preload_takes_over_is_as_urgent_as_it(rank: Rank, restorer: Restorer) -> None:

@@ -17,7 +17,7 @@ from contents import drop, key, keys, write
 from device import PAGE_SIZE, PAGES, aligned_kv_tensors, as_bytes, fill, kv_tensors, page_of
 
 from agentstate.errors import PageStoreLocked
-from agentstate.pages import ANYONE, PageStore, Quota, fingerprint
+from agentstate.pages import ANYONE, DEMAND, PLANNED, Need, PageStore, Quota, Urgency, fingerprint
 from agentstate.pages.testing.pages import traces
 from agentstate.settings import Settings
 from engine_patch.arrivals import LayerGate
@@ -47,6 +47,7 @@ class Stage:
             PoolName.KV: PagedTokenToKVPoolAllocator(PAGES * PAGE_SIZE, PAGE_SIZE, torch.float32, "cpu", None, False),
             PoolName.SWA: PagedTokenToKVPoolAllocator(PAGES * PAGE_SIZE, PAGE_SIZE, torch.float32, "cpu", None, False),
         }
+        self.read_priorities = True
         self._directory = directory
 
     def open(self, *names: PoolName) -> StoredPools:
@@ -64,6 +65,7 @@ class Stage:
             drive_timeout_s=self.drive_timeout_s,
             spill_queue_bytes=self.spill_queue_bytes,
             host_bytes=self.host_bytes,
+            read_priorities=self.read_priorities,
         )
         return StoredPools([known[name] for name in names], self._open_store, settings)
 
@@ -944,3 +946,25 @@ def test_without_a_host_tier_nothing_is_demoted(stage: Stage, opened: Callable[.
     assert (pools.demoted, pools.in_host_memory(keys(1))) == (0, [False])
     assert pools.stat()["host"]["bound"] == 0
     assert opened().stat()["host"]["bound"] == 0
+
+
+@pytest.mark.parametrize("priorities", [True, False])
+def test_what_is_needed_first_is_read_first_in_every_pool(
+    stage: Stage, opened: Callable[..., StoredPools], priorities: bool
+) -> None:
+    """Turned off, it is read in the order in which it was asked for."""
+    stage.read_priorities = priorities
+    names = (PoolName.KV, PoolName.SWA, PoolName.MAMBA)
+    pools = opened(*names)
+    for store in stage.stores.values():
+        write(store, keys(*range(4)))
+    need = Need(Urgency.DUE, 5.0)
+    pools.prefetch("s", keys(*range(4)), 60, need)
+    streams = [reading.stream for pool in pools._pools for reading in pool.restorer.prefetches._readings]
+    assert [stream.needed for stream in streams] == [need if priorities else PLANNED] * len(names)
+    index = pools.preload("r", keys(0), torch.arange(PAGE_SIZE, 2 * PAGE_SIZE), (), DEMAND)
+    assert streams[0].needed == (DEMAND if priorities else PLANNED)
+    assert pools.finish(index).failed == set()
+    reads = pools.stat()["reads"]
+    assert sum(reads.values()) > 0
+    assert set(reads) == {"awaited", "demand", "due", "planned"}

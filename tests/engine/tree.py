@@ -107,6 +107,7 @@ class Linker:
         self.has_landed = False
         self.landed_batches: set[int] = set()
         self.failed_batches: set[int] = set()
+        self.waiting: set[int] = set()
         self.abandoned: list[int] = []
         self.quarantined: list[torch.Tensor] = []
         self.writing = False
@@ -129,6 +130,9 @@ class Linker:
         self.loads.append(keys)
         self.needs.append(need)
         return len(self.loads)
+
+    def waits(self, batch: int) -> bool:
+        return batch in self.waiting
 
     def landed(self, batch: int) -> bool:
         return self.has_landed or batch in self.landed_batches

@@ -260,7 +260,7 @@ class AgentStateLinker(UnifiedCacheLinker):
 
     def bring(self, session_id: str) -> Callable[[], dict[str, Any]]:
         """Begin to bring a session to the device: what tells how far that is. From any thread."""
-        return self._rank.sessions.prefetch(session_id, "device", None)
+        return self._rank.sessions.prefetch(session_id, "device", None, planned=True)
 
     def n_bytes(self, pages: int) -> int:
         """The bytes that one rank reads to restore a prefix of so many pages."""

@@ -182,7 +182,7 @@ class Rank:
     def prefetch(
         self, session_id: str, tier: str, packed: bytes | None, due_s: float | None
     ) -> Callable[[], dict[str, Any]]:
-        return self.sessions.prefetch(session_id, tier, packed)
+        return self.sessions.prefetch(session_id, tier, packed, due_s)
 
     def demote(self, session_id: str) -> dict[str, Any]:
         self.waits.release(session_id)

@@ -15,7 +15,7 @@ from agentstate.fleet import turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest, split_keys
 from agentstate.fleet.turns import Turn
-from agentstate.pages import Need, PageKeys, Urgency
+from agentstate.pages import PLANNED, Need, PageKeys, Urgency
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from engine_patch.catalog import Catalog
@@ -189,11 +189,17 @@ class Sessions:
         return standing or {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0}
 
     def prefetch(
-        self, session_id: str, tier: str, packed: bytes | None, due_s: float | None = None
+        self,
+        session_id: str,
+        tier: str,
+        packed: bytes | None,
+        due_s: float | None = None,
+        *,
+        planned: bool = False,
     ) -> Callable[[], dict[str, Any]]:
         """Begin to bring a session's pages nearer, those of ``packed`` or all that are known: what tells how far that
         is, as of now. Goes on with what has begun already. They are needed ``due_s`` from now (None: at once): of
-        several sessions' pages, those that are due first are read first.
+        several sessions' pages, those that are due first are read first, and those that are only ``planned`` last.
 
         ``tier`` is ``device`` or ``host``; where the device cannot be reached (`Device`), host memory is.
         """
@@ -205,7 +211,7 @@ class Sessions:
         if not keys:
             return lambda: self._answer("cold", 0, tier)
         due_s = min(due_s or 0.0, _LATEST_DUE_S)
-        need = Need(Urgency.DUE, time.monotonic() + due_s)
+        need = PLANNED if planned else Need(Urgency.DUE, time.monotonic() + due_s)
         device = self.device.prefetch(session_id, keys, need) if tier == "device" and self.device else None
         if device is not None:
             states = {Progress.RUNNING: "pending", Progress.DONE: whole, Progress.FAILED: "cold"}

@@ -17,6 +17,7 @@ from test_pools import FULL, PAGE_SIZE, SWA, allocator_of, sliding
 from agentstate.fleet import engines, manifests
 from agentstate.fleet.control import ControlClient
 from agentstate.fleet.manifests import Manifest
+from agentstate.lookahead.forecast import Forecast
 from agentstate.pages import PageStore, fingerprint
 from agentstate.pages.node import node_id
 from agentstate.sql.database import Database
@@ -130,3 +131,37 @@ def test_sql_knows_a_rank_by_its_directory_and_how_to_ask_it(
     stat = ControlClient(engine.control_address, engine.control_secret).call("stat", 60)
     assert (stat["engine"], stat["fingerprint"]) == (engine.id, one._engine.fingerprint)
     assert [store.directory.parents[1] for store in stores(one)] == [root, root]
+
+
+def test_a_prefetch_is_due_when_it_was_said_to_be(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    one = opened()
+    monkeypatch.setattr(one.sessions, "prefetch", lambda *given, **named: asked.append((*given, named)))
+    one.prefetch("s", "host", b"", 2.5)
+    assert asked == [("s", "host", b"", 2.5, {})]
+
+
+def test_a_rank_takes_forecasts_of_sessions_that_it_has_served(opened: Open) -> None:
+    one, soon = opened(), Forecast.exactly(5.0).pack()
+    assert one.foresee("s", soon, 0.0, "tool") == {"state": "ignored"}
+    one.waits.began("s")
+    assert one.foresee("s", soon, 0.0, "tool") == {"state": "accepted"}
+    with pytest.raises(ValueError, match="packed forecast"):
+        one.foresee("s", b"x", 0.0, "tool")
+    assert one.demote("s")["state"] == "demoted"
+    assert (one.waits.index("s"), one.release("s"), one.release("t")) == (
+        0.0,
+        {"state": "accepted"},
+        {"state": "ignored"},
+    )
+    stat = one.stat()["foresight"]
+    assert (stat["foreseen"], stat["ignored"]) == (1, 1)
+    explained = one.explain("s")
+    assert explained == {"tiers": {name: {"tokens": 0, "bytes": 0} for name in ("device", "disk", "host")}}
+
+
+def test_a_rank_without_foresight_ignores_forecasts(opened: Open) -> None:
+    one = opened(foresight=False)
+    one.waits.began("s")
+    assert one.foresee("s", Forecast.exactly(5.0).pack(), 0.0, "tool") == {"state": "ignored"}
+    assert one.waits.foreseen == 0

@@ -18,6 +18,7 @@ from agentstate.client import message as message_entry
 from agentstate.fleet import engines, manifests
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
+from agentstate.sessions.outcomes import SuspendReason
 from agentstate.settings import DEFAULT_TENANT
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import EntryKind, SessionStatus
@@ -106,7 +107,15 @@ def _session(name: str, length: int, engine: Engine, time_us: int) -> dict[sa.Ta
         "created_us": time_us,
         "updated_us": time_us,
     }
-    lease = {"session_id": uid, "token_hash": None, "epoch": 1, "expires_us": 0, "engine": engine.base_url}
+    lease = {
+        "session_id": uid,
+        "token_hash": None,
+        "epoch": 1,
+        "expires_us": 0,
+        "engine": engine.base_url,
+        "released_us": time_us,
+        "waits_for": SuspendReason.USER_WAIT,
+    }
     manifest = {**_manifest(uid, length, engine), "updated_us": time_us}
     return {sessions_table: [session], entries_table: entries, leases_table: [lease], manifests_table: [manifest]}
 
@@ -156,5 +165,5 @@ def _of(connection: sa.Connection, table: sa.Table, uid: str, ordered: Any) -> S
 
 
 def _comparable(row: sa.RowMapping) -> dict[str, Any]:
-    unlike = ("id", "name", "session_id", "head_entry", "parent_id", "created_us", "updated_us")
+    unlike = ("id", "name", "session_id", "head_entry", "parent_id", "created_us", "updated_us", "released_us")
     return {column: value for column, value in row.items() if column not in unlike}

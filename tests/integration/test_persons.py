@@ -32,6 +32,7 @@ BODIES: dict[str, Any] = {
     "PUT /v1/sessions/{session_id}/tool-calls/{call_id}": {"name": "tool"},
     "PUT /v1/sessions/{session_id}/tool-calls/{call_id}/result": {"output": "x"},
     "POST /v1/sessions/{session_id}/prefetch": {},
+    "POST /v1/sessions/{session_id}/activity": {"kind": "typing"},
     "POST /v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "x"}]},
     "POST /v1/completions": {"model": MODEL, "prompt": "x"},
     "POST /v1/messages": {"model": MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]},

@@ -74,7 +74,8 @@ def test_what_left_the_device_comes_back_from_host_memory(start: Start, kind: st
     stack = start(kind, *flags)
     computed, restored = play(stack)
     assert [answer.tokens for answer in restored] == [answer.tokens for answer in computed]
-    assert all(answer.restored >= 29 * PAGE for answer in restored)
+    # A recurrent state is kept where a chunk of 1,024 tokens ends.
+    assert all(answer.restored >= 16 * PAGE for answer in restored)
     stats = ranks(stack)
     assert len(stats) == (2 if flags else 1)
     for stat in stats:

@@ -50,9 +50,9 @@ class Hints:
 
 
 def read(envelope: Any) -> Hints:
-    """The hints of an envelope, or of None. Raises ValueError if it is malformed; an action that is not known, or whose
-    payload says nothing, is ignored."""
-    if envelope is None:
+    """The hints of an envelope; none of an empty one, as in SGLang. Raises ValueError if it is malformed; an action that
+    is not known, or whose payload says nothing, is ignored."""
+    if envelope in (None, {}):
         return Hints()
     _check(envelope, "kv_hints", {"protocol_version": str, "message_id": str})
     actions = envelope.get("actions", [])

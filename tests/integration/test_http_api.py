@@ -417,6 +417,7 @@ def test_the_documentation_has_every_route_and_an_example_of_every_body(service:
         "/v1/sessions/{session_id}/rewind",
         "/v1/sessions/{session_id}/prefetch",
         "/v1/sessions/{session_id}/activity",
+        "/v1/sessions/{session_id}/kv",
         "/v1/sessions/{session_id}/tool-calls/{call_id}",
         "/v1/sessions/{session_id}/tool-calls/{call_id}/result",
         "/v1/sessions/{session_id}/events",

@@ -93,7 +93,6 @@ def test_no_envelope_says_nothing() -> None:
     [
         [],
         "retain",
-        {},
         {"protocol_version": 1, "message_id": "m"},
         {**envelope(), "actions": {}},
         envelope("retain"),
@@ -106,3 +105,8 @@ def test_no_envelope_says_nothing() -> None:
 def test_what_is_no_envelope_is_refused(given: Any) -> None:
     with pytest.raises(ValueError, match="kv_hints"):
         hints.read(given)
+
+
+@pytest.mark.parametrize("envelope", [None, {}], ids=["none", "empty"])
+def test_of_no_envelope_there_are_no_hints(envelope: Any) -> None:
+    assert hints.read(envelope) == hints.Hints()

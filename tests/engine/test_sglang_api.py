@@ -101,6 +101,8 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (unified_tree_core.UnifiedTreeCore.get_component_device_value, "self node_id component_type"),
     (unified_tree_core.UnifiedTreeCore.get_hash_values, "self node_id"),
     (unified_tree_core.UnifiedTreeCore.get_last_hash_value, "self node_id"),
+    (unified_tree_core.UnifiedTreeCore.match_full_device_prefix, "self key"),
+    (sgl.UnifiedRadixCache.evict_for_alloc, "self params allocation_reclaim_satisfied"),
     (sgl.UnifiedRadixCache.protected_size, "self"),
     (Req.init_next_round_input, "self tree_cache * cow_mamba"),
     (Scheduler._prefetch_kvcache, "self req"),

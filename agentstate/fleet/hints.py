@@ -50,8 +50,8 @@ class Hints:
 
 
 def read(envelope: Any) -> Hints:
-    """The hints of an envelope; none of an empty one, as in SGLang. Raises ValueError if it is malformed; an action that
-    is not known, or whose payload says nothing, is ignored."""
+    """The hints of an envelope; none of an empty one, as in SGLang. Raises ValueError if it is malformed. An action is
+    ignored that is not known, or whose payload says nothing."""
     if envelope in (None, {}):
         return Hints()
     _check(envelope, "kv_hints", {"protocol_version": str, "message_id": str})

@@ -6,6 +6,9 @@ import asyncio
 
 from agentstate.cli.local import LocalStack
 from benchmarks.burst import Burst
+from benchmarks.policies import Comparison, Plan
+from benchmarks.policies import Variant as Policy
+from benchmarks.slow_drive import Drive
 from benchmarks.throughput import Load, Throughput, Variant
 from benchmarks.ttft import VARIANTS, Prompts, Turn2
 
@@ -64,3 +67,20 @@ def test_turn_2_has_every_variant_in_every_round_and_recomputations_in_those_ask
 def page_bytes(stack: LocalStack) -> int:
     spill = stack.settle()["spill"]
     return int(spill["bytes_spilled"] // spill["pages_spilled"])
+
+
+def test_agents_are_served_alike_by_every_policy(stack: LocalStack, one_drive: Drive) -> None:
+    told: list[str] = []
+    # One engine in all places, whose drive stays as it is.
+    measure = Comparison(
+        dict.fromkeys(Policy, stack),
+        one_drive,
+        Plan(agents=2, turns=2, context=192, append=16, output=4, longest_s=0.1),
+        told.append,
+        lambda: told.append("step"),
+    )
+    found = asyncio.run(measure.run(rounds=1, forwards=0))
+    assert told == [text for policy in reversed(Policy) for text in (f"round 1: {policy}", "step")]
+    assert {name: [of_round["requests"] for of_round in rounds] for name, rounds in found["rounds"].items()} == {
+        policy.value: [2] for policy in Policy
+    }

@@ -1,0 +1,56 @@
+"""Agents under each policy: that they are the same for all, and how they are compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from agentstate.errors import EngineError
+from benchmarks.engine import Answer
+from benchmarks.policies import Agents, Plan, Variant, _compare, _engines, _figures, _rows
+
+
+def answer(ttft_s: float, device: int = 10, restored: int = 0, tokens: tuple[int, ...] = (1, 2)) -> Answer:
+    return Answer(tokens, device, restored, ttft_s, ttft_s + 1)
+
+
+def test_equal_numbers_are_equal_agents_and_others_have_other_contexts() -> None:
+    plan = Plan(agents=3, turns=4)
+    first, again, other = Agents(plan, 1), Agents(plan, 1), Agents(plan, 2)
+    assert first._contexts == again._contexts != other._contexts
+    assert first._steps == again._steps
+    assert [len(steps) for steps in first._steps] == [4, 4, 4]
+    steps = [step for agent in first._steps for step in agent]
+    assert all(0 < step.gap_s <= plan.longest_s for step in steps)
+    assert any(step.announced_s != step.gap_s for step in steps)
+
+
+def test_every_pool_holds_the_longest_context_and_only_one_holds_all() -> None:
+    plan = Plan()
+    pools = {variant: int(share * plan.working_set) for variant, (share, _) in _engines(plan).items()}
+    assert plan.longest == 1536 + 17 * 56
+    assert pools[Variant.FULL] > plan.working_set
+    assert pools[Variant.LRU] == pools[Variant.SIMPLE] == pools[Variant.SIGNALS] == plan.working_set // 4
+
+
+def test_the_first_turn_of_an_agent_does_not_count() -> None:
+    figures = _figures([[answer(9.0), answer(0.3), answer(0.1, 4, 6)], [answer(9.0), answer(0.2)]])
+    assert figures == {"requests": 3, "ttft_s": [0.1, 0.2, 0.3], "device_tokens": 24, "restored_tokens": 6}
+
+
+def test_rows_compare_rounds_in_pairs() -> None:
+    def rounds(*ttfts: float) -> list[dict[str, object]]:
+        return [_figures([[answer(1.0), *(answer(ttft) for _ in range(4))]]) for ttft in ttfts]
+
+    rows = _rows({Variant.FULL: rounds(0.1, 0.2), Variant.LRU: rounds(0.4, 0.8), Variant.SIMPLE: rounds(0.2, 0.4)})
+    of = {row["variant"]: row for row in rows}
+    assert of[Variant.SIMPLE]["p90_to_lru"] == [0.5, 0.5, 0.5]
+    assert of[Variant.SIMPLE]["p50_to_full"] == [2.0, 2.0, 2.0]
+    assert (of[Variant.LRU]["ttft_p50_s"], of[Variant.LRU]["ttft_p99_s"], of[Variant.LRU]["requests"]) == (0.4, 0.8, 8)
+    assert of[Variant.FULL]["device_share"] == 1.0
+
+
+def test_answers_that_differ_are_an_error() -> None:
+    same = [[answer(0.1), answer(0.2)]]
+    _compare({Variant.FULL: same, Variant.LRU: [[answer(0.5), answer(0.6)]]})
+    with pytest.raises(EngineError, match="agent 0 got other tokens in turn 1 from LRU than pool for all"):
+        _compare({Variant.FULL: same, Variant.LRU: [[answer(0.5), answer(0.6, tokens=(1, 3))]]})

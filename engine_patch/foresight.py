@@ -161,13 +161,13 @@ class Foresight:
             return said
         if wait.over:
             return said | {"wait": {"state": "served", "waited_s": now_s - wait.since_s}}
-        waited_s, forecast = now_s - wait.since_s, wait.forecast
+        forecast, gone_s = wait.forecast, now_s - wait.origin_s
         said["wait"] = {
             "state": "released" if wait.released else "waits",
             "kind": wait.kind,
-            "waited_s": waited_s,
-            "rest_p50_s": None if forecast is None else _finite(forecast.rest(waited_s, 0.5)),
-            "rest_p90_s": None if forecast is None else _finite(forecast.rest(waited_s, 0.9)),
+            "waited_s": now_s - wait.since_s,
+            "rest_p50_s": None if forecast is None else _finite(forecast.rest(gone_s, 0.5)),
+            "rest_p90_s": None if forecast is None else _finite(forecast.rest(gone_s, 0.9)),
         }
         standing = self._order.standing()
         own = said["index"] = self._waits.index(session_id)

@@ -17,20 +17,21 @@ from agentstate.lookahead.policies import Policy, Wait
 
 # How many waits are remembered. The oldest are forgotten first: they are worth least, unless something is foreseen.
 _MOST = 16_384
-# By how much longer than its session a wait may say that it lasts: messages take time, and clocks differ.
-_SLACK_S = 1.0
 # After so long a request counts as gone that never ended: one that was aborted in the queue.
 _LONGEST_TURN_S = 600.0
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a wait, by the monotonic clock: since when, and since when that is known; of which ``kind``, if
-    that was said. It is ``over`` once a request of the session is queued, and ``released`` if nobody comes back."""
+    """What is known of a wait, by the monotonic clock: since when, what is forecast, and its ``kind`` if that was said.
+    The forecast was made at ``foreseen_s``, and is of a time that began at ``origin_s``: a tool may have run
+    for longer than its session has waited. The wait is ``over`` once a request of the session is queued, and
+    ``released`` if nobody comes back."""
 
     since_s: float
-    foreseen_s: float = 0.0
     forecast: Forecast | None = None
+    origin_s: float = 0.0
+    foreseen_s: float = 0.0
     kind: str = ""
     over: bool = False
     released: bool = False
@@ -64,14 +65,15 @@ class Waits:
                 self._put(owner, Known(self._clock(), over=True))
 
     def foresee(self, owner: Hashable, forecast: Forecast | None, waited_s: float, kind: str) -> bool:
-        """Take a forecast of the wait that began ``waited_s`` ago; None takes the last one back. False if the owner is
-        not known here, or its wait is another one by now."""
+        """Take a forecast of what began ``waited_s`` ago; None takes the last one back. False if the owner is not known
+        here, or does not wait."""
         with self._mutex:
             wait = self._waits.get(owner)
-            began_s = self._clock() - waited_s
-            if wait is None or wait.over or not began_s >= wait.since_s - _SLACK_S:
+            if wait is None or wait.over or not math.isfinite(waited_s):
                 return False
-            self._put(owner, replace(wait, foreseen_s=self._clock(), forecast=forecast, kind=kind), last=False)
+            now_s = self._clock()
+            known = replace(wait, forecast=forecast, origin_s=now_s - max(0.0, waited_s), foreseen_s=now_s, kind=kind)
+            self._put(owner, known, last=False)
             return True
 
     def release(self, owner: Hashable) -> bool:
@@ -94,11 +96,12 @@ class Waits:
         wait = self.get(owner)
         if wait is None or wait.released:
             return 0.0
-        age_s = self._clock() - wait.since_s
-        if wait.over and age_s < _LONGEST_TURN_S:
+        now_s = self._clock()
+        if wait.over and now_s - wait.since_s < _LONGEST_TURN_S:
             return math.inf
+        waited_s = now_s - (wait.since_s if wait.forecast is None else wait.origin_s)
         # A byte costs as much to bring back as any other.
-        return self._policy(Wait(wait.forecast, age_s, cost_s=1.0, n_bytes=1))
+        return self._policy(Wait(wait.forecast, waited_s, cost_s=1.0, n_bytes=1))
 
     def soonest(self, most: int) -> list[Any]:
         """The owners that something is foreseen of and that are worth something, who is worth most first."""

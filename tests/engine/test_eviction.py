@@ -107,20 +107,27 @@ def test_who_is_being_served_or_was_released(make_tree: Callable[..., Tree]) -> 
     assert there(tree, keys) == {"a": 8, "b": 2, "c": 2, "d": 2}
 
 
-def test_a_forecast_of_an_earlier_wait_is_ignored(make_tree: Callable[..., Tree]) -> None:
+def test_who_is_not_known_or_does_not_wait_has_no_forecast(make_tree: Callable[..., Tree]) -> None:
     tree = make_tree()
     filled(tree)
     waits = tree.store.waits
-    waits.over("a")
-    tree.now_s += 100.0
-    tree.eviction.ended("a", tree.tree_core.match_full_device_prefix(key_of(8, 0, shared=2))[1])
-    assert not waits.foresee("a", LATE, 90.0, "person")
-    assert not waits.foresee("a", LATE, float("nan"), "person")
     assert not waits.foresee("nobody", LATE, 0.0, "person")
+    assert not waits.foresee("a", LATE, float("nan"), "person")
+    waits.over("b")
+    assert not waits.foresee("b", LATE, 0.0, "person")
     assert waits.foreseen == 0
     assert waits.foresee("a", LATE, 0.5, "person")
     assert waits.foresee("a", None, 0.5, "person")
     assert waits.foreseen == 0
+
+
+def test_a_tool_may_have_run_for_longer_than_its_session_has_waited(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    filled(tree)
+    waits, minute = tree.store.waits, Forecast.exactly(60.0)
+    assert waits.foresee("a", minute, 0.0, "tool")
+    assert waits.foresee("b", minute, 50.0, "tool")
+    assert waits.index("b") > 2 * waits.index("a")
 
 
 def test_a_context_that_is_evicted_from_its_end_is_known_to_where_it_is_left(make_tree: Callable[..., Tree]) -> None:
@@ -149,7 +156,7 @@ def test_requests_without_a_session_are_ordered_with_the_others(make_tree: Calla
         tree.compute(key, session)
         tree.settle()
         tree.now_s += 1.0
-    assert tree.store.waits.foresee("early", SOON, 0.0, "tool")
+    assert tree.store.waits.foresee("early", SOON, 3.0, "tool")
     assert evict(tree, 8) == 8
     assert there(tree, {"early": early, "nobody": nobody, "late": late}) == {"early": 8, "nobody": 0, "late": 8}
 
@@ -184,7 +191,7 @@ def test_ranks_evict_what_the_first_of_them_would(backend: str, monkeypatch: pyt
         found = []
         for forecasts in foreseen:
             for session, forecast in forecasts.items():
-                tree.store.waits.foresee(session, forecast, 0.0, "tool")
+                tree.store.waits.foresee(session, forecast, 3.0, "tool")
             assert evict(tree, 6) == 6
             found.append(there(tree, keys))
         return found

@@ -59,14 +59,15 @@ class EvictionOrder:
         """How many contexts are on the device."""
         return len(self._ends)
 
-    def ended(self, owner: Hashable | None, node: int) -> None:
-        """A request of ``owner``, None if it has none, has ended at ``node``."""
+    def ended(self, owner: Hashable | None, node: int) -> Hashable:
+        """A request of ``owner`` has ended at ``node``; one that has no owner owns itself. Returns the owner."""
         (path,) = self._core.collect_path_info([node])
+        owner = node if owner is None else owner
         if path:
-            owner = node if owner is None else owner
             self._waits.began(owner)
             self._move(owner, path)
             self._ends.move_to_end(owner)
+        return owner
 
     def evicting(self, node: int) -> None:
         """A leaf is about to be evicted: contexts that end with it end before it from now on."""

@@ -7,11 +7,12 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from agentstate.fleet.hints import Hints
 from agentstate.lookahead.planner import MARGIN, worth_fetching
 from engine_patch.eviction import EvictionOrder
 from engine_patch.waits import Waits
@@ -81,6 +82,13 @@ class Foresight:
         self._fetches: OrderedDict[str, Fetch] = OrderedDict()
         self._under_way: dict[str, Callable[[], dict[str, Any]] | None] = {}
         self._fetching = ThreadPoolExecutor(1, "agentstate-fetch")
+
+    def hinted(self, owner: Hashable, hints: Hints) -> None:
+        """A request of the owner, which has ended, has said what to expect."""
+        if hints.release:
+            self._waits.release(owner)
+        elif hints.forecast is not None:
+            self._waits.foresee(owner, hints.forecast, 0.0, "other")
 
     def back(self, session_id: str) -> None:
         """A request of the session is queued."""

@@ -7,6 +7,7 @@ one flag that a user sets is completed here, when SGLang resolves its arguments,
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -14,7 +15,8 @@ import time
 from typing import Any
 
 from agentstate.errors import AgentStateError
-from engine_patch import responses, turns, weights
+from agentstate.settings import Settings
+from engine_patch import hints, responses, turns, weights
 from engine_patch.flags import BACKEND, CPU_ATTENTION
 
 logger = logging.getLogger(__name__)
@@ -162,7 +164,15 @@ def _as_requested(original: Any, manager: Any, obj: Any, request: Any = None) ->
     """SGLang's names: ``obj`` is what to compute, ``request`` the HTTP request that asks for it, if one does."""
     turns.take_over(obj, request)
     turns.separate(obj)
-    return original(manager, obj, request)
+    # Before SGLang normalizes it.
+    told = hints.answers(obj, _foresees())
+    outputs = original(manager, obj, request)
+    return hints.answering(outputs, told) if told and _is_ours(manager) else outputs
+
+
+@functools.cache
+def _foresees() -> bool:
+    return Settings().foresight
 
 
 def _as_tokenized(original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +208,11 @@ def _around_response_stream(original: Any, serving: Any, request: Any, *args: An
 
 
 def _answers_for_us(serving: Any) -> bool:
-    return bool(serving.tokenizer_manager.server_args.radix_cache_backend == BACKEND)
+    return _is_ours(serving.tokenizer_manager)
+
+
+def _is_ours(manager: Any) -> bool:
+    return bool(manager.server_args.radix_cache_backend == BACKEND)
 
 
 def _as_scheduled(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

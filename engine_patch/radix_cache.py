@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from agentstate.pages import PageKeys
+from engine_patch import hints
 from engine_patch.deferrals import Deferrals, StoredHit
 from engine_patch.demotions import Demotions, chain_of
 from engine_patch.device_tier import DeviceTier
@@ -284,7 +285,9 @@ class AgentStateRadixCache(UnifiedRadixCache):
             if turn is not None:
                 self.device_tier.remember(turn.session_id, key)
                 self.agentstate.request_finished(turn, key)
-        self.eviction.ended(None if turn is None else turn.session_id, req.last_node)
+        owner = self.eviction.ended(None if turn is None else turn.session_id, req.last_node)
+        if req.kv_hints is not None and self.agentstate.foresees:
+            self.foresight.hinted(owner, hints.of(req.kv_hints))
 
     def _evict(
         self,

@@ -232,7 +232,7 @@ def test_what_was_lost_is_offered_before_the_manifest_that_lists_it(monkeypatch:
     entering = {"r": "what it has restored", "other": "what another one has"}
     tree.linker = SimpleNamespace(lost_pages=SimpleNamespace(finished=telling("offered")), entering=entering)
     tree.device_tier = SimpleNamespace(remember=telling("remembered"))
-    tree.eviction = SimpleNamespace(ended=lambda owner, node: None)
+    tree.eviction = SimpleNamespace(ended=lambda owner, node: owner)
     tree.demotions = SimpleNamespace(ended=lambda *of_the_chain: None)
     tree.agentstate = SimpleNamespace(turn=lambda session: proven, request_finished=telling("manifest"))
     fields = {
@@ -240,6 +240,7 @@ def test_what_was_lost_is_offered_before_the_manifest_that_lists_it(monkeypatch:
         "kv": SimpleNamespace(cache_inserted_len=3),
         "last_node": 7,
         "rid": "r",
+        "kv_hints": None,
     }
     request = SimpleNamespace(session_id="ses", extra_key=None, cache_salt=None, finished=lambda: True, **fields)
     tree.checkpoint_into_tree(request, up_to=4)

@@ -208,7 +208,7 @@ ATTRIBUTES: dict[type, str] = {
     "discard_output_reason finished_output finished_reason finished_len to_finish is_retracted retracted_stain "
     "retraction_count cached_tokens cached_tokens_device cached_tokens_host cached_tokens_storage "
     "_cache_breakdown_computed origin_input_ids output_ids sampling_params multimodal_inputs session "
-    "storage_hit_start storage_hit_length priority prefix_len last_node",
+    "storage_hit_start storage_hit_length priority prefix_len last_node kv_hints",
     ReqKvInfo: "holds_kv cache_inserted_len kv_allocated_len",
     Scheduler: "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us result_queue "
     "is_generation page_size server_args policy",

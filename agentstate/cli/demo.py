@@ -2,7 +2,9 @@
 
 It runs what a user runs: SGLang with the plug-in, `agentstate serve`, and the agent of `examples/openai_loop.py`, each
 as its own process. A second agent does the same work and is never suspended; the first one's continuation must equal
-its, token for token. Beside them works `examples/openai_agent.py`, which knows nothing but the gateway's base URL.
+its, token for token. Beside them works `examples/openai_agent.py`, which knows nothing but the gateway's base URL. At
+last an agent calls a slow tool: another one needs its room on the device meanwhile, and it is back before the tool has
+ended.
 """
 
 from __future__ import annotations
@@ -29,11 +31,16 @@ from rich.table import Table
 
 from agentstate.cli import launcher
 from agentstate.cli.local import LocalStack
+from agentstate.client import Client
 from agentstate.errors import EngineError, SettingsError
 from agentstate.settings import Settings
 
 ENGINE_PORT, SERVICE_PORT = 30701, 8701
 PAIRS = 5
+# The last engine's KV pool: the agent's context fits, and not with another one's of so many words.
+POOL_TOKENS = 6144
+OTHER_WORDS = 3000
+TOOL_S = 20.0
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 EXAMPLE = EXAMPLES / "openai_loop.py"
 PLAIN_EXAMPLE = EXAMPLES / "openai_agent.py"
@@ -56,6 +63,19 @@ class Figures:
     ttft_after_restart_s: float
     covered: bool
     identical: bool
+    away: Away
+
+
+@dataclass(frozen=True)
+class Away:
+    """Of an agent that called a tool: how many tokens of its context the device had when the call began, while another
+    agent was served, and before the tool ended; and how many its next request found there."""
+
+    before: int
+    displaced: int
+    back: int
+    found: int
+    back_after_s: float
 
 
 def run(settings: Settings, report: Path | None) -> bool:
@@ -109,7 +129,7 @@ class _Play:
         self._plain_agent("What is a page?")
         with _step("kill -9 the engine, and start it again"):
             self._stack.kill_engine()
-            self._stack.start_engine()
+            self._stack.start_engine("--max-total-tokens", str(POOL_TOKENS))
         console.print("\n[bold]The agent resumes[/], in a new process, on the new engine")
         after = self._agent("agent", "conclude")
         turn = after["turns"][0]
@@ -117,6 +137,8 @@ class _Play:
         self._plain_agent("And an extent?")
         with _step(f"measuring: {PAIRS} × restored and memory hit in turn, then recomputed"):
             restored, hits, recomputed, n_bytes, seconds = self._measure(after["messages"][:-2])
+        with _step(f"an agent calls a tool that takes {TOOL_S:g} s, and another one needs the device"):
+            away = self._wait_for_a_tool(after["messages"][:-2])
         return Figures(
             context_tokens=turn["prompt_tokens"],
             tokens_restored=turn["cached_tokens"],
@@ -128,7 +150,35 @@ class _Play:
             ttft_after_restart_s=round(turn["ttft_s"], 3),
             covered=turn["cached_tokens"] == before["kv"]["tokens"] > 0,
             identical=turn["text"] == control["turns"][-1]["text"],
+            away=away,
         )
+
+    def _wait_for_a_tool(self, history: list[dict[str, Any]]) -> Away:
+        """An agent whose context is ``history`` waits for a tool, and another one is served meanwhile."""
+        text = " ".join(f"{number % 10}" for number in range(OTHER_WORDS // 2))
+        with Client(self._stack.service_url) as client:
+            waiting = client.create_session(self._stack.model, cache_salt=f"agent-{self._run}").id
+            other = client.create_session(self._stack.model).id
+            with client.turn(waiting, reason="tool_wait") as turn:
+                self._send(history, "0. What did you read?", turn.extra_body)
+                client.claim_tool_call(waiting, "call_1", "build", expected_s=TOOL_S, lease=turn.lease)
+            called_s = time.monotonic()
+            before = self._on_device(client, waiting)
+            with client.turn(other, reason="done") as turn:
+                self._send([{"role": "user", "content": text}], "What comes next?", turn.extra_body)
+                displaced = self._on_device(client, waiting)
+            while (back := self._on_device(client, waiting)) < before and time.monotonic() < called_s + TOOL_S:
+                time.sleep(0.1)
+            back_after_s = time.monotonic() - called_s
+            time.sleep(max(0.0, TOOL_S - back_after_s))
+            client.finish_tool_call(waiting, "call_1", output="built")
+            with client.turn(waiting) as turn:
+                _, found = self._send(history, "1. What did you build?", turn.extra_body)
+        return Away(before, displaced, back, found, round(back_after_s, 1))
+
+    def _on_device(self, client: Client, session_id: str) -> int:
+        tiers = client.kv(session_id).tiers
+        return tiers["device"].tokens if tiers else 0
 
     def _measure(self, history: list[dict[str, Any]]) -> tuple[list[float], list[float], float, int, float]:
         """Times to first token: restored and as memory hits, alternating, and recomputed once; then the bytes and
@@ -167,24 +217,34 @@ class _Play:
 
     def _ask(self, history: list[dict[str, Any]], question: str, salt: str) -> float:
         """Seconds to the first token of a question asked after ``history``, in the KV namespace ``salt``."""
+        return self._send(history, question, {"cache_salt": salt})[0]
+
+    def _send(self, history: list[dict[str, Any]], question: str, more: dict[str, Any]) -> tuple[float, int]:
+        """The same with ``more`` in the request's body, and how many tokens of it were on the device."""
         body = {
             "model": self._stack.model,
             "messages": [*history, {"role": "user", "content": question}],
             "temperature": 0,
             "max_tokens": 2,
             "stream": True,
-            "cache_salt": salt,
+            "stream_options": {"include_usage": True},
+            **more,
         }
         url = f"{self._stack.engine_url}/v1/chat/completions"
-        started, first = time.perf_counter(), None
+        started, first, cached = time.perf_counter(), None, 0
         with httpx.stream("POST", url, json=body, timeout=600) as response:
             # Read to the end: a request that still decodes would delay the next one.
             for line in response.iter_lines():
-                if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if event["choices"] and event["choices"][0]["delta"].get("content"):
                     first = first or time.perf_counter() - started
+                if usage := event.get("usage"):
+                    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         if first is None:
             raise EngineError("the engine answered without a token")
-        return first
+        return first, cached
 
 
 def _print(figures: Figures) -> None:
@@ -212,6 +272,15 @@ def _print(figures: Figures) -> None:
         f"while the forward ran; covers the whole page-aligned prefix: {'yes' if figures.covered else 'NO'}; "
         f"same tokens as the agent that was never suspended: {'yes' if figures.identical else 'NO'}"
     )
+    away = figures.away
+    table = Table(title=f"An agent whose tool takes {TOOL_S:g} s, beside another that needs the device")
+    table.add_column("on the device")
+    table.add_column("tokens", justify="right")
+    table.add_row("when the tool was called", f"{away.before:,}")
+    table.add_row("while the other agent was served", f"{away.displaced:,}")
+    table.add_row(f"after {away.back_after_s:.1f} s, before the tool ended", f"{away.back:,}")
+    table.add_row("found by its next request", f"{away.found:,}")
+    console.print(table)
 
 
 @contextmanager

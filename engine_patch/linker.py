@@ -239,9 +239,9 @@ class AgentStateLinker(UnifiedCacheLinker):
         """Let a preload be as urgent as ``need``, if it is less so."""
         self._pools.hasten(batch, need)
 
-    def waits(self, batch: int) -> bool:
+    def is_queued(self, batch: int) -> bool:
         """Whether a preload has not begun, because the drive, which answers, is busy with others before it."""
-        return not self.stuck and self._pools.waits(batch)
+        return not self.stuck and self._pools.is_queued(batch)
 
     def landed(self, batch: int) -> bool:
         """Whether `finish` would not wait."""

@@ -191,7 +191,7 @@ class Preloads:
         if preload.batch is None or self._landed(preload):
             return True
         layers, now = self._linker.layers_landed(preload.batch), time.monotonic()
-        if layers > preload.layers or self._linker.waits(preload.batch):
+        if layers > preload.layers or self._linker.is_queued(preload.batch):
             preload.layers, preload.progress_s = layers, now
         return now < preload.progress_s + self._linker.drive_timeout_s
 

@@ -181,7 +181,7 @@ class _Batches:
             self._running -= 1
             self._changed.notify_all()
 
-    def waits(self, index: int) -> bool:
+    def is_queued(self, index: int) -> bool:
         """Whether its thread has not taken a batch yet."""
         return index in self._waiting
 
@@ -352,9 +352,9 @@ class Restorer:
         self._begun.put(index, batch)
         return index
 
-    def waits(self, index: int) -> bool:
+    def is_queued(self, index: int) -> bool:
         """Whether a batch has not begun, because others before it have not ended."""
-        return self._begun.waits(index)
+        return self._begun.is_queued(index)
 
     def landed(self, index: int) -> bool:
         """Whether `finish` would not wait."""

@@ -337,9 +337,9 @@ class StoredPools:
     def _ranked(self, need: Need) -> Need:
         return need if self._priorities else PLANNED
 
-    def waits(self, index: int) -> bool:
+    def is_queued(self, index: int) -> bool:
         """Whether a batch of full attention has not begun, because others before it have not ended."""
-        return self._pools[0].restorer.waits(index)
+        return self._pools[0].restorer.is_queued(index)
 
     def landed(self, index: int) -> bool:
         """Whether a batch of full attention has stopped writing to the device."""

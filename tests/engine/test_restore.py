@@ -767,7 +767,7 @@ def test_a_preload_waits_for_none_that_is_less_urgent(rank: Rank, restorer: Rest
     assert is_restored(rank, key(3), 13)
     # A request joins the one that has not begun yet, behind another of its kind.
     assert not restorer.landed(later)
-    assert [restorer.waits(index) for index in (*held, later)] == [False, False, True]
+    assert [restorer.is_queued(index) for index in (*held, later)] == [False, False, True]
     restorer.hasten(later, DEMAND)
     assert restorer.finish(later).failed == set()
     assert not any(restorer.landed(index) for index in held)

@@ -131,7 +131,7 @@ class Linker:
         self.needs.append(need)
         return len(self.loads)
 
-    def waits(self, batch: int) -> bool:
+    def is_queued(self, batch: int) -> bool:
         return batch in self.waiting
 
     def landed(self, batch: int) -> bool:

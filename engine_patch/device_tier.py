@@ -34,6 +34,7 @@ _REMEMBERED_TOKENS = 16_000_000
 
 @dataclass
 class _Prefetch:
+    session_id: str
     key: RadixKey
     keys: list[bytes]
     need: Need
@@ -49,11 +50,21 @@ class DeviceTier:
     """Work on the radix tree. Whoever asks for it, it is done on the scheduler's thread, between two batches.
 
     It ``moves`` sessions neither with tensor parallelism, where the trees of all ranks must change alike and control
-    messages reach them at different times, nor for models with more than full attention.
+    messages reach them at different times, nor for models with more than full attention. ``brought`` is told of each
+    session that has been brought, with its key in the tree.
     """
 
-    def __init__(self, cache: UnifiedRadixCache, linker: AgentStateLinker, preloads: Preloads):
+    def __init__(
+        self,
+        cache: UnifiedRadixCache,
+        linker: AgentStateLinker,
+        preloads: Preloads,
+        brought: Callable[[str, RadixKey], None] = lambda session_id, key: None,
+    ):
         self._cache = cache
+        self._brought = brought
+        # Those that have begun.
+        self._begun: list[_Prefetch] = []
         self._linker = linker
         self._preloads = preloads
         self._asked: queue.SimpleQueue[Callable[[Scheduler], None]] = queue.SimpleQueue()
@@ -70,6 +81,11 @@ class DeviceTier:
                 self._asked.get_nowait()(scheduler)
             except Exception:
                 logger.exception("agentstate: a request to the device tier failed")
+        over = [prefetch for prefetch in self._begun if prefetch.progress is not Progress.RUNNING]
+        self._begun = [prefetch for prefetch in self._begun if prefetch.progress is Progress.RUNNING]
+        for prefetch in over:
+            if prefetch.progress is Progress.DONE:
+                self._brought(prefetch.session_id, prefetch.key)
 
     def remember(self, session_id: str, key: RadixKey) -> None:
         """A request of the session has ended with ``key`` in the tree."""
@@ -96,7 +112,7 @@ class DeviceTier:
         if prefetch is None or prefetch.progress is not Progress.RUNNING or prefetch.keys != keys:
             if (key := self._tokens_of(session_id, keys)) is None:
                 return None
-            prefetch = _Prefetch(key, keys, need)
+            prefetch = _Prefetch(session_id, key, keys, need)
             with self._prefetching:
                 self._prefetches[session_id] = prefetch
             self._asked.put(lambda scheduler: self._try(prefetch, scheduler))
@@ -142,6 +158,7 @@ class DeviceTier:
         except Exception:
             prefetch.settled = Progress.FAILED
             raise
+        self._begun.append(prefetch)
 
     def _begin(self, prefetch: _Prefetch, reserved: int) -> Progress:
         """Begin a prefetch. It fails if there is too little memory besides the ``reserved`` tokens, or nothing can be

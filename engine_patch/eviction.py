@@ -69,6 +69,13 @@ class EvictionOrder:
             self._ends.move_to_end(owner)
         return owner
 
+    def brought(self, owner: Hashable, node: int) -> None:
+        """The owner's context is on the device again, up to the end of ``node``."""
+        (path,) = self._core.collect_path_info([node])
+        if path:
+            self._move(owner, path)
+            self._ends.move_to_end(owner)
+
     def evicting(self, node: int) -> None:
         """A leaf is about to be evicted: contexts that end with it end before it from now on."""
         if owners := self._at.get(node):

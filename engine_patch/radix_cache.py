@@ -216,7 +216,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         )
         self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit, self.order)
         self.demotions = Demotions(self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked)
-        self.device_tier = DeviceTier(self, cache_linker, self.preloads)
+        self.device_tier = DeviceTier(self, cache_linker, self.preloads, self._brought)
         self.eviction = EvictionOrder(self.tree_core, cache_linker.waits, self._least)
         self.foresight = Foresight(
             cache_linker.waits,
@@ -227,6 +227,9 @@ class AgentStateRadixCache(UnifiedRadixCache):
             bring=cache_linker.bring if self.device_tier.moves else None,
         )
         cache_linker.attach(self.device_tier, self.foresight.explain, self.kept)
+
+    def _brought(self, session_id: str, key: RadixKey) -> None:
+        self.eviction.brought(session_id, self.tree_core.match_full_device_prefix(key)[1])
 
     def kept(self) -> dict[str, int]:
         """What the tree keeps for requests and offers. From any thread; ``locked_tokens`` are those that no eviction

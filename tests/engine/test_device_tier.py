@@ -22,6 +22,8 @@ def test_a_session_is_brought_back_into_the_tree() -> None:
     stage.step(scheduler())
     assert (progress(), stage.left) == (Progress.DONE, (0, 0, 0))
     assert not any(stage.tier.kept().values())
+    stage.step(scheduler())
+    assert stage.brought == ["s"]
     # Requests that found no room are tried again.
     assert stage.cache.unlocked
     (inserted,) = stage.cache.inserted

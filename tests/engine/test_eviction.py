@@ -149,6 +149,18 @@ def test_a_context_that_is_evicted_from_its_end_is_known_to_where_it_is_left(mak
     assert there(tree, {"a": first, "b": other}) == {"a": 8, "b": 0}
 
 
+def test_what_is_brought_back_is_known_to_be_there(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    keys = filled(tree)
+    assert evict(tree, PAGES) == 26
+    assert tree.eviction.tokens("a") == 0
+    tree.compute(keys["a"], "nobody")
+    tree._brought("a", keys["a"])
+    assert tree.eviction.tokens("a") == len(keys["a"])
+    # That it is back says nothing of its wait.
+    assert tree.store.waits.foresee("a", SOON, 4.0, "tool")
+
+
 def test_requests_without_a_session_are_ordered_with_the_others(make_tree: Callable[..., Tree]) -> None:
     tree = make_tree()
     nobody, early, late = key_of(8, 9), key_of(8, 1), key_of(8, 2)

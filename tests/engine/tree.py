@@ -169,7 +169,10 @@ class Stage:
         self.deferrals = Deferrals(self.cache, self.linker, self.preloads, self.match, self.order)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("engine_patch.device_tier.get_parallel", lambda: SimpleNamespace(tp_size=1))
-            self.tier = DeviceTier(self.cache, self.linker, self.preloads)
+            self.brought: list[str] = []
+            self.tier = DeviceTier(
+                self.cache, self.linker, self.preloads, lambda session, key: self.brought.append(session)
+            )
 
     def agree(self, own: Sequence[bool]) -> list[bool]:
         self.agreements += 1

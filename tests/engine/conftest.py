@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,3 +19,11 @@ else:
         rank = Rank(tmp_path / "rank0")
         yield rank
         rank.close()
+
+    @pytest.fixture
+    def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+        """What SGLang says of ranks to those that work on its tree: there is one."""
+        parallel = SimpleNamespace(tp_size=1, tp_rank=0)
+        for module in ("demotions", "device_tier", "eviction", "lost_pages"):
+            monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: parallel)
+        return parallel

@@ -20,10 +20,7 @@ from engine_patch.turns import RequestSession
 Make = Callable[..., Tree]
 
 
-@pytest.fixture(autouse=True)
-def parallel(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("demotions", "device_tier", "eviction", "lost_pages"):
-        monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: SimpleNamespace(tp_size=1, tp_rank=0))
+pytestmark = pytest.mark.usefixtures("parallel")
 
 
 @pytest.fixture(params=TREES)

@@ -19,12 +19,7 @@ SESSIONS = ("a", "b", "c", "d")
 SOON, LATE = Forecast.exactly(5.0), Forecast.exactly(20_000.0)
 
 
-@pytest.fixture(autouse=True)
-def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    parallel = SimpleNamespace(tp_size=1, tp_rank=0)
-    for module in ("demotions", "device_tier", "eviction", "lost_pages"):
-        monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: parallel)
-    return parallel
+pytestmark = pytest.mark.usefixtures("parallel")
 
 
 @pytest.fixture(params=TREES)

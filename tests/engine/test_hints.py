@@ -89,10 +89,7 @@ def test_only_our_engines_answer(backend: str | None, told: bool) -> None:
     assert ("kv_hints" in asyncio.run(first())["meta_info"]) is told
 
 
-@pytest.fixture(autouse=True)
-def parallel(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("demotions", "device_tier", "eviction", "lost_pages"):
-        monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: SimpleNamespace(tp_size=1, tp_rank=0))
+pytestmark = pytest.mark.usefixtures("parallel")
 
 
 @pytest.mark.parametrize("backend", TREES)

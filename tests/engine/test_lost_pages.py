@@ -17,13 +17,7 @@ from engine_patch import sglang_api as sgl
 from engine_patch.radix_cache import AgentStateRadixCache
 from engine_patch.sglang_api import MatchPrefixParams, get_storage_hash_str
 
-
-@pytest.fixture(autouse=True)
-def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    parallel = SimpleNamespace(tp_size=1, tp_rank=0)
-    for module in ("demotions", "device_tier", "eviction", "lost_pages"):
-        monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: parallel)
-    return parallel
+pytestmark = pytest.mark.usefixtures("parallel")
 
 
 @pytest.fixture(params=TREES)

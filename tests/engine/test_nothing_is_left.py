@@ -16,9 +16,7 @@ from engine_patch.sglang_api import MatchPrefixParams, RadixKey, get_storage_has
 
 
 @pytest.fixture(autouse=True)
-def context(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("demotions", "device_tier", "eviction", "lost_pages"):
-        monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: SimpleNamespace(tp_size=1, tp_rank=0))
+def context(monkeypatch: pytest.MonkeyPatch, parallel: SimpleNamespace) -> None:
     disagg = SimpleNamespace(disaggregation_mode="null")
     monkeypatch.setattr("sglang.srt.mem_cache.unified_radix_cache.get_disagg", lambda: disagg)
 

@@ -127,3 +127,35 @@ def test_what_the_tests_on_a_gpu_use_needs_no_sglang() -> None:
                 files |= {ROOT / (str(node.module).replace(".", "/") + ".py")} - seen
     assert ROOT / "engine_patch" / "arrivals.py" in seen
     assert not {path.name for path in seen if "sglang" in set(imported(path.read_text()))}
+
+
+@pytest.mark.parametrize("package", ["agentstate", "api", "engine_patch"])
+def test_no_attribute_hides_a_method_of_its_class(package: str) -> None:
+    hidden = [
+        f"{path.relative_to(ROOT)}: {cls.name}.{name}"
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for cls in ast.walk(ast.parse(path.read_text()))
+        if isinstance(cls, ast.ClassDef)
+        for name in methods(cls) & set_on_self(cls)
+    ]
+    assert not hidden
+
+
+def methods(cls: ast.ClassDef) -> set[str]:
+    """Those that are no properties: a property can be set."""
+    return {
+        item.name
+        for item in cls.body
+        if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef) and not item.decorator_list
+    }
+
+
+def set_on_self(cls: ast.ClassDef) -> set[str]:
+    return {
+        node.attr
+        for node in ast.walk(cls)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }

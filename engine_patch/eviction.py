@@ -61,20 +61,18 @@ class EvictionOrder:
 
     def ended(self, owner: Hashable | None, node: int) -> Hashable:
         """A request of ``owner`` has ended at ``node``; one that has no owner owns itself. Returns the owner."""
-        (path,) = self._core.collect_path_info([node])
         owner = node if owner is None else owner
-        if path:
+        if self.brought(owner, node):
             self._waits.began(owner)
-            self._move(owner, path)
-            self._ends.move_to_end(owner)
         return owner
 
-    def brought(self, owner: Hashable, node: int) -> None:
-        """The owner's context is on the device again, up to the end of ``node``."""
+    def brought(self, owner: Hashable, node: int) -> bool:
+        """The owner's context is on the device, up to the end of ``node``; False if that is the root."""
         (path,) = self._core.collect_path_info([node])
         if path:
             self._move(owner, path)
             self._ends.move_to_end(owner)
+        return bool(path)
 
     def evicting(self, node: int) -> None:
         """A leaf is about to be evicted: contexts that end with it end before it from now on."""

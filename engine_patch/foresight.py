@@ -140,7 +140,8 @@ class Foresight:
             if state is None or (found := state()["state"]) == "pending":
                 continue
             del self._under_way[session]
-            if self._fetches[session].outcome == "under way":
+            # Of very many fetches the oldest are forgotten, this one perhaps.
+            if (fetch := self._fetches.get(session)) is not None and fetch.outcome == "under way":
                 self._stats.fetched += found == "warm"
                 self._conclude(session, "there" if found == "warm" else "wasted")
         for session, fetch in self._fetches.items():

@@ -257,18 +257,6 @@ class AgentStateRadixCache(UnifiedRadixCache):
             self.linker.entering.clear()
         super().reset()
 
-    def evict(self, params: EvictParams) -> EvictResult:
-        result = super().evict(params)
-        if self.linker is not None:
-            self.demotions.evicted(result.num_tokens_evicted)
-        return result
-
-    def evict_for_alloc(self, params: EvictParams, **kwargs: Any) -> EvictResult:
-        result = super().evict_for_alloc(params, **kwargs)
-        if self.linker is not None:
-            self.demotions.evicted(result.num_tokens_evicted)
-        return result
-
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         self.linker.entering.pop(req.rid, None)
@@ -322,6 +310,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         )
         if rest != EvictParams():
             _add(total, walk(rest))
+        self.demotions.evicted(total.num_tokens_evicted)
         return total
 
     def _least(self, tensor: torch.Tensor) -> None:

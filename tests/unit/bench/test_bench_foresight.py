@@ -8,34 +8,14 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from by_hand import COST, GB
 
 from agentstate.lookahead.policies import lru, planner, ttl
 from benchmarks import agents, foresight, foresight_tables, report, results
-from benchmarks.calibration import Calibration
 from benchmarks.fleet import Fleet, Foresight, Outcome, Policy, Served
 from benchmarks.simulator import Simulation
 from benchmarks.traces import ROOT, Announcements, Gap, Turn, Workload
 
-GB = 10**9
-COST = Calibration(
-    name="by hand",
-    source="chosen",
-    page_tokens=10,
-    token_bytes=GB // 10,
-    layers=4,
-    chunk_tokens=1000,
-    max_running=8,
-    request_s=0.0,
-    forward_s=0.0,
-    token_s=0.1,
-    pair_s=0.0,
-    step_s=1.0,
-    sequence_s=0.0,
-    context_s=0.0,
-    restore_gb_per_s=10.0,  # ten pages a second
-    host_gb_per_s=100.0,
-    write_gb_per_s=1000.0,
-)
 FLEET = Fleet(engines=1, device_tokens=250, staging_bytes=100 * GB, host_bytes=0, quota_bytes=1000 * GB)
 HELD = Policy("held", store=True, overlap=True, read_at_arrival=True, hold=True, ordering=lru)
 SIMPLE = replace(HELD, order=True, exclusive=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from by_hand import COST, GB
 
 from agentstate.errors import SettingsError
 from benchmarks.calibration import Calibration
@@ -13,26 +14,6 @@ from benchmarks.simulator import Simulation
 from benchmarks.study import POLICIES
 from benchmarks.traces import ROOT, Gap, Turn, Workload, generated
 
-GB = 10**9
-COST = Calibration(
-    name="by hand",
-    source="chosen",
-    page_tokens=10,
-    token_bytes=GB // 10,
-    layers=4,
-    chunk_tokens=1000,
-    max_running=8,
-    request_s=0.0,
-    forward_s=0.0,
-    token_s=0.1,
-    pair_s=0.0,
-    step_s=1.0,
-    sequence_s=0.0,
-    context_s=0.0,
-    restore_gb_per_s=10.0,  # ten pages a second
-    host_gb_per_s=100.0,
-    write_gb_per_s=1000.0,
-)
 FLEET = Fleet(engines=1, device_tokens=250, staging_bytes=100 * GB, host_bytes=100 * GB, quota_bytes=1000 * GB)
 STORE = Policy("store", store=True)
 DEVICE_ONLY = Policy("device")

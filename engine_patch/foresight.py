@@ -78,6 +78,7 @@ class Foresight:
         self._bring = bring
         self._clock = clock
         self._next_s = 0.0
+        self._cleared_s = 0.0
         # The newest fetch of each session, and what tells how those stand that are under way.
         self._fetches: OrderedDict[str, Fetch] = OrderedDict()
         self._under_way: dict[str, Callable[[], dict[str, Any]] | None] = {}
@@ -98,6 +99,10 @@ class Foresight:
             if there:
                 self._stats.used += 1
         self._waits.over(session_id)
+
+    def cleared(self) -> None:
+        """The device was emptied: whoever did that wants it empty. What is foreseen from now on is fetched again."""
+        self._cleared_s = self._clock()
 
     def step(self) -> None:
         """Fetch what is worth it. Between two batches, as often as one likes."""
@@ -123,7 +128,8 @@ class Foresight:
     def _misses(self, session_id: str) -> bool:
         """Whether to think of fetching it: once a forecast."""
         wait, fetch = self._waits.get(session_id), self._fetches.get(session_id)
-        if wait is None or (fetch is not None and fetch.at_s >= wait.foreseen_s):
+        tried_s = self._cleared_s if fetch is None else max(fetch.at_s, self._cleared_s)
+        if wait is None or tried_s >= wait.foreseen_s:
             return False
         return self._order.tokens(session_id) < self._length(session_id)
 

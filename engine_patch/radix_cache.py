@@ -254,6 +254,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             self.demotions.drop()
             self.linker.landed.clear()
             self.eviction.forget()
+            self.foresight.cleared()
             self.linker.entering.clear()
         super().reset()
 

@@ -46,9 +46,10 @@ def make_stack(engine_python: Path, fork: Spawn) -> MakeStack:
     def make(home: Path, checkpoint: Path) -> LocalStack:
         ports = {"service_port": free_port(), "engine_port": free_port()}
         stack = LocalStack(home, checkpoint, engine_python=engine_python, spawn_engine=fork, **ports)
-        # Whether an engine restores what it has is for these tests to know, and not for its stopwatch to decide.
-        # Nor is a lease to lapse while an engine starts.
-        stack.environment = {**stack.environment, "AGENTSTATE_BREAK_EVEN": "off", "AGENTSTATE_LEASE_TTL_S": "3600"}
+        # Whether an engine restores what it has is for these tests to know, and not for its stopwatch to decide; nor
+        # for what it has learned of its sessions, which it would fetch ahead. Nor is a lease to lapse while it starts.
+        own = {"AGENTSTATE_BREAK_EVEN": "off", "AGENTSTATE_FORESIGHT": "off", "AGENTSTATE_LEASE_TTL_S": "3600"}
+        stack.environment = {**stack.environment, **own}
         return stack
 
     return make

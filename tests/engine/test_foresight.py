@@ -128,6 +128,15 @@ def test_nothing_is_fetched_that_does_not_fit_or_where_nothing_can_be_brought() 
         assert stage.step() == []
 
 
+def test_an_emptied_device_stays_empty_until_something_else_is_foreseen() -> None:
+    stage = Stage()
+    stage.waits_for("a", 5.0)
+    stage.foresight.cleared()
+    assert stage.step() == []
+    stage.waits_for("b", 5.0)
+    assert stage.step() == ["b"]
+
+
 @pytest.mark.parametrize("state", ["cold", "partial", "breaks"])
 def test_a_fetch_that_fails_is_not_tried_again_before_something_else_is_foreseen(state: str) -> None:
     stage = Stage()

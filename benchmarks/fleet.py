@@ -23,6 +23,7 @@ class Foresight(enum.Enum):
     NOT = "not"
     LEARNED = "learned"
     ANNOUNCED = "announced"  # learned, with what the agents announce
+    TOOLS = "tools"  # learned, but exact where a tool is waited for
     EXACT = "exact"
 
 

@@ -41,6 +41,7 @@ _TYPING = replace(_SIMPLE, name="simple + typing", typing_s=3.0)
 _LEARNED = replace(_SIMPLE, name="learned", ordering=planner, foresight=Foresight.LEARNED, plan=True, margin=MARGIN)
 _SIGNALS = replace(_LEARNED, name="signals", foresight=Foresight.ANNOUNCED, typing_s=3.0)
 _ANNOUNCED = replace(_SIGNALS, name="announced", typing_s=0.0)
+_TOOLS = replace(_LEARNED, name="tools known", foresight=Foresight.TOOLS)
 _ORACLE = replace(_SIMPLE, name="oracle", ordering=planner, foresight=Foresight.EXACT, plan=True)
 INFINITE = replace(_SIMPLE, name="infinite pool")
 
@@ -145,7 +146,7 @@ def cases(seeds: Sequence[int], *, full: bool = False) -> list[Case]:
                 found.append(case("pools", "generated", AGENTS, pool, drive, policies=POLICIES))
         hard = partial(case, pool=POOLS[-1], drive_gb_per_s=DRIVES[0])
         found.append(hard("orders", "generated", AGENTS, policies=ORDERS))
-        found.append(hard("workloads", "predictable tools", AGENTS, policies=few))
+        found.append(hard("workloads", "predictable tools", AGENTS, policies=(*few[:-1], _TOOLS, few[-1])))
         for pool in (2.0, 4.0):
             recorded = hard("workloads", "recorded", RECORDED_AGENTS, policies=few)
             found.append(replace(recorded, pool=pool, sized_for=RECORDED_AGENTS))

@@ -58,11 +58,11 @@ class Plan:
     ``output`` tokens. A tool takes ``longest_s`` at most. The pool holds ``share`` of all contexts."""
 
     agents: int = 12
-    turns: int = 17
-    context: int = 1536
-    append: int = 48
-    output: int = 8
-    longest_s: float = 20.0
+    turns: int = 9
+    context: int = 640
+    append: int = 16
+    output: int = 4
+    longest_s: float = 60.0
     share: float = 0.25
 
     @property

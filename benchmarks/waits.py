@@ -15,6 +15,7 @@ from benchmarks.clock import Clock
 from benchmarks.fleet import Foresight, Outcome, Policy
 from benchmarks.traces import ROOT, Gap, Turn, Workload
 
+_LEARNING = (Foresight.LEARNED, Foresight.ANNOUNCED, Foresight.TOOLS)
 _NEVER = Forecast.exactly(math.inf)
 NEEDED = 1e9  # what runs or is queued
 SHARED = 1e6
@@ -84,19 +85,25 @@ class Waits:
 
     def worth(self, conversation: Conversation) -> float:
         now_s = self._clock.now_s
-        if self._policy.foresight is Foresight.EXACT:
+        if self._is_exact(conversation):
             return 1 / max(1e-3, conversation.back_s - now_s)
         if conversation.forecast is None:
             return self._ordering(Wait(None, now_s - conversation.used_s, 1.0, 1))
         return self._ordering(Wait(conversation.forecast, now_s - conversation.since_s, 1.0, 1))
 
+    def _is_exact(self, conversation: Conversation) -> bool:
+        if self._policy.foresight is Foresight.TOOLS:
+            return conversation.tool not in (PERSON, OTHER)
+        return self._policy.foresight is Foresight.EXACT
+
     def ranked(self, sessions: Iterable[int]) -> list[tuple[float, int]]:
         """Those of the sessions that wait and may come back, each with what it is worth, the most valuable first."""
-        exact = self._policy.foresight is Foresight.EXACT
         found = []
         for session in sessions:
             conversation = self._current[session]
-            if conversation.waits and (conversation.forecast is not None or exact and conversation.back_s < math.inf):
+            if conversation.waits and (
+                conversation.forecast is not None or (self._is_exact(conversation) and conversation.back_s < math.inf)
+            ):
                 found.append((self.worth(conversation), session))
         return sorted(found, reverse=True)
 
@@ -114,7 +121,7 @@ class Waits:
                 self._outcome.forecasts += 1
                 low, high = (before.forecast.rest(0.0, share) for share in (0.1, 0.9))
                 self._outcome.within += low <= took_s <= high
-            if self._policy.foresight in (Foresight.LEARNED, Foresight.ANNOUNCED):
+            if self._policy.foresight in _LEARNING:
                 self._durations.observe(before.tool, before.head, took_s, before.announced_s)
             before.waits = False
             if before is not conversation and not turn.fresh and self._policy.foresight is not Foresight.NOT:
@@ -139,7 +146,7 @@ class Waits:
             conversation.tool, conversation.head = OTHER, ""
         else:
             conversation.tool, conversation.head = PERSON, ""
-        if self._policy.foresight in (Foresight.LEARNED, Foresight.ANNOUNCED):
+        if self._policy.foresight in _LEARNING:
             conversation.forecast = self._durations.forecast(
                 conversation.tool, conversation.head, conversation.announced_s
             )

@@ -487,7 +487,7 @@ def policies(
         float, typer.Option(min=0, help="Slow the drive down until a restore takes so many forwards. 0: as it is.")
     ] = 4.0,
     agents: Annotated[int, typer.Option(min=2, help="How many agents there are.")] = 12,
-    turns: Annotated[int, typer.Option(min=2, help="Turns of each.")] = 17,
+    turns: Annotated[int, typer.Option(min=2, help="Turns of each.")] = 9,
     report: JsonPath = None,
 ) -> None:
     """Serve agents whose KV is four times the device's pool, by LRU, without prediction, and with announcements."""

@@ -95,10 +95,10 @@ def generated(
                 steps = max(steps, 10)
                 prompt = workload.add(prompt, _length(source, APPEND_TOKENS, LENGTH_SIGMA))
             for step in range(steps):
-                gap, gap_s, tool, head = Gap.START, 0.0, "", ""
+                gap, gap_s, tool, head = Gap.FIRST, 0.0, "", ""
                 if turns:
                     human = step == 0 or source.random() < HUMAN_SHARE
-                    gap = Gap.HUMAN if human else Gap.TOOL
+                    gap = Gap.PERSON if human else Gap.TOOL
                     if human:
                         gap_s = HUMAN_S.sample(source)
                     else:
@@ -158,7 +158,7 @@ def _recorded(
     workload: Workload, system: int, turns: list[Turn], number: int, row: list[Any], start_s: float
 ) -> Turn | None:
     who, _, input_tokens, output_tokens, prefix_tokens, _, gap_s, *_ = row
-    gap = Gap.HUMAN if who == "human" or (turns and number == 0) else Gap.TOOL
+    gap = Gap.PERSON if who == "human" or (turns and number == 0) else Gap.TOOL
     gap_s = min(MAX_GAP_S, max(gap_s or 0.0, 60.0 if number == 0 else 0.0))
     base = system
     if number and turns and prefix_tokens >= workload.ends[turns[-1].prompt] // 2:
@@ -174,7 +174,7 @@ def _recorded(
     prompt = workload.add(prompt, input_tokens - workload.end(prompt))
     answer = workload.add(prompt, max(1, output_tokens))
     if not turns:
-        gap, gap_s = Gap.START, 0.0
+        gap, gap_s = Gap.FIRST, 0.0
     return Turn(gap, gap_s, start_s, prompt, answer, "tool" if gap is Gap.TOOL else "", "", bool(turns) and number == 0)
 
 

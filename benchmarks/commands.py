@@ -215,7 +215,7 @@ def _print_replay(chosen: Workload, rows: list[dict[str, Any]], validated: dict[
             "p99, s": lambda row: f"{row['ttft_p99_s']:,.2f}",
             "device": lambda row: f"{row['hit_device']:.1%}",
             "host": lambda row: f"{row['hit_host']:.1%}",
-            "drive hits": lambda row: f"{row['hit_drive']:.1%}",
+            "drive hits": lambda row: f"{row['hit_nvme']:.1%}",
         },
         {
             "prefill": lambda row: f"{row['prefill_s'] / 3600:,.1f}",

@@ -88,10 +88,12 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One request as it was served. Of its ``input_tokens``, ``device_tokens`` were on the device when it was
-    admitted, ``host_tokens`` in host memory and ``drive_tokens`` on the drive; the others were computed. ``prefill_s``
-    is what they took the engine, ``saved_s`` how much more the whole prompt would have taken. For ``read_wait_s`` it
-    waited for reads, its own or those of its forward, and for ``memory_wait_s`` for device memory."""
+    """One request as it was served, in an engine's words (`agentstate.fleet.control.TIERS`). Of its ``input_tokens``,
+    ``device_tokens`` were on the device when it was admitted, and so were ``fetched_tokens``, which had been brought
+    there before it came. ``host_tokens`` were in host memory and ``nvme_tokens`` on the drive; the others were
+    computed. ``prefill_s`` is what they took the engine, ``saved_s`` how much more the whole prompt would have taken.
+    For ``read_wait_s`` it waited for reads, its own or those of its forward, and for ``memory_wait_s`` for device
+    memory."""
 
     session: int
     turn: int
@@ -102,11 +104,17 @@ class Served:
     output_tokens: int
     device_tokens: int
     host_tokens: int
-    drive_tokens: int
+    nvme_tokens: int
     prefill_s: float
     saved_s: float
     read_wait_s: float = 0.0
     memory_wait_s: float = 0.0
+    fetched_tokens: int = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """What was not computed."""
+        return self.device_tokens + self.fetched_tokens + self.host_tokens + self.nvme_tokens
 
 
 @dataclass

@@ -66,7 +66,7 @@ async def replay(
                         output_tokens=len(answer.tokens),
                         device_tokens=answer.device_tokens,
                         host_tokens=0,
-                        drive_tokens=answer.restored_tokens,
+                        nvme_tokens=answer.restored_tokens,
                         prefill_s=0.0,
                         saved_s=0.0,
                     )
@@ -129,9 +129,8 @@ def validation(simulated: Outcome, measured: Outcome) -> dict[str, Any]:
 
 def _figures(outcome: Outcome) -> dict[str, float]:
     ttfts = sorted(request.ttft_s for request in outcome.served)
-    hits = (r.device_tokens + r.host_tokens + r.drive_tokens for r in outcome.served)
     return {
-        "hit_tokens": sum(hits),
+        "hit_tokens": sum(request.cached_tokens for request in outcome.served),
         "ttft_p50_s": round(quantile(ttfts, 0.5), 4),
         "ttft_p90_s": round(quantile(ttfts, 0.9), 4),
     }

@@ -142,7 +142,7 @@ def _replay(found: Sequence[Result], pictures: Path) -> list[str]:
             [
                 row["variant"],
                 *(f"{row[f'ttft_{share}_s']:,.3f}" for share in ("p50", "p90", "p99")),
-                *(f"{row[f'hit_{tier}']:.1%}" for tier in ("device", "host", "drive")),
+                *(f"{row[f'hit_{tier}']:.1%}" for tier in ("device", "host", "nvme")),
                 *_inside(row),
             ]
             for row in rows

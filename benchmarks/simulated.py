@@ -48,7 +48,7 @@ class Request:
     early: Fetch | None = None
     base: int = ROOT
     loads: tuple[float, float] | None = None  # begin and end of a restore that its next forward waits for
-    tokens: tuple[int, int, int] = (0, 0, 0)
+    tokens: tuple[int, int, int, int] = (0, 0, 0, 0)  # device, fetched, host, drive
     done: int = 0  # tokens whose KV is there
     prefill_s: float = 0.0
     left: int = 0  # of the answer

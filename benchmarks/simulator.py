@@ -30,7 +30,7 @@ from benchmarks.clock import Clock
 from benchmarks.fleet import AGING_S, Fleet, Foresight, Outcome, Policy, Prefetch, Served
 from benchmarks.reads import Read, Urgency
 from benchmarks.simulated import Engine, Fetch, Request, Source
-from benchmarks.traces import Gap, Turn, Workload
+from benchmarks.traces import ROOT, Gap, Turn, Workload
 from benchmarks.waits import Waits
 
 PLAN_EVERY_S = 1.0
@@ -98,6 +98,7 @@ class Simulation:
         ]
         self._engine_of: dict[int, Engine] = {}
         self._prefetched: dict[int, Fetch] = {}
+        self._brought: dict[int, set[int]] = {}  # to the device before the session's next request
         self._head: dict[int, int] = {}  # a living session -> the last segment of its context
         self._samples = samples
 
@@ -387,7 +388,10 @@ class Simulation:
         request.done = min(most, self._workload.end(last) // page * page)
         device_tokens = min(most, self._workload.end(request.base) // page * page)
         host_tokens = min(request.done - device_tokens, self._bytes(host) // self._cost.token_bytes)
-        request.tokens = device_tokens, host_tokens, request.done - device_tokens - host_tokens
+        brought = self._brought.pop(request.session, set()).intersection(self._beyond(ROOT, request.base))
+        fetched_tokens = min(device_tokens, self._bytes(brought) // self._cost.token_bytes)
+        nvme_tokens = request.done - device_tokens - host_tokens
+        request.tokens = device_tokens - fetched_tokens, fetched_tokens, host_tokens, nvme_tokens
         engine.drive.use(engine.drive.covered(request.turn.prompt), self._now_s)
         if not found:
             return
@@ -450,7 +454,7 @@ class Simulation:
             see()
 
     def _serve(self, request: Request) -> None:
-        device, host, drive = request.tokens
+        device, fetched, host, nvme = request.tokens
         self.outcome.served.append(
             Served(
                 session=request.session,
@@ -462,11 +466,12 @@ class Simulation:
                 output_tokens=request.output_tokens,
                 device_tokens=device,
                 host_tokens=host,
-                drive_tokens=drive,
+                nvme_tokens=nvme,
                 prefill_s=request.prefill_s,
                 saved_s=self._cost.prefill_s(0, request.input_tokens) - request.prefill_s,
                 read_wait_s=request.read_wait_s,
                 memory_wait_s=request.memory_wait_s,
+                fetched_tokens=fetched,
             )
         )
 
@@ -503,7 +508,7 @@ class Simulation:
         self._at(arrival_s, partial(self._arrive, request.session, number))
         if self._waits is not None:
             self._waits.left(request.session, number, following, arrival_s)
-            if self._policy.typing_s and following.gap is Gap.HUMAN:
+            if self._policy.typing_s and following.gap is Gap.PERSON:
                 typed_s = max(self._now_s, arrival_s - self._policy.typing_s)
                 self._at(typed_s, partial(self._typed, engine, request.session, number, arrival_s))
         elif self._policy.store:
@@ -513,7 +518,7 @@ class Simulation:
         """Demote a session that is expected to stay away, and plan when to bring its pages back."""
         guess_s = (arrival_s - self._now_s) * error if turn.gap is Gap.TOOL else math.inf
         head = self._head[session]
-        if self._policy.demote and guess_s >= self._fleet.demote_gap_s and turn.gap is not Gap.UNKNOWN:
+        if self._policy.demote and guess_s >= self._fleet.demote_gap_s and turn.gap is not Gap.OTHER:
             # Not before it is written, nor when the session is back by then.
             demoted_s = max(self._now_s, engine.write_free_s)
             if demoted_s < arrival_s:
@@ -597,6 +602,7 @@ class Simulation:
             engine.device.unlock(fetch.base)
             if self._prefetched.get(session) is fetch:
                 del self._prefetched[session]
+                self._brought[session] = set(segments)
         self._wake(engine)  # a request may wait for this, or for room that was reserved here
 
     def _typed(self, engine: Engine, session: int, number: int, arrival_s: float) -> None:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from agentstate.fleet.control import TIERS
 from benchmarks.calibration import Calibration
-from benchmarks.fleet import Fleet, Outcome, Policy, Prefetch
+from benchmarks.fleet import Fleet, Outcome, Policy, Prefetch, Served
 from benchmarks.simulator import Simulation
 from benchmarks.traces import Workload
 
@@ -41,6 +42,17 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)]
 
 
+def hits(served: Sequence[Served]) -> dict[str, dict[str, int]]:
+    """The tokens of prompts by what was waited for before, and by tier, as `stat` of an engine counts them."""
+    found: dict[str, dict[str, int]] = {}
+    for request in served:
+        of_gap = found.setdefault(request.gap.value, dict.fromkeys(TIERS, 0))
+        for tier in TIERS[:-1]:
+            of_gap[tier] += getattr(request, f"{tier}_tokens")
+        of_gap[TIERS[-1]] += request.input_tokens - request.cached_tokens
+    return found
+
+
 def summary(name: str, outcome: Outcome, fleet: Fleet | None) -> dict[str, Any]:
     """The figures of an outcome. Hit rates are shares of all prompt tokens; a peak is the most at one sample; drive
     writes a day are those while sessions still start, over the quota; ``ttft_quantiles_s`` are at every percent.
@@ -50,9 +62,9 @@ def summary(name: str, outcome: Outcome, fleet: Fleet | None) -> dict[str, Any]:
     served = outcome.served
     ttfts = sorted(request.ttft_s for request in served)
     tokens = sum(request.input_tokens for request in served)
-    device = sum(request.device_tokens for request in served)
+    device = sum(request.device_tokens + request.fetched_tokens for request in served)
     host = sum(request.host_tokens for request in served)
-    drive = sum(request.drive_tokens for request in served)
+    nvme = sum(request.nvme_tokens for request in served)
     row: dict[str, Any] = {
         "variant": name,
         "requests": len(served),
@@ -64,7 +76,8 @@ def summary(name: str, outcome: Outcome, fleet: Fleet | None) -> dict[str, Any]:
         "input_tokens": tokens,
         "hit_device": round(device / tokens, 4),
         "hit_host": round(host / tokens, 4),
-        "hit_drive": round(drive / tokens, 4),
+        "hit_nvme": round(nvme / tokens, 4),
+        "hits": hits(served),
         **dict.fromkeys(_INSIDE),
         "ttft_quantiles_s": [round(quantile(ttfts, share), 4) for share in SHARES],
     }

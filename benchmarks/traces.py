@@ -25,12 +25,12 @@ ROOT = -1
 
 
 class Gap(enum.Enum):
-    """What a session waited for before a turn."""
+    """What a session waited for before a turn, in an engine's words (`agentstate.fleet.control.GAPS`)."""
 
-    START = "start"
+    FIRST = "first"
     TOOL = "tool"
-    HUMAN = "human"
-    UNKNOWN = "unknown"
+    PERSON = "person"
+    OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ def _mooncake(requests: Iterable[dict[str, Any]]) -> Workload:
         if len(path) > 1:
             last_of[path[-1]] = session
         turn = Turn(
-            gap=Gap.UNKNOWN if known else Gap.START,
+            gap=Gap.OTHER if known else Gap.FIRST,
             gap_s=0.0,
             not_before_s=request["timestamp"] / 1000,
             prompt=segment,
@@ -207,10 +207,10 @@ def _tracelab_session(workload: Workload, shared: int, records: list[dict[str, A
         prompt = workload.add(base, total - workload.end(base))
         events = [(event["event_type"], _seconds(event["timestamp"])) for event in record["timing_events"]]
         asked_s = max(at for kind, at in events if kind in ("user_message", "tool_result"))
-        kind = Gap.HUMAN if record["first_input_event_type"] == "user_message" else Gap.TOOL
+        kind = Gap.PERSON if record["first_input_event_type"] == "user_message" else Gap.TOOL
         turns.append(
             Turn(
-                gap=kind if turns else Gap.START,
+                gap=kind if turns else Gap.FIRST,
                 gap_s=max(0.0, asked_s - ended_s) if turns else 0.0,
                 not_before_s=start_s,
                 prompt=prompt,
@@ -287,10 +287,10 @@ def generated(sessions: int, within_s: float, seed: int = 0, max_gap_s: float = 
         prompt = workload.add(app, _length(source, OWN_TOKENS, SPREAD_SIGMA))
         turns: list[Turn] = []
         for _ in range(round(TOOL_STEPS.sample(source))):
-            gap, gap_s = Gap.START, 0.0
+            gap, gap_s = Gap.FIRST, 0.0
             if turns:
                 human = source.random() < HUMAN_SHARE
-                gap = Gap.HUMAN if human else Gap.TOOL
+                gap = Gap.PERSON if human else Gap.TOOL
                 gap_s = min(max_gap_s, (HUMAN_S if human else TOOL_S).sample(source))
                 before = turns[-1].answer
                 if workload.end(before) > CONTEXT_LIMIT:

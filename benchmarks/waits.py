@@ -142,7 +142,7 @@ class Waits:
             conversation.tool, conversation.head = turn.tool or "tool", turn.head
             if self._policy.foresight is Foresight.ANNOUNCED:
                 conversation.announced_s = self._announced.say(back_s - now_s, self._errors[session][number])
-        elif turn.gap is Gap.UNKNOWN:
+        elif turn.gap is Gap.OTHER:
             conversation.tool, conversation.head = OTHER, ""
         else:
             conversation.tool, conversation.head = PERSON, ""

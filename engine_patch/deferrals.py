@@ -14,6 +14,7 @@ from agentstate.pages import DEMAND
 from engine_patch.linker import AgentStateLinker
 from engine_patch.order import Order
 from engine_patch.preloads import Preload, Preloads, common_pages
+from engine_patch.served import Served
 from engine_patch.sessions import Progress
 from engine_patch.sglang_api import CLIP_MAX_NEW_TOKENS, MatchPrefixParams, RadixKey, UnifiedRadixCache
 
@@ -66,8 +67,10 @@ class Deferrals:
         preloads: Preloads,
         match: Callable[[Req], StoredHit | None],
         order: Order,
+        served: Served,
     ):
         self._cache = cache
+        self._served = served
         self._linker = linker
         self._preloads = preloads
         self._match = match
@@ -117,6 +120,8 @@ class Deferrals:
                 known.deferred = self._joined(req, known.long)
                 if starts and known.deferred is None and known.long is not None:
                     starts = self._start(req, known, known.long, reserved)
+                if known.deferred is not None:
+                    self._served.deferred(req.rid)
             reserved += max(0, _whole(req) - (0 if known.deferred is None else len(known.deferred.key)))
 
     def _look(self, req: Req, known: _Queued) -> None:
@@ -130,6 +135,7 @@ class Deferrals:
             if (known := self._queued.get(req.rid)) is not None and known.follows:
                 known.follows, known.matched, known.hit, known.long = False, False, None, None
                 self._order.forget(req)
+                self._served.back(req.rid)
         for other in entering:
             for req in queue:
                 known = self._queued.setdefault(req.rid, _Queued())
@@ -139,6 +145,7 @@ class Deferrals:
                     first, others_first = (one.device_tokens // self._cache.page_size for one in (hit, other))
                     if 2 * common_pages(hit.keys, first, other.keys, others_first) >= len(hit.keys):
                         known.follows = True
+                        self._served.deferred(req.rid)
                         self._linker.preload_stats.followed += 1
 
     def _go_on(self, req: Req, known: _Queued) -> None:
@@ -149,10 +156,13 @@ class Deferrals:
         known.deferred, known.matched, known.hit, known.long, known.short = None, False, None, None, False
         self._order.forget(req)
         known.times += 1
-        if preload.progress is Progress.DONE and preload.restores:
+        done, page_size = preload.progress is Progress.DONE, self._cache.page_size
+        late = len(preload.keys) * page_size if done and not preload.restores else 0
+        self._served.back(req.rid, host_tokens=preload.host_pages * page_size if done else 0, late_tokens=late)
+        if done and preload.restores:
             self._linker.preload_stats.requests += 1
             # For its report of cached tokens: these are from storage, although it finds them on the device.
-            start = len(preload.key) - len(preload.keys) * self._cache.page_size
+            start = len(preload.key) - len(preload.keys) * page_size
             if req.storage_hit_start is None or start < req.storage_hit_start:
                 req.storage_hit_start = start
             req.storage_hit_length = len(preload.key) - req.storage_hit_start

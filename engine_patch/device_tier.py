@@ -51,7 +51,8 @@ class DeviceTier:
 
     It ``moves`` sessions neither with tensor parallelism, where the trees of all ranks must change alike and control
     messages reach them at different times, nor for models with more than full attention. ``brought`` is told of each
-    session that has been brought, with its key in the tree.
+    session that has been brought, with its key in the tree; ``brings`` of each whose tokens, from one number to
+    another, are on their way, with what tells whether they are there.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class DeviceTier:
         linker: AgentStateLinker,
         preloads: Preloads,
         brought: Callable[[str, RadixKey], None] = lambda session_id, key: None,
+        brings: Callable[[str, int, int, Callable[[], bool]], None] = lambda session_id, start, end, there: None,
     ):
         self._cache = cache
         self._brought = brought
+        self._brings = brings
         # Those that have begun.
         self._begun: list[_Prefetch] = []
         self._linker = linker
@@ -169,4 +172,12 @@ class DeviceTier:
             return Progress.DONE
         if self._linker.restores:
             prefetch.preload = self._preloads.start("a prefetch", prefetch.key, found, missing, reserved, prefetch.need)
-        return Progress.FAILED if prefetch.preload is None else Progress.RUNNING
+        if prefetch.preload is None:
+            return Progress.FAILED
+        self._brings(
+            prefetch.session_id,
+            found.device_prefix_len,
+            len(prefetch.key),
+            lambda: prefetch.progress is Progress.DONE,
+        )
+        return Progress.RUNNING

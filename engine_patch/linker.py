@@ -45,6 +45,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self.order_stats = self._rank.order_stats
         self.waits = self._rank.waits
         self.foresight_stats = self._rank.foresight_stats
+        self.served = self._rank.served
         self.foresees = self._rank.settings.foresight
         self.layer_done_counter = self._pools.gate
         self.pools = self._pools.device_pages

@@ -115,15 +115,42 @@ class Metrics:
             ).labels(**self._labels)
             for name, text, powers in _HISTOGRAMS
         )
+        # From which tier prompts came, by what was waited for before.
+        kinds = [*self._labels, "gap", "tier"]
+        self._hits = {
+            "tokens": Counter("agentstate:prompt_tokens_by_tier_total", "Tokens of prompts, by where from.", kinds),
+            "requests": Counter("agentstate:prompts_by_tier_total", "Requests that took tokens from there.", kinds),
+        }
+        self._penalty = Histogram(
+            "agentstate:penalty_seconds",
+            "How long a request waited for reads, or for device memory; those that waited for neither are not here.",
+            [*self._labels, "cause"],
+            buckets=[step * 10.0**power for power in range(-3, 2) for step in (1, 2, 5)],
+        )
         self._told: dict[tuple[str, ...], float] = {}
         self._restored: deque[Restored] = deque()
+        self._waited: deque[tuple[str, float]] = deque()
 
     def restored(self, restored: Restored) -> None:
         """A batch has been restored. The next `update` reports it: the scheduler must not wait for that."""
         self._restored.append(restored)
 
+    def waited(self, cause: str, seconds: float) -> None:
+        """A request has waited; reported like `restored`."""
+        self._waited.append((cause, seconds))
+
     def update(self, stat: dict[str, Any]) -> None:
         """Report what has changed since the last time."""
+        while self._waited:
+            cause, seconds = self._waited.popleft()
+            self._penalty.labels(**self._labels, cause=cause).observe(seconds)
+        for gap, of_gap in stat.get("served", {}).get("hits", {}).items():
+            for tier, of_tier in of_gap.items():
+                for what, counter in self._hits.items():
+                    grown = of_tier[what] - self._told.get(("hits", gap, tier, what), 0)
+                    if grown:
+                        counter.labels(**self._labels, gap=gap, tier=tier).inc(grown)
+                        self._told["hits", gap, tier, what] = of_tier[what]
         while self._restored:
             restored = self._restored.popleft()
             self._restore_seconds.observe(restored.seconds)

@@ -74,6 +74,9 @@ def register() -> None:
     sgl.HookRegistry.register(
         "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority", _around_priorities, sgl.HookType.AROUND
     )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req", _around_admission, sgl.HookType.AROUND
+    )
     sgl.HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.on_idle", _while_idle, sgl.HookType.AROUND)
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler._prefetch_kvcache", _while_queueing, sgl.HookType.AROUND
@@ -309,7 +312,19 @@ def _around_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
         return original(scheduler, *args, **kwargs)
     cache.before_next_batch(scheduler)
     with cache.deferrals.deferring(scheduler):
-        return original(scheduler, *args, **kwargs)
+        plan = original(scheduler, *args, **kwargs)
+    cache.served.step(plan.running_batch.batch_is_full)
+    return plan
+
+
+def _around_admission(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    found = original(adder, req, *args, **kwargs)
+    if isinstance(adder.tree_cache, _cache_class()):
+        from engine_patch.sglang_api import AddReqResult
+
+        admitted = bool(adder.can_run_list) and adder.can_run_list[-1] is req
+        adder.tree_cache.served.tried(req.rid, admitted=admitted, short=found is AddReqResult.NO_TOKEN)
+    return found
 
 
 def _around_priorities(original: Any, policy: Any, waiting_queue: Any, *args: Any, **kwargs: Any) -> None:

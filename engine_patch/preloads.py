@@ -29,7 +29,8 @@ class Preload:
     """The pages ``keys``, the last ones of ``key``, on their way to ``slots``, which belong to them until the tree
     takes them. ``prefix`` are the slots of what precedes them in the tree; ``node``, the end of that, is locked until
     then. ``batch`` is None if this rank could not begin to load. ``layers`` have arrived, the last one at
-    ``progress_s`` by the monotonic clock. It ``restores`` for a request, or is a prefetch."""
+    ``progress_s`` by the monotonic clock. It ``restores`` for a request, or is a prefetch. Once it is over, so many
+    ``host_pages`` have come from the host tier."""
 
     key: RadixKey
     keys: Sequence[bytes]
@@ -41,6 +42,7 @@ class Preload:
     progress_s: float
     restores: bool
     layers: int = 0
+    host_pages: int = 0
     progress: Progress = Progress.RUNNING
     _brought: dict[str, bool] = field(default_factory=dict)
 
@@ -200,7 +202,10 @@ class Preloads:
             return Finished({""})
         if not landed:
             self._linker.abandon(preload.batch)
-        return self._linker.finish(preload.batch)
+        found = self._linker.finish(preload.batch)
+        if found.restored is not None:
+            preload.host_pages = sum(of_request.host_pages for of_request in found.restored.requests.values())
+        return found
 
     def _settle(self, preload: Preload, good: bool) -> None:
         if good:

@@ -23,7 +23,7 @@ import torch
 
 from agentstate.pages import PageKeys
 from engine_patch import hints
-from engine_patch.deferrals import Deferrals, StoredHit
+from engine_patch.deferrals import Deferrals, StoredHit, running
 from engine_patch.demotions import Demotions, chain_of
 from engine_patch.device_tier import DeviceTier
 from engine_patch.eviction import EvictionOrder
@@ -214,9 +214,10 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.order = Order(
             cache_linker.queue_aging_s, cache_linker.order_stats, self._stored_hit, self.linker.on_all_ranks
         )
-        self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit, self.order)
+        self.served = cache_linker.served
+        self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit, self.order, self.served)
         self.demotions = Demotions(self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked)
-        self.device_tier = DeviceTier(self, cache_linker, self.preloads, self._brought)
+        self.device_tier = DeviceTier(self, cache_linker, self.preloads, self._brought, self.served.fetches)
         self.eviction = EvictionOrder(self.tree_core, cache_linker.waits, self._least)
         self.foresight = Foresight(
             cache_linker.waits,
@@ -243,6 +244,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             "deferrals": self.deferrals.kept,
             "ordered_requests": self.order.kept,
             "recomputations": len(self._recomputing),
+            "served_requests": self.served.kept,
             "locked_tokens": self._locked_tokens,
         }
 
@@ -329,10 +331,15 @@ class AgentStateRadixCache(UnifiedRadixCache):
 
     def end_wait(self, req: Req) -> None:
         """A request is being queued: whoever's it is does not wait any more."""
+        gap, session_id = "none", None
         if req.session_id:
             self.demotions.goes_on(chain_of(req))
             if (turn := self.agentstate.turn(RequestSession(req.session_id))) is not None:
-                self.foresight.back(turn.session_id)
+                session_id = turn.session_id
+                gap = self.agentstate.waits.gap(session_id)
+                self.foresight.back(session_id)
+        if not req.retracted_stain:
+            self.served.queued(req.rid, gap, session_id)
 
     def read_ahead(self, scheduler: Scheduler, req: Req) -> None:
         """Begin to read what a request will load, now that it is being queued behind others; unless it is to be
@@ -377,11 +384,17 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.deferrals.begin(scheduler, entering.values())
         self.demotions.keep_ahead()
         self.linker.tidy(lambda: self._queued(scheduler))
+        if self.served.kept:
+            self._tidy_served(scheduler)
         self._locked_tokens = self.protected_size()
 
     def _queued(self, scheduler: Scheduler) -> set[str]:
         """The requests that are queued, or about to be queued again."""
         return {req.rid for req in (*scheduler.waiting_queue, *(item.req for item in self._recomputing))}
+
+    def _tidy_served(self, scheduler: Scheduler) -> None:
+        idle = not (scheduler.waiting_queue or self._recomputing or any(True for _ in running(scheduler)))
+        self.served.tidy(lambda: self._queued(scheduler) | {req.rid for req in running(scheduler)}, idle=idle)
 
     @property
     def misses_memory(self) -> bool:
@@ -408,6 +421,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         landed = [waiting.pop(req.rid) for req in batch.reqs if req.rid in waiting] if waiting else []
         if seconds:
             parts = list(zip(batch.prefix_lens, batch.extend_lens, strict=False))
+            self.served.stepped(batch.reqs, parts, landed, self.page_size)
             self.agentstate.stepped(parts, seconds, landed[0] if landed else None)
 
     def requeue_failed(self, scheduler: Scheduler) -> None:

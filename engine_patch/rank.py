@@ -24,6 +24,7 @@ from engine_patch.metrics import Metrics
 from engine_patch.order import OrderStats
 from engine_patch.pools import DevicePool, device_pools
 from engine_patch.restore import PreloadStats
+from engine_patch.served import Served
 from engine_patch.sessions import Sessions
 from engine_patch.sglang_api import PoolName, get_observability, get_parallel
 from engine_patch.stored_pools import StoredPools
@@ -54,6 +55,7 @@ class Rank:
         self.order_stats = OrderStats()
         self.waits = Waits(policies.planner if settings.foresight else policies.lru)
         self.foresight_stats = ForesightStats()
+        self.served = Served()
         self.explain_device: Callable[[str], dict[str, Any]] = lambda session_id: {}
         self.kept_by_tree: Callable[[], dict[str, int]] = dict
         self.page_size: int = params.page_size
@@ -80,6 +82,8 @@ class Rank:
         self._database = database = Database(settings.sqlalchemy_url)
         self.sessions = self._open_sessions()
         self.metrics = Metrics(self._engine) if get_observability().enable_metrics else None
+        if self.metrics is not None:
+            self.served.observed = self.metrics.waited
         self._control.serve()
         limits = {name: getattr(settings, name) for name in ENGINE_LIMITS}
         logger.info(
@@ -226,6 +230,7 @@ class Rank:
             "preload": asdict(self.preload_stats),
             "order": asdict(self.order_stats),
             "foresight": asdict(self.foresight_stats),
+            "served": asdict(self.served.stats),
             "erasures": self.sessions.erasures,
             "kept": self._kept(),
         }

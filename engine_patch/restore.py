@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -72,11 +73,12 @@ class PreloadStats:
 
 class RestoredRequest(NamedTuple):
     """What one request got back. ``n_bytes`` are bytes as they were read; those that several requests needed count for
-    one of them."""
+    one of them. Of the ``pages``, ``host_pages`` came from the host tier."""
 
     pages: int
     n_bytes: int
     sources: frozenset[Source]
+    host_pages: int = 0
 
 
 @dataclass(frozen=True)
@@ -545,8 +547,11 @@ class Restorer:
         )
 
     def _record(self, batch: _Batch, first_layer_s: float, seconds: float) -> Restored | None:
+        host_pages: Counter[str] = Counter()
+        for portion in (portion for feed in batch.feeds if feed.source is Source.HOST for portion in feed.portions):
+            host_pages[portion.load.rid] += len(portion.pages)
         requests = {
-            load.rid: RestoredRequest(len(load.keys), load.n_bytes, frozenset(load.sources))
+            load.rid: RestoredRequest(len(load.keys), load.n_bytes, frozenset(load.sources), host_pages[load.rid])
             for load in batch.loads
             if load.rid not in batch.failed
         }
@@ -558,8 +563,7 @@ class Restorer:
                 return None
             self.stats.restores += 1
             self.stats.pages_restored += sum(of_request.pages for of_request in requests.values())
-            in_memory = (portion for feed in batch.feeds if feed.source is Source.HOST for portion in feed.portions)
-            self.stats.pages_host += sum(len(portion.pages) for portion in in_memory if portion.load.rid in requests)
+            self.stats.pages_host += sum(of_request.host_pages for of_request in requests.values())
             self.stats.first_layer_s += first_layer_s
             self.stats.seconds += seconds
         return Restored(requests, seconds)

@@ -35,7 +35,7 @@ from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST  # noqa: E402
 from sglang.srt.entrypoints.warmup import warmup  # noqa: E402
 from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqOutput  # noqa: E402
 from sglang.srt.managers.schedule_batch import FINISH_ABORT  # noqa: E402
-from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, CacheAgnosticPolicy  # noqa: E402
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, CacheAgnosticPolicy  # noqa: E402
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator  # noqa: E402
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator  # noqa: E402
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, InsertParams, MatchPrefixParams  # noqa: E402
@@ -115,6 +115,7 @@ __all__ = [
     "FAKE_BOOTSTRAP_HOST",
     "FINISH_ABORT",
     "SUPPORTED",
+    "AddReqResult",
     "CacheAgnosticPolicy",
     "ComponentType",
     "EvictParams",

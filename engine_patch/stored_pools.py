@@ -645,7 +645,8 @@ def _offered(
 def _together(of_pools: Sequence[RestoredRequest]) -> RestoredRequest:
     """What a request got back from each pool, full attention first, whose pages count."""
     sources = frozenset().union(*(of_pool.sources for of_pool in of_pools))
-    return RestoredRequest(of_pools[0].pages, sum(of_pool.n_bytes for of_pool in of_pools), sources)
+    n_bytes, full = sum(of_pool.n_bytes for of_pool in of_pools), of_pools[0]
+    return RestoredRequest(full.pages, n_bytes, sources, full.host_pages)
 
 
 def _after(spiller: Spiller, action: Callable[[], None]) -> Callable[[], None]:

@@ -90,6 +90,11 @@ class Waits:
         with self._mutex:
             return self._waits.get(owner)
 
+    def gap(self, owner: Hashable) -> str:
+        """What the owner waits for before the request that is being queued, one of `control.GAPS`."""
+        wait = self.get(owner)
+        return "first" if wait is None else wait.kind or "other"
+
     def index(self, owner: Hashable) -> float:
         """What a byte of the owner's is worth, a second: infinite once its wait is over, 0 if it is released or not
         known."""

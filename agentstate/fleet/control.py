@@ -62,6 +62,14 @@ MAX_BYTES = 64 << 20
 _IDLE_S = 10.0
 # What a session may wait for.
 KINDS = ("tool", "person", "other")
+# The same of a request, in what is counted: ``first`` is a session's first one at an engine, ``none`` one that proves
+# no session.
+GAPS = (*KINDS, "first", "none")
+# Where the tokens of a prompt come from: ``fetched`` are those on the device that were brought there before a request
+# needed them.
+TIERS = ("device", "fetched", "host", "nvme", "recomputed")
+# What a request waits for at an engine before its first token, besides other requests.
+CAUSES = ("reads", "memory")
 
 
 def new_secret() -> str:

@@ -18,6 +18,7 @@ from engine_patch.foresight import ForesightStats
 from engine_patch.order import OrderStats
 from engine_patch.radix_cache import AgentStateRadixCache
 from engine_patch.restore import PreloadStats
+from engine_patch.served import Served
 from engine_patch.sglang_api import (
     ComponentType,
     InsertParams,
@@ -50,6 +51,7 @@ class Linker:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.waits = Waits(policies.planner, clock)
         self.foresight_stats = ForesightStats()
+        self.served = Served(clock)
         self.order_stats = OrderStats()
         self.stores: set[str] = set()
         self.offers: list[list[str]] = []

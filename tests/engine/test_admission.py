@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine_patch.radix_cache import AgentStateRadixCache, _LinkerWrapper
+from engine_patch.served import Served
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def cache() -> AgentStateRadixCache:
     cache.linker.pending_offloads = [offload, offload]
     cache.linker.lost_pages = SimpleNamespace(lost_on=lambda some_rank: None)
     cache.protected_size = lambda: 0
+    cache.served = Served()
     return cache
 
 

@@ -62,7 +62,9 @@ def test_other_restores_are_admitted_at_once(preload_bytes: int, runs: bool, sto
     stage = Stage()
     stage.cache._components_tuple = tuple(range(components))
     stage.linker.preload_bytes = preload_bytes
-    stage.deferrals = type(stage.deferrals)(stage.cache, stage.linker, stage.preloads, stage.match, stage.order)
+    stage.deferrals = type(stage.deferrals)(
+        stage.cache, stage.linker, stage.preloads, stage.match, stage.order, stage.served
+    )
     stage.store(key_of(stored))
     engine = scheduler(*([running_request()] if runs else []), waiting=[long_request()])
     assert stage.step(engine) == ["long"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import prometheus_client
 import pytest
 
@@ -7,6 +9,7 @@ from agentstate.fleet.engines import Engine
 from engine_patch.feeds import Source
 from engine_patch.metrics import Metrics
 from engine_patch.restore import Restored, RestoredRequest
+from engine_patch.served import ServedStats
 
 LABELS = {"model_name": "m", "tp_rank": "1"}
 
@@ -60,3 +63,20 @@ def test_every_restore_is_in_the_histograms(metrics: Metrics) -> None:
     assert (sample("layer_wait_seconds_count"), sample("layer_wait_seconds_sum")) == (2, 0.03)
     metrics.update(stat())
     assert sample("restore_duration_seconds_count") == before + 2
+
+
+def test_where_prompts_came_from_and_what_requests_waited_for_is_exported(metrics: Metrics) -> None:
+    served = ServedStats()
+    served.hits["tool"]["nvme"].update(tokens=640, requests=2)
+    metrics.waited("memory", 0.3)
+    metrics.update({**stat(), "served": asdict(served)})
+    served.hits["tool"]["nvme"].update(tokens=704, requests=3)
+    metrics.update({**stat(), "served": asdict(served)})
+    labels = {"gap": "tool", "tier": "nvme"}
+    assert sample("prompt_tokens_by_tier_total", **labels) == 704
+    assert sample("prompts_by_tier_total", **labels) == 3
+    assert sample("prompts_by_tier_total", gap="first", tier="nvme") is None
+    assert (sample("penalty_seconds_sum", cause="memory"), sample("penalty_seconds_count", cause="reads")) == (
+        0.3,
+        None,
+    )

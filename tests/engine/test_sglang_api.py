@@ -22,8 +22,8 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.io_struct import AbortReq
-from sglang.srt.managers.schedule_batch import Req, ReqKvInfo, ScheduleBatch
-from sglang.srt.managers.schedule_policy import SchedulePolicy
+from sglang.srt.managers.schedule_batch import NextBatchPlan, Req, ReqKvInfo, ScheduleBatch
+from sglang.srt.managers.schedule_policy import PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
 from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
@@ -130,6 +130,7 @@ CALLED: list[tuple[Callable[..., Any], str]] = [
     (Scheduler._add_request_to_queue, "self req is_retracted"),
     (Scheduler.get_next_batch_to_run, "self running_batch last_batch"),
     (SchedulePolicy.calc_priority, "self waiting_queue"),
+    (PrefillAdder.add_one_req, "self req has_chunked_req truncation_align_size"),
     (SchedulerWeightUpdaterManager._observe_weight_load, "self source"),
     (SchedulerWeightUpdaterManager.begin_weight_update, "self recv_req"),
     (SchedulerWeightUpdaterManager.update_weights_from_disk, "self recv_req"),
@@ -217,6 +218,8 @@ ATTRIBUTES: dict[type, str] = {
     sgl.TokenToKVPoolAllocator: "device page_size",
     SWATokenToKVPoolAllocator: "full_attn_allocator swa_attn_allocator page_size",
     SamplingParams: "max_new_tokens",
+    PrefillAdder: "tree_cache can_run_list",
+    NextBatchPlan: "running_batch",
     ScheduleBatch: "reqs prefix_lens extend_lens batch_is_full",
     sgl.EvictResult: "num_tokens_evicted swa_num_tokens_evicted mamba_num_evicted",
     TreePathNodeInfo: "node_id path_end num_children",
@@ -343,6 +346,7 @@ def test_the_members_of_enumerations_exist() -> None:
     assert AttnForwardMethod.MLA
     assert sgl.HookType.AROUND.value
     assert AttentionType.ENCODER_ONLY.value
+    assert sgl.AddReqResult.NO_TOKEN.value
 
 
 @pytest.mark.parametrize(
@@ -422,7 +426,7 @@ def test_every_symbol_of_the_api_module_is_known_by_how_it_is_used() -> None:
     known |= {stock.__name__ for _, stock, _, _ in OVERRIDDEN} | {owner.__name__ for owner in ATTRIBUTES}
     ours = {name for name in sgl.__all__ if getattr(getattr(sgl, name), "__module__", "") == sgl.__name__}
     tested_apart = ours | {"SUPPORTED", "ComponentType", "HookType", "PoolName", "add_attention_backend_choices"}
-    tested_apart |= {"FAKE_BOOTSTRAP_HOST", "CLIP_MAX_NEW_TOKENS", "CacheAgnosticPolicy"}
+    tested_apart |= {"FAKE_BOOTSTRAP_HOST", "CLIP_MAX_NEW_TOKENS", "AddReqResult", "CacheAgnosticPolicy"}
     unknown = set(sgl.__all__) - known - tested_apart
     assert not unknown, f"nothing here fails when these change: {sorted(unknown)}"
 

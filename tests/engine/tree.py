@@ -16,6 +16,7 @@ from engine_patch.device_tier import DeviceTier
 from engine_patch.order import Order, OrderStats
 from engine_patch.preloads import Preloads
 from engine_patch.restore import Finished, PreloadStats
+from engine_patch.served import Served
 from engine_patch.sglang_api import CacheAgnosticPolicy, RadixKey, get_storage_hash_str
 
 PAGE_SIZE = 4
@@ -166,7 +167,8 @@ class Stage:
         self.order_stats = OrderStats()
         self.now_s = 0.0
         self.order = Order(aging_s, self.order_stats, self.match, self.agree, lambda: self.now_s)
-        self.deferrals = Deferrals(self.cache, self.linker, self.preloads, self.match, self.order)
+        self.served = Served(lambda: self.now_s)
+        self.deferrals = Deferrals(self.cache, self.linker, self.preloads, self.match, self.order, self.served)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("engine_patch.device_tier.get_parallel", lambda: SimpleNamespace(tp_size=1))
             self.brought: list[str] = []

@@ -29,7 +29,7 @@ class Agents:
 
     def add(self, tokens: int, start_s: float, gap_s: float | None = None, gap: Gap = Gap.TOOL) -> None:
         prompt = self.workload.add(ROOT, tokens)
-        turns = [Turn(Gap.START, 0.0, start_s, prompt, self.workload.add(prompt, 1))]
+        turns = [Turn(Gap.FIRST, 0.0, start_s, prompt, self.workload.add(prompt, 1))]
         if gap_s is not None:
             again = self.workload.add(turns[0].answer, 10)
             turns.append(Turn(gap, gap_s, 0.0, again, self.workload.add(again, 1)))
@@ -56,7 +56,7 @@ def test_a_request_is_admitted_when_its_forward_will_not_wait() -> None:
     served = returned(pushed_out().run(HELD))
     # Two seconds of reading, and the last of four layers of a forward of 1.1 s.
     assert served.ttft_s == pytest.approx(2.0 + 1.1 / 4)
-    assert served.drive_tokens == 200
+    assert served.nvme_tokens == 200
     assert served.read_wait_s == pytest.approx(2.0 + 1.1 / 4 - 1.1)
 
 
@@ -64,7 +64,7 @@ def test_what_the_device_drops_is_kept_in_host_memory_and_leaves_it_for_the_devi
     found = pushed_out()
     outcome = found.run(SIMPLE, replace(FLEET, host_bytes=25 * COST.page_bytes))
     served = returned(outcome)
-    assert (served.device_tokens, served.host_tokens, served.drive_tokens) == (0, 200, 0)
+    assert (served.device_tokens, served.host_tokens, served.nvme_tokens) == (0, 200, 0)
     assert outcome.bytes_read == 0
     assert served.ttft_s == pytest.approx(1.1 + 0.2 / 4)
     # Three of 100 tokens: what came back to the device makes room in host memory for what that displaces.
@@ -119,7 +119,7 @@ def test_who_has_waited_for_long_is_not_passed_any_more() -> None:
 def test_a_plan_brings_back_what_is_due_and_an_empty_one_does_nothing() -> None:
     exact = replace(SIMPLE, ordering=planner, foresight=Foresight.EXACT, plan=True)
     outcome = pushed_out().run(exact)
-    assert returned(outcome).device_tokens == 200
+    assert returned(outcome).fetched_tokens == 200
     assert outcome.planned_bytes == outcome.bytes_read == 20 * COST.page_bytes
     blind = pushed_out().run(replace(SIMPLE, ordering=planner, plan=True))
     assert blind.planned_bytes == 0
@@ -128,11 +128,11 @@ def test_a_plan_brings_back_what_is_due_and_an_empty_one_does_nothing() -> None:
 
 def test_a_person_who_types_is_expected() -> None:
     found = Agents()
-    found.add(200, 0.0, 100.0, Gap.HUMAN)
+    found.add(200, 0.0, 100.0, Gap.PERSON)
     found.add(230, 40.0)
     assert returned(found.run(SIMPLE)).device_tokens == 0
     typed = found.run(replace(SIMPLE, typing_s=3.0))
-    assert returned(typed).device_tokens == 200
+    assert returned(typed).fetched_tokens == 200
     late = returned(found.run(replace(SIMPLE, typing_s=1.0)))
     assert late.ttft_s == pytest.approx(1.0 + 1.1 / 4)
 
@@ -214,7 +214,7 @@ def test_drift_waves_and_announcements_are_what_they_say() -> None:
     telling = agents.telling(agents.generated, noise=True)(2, 100.0, 1)
     assert telling.announced.noise
     wave = agents.generated(4, 600.0, 5, wave_s=30.0)
-    assert min(turn.gap_s for turn in wave.turns() if turn.gap is not Gap.START) > 0.0
+    assert min(turn.gap_s for turn in wave.turns() if turn.gap is not Gap.FIRST) > 0.0
 
 
 @pytest.fixture(scope="module")

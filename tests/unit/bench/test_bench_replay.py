@@ -126,8 +126,8 @@ def small() -> Workload:
     again = workload.add(answer, 10)
     other = workload.add(shared, 10)
     workload.sessions = [
-        [Turn(Gap.START, 0.0, 0.0, first, answer), Turn(Gap.TOOL, 0.01, 0.0, again, workload.add(again, 3))],
-        [Turn(Gap.START, 0.0, 0.3, other, workload.add(other, 2))],
+        [Turn(Gap.FIRST, 0.0, 0.0, first, answer), Turn(Gap.TOOL, 0.01, 0.0, again, workload.add(again, 3))],
+        [Turn(Gap.FIRST, 0.0, 0.3, other, workload.add(other, 2))],
     ]
     return workload
 
@@ -251,7 +251,7 @@ def test_a_probe_sees_whether_results_are_late(fake: FakeEngine, late: bool, mon
 
 def test_validation_compares_hits_and_times() -> None:
     def outcome(device: int, drive: int, ttft_s: float) -> Outcome:
-        served = Served(0, 0, Gap.START, 0.0, ttft_s, 100, 1, device, 0, drive, 0.0, 0.0)
+        served = Served(0, 0, Gap.FIRST, 0.0, ttft_s, 100, 1, device, 0, drive, 0.0, 0.0)
         return Outcome(served=[served] * 10)
 
     figures = validation(outcome(40, 20, 1.1), outcome(60, 0, 1.0))

@@ -143,7 +143,7 @@ def test_the_commands_write_results_that_the_report_reads(tmp_path: Path) -> Non
 
 
 def test_what_was_measured_from_outside_has_no_figures_of_the_inside(tmp_path: Path) -> None:
-    served = Served(0, 0, Gap.START, 0.0, 1.5, 100, 1, 40, 0, 20, 0.0, 0.0)
+    served = Served(0, 0, Gap.FIRST, 0.0, 1.5, 100, 1, 40, 0, 20, 0.0, 0.0)
     outcome = Outcome(served=[served])
     rows = [summary("measured", outcome, None), summary("simulated", outcome, Fleet(1, 1000, 1e9, 1e9, 1e9))]
     figures = {"hit_tokens": {"simulated": 60, "measured": 60, "ratio": 1.0}}

@@ -11,7 +11,7 @@ from agentstate.errors import SettingsError
 from benchmarks.calibration import Calibration
 from benchmarks.fleet import Fleet, Outcome, Policy, Prefetch
 from benchmarks.simulator import Simulation
-from benchmarks.study import POLICIES
+from benchmarks.study import POLICIES, hits
 from benchmarks.traces import ROOT, Gap, Turn, Workload, generated
 
 FLEET = Fleet(engines=1, device_tokens=250, staging_bytes=100 * GB, host_bytes=100 * GB, quota_bytes=1000 * GB)
@@ -29,10 +29,10 @@ def two_agents(gap_s: float = 100.0, gap: Gap = Gap.TOOL) -> Workload:
     other = workload.add(ROOT, 230)
     workload.sessions = [
         [
-            Turn(Gap.START, 0.0, 0.0, first, answer),
+            Turn(Gap.FIRST, 0.0, 0.0, first, answer),
             Turn(gap, gap_s, 0.0, again, workload.add(again, 1)),
         ],
-        [Turn(Gap.START, 0.0, 40.0, other, workload.add(other, 1))],
+        [Turn(Gap.FIRST, 0.0, 40.0, other, workload.add(other, 1))],
     ]
     return workload
 
@@ -44,7 +44,8 @@ def run(workload: Workload, policy: Policy, fleet: Fleet = FLEET, cost: Calibrat
 def last(outcome: Outcome) -> tuple[float, int, int, int]:
     """The returning turn's time to first token, and its hit tokens: device, host, drive."""
     (served,) = [request for request in outcome.served if request.turn == 1]
-    return pytest.approx(served.ttft_s), served.device_tokens, served.host_tokens, served.drive_tokens
+    device_tokens = served.device_tokens + served.fetched_tokens
+    return pytest.approx(served.ttft_s), device_tokens, served.host_tokens, served.nvme_tokens
 
 
 def test_without_a_store_what_was_evicted_is_computed_again() -> None:
@@ -81,7 +82,7 @@ def test_reading_at_arrival_is_done_before_a_busy_engine_admits() -> None:
     workload = two_agents()
     # The second turn arrives at 120; this one is computed from 119.5 to 122.5.
     busy = workload.add(ROOT, 30)
-    workload.sessions.append([Turn(Gap.START, 0.0, 119.5, busy, workload.add(busy, 1))])
+    workload.sessions.append([Turn(Gap.FIRST, 0.0, 119.5, busy, workload.add(busy, 1))])
     room = replace(FLEET, device_tokens=270)
     assert last(run(workload, STORE, room)) == (2.5 + 2.0 + 1.1, 0, 0, 200)
     assert last(run(workload, replace(STORE, read_at_arrival=True), room)) == (2.5 + 1.1, 0, 0, 200)
@@ -91,7 +92,7 @@ def test_a_request_that_is_held_lets_others_go_first() -> None:
     workload = two_agents()
     # One session decodes when the second turn arrives at 120: a step a second, from 118 + 1 on.
     decoding = workload.add(ROOT, 10)
-    workload.sessions.append([Turn(Gap.START, 0.0, 118.0, decoding, workload.add(decoding, 6))])
+    workload.sessions.append([Turn(Gap.FIRST, 0.0, 118.0, decoding, workload.add(decoding, 6))])
     reading = replace(STORE, read_at_arrival=True)
 
     def ended_s(policy: Policy) -> tuple[float, float]:
@@ -107,7 +108,7 @@ def test_a_request_that_is_held_lets_others_go_first() -> None:
 def test_staging_bounds_what_is_read_before_admission() -> None:
     workload = two_agents()
     busy = workload.add(ROOT, 30)
-    workload.sessions.append([Turn(Gap.START, 0.0, 119.5, busy, workload.add(busy, 1))])
+    workload.sessions.append([Turn(Gap.FIRST, 0.0, 119.5, busy, workload.add(busy, 1))])
     none = replace(FLEET, staging_bytes=0, device_tokens=270)
     assert last(run(workload, replace(STORE, read_at_arrival=True), none)) == (2.5 + 2.0 + 1.1, 0, 0, 200)
 
@@ -117,6 +118,8 @@ def test_what_a_device_prefetch_brought_back_is_a_hit() -> None:
     outcome = run(two_agents(), replace(STORE, prefetch=Prefetch.DEVICE), fleet)
     assert last(outcome) == (1.1, 200, 0, 0)
     assert outcome.bytes_read == 200 * GB // 10
+    tokens = {"device": 0, "fetched": 200, "host": 0, "nvme": 0}
+    assert hits(outcome.served)["tool"] == {**tokens, "recomputed": outcome.served[-1].input_tokens - 200}
 
 
 def test_a_prefetch_that_is_late_is_waited_for_and_not_read_twice() -> None:
@@ -135,7 +138,7 @@ def test_what_a_host_prefetch_brought_is_copied_at_the_speed_of_memory() -> None
 
 
 def test_a_person_is_not_guessed_at() -> None:
-    outcome = run(two_agents(gap=Gap.HUMAN), replace(STORE, prefetch=Prefetch.DEVICE))
+    outcome = run(two_agents(gap=Gap.PERSON), replace(STORE, prefetch=Prefetch.DEVICE))
     assert last(outcome) == (2.0 + 1.1, 0, 0, 200)
 
 
@@ -176,11 +179,11 @@ def test_a_request_without_room_is_tried_again_when_another_one_has_ended() -> N
         workload = Workload("by hand")
         first, late, other = (workload.add(ROOT, tokens) for tokens in (100, 200, 10))
         workload.sessions = [
-            [Turn(Gap.START, 0.0, 0.0, first, workload.add(first, 1))],
-            [Turn(Gap.START, 0.0, 20.0, late, workload.add(late, 1))],
+            [Turn(Gap.FIRST, 0.0, 0.0, first, workload.add(first, 1))],
+            [Turn(Gap.FIRST, 0.0, 20.0, late, workload.add(late, 1))],
         ]
         if decoded:
-            workload.sessions.append([Turn(Gap.START, 0.0, 12.0, other, workload.add(other, 20))])
+            workload.sessions.append([Turn(Gap.FIRST, 0.0, 12.0, other, workload.add(other, 20))])
         outcome = run(workload, STORE, cost=replace(COST, write_gb_per_s=0.1, step_s=10.0))
         (served,) = [request for request in outcome.served if request.session == 1]
         return served.ttft_s
@@ -194,14 +197,14 @@ def test_late_results_are_seen_a_forward_later() -> None:
     """A prompt of 1 s, two more tokens: the first one is seen after the step for the second."""
     workload = Workload("by hand")
     prompt = workload.add(ROOT, 10)
-    workload.sessions = [[Turn(Gap.START, 0.0, 0.0, prompt, workload.add(prompt, 3))]]
+    workload.sessions = [[Turn(Gap.FIRST, 0.0, 0.0, prompt, workload.add(prompt, 3))]]
     late = replace(COST, late_results=True, step_s=0.1)
     outcome = run(workload, DEVICE_ONLY, cost=late)
     assert outcome.served[0].ttft_s == pytest.approx(1.0 + 0.1)
     # The last one is seen at once: no step follows it.
     assert outcome.duration_s == pytest.approx(1.0 + 0.1 + 0.1)
     alone = workload.add(ROOT, 10)
-    workload.sessions = [[Turn(Gap.START, 0.0, 0.0, alone, workload.add(alone, 1))]]
+    workload.sessions = [[Turn(Gap.FIRST, 0.0, 0.0, alone, workload.add(alone, 1))]]
     assert run(workload, DEVICE_ONLY, cost=late).served[0].ttft_s == pytest.approx(1.0)
 
 
@@ -209,7 +212,7 @@ def test_late_results_wait_for_the_prompt_that_is_computed_next() -> None:
     workload = Workload("by hand")
     prompts = [workload.add(ROOT, 10), workload.add(ROOT, 20)]
     workload.sessions = [
-        [Turn(Gap.START, 0.0, at_s, prompt, workload.add(prompt, 1))]
+        [Turn(Gap.FIRST, 0.0, at_s, prompt, workload.add(prompt, 1))]
         for at_s, prompt in zip((0.0, 0.5), prompts, strict=True)
     ]
     first, second = run(workload, DEVICE_ONLY, cost=replace(COST, late_results=True)).served
@@ -223,8 +226,8 @@ def test_room_is_asked_for_a_page_more_than_is_needed() -> None:
         workload = Workload("by hand")
         runs, comes = workload.add(ROOT, 100), workload.add(ROOT, 105)
         workload.sessions = [
-            [Turn(Gap.START, 0.0, 0.0, runs, workload.add(runs, 30))],
-            [Turn(Gap.START, 0.0, 15.0, comes, workload.add(comes, 5))],
+            [Turn(Gap.FIRST, 0.0, 0.0, runs, workload.add(runs, 30))],
+            [Turn(Gap.FIRST, 0.0, 15.0, comes, workload.add(comes, 5))],
         ]
         return run(workload, DEVICE_ONLY, replace(FLEET, device_tokens=device_tokens)).served[1].ttft_s
 
@@ -236,7 +239,7 @@ def test_a_forward_after_a_pause_takes_longer() -> None:
     workload = Workload("by hand")
     prompts = [workload.add(ROOT, 10) for _ in range(3)]
     workload.sessions = [
-        [Turn(Gap.START, 0.0, at_s, prompt, workload.add(prompt, 1))]
+        [Turn(Gap.FIRST, 0.0, at_s, prompt, workload.add(prompt, 1))]
         for at_s, prompt in zip((0.0, 3.0, 99.0), prompts, strict=True)
     ]
     served = run(workload, DEVICE_ONLY, cost=replace(COST, idle=((1.0, 0.1), (3.0, 0.5)))).served
@@ -260,11 +263,11 @@ def test_demoted_pages_make_room_before_others() -> None:
         prompt = workload.add(ROOT, 100)
         answer = workload.add(prompt, 1)
         again = workload.add(answer, 10)
-        return [Turn(Gap.START, 0.0, start_s, prompt, answer), Turn(gap, gap_s, 0.0, again, workload.add(again, 1))]
+        return [Turn(Gap.FIRST, 0.0, start_s, prompt, answer), Turn(gap, gap_s, 0.0, again, workload.add(again, 1))]
 
-    workload.sessions = [session(0.0, Gap.TOOL, 25.0), session(12.0, Gap.HUMAN, 500.0)]
+    workload.sessions = [session(0.0, Gap.TOOL, 25.0), session(12.0, Gap.PERSON, 500.0)]
     third = workload.add(ROOT, 100)
-    workload.sessions.append([Turn(Gap.START, 0.0, 23.0, third, workload.add(third, 1))])
+    workload.sessions.append([Turn(Gap.FIRST, 0.0, 23.0, third, workload.add(third, 1))])
     returned = [request for request in run(workload, STORE).served if (request.session, request.turn) == (0, 1)]
     assert returned[0].device_tokens == 0
     outcome = run(workload, replace(STORE, demote=True))
@@ -277,7 +280,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
     shared = workload.add(ROOT, 100)
     for start_s in (0.0, 50.0):
         own = workload.add(shared, 10)
-        workload.sessions.append([Turn(Gap.START, 0.0, start_s, own, workload.add(own, 1))])
+        workload.sessions.append([Turn(Gap.FIRST, 0.0, start_s, own, workload.add(own, 1))])
     first, second = run(workload, DEVICE_ONLY).served
     assert (first.device_tokens, second.device_tokens) == (0, 100)
     assert second.ttft_s == pytest.approx(1.0)
@@ -286,7 +289,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
 def test_a_prompt_that_is_all_cached_computes_its_last_page() -> None:
     workload = Workload("by hand")
     prompt = workload.add(ROOT, 100)
-    workload.sessions = [[Turn(Gap.START, 0.0, at_s, prompt, workload.add(prompt, 1))] for at_s in (0.0, 50.0)]
+    workload.sessions = [[Turn(Gap.FIRST, 0.0, at_s, prompt, workload.add(prompt, 1))] for at_s in (0.0, 50.0)]
     assert run(workload, DEVICE_ONLY).served[1].device_tokens == 90
 
 
@@ -294,8 +297,8 @@ def test_decoding_waits_while_a_prompt_is_computed() -> None:
     workload = Workload("by hand")
     long, short = workload.add(ROOT, 10), workload.add(ROOT, 20)
     workload.sessions = [
-        [Turn(Gap.START, 0.0, 0.0, long, workload.add(long, 5))],
-        [Turn(Gap.START, 0.0, 2.5, short, workload.add(short, 1))],
+        [Turn(Gap.FIRST, 0.0, 0.0, long, workload.add(long, 5))],
+        [Turn(Gap.FIRST, 0.0, 2.5, short, workload.add(short, 1))],
     ]
     outcome = run(workload, DEVICE_ONLY)
     # The first: 1 s of prefill, then steps until 3, when the other one is computed until 5, then the last two steps.
@@ -306,7 +309,7 @@ def test_decoding_waits_while_a_prompt_is_computed() -> None:
 def test_a_long_prompt_is_computed_in_chunks() -> None:
     workload = Workload("by hand")
     prompt = workload.add(ROOT, 250)
-    workload.sessions = [[Turn(Gap.START, 0.0, 0.0, prompt, workload.add(prompt, 1))]]
+    workload.sessions = [[Turn(Gap.FIRST, 0.0, 0.0, prompt, workload.add(prompt, 1))]]
     cost = replace(COST, chunk_tokens=100, forward_s=1.0)
     fleet = replace(FLEET, device_tokens=300)
     assert run(workload, DEVICE_ONLY, fleet, cost).served[0].ttft_s == pytest.approx(25.0 + 3.0)
@@ -328,12 +331,12 @@ def test_every_turn_is_served_once_and_runs_are_equal(policy: Policy) -> None:
     assert sorted((request.session, request.turn) for request in first.served) == sorted(expected)
     for request in first.served:
         assert request.ttft_s > 0
-        assert request.device_tokens + request.host_tokens + request.drive_tokens < request.input_tokens
+        assert request.device_tokens + request.host_tokens + request.nvme_tokens < request.input_tokens
     # The more is stored, the more is found: the fewest hits are those of the device alone.
     if policy.store:
         alone = run(workload, POLICIES[0], fleet, cost)
-        assert hits(first) > hits(alone)
+        assert hit_tokens(first) > hit_tokens(alone)
 
 
-def hits(outcome: Outcome) -> int:
-    return sum(request.device_tokens + request.host_tokens + request.drive_tokens for request in outcome.served)
+def hit_tokens(outcome: Outcome) -> int:
+    return sum(request.cached_tokens for request in outcome.served)

@@ -62,7 +62,7 @@ def test_tracelab_is_the_two_conversations() -> None:
     assert first[0].answer in workload.path(first[1].prompt)
     assert first[1].gap is Gap.TOOL
     assert first[1].gap_s == pytest.approx(19.291)
-    assert [turn.gap for turn in first].count(Gap.HUMAN) == 1
+    assert [turn.gap for turn in first].count(Gap.PERSON) == 1
     # The sixth prompt of the other one is shorter than what came before it: it shares the first segment for certain.
     assert workload.path(second[5].prompt)[0] == workload.path(second[0].prompt)[0]
     assert second[4].answer not in workload.path(second[5].prompt)
@@ -94,14 +94,14 @@ def test_a_distribution_grows_and_keeps_its_bounds(shares: list[float]) -> None:
 def test_generated_agents_have_the_published_medians() -> None:
     workload = traces.generated(1000, 3600.0, seed=1)
     check(workload)
-    steps = [turn for turn in workload.turns() if turn.gap is not Gap.START]
+    steps = [turn for turn in workload.turns() if turn.gap is not Gap.FIRST]
     prefix = statistics.median(workload.end(workload.parents[turn.prompt]) for turn in steps)
     append = statistics.median(workload.input_tokens(t) - workload.end(workload.parents[t.prompt]) for t in steps)
     assert prefix == pytest.approx(119_000, rel=0.1)
     assert append == pytest.approx(875, rel=0.05)
     assert statistics.median(workload.output_tokens(turn) for turn in steps) == pytest.approx(214, rel=0.05)
     assert statistics.median(turn.gap_s for turn in steps if turn.gap is Gap.TOOL) == pytest.approx(0.3, rel=0.1)
-    assert statistics.median(turn.gap_s for turn in steps if turn.gap is Gap.HUMAN) == pytest.approx(86, rel=0.1)
+    assert statistics.median(turn.gap_s for turn in steps if turn.gap is Gap.PERSON) == pytest.approx(86, rel=0.1)
     assert statistics.median(len(session) for session in workload.sessions) == pytest.approx(15, rel=0.15)
 
 

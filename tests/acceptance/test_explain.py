@@ -1,0 +1,128 @@
+"""What a real engine says of its requests: where their prompts came from, and what they waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prompts import PAGE, TINY, Generator, Stream, prompt
+from stacks import MakeStack
+
+from agentstate.cli.local import LocalStack
+from agentstate.lookahead.forecast import Forecast
+from benchmarks.slow_drive import Drive
+
+READS = "extents"
+
+
+@pytest.fixture(scope="module")
+def engine(
+    tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, checkpoints: Path, slow_drive: dict[str, str]
+) -> Iterator[LocalStack]:
+    """An engine that preloads every restore beside requests that run."""
+    with closing(make_stack(tmp_path_factory.mktemp("explain"), checkpoints / "llama")) as stack:
+        own = {"AGENTSTATE_PRELOAD_BYTES": "1", "AGENTSTATE_DRIVE_TIMEOUT_S": "3600", "AGENTSTATE_HOST_BYTES": "0"}
+        stack.environment = {**stack.environment, **slow_drive, **own, "AGENTSTATE_FORESIGHT": "on"}
+        stack.create_database()
+        stack.start_engine(*TINY)
+        yield stack
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.02)
+
+
+def served(stack: LocalStack) -> dict[str, Any]:
+    """What is counted, once nothing runs any more."""
+    wait_for(lambda: stack.stat()["kept"]["served_requests"] == 0)
+    return dict(stack.stat()["served"])
+
+
+def grown(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """By what was waited for before, and by tier: the tokens that have been counted since."""
+    tokens = {
+        gap: {tier: of["tokens"] - before["hits"][gap][tier]["tokens"] for tier, of in tiers.items()}
+        for gap, tiers in after["hits"].items()
+    }
+    return {
+        gap: {tier: count for tier, count in tiers.items() if count}
+        for gap, tiers in tokens.items()
+        if any(tiers.values())
+    }
+
+
+def test_each_request_tells_where_its_prompt_came_from_and_what_its_session_had_waited_for(engine: LocalStack) -> None:
+    generate, rank = Generator(engine.engine_url), engine.control()
+    text = prompt(900, 10 * PAGE + 9)
+    turn = engine.begin_turn()
+    session = turn.session.uid
+
+    def ask() -> dict[str, dict[str, int]]:
+        before = served(engine)
+        generate(text, session_id=turn.engine_session)
+        return grown(before, served(engine))
+
+    def wait(kind: str, forecast: Forecast) -> None:
+        said = rank.call("foresee", 60, session=session, forecast=forecast.pack(), waited_ms=0, kind=kind)
+        assert said["state"] == "accepted"
+
+    assert ask() == {"first": {"recomputed": len(text)}}
+    assert ask() == {"other": {"device": 10 * PAGE, "recomputed": 9}}
+    engine.settle()
+    wait("person", Forecast.exactly(3600.0))
+    # Who empties the device wants it empty: nothing is fetched.
+    engine.flush_device()
+    assert ask() == {"person": {"nvme": 10 * PAGE, "recomputed": 9}}
+    engine.settle()
+    engine.flush_device()
+    fetched = engine.stat()["foresight"]["fetched"]
+    wait("tool", Forecast.exactly(3600.0))
+    wait_for(lambda: engine.stat()["foresight"]["fetched"] > fetched)
+    assert ask() == {"tool": {"fetched": 10 * PAGE, "recomputed": 9}}
+    # A request that proves no session.
+    before = served(engine)
+    generate(text)
+    assert grown(before, served(engine)) == {"none": {"device": 10 * PAGE, "recomputed": 9}}
+
+
+def test_a_request_that_is_deferred_has_waited_for_reads(engine: LocalStack, drive: Drive) -> None:
+    generate = Generator(engine.engine_url)
+    text = prompt(901, 12 * PAGE + 9)
+    generate(text)
+    engine.settle()
+    engine.flush_device()
+    before = served(engine)
+    drive.hang(READS)
+    with closing(Stream(engine.engine_url, prompt(902, 30), 2500)) as running:
+        running.wait(1)
+        with closing(Stream(engine.engine_url, text, 4)) as deferred:
+            wait_for(lambda: engine.stat()["preload"]["under_way"] == 1)
+            running.wait(len(running.tokens) + 4)
+            drive.answer()
+            deferred.join()
+    after = served(engine)
+    assert grown(before, after)["none"]["nvme"] == 12 * PAGE
+    assert after["penalty"]["reads"]["requests"] == before["penalty"]["reads"]["requests"] + 1
+    assert after["penalty"]["reads"]["seconds"] > before["penalty"]["reads"]["seconds"]
+    assert after["penalty"]["memory"] == before["penalty"]["memory"]
+
+
+def test_a_request_that_finds_no_room_has_waited_for_memory(engine: LocalStack) -> None:
+    engine.flush_device()
+    before = served(engine)
+    with closing(Stream(engine.engine_url, prompt(903, 80 * PAGE), 2500)) as running:
+        running.wait(1)
+        with closing(Stream(engine.engine_url, prompt(904, 80 * PAGE), 4)) as waiting:
+            wait_for(lambda: engine.stat()["kept"]["ordered_requests"] == 1)
+            running.wait(len(running.tokens) + 4)
+            running.close()
+            waiting.join()
+    after = served(engine)
+    assert grown(before, after) == {"none": {"recomputed": 160 * PAGE}}
+    assert after["penalty"]["memory"]["requests"] == before["penalty"]["memory"]["requests"] + 1
+    assert after["penalty"]["reads"] == before["penalty"]["reads"]

@@ -166,7 +166,14 @@ class AgentStateLinker(UnifiedCacheLinker):
             self._rank.break_even.restored(parts, seconds, restored.n_bytes, restored.waited_s)
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        return self._rank.off is None and self._pools.offer(transfers, self._device_events, session_id)
+        """Queue pages that a request has computed, or used first. They are charged to the account of its turn, if its
+        ``session_id`` proves one."""
+        if self._rank.off is not None:
+            return False
+        session = None if session_id is None else RequestSession(session_id)
+        turn = None if session is None else self.turn(session)
+        owner = "" if turn is None else turn.account
+        return self._pools.offer(transfers, self._device_events, None if session is None else str(session), owner)
 
     def num_completed_offloads(self) -> int:
         return self._pools.results

@@ -78,7 +78,7 @@ class LostPages:
             return
         stored = self._on_all_ranks([self._linker.stored(transfers) for _, transfers in nodes])
         for (node, transfers), is_stored in zip(nodes, stored, strict=True):
-            if not is_stored and not self._offer(node, transfers, str(session) if proven else None):
+            if not is_stored and not self._offer(node, transfers, session if proven else None):
                 # Leave no holes in the chain. The next request tries again.
                 self._looked_at.discard(looked_at)
                 break
@@ -95,11 +95,11 @@ class LostPages:
             if node.node_id not in offered and (keys := core.get_hash_values(node.node_id)):
                 yield node.node_id, device_pages_of(cache, node.node_id, keys, node.parent_id)
 
-    def _offer(self, node: int, transfers: list[PoolTransfer], session_id: str | None) -> bool:
+    def _offer(self, node: int, transfers: list[PoolTransfer], session: RequestSession | None) -> bool:
         lock = self._cache.inc_lock_ref(node).to_dec_params()
         queued = False
         try:
-            queued = self._linker.offload(transfers, session_id=session_id)
+            queued = self._linker.offload(transfers, session_id=session)
         finally:
             if not queued:
                 self._cache.dec_lock_ref(node, lock)

@@ -52,6 +52,7 @@ class _Offer:
     ready: Sequence[torch.Event]
     skipped: bool
     session_id: str | None
+    owner: str
     # Whether its device pages are being read, and whether its result is in: after that they are read no more.
     copying: bool = False
     answered: bool = False
@@ -108,12 +109,13 @@ class Spiller:
         numbers: torch.Tensor | PageNumbers,
         ready: Sequence[torch.Event] = (),
         session_id: str | None = None,
+        owner: str = "",
     ) -> None:
         """Queue pages for writing: ``numbers`` are their page numbers on the device, which the caller keeps unchanged
         until the result is in. ``ready`` are the events after which the device pages may be read. The pages of a
-        session count as needed by it as soon as they are written."""
+        session count as needed by it as soon as they are written, and their bytes are charged to ``owner``."""
         # Decide here, but answer in turn: ranks learn of it at different times, and each must answer every offer.
-        offer = _Offer(keys, numbers, ready, skipped=not self.on, session_id=session_id)
+        offer = _Offer(keys, numbers, ready, skipped=not self.on, session_id=session_id, owner=owner)
         with self._answering:
             if not self._unanswered and self._hangs():
                 # Do not even queue it: as long as the drive hangs, nothing would take it out.
@@ -281,7 +283,7 @@ class Spiller:
                     break
                 run = new[start : start + self._writer.pages_an_extent]
                 keys = [every[i] for i in run]
-                published = self._writer.write(keys, partial(self._fill, offer, offer.numbers[run]))
+                published = self._writer.write(keys, partial(self._fill, offer, offer.numbers[run]), offer.owner)
                 published.add_done_callback(partial(self._published, offer, keys))
                 publishing.append((keys, published))
                 self._on_their_way.update(keys)

@@ -452,10 +452,11 @@ class StoredPools:
         transfers: Sequence[PoolTransfer],
         ready: Callable[[], Sequence[torch.Event]],
         session_id: str | None = None,
+        owner: str = "",
     ) -> bool:
         """Queue a tree node's pages for writing, those of each pool that it has; ``ready`` tells the events after which
-        they may be read. One result follows for all. False, and nothing queued, when too much waits already, which it
-        does on all ranks or on none (`OfferBudget`)."""
+        they may be read, and ``owner`` is whom they are charged to. One result follows for all. False, and nothing
+        queued, when too much waits already, which it does on all ranks or on none (`OfferBudget`)."""
         if not self._pools:
             return False
         given = {transfer.name: transfer for transfer in transfers}
@@ -466,7 +467,7 @@ class StoredPools:
             return False
         events = ready()
         for pool, (keys, numbers) in zip(self._pools, offered, strict=True):
-            pool.spiller.offer(keys, numbers, events, session_id)
+            pool.spiller.offer(keys, numbers, events, session_id, owner)
         return True
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -34,8 +35,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 @pages.command("ls")
 def list_stores(directory: PagesDir = None, as_json: AsJson = False) -> None:
-    """List the stores of a page directory: one per fingerprint and rank."""
+    """List the stores of a page directory, one per fingerprint and rank, and whose their bytes are."""
     from agentstate.pages import inventory
+    from agentstate.pages.space import largest
 
     rows = []
     with _progress("reading headers", _stores(directory)) as advance:
@@ -45,6 +47,10 @@ def list_stores(directory: PagesDir = None, as_json: AsJson = False) -> None:
                 reports.append(report)
                 advance(report.n_bytes)
             headers = [report.header for report in reports if report.header is not None]
+            held = Counter[str]()
+            for report in reports:
+                if report.header is not None:
+                    held[report.header.owner] += report.n_bytes
             rows.append(
                 {
                     "fingerprint": store.parent.name,
@@ -54,8 +60,14 @@ def list_stores(directory: PagesDir = None, as_json: AsJson = False) -> None:
                     "pages": sum(len(header.keys) for header in headers),
                     "tokens": sum(len(header.keys) * header.geometry.page_size for header in headers),
                     "bytes": sum(report.n_bytes for report in reports),
+                    **vars(largest(held)),
                 }
             )
+    if not as_json:
+        for row in rows:
+            others = {f"{row['others']} others": row["others_bytes"]} if row["others"] else {}
+            row["owners"] |= others
+            del row["others"], row["others_bytes"]
     _show_rows(rows, as_json)
 
 
@@ -88,9 +100,12 @@ def _description(report: inventory.ExtentReport, slot: int | None) -> dict[str, 
     about: dict[str, Any] = {"extent": str(report.path), "bytes": report.n_bytes}
     if header is None:
         return {**about, "damage": report.damage}
+    from agentstate.pages.space import NOBODY
+
     geometry = header.geometry
     about |= {
         "fingerprint": header.fingerprint.hex(),
+        "owner": header.owner or NOBODY,
         "pages": len(header.keys),
         "page_size": geometry.page_size,
         "layers": geometry.layers,
@@ -265,4 +280,6 @@ def _show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return "\n".join(_shown(item) for item in value)
+    if isinstance(value, dict):
+        return "\n".join(f"{name} {_shown(item)}" for name, item in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)

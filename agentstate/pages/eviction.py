@@ -33,6 +33,7 @@ class Extent:
     pinned_until_s: float = 0.0
     needed_by: dict[str, int] = field(default_factory=dict)
     entry: Entry | None = None
+    owner: str = ""
 
     def record(self) -> ExtentRecord:
         return ExtentRecord(self.pages, self.live, self.file_bytes, self.mtime_ns, self.used)

@@ -12,6 +12,11 @@ A slab holds its layer of every page, component by component (K of all pages, th
 component), so that one range of the file is a whole layer of the run. Numbers are little-endian. A reader that does
 not know the version refuses the file; it never guesses.
 
+An extent has one owner, whom its bytes are charged to; none is "". The owner's name is in the header, where releases
+that do not know of owners pass over it. They compute where the slabs begin from the other fields, and the name mostly
+fits into the padding before that. Where it does not, the slabs begin 4 KiB later, and the extent is of version 3, which
+those releases leave alone.
+
 Every page has a checksum a layer, and so has every block of pages: a block is verified in one call instead of one a
 page, and that call releases Python's interpreter lock. Beside a forward, holding the lock is the largest cost of
 verifying.
@@ -37,11 +42,16 @@ from agentstate.pages.keys import KEY_BYTES, PageKeys
 
 ALIGNMENT = 4096
 FORMAT_VERSION = 2
+# An extent whose slabs begin later than those of version 2, because of its owner's name.
+_SHIFTED_VERSION = 3
 MAGIC = b"AGSEXTNT"
 PREFIX = struct.Struct("<8sIIQ")
 
 # Writable bytes that begin at a page of 4 KiB.
 Memory = mmap.mmap | np.ndarray
+
+# The longest name of an owner, in UTF-8.
+MOST_OWNER_BYTES = 1024
 
 _MASK = (1 << 64) - 1
 _BLOCK_BYTES = 1 << 20
@@ -122,15 +132,27 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class ExtentLayout:
-    """Where everything lies in an extent of ``pages`` pages: it follows from their number and geometry alone."""
+    """Where everything lies in an extent of ``pages`` pages: it follows from their number, their geometry and the
+    owner's name alone."""
 
     geometry: Geometry
     pages: int
+    owner: str = ""
 
     @cached_property
     def data_offset(self) -> int:
         """Where the first slab starts: what the prefix and the header take, rounded up to 4 KiB."""
-        return _data_offset(self.geometry, self.pages)
+        return align(_head_bytes(self.geometry, self.pages) + len(_packed_owner(self.owner)))
+
+    def agrees(self, other: ExtentLayout) -> bool:
+        """Whether everything lies in the same places, whoever the owners are."""
+        here = (self.geometry, self.pages, self.data_offset)
+        return here == (other.geometry, other.pages, other.data_offset)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the slabs start later than they would without an owner."""
+        return bool(self.owner) and self.data_offset > align(_head_bytes(self.geometry, self.pages))
 
     @cached_property
     def slab_bytes(self) -> int:
@@ -175,10 +197,16 @@ class ExtentLayout:
 
 
 @lru_cache(maxsize=1024)
-def _data_offset(geometry: Geometry, pages: int) -> int:
+def _head_bytes(geometry: Geometry, pages: int) -> int:
+    """Bytes of the prefix and of a header without an owner."""
     # The length of the msgpack map depends on the number of pages alone, since its blobs have fixed widths.
     header = ExtentHeader.blank(bytes(KEY_BYTES), geometry, PageKeys(bytes(KEY_BYTES * pages)))
-    return align(PREFIX.size + len(header.packed()))
+    return PREFIX.size + len(header.packed())
+
+
+def _packed_owner(owner: str) -> bytes:
+    """What an owner adds to the header's map."""
+    return msgpack.packb("owner") + msgpack.packb(owner) if owner else b""
 
 
 @dataclass(frozen=True)
@@ -186,7 +214,7 @@ class ExtentHeader:
     """What an extent says of itself.
 
     ``keys`` are the pages' 32-byte keys in slot order; ``checksums`` has shape (layers, pages), uint64, and
-    ``block_checksums`` (layers, blocks).
+    ``block_checksums`` (layers, blocks). ``owner`` is whom the extent's bytes are charged to.
     """
 
     fingerprint: bytes
@@ -194,18 +222,19 @@ class ExtentHeader:
     keys: PageKeys
     checksums: np.ndarray
     block_checksums: np.ndarray
+    owner: str = ""
 
     @property
     def layout(self) -> ExtentLayout:
-        return ExtentLayout(self.geometry, len(self.keys))
+        return ExtentLayout(self.geometry, len(self.keys), self.owner)
 
     @classmethod
-    def blank(cls, fingerprint: bytes, geometry: Geometry, keys: PageKeys) -> ExtentHeader:
+    def blank(cls, fingerprint: bytes, geometry: Geometry, keys: PageKeys, owner: str = "") -> ExtentHeader:
         """A header whose checksums are zero until `sum_up` enters them."""
         pages, blocks = (
             np.zeros((geometry.layers, count), dtype="<u8") for count in (len(keys), geometry.blocks(len(keys)))
         )
-        return cls(fingerprint, geometry, keys, pages, blocks)
+        return cls(fingerprint, geometry, keys, pages, blocks, owner)
 
     @cached_property
     def _page_seeds(self) -> list[int]:
@@ -263,8 +292,10 @@ class ExtentHeader:
 
     def packed(self) -> bytes:
         """The header's msgpack map."""
+        fields: dict[str, Any] = {"owner": self.owner} if self.owner else {}
         packed: bytes = msgpack.packb(
-            {
+            fields
+            | {
                 "fingerprint": self.fingerprint,
                 "page_size": self.geometry.page_size,
                 "layers": self.geometry.layers,
@@ -281,7 +312,8 @@ class ExtentHeader:
     def encode(self) -> bytes:
         """The first bytes of the file, all but the zeros that pad them to ``layout.data_offset``."""
         packed = self.packed()
-        return PREFIX.pack(MAGIC, FORMAT_VERSION, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
+        version = _SHIFTED_VERSION if self.layout.shifted else FORMAT_VERSION
+        return PREFIX.pack(MAGIC, version, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
 
     @classmethod
     def decode(cls, raw: bytes | memoryview, name: str) -> ExtentHeader:
@@ -297,8 +329,8 @@ class ExtentHeader:
         packed = raw[PREFIX.size : PREFIX.size + length]
         if len(packed) != length or xxhash.xxh3_64_intdigest(packed) != digest:
             raise BadExtent(f"{name}: the header is damaged")
-        if version != FORMAT_VERSION:
-            raise UnknownFormat(f"{name}: format version {version}; this release reads version {FORMAT_VERSION}")
+        if version not in (FORMAT_VERSION, _SHIFTED_VERSION):
+            raise UnknownFormat(f"{name}: format version {version}; this release reads 2 and 3")
         try:
             fields = msgpack.unpackb(packed, raw=False)
             (plane,) = fields["planes"]
@@ -310,8 +342,12 @@ class ExtentHeader:
                 np.frombuffer(fields[name], dtype="<u8").reshape(geometry.layers, count)
                 for name, count in (("checksums", len(keys)), ("block_checksums", geometry.blocks(len(keys))))
             )
-            header = cls(fields["fingerprint"], geometry, keys, sums, block_sums)
-            if align(PREFIX.size + length) != header.layout.data_offset:
+            owner = fields.get("owner", "")
+            if not isinstance(owner, str) or len(owner.encode()) > MOST_OWNER_BYTES:
+                raise ValueError(owner)
+            header = cls(fields["fingerprint"], geometry, keys, sums, block_sums, owner)
+            layout = header.layout
+            if align(PREFIX.size + length) != layout.data_offset or (version == _SHIFTED_VERSION) != layout.shifted:
                 raise BadExtent(f"{name}: the header has {length} bytes, which its fields do not add up to")
             return header
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -322,13 +358,16 @@ class ExtentDraft:
     """An extent under construction in page-aligned memory: the caller fills `component` for every layer, then hands
     the draft to `PageStore.publish`. The memory is ``buffer``'s and may be reused after that."""
 
-    def __init__(self, fingerprint: bytes, geometry: Geometry, keys: Sequence[bytes], buffer: Memory):
+    def __init__(self, fingerprint: bytes, geometry: Geometry, keys: Sequence[bytes], buffer: Memory, owner: str = ""):
         if len(fingerprint) != KEY_BYTES:
             raise ValueError(f"fingerprints have {KEY_BYTES} bytes")
+        if len(owner.encode()) > MOST_OWNER_BYTES:
+            raise ValueError(f"names of owners have {MOST_OWNER_BYTES} bytes at most")
         self.keys = PageKeys.of(keys)
         self.geometry = geometry
         self.fingerprint = fingerprint
-        self.layout = ExtentLayout(geometry, len(keys))
+        self.owner = owner
+        self.layout = ExtentLayout(geometry, len(keys), owner)
         self.n_bytes = self.layout.file_bytes
         if self.n_bytes > len(buffer):
             raise ValueError(f"a draft of {self.n_bytes} bytes does not fit a buffer of {len(buffer)}")
@@ -346,7 +385,7 @@ class ExtentDraft:
         if self._sealed is not None:
             return self._sealed
         pages, layers = len(self.keys), self.geometry.layers
-        header = ExtentHeader.blank(self.fingerprint, self.geometry, self.keys)
+        header = ExtentHeader.blank(self.fingerprint, self.geometry, self.keys, self.owner)
         for layer in range(layers):
             header.sum_up(layer, [self.component(layer, c) for c in range(len(self.geometry.component_bytes))])
             start = self.layout.data_offset + layer * self.layout.slab_bytes

@@ -208,7 +208,8 @@ class Handle:
         raw = mmap.mmap(-1, layout.data_offset)
         self._require(os.preadv(self._fd, [raw], 0), len(raw), len(raw))
         header = ExtentHeader.decode(memoryview(raw), self._name)
-        if header.layout != layout:
+        # An earlier release may have entered the extent into the index, without its owner.
+        if not header.layout.agrees(layout):
             raise BadExtent(f"{self._name}: the header is of another extent")
         return header
 

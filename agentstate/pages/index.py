@@ -7,6 +7,9 @@ be lost at any time: `PageStore` compares it with the files at open and reads th
 It also lists the keys of each extent in one piece. So a chain is compared with an extent at a time, not looked up page
 by page: one look-up an extent. Extents that an earlier release entered have no such list, and are looked up by page.
 
+Whose an extent is, is noted with the time of the file that this is said of: a release that does not know of owners
+leaves the note of an extent that it deletes, and may give its number to another one.
+
 LMDB trusts its file. An index that is shorter than it says, cannot be walked from end to end, was made by another
 version or for other pages, or outlived the last process that opened it or the last two that changed it, is deleted and
 rebuilt.
@@ -38,6 +41,9 @@ _MAP_BYTES = 1 << 34
 _PLACE = struct.Struct("<QI")
 _NUMBER = struct.Struct(">Q")
 _RECORD = struct.Struct("<IIQQQ")
+_MTIME = struct.Struct("<Q")
+# Of an extent's line in ``meta`` that says whose it is; its number follows.
+_OWNER = b"owner"
 # What LMDB raises for a file that is not as it left it, as opposed to what the file system refuses.
 DAMAGE = (
     lmdb.BadTxnError,
@@ -77,8 +83,8 @@ class Run(NamedTuple):
 class IndexChange:
     """A write transaction: everything in it is seen at once or never."""
 
-    def __init__(self, txn: Any, pages: Any, extents: Any, lists: Any):
-        self._txn, self._pages, self._extents, self._lists = txn, pages, extents, lists
+    def __init__(self, txn: Any, pages: Any, extents: Any, lists: Any, meta: Any):
+        self._txn, self._pages, self._extents, self._lists, self._meta = txn, pages, extents, lists, meta
 
     def place(self, key: bytes) -> tuple[int, int] | None:
         """The extent's number and the slot of a page."""
@@ -99,6 +105,11 @@ class IndexChange:
         """Enter which keys an extent has, in slot order, even if they are found elsewhere."""
         self._txn.put(_NUMBER.pack(number), keys.packed, db=self._lists)
 
+    def own(self, number: int, mtime_ns: int, owner: str) -> None:
+        """Enter whose an extent is, if it is anybody's; ``mtime_ns`` is its file's."""
+        if owner:
+            self._txn.put(_OWNER + _NUMBER.pack(number), _MTIME.pack(mtime_ns) + owner.encode(), db=self._meta)
+
     def delete(self, key: bytes) -> None:
         self._txn.delete(key, db=self._pages)
 
@@ -114,6 +125,7 @@ class IndexChange:
     def forget(self, number: int) -> None:
         for database in (self._extents, self._lists):
             self._txn.delete(_NUMBER.pack(number), db=database)
+        self._txn.delete(_OWNER + _NUMBER.pack(number), db=self._meta)
 
 
 class PageIndex:
@@ -274,6 +286,20 @@ class PageIndex:
                 if (len(number), len(raw)) == (_NUMBER.size, _RECORD.size)
             }
 
+    def owners(self, records: Mapping[int, ExtentRecord]) -> dict[int, str]:
+        """Whose those of some extents are that are somebody's, by their numbers."""
+        found = {}
+        with self._env.begin(db=self._meta) as txn, txn.cursor() as cursor:
+            cursor.set_range(_OWNER)
+            for key, raw in cursor:
+                if not key.startswith(_OWNER):
+                    break
+                number = int.from_bytes(key[len(_OWNER) :], "big")
+                record = records.get(number)
+                if record is not None and len(raw) > _MTIME.size and _MTIME.unpack_from(raw)[0] == record.mtime_ns:
+                    found[number] = raw[_MTIME.size :].decode(errors="replace")
+        return found
+
     @contextmanager
     def change(self) -> Iterator[IndexChange]:
         """A write transaction, committed at the end and aborted after an exception."""
@@ -281,7 +307,7 @@ class PageIndex:
         self._begin()
         try:
             with self._env.begin(write=True) as txn:
-                yield IndexChange(txn, self._pages, self._extents, self._lists)
+                yield IndexChange(txn, self._pages, self._extents, self._lists, self._meta)
         except lmdb.Error as error:
             if not isinstance(error, DAMAGE):
                 self._finish()

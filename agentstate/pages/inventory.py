@@ -280,7 +280,8 @@ def _rewrite(writer: PageStore, file: BinaryIO, header: ExtentHeader, broken: tu
     keep = [slot for slot in range(len(header.keys)) if slot not in broken]
     if not keep:
         return
-    draft = writer.draft([header.keys[slot] for slot in keep], mmap.mmap(-1, writer.draft_bytes(len(keep))))
+    memory = mmap.mmap(-1, writer.draft_bytes(len(keep), header.owner))
+    draft = writer.draft([header.keys[slot] for slot in keep], memory, header.owner)
     # A disk that has given back something wrong may do so again, and what is sealed now counts as right.
     for slot in sorted(copy_pages(file, header, keep, draft)):
         raise OSError(f"{file.name}: page {header.keys[slot].hex()} was read as it was written, and then not")

@@ -27,9 +27,10 @@ def merge(
     many extents were replaced.
 
     An extent is small when a layer of it has less than ``range_bytes``. A run is rewritten once it makes an extent
-    that is not small, or has 8 members, so a page is rewritten a few times at most. ``buffer`` bounds an extent's
-    size. Every page is verified before it is written again; a run with a wrong page, which is dropped, or one that the
-    disk did not give back this time, which is not, stays as it is. Readers of the old extents are not disturbed.
+    that is not small, or has 8 members, so a page is rewritten a few times at most. The extents of a run have one
+    owner. ``buffer`` bounds an extent's size. Every page is verified before it is written again; a run with a wrong
+    page, which is dropped, or one that the disk did not give back this time, which is not, stays as it is. Readers of
+    the old extents are not disturbed.
     Raises KeyError when the chain is not stored (any more), also where that turns out in the middle, PageStoreFull and
     OSError.
     """
@@ -49,7 +50,10 @@ def _runs(store: PageStore, segments: list[Segment], most_bytes: int, range_byte
     for segment in segments:
         # Part of an extent is another chain's too, or has been dropped: copying it would leave the rest as waste.
         small = segment.pages == segment.extent.layout.pages and segment.pages * layer_bytes < range_bytes
-        if complete() or not small or store.draft_bytes(pages + segment.pages) > most_bytes:
+        # No extent mixes owners, and who wrote a page first is charged for it.
+        owner = segment.extent.owner
+        others = bool(run) and run[-1].extent.owner != owner
+        if complete() or not small or others or store.draft_bytes(pages + segment.pages, owner) > most_bytes:
             if complete():
                 yield run
             run, pages = [], 0
@@ -64,7 +68,7 @@ def _rewrite(
     store: PageStore, reader: LayerwiseReader, keys: Sequence[bytes], run: list[Segment], buffer: Memory
 ) -> bool:
     chain = list(keys[run[0].first : run[-1].first + run[-1].pages])
-    draft, wrong, unread = store.draft(chain, buffer), set[int](), False
+    draft, wrong, unread = store.draft(chain, buffer, run[0].extent.owner), set[int](), False
     pin = store.pin(chain)
     with reader.open(pin) as stream:
         for chunk in stream:

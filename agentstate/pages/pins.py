@@ -19,6 +19,11 @@ class StoredExtent(NamedTuple):
     layout: ExtentLayout
     number: int
 
+    @property
+    def owner(self) -> str:
+        """Whom its bytes are charged to."""
+        return self.layout.owner
+
 
 class Segment(NamedTuple):
     """``pages`` pages of a request, from its page ``first`` on, side by side in ``extent`` from ``slot`` on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,6 +16,10 @@ from agentstate.pages.node import node_id
 from agentstate.pages.siblings import Lacking, Siblings
 
 MAKE_ROOM = "make room on its disk, or raise AGENTSTATE_PAGES_QUOTA"
+# What is charged to nobody is said to be of this owner.
+NOBODY = "none"
+# How many owners are told of by their names.
+_MOST_OWNERS = 64
 # The clock of uses leaves room to order the extents of one use among each other.
 WITHIN = 1 << 20
 
@@ -50,6 +54,24 @@ class StoreStats:
     pages_vanished: int = 0
     pages_erased: int = 0
     bad_extents: int = 0
+
+
+@dataclass(frozen=True)
+class Owners:
+    """The bytes of the owners that have most, by their names, and what all ``others`` have together."""
+
+    owners: dict[str, int]
+    others: int
+    others_bytes: int
+
+
+def largest(held: Mapping[str, int]) -> Owners:
+    """The owners that have most of what is ``held``, 64 at most."""
+    ranked = sorted(
+        ((n_bytes, name) for name, n_bytes in held.items() if n_bytes > 0), key=lambda one: (-one[0], one[1])
+    )
+    shown, rest = ranked[:_MOST_OWNERS], ranked[_MOST_OWNERS:]
+    return Owners({name or NOBODY: n_bytes for n_bytes, name in shown}, len(rest), sum(n_bytes for n_bytes, _ in rest))
 
 
 class Store(Protocol):

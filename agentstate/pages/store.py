@@ -205,6 +205,7 @@ class PageStore:
         """Make the index agree with the files. Those of ``before`` that are there still stay the extents that they
         were, with their pins."""
         records = self._index.records()
+        owners = self._index.owners(records)
         numbers, unknown, gone = [0], [], set(records)
         self._undeleted.clear()
         size_of = functools.cache(self.draft_bytes)
@@ -216,9 +217,10 @@ class PageStore:
                 # A file that cannot be read keeps its number: it may be a later release's.
                 number, status = int(entry.name[:16], 16), entry.stat()
                 numbers.append(number)
-                record = records.get(number)
-                if record and _is_of(record, status, size_of):
-                    self._extents[number] = _recognized(before.get(number), Extent(number, *record))
+                record, owner = records.get(number), owners.get(number, "")
+                if record and _is_of(record, status, owner, size_of):
+                    known = Extent(number, *record, owner=owner)
+                    self._extents[number] = _recognized(before.get(number), known)
                     gone.discard(number)
                 else:
                     unknown.append(number)
@@ -266,8 +268,9 @@ class PageStore:
                 f"{path} was written for another model or layout than this store's: delete it or move it away, or "
                 "point AGENTSTATE_PAGES_DIR at another directory"
             )
-        found = Extent(number, len(header.keys), 0, status.st_size, status.st_mtime_ns)
+        found = Extent(number, len(header.keys), 0, status.st_size, status.st_mtime_ns, owner=header.owner)
         self._extents[number] = _recognized(before.get(number), found)
+        change.own(number, found.mtime_ns, found.owner)
         for other, pages in self._take_over(change, number, header.keys).items():
             self._extents[other].live += pages
 
@@ -431,7 +434,8 @@ class PageStore:
     def _segments(self, runs: list[Run]) -> list[Segment]:
         extents: dict[int, StoredExtent] = {}
         for number in dict.fromkeys(run.number for run in runs):
-            layout = ExtentLayout(self.geometry, self._extents[number].pages)
+            extent = self._extents[number]
+            layout = ExtentLayout(self.geometry, extent.pages, extent.owner)
             extents[number] = StoredExtent(self._directory.extent(number), layout, number)
         return [Segment(extents[run.number], run.slot, run.pages, run.first) for run in runs]
 
@@ -608,20 +612,21 @@ class PageStore:
                 change.delete_pages_of(unreadable)
 
     def pages_within(self, budget_bytes: int) -> int:
-        """The most pages whose draft fits ``budget_bytes``; 1 at the least."""
+        """The most pages whose draft fits ``budget_bytes`` without an owner; 1 at the least."""
         per_page = self.geometry.page_bytes + 8 * self.geometry.layers + KEY_BYTES
         pages = max(1, budget_bytes // per_page)
         while pages > 1 and self.draft_bytes(pages) > budget_bytes:
             pages -= 1
         return pages
 
-    def draft_bytes(self, pages: int) -> int:
-        return ExtentLayout(self.geometry, pages).file_bytes
+    def draft_bytes(self, pages: int, owner: str = "") -> int:
+        return ExtentLayout(self.geometry, pages, owner).file_bytes
 
-    def draft(self, keys: list[bytes], buffer: Memory) -> ExtentDraft:
-        """An extent of ``keys`` to fill, in ``buffer``, which must hold `draft_bytes` of them. Raises ValueError
-        for keys of another length than 32 bytes."""
-        return ExtentDraft(self.fingerprint, self.geometry, keys, buffer)
+    def draft(self, keys: list[bytes], buffer: Memory, owner: str = "") -> ExtentDraft:
+        """An extent of ``keys`` to fill, in ``buffer``, which must hold `draft_bytes` of them. Its bytes are charged to
+        ``owner``. Raises ValueError for keys of another length than 32 bytes, and for an owner whose name is longer
+        than `MOST_OWNER_BYTES`."""
+        return ExtentDraft(self.fingerprint, self.geometry, keys, buffer, owner)
 
     def publish(self, draft: ExtentDraft, *, again: bool = False) -> None:
         """Make the draft's pages durable and findable: written, `fdatasync`, renamed, directory synced, indexed.
@@ -680,7 +685,7 @@ class PageStore:
             self._writing.release()
 
     def _enter(self, number: int, header: ExtentHeader, file_bytes: int, mtime_ns: int, again: bool) -> None:
-        entered = Extent(number, len(header.keys), 0, file_bytes, mtime_ns, used=self._space.now())
+        entered = Extent(number, len(header.keys), 0, file_bytes, mtime_ns, used=self._space.now(), owner=header.owner)
         # First, or a look-up might find a page whose extent is not known yet.
         self._extents[number] = entered
         try:
@@ -697,6 +702,7 @@ class PageStore:
                         if key not in places or places[key][0] not in self._extents:
                             raise KeyError(key)
                 gained = self._take_over(change, number, header.keys)
+                change.own(number, mtime_ns, header.owner)
                 recent, self._used_since = self._used_since, set()
                 for other in (recent - gained.keys()) & self._extents.keys():
                     change.record(other, self._extents[other].record())
@@ -930,7 +936,7 @@ class PageStore:
                 wrong: set[int] = set()
                 while good := [slot for slot in served if slot not in wrong]:
                     keys = [header.keys[slot] for slot in good]
-                    draft = self.draft(keys, mmap.mmap(-1, self.draft_bytes(len(keys))))
+                    draft = self.draft(keys, mmap.mmap(-1, self.draft_bytes(len(keys), header.owner)), header.owner)
                     failed = rewriting.copy_pages(file, header, good, draft)
                     if not failed:
                         return draft, [header.keys[slot] for slot in sorted(wrong)]
@@ -975,11 +981,11 @@ def _recognized(before: Extent | None, found: Extent) -> Extent:
     return before
 
 
-def _is_of(record: ExtentRecord, status: os.stat_result, size_of: Callable[[int], int]) -> bool:
+def _is_of(record: ExtentRecord, status: os.stat_result, owner: str, size_of: Callable[[int, str], int]) -> bool:
     """Whether a record tells of the file that is there, and is not garbage."""
     return (
         (record.file_bytes, record.mtime_ns) == (status.st_size, status.st_mtime_ns)
         and record.live <= record.pages < record.file_bytes
-        and size_of(record.pages) == record.file_bytes
+        and size_of(record.pages, owner) == record.file_bytes
         and record.used < 1 << 62
     )

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from agentstate.pages.backends import staging_memory
-from agentstate.pages.extent import ExtentDraft, align
+from agentstate.pages.extent import ALIGNMENT, ExtentDraft, align
 from agentstate.pages.store import PageStore
 
 # One being filled and one being written keep both the processor and the disk busy.
@@ -29,7 +29,8 @@ class Writer:
         pages, block = store.pages_within(staging_bytes // _DRAFTS), store.geometry.block_pages
         # Whole blocks, if one fits: a short last one costs as much to verify as a whole one.
         self.pages_an_extent = pages - pages % block if pages > block else pages
-        size = align(store.draft_bytes(self.pages_an_extent))
+        # An owner's name may shift the pages of an extent.
+        size = align(store.draft_bytes(self.pages_an_extent)) + ALIGNMENT
         self.staging = staging_memory(_DRAFTS * size)
         self._free: SimpleQueue[np.ndarray] = SimpleQueue()
         for start in range(0, len(self.staging), size):
@@ -45,16 +46,16 @@ class Writer:
         finally:
             self._free.put(memory)
 
-    def write(self, keys: Sequence[bytes], fill: Callable[[ExtentDraft], None]) -> Future[None]:
-        """Let ``fill`` fill an extent of ``keys``, at most ``pages_an_extent`` of them, and begin to publish it. The
-        future is done when `PageStore.publish` is.
+    def write(self, keys: Sequence[bytes], fill: Callable[[ExtentDraft], None], owner: str = "") -> Future[None]:
+        """Let ``fill`` fill an extent of ``keys``, at most ``pages_an_extent`` of them, whose bytes are charged to
+        ``owner``, and begin to publish it. The future is done when `PageStore.publish` is.
 
         Raises what ``fill`` raises, and PageStoreFull, before ``fill`` is called, if there is no room for the extent.
         """
         memory = self._free.get()
         try:
-            self._store.require_room(self._store.draft_bytes(len(keys)))
-            draft = self._store.draft(list(keys), memory)
+            self._store.require_room(self._store.draft_bytes(len(keys), owner))
+            draft = self._store.draft(list(keys), memory, owner)
             fill(draft)
             draft.seal()
         except BaseException:

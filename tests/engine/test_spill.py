@@ -568,3 +568,23 @@ def test_pages_of_a_session_do_not_make_room_for_each_other(rank: Rank, session:
     spiller.close()
     assert list(spiller.results) == [session is not None]
     assert rank.store.stats.pages_evicted_needed == (12 if session else 2)
+
+
+def test_an_extent_is_charged_to_whose_request_offered_its_pages_first(rank: Rank, spiller: Spiller) -> None:
+    spiller.offer(keys(1, 2), numbers(1, 2), owner="tenant a")
+    spiller.offer(keys(1, 2, 3), numbers(1, 2, 3), owner="tenant b")
+    spiller.offer(keys(4), numbers(4))
+    spiller.drain()
+    with rank.store.pin(keys(1, 2, 3, 4)) as pin:
+        found = [(segment.extent.owner, segment.pages) for segment in pin.segments]
+    assert found == [("tenant a", 2), ("tenant b", 1), ("", 1)]
+
+
+def test_a_full_extent_has_room_for_its_owners_name(rank: Rank) -> None:
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, rank.store.draft_bytes(5))
+    everything = list(range(PAGES))
+    spiller.offer(keys(*everything), torch.tensor(everything), owner="tenant " + "a" * 1000)
+    spiller.close()
+    assert list(spiller.results) == [True]
+    assert stored(rank, keys(*everything)) == rank.device_pages(everything)

@@ -176,6 +176,18 @@ def test_pages_of_the_last_release_are_restored_and_it_restores_those_of_this_on
         reader.close()
         store = PageStore(ours, MARK, MHA)
         write(store, keys("x", "y"))
+        write(store, keys("z"), owner="tenant a")
+        # It does not know where the pages of this one are, and leaves it alone.
+        many, owner = [f"of {number}" for number in range(55)], "tenant " + "b" * 1000
+        assert store.draft_bytes(55, owner) > store.draft_bytes(55)
+        write(store, keys(*many), owner=owner)
         store.close()
-        assert rank("right", ours, "x", "y")
+        assert rank("right", ours, "x", "y", "z")
         assert rank("right", theirs, "a", "b", "c", "d")
+        rank("write", ours, "theirs")
+        store, reader = PageStore(ours, MARK, MHA), reader_for(MHA)
+        with store.pin(keys("x", "y", "z", "theirs", *many)) as pin:
+            assert [segment.extent.owner for segment in pin.segments] == ["", "tenant a", "", owner]
+            assert read(reader, [pin]) == expected(MHA, [pin])
+        store.close()
+        reader.close()

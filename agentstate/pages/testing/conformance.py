@@ -179,6 +179,40 @@ class PageStoreTests:
         self.assert_right(store, chain)
         store.close()
 
+    def test_an_extent_has_one_owner_whatever_becomes_of_its_pages(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        owners = ["a", "a", "b", "", "", "b", "b"]
+        for number, owner in enumerate(owners):
+            write(store, keys((number, 1), (number, 2)), owner=owner)
+        reader = reader_for(MLA)
+        chain = keys(*((number, page) for number in range(7) for page in (1, 2)))
+        assert merge(store, reader, chain, mmap.mmap(-1, store.draft_bytes(14)), 3 * MLA.layer_bytes) == 6
+        assert store.erase(keys((0, 2), (2, 1)))
+        rest = [page for page in chain if page not in keys((0, 2), (2, 1))]
+        of_rest = [(number, page) for number in range(7) for page in (1, 2) if (number, page) not in ((0, 2), (2, 1))]
+        for _ in range(3):
+            with store.pin(rest) as pin:
+                found = [segment.extent.owner for segment in pin.segments for _ in range(segment.pages)]
+                assert found == [owners[number] for number, _ in of_rest]
+            self.assert_right(store, rest)
+            store.close()
+            store = self.open(tmp_path, MLA)
+        reader.close()
+        store.close()
+
+    def test_an_owner_whose_name_moves_the_pages_is_served_as_well(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        pages, owner = keys(*range(65)), "tenant " + "b" * 1000
+        assert store.draft_bytes(65, owner) > store.draft_bytes(65)
+        write(store, pages, owner=owner)
+        self.assert_right(store, pages)
+        write(store, keys(65, 66), owner=owner)
+        assert store.erase(keys(3))
+        store.close()
+        store = self.open(tmp_path, MLA)
+        self.assert_right(store, [*pages[:3], *pages[4:], *keys(65, 66)])
+        store.close()
+
     def test_what_is_erased_is_in_no_file_and_what_lies_beside_it_is_kept(self, tmp_path: Path) -> None:
         store = self.open(tmp_path, MLA)
         write(store, keys(1, 2, 3, 4))

@@ -25,12 +25,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from agentstate.errors import PageStoreFull
 from agentstate.pages import Geometry, PageStore, Pin, Quota, Segment, inventory, merge
+from agentstate.pages.inventory import ExtentReport
 from agentstate.pages.space import UNLIMITED
 from agentstate.pages.testing.pages import MARK, content, drop, keys, read, reader_for, traces, write
 
 GEOMETRY = Geometry(layers=2, page_size=4, component_bytes=(300, 200))
 POOL = keys(*range(20))
 HOUR_S = 3600.0
+OWNERS = ("", "tenant a", "tenant b")
 
 _SOME = st.lists(st.sampled_from(POOL), min_size=1, max_size=7, unique=True)
 _ONE = st.sampled_from(POOL)
@@ -65,6 +67,8 @@ class PageStoreMachine(RuleBasedStateMachine):
         self.stored: set[bytes] = set()
         self.written: dict[bytes, list[int]] = {page: [] for page in POOL}
         self.suspect: set[bytes] = set()
+        # Whose the extent is that each page lies in.
+        self.owners: dict[bytes, str] = {}
         self.pinned_for: set[bytes] = set()
         self.needed: set[bytes] = set()
         # An extent stays pinned when its pinned pages were written anew.
@@ -151,11 +155,11 @@ class PageStoreMachine(RuleBasedStateMachine):
         for some in pages:
             self.write(some)
 
-    @rule(pages=_SOME)
-    def write(self, pages: list[bytes]) -> None:
+    @rule(pages=_SOME, owner=st.sampled_from(OWNERS))
+    def write(self, pages: list[bytes], owner: str = "") -> None:
         version = next(self.numbers)
         before, stored = self.store.stats.pages_written, set(self.stored)
-        failure = self.losing(lambda: write(self.store, pages, version), again=pages)
+        failure = self.losing(lambda: write(self.store, pages, version, owner), again=pages)
         if failure is not None:
             assert self.quota.max_bytes is not None and isinstance(failure, PageStoreFull)
             assert self.store.stats.pages_written == before
@@ -165,6 +169,7 @@ class PageStoreMachine(RuleBasedStateMachine):
             self.written[page].append(version)
         self.suspect -= set(pages)
         self.stored |= set(pages)
+        self.owners |= dict.fromkeys(pages, owner)
         assert self.quota.max_bytes is None or self.store.stats.bytes <= self.quota.max_bytes
         assert self.store.stats.pages_written == before + len(pages)
 
@@ -312,10 +317,13 @@ class PageStoreMachine(RuleBasedStateMachine):
         before.close()
         shutil.rmtree(before.directory)
 
-    def sizes(self) -> dict[Path, int]:
+    def headers(self) -> dict[Path, ExtentReport]:
         """The extents that the store can read, by their paths."""
         extents = list(inventory.extents(self.store.directory))
-        return {report.path: report.n_bytes for report in extents if report.header is not None}
+        return {report.path: report for report in extents if report.header is not None}
+
+    def sizes(self) -> dict[Path, int]:
+        return {path: report.n_bytes for path, report in self.headers().items()}
 
     def paths(self, pages: Iterable[bytes]) -> set[Path]:
         return {self.path(page) for page in pages}
@@ -334,6 +342,15 @@ class PageStoreMachine(RuleBasedStateMachine):
         pinned = {segment.extent.path for one in self.pins for segment in one.pin.segments}
         assert set(sizes) == self.paths(self.stored) | pinned, "an extent that serves nothing is left"
         assert not list((self.store.directory / "partial").iterdir())
+
+    @invariant()
+    def every_page_is_its_writers(self) -> None:
+        headers = self.headers()
+        for page in self.stored - self.suspect:
+            with self.store.pin([page]) as pin:
+                extent = pin.segments[0].extent
+            header = headers[extent.path].header
+            assert header is not None and header.owner == extent.owner == self.owners[page]
 
     @invariant()
     def no_extent_is_left_open(self) -> None:

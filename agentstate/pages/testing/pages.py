@@ -32,13 +32,13 @@ def content(geometry: Geometry, page: bytes, layer: int, component: int, version
     return np.random.default_rng([seed, layer, component, version]).bytes(geometry.component_bytes[component])
 
 
-def write(store: PageStore, pages: Sequence[bytes], version: int = 0) -> None:
+def write(store: PageStore, pages: Sequence[bytes], version: int = 0, owner: str = "") -> None:
     """Publish one extent of ``pages``."""
     geometry = store.geometry
-    buffer = mmap.mmap(-1, store.draft_bytes(len(pages)))
+    buffer = mmap.mmap(-1, store.draft_bytes(len(pages), owner))
     # Whatever the memory held before must not come out again.
     buffer.write(b"\xa5" * len(buffer))
-    draft = store.draft(list(pages), buffer)
+    draft = store.draft(list(pages), buffer, owner)
     for layer in range(geometry.layers):
         for component in range(len(geometry.component_bytes)):
             rows = draft.component(layer, component)

@@ -96,6 +96,30 @@ def test_ls_counts_what_is_stored(store: Path) -> None:
     assert f"{row['bytes']:,}" in run("ls").stdout
 
 
+def test_ls_and_show_say_whose_extents_are(home: Path, store: Path) -> None:
+    again = PageStore(store, MARK, MHA)
+    write(again, keys(7, 8), owner="tenant a")
+    n_bytes = again.draft_bytes(2, "tenant a")
+    again.close()
+    (row,) = answer("ls")
+    assert row["owners"] == {"none": row["bytes"] - n_bytes, "tenant a": n_bytes}
+    assert (row["others"], row["others_bytes"]) == (0, 0)
+    assert f"tenant a {n_bytes:,}" in run("ls").stdout
+    assert [answer("show", number)[0]["owner"] for number in ("1", "4")] == ["none", "tenant a"]
+
+
+def test_ls_names_the_largest_owners_only(home: Path, store: Path) -> None:
+    again = PageStore(store, MARK, MHA)
+    for number in range(66):
+        write(again, keys((number, 1)), owner=f"tenant {number:02}")
+    each = again.draft_bytes(1, "tenant 00")
+    again.close()
+    (row,) = answer("ls")
+    assert list(row["owners"]) == ["none", *(f"tenant {number:02}" for number in range(63))]
+    assert (row["others"], row["others_bytes"]) == (3, 3 * each)
+    assert f"3 others {3 * each:,}" in run("ls").stdout
+
+
 def test_an_empty_directory_is_no_error(home: Path) -> None:
     assert answer("ls") == []
     assert answer("du") == {"stores": [], "disk_free_fraction": None}

@@ -20,9 +20,9 @@ from agentstate.pages.keys import PageKeys
 TINY = Geometry(layers=2, page_size=1, component_bytes=(20, 12))
 
 
-def sealed(geometry: Geometry, pages: list[bytes]) -> tuple[ExtentHeader, bytes]:
+def sealed(geometry: Geometry, pages: list[bytes], owner: str = "") -> tuple[ExtentHeader, bytes]:
     buffer = mmap.mmap(-1, 1 << 20)
-    header, data = ExtentDraft(MARK, geometry, pages, buffer).seal()
+    header, data = ExtentDraft(MARK, geometry, pages, buffer, owner).seal()
     return header, bytes(data)
 
 
@@ -91,6 +91,35 @@ def test_the_room_for_a_header_is_known_before_its_contents(
     assert room - len(header.encode()) < ALIGNMENT
 
 
+@given(layers=st.integers(1, 70), pages=st.integers(1, 300), owner=st.text(max_size=200))
+def test_a_name_in_the_header_moves_the_pages_only_where_it_does_not_fit_before_them(
+    layers: int, pages: int, owner: str
+) -> None:
+    geometry = Geometry(layers, 64, (100,))
+    bare = ExtentLayout(geometry, pages).data_offset
+    header = ExtentHeader.blank(MARK, geometry, PageKeys(b"\xff" * 32 * pages), owner)
+    encoded = header.encode()
+    layout = header.layout
+    assert layout.data_offset == bare + (ALIGNMENT if len(encoded) > bare else 0)
+    # Releases that do not know of owners read the one and leave the other alone.
+    assert PREFIX.unpack_from(encoded)[1] == (3 if len(encoded) > bare else 2)
+    found = ExtentHeader.decode(encoded.ljust(layout.data_offset, b"\0"), "x")
+    assert (found.owner, found.layout, found.keys) == (owner, layout, header.keys)
+
+
+def test_a_name_is_bounded() -> None:
+    buffer = mmap.mmap(-1, 1 << 20)
+    assert ExtentDraft(MARK, TINY, keys(1), buffer, "ü" * 512).seal()[0].owner == "ü" * 512
+    with pytest.raises(ValueError, match="1024 bytes at most"):
+        ExtentDraft(MARK, TINY, keys(1), buffer, "ü" * 513)
+
+
+@pytest.mark.parametrize("owner", [7, ["a"], b"a", "a" * 1025])
+def test_an_owner_that_is_no_name_is_damage(owner: object) -> None:
+    with pytest.raises(BadExtent):
+        ExtentHeader.decode(with_header(owner=owner), "one.ext")
+
+
 def test_what_the_memory_held_before_does_not_get_into_the_file() -> None:
     buffer = mmap.mmap(-1, 1 << 16)
     buffer.write(b"\xa5" * len(buffer))
@@ -152,8 +181,8 @@ def test_the_pages_that_are_wrong_are_found_in_blocks_and_in_parts_of_them(
 
 def test_another_version_is_refused_and_named() -> None:
     raw = bytearray(sealed(TINY, keys(1))[1])
-    raw[8] = 3
-    with pytest.raises(UnknownFormat, match="one.ext: format version 3; this release reads version 2"):
+    raw[8] = 4
+    with pytest.raises(UnknownFormat, match="one.ext: format version 4; this release reads 2 and 3"):
         ExtentHeader.decode(raw, "one.ext")
 
 

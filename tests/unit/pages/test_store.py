@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,11 +165,51 @@ def test_slabs_that_never_reached_the_disk_are_found_when_they_are_read(store: P
     store.close()
 
 
+@pytest.mark.parametrize("pages", [3, 65], ids=["beside the header", "shifted"])
+def test_a_store_whose_index_is_lost_knows_owners_by_the_extents(store: PageStore, pages: int) -> None:
+    owner = "tenant " + "b" * 1000
+    assert (store.draft_bytes(pages, owner) > store.draft_bytes(pages)) == (pages > 3)
+    write(store, keys(*range(pages)), owner=owner)
+    write(store, keys("others"))
+    store.close()
+    shutil.rmtree(store.directory / "index")
+    store = PageStore(store.directory, MARK, store.geometry)
+    for _ in range(2):
+        with store.pin(keys(*range(pages), "others")) as pin:
+            assert [segment.extent.owner for segment in pin.segments] == [owner, ""]
+        assert holds(store, keys(*range(pages), "others"))
+        store = reopened(store)
+    store.close()
+
+
+def test_a_page_stays_good_where_the_index_does_not_know_its_owner(store: PageStore) -> None:
+    """As after an engine of an earlier release has entered the extent."""
+    write(store, keys(1, 2), owner="tenant a")
+    with store._index.change() as change:
+        (extent,) = store._extents.values()
+        change.forget(extent.number)
+        change.record(extent.number, extent.record())
+    store = reopened(store)
+    assert holds(store, keys(1, 2))
+    store.close()
+
+
+def test_a_note_of_an_owner_counts_for_no_other_extent_of_its_number(store: PageStore) -> None:
+    write(store, keys(1))
+    with store._index.change() as change:
+        (extent,) = store._extents.values()
+        change.own(extent.number, extent.mtime_ns - 1, "tenant a")
+    store = reopened(store)
+    with store.pin(keys(1)) as pin:
+        assert pin.segments[0].extent.owner == ""
+    store.close()
+
+
 def test_an_extent_of_a_newer_version_is_not_overwritten(store: PageStore) -> None:
     write(store, keys(1))
     (path,) = (store.directory / "extents").iterdir()
     newer = bytearray(path.read_bytes())
-    newer[8] = 2
+    newer[8] = 4
     path.write_bytes(newer)
     store = reopened(store)
     write(store, keys(2))

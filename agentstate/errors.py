@@ -31,6 +31,7 @@
     ├── ResponseNotFound             no response of OpenAI's API with this id is kept
     ├── OperationNotFound
     ├── TooManyOperations            the service follows as many operations as it can
+    ├── TooManySessions              the tenant has as many sessions as it may
     ├── IdempotencyKeyReused         another request used the Idempotency-Key before
     ├── IdempotencyKeyInUse          the first request with the Idempotency-Key is still being answered
     ├── Unauthenticated              no valid API key
@@ -209,6 +210,10 @@ class TooManyOperations(AgentStateError):
     """The service follows as many operations as it can: try again later."""
 
     retryable = True
+
+
+class TooManySessions(AgentStateError):
+    """The tenant has as many sessions as it may: delete some, or wait until some expire."""
 
 
 class IdempotencyKeyReused(AgentStateError):

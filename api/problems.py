@@ -48,6 +48,7 @@ STATUS: dict[type[errors.AgentStateError], HTTPStatus] = {
     errors.HostRefused: HTTPStatus.FORBIDDEN,
     errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
     errors.TooManyOperations: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.TooManySessions: HTTPStatus.TOO_MANY_REQUESTS,
     errors.DatabaseError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.AgentStateError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
@@ -97,7 +98,7 @@ COMMON = responses(
     _413="The body is too large",
     _415="The body is compressed",
     _422="Malformed, or not fitting the session",
-    _429="Too many requests or operations: see Retry-After",
+    _429="Too many requests or operations: see Retry-After; or too many sessions",
     _503="The database does not answer",
 )
 

@@ -1,5 +1,5 @@
-"""What this rank writes to SQL: that it is alive, and the manifests of the sessions it has served; and the key that it
-reads there, with which turns are signed.
+"""What this rank writes to SQL: that it is alive, and the manifests of the sessions it has served; and what it reads
+there: the key with which turns are signed, and the quotas of accounts.
 
 One thread does it, so the scheduler never waits for the database. While SQL is down nothing is lost as long as the
 process lives: the newest manifest of every session waits here, and pages need no SQL.
@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -19,10 +19,11 @@ from itertools import chain
 from sqlalchemy.engine import Connection
 
 from agentstate.errors import DatabaseError
-from agentstate.fleet import engines, manifests, turns
+from agentstate.fleet import engines, manifests, quotas, turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.erasures import Chain, StoreName, head_of
 from agentstate.fleet.manifests import Manifest
+from agentstate.fleet.quotas import Quota
 from agentstate.pages import ANYONE
 from agentstate.sql import secret
 from agentstate.sql.database import Database
@@ -41,7 +42,7 @@ class Catalog:
     cut to what is still ``stored`` of their chains, and what of the rest is ``held`` all the same is remembered, to be
     erased with the session; ``n_bytes`` is what so many pages take. At the start all of them are looked at. ``dead``
     are the stores that have been evicted as a whole, by the first digits of their fingerprints and their ranks: their
-    manifests go."""
+    manifests go. ``told`` is given the quotas of all accounts with every heartbeat."""
 
     def __init__(
         self,
@@ -57,7 +58,9 @@ class Catalog:
         losers: Callable[[], set[str]],
         dead: Callable[[], list[tuple[str, int]]],
         n_bytes: Callable[[int], int],
+        told: Callable[[Mapping[str, Quota]], None] = lambda quotas: None,
     ):
+        self._told = told
         self._database = database
         self._needed = needed
         self._stored = stored
@@ -276,6 +279,8 @@ class Catalog:
                 engines.register(connection, self._engine)
             # It may have been renewed.
             self.signing_key = turns.signing_key(secret.read(connection))
+            of_accounts = quotas.read(connection)
+        self._told(of_accounts)
         for manifest in list(batch.values()):
             try:
                 with self._database.write() as connection:

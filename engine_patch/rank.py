@@ -17,6 +17,7 @@ from agentstate.pages import PageStore, Space
 from agentstate.settings import ENGINE_LIMITS, Settings
 from agentstate.sql.database import Database
 from engine_patch import identity
+from engine_patch.accounts import Accounts
 from engine_patch.break_even import BreakEven
 from engine_patch.control import ControlEndpoint
 from engine_patch.foresight import ForesightStats
@@ -56,6 +57,7 @@ class Rank:
         self.waits = Waits(policies.planner if settings.foresight else policies.lru)
         self.foresight_stats = ForesightStats()
         self.served = Served()
+        self.accounts = Accounts()
         self.explain_device: Callable[[str], dict[str, Any]] = lambda session_id: {}
         self.kept_by_tree: Callable[[], dict[str, int]] = dict
         self.page_size: int = params.page_size
@@ -123,6 +125,7 @@ class Rank:
             page_size=self.page_size,
             stores=lambda: self.off is None,
             dead=self._space.take_dead,
+            accounts=self.accounts,
         )
 
     def retire(self, reason: str) -> None:

@@ -18,6 +18,7 @@ from agentstate.fleet.turns import Turn
 from agentstate.pages import PLANNED, Need, PageKeys, Urgency
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
+from engine_patch.accounts import Accounts
 from engine_patch.catalog import Catalog
 from engine_patch.erasing import Eraser
 from engine_patch.ledger import Ledger
@@ -51,7 +52,8 @@ class Sessions:
     """Thread-safe. `close` writes the manifests that wait, and must come while the stores are open.
 
     ``stores`` says whether what requests compute is stored at all: while it is not, nothing is said about them.
-    ``dead`` are the stores whose manifests go (`Space.take_dead`).
+    ``dead`` are the stores whose manifests go (`Space.take_dead`). ``accounts`` is told of quotas, and of who proves
+    which account.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Sessions:
         page_size: int,
         stores: Callable[[], bool],
         dead: Callable[[], list[tuple[str, int]]],
+        accounts: Accounts | None = None,
     ):
         self.device: Device | None = None
+        self._accounts = accounts = accounts or Accounts()
         self._page_size = page_size
         self._stores = stores
         self._prefetch_ttl_s = settings.prefetch_ttl_s
@@ -89,6 +93,7 @@ class Sessions:
             losers=pools.take_losers,
             dead=dead,
             n_bytes=pools.n_bytes,
+            told=accounts.take,
         )
 
         self._eraser = Eraser(database, engine, pools, self._catalog, self._unsettled_keys)
@@ -111,7 +116,9 @@ class Sessions:
         """The turn that a request's token proves, or None."""
         key = self._catalog.signing_key
         found = None if key is None or session.token is None else turns.verify(key, str(session), session.token)
-        if found is None and not self._warned:
+        if found is not None:
+            self._accounts.note(found.session_id, found.account)
+        elif not self._warned:
             self._warned = True
             remedy = "send the extra_body of `resume` as it is" if key else "the database has not answered yet"
             logger.warning(

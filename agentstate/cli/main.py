@@ -62,6 +62,7 @@ KvGroup = Annotated[
     str | None,
     typer.Option(help="Tenants of this group share KV, and can guess each other's prompts by timing. *: all."),
 ]
+_TIER = "The most bytes {} of an engine rank: 20GiB, or none for no limit."
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -183,6 +184,93 @@ def set_tenant(
         tenancy.put(connection, tenancy.Tenant(name, expires_in_s, requests_per_s, kv_group or None))
         of_tenant = tenancy.find(connection, name)
     _errors.print(tenancy.sharing(of_tenant), highlight=False)
+
+
+@tenants.command("quota")
+def set_quota(
+    name: Annotated[str | None, typer.Argument(help="The tenant; it need not exist yet.")] = None,
+    group: Annotated[str | None, typer.Option(help="Instead: what the tenants of this KV group have together.")] = None,
+    nobody: Annotated[bool, typer.Option("--none", help="Instead: what requests without a session have.")] = False,
+    device: Annotated[str | None, typer.Option(help=_TIER.format("on the device"))] = None,
+    host: Annotated[str | None, typer.Option(help=_TIER.format("in the host tier"))] = None,
+    nvme: Annotated[str | None, typer.Option(help=_TIER.format("on the drive"))] = None,
+    sessions: Annotated[
+        int | None, typer.Option(min=0, help="The most sessions of the tenant: one more is refused.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all limits that are not given.")] = False,
+) -> None:
+    """Set and show the quota of a tenant, a KV group, or of requests without a session. What is above it leaves first,
+    as soon as others need the room. Limits that are not given stay. Engines take note within seconds."""
+    from agentstate.fleet import quotas
+    from agentstate.sessions import salts
+    from agentstate.sessions import tenants as tenancy
+
+    if [name is not None, group is not None, nobody].count(True) != 1:
+        raise SettingsError("say whose quota it is: a tenant's, a group's with --group, or --none")
+    if name is not None:
+        tenancy.check_name(name)
+        account = salts.scope_of_tenant(name)
+    else:
+        account = quotas.NOBODY if group is None else salts.scope_of_group(group)
+    if sessions is not None and name is None:
+        raise SettingsError("a number of sessions is a tenant's")
+    given = {
+        f"{tier}_bytes": _size(text) for tier, text in (("device", device), ("host", host), ("nvme", nvme)) if text
+    }
+    with _database(Settings()) as database, database.write() as connection:
+        before = quotas.UNLIMITED if clear else quotas.find(connection, account)
+        quota = replace(before, **given, **({} if sessions is None else {"sessions": sessions}))
+        quotas.put(connection, account, quota)
+    limits = [f"{limit}: {_shown(limit, value)}" for limit, value in vars(quota).items() if value is not None]
+    print(f"{quotas.shown(account)}: {', '.join(limits) or 'no limits'}")
+
+
+@tenants.command("ls")
+def list_tenants(as_json: AsJson = False) -> None:
+    """List the tenants and whatever else has a quota, with their limits."""
+    from agentstate.fleet import quotas
+    from agentstate.sessions import salts
+    from agentstate.sessions import tenants as tenancy
+
+    with _database(Settings()) as database, database.read() as connection:
+        of_accounts = quotas.read(connection)
+        known = {salts.scope_of_tenant(tenant.id): tenant for tenant in tenancy.every(connection)}
+    rows = []
+    for account in sorted({*known, *of_accounts}):
+        tenant = known.get(account)
+        own = {} if tenant is None else {name: value for name, value in vars(tenant).items() if name != "id"}
+        rows.append({"account": quotas.shown(account), **own, **vars(of_accounts.get(account, quotas.UNLIMITED))})
+    if as_json:
+        print(json.dumps(rows))
+        return
+    names = ("expires_in_s", "requests_per_s", "kv_group", "device_bytes", "host_bytes", "nvme_bytes", "sessions")
+    table = Table("account", *(name.removesuffix("_bytes").replace("_", " ") for name in names))
+    for row in rows:
+        table.add_row(row["account"], *(_shown(name, row.get(name)) for name in names))
+    Console().print(table)
+
+
+def _size(text: str) -> int | None:
+    """The bytes of ``20GiB``; None of ``none``. Raises SettingsError."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    if text == "none":
+        return None
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        size = -1
+    if not 0 <= size < 2**63:
+        raise SettingsError(f"{text!r} is no size: 20GiB, 500MB, or none")
+    return size
+
+
+def _shown(limit: str, value: object) -> str:
+    from pydantic import ByteSize
+
+    if value is None:
+        return ""
+    return ByteSize(str(value)).human_readable() if limit.endswith("_bytes") else str(value)
 
 
 @tenants.command("rotate-kv-secret")

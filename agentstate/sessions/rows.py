@@ -13,7 +13,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentstate import ids
-from agentstate.errors import RevisionStale, SessionExists, SessionExpired, SessionNotFound, ToolCallReused
+from agentstate.errors import (
+    RevisionStale,
+    SessionExists,
+    SessionExpired,
+    SessionNotFound,
+    ToolCallReused,
+    TooManySessions,
+)
 from agentstate.fleet import manifests
 from agentstate.fleet.placement import Stored
 from agentstate.fleet.waits import Took
@@ -25,6 +32,7 @@ from agentstate.sessions.transcript import Entry, NewEntry
 from agentstate.sql.database import insert, now_us
 from agentstate.sql.models import SessionStatus
 from agentstate.sql.models import leases as leases_table
+from agentstate.sql.models import quotas as quotas_table
 from agentstate.sql.models import sessions as table
 from agentstate.sql.models import tenants as tenants_table
 
@@ -36,6 +44,17 @@ _CHANGE = (
     .where(table.c.id == sa.bindparam("uid"))
     .values(revision=table.c.revision + 1, updated_us=now_us())
     .returning(*table.c)
+)
+_LIMIT = sa.select(quotas_table.c.sessions).where(quotas_table.c.account == sa.bindparam("account"))
+# Whether there is one too many: of rows, which the index tells alone, and of sessions, which it does not.
+_ROW_BEYOND = (
+    sa.select(sa.literal(1))
+    .where(table.c.tenant == sa.bindparam("of_tenant"))
+    .limit(1)
+    .offset(sa.bindparam("most", type_=sa.BigInteger()))
+)
+_SESSION_BEYOND = _ROW_BEYOND.where(
+    table.c.deleted_us.is_(None), sa.or_(table.c.expires_us.is_(None), table.c.expires_us > now_us())
 )
 
 
@@ -58,7 +77,7 @@ def _making(dialect: str, expires: bool, branched: bool) -> Any:
             **({"branched_us": now_us()} if branched else {}),
         )
         .on_conflict_do_nothing(index_elements=["tenant", "name"])
-        .returning(*table.c)
+        .returning(*table.c, _LIMIT.scalar_subquery().label("most"))
     )
 
 
@@ -106,9 +125,10 @@ class Rows:
         self, connection: Connection, *, expires_in_s: float | None, branched: bool = False, **values: Any
     ) -> Session:
         """Make a session, in the scope of KV that the tenant's sessions have now (`salts`). Without ``expires_in_s`` it
-        expires as the tenant's do. Raises SessionExists."""
+        expires as the tenant's do. Raises SessionExists, TooManySessions."""
         statement = _making(connection.dialect.name, expires_in_s is not None, branched)
         values["tenant"] = self.tenant
+        values["account"] = salts.scope_of_tenant(self.tenant)
         values["kv_scope"] = salts.scope_of(connection, self.tenant)
         if expires_in_s is None:
             values["of_tenant"] = self.tenant
@@ -127,7 +147,21 @@ class Rows:
                 row = connection.execute(statement, values).one_or_none()
         if row is None:
             raise SessionExists(f"the session id {values['name']} is taken: choose another, or resume that session")
+        if row.most is not None:
+            self._require_room(connection, values["account"])
         return session_of(row)
+
+    def _require_room(self, connection: Connection, account: str) -> None:
+        """Raises TooManySessions if the tenant has more sessions than it may."""
+        # Others that are being made wait, or each of them would miss the others.
+        most = connection.execute(_LIMIT.with_for_update(), {"account": account}).scalar()
+        if most is None:
+            return
+        values = {"of_tenant": self.tenant, "most": most}
+        if all(connection.execute(beyond, values).scalar() for beyond in (_ROW_BEYOND, _SESSION_BEYOND)):
+            raise TooManySessions(
+                f"tenant {self.tenant} may have {most:,} session(s): delete some, or wait until some expire"
+            )
 
     def append(self, connection: Connection, before: Any, new: Sequence[NewEntry], time_us: int) -> Appended:
         appended: list[Entry] = []

@@ -30,12 +30,17 @@ def scope_of(connection: Connection, tenant_id: str) -> str | None:
     group = tenants.find(connection, tenant_id).kv_group
     if group == tenants.EVERYBODY:
         return None
-    return scope_of_tenant(tenant_id) if group is None else f"group {group}"
+    return scope_of_tenant(tenant_id) if group is None else scope_of_group(group)
 
 
 def scope_of_tenant(tenant_id: str) -> str:
     """A tenant's own scope."""
     return f"tenant {tenant_id}"
+
+
+def scope_of_group(group: str) -> str:
+    """The scope of the tenants of a group."""
+    return f"group {group}"
 
 
 def salt(secret: bytes, scope: str | None, own: str | None) -> str | None:

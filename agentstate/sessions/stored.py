@@ -31,7 +31,7 @@ class Stored:
         self._rows = Rows(tenant)
 
     def create(self, metadata: dict[str, Any], given: Sequence[Item]) -> Session:
-        """A new conversation. It has no model before its first response. Raises InvalidEntry."""
+        """A new conversation. It has no model before its first response. Raises InvalidEntry, TooManySessions."""
         transcript.check_metadata(metadata)
         name = ids.new("conv")
         with self._database.write() as connection:

@@ -56,10 +56,15 @@ class NewKey:
     secret: str = field(repr=False)
 
 
+def check_name(name: str) -> None:
+    """Raises SettingsError if no tenant can have this name."""
+    if not NAME.fullmatch(name):
+        raise SettingsError(f"{name!r} is no name of a tenant: letters, digits, '.', '_' and '-', at most 64")
+
+
 def put(connection: Connection, tenant: Tenant) -> None:
     """Make a tenant, or change its limits. Raises SettingsError if its name cannot be one."""
-    if not NAME.fullmatch(tenant.id):
-        raise SettingsError(f"{tenant.id!r} is no name of a tenant: letters, digits, '.', '_' and '-', at most 64")
+    check_name(tenant.id)
     if tenant.kv_group not in (None, EVERYBODY) and not NAME.fullmatch(tenant.kv_group):
         raise SettingsError(f"{tenant.kv_group!r} is no name of a group: letters, digits, '.', '_' and '-', at most 64")
     limits = {
@@ -78,6 +83,11 @@ def find(connection: Connection, tenant_id: str) -> Tenant:
     """A tenant's limits; the defaults if it was never put."""
     row = connection.execute(sa.select(tenants).where(tenants.c.id == tenant_id)).one_or_none()
     return Tenant(tenant_id, None, None) if row is None else _tenant(row)
+
+
+def every(connection: Connection) -> list[Tenant]:
+    """The tenants that have a key or limits, by their names."""
+    return [_tenant(row) for row in connection.execute(sa.select(tenants).order_by(tenants.c.id))]
 
 
 def sharing(tenant: Tenant) -> str:

@@ -27,6 +27,7 @@ from agentstate.errors import (
     ToolCallNotFound,
     ToolCallUnknown,
     ToolInFlight,
+    TooManySessions,
 )
 from agentstate.fleet import engines, manifests, turns
 from agentstate.fleet.engines import Engine
@@ -118,7 +119,7 @@ class Sessions:
         expires_in_s: float | None = None,
     ) -> Session:
         """A new session, under an id of the caller's if it brings one. Without ``expires_in_s`` it expires as the
-        tenant's sessions do. Raises SessionExists, InvalidEntry, InvalidId."""
+        tenant's sessions do. Raises SessionExists, TooManySessions, InvalidEntry, InvalidId."""
         transcript.check_metadata(metadata or {})
         uid = ids.new("ses")
         with self._database.write() as connection:
@@ -264,13 +265,19 @@ class Sessions:
         A session is made on first sight; one that no client named expires ``expires_in_s`` after its last turn. Where
         a harness or a guess says the session and that is being run, the request is a branch of it, or has no session.
         Of a session or a conversation that the client named, raises SessionBusy, SessionExpired, InvalidId, and
-        ModelMismatch or SessionNotFound; of what it goes on from, ResponseNotFound and SessionExists.
+        ModelMismatch or SessionNotFound; of what it goes on from, ResponseNotFound and SessionExists. Raises
+        TooManySessions where one of these has to be made; a request whose session is a guess has none then.
         """
         try:
-            return self._begin_once(wanted, lease_ttl_s, expires_in_s)
-        except SessionExists:
-            # Another request may have made the session since this one looked for it.
-            return self._begin_once(wanted, lease_ttl_s, expires_in_s)
+            try:
+                return self._begin_once(wanted, lease_ttl_s, expires_in_s)
+            except SessionExists:
+                # Another request may have made the session since this one looked for it.
+                return self._begin_once(wanted, lease_ttl_s, expires_in_s)
+        except TooManySessions:
+            if wanted.session is not None or wanted.state is not None:
+                raise
+            return Begun(None, Origin.NONE)
 
     def _begin_once(self, wanted: Wanted, lease_ttl_s: float, expires_in_s: float | None) -> Begun:
         with self._database.write() as connection:
@@ -597,8 +604,8 @@ class Sessions:
         """A new session that has this one's history up to the entry ``at``, or all of it. Nothing is copied.
 
         It has the parent's model and namespace, the scope of KV that the tenant's new sessions have (`salts`), and
-        unless given its metadata. Raises EntryNotFound, SessionExists, InvalidId;
-        NotABranchPoint where a tool call would be cut off from its result.
+        unless given its metadata. Raises EntryNotFound, SessionExists, TooManySessions,
+        InvalidId; NotABranchPoint where a tool call would be cut off from its result.
         """
         transcript.check_metadata(metadata or {})
         with self._database.write() as connection:

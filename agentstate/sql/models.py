@@ -216,6 +216,26 @@ durations = Table(
     Column("learned", LargeBinary, nullable=False),  # `lookahead.durations`, dumped
 )
 
+# What an account, and what a tenant may have: see `agentstate.fleet.quotas`. Null: no limit.
+quotas = Table(
+    "quotas",
+    metadata,
+    Column("account", Text, primary_key=True),
+    Column("device_bytes", BigInteger),
+    Column("host_bytes", BigInteger),
+    Column("nvme_bytes", BigInteger),
+    Column("sessions", BigInteger),
+)
+
+# Sessions whose KV is to stay: see `agentstate.fleet.pins`.
+kv_pins = Table(
+    "kv_pins",
+    metadata,
+    Column("session_id", Text, ForeignKey("sessions.id", ondelete="CASCADE"), primary_key=True),
+    Column("tier", Text, nullable=False),
+    Column("until_us", BigInteger, nullable=False),
+)
+
 leases = Table(
     "leases",
     metadata,

@@ -16,9 +16,10 @@ from turns import begin
 
 from agentstate import ids
 from agentstate.errors import DatabaseError, DatabaseUnreachable
-from agentstate.fleet import engines, erasures, manifests, turns
+from agentstate.fleet import engines, erasures, manifests, quotas, turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
+from agentstate.fleet.quotas import Quota
 from agentstate.pages import ANYONE
 from agentstate.pages.node import node_id
 from agentstate.sql import database as database_module
@@ -628,3 +629,16 @@ def test_what_a_manifest_lists_that_another_replaces_unwritten_goes_with_the_ses
         rows = connection.execute(sa.select(models.abandoned_pages.c["keys"])).scalars().all()
     listed = {key for row in rows for key in (row[at : at + 32] for at in range(0, len(row), 32))}
     assert listed >= set(keys(2, 3, 4, 5))
+
+
+def test_quotas_are_told_with_every_heartbeat(database: Switched, saved: Saved) -> None:
+    told: list[dict[str, Quota]] = []
+    catalog = started(database, HEARTBEAT_S, saved, told=told.append)
+    until(lambda: told[-1:] == [{}])
+    with database.write() as connection:
+        quotas.put(connection, "tenant a", Quota(device_bytes=5))
+    until(lambda: told[-1] == {"tenant a": Quota(device_bytes=5)})
+    with database.write() as connection:
+        quotas.put(connection, "tenant a", Quota())
+    until(lambda: told[-1] == {})
+    catalog.close()

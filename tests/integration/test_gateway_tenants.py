@@ -17,6 +17,8 @@ from prometheus_client import generate_latest
 from stage import MODEL, PATIENCE_S, Peer, register, serving, stored
 
 from agentstate.errors import SessionBusy
+from agentstate.fleet import quotas
+from agentstate.fleet.quotas import Quota
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
@@ -80,6 +82,26 @@ def test_tenants_have_sessions_and_salts_of_their_own(make_gateway: Callable[...
     salts = [asked.headers["x-agentstate-salt"] for asked in gateway.engine.asked]
     assert len(set(salts[:3])) == len(set(salts[3:])) == 1
     assert salts[0] != salts[3]
+
+
+def test_a_session_too_many_is_refused_to_who_names_it_and_others_are_served_without(
+    make_gateway: Callable[..., Gateway],
+) -> None:
+    gateway = make_gateway(says_hi)
+    key = gateway.key("acme")
+    with gateway.service.database.write() as connection:
+        quotas.put(connection, "tenant acme", Quota(sessions=0))
+    refused = gateway.chat({"role": "user", "content": "hi"}, X_AgentState_Session="mine", **authorized(key))
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["type"]) == (429, "too_many_sessions", "rate_limit_error")
+    assert refused.headers["x-should-retry"] == "false"
+    refused = gateway.post("/v1/responses", {"model": MODEL, "input": "hi", "store": True}, **authorized(key))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_sessions")
+    assert gateway.engine.asked == []
+    served = gateway.chat({"role": "user", "content": "hello"}, **authorized(key))
+    assert (served.status_code, served.headers.get("x-agentstate-session")) == (200, None)
+    assert gateway.engine.asked[0].headers["x-agentstate-salt"], "it has its tenant's salt all the same"
+    assert gateway.service.http.get("/v1/sessions", headers=authorized(key)).json()["data"] == []
 
 
 def test_a_tenant_cannot_go_on_with_anothers_conversation(make_gateway: Callable[..., Gateway]) -> None:

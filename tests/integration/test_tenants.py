@@ -10,6 +10,8 @@ from stage import MODEL, Service
 from test_http_api import assert_problem
 
 from agentstate.errors import SettingsError
+from agentstate.fleet import quotas
+from agentstate.fleet.quotas import Quota
 from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Tenant
 from agentstate.settings import Settings
@@ -112,6 +114,19 @@ def test_a_tenant_that_sends_too_much_is_told_when_to_come_back(service: Service
     problem = assert_problem(response, 429, "rate-limited", retryable=True)
     assert 1 <= int(response.headers["retry-after"]) <= 100
     assert 0 < problem["retry_after_s"] <= 100
+    assert create(service, others).status_code == 201
+
+
+def test_a_session_too_many_is_refused_and_nothing_else(service: Service) -> None:
+    headers, others = key_for(service, "acme"), key_for(service, "other")
+    first = create(service, headers).json()["id"]
+    with service.database.write() as connection:
+        quotas.put(connection, "tenant acme", Quota(sessions=1))
+    problem = assert_problem(create(service, headers), 429, "too-many-sessions")
+    assert "tenant acme may have 1 session" in problem["detail"]
+    fork = service.http.post(f"/v1/sessions/{first}/forks", headers={**headers, "If-Match": "*"}, json={})
+    assert_problem(fork, 429, "too-many-sessions")
+    assert service.http.post(f"/v1/sessions/{first}/resume", headers=headers, json={}).status_code == 200
     assert create(service, others).status_code == 201
 
 

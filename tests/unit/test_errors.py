@@ -45,6 +45,7 @@ def test_problem_types_are_pinned() -> None:
         "idempotency-key-reused": 422,
         "rate-limited": 429,
         "too-many-operations": 429,
+        "too-many-sessions": 429,
         "database-error": 503,
         "agent-state-error": 500,
     }

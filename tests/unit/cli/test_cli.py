@@ -145,6 +145,26 @@ def test_keys_are_made_listed_and_revoked(home: Path) -> None:
     assert "key_none" in only_line(run("keys", "revoke", "key_none", **environment))
 
 
+def test_quotas_are_set_kept_cleared_and_listed(home: Path) -> None:
+    environment = {"AGENTSTATE_HOME": str(home)}
+    run("tenants", "set", "acme", "--requests-per-s", "5", **environment)
+    said = run("tenants", "quota", "acme", "--device", "20GiB", "--nvme", "1TiB", "--sessions", "7", **environment)
+    assert said.stdout.strip() == "tenant acme: device_bytes: 20.0GiB, nvme_bytes: 1.0TiB, sessions: 7"
+    said = run("tenants", "quota", "acme", "--device", "none", "--host", "5MB", **environment)
+    assert said.stdout.strip() == "tenant acme: host_bytes: 4.8MiB, nvme_bytes: 1.0TiB, sessions: 7"
+    assert run("tenants", "quota", "--group", "g", "--host", "1GiB", **environment).stdout.startswith("group g: host")
+    assert run("tenants", "quota", "--none", "--device", "0", **environment).stdout.strip() == "none: device_bytes: 0B"
+    listed = {row["account"]: row for row in json.loads(run("tenants", "ls", "--json", **environment).stdout)}
+    assert list(listed) == ["none", "group g", "tenant acme"]
+    assert (listed["tenant acme"]["requests_per_s"], listed["tenant acme"]["nvme_bytes"]) == (5.0, 2**40)
+    assert "5000000" not in run("tenants", "ls", **environment).stdout
+    assert run("tenants", "quota", "acme", "--clear", **environment).stdout.strip() == "tenant acme: no limits"
+    assert "whose quota" in only_line(run("tenants", "quota", **environment))
+    assert "is a tenant's" in only_line(run("tenants", "quota", "--none", "--sessions", "1", **environment))
+    assert "is no size" in only_line(run("tenants", "quota", "acme", "--device", "much", **environment))
+    assert "no name of a tenant" in only_line(run("tenants", "quota", "a b", **environment))
+
+
 def test_limits_of_a_tenant_and_a_collection(home: Path) -> None:
     environment = {"AGENTSTATE_HOME": str(home)}
     assert "acme is its own" in run("tenants", "set", "acme", "--expires-in-s", "60", **environment).stderr

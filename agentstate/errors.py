@@ -43,13 +43,19 @@
     ├── EngineError
     │   ├── EngineUnreachable        no answer in time; the engine may still act on the request
     │   └── EngineRefused            the engine answered with an error
-    └── PageStoreError
-        ├── PageStoreLocked          another process owns the store directory
-        ├── PageStoreUnwritable
-        ├── PageStoreFull
-        ├── FingerprintMismatch      pages of another model, layout or format
-        └── BadExtent                an extent file is damaged, or is none of ours
-            └── UnknownFormat        the extent is intact, in a format that this release does not read
+    ├── PageStoreError
+    │   ├── PageStoreLocked          another process owns the store directory
+    │   ├── PageStoreUnwritable
+    │   ├── PageStoreFull
+    │   ├── FingerprintMismatch      pages of another model, layout or format
+    │   └── BadExtent                an extent file is damaged, or is none of ours
+    │       ├── UnknownFormat        the extent is intact, in a format that this release does not read
+    │       └── MacMismatch          a shared extent has no MAC of a key that is known here
+    └── TierError                    a store that engines share could not do what was asked
+        ├── TierMissing              there is no such extent
+        │   └── TierShort            it ends too early
+        ├── TierUnavailable          no answer, or one that may be another later
+        └── TierRefused              an operator has to do something first
 
 The first line of a class's docstring is its default message. ``retryable`` says whether the same call may succeed later
 without a change by the caller. Over HTTP an error's problem type is its ``slug``, its name in kebab case, so **renaming
@@ -308,3 +314,29 @@ class BadExtent(PageStoreError):
 
 class UnknownFormat(BadExtent):
     """The extent is of a format that this release does not read."""
+
+
+class MacMismatch(BadExtent):
+    """The extent has no message authentication code of a key that is known here."""
+
+
+class TierError(AgentStateError):
+    """The shared store could not do what was asked."""
+
+
+class TierMissing(TierError):
+    """There is no such extent in the shared store."""
+
+
+class TierShort(TierMissing):
+    """The extent in the shared store ends too early."""
+
+
+class TierUnavailable(TierError):
+    """The shared store does not answer now."""
+
+    retryable = True
+
+
+class TierRefused(TierError):
+    """The shared store refuses this until an operator changes something."""

@@ -213,6 +213,16 @@ class Settings(BaseSettings):
         gt=0,
         description="How long prefetched pages stay in staging for the next request, where there is no host tier.",
     )
+    shared_store: str = Field(
+        "",
+        description="A store that engines share: file:///DIRECTORY, s3://BUCKET/PREFIX, gs://… or az://…, with "
+        "credentials from AWS_*, GOOGLE_* or AZURE_*. No engine uses it yet: `agentstate bench tiers` measures it.",
+    )
+    store_key: SecretStr = Field(
+        SecretStr(""),
+        description="Key of at least 32 characters that extents in the shared store are signed with, or a new and an "
+        "old one with a comma between them. Empty: none are signed, and any are read.",
+    )
     control_address: str = Field(
         "tcp://127.0.0.1:*", description="ZeroMQ address that an engine rank binds its control endpoint to."
     )

@@ -180,6 +180,8 @@ class DirectoryTier(Tier):
     # Publishing
 
     def _publish(self, extent: ExtentName, source: Source, future: Future[bool]) -> bool:
+        # Before, so that nothing is written elsewhere, and after, for what happened meanwhile.
+        self._require_root()
         final = self._root / str(extent)
         for attempt in range(_ATTEMPTS):
             try:
@@ -271,6 +273,7 @@ class DirectoryTier(Tier):
         parts = [part for part in prefix.split("/") if part]
         if any(part in (".", "..") for part in parts):
             raise ValueError(f"{prefix!r} is no part of a name")
+        self._require_root()
         entries: list[Entry] = []
         now_s = time.time()
         for name, path in self._names(parts, after):
@@ -281,8 +284,7 @@ class DirectoryTier(Tier):
             entries.append(Entry(name, status.st_size, max(0.0, now_s - status.st_mtime)))
             if len(entries) == limit:
                 return Page(entries, name)
-        if not entries:
-            self._require_root()
+        self._require_root()
         return Page(entries, None)
 
     def _names(self, prefix: Sequence[str], after: str | None) -> Iterator[tuple[str, Path]]:

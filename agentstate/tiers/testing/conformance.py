@@ -142,7 +142,7 @@ class TierTests:
         path.write_bytes(content(5))
         fd = os.open(path, os.O_WRONLY)
         with io.FileIO(fd, "w") as file, pytest.raises(OSError) as error:
-            tier.publish(name_of(content(5)), file).result(PATIENCE_S)  # type: ignore[arg-type]
+            tier.publish(name_of(content(5)), file).result(PATIENCE_S)
         assert error.value.errno is not None
         assert names(tier) == []
 

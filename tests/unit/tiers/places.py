@@ -61,4 +61,8 @@ def local(root: Path) -> Objects:
 def on(server: Server, url: str | None = None, **environment: str) -> Objects:
     """A prefix of its own on the S3 server."""
     with patch.dict(os.environ, {**server.environment, **environment}):
-        return Objects(open_store(url or f"s3://tests/{os.getpid()}-{next(_numbers)}"))
+        place = Objects(open_store(url or f"s3://tests/{os.getpid()}-{next(_numbers)}"))
+    if url is None:
+        # The bucket is made by the first object in it.
+        obstore.put(place.store, "bucket", b"")
+    return place

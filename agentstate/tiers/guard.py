@@ -243,6 +243,11 @@ class Guard(Tier):
             self._counts["hedges"] += 1
             return True
 
+    def _may_retry(self) -> bool:
+        """No pause helps while nothing is sent."""
+        with self._mutex:
+            return self._reach.closed and not self._closed
+
     def _count(self, word: str, n: int = 1) -> None:
         with self._mutex:
             self._counts[word] += n
@@ -390,7 +395,7 @@ class _Call:
         with self._mutex:
             if self._over or self._running:
                 return  # the other one may still succeed
-        if self._left <= 0 or not isinstance(error, TierUnavailable) or self._guard._closed:
+        if self._left <= 0 or not isinstance(error, TierUnavailable) or not self._guard._may_retry():
             self._end(None, error)
             return
         policy, pause_s = self._guard._policy, self._pause_s * self._guard._chance()

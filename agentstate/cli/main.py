@@ -520,6 +520,22 @@ def bench_service(
     room.run(plan, databases.split(","), report)
 
 
+@bench.command("tiers")
+def bench_tiers(
+    store: Annotated[
+        str, typer.Option(help="URL of a shared store. Default: AGENTSTATE_SHARED_STORE, or a directory and SeaweedFS.")
+    ] = "",
+    directory: Annotated[Path | None, typer.Option(help="Where these two keep their files.")] = None,
+    mib: Annotated[int, typer.Option(min=64, help="How much to read in a round, in whole extents of 64 MiB.")] = 256,
+    at_once: Annotated[int, typer.Option(min=1, help="How many reads are in flight.")] = 4,
+    rounds: Annotated[int, typer.Option(min=2, help="How often each is read.")] = 10,
+    report: JsonPath = None,
+) -> None:
+    """Read extents through a shared store's tier, and the same ranges without it: by obstore, or by preads."""
+    room, url = _room("benchmarks.tiers"), store or Settings().shared_store
+    room.run(url, directory, mib=mib, at_once=at_once, rounds=rounds, report=report)
+
+
 @bench.command()
 def throughput(
     models: Models = DEFAULT_MODELS,

@@ -208,10 +208,28 @@ def test_a_share_that_is_not_mounted_misses_nothing_and_is_not_written_to(tmp_pa
     ):
         with pytest.raises(TierUnavailable, match="mounted"):
             attempt()
+    assert list(root.iterdir()) == []
     shutil.rmtree(root)
     (tmp_path / "elsewhere").rename(root)
     assert read(tier, NAME, 0, len(DATA)) == DATA
     tier.close()
+
+
+def test_nothing_is_acknowledged_if_the_share_goes_away_while_it_is_published(
+    root: Path, tier: DirectoryTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tier, content(2))
+    real = os.mkdir
+
+    def mkdir(path: Path, mode: int) -> None:
+        if root.exists() and not (root.parent / "elsewhere").exists():
+            root.rename(root.parent / "elsewhere")
+            root.mkdir()
+        real(path, mode)
+
+    monkeypatch.setattr(directory.os, "mkdir", mkdir)
+    with pytest.raises(TierUnavailable, match="mounted"):
+        publish(tier, DATA, name_of(DATA, bytes([7]) * 32))
 
 
 def test_files_and_directories_are_their_users_alone(root: Path, tier: DirectoryTier) -> None:

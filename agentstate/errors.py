@@ -304,6 +304,10 @@ class PageStoreFull(PageStoreError):
     """There is no space left for pages."""
 
 
+class OwnerFull(PageStoreFull):
+    """An owner's limit leaves no space for pages of this owner."""
+
+
 class FingerprintMismatch(PageStoreError):
     """The pages belong to another model, layout or format version."""
 

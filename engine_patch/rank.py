@@ -14,6 +14,7 @@ from agentstate.fleet import engines
 from agentstate.lookahead import policies
 from agentstate.lookahead.forecast import Forecast
 from agentstate.pages import PageStore, Space
+from agentstate.pages.space import NOBODY, Limits, largest
 from agentstate.settings import ENGINE_LIMITS, Settings
 from agentstate.sql.database import Database
 from engine_patch import identity
@@ -68,6 +69,7 @@ class Rank:
             self.retire(f"AgentState cannot store what this model keeps: {error}")
         self._device_pools = pools
         self._shape = identity.shape()
+        self._limits: Limits | None = None
         marks, self._space = self._identity()
         self.pools = StoredPools(pools, self._opening(marks, self._space), settings, self._ranks_here())
         if settings.foresight and self.pools.host_tier is not None:
@@ -106,7 +108,9 @@ class Rank:
     def _identity(self) -> tuple[Mapping[PoolName, bytes], Space]:
         """The fingerprints of this rank's pools with the weights that are loaded, and the room of their stores."""
         of_ranks = identity.fingerprints(self._server_args, self.page_size, self._device_pools)
-        return of_ranks[get_parallel().tp_rank], identity.space(self.settings, of_ranks)
+        space = identity.space(self.settings, of_ranks)
+        space.limits = self._limits
+        return of_ranks[get_parallel().tp_rank], space
 
     def _opening(self, marks: Mapping[PoolName, bytes], space: Space) -> Callable[[DevicePool], PageStore]:
         def open_store(pool: DevicePool) -> PageStore:
@@ -127,6 +131,19 @@ class Rank:
             dead=self._space.take_dead,
             accounts=self.accounts,
         )
+
+    def limit_owners(self, limits: Limits | None) -> None:
+        """Bound what every owner of pages has on the drive, in bytes over all ranks, which share it evenly. Owners are
+        the accounts of turns, and `NOBODY` has what requests without a turn wrote. ``limits`` answers the same every
+        time; it may be replaced at any time, from any thread."""
+        ranks = get_parallel().tp_size
+
+        def of_this_rank(owner: str) -> int | None:
+            assert limits is not None
+            limit = limits(owner or NOBODY)
+            return None if limit is None else limit // ranks
+
+        self._limits = self._space.limits = None if limits is None else of_this_rank
 
     def retire(self, reason: str) -> None:
         """Restore and spill nothing from now on, and say why, once: in the log and in `stat`."""
@@ -229,6 +246,7 @@ class Rank:
             "fingerprint": self._engine.fingerprint,
             "off": self.off,
             **self.pools.stat(),
+            **asdict(largest(self._space.owners())),
             "break_even": asdict(self.break_even.stats),
             "preload": asdict(self.preload_stats),
             "order": asdict(self.order_stats),

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from agentstate.errors import PageStoreError, PageStoreFull
+from agentstate.errors import OwnerFull, PageStoreError, PageStoreFull
 from agentstate.pages import ExtentDraft, LayerwiseReader, PageKeys, PageStore, Writer, merge
 from engine_patch.staging import PinnedMemory
 from engine_patch.transfer import DevicePages, PageNumbers
@@ -326,7 +326,10 @@ class Spiller:
                 self.stats.pages_known += len(offer.keys) - new
             # Pages that were on their way for an earlier offer must have arrived too.
             stored = not skipped and all(self._store.stored(offer.keys))
-            if failure is not None:
+            if isinstance(failure, OwnerFull):
+                # Who is at its limit fails for as long as it is, and the store has said so.
+                pass
+            elif failure is not None:
                 self._complain(failure)
             elif spilled:
                 self._said = None

@@ -32,7 +32,6 @@ class Extent:
     pins: int = 0
     pinned_until_s: float = 0.0
     needed_by: dict[str, int] = field(default_factory=dict)
-    entry: Entry | None = None
     owner: str = ""
 
     def record(self) -> ExtentRecord:
@@ -43,7 +42,7 @@ class Extent:
         return bool(self.needed_by), self.used
 
 
-class Entry(NamedTuple):
+class _Entry(NamedTuple):
     """An extent's place in the order, as of when it was put there."""
 
     turn: tuple[bool, int]
@@ -61,38 +60,43 @@ class EvictionOrder:
     """
 
     def __init__(self) -> None:
-        self._heap: list[Entry] = []
+        self._heap: list[_Entry] = []
         self._serials = itertools.count()
-        self._extents = 0
+        self._entries: dict[Extent, _Entry] = {}
 
     def add(self, owner: Any, extent: Extent) -> None:
-        if extent.entry is None:
-            self._extents += 1
-        extent.entry = Entry(extent.turn(), next(self._serials), owner, extent)
-        heapq.heappush(self._heap, extent.entry)
-        if len(self._heap) > 2 * self._extents + 64:
-            self._heap = [entry for entry in self._heap if entry is entry.extent.entry]
+        entry = self._entries[extent] = _Entry(extent.turn(), next(self._serials), owner, extent)
+        heapq.heappush(self._heap, entry)
+        if len(self._heap) > 2 * len(self._entries) + 64:
+            self._heap = list(self._entries.values())
             heapq.heapify(self._heap)
 
+    def of(self, chosen: Callable[[Extent], bool]) -> EvictionOrder:
+        """Another order, of those of the extents that are ``chosen``."""
+        order = EvictionOrder()
+        for extent, entry in self._entries.items():
+            if chosen(extent):
+                order.add(entry.owner, extent)
+        return order
+
     def remove(self, extent: Extent) -> None:
-        if extent.entry is not None:
-            extent.entry = None
-            self._extents -= 1
+        self._entries.pop(extent, None)
 
     def hasten(self, extent: Extent) -> None:
         """An extent is not needed any more: its turn comes earlier than it did."""
-        if extent.entry is not None and extent.turn() < extent.entry.turn:
-            self.add(extent.entry.owner, extent)
+        entry = self._entries.get(extent)
+        if entry is not None and extent.turn() < entry.turn:
+            self.add(entry.owner, extent)
 
     def choose(self, n_bytes: float, may_go: Callable[[Any, Extent], bool]) -> list[tuple[Any, Extent]]:
         """Take the next extents that ``may_go`` out of the order, until they have ``n_bytes``, and return them with
         their owners. They have less than that if there are no more."""
         chosen: list[tuple[Any, Extent]] = []
-        staying: list[Entry] = []
+        staying: list[_Entry] = []
         while n_bytes > 0 and self._heap:
             entry = heapq.heappop(self._heap)
             extent = entry.extent
-            if entry is not extent.entry:
+            if entry is not self._entries.get(extent):
                 continue
             if extent.turn() != entry.turn:
                 self.add(entry.owner, extent)
@@ -107,7 +111,7 @@ class EvictionOrder:
         return chosen
 
     def __len__(self) -> int:
-        return self._extents
+        return len(self._entries)
 
     def put_back(self, chosen: Iterable[tuple[Any, Extent]]) -> None:
         for owner, extent in chosen:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from agentstate.errors import PageStoreFull
+from agentstate.errors import OwnerFull, PageStoreFull
 from agentstate.pages.eviction import EvictionOrder, Extent
 from agentstate.pages.node import node_id
 from agentstate.pages.siblings import Lacking, Siblings
+
+logger = logging.getLogger(__name__)
 
 MAKE_ROOM = "make room on its disk, or raise AGENTSTATE_PAGES_QUOTA"
 # What is charged to nobody is said to be of this owner.
@@ -22,6 +26,8 @@ NOBODY = "none"
 _MOST_OWNERS = 64
 # The clock of uses leaves room to order the extents of one use among each other.
 WITHIN = 1 << 20
+# How many bytes each owner may hold, by its name; None: as many as there is room for.
+Limits = Callable[[str], int | None]
 
 
 class Quota(NamedTuple):
@@ -84,6 +90,8 @@ class Store(Protocol):
 
     def evictable_bytes(self) -> int: ...
 
+    def pinned_bytes(self, owner: str) -> int: ...
+
     def take(self, extent: Extent) -> bool: ...
 
     def put_back(self, extent: Extent) -> None: ...
@@ -97,6 +105,10 @@ class Space:
     With ``root``, whose id is ``node``, the stores that other engines left below it are evicted before anything of
     these stores (`Siblings`). Rank ``rank`` of ``ranks`` counts its part of them. Never evicted are ``kin``, the
     directories of this engine's own stores, of all ranks and pools: they may not be open yet.
+
+    ``limits`` are those of owners. An owner gives of its own before more of it is stored than its limit, and where room
+    is lacking, what owners have beyond their limits goes before anything else. They may be replaced at any time, by a
+    function that answers the same every time.
     """
 
     def __init__(
@@ -107,16 +119,26 @@ class Space:
         kin: Collection[Path] = (),
         rank: int = 0,
         ranks: int = 1,
+        limits: Limits | None = None,
     ):
         self.quota = quota
+        self.limits = limits
         self._root = root
         self.node = "" if root is None else node_id(root)
         # Held while an index changes or room is made, in whichever store: that may take as long as the disk does.
         self.lock = threading.Lock()
-        self.order = EvictionOrder()
+        self._order = EvictionOrder()
         self._stores: list[Store] = []
+        self._held: Counter[str] = Counter()
+        # What follows is kept up to date with the limits of which it was made. Of owners with a limit: their extents,
+        # from when they have to give first. Who has more than its limit, and of whom that was said.
+        self._limits: Limits | None = None
+        self._orders: dict[str, EvictionOrder] = {}
+        self._above: set[str] = set()
+        self._refused: set[str] = set()
         self._siblings = None if root is None else Siblings(root, kin, rank, ranks)
         self._being_written = 0
+        self._written_for: Counter[str] = Counter()
         self._clock = itertools.count(1)
 
     def now(self) -> int:
@@ -145,9 +167,57 @@ class Space:
     def leave(self, store: Store) -> None:
         self._stores.remove(store)
 
-    def expect(self, n_bytes: int) -> None:
-        """So many bytes (or so many fewer) are being written and are no extent yet."""
+    def expect(self, n_bytes: int, owner: str | None = None) -> None:
+        """So many bytes (or so many fewer) are being written and are no extent yet; ``owner`` will be charged."""
         self._being_written += n_bytes
+        if owner is not None:
+            _add(self._written_for, owner, n_bytes)
+
+    def hold(self, owner: str, n_bytes: int) -> None:
+        """An owner has so many bytes (or so many fewer) more in extents."""
+        _add(self._held, owner, n_bytes)
+        if self._limits is not None:
+            self._compare(owner)
+
+    def add(self, store: Store, extent: Extent) -> None:
+        """An extent may be evicted."""
+        for order in self._orders_of(extent):
+            order.add(store, extent)
+
+    def remove(self, extent: Extent) -> None:
+        """An extent is none any more."""
+        for order in self._orders_of(extent):
+            order.remove(extent)
+
+    def hasten(self, extent: Extent) -> None:
+        """The turn of an extent comes earlier than it did."""
+        for order in self._orders_of(extent):
+            order.hasten(extent)
+
+    def _orders_of(self, extent: Extent) -> Iterable[EvictionOrder]:
+        own = self._orders.get(extent.owner)
+        return (self._order,) if own is None else (self._order, own)
+
+    def _limit(self, owner: str) -> int | None:
+        if self._limits is not self.limits:
+            self._limits = self.limits
+            self._orders, self._refused, self._above = {}, set(), set()
+            for name in self._held:
+                self._compare(name)
+        return None if self._limits is None else self._limits(owner)
+
+    def _compare(self, owner: str) -> None:
+        limit = None if self._limits is None else self._limits(owner)
+        if limit is not None and self._held[owner] > limit:
+            self._above.add(owner)
+        else:
+            self._above.discard(owner)
+
+    def _order_of(self, owner: str) -> EvictionOrder:
+        """The extents of one owner. To be asked for an owner with a limit."""
+        if (order := self._orders.get(owner)) is None:
+            order = self._orders[owner] = self._order.of(lambda extent: extent.owner == owner)
+        return order
 
     def lacking(self, store: Store, n_bytes: int) -> Lacking:
         """What ``n_bytes`` more of a store would exceed."""
@@ -157,13 +227,26 @@ class Space:
         held = self._bytes() + (self._siblings.n_bytes if self._siblings else 0)
         return Lacking(0 if self.quota.max_bytes is None else held + more - self.quota.max_bytes, more - free)
 
-    def require(self, store: Store, n_bytes: int) -> None:
-        """Raise PageStoreFull when there could be no room for ``n_bytes`` more, whatever was evicted for them."""
+    def require(self, store: Store, n_bytes: int, owner: str | None = None) -> None:
+        """Raise PageStoreFull when there could be no room for ``n_bytes`` more, whatever was evicted for them, and
+        OwnerFull when the limit of ``owner`` leaves none."""
+        if (over := self._over(owner, n_bytes)) > 0:
+            assert owner is not None
+            pinned = sum(store.pinned_bytes(owner) for store in self._stores)
+            if over > self._held[owner] - pinned:
+                raise self._owner_full(owner, n_bytes)
         lacking = self.lacking(store, n_bytes)
         if max(lacking) > 0 and self._siblings and self._siblings.look(lacking):
             lacking = self.lacking(store, n_bytes).without(self._siblings.n_bytes, self._siblings.all_bytes)
         if max(lacking) > 0 and max(lacking) > self._evictable_bytes():
             raise self._full(store, n_bytes)
+
+    def _over(self, owner: str | None, n_bytes: int) -> int:
+        """By how much ``n_bytes`` more would exceed an owner's limit."""
+        limit = self._limit(owner) if owner is not None else None
+        if owner is None or limit is None:
+            return 0
+        return self._held[owner] + self._written_for[owner] + n_bytes - limit
 
     def evict_siblings(self, store: Store, n_bytes: int = 0) -> Lacking:
         """Evict of what others left as much as ``n_bytes`` more ask for: what they lack then."""
@@ -176,40 +259,71 @@ class Space:
                 break
         return lacking
 
-    def make(self, store: Store, n_bytes: int, *, recycle: bool = False) -> Path | None:
-        """Evict until there is room for ``n_bytes`` more of ``store``: the file of an evicted extent of it, if that is
-        to be recycled and there is one. Raises PageStoreFull, and evicts nothing of these stores, when all that may be
-        evicted would not be enough."""
-        excess = max(self.evict_siblings(store, n_bytes))
+    def make(self, store: Store, n_bytes: int, owner: str | None = None, *, recycle: bool = False) -> Path | None:
+        """Evict until there is room for ``n_bytes`` more of ``store``, charged to ``owner``: the file of an evicted
+        extent of it, if that is to be recycled and there is one. Raises PageStoreFull, and evicts nothing of these
+        stores, when all that may be evicted would not be enough; OwnerFull, when that is because of the owner's
+        limit."""
         victims: list[tuple[Store, Extent]] = []
-        # More than once only where something was pinned in the meantime.
-        while (missing := excess - sum(extent.file_bytes for _, extent in victims)) > 0:
-            chosen = self._choose(missing) if missing <= self._evictable_bytes() else []
-            if sum(extent.file_bytes for _, extent in chosen) < missing:
-                self.order.put_back(chosen)
-                for owner, extent in victims:
-                    owner.put_back(extent)
+        try:
+            if (over := self._over(owner, n_bytes)) > 0:
+                assert owner is not None
+                if self._take(self._order_of(owner), over, victims) > 0:
+                    raise self._owner_full(owner, n_bytes)
+            missing = max(self.evict_siblings(store, n_bytes - _bytes_of(victims)))
+            if missing > 0:
+                missing = self._take_above(missing, victims)
+            if missing > 0 and (
+                missing > self._evictable_bytes() - _bytes_of(victims) or self._take(self._order, missing, victims) > 0
+            ):
                 raise self._full(store, n_bytes)
-            for owner, extent in chosen:
-                if owner.take(extent):
-                    victims.append((owner, extent))
-                else:
-                    self.order.add(owner, extent)
+        except PageStoreFull:
+            for of, extent in victims:
+                of.put_back(extent)
+            raise
         spare = None
         while victims:
-            owner = victims[0][0]
-            own = [extent for of, extent in victims if of is owner]
-            victims = [(of, extent) for of, extent in victims if of is not owner]
+            of_store = victims[0][0]
+            own = [extent for of, extent in victims if of is of_store]
+            victims = [(of, extent) for of, extent in victims if of is not of_store]
             try:
-                spare = owner.evict(own, recycle=recycle and owner is store) or spare
+                spare = of_store.evict(own, recycle=recycle and of_store is store) or spare
             except (OSError, PageStoreFull):
                 for of, extent in victims:
                     of.put_back(extent)
                 raise
         return spare
 
-    def _choose(self, n_bytes: float) -> list[tuple[Store, Extent]]:
-        return self.order.choose(n_bytes, lambda store, extent: store.evictable(extent))
+    def _take_above(self, missing: float, victims: list[tuple[Store, Extent]]) -> float:
+        """Take what owners have beyond their limits, of who has most beyond it first. Returns what is lacking still."""
+        self._limit("")
+        above = []
+        for owner in self._above:
+            taken = sum(extent.file_bytes for _, extent in victims if extent.owner == owner)
+            above.append((self._held[owner] - taken - (self._limit(owner) or 0), owner))
+        for over, owner in sorted(above, key=lambda one: (-one[0], one[1])):
+            if missing <= 0:
+                break
+            before = _bytes_of(victims)
+            self._take(self._order_of(owner), min(over, missing), victims)
+            missing -= _bytes_of(victims) - before
+        return missing
+
+    def _take(self, order: EvictionOrder, missing: float, victims: list[tuple[Store, Extent]]) -> float:
+        """Take the next extents of an order, until they have ``missing`` bytes. Returns what is lacking still."""
+        while missing > 0 and (chosen := order.choose(missing, lambda store, extent: store.evictable(extent))):
+            for store, extent in chosen:
+                if store.take(extent):
+                    victims.append((store, extent))
+                    missing -= extent.file_bytes
+                else:
+                    # Pinned in the meantime.
+                    self.add(store, extent)
+        return missing
+
+    def owners(self) -> dict[str, int]:
+        """The bytes that each owner has in extents. From any thread."""
+        return dict(self._held)
 
     def _bytes(self) -> int:
         return sum(store.stats.bytes for store in self._stores)
@@ -217,8 +331,29 @@ class Space:
     def _evictable_bytes(self) -> int:
         return sum(store.evictable_bytes() for store in self._stores)
 
+    def _owner_full(self, owner: str, n_bytes: int) -> OwnerFull:
+        limit, name = self._limit(owner), owner or NOBODY
+        reason = (
+            f"{n_bytes:,} bytes of KV pages of {name} are not stored: it may hold {limit:,} bytes here, and has "
+            f"{self._held[owner]:,} that cannot be evicted"
+        )
+        if owner not in self._refused:
+            self._refused.add(owner)
+            logger.warning("page store: %s; said once for this limit", reason)
+        return OwnerFull(reason)
+
     def _full(self, store: Store, n_bytes: int) -> PageStoreFull:
         return PageStoreFull(
             f"no room for {n_bytes:,} bytes of KV pages in {store.directory}: {self._bytes():,} are stored, "
             f"and what is left of them cannot be evicted; {MAKE_ROOM}"
         )
+
+
+def _bytes_of(victims: Iterable[tuple[Store, Extent]]) -> int:
+    return sum(extent.file_bytes for _, extent in victims)
+
+
+def _add(counter: Counter[str], name: str, n_bytes: int) -> None:
+    counter[name] += n_bytes
+    if not counter[name]:
+        del counter[name]

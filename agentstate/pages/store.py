@@ -89,6 +89,8 @@ class PageStore:
         self._writing = self._space.lock
         self._mutex = threading.Lock()
         self._extents: dict[int, Extent] = {}
+        # The bytes of each owner, with files that could not be deleted.
+        self._held: Counter[str] = Counter()
         self._pinned: set[Extent] = set()
         self._pinned_for: set[Extent] = set()
         # How often it was told what is needed, and how much of that is remembered.
@@ -198,8 +200,14 @@ class PageStore:
 
     def _leave_order(self) -> None:
         for extent in self._extents.values():
-            self._space.order.remove(extent)
+            self._space.remove(extent)
+        for owner, n_bytes in list(self._held.items()):
+            self._hold(owner, -n_bytes)
         self._told = 0
+
+    def _hold(self, owner: str, n_bytes: int) -> None:
+        self._held[owner] += n_bytes
+        self._space.hold(owner, n_bytes)
 
     def _load(self, before: Mapping[int, Extent]) -> None:
         """Make the index agree with the files. Those of ``before`` that are there still stay the extents that they
@@ -238,10 +246,12 @@ class PageStore:
                     self._adopt(change, number, before)
         self.stats.bytes = sum(extent.file_bytes for extent in self._extents.values())
         self.stats.pages = sum(extent.live for extent in self._extents.values())
+        for extent in self._extents.values():
+            self._hold(extent.owner, extent.file_bytes)
         self._delete(list(self._extents.values()))
         for extent in self._extents.values():
             self._told += len(extent.needed_by)
-            self._space.order.add(self, extent)
+            self._space.add(self, extent)
         self._drop_again()
 
     def _drop_again(self) -> None:
@@ -334,6 +344,7 @@ class PageStore:
                 self._undeleted.add(extent.number)
                 continue
             self.stats.bytes -= extent.file_bytes
+            self._hold(extent.owner, -extent.file_bytes)
         return spare, failure
 
     def _recycle(self, extent: Extent) -> Path | None:
@@ -483,7 +494,7 @@ class PageStore:
                     del extent.needed_by[session]
                 self._told -= len(before)
                 if before:
-                    self._space.order.hasten(extent)
+                    self._space.hasten(extent)
 
     def take_losers(self) -> set[str]:
         """The sessions whose manifests may have lost pages since this was asked last, because they were evicted or
@@ -518,18 +529,19 @@ class PageStore:
             return before - self.stats.bytes
 
     def make_room(self, n_bytes: int) -> None:
-        """Evict until ``n_bytes`` more fit the quota: what no live manifest needs before what one does, then the least
-        recently used, of all stores that share the room. Raises PageStoreFull, and evicts nothing, when all that may be
-        evicted would not be enough."""
+        """Evict until ``n_bytes`` more fit the quota: what owners have beyond their limits first, then what no live
+        manifest needs before what one does, then the least recently used, of all stores that share the room. Raises
+        PageStoreFull, and evicts nothing, when all that may be evicted would not be enough."""
         with self._writing:
             self._space.make(self, n_bytes)
 
-    def require_room(self, n_bytes: int) -> None:
-        """Raise PageStoreFull when there could be no room for ``n_bytes`` more, whatever was evicted for them. Evicts
-        nothing: who publishes them does, and writes over what was evicted."""
+    def require_room(self, n_bytes: int, owner: str | None = None) -> None:
+        """Raise PageStoreFull when there could be no room for ``n_bytes`` more, whatever was evicted for them, and
+        OwnerFull when the limit of their ``owner`` forbids them. Evicts nothing: who publishes them does, and writes
+        over what was evicted."""
         with self._writing:
             self._attend()
-            self._space.require(self, n_bytes)
+            self._space.require(self, n_bytes, owner)
 
     # What `Space` asks for; it holds the lock.
 
@@ -545,6 +557,12 @@ class PageStore:
             }
             return self.stats.bytes - sum(extent.file_bytes for extent in self._pinned | self._pinned_for)
 
+    def pinned_bytes(self, owner: str) -> int:
+        """Bytes of an owner that are pinned. It takes no longer than there are pins."""
+        with self._mutex:
+            pinned = [extent for extent in self._pinned | self._pinned_for if extent.owner == owner]
+        return sum(extent.file_bytes for extent in pinned if self._has(extent) and not self.evictable(extent))
+
     def _has(self, extent: Extent) -> bool:
         return self._extents.get(extent.number) is extent
 
@@ -555,7 +573,7 @@ class PageStore:
                 return False
             del self._extents[extent.number]
         self._told -= len(extent.needed_by)
-        self._space.order.remove(extent)
+        self._space.remove(extent)
         return True
 
     def put_back(self, extent: Extent) -> None:
@@ -563,7 +581,7 @@ class PageStore:
         with self._mutex:
             self._extents[extent.number] = extent
         self._told += len(extent.needed_by)
-        self._space.order.add(self, extent)
+        self._space.add(self, extent)
 
     def evict(self, victims: list[Extent], *, recycle: bool = False) -> Path | None:
         """Delete extents that were taken, but for one if it is to be recycled: where it is now. Raises OSError, or
@@ -631,9 +649,10 @@ class PageStore:
     def publish(self, draft: ExtentDraft, *, again: bool = False) -> None:
         """Make the draft's pages durable and findable: written, `fdatasync`, renamed, directory synced, indexed.
 
-        A reader, and a store opened after a crash, sees all of the extent or nothing. Raises PageStoreFull when there
-        is no room and OSError when the disk fails; and KeyError where the pages are copies of what is stored, written
-        ``again``, and one of them is not stored any more. Then nothing of the draft is stored.
+        A reader, and a store opened after a crash, sees all of the extent or nothing. An owner at its limit gives of
+        its own for it, but not for pages that are written ``again``: they replace copies of what is stored. Raises
+        PageStoreFull when there is no room and OSError when the disk fails; and KeyError where a page that is written
+        again is not stored any more. Then nothing of the draft is stored.
         """
         self._publish(draft, again, evict=True)
 
@@ -641,9 +660,10 @@ class PageStore:
         header, data = draft.seal()
         with self._writing:
             self._attend()
-            spare = self._space.make(self, len(data), recycle=True) if evict else None
+            charged = None if again else header.owner
+            spare = self._space.make(self, len(data), charged, recycle=True) if evict else None
             number, self._next = self._next, self._next + 1
-            self._space.expect(len(data))
+            self._space.expect(len(data), charged)
             self._being_written.add(number)
             if spare is not None:
                 self._written_over.add(number)
@@ -653,7 +673,7 @@ class PageStore:
                 mtime_ns = files.publish(self._directory.partial / final.name, final, data, spare)
             finally:
                 self._writing.acquire()
-                self._space.expect(-len(data))
+                self._space.expect(-len(data), charged)
                 with self._write_ended:
                     self._being_written.discard(number)
                     self._written_over.discard(number)
@@ -719,7 +739,8 @@ class PageStore:
         if entered.pinned_until_s:
             with self._mutex:
                 self._pinned_for.add(entered)
-        self._space.order.add(self, entered)
+        self._space.add(self, entered)
+        self._hold(entered.owner, file_bytes)
         self.stats.bytes += file_bytes
         self.stats.pages += gained.total()
         self.stats.pages_written += len(header.keys)

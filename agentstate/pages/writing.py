@@ -54,7 +54,7 @@ class Writer:
         """
         memory = self._free.get()
         try:
-            self._store.require_room(self._store.draft_bytes(len(keys), owner))
+            self._store.require_room(self._store.draft_bytes(len(keys), owner), owner)
             draft = self._store.draft(list(keys), memory, owner)
             fill(draft)
             draft.seal()

@@ -96,6 +96,28 @@ def test_the_pools_of_a_rank_have_one_quota_and_one_order(opened: Open) -> None:
     assert (full.stats.pages_evicted, window.stats.pages) == (1, 1), "and gives way to the other"
 
 
+def test_owners_have_limits_over_all_pools_and_stat_says_what_they_have(opened: Open) -> None:
+    one = opened()
+    full, window = stores(one)
+    each, of_window = full.draft_bytes(1, "tenant a"), window.draft_bytes(1, "tenant a")
+    limits = {"tenant a": 2 * each + of_window, "none": each}
+    one.limit_owners(limits.get)
+    for page in range(3):
+        write(full, keys(page), owner="tenant a")
+        write(full, keys((page, "b")), owner="tenant b")
+        write(full, keys((page, "none")))
+    write(window, keys(0), owner="tenant a")
+    assert full.stored(keys(0, 1, 2)) == [False, True, True]
+    assert all(full.stored(keys((0, "b"), (1, "b"), (2, "b"))))
+    assert full.stored(keys((0, "none"), (1, "none"), (2, "none"))) == [False, False, True]
+    stat = one.stat()
+    assert stat["owners"] == {"tenant b": 3 * each, "tenant a": 2 * each + of_window, "none": each}
+    assert (stat["others"], stat["others_bytes"]) == (0, 0)
+    one.limit_owners(None)
+    write(full, keys(0), owner="tenant a")
+    assert all(full.stored(keys(0, 1, 2)))
+
+
 def test_what_other_engines_left_goes_first_and_their_manifests_with_it(
     opened: Open, root: Path, database: Database
 ) -> None:

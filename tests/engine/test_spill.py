@@ -588,3 +588,18 @@ def test_a_full_extent_has_room_for_its_owners_name(rank: Rank) -> None:
     spiller.close()
     assert list(spiller.results) == [True]
     assert stored(rank, keys(*everything)) == rank.device_pages(everything)
+
+
+def test_who_is_at_its_limit_is_not_complained_of_at_every_offer(
+    rank: Rank, spiller: Spiller, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = {"tenant a": 1}
+    rank.store._space.limits = limits.get
+    for page in range(3):
+        spiller.offer(keys((page, "a")), numbers(page), owner="tenant a")
+        spiller.offer(keys(page), numbers(page), owner="tenant b")
+    spiller.drain()
+    assert list(spiller.results) == [False, True] * 3
+    assert (spiller.stats.pages_failed, spiller.stats.pages_spilled) == (3, 3)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "tenant a are not stored" in said

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -24,6 +25,9 @@ GEOMETRIES = (Geometry(layers=2, page_size=4, component_bytes=(300, 200)), Geome
 MARKS = [fingerprint(pool=str(pool)) for pool in range(len(GEOMETRIES))]
 POOL = keys(*range(8))
 
+OWNERS = ("", "a", "b")
+
+_OWNER = st.sampled_from(OWNERS)
 _STORE = st.integers(0, len(GEOMETRIES) - 1)
 _ONE = st.sampled_from(POOL)
 _SOME = st.lists(_ONE, min_size=1, max_size=5, unique=True)
@@ -31,8 +35,9 @@ _SOME = st.lists(_ONE, min_size=1, max_size=5, unique=True)
 
 @dataclass
 class _Page:
-    """A stored page: when it was used last, and who needs it."""
+    """A stored page: whose it is, when it was used last, and who needs it."""
 
+    owner: str
     used: float
     needed: bool = False
 
@@ -49,6 +54,7 @@ class SharedSpaceMachine(RuleBasedStateMachine):
         self.roots = (self.root / str(number) for number in count())
         self.readers = [reader_for(geometry) for geometry in GEOMETRIES]
         self.quota = Quota()
+        self.limits: dict[str, int] = {}
         self.clock = count(1)
         self.others = count()
         self.pages: dict[tuple[int, bytes], _Page] = {}
@@ -65,6 +71,7 @@ class SharedSpaceMachine(RuleBasedStateMachine):
             for directory, mark, geometry in zip(directories, MARKS, GEOMETRIES, strict=True)
         ]
         self.space.quota = self.quota
+        self.limit()
         self.sizes = [store.draft_bytes(1) for store in self.stores]
 
     def teardown(self) -> None:
@@ -87,47 +94,92 @@ class SharedSpaceMachine(RuleBasedStateMachine):
         own = {store.directory for store in self.stores}
         return sum(path.stat().st_size for path in self.place.glob("*/*/extents/*.ext") if path.parents[1] not in own)
 
-    def making_room(self, n_bytes: int) -> list[tuple[int, bytes]] | None:
-        """What is to be evicted for so many bytes, in order; None where there can be no room. What others left goes
-        first."""
-        if self.quota.max_bytes is None:
-            return []
+    def limit(self) -> None:
+        limits = dict(self.limits)
+        self.space.limits = limits.get if limits else None
+
+    def held(self) -> Counter[str]:
+        held = Counter[str]()
+        for (store, _), page in self.pages.items():
+            held[page.owner] += self.sizes[store]
+        return held
+
+    def making_room(self, n_bytes: int, owner: str | None) -> tuple[list[tuple[int, bytes]], ...] | None:
+        """What is to be evicted for so many bytes, because of their owner's limit and because of the quota, in order;
+        None where there can be no room. What others left goes first, then what owners have beyond their limits."""
         pinned = {(store, page) for store, pin in self.pins for page in pin.keys}
-        lacking = self.own_bytes() + n_bytes - self.quota.max_bytes
-        victims: list[tuple[int, bytes]] = []
-        for name, _ in sorted(self.pages.items(), key=lambda item: (item[1].needed, item[1].used)):
-            if lacking <= 0:
-                break
-            if name not in pinned:
+        order = [
+            name
+            for name, page in sorted(self.pages.items(), key=lambda item: (item[1].needed, item[1].used))
+            if name not in pinned
+        ]
+
+        def taken(lacking: int, of: str | None = None) -> list[tuple[int, bytes]]:
+            victims = []
+            for name in [name for name in order if of is None or self.pages[name].owner == of]:
+                if lacking <= 0:
+                    break
+                order.remove(name)
                 victims.append(name)
                 lacking -= self.sizes[name[0]]
-        return None if lacking > 0 else victims
+            return victims
 
-    def checked(self, act: object, n_bytes: int) -> bool:
+        def n_bytes_of(victims: list[tuple[int, bytes]]) -> int:
+            return sum(self.sizes[store] for store, _ in victims)
+
+        own: list[tuple[int, bytes]] = []
+        if owner in self.limits:
+            over = self.held()[owner] + n_bytes - self.limits[owner]
+            own = taken(over, owner)
+            if n_bytes_of(own) < over:
+                return None
+        victims: list[tuple[int, bytes]] = []
+        if self.quota.max_bytes is not None:
+            lacking = self.own_bytes() - n_bytes_of(own) + n_bytes - self.quota.max_bytes
+            held = self.held()
+            above = {one: held[one] - n_bytes_of(own) * (one == owner) - self.limits[one] for one in self.limits}
+            for one in sorted(above, key=lambda one: (-above[one], one)):
+                if held[one] > self.limits[one]:
+                    victims += taken(min(above[one], lacking - n_bytes_of(victims)), one)
+            victims += taken(lacking - n_bytes_of(victims))
+            if n_bytes_of(victims) < lacking:
+                return None
+        return own, victims
+
+    def checked(self, act: object, n_bytes: int, owner: str | None = None) -> bool:
         """Do what makes room, and see that it does as it should: whether there was room."""
-        victims, others, own = self.making_room(n_bytes), self.sibling_bytes(), self.own_bytes()
+        room, others, own_bytes = self.making_room(n_bytes, owner), self.sibling_bytes(), self.own_bytes()
         try:
             act()  # type: ignore[operator]
         except PageStoreFull:
-            assert victims is None, f"there was room without {victims}"
+            assert room is None, f"there was room without {room}"
             return False
-        assert victims is not None, "there was no room"
-        for name in victims:
+        assert room is not None, "there was no room"
+        own, victims = room
+        for name in (*own, *victims):
+            own_bytes -= self.sizes[name[0]] * (name in own)
             del self.pages[name]
         left = self.sibling_bytes()
         # What came to be left while there was room is seen when there is none.
-        if self.quota.max_bytes is not None and own + n_bytes > self.quota.max_bytes:
+        if self.quota.max_bytes is not None and own_bytes + n_bytes > self.quota.max_bytes:
             assert self.own_bytes() + n_bytes + left <= self.quota.max_bytes
         assert not (victims and left), "what others left goes first"
         assert left <= others
         return True
 
-    @rule(store=_STORE, page=_ONE)
-    def write(self, store: int, page: bytes) -> None:
+    @rule(store=_STORE, page=_ONE, owner=_OWNER)
+    def write(self, store: int, page: bytes, owner: str) -> None:
         if (store, page) in self.pages:
             return
-        if self.checked(lambda: write(self.stores[store], [page]), self.sizes[store]):
-            self.pages[store, page] = _Page(next(self.clock))
+        if self.checked(lambda: write(self.stores[store], [page], owner=owner), self.sizes[store], owner):
+            self.pages[store, page] = _Page(owner, next(self.clock))
+
+    @rule(owner=_OWNER, extents=st.none() | st.integers(0, 5))
+    def set_a_limit(self, owner: str, extents: int | None) -> None:
+        self.limits.pop(owner, None)
+        if extents is not None:
+            self.limits[owner] = 12_288 * extents
+        self.limit()
 
     @rule(extents=st.none() | st.integers(0, 12), n_bytes=st.integers(0, 60_000), store=_STORE)
     def make_room(self, extents: int | None, n_bytes: int, store: int) -> None:
@@ -209,3 +261,4 @@ class SharedSpaceMachine(RuleBasedStateMachine):
         for number, store in enumerate(self.stores):
             assert store.stored(POOL) == [(number, page) in self.pages for page in POOL]
             assert store.stats.bytes == sum(self.sizes[of] for of, _ in self.pages if of == number)
+        assert self.space.owners() == self.held()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from contents import MARK, MLA, drop, expected, key, keys, read, reader_for, write
 
-from agentstate.errors import PageStoreFull
+from agentstate.errors import OwnerFull, PageStoreFull
 from agentstate.pages import ANYONE, PageStore, Quota, merge
 from agentstate.pages import store as module
 from agentstate.pages.eviction import Extent
@@ -120,6 +120,54 @@ def test_a_share_of_the_disk_stays_free(store: PageStore) -> None:
     assert left(store) == [1]
     store.quota = Quota(free_fraction=0.0)
     write(store, keys(2))
+
+
+def test_an_owner_whose_limit_is_below_one_extent_stores_nothing_and_is_told_once(
+    store: PageStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(store, keys(0), owner="tenant a")
+    limits = {"tenant a": store.draft_bytes(1) - 1}
+    store._space.limits = limits.get
+    for number in range(1, 3):
+        with pytest.raises(OwnerFull):
+            store.require_room(store.draft_bytes(1, "tenant a"), "tenant a")
+        with pytest.raises(OwnerFull):
+            write(store, keys(number), owner="tenant a")
+    write(store, keys(3), owner="tenant b")
+    assert left(store) == [0, 3], "nothing goes for what is not stored"
+    (said,) = [record.getMessage() for record in caplog.records if "tenant a" in record.getMessage()]
+    assert f"it may hold {limits['tenant a']:,} bytes" in said
+    store._space.limits = dict(limits).get
+    with pytest.raises(OwnerFull):
+        write(store, keys(1), owner="tenant a")
+    assert len([record for record in caplog.records if "tenant a" in record.getMessage()]) == 2
+
+
+def test_merging_takes_no_extent_from_an_owner_at_its_limit(store: PageStore) -> None:
+    for number in range(6):
+        write(store, keys(number), owner="tenant a")
+    limits = {"tenant a": store.stats.bytes}
+    store._space.limits = limits.get
+    assert merged(store, keys(2, 3, 4, 5), 4 * MLA.layer_bytes) == 4
+    assert left(store) == [0, 1, 2, 3, 4, 5]
+    assert store._space.owners() == {"tenant a": store.stats.bytes}
+
+
+def test_an_owner_cannot_give_what_is_pinned(store: PageStore) -> None:
+    for number in range(2):
+        write(store, keys(number), owner="tenant a")
+    limits = {"tenant a": store.stats.bytes}
+    store._space.limits = limits.get
+    one = store.draft_bytes(1)
+    with store.pin(keys(0)):
+        store.require_room(one, "tenant a")
+        with pytest.raises(OwnerFull):
+            store.require_room(2 * one, "tenant a")
+        with pytest.raises(OwnerFull):
+            write(store, keys(2, 3, 4, 5), owner="tenant a")
+        assert left(store) == [0, 1]
+        write(store, keys(2), owner="tenant a")
+    assert left(store) == [0, 2]
 
 
 @pytest.mark.parametrize("how", ["merged", "written anew"])

@@ -265,6 +265,23 @@ class StoredPools:
         for pool in self._pools:
             pool.store.need(pool.needed(keys), session_id)
 
+    def retain(self, keys: Sequence[bytes], until_s: float) -> int:
+        """Do not evict a stored chain before ``until_s`` of `time.monotonic`; a time in the past ends that. How many of
+        its pages, from the first on, are retained: at most half of the room is (`PageStore.retain`)."""
+        if not self._pools:
+            return 0
+        full, *windowed = self._pools
+        retained = full.store.retain(keys, until_s)
+        for pool in windowed:
+            pool.store.retain(pool.needed(keys[:retained]), until_s)
+        return retained
+
+    def release(self, keys: Sequence[bytes], session_id: str | None = None) -> None:
+        """Nobody goes on from these pages, as far as ``session_id`` knows, whose they were: they are the first to be
+        evicted, but for those that others need (`PageStore.release`)."""
+        for pool in self._pools:
+            pool.store.release(keys, session_id)
+
     def need_only(self, chains: Iterable[tuple[str, Sequence[bytes]]]) -> None:
         """Declare which chains live manifests need, by their sessions, and that they need nothing else."""
         with ExitStack() as telling:

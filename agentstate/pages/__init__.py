@@ -2,10 +2,10 @@
 
 `PageStore` is the room's whole surface for one rank: which pages are stored (`prefix_length`), writing a run of them
 (`draft`, `publish`), finding them again and keeping them where they are (`pin`), and what to do when space runs out
-(`Quota`, `need`, `pin_for`). `Writer` fills one extent while the one before it is published. `LayerwiseReader` opens a
-`Stream` of what is pinned, layer by layer, through a bounded staging memory that a `ReadBackend` reads into, or
-straight to a `Destination`; every `Chunk` says which of its pages may be used. `merge` makes one extent of many small
-ones.
+(`Quota`, `need`, `retain`, `release`). `Writer` fills one extent while the one before it is published.
+`LayerwiseReader` opens a `Stream` of what is pinned, layer by layer, through a bounded staging memory that a
+`ReadBackend` reads into, or straight to a `Destination`; every `Chunk` says which of its pages may be used. `merge`
+makes one extent of many small ones.
 """
 
 from agentstate.pages.backends import KvikioBackend, PosixBackend, ReadBackend, staging_memory

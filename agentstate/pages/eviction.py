@@ -1,5 +1,5 @@
-"""Which extents are evicted next, over all stores that share the room: first those that no live manifest needs, then
-the others, the least recently used first."""
+"""Which extents are evicted next, over all stores that share the room: first those that were released, then those that
+no live manifest needs, then the others; the least recently used first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Extent:
     """An extent as its store works with it. Its file is deleted when it has no live page and no pin.
 
     ``needed_by`` are the sessions whose live manifests need pages of it, each with the number of the latest telling
-    that said so.
+    that said so. Of its live pages, ``let_go`` were released, by keys; at the latest at ``let_go_at`` of the clock of
+    uses.
     """
 
     number: int
@@ -30,22 +31,46 @@ class Extent:
     mtime_ns: int
     used: int = 0
     pins: int = 0
-    pinned_until_s: float = 0.0
+    retained_until_s: float = 0.0
     needed_by: dict[str, int] = field(default_factory=dict)
     owner: str = ""
+    let_go: set[bytes] = field(default_factory=set)
+    let_go_at: int = 0
 
     def record(self) -> ExtentRecord:
         return ExtentRecord(self.pages, self.live, self.file_bytes, self.mtime_ns, self.used)
 
-    def turn(self) -> tuple[bool, int]:
+    def turn(self) -> tuple[int, int]:
         """Its place in the order: it is evicted before all extents whose turn is larger."""
-        return bool(self.needed_by), self.used
+        return 0 if self.released else 2 if self.needed_by else 1, self.used
+
+    @property
+    def released(self) -> bool:
+        """Whether all of its pages were released, and none was used since."""
+        return bool(self.let_go) and len(self.let_go) >= self.live and self.used <= self.let_go_at
+
+    def release(self, key: bytes, now: int) -> None:
+        """One of its live pages is released."""
+        if self.used > self.let_go_at:
+            self.let_go.clear()
+        self.let_go.add(key)
+        self.let_go_at = now
+
+    def hand_over(self, keys: Iterable[bytes], other: Extent | None) -> None:
+        """Those of its pages that have ``keys`` are ``other``'s now; None: they have been computed anew."""
+        if not self.let_go:
+            return
+        moved = self.let_go.intersection(keys)
+        if other is not None and moved and self.used <= self.let_go_at:
+            other.let_go |= moved
+            other.let_go_at = other.used
+        self.let_go -= moved
 
 
 class _Entry(NamedTuple):
     """An extent's place in the order, as of when it was put there."""
 
-    turn: tuple[bool, int]
+    turn: tuple[int, int]
     serial: int
     owner: Any
     extent: Extent

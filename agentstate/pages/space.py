@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import threading
 from collections import Counter
@@ -91,6 +92,8 @@ class Store(Protocol):
     def evictable_bytes(self) -> int: ...
 
     def pinned_bytes(self, owner: str) -> int: ...
+
+    def retained_bytes(self, owner: str | None) -> int: ...
 
     def take(self, extent: Extent) -> bool: ...
 
@@ -247,6 +250,16 @@ class Space:
         if owner is None or limit is None:
             return 0
         return self._held[owner] + self._written_for[owner] + n_bytes - limit
+
+    def retainable(self, store: Store, owner: str | None) -> float:
+        """How many bytes more may be retained of an owner, or of all: half of what may be stored, at most."""
+        limit: float | None = self._limit(owner) if owner is not None else self.quota.max_bytes
+        if owner is None:
+            room = self._bytes() - self.lacking(store, 0).on_disk
+            limit = room if limit is None else min(room, limit)
+        elif limit is None:
+            return math.inf
+        return limit / 2 - sum(store.retained_bytes(owner) for store in self._stores)
 
     def evict_siblings(self, store: Store, n_bytes: int = 0) -> Lacking:
         """Evict of what others left as much as ``n_bytes`` more ask for: what they lack then."""

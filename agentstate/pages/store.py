@@ -92,7 +92,7 @@ class PageStore:
         # The bytes of each owner, with files that could not be deleted.
         self._held: Counter[str] = Counter()
         self._pinned: set[Extent] = set()
-        self._pinned_for: set[Extent] = set()
+        self._retained: set[Extent] = set()
         # How often it was told what is needed, and how much of that is remembered.
         self._telling = self._told = 0
         self._losers: set[str] = set()
@@ -462,22 +462,64 @@ class PageStore:
                 if not self._closed:
                     self._delete(dead)
 
-    def pin_for(self, keys: Iterable[bytes], seconds: float) -> None:
-        """Do not evict those of ``keys`` that are stored for that long, unless the process ends before: a pin is not
-        persisted, and follows no clock that can be set. ``seconds`` of zero end a pin."""
-        until = time.monotonic() + seconds
+    def retain(self, keys: Sequence[bytes], until_s: float) -> int:
+        """Do not evict those of ``keys`` that are stored before ``until_s`` of `time.monotonic`; a time in the past
+        ends that. Of how many keys, from the first on, this was done: at most half of the room is retained, and at most
+        half of what an owner with a limit may have; what exceeds that is not.
+
+        Not persisted. What is retained may be erased, and is dropped when it is wrong.
+        """
+        now = time.monotonic()
         with self._writing:
-            extents = self._extents_of(keys)
-            with self._mutex:
-                for extent in extents:
-                    extent.pinned_until_s = until
-                self._pinned_for.update(extents)
+            places = self._places(keys)
+            left: dict[str | None, float] = {}
+            for position, place in enumerate(places):
+                extent = self._extents.get(place[0]) if place is not None else None
+                if extent is None or extent.retained_until_s == until_s:
+                    continue
+                if extent.retained_until_s <= now < until_s:
+                    for owner in (None, extent.owner):
+                        if owner not in left:
+                            left[owner] = self._space.retainable(self, owner)
+                    if extent.file_bytes > min(left[None], left[extent.owner]):
+                        return position
+                    left[None] -= extent.file_bytes
+                    left[extent.owner] -= extent.file_bytes
+                with self._mutex:
+                    extent.retained_until_s = until_s
+                    self._retained.add(extent)
+            return len(places)
+
+    def release(self, keys: Sequence[bytes], session: str | None = None) -> None:
+        """Nobody goes on from those of ``keys`` that are stored: an extent that consists of such pages is evicted
+        before any other. One that another ``session`` needs (None: that several need) stays as it is, and one that is
+        used again gets its turn back. Not persisted."""
+        with self._writing:
+            now = self._space.now()
+            for key, place in zip(keys, self._places(keys), strict=False):
+                extent = self._extents.get(place[0]) if place is not None else None
+                if extent is None or key in self._dropped:
+                    continue
+                others = extent.needed_by.keys() - {session}
+                if ANYONE in others or len(others) > (session is None):
+                    continue
+                extent.release(key, now)
+                if extent.released:
+                    self._space.hasten(extent)
+
+    def _places(self, keys: Iterable[bytes]) -> list[tuple[int, int] | None]:
+        try:
+            return self._index.places(keys)
+        except (lmdb.Error, struct.error) as error:
+            self._unreadable(error)
+            return []
 
     def need(self, keys: Iterable[bytes], session: str = ANYONE) -> None:
         """Declare that the live manifest of a session needs ``keys``: what nothing needs is evicted first. Not
         persisted."""
         with self._writing:
             for extent in self._extents_of(keys):
+                extent.let_go.clear()
                 self._remember(extent, [session])
 
     @contextmanager
@@ -546,21 +588,28 @@ class PageStore:
     # What `Space` asks for; it holds the lock.
 
     def evictable(self, extent: Extent) -> bool:
-        return not extent.pins and extent.pinned_until_s <= time.monotonic()
+        return not extent.pins and extent.retained_until_s <= time.monotonic()
 
     def evictable_bytes(self) -> int:
         """Bytes of what is not pinned. It takes no longer than there are pins."""
         now = time.monotonic()
         with self._mutex:
-            self._pinned_for = {
-                extent for extent in self._pinned_for if extent.pinned_until_s > now and self._has(extent)
+            self._retained = {
+                extent for extent in self._retained if extent.retained_until_s > now and self._has(extent)
             }
-            return self.stats.bytes - sum(extent.file_bytes for extent in self._pinned | self._pinned_for)
+            return self.stats.bytes - sum(extent.file_bytes for extent in self._pinned | self._retained)
+
+    def retained_bytes(self, owner: str | None) -> int:
+        """Bytes of an owner, or of all, that are retained."""
+        now = time.monotonic()
+        with self._mutex:
+            retained = [extent for extent in self._retained if extent.retained_until_s > now and self._has(extent)]
+        return sum(extent.file_bytes for extent in retained if owner is None or extent.owner == owner)
 
     def pinned_bytes(self, owner: str) -> int:
         """Bytes of an owner that are pinned. It takes no longer than there are pins."""
         with self._mutex:
-            pinned = [extent for extent in self._pinned | self._pinned_for if extent.owner == owner]
+            pinned = [extent for extent in self._pinned | self._retained if extent.owner == owner]
         return sum(extent.file_bytes for extent in pinned if self._has(extent) and not self.evictable(extent))
 
     def _has(self, extent: Extent) -> bool:
@@ -606,7 +655,7 @@ class PageStore:
         for extent in victims:
             self.stats.pages -= extent.live
             self.stats.pages_evicted += extent.live
-            self.stats.pages_evicted_needed += extent.live if extent.needed_by else 0
+            self.stats.pages_evicted_needed += extent.live if extent.needed_by and not extent.released else 0
         with self._mutex:
             self._losers.update(*(extent.needed_by for extent in victims))
         self._count()
@@ -735,10 +784,12 @@ class PageStore:
             extent.live += pages
             # Whoever needs or pinned a page does so wherever it lies.
             self._remember(entered, extent.needed_by)
-            entered.pinned_until_s = max(entered.pinned_until_s, extent.pinned_until_s)
-        if entered.pinned_until_s:
+            entered.retained_until_s = max(entered.retained_until_s, extent.retained_until_s)
+            if extent is not entered:
+                extent.hand_over(header.keys, entered if again else None)
+        if entered.retained_until_s:
             with self._mutex:
-                self._pinned_for.add(entered)
+                self._retained.add(entered)
         self._space.add(self, entered)
         self._hold(entered.owner, file_bytes)
         self.stats.bytes += file_bytes
@@ -790,8 +841,9 @@ class PageStore:
         except lmdb.Error as error:
             self._unwritable(error)
             self._dropped.update(found)
-        for number, pages in gone.items():
-            self._extents[number].live -= pages
+        for key, extent in found.items():
+            extent.live -= 1
+            extent.let_go.discard(key)
         self.stats.pages -= len(found)
         self._delete([self._extents[number] for number in gone])
 

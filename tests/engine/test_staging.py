@@ -88,7 +88,7 @@ def test_what_is_not_is_copied_there_and_put_in_its_slots_from_where_it_is(tmp_p
     store.close()
 
 
-def test_nothing_is_pinned_for_a_cpu() -> None:
+def test_nothing_is_retained_a_cpu() -> None:
     pinned = PinnedMemory(mmap.mmap(-1, 4096), CPU)
     pinned.close()
     pinned.close()

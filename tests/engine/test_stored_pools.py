@@ -540,6 +540,27 @@ def test_a_layer_of_no_pool_is_not_waited_for() -> None:
     LayerGate({}).wait_until(0)
 
 
+def test_all_pools_retain_and_release_what_a_chain_needs(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    pools = opened(PoolName.KV, PoolName.SWA)
+    full, window = stage.stores[PoolName.KV], stage.stores[PoolName.SWA]
+    for number in range(6):
+        write(full, keys(number))
+        write(window, keys(number))
+    assert pools.retain(keys(3, 4, 5), time.monotonic() + 3600) == 3
+    full.collect()
+    window.collect()
+    assert (held_by(full), held_by(window)) == (keys(3, 4, 5), keys(4, 5))
+    assert pools.retain(keys(3, 4, 5), 0) == 3
+    pools.need("ses_a", keys(3, 4, 5))
+    pools.release(keys(4), "ses_b")
+    pools.release(keys(5), "ses_a")
+    for store in (full, window):
+        store.quota = Quota(store.stats.bytes)
+        store.make_room(1)
+    assert (held_by(full), held_by(window)) == (keys(3, 4), keys(4)), "ses_a needs what ses_b has released"
+    assert StoredPools([], stage._open_store, Settings()).retain(keys(1), 1.0) == 0
+
+
 def test_all_pools_are_told_what_a_session_needs_and_tell_whose_pages_they_lost(
     stage: Stage, opened: Callable[..., StoredPools]
 ) -> None:

@@ -134,7 +134,7 @@ def test_a_clock_that_jumps_changes_neither_the_order_of_eviction_nor_a_pin(
     store = PageStore(directory / "rank0", MARK, GEOMETRY)
     one = store.draft_bytes(1)
     assert store.prefix_length(keys(0)) == 1
-    store.pin_for(keys(1), 3600.0)
+    store.retain(keys(1), time.monotonic() + 3600.0)
     monkeypatch.setattr(time, "time", lambda: 9e9)
     left = []
     for pages in (3, 2, 1):

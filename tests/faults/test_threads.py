@@ -39,7 +39,7 @@ def test_no_page_is_lost_or_wrong_whatever_threads_do_at_once(directory: Path, e
     store = PageStore(directory / "rank0", MARK, GEOMETRY, quota)
     pinned, base = CHAINS[0][:4], set[bytes]()
     write(store, pinned)
-    store.pin_for(pinned, 3600.0)
+    store.retain(pinned, time.monotonic() + 3600.0)
     for chain in CHAINS[1:3]:
         write(store, chain[:4])
         base.update(chain[:4])
@@ -87,7 +87,7 @@ def test_no_page_is_lost_or_wrong_whatever_threads_do_at_once(directory: Path, e
     def steering(chance: random.Random) -> None:
         with store.needing_only() if chance.random() < 0.3 else nullcontext():
             store.need(chance.choice(CHAINS))
-        store.pin_for(pinned, 3600.0)
+        store.retain(pinned, time.monotonic() + 3600.0)
         if extents is not None:
             act = chance.choice([lambda: store.make_room(one), store.collect])
             with suppress(PageStoreFull):

@@ -9,6 +9,7 @@ Derive from `PageStoreTests` in a module that pytest collects, and say how a sto
 from __future__ import annotations
 
 import mmap
+import time
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,7 @@ class PageStoreTests:
             write(store, keys(number))
         with store.needing_only():
             store.need(keys(0))
-        store.pin_for(keys(1), HOUR_S)
+        assert store.retain(keys(1), time.monotonic() + HOUR_S) == 1
         pin = store.pin(keys(2))
         store.quota = Quota(max_bytes=store.stats.bytes)
         store.make_room(1)
@@ -160,9 +161,66 @@ class PageStoreTests:
             store.make_room(store.quota.max_bytes)  # type: ignore[arg-type]
         assert store.prefix_length(keys(1, 2)) == 2
         pin.close()
-        store.pin_for(keys(1), 0)
+        store.retain(keys(1), 0)
         store.make_room(store.quota.max_bytes)  # type: ignore[arg-type]
         assert store.stats.pages == store.stats.bytes == 0
+        store.close()
+
+    def test_at_most_half_of_the_room_is_retained(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        for number in range(4):
+            write(store, keys(number))
+        each = store.stats.bytes // 4
+        store.quota = Quota(max_bytes=5 * each)
+        until_s = time.monotonic() + HOUR_S
+        assert store.retain(keys(3, 9, 1, 2, 0), until_s) == 3
+        assert store.retain(keys(1, 3), until_s + 1) == 2
+        assert store.retain(keys(0), until_s) == 0
+        store.make_room(3 * each)
+        assert [number for number in range(4) if key(number) in store] == [1, 3]
+        store.retain(keys(3), 0)
+        assert store.retain(keys(9), until_s) == 1
+        store.make_room(4 * each)
+        assert [number for number in range(4) if key(number) in store] == [1]
+        store.close()
+
+    def test_what_is_released_goes_first_unless_it_is_used_or_needed_again(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        for number in range(6):
+            write(store, keys((number, 1), (number, 2)))
+        write(store, keys(6))
+        each = store.stats.bytes // 7
+        store.need(keys((5, 1), (5, 2)), "session")
+        store.need(keys((4, 1)), "session")
+        store.need(keys((4, 1)), "another")
+        pages = [page for number in (1, 2, 4, 5) for page in keys((number, 1), (number, 2))]
+        store.release([*pages, *keys((3, 1), 9)], "session")
+        store.prefix_length(keys((2, 1)))
+        store.quota = Quota(max_bytes=7 * each)
+        gone: list[int] = []
+        for _ in range(7):
+            store.make_room(each * (len(gone) + 1))
+            gone += [n for n in range(6) if n not in gone and key((n, 1)) not in store]
+            gone += [6] * (6 not in gone and key(6) not in store)
+        assert gone == [1, 5, 0, 3, 6, 2, 4], "a page of 3 was not released, and another session needs 4"
+        assert store.stats.pages_evicted_needed == 2
+        store.close()
+
+    def test_merging_keeps_what_is_retained_and_what_is_released(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        for number in range(9):
+            write(store, keys(number))
+        store.release(keys(3, 4, 5))
+        store.retain(keys(0, 1, 2), time.monotonic() + HOUR_S)
+        reader = reader_for(MLA)
+        for chain in (keys(0, 1, 2), keys(3, 4, 5)):
+            assert merge(store, reader, chain, mmap.mmap(-1, store.draft_bytes(3)), 3 * MLA.layer_bytes) == 3
+        reader.close()
+        store.quota = Quota(max_bytes=store.stats.bytes)
+        store.make_room(1)
+        assert [number for number in range(9) if key(number) in store] == [0, 1, 2, 6, 7, 8]
+        store.make_room(store.draft_bytes(1) * 2 + store.draft_bytes(3))
+        assert [number for number in range(9) if key(number) in store] == [0, 1, 2, 8]
         store.close()
 
     def test_merging_changes_where_pages_lie_and_nothing_else(self, tmp_path: Path) -> None:

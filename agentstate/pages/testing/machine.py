@@ -14,6 +14,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class PageStoreMachine(RuleBasedStateMachine):
         self.suspect: set[bytes] = set()
         # Whose the extent is that each page lies in.
         self.owners: dict[bytes, str] = {}
-        self.pinned_for: set[bytes] = set()
+        self.retained: set[bytes] = set()
         self.needed: set[bytes] = set()
         # An extent stays pinned when its pinned pages were written anew.
         self.timed_pins_linger = False
@@ -133,13 +134,13 @@ class PageStoreMachine(RuleBasedStateMachine):
         return failure
 
     def forget(self, pages: set[bytes]) -> None:
-        for of_pages in (self.stored, self.pinned_for, self.needed, self.suspect):
+        for of_pages in (self.stored, self.retained, self.needed, self.suspect):
             of_pages -= pages
 
     def kept(self) -> set[bytes]:
         """The pages that may not be evicted: by a pin of theirs, or by one of what lies beside them."""
         pinned = {segment.extent.path for one in self.pins for segment in one.pin.segments}
-        return self.pinned_for | {page for page in self.stored if self.path(page) in pinned}
+        return self.retained | {page for page in self.stored if self.path(page) in pinned}
 
     def path(self, page: bytes) -> Path:
         with self.store.pin([page]) as pin:
@@ -147,7 +148,7 @@ class PageStoreMachine(RuleBasedStateMachine):
 
     def reopened(self, directory: Path) -> None:
         self.store = self.open(directory, self.quota)
-        self.pinned_for, self.needed = set(), set()
+        self.retained, self.needed = set(), set()
         self.timed_pins_linger, self.disk_is_known = False, True
 
     @initialize(pages=st.lists(_SOME, max_size=3))
@@ -275,15 +276,19 @@ class PageStoreMachine(RuleBasedStateMachine):
             assert max_bytes is None or stats.bytes + n_bytes <= max_bytes or not stats.extents
 
     @rule(pages=_SOME)
-    def pin_for(self, pages: list[bytes]) -> None:
-        self.store.pin_for(pages, HOUR_S)
-        self.pinned_for |= self.stored & set(pages)
+    def retain(self, pages: list[bytes]) -> None:
+        retained = self.store.retain(pages, time.monotonic() + HOUR_S)
+        self.retained |= self.stored & set(pages[:retained])
         self.timed_pins_linger = True
 
+    @rule(pages=_SOME)
+    def release(self, pages: list[bytes]) -> None:
+        self.store.release(pages)
+
     @rule()
-    def unpin_everything(self) -> None:
-        self.store.pin_for(POOL, 0)
-        self.pinned_for, self.timed_pins_linger = set(), False
+    def end_retaining(self) -> None:
+        assert self.store.retain(POOL, 0) == len(POOL)
+        self.retained, self.timed_pins_linger = set(), False
 
     @rule(pages=_SOME, only=st.booleans())
     def need(self, pages: list[bytes], only: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import count
@@ -33,13 +34,19 @@ _ONE = st.sampled_from(POOL)
 _SOME = st.lists(_ONE, min_size=1, max_size=5, unique=True)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Page:
     """A stored page: whose it is, when it was used last, and who needs it."""
 
     owner: str
     used: float
     needed: bool = False
+    released: bool = False
+    retained: bool = False
+
+    @property
+    def turn(self) -> tuple[int, float]:
+        return 0 if self.released else 2 if self.needed else 1, self.used
 
 
 class SharedSpaceMachine(RuleBasedStateMachine):
@@ -110,8 +117,8 @@ class SharedSpaceMachine(RuleBasedStateMachine):
         pinned = {(store, page) for store, pin in self.pins for page in pin.keys}
         order = [
             name
-            for name, page in sorted(self.pages.items(), key=lambda item: (item[1].needed, item[1].used))
-            if name not in pinned
+            for name, page in sorted(self.pages.items(), key=lambda item: item[1].turn)
+            if name not in pinned and not page.retained
         ]
 
         def taken(lacking: int, of: str | None = None) -> list[tuple[int, bytes]]:
@@ -192,6 +199,7 @@ class SharedSpaceMachine(RuleBasedStateMachine):
         now = next(self.clock)
         for depth, page in enumerate(pages[:found]):
             self.pages[store, page].used = now - depth / 100
+            self.pages[store, page].released = False
         assert found == len(pages) or (store, pages[found]) not in self.pages
 
     @rule(store=_STORE, pages=_SOME, only=st.booleans())
@@ -204,6 +212,40 @@ class SharedSpaceMachine(RuleBasedStateMachine):
         for (of, name), page in self.pages.items():
             if of == store:
                 page.needed = name in pages or (page.needed and not only)
+                page.released = page.released and name not in pages
+
+    @rule(store=_STORE, pages=_SOME)
+    def let_go(self, store: int, pages: list[bytes]) -> None:
+        self.stores[store].release(pages)
+        next(self.clock)
+        for name in pages:
+            if (page := self.pages.get((store, name))) is not None:
+                page.released = not page.needed
+
+    @rule(store=_STORE, pages=_SOME, ends=st.booleans())
+    def retain(self, store: int, pages: list[bytes], ends: bool) -> None:
+        until_s = 0.0 if ends else time.monotonic() + 3600
+        before = [page for page in self.pages.values() if page.retained]
+        found = self.stores[store].retain(pages, until_s)
+        for name in pages[:found]:
+            if (page := self.pages.get((store, name))) is not None:
+                page.retained = not ends
+        held = Counter[str]()
+        for (of, _), page in self.pages.items():
+            held[page.owner] += self.sizes[of] * page.retained
+        # What was retained when there was more room stays so.
+        if any(page.retained and page not in before for page in self.pages.values()):
+            assert self.quota.max_bytes is None or held.total() <= self.quota.max_bytes / 2
+            # Of owners whose pages have been retained just now.
+            new = {page.owner for page in self.pages.values() if page.retained and page not in before}
+            assert all(held[one] <= self.limits[one] / 2 for one in new & self.limits.keys())
+        if found < len(pages):
+            first = self.pages[store, pages[found]]
+            assert not first.retained and not ends
+            more, limit = self.sizes[store], self.limits.get(first.owner)
+            assert (self.quota.max_bytes is not None and held.total() + more > self.quota.max_bytes / 2) or (
+                limit is not None and held[first.owner] + more > limit / 2
+            )
 
     @rule(store=_STORE, page=_ONE)
     def drop(self, store: int, page: bytes) -> None:
@@ -237,7 +279,7 @@ class SharedSpaceMachine(RuleBasedStateMachine):
         self.close()
         self.open(self.place)
         for page in self.pages.values():
-            page.needed = False
+            page.needed = page.released = page.retained = False
 
     @rule()
     def crash(self) -> None:

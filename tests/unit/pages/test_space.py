@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,7 +128,7 @@ class TestStoresOfOneRank:
             write(one, keys(number))
             write(two, keys(number))
         one.need(keys(0))
-        two.pin_for(keys(0), HOUR_S)
+        two.retain(keys(0), time.monotonic() + HOUR_S)
         pin = two.pin(keys(1))
         space.quota = Quota(6 * one.draft_bytes(1))
         with pytest.raises(PageStoreFull):

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_what_no_manifest_needs_goes_first_and_what_one_does_is_counted(store: P
 def test_no_room_evicts_nothing(store: PageStore) -> None:
     for number in range(3):
         write(store, keys(number))
-    store.pin_for(keys(0), HOUR_S)
+    store.retain(keys(0), time.monotonic() + HOUR_S)
     pin = store.pin(keys(1))
     store.quota = room_for(store, 3)
     with pytest.raises(PageStoreFull, match="cannot be evicted; make room on its disk"):
@@ -175,7 +176,7 @@ def test_needs_and_pins_follow_a_page_to_where_it_is_written_anew(store: PageSto
     for number in range(6):
         write(store, keys(number))
     store.need(keys(0))
-    store.pin_for(keys(2), HOUR_S)
+    store.retain(keys(2), time.monotonic() + HOUR_S)
     if how == "merged":
         assert merged(store, keys(0, 1), 2 * MLA.layer_bytes) == 2
         assert merged(store, keys(2, 3), 2 * MLA.layer_bytes) == 2

@@ -177,7 +177,7 @@ def test_a_directory_that_cannot_be_made_again_may_come_back(store: PageStore, t
 def test_pins_and_needs_hold_through_it(store: PageStore) -> None:
     pin = store.pin(keys(0, 1))
     store.need(keys(2))
-    store.pin_for(keys(4), 3600.0)
+    store.retain(keys(4), time.monotonic() + 3600.0)
     shutil.rmtree(store.directory / "index")
     store.attend()
     store.collect()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,8 +56,8 @@ class Demotions:
     called when device pages have become evictable.
 
     `keep_ahead` follows a simple rule: of the device's pages, a quarter are free, or have been copied and are evicted
-    next. What is evicted next is what is worth least or, with several ranks, what was used longest ago: they would have
-    to agree on the former.
+    next. What is evicted next is what is ``giving``, then what is worth least or, with several ranks, what was used
+    longest ago: they would have to agree on the former.
     """
 
     def __init__(
@@ -66,11 +66,13 @@ class Demotions:
         linker: AgentStateLinker,
         agree: Callable[[Sequence[bool]], list[bool]],
         unlocked: Callable[[], None],
+        giving: Callable[[], Sequence[Hashable]] = tuple,
     ):
         self._cache = cache
         self._linker = linker
         self._agree = agree
         self._unlocked = unlocked
+        self._giving = giving
         self._under_way: list[_UnderWay] = []
         # What requests ended with, and the session that they proved, the one that was used longest ago first.
         self._ended: OrderedDict[Chain, tuple[RadixKey, str | None]] = OrderedDict()
@@ -138,10 +140,16 @@ class Demotions:
             self._take(next(iter(self._ended)))
 
     def _least(self) -> Chain:
-        """The chain that is worth least of those that were used longest ago."""
+        """The chain that is to leave first of those that were used longest ago."""
         waits = self._linker.waits
-        some = islice(self._ended, _COMPARED if self._alone and waits.foreseen else 1)
-        return min(some, key=lambda name: waits.index(self._ended[name][1]))
+        giving = set(self._giving()) if self._alone else set()
+        some = islice(self._ended, _COMPARED if self._alone and (giving or waits.foreseen) else 1)
+
+        def order(name: Chain) -> tuple[bool, float]:
+            session_id = self._ended[name][1]
+            return session_id not in giving, waits.index(session_id)
+
+        return min(some, key=order)
 
     def _take(self, name: Chain) -> tuple[Chain, RadixKey, str | None]:
         key, session_id = self._ended.pop(name)

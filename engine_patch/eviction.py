@@ -5,6 +5,9 @@ each passes over the leaves of whoever's context is worth more than others', and
 evicted. A last walk passes over nothing. So both of SGLang's trees order evictions by what is foreseen, without
 showing their nodes; and where nothing is foreseen, the order is SGLang's own.
 
+An account that has more on the device than its quota gives first: its contexts that wait, who is worth least before the
+others, until it has no more than that. Without quotas nothing of this is asked.
+
 Trees of several ranks must evict alike, and clocks and messages differ between ranks. So the first rank decides for
 all, in each eviction anew.
 """
@@ -12,13 +15,15 @@ all, in each eviction anew.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 
+from engine_patch.accounts import Accounts
 from engine_patch.sglang_api import get_parallel
 from engine_patch.waits import Waits
 
@@ -31,22 +36,37 @@ _MOST = torch.iinfo(torch.int64).max
 
 class _End(NamedTuple):
     """Where a context ends on the device: its deepest node, how many tokens there are up to the end of that, and what
-    all ranks call the node."""
+    all ranks call the node. Of the tokens, ``charged`` are charged to the ``account``: those that no other context had
+    when they came, so that what is shared is charged once."""
 
     node: int
     tokens: int
     name: int
+    charged: int
+    account: str
 
 
 class EvictionOrder:
     """The contexts of ``waits`` that are on the device, in the tree ``core``. For the scheduler's thread.
 
-    ``least`` makes of a tensor the least that any rank has.
+    ``accounts`` tells whose they are and what those may have, ``n_bytes`` what so many tokens take. ``least`` makes of
+    a tensor the least that any rank has.
     """
 
-    def __init__(self, core: Any, waits: Waits, least: Callable[[torch.Tensor], None]):
+    def __init__(
+        self,
+        core: Any,
+        waits: Waits,
+        least: Callable[[torch.Tensor], None],
+        accounts: Accounts | None = None,
+        n_bytes: Callable[[int], int] = int,
+    ):
         self._core = core
         self._waits = waits
+        self._accounts = accounts or Accounts()
+        self._n_bytes = n_bytes
+        # The tokens that are charged to each account.
+        self._held: Counter[str] = Counter()
         self._least = least
         self._alone, self._rank = get_parallel().tp_size == 1, get_parallel().tp_rank
         self._decides: bool | None = None
@@ -80,16 +100,44 @@ class EvictionOrder:
             (path,) = self._core.collect_path_info([node])
             for owner in tuple(owners):
                 if len(path) > 1:
-                    self._move(owner, path[:-1])
+                    end, left = self._ends[owner], path[-2].path_end
+                    self._move(owner, path[:-1], max(0, end.charged + left - end.tokens))
                 else:
                     self._leave(owner)
                     del self._ends[owner]
+
+    def held(self, account: str) -> int:
+        """How many bytes of the device are charged to an account."""
+        return self._n_bytes(self._held[account])
+
+    def room_of(self, owner: Hashable, tokens: int) -> bool:
+        """Whether the account of the owner may have so many tokens more."""
+        account = self._accounts.of(owner)
+        limit = self._accounts.limit(account, "device")
+        return limit is None or self._n_bytes(self._held[account] + tokens) <= limit
+
+    def giving(self) -> list[Hashable]:
+        """The contexts that give first, in order: those that wait of accounts that have more than they may, as far as
+        each of these has more. Empty where no account has a limit."""
+        giving: list[Hashable] = []
+        for account, limit in self._accounts.limits("device").items():
+            left = self._held[account]
+            if self._n_bytes(left) <= limit:
+                continue
+            own = {owner: end.charged for owner, end in self._ends.items() if end.account == account and end.charged}
+            for index, owner in sorted(((self._waits.index(owner), owner) for owner in own), key=itemgetter(0)):
+                if index == math.inf or self._n_bytes(left) <= limit:
+                    break
+                giving.append(owner)
+                left -= own[owner]
+        return giving
 
     def forget(self) -> None:
         """The tree is emptied."""
         self._ends.clear()
         self._at.clear()
         self._named.clear()
+        self._held.clear()
 
     def tokens(self, owner: Hashable) -> int:
         """How many tokens of the owner's context are on the device."""
@@ -100,14 +148,15 @@ class EvictionOrder:
         return [(owner, self._waits.index(owner), end.tokens) for owner, end in self._ends.copy().items()]
 
     def displaced(self, tokens: int) -> float:
-        """The largest index of what an eviction of ``tokens`` takes: 0 where nothing has to go, infinite where more has
-        to go than there is."""
+        """The largest index of what an eviction of ``tokens`` takes: 0 where nothing has to go, or only what gives
+        first, infinite where more has to go than there is."""
         if tokens <= 0:
             return 0.0
-        for owner in sorted(islice(self._ends, _COMPARED), key=self._waits.index):
+        giving = self.giving()
+        for number, owner in enumerate(self._ascending(giving, compared_only=True)):
             tokens -= self._own(owner)
             if tokens <= 0:
-                return self._waits.index(owner)
+                return 0.0 if number < len(giving) else self._waits.index(owner)
         return math.inf
 
     def rounds(self, tokens: int) -> Iterator[set[int]]:
@@ -122,10 +171,12 @@ class EvictionOrder:
 
     def _rounds(self, tokens: int) -> Iterator[list[_End]]:
         """What this rank alone would pass over, who is worth most first."""
-        if not (tokens and self._ends and self._waits.foreseen):
+        if not (tokens and self._ends):
             return
-        compared = sorted(islice(self._ends, _COMPARED), key=self._waits.index)
-        ascending = [*compared, *islice(self._ends, _COMPARED, None)]
+        giving = self.giving()
+        if not (giving or self._waits.foreseen):
+            return
+        ascending = self._ascending(giving)
         # Nothing of the first so many is passed over. Of what only they share, no one's own tokens tell.
         spared = covered = 0
         step = goal = tokens
@@ -137,6 +188,15 @@ class EvictionOrder:
             ends = (self._ends.get(owner) for owner in reversed(ascending[spared:]))
             if passed := [end for end in ends if end is not None]:
                 yield passed
+
+    def _ascending(self, giving: Sequence[Hashable], *, compared_only: bool = False) -> list[Hashable]:
+        """The contexts in the order in which they are to leave, those that give first before all others."""
+        newer = () if compared_only else islice(self._ends, _COMPARED, None)
+        others = [*sorted(islice(self._ends, _COMPARED), key=self._waits.index), *newer]
+        if not giving:
+            return others
+        first = set(giving)
+        return [*giving, *(owner for owner in others if owner not in first)]
 
     def _own(self, owner: Hashable) -> int:
         """How many tokens on the device are the owner's alone."""
@@ -163,19 +223,32 @@ class EvictionOrder:
         found: list[int] = agreed.tolist()
         return found
 
-    def _move(self, owner: Hashable, path: Sequence[Any]) -> None:
-        """The owner's context ends with the last node of ``path``."""
+    def _move(self, owner: Hashable, path: Sequence[Any], charged: int | None = None) -> None:
+        """The owner's context ends with the last node of ``path``, of which ``charged`` tokens are charged to it."""
+        charged = self._charged(owner, path) if charged is None else charged
         if owner in self._ends:
             self._leave(owner)
         last = path[-1]
         name = 0 if self._alone else int(self._core.get_last_hash_value(last.node_id)[:15], 16)
-        self._ends[owner] = _End(last.node_id, last.path_end, name)
+        account = self._accounts.of(owner)
+        self._ends[owner] = _End(last.node_id, last.path_end, name, charged, account)
+        self._held[account] += charged
         self._at.setdefault(last.node_id, set()).add(owner)
         if not self._alone:
             self._named[name] = last.node_id
 
+    def _charged(self, owner: Hashable, path: Sequence[Any]) -> int:
+        """How many tokens of ``path`` are charged to the owner, whose context ends with it from now on."""
+        before, end = self._ends.get(owner), path[-1].path_end
+        goes_on = before is not None and any(node.node_id == before.node for node in path)
+        tokens, charged = (before.tokens, before.charged) if goes_on else (0, 0)
+        shared = (node.path_end for node in path[:-1] if node.num_children > 1)
+        others = (node.path_end for node in path if self._at.get(node.node_id, set()) - {owner})
+        return charged + end - min(end, max(chain((tokens,), shared, others)))
+
     def _leave(self, owner: Hashable) -> None:
         end = self._ends[owner]
+        self._held[end.account] -= end.charged
         there = self._at[end.node]
         there.discard(owner)
         if not there:

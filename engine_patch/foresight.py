@@ -117,7 +117,10 @@ class Foresight:
             if len(self._under_way) >= _AT_ONCE:
                 return
             index, tokens = self._waits.index(session), self._length(session)
-            displaced = self._order.displaced(tokens - self._order.tokens(session) - self._room())
+            missing = tokens - self._order.tokens(session)
+            if not self._order.room_of(session, missing):
+                continue
+            displaced = self._order.displaced(missing - self._room())
             if not worth_fetching(index, displaced):
                 # Others are worth less.
                 return

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from agentstate.fleet.quotas import NOBODY
 from agentstate.pages import DEMAND, Chunk, Destination, ExtentHeader, Geometry, Need, PageKeys, Part
 from engine_patch.feeds import intersection
 from engine_patch.host_memory import Piece
@@ -23,12 +24,22 @@ class HostRun:
     """A run of pages in ``piece``: layer by layer, in each of them component by component, like the slabs of an extent.
     ``header`` has the checksums that an extent of them would have, once `sum_up` has been called.
 
-    What follows is the tier's, under its mutex: ``session_id`` asked for it last, at ``tick``; ``readers`` streams
-    read it; ``served`` of its pages are found here, of which those in ``returned`` slots are on the device. It is
-    ``gone`` when none is found any more. Memory that is ``spoilt`` is not used again.
+    It is charged to ``account``, for whom it came in. What follows is the tier's, under its mutex: ``session_id`` asked
+    for it last, at ``tick``; ``readers`` streams read it; ``served`` of its pages are found here, of which those in
+    ``returned`` slots are on the device. It is ``gone`` when none is found any more. Memory that is ``spoilt`` is not
+    used again.
     """
 
-    def __init__(self, fingerprint: bytes, geometry: Geometry, keys: PageKeys, piece: Piece, session_id: str | None):
+    def __init__(
+        self,
+        fingerprint: bytes,
+        geometry: Geometry,
+        keys: PageKeys,
+        piece: Piece,
+        session_id: str | None,
+        account: str = NOBODY,
+    ):
+        self.account = account
         self.header = ExtentHeader.blank(fingerprint, geometry, keys)
         self.piece = piece
         self.session_id = session_id

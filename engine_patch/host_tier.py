@@ -12,7 +12,9 @@ names the events after which its pages may be read.
 
 The tier is exclusive: of what it keeps, those runs leave first whose pages are all back on the device. They are not
 deleted at once, since a page that has not changed need not be copied again when it leaves the device the next time.
-Then the run leaves that is worth least; without ``value``, the one that was used longest ago.
+Then the run leaves that is worth least; without ``value``, the one that was used longest ago. Before all of these, an
+account gives that has more than its quota, until it has no more than that; and what comes in for it displaces nothing
+but its own.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import dataclasses
 import logging
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ import numpy as np
 import torch
 
 from agentstate.pages import PLANNED, LayerwiseReader, Need, PageKeys, PageStore
+from engine_patch.accounts import Accounts
 from engine_patch.feeds import Piece, Reading, Source
 from engine_patch.host_memory import HostMemory
 from engine_patch.host_reading import HostRun, HostSegment, HostStream
@@ -69,10 +72,13 @@ class HostTier:
     """The host tier of one rank: the memory, its order and its threads, for all pools (`pool`).
 
     ``n_bytes`` bounds the memory of the pages; what is known of them is about a thousandth of that. ``verify_threads``
-    verify what is restored. Thread-safe.
+    verify what is restored. ``accounts`` tells whose pages are, and what those may have. Thread-safe.
     """
 
-    def __init__(self, n_bytes: int, device: torch.device, verify_threads: int = 2):
+    def __init__(self, n_bytes: int, device: torch.device, verify_threads: int = 2, accounts: Accounts | None = None):
+        self._accounts = accounts or Accounts()
+        # The bytes that are charged to each account. Under the mutex.
+        self.held: Counter[str] = Counter()
         # Asked at every eviction, for every run: it must be fast, and may be called from any thread.
         self.value: Value | None = None
         self.memory = HostMemory(n_bytes, device)
@@ -114,30 +120,38 @@ class HostTier:
         caller's to give back."""
         geometry = pool.geometry
         n_bytes = len(keys) * geometry.page_bytes
+        account = self._accounts.of(session_id)
         worth = None if self.value is None else self.value(session_id, keys)
         while (piece := self.memory.take(n_bytes)) is None:
             if n_bytes > self.memory.n_bytes:
                 return None
             with self.mutex:
-                victim = self._least(worth, since)
+                victim = self._least(worth, since, account, n_bytes)
                 if victim is None:
                     return None
                 run, of_pool = victim
                 of_pool.stats.pages_evicted += of_pool.take_out(run)
-        return HostRun(pool.fingerprint, geometry, keys, piece, session_id)
+        return HostRun(pool.fingerprint, geometry, keys, piece, session_id, account)
 
-    def _least(self, worth: float | None, since: int) -> tuple[HostRun, HostPool] | None:
-        """What is to leave next, for pages of that worth. Under the mutex."""
+    def _least(self, worth: float | None, since: int, account: str, n_bytes: int) -> tuple[HostRun, HostPool] | None:
+        """What is to leave next, for so many bytes of an account, of that worth. Under the mutex."""
         value = self.value
-        best: tuple[tuple[bool, float, int], HostRun, HostPool] | None = None
+        limits = self._accounts.limits("host")
+        above = {name for name, limit in limits.items() if self.held[name] > limit}
+        its_own_only = account in limits and self.held[account] + n_bytes > limits[account]
+        best: tuple[tuple[bool, bool, float, int], HostRun, HostPool] | None = None
         for run, pool in self._runs.values():
             stays = len(run.returned) < run.served
             if run.readers or run.tick >= since:
                 continue
-            own = 0.0 if value is None else value(run.session_id, run.keys)
-            if stays and worth is not None and own > worth:
+            its_own = run.account == account
+            if its_own_only and not its_own:
                 continue
-            order = stays, own, run.tick
+            gives = run.account in above
+            own = 0.0 if value is None else value(run.session_id, run.keys)
+            if stays and worth is not None and own > worth and (its_own or not gives):
+                continue
+            order = not gives, stays, own, run.tick
             if best is None or order < best[0]:
                 best = order, run, pool
         return None if best is None else best[1:]
@@ -145,10 +159,12 @@ class HostTier:
     def enter(self, run: HostRun, pool: HostPool) -> None:
         """Keep a run until it is to `leave`. Under the mutex."""
         self._runs[id(run)] = run, pool
+        self.held[run.account] += len(run.piece.memory)
 
     def leave(self, run: HostRun) -> None:
         """Keep a run no longer. Under the mutex."""
         del self._runs[id(run)]
+        self.held[run.account] -= len(run.piece.memory)
         run.gone = True
         self.give_back(run)
 

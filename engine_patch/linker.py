@@ -44,6 +44,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self.queue_aging_s = self._rank.settings.queue_aging_s
         self.order_stats = self._rank.order_stats
         self.waits = self._rank.waits
+        self.accounts = self._rank.accounts
         self.foresight_stats = self._rank.foresight_stats
         self.served = self._rank.served
         self.foresees = self._rank.settings.foresight

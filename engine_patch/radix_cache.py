@@ -216,9 +216,17 @@ class AgentStateRadixCache(UnifiedRadixCache):
         )
         self.served = cache_linker.served
         self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit, self.order, self.served)
-        self.demotions = Demotions(self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked)
+        self.eviction = EvictionOrder(
+            self.tree_core,
+            cache_linker.waits,
+            self._least,
+            cache_linker.accounts,
+            lambda tokens: cache_linker.n_bytes(tokens // self.page_size),
+        )
+        self.demotions = Demotions(
+            self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked, self.eviction.giving
+        )
         self.device_tier = DeviceTier(self, cache_linker, self.preloads, self._brought, self.served.fetches)
-        self.eviction = EvictionOrder(self.tree_core, cache_linker.waits, self._least)
         self.foresight = Foresight(
             cache_linker.waits,
             self.eviction,

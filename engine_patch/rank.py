@@ -71,7 +71,7 @@ class Rank:
         self._shape = identity.shape()
         self._limits: Limits | None = None
         marks, self._space = self._identity()
-        self.pools = StoredPools(pools, self._opening(marks, self._space), settings, self._ranks_here())
+        self.pools = StoredPools(pools, self._opening(marks, self._space), settings, self._ranks_here(), self.accounts)
         if settings.foresight and self.pools.host_tier is not None:
             self.pools.host_tier.value = lambda session_id, keys: self.waits.index(session_id)
         self._control = ControlEndpoint(settings.control_address, self)

@@ -21,6 +21,7 @@ import torch
 from agentstate.pages import DEMAND, PLANNED, READ_THREADS, LayerwiseReader, Need, PageKeys, PageStore
 from agentstate.pages.space import StoreStats
 from agentstate.settings import Settings
+from engine_patch.accounts import Accounts
 from engine_patch.arrivals import Arrivals, LayerGate
 from engine_patch.failures import Failures, together
 from engine_patch.host_memory import bound
@@ -166,16 +167,24 @@ class _StoredPool:
 
 class StoredPools:
     """``pools``, full attention first, each with a store that ``open_store`` opens. Memory for staging is shared out
-    evenly; that of the host tier goes to what is worth most. ``ranks`` share the machine. Without pools it is a place
-    where nothing is stored and nothing is found.
+    evenly; that of the host tier goes to what is worth most, within the quotas of ``accounts``. ``ranks`` share the
+    machine. Without pools it is a place where nothing is stored and nothing is found.
 
     Every request loads from every pool, so that all pools count their batches alike: one index serves them all.
     """
 
-    def __init__(self, pools: Sequence[DevicePool], open_store: OpenStore, settings: Settings, ranks: int = 1):
+    def __init__(
+        self,
+        pools: Sequence[DevicePool],
+        open_store: OpenStore,
+        settings: Settings,
+        ranks: int = 1,
+        accounts: Accounts | None = None,
+    ):
         device = pools[0].device_pages.device if pools else torch.device("cpu")
         host_bytes = bound(settings.host_bytes, device, ranks)
-        self.host_tier = HostTier(host_bytes, device, settings.read_threads or READ_THREADS) if host_bytes else None
+        threads = settings.read_threads or READ_THREADS
+        self.host_tier = HostTier(host_bytes, device, threads, accounts) if host_bytes else None
         self._pools = [_StoredPool(pool, open_store, settings, len(pools), self.host_tier) for pool in pools]
         routes: dict[int, list[tuple[Arrivals, int]]] = {}
         for pool in self._pools:

@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
 from agentstate.fleet.turns import Turn
 from agentstate.lookahead import policies
+from engine_patch.accounts import Accounts
 from engine_patch.break_even import Word
 from engine_patch.foresight import ForesightStats
 from engine_patch.order import OrderStats
@@ -50,6 +51,7 @@ class Linker:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.waits = Waits(policies.planner, clock)
+        self.accounts = Accounts()
         self.foresight_stats = ForesightStats()
         self.served = Served(clock)
         self.order_stats = OrderStats()
@@ -63,6 +65,10 @@ class Linker:
         self._answers: list[bool] = []
 
     bring = None
+
+    def n_bytes(self, pages: int) -> int:
+        """A page is a byte."""
+        return pages
 
     def attach(self, device: Any, explain: Any, kept: Callable[[], dict[str, int]]) -> None:
         self.kept_by_tree = kept

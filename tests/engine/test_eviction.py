@@ -12,6 +12,7 @@ import pytest
 import torch
 from radix_tree import PAGE_SIZE, PAGES, TREES, Tree, key_of
 
+from agentstate.fleet.quotas import NOBODY, Quota
 from agentstate.lookahead.forecast import Forecast
 from engine_patch.sglang_api import EvictParams, MatchPrefixParams, RadixKey
 
@@ -177,9 +178,100 @@ def test_a_flush_forgets_what_is_on_the_device(make_tree: Callable[..., Tree]) -
     assert evict(tree, 1) == 0
 
 
-@pytest.mark.parametrize("backend", TREES)
-def test_ranks_evict_what_the_first_of_them_would(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the second rank has heard of a forecast, or has heard of another one: both do as the first one says."""
+def allow(tree: Tree, account: str, pages: int, *sessions: str) -> None:
+    """The sessions are charged to an account that may have so many pages; a page is a byte."""
+    for session in sessions:
+        tree.store.accounts.note(session, account)
+    limits = {name: Quota(device_bytes=limit) for name, limit in tree.store.accounts.limits("device").items()}
+    tree.store.accounts.take({**limits, account: Quota(device_bytes=pages)})
+
+
+def test_who_has_more_than_its_quota_gives_first_down_to_it(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    allow(tree, "large", 10, "b", "c", "d")
+    keys = filled(tree)
+    assert tree.eviction.held("large") == 18, "what was there before is charged to who brought it"
+    # It has 18 pages, and gives 8. Of its contexts those go first that are worth least.
+    assert evict(tree, 6) == 6
+    assert there(tree, keys) == {"a": 8, "b": 2, "c": 8, "d": 8}
+    assert tree.eviction.held("large") == 12
+    assert evict(tree, 2) == 6, "a leaf goes as a whole"
+    assert there(tree, keys) == {"a": 8, "b": 2, "c": 2, "d": 8}
+    assert tree.eviction.held("large") == 6
+    assert evict(tree, 6) == 6, "and from then on the order is everybody's"
+    assert there(tree, keys) == {"a": 2, "b": 2, "c": 2, "d": 8}
+
+
+def test_what_is_foreseen_orders_the_contexts_of_an_account_and_does_not_spare_it(
+    make_tree: Callable[..., Tree],
+) -> None:
+    tree = make_tree()
+    allow(tree, "large", 0, "c", "d")
+    keys = filled(tree)
+    for session, forecast in {"a": LATE, "b": LATE, "c": SOON, "d": LATE}.items():
+        assert tree.store.waits.foresee(session, forecast, 0.0, "tool")
+    assert tree.eviction.displaced(12 * PAGE_SIZE) == 0.0
+    assert tree.eviction.displaced(13 * PAGE_SIZE) > 0.0
+    assert evict(tree, 6) == 6
+    assert there(tree, keys) == {"a": 8, "b": 8, "c": 8, "d": 2}
+    assert evict(tree, 6) == 6
+    assert there(tree, keys) == {"a": 8, "b": 8, "c": 2, "d": 2}
+
+
+def test_a_quota_refuses_nobody_that_is_served(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    allow(tree, "large", 0, "a", "b")
+    keys = filled(tree)
+    for session in ("a", "b"):
+        tree.store.waits.over(session)
+    assert tree.eviction.giving() == []
+    assert evict(tree, 6) == 6
+    assert there(tree, keys) == {"a": 2, "b": 8, "c": 8, "d": 8}, "the order is everybody's"
+    assert evict(tree, PAGES) == 20, "and a request that needs all of the room gets it"
+
+
+def test_requests_that_prove_nothing_have_a_quota_together(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    allow(tree, NOBODY, 8)
+    tree.store.accounts.note("a", "tenant a")
+    keys = {"a": key_of(8, 1), "": key_of(8, 2), "nobody": key_of(8, 3)}
+    for name, key in keys.items():
+        tree.compute(key, name)
+        tree.settle()
+        tree.now_s += 1.0
+    assert tree.eviction.held(NOBODY) == 16
+    assert evict(tree, 1) == 8
+    assert there(tree, keys) == {"a": 8, "": 0, "nobody": 8}
+
+
+def test_what_contexts_share_is_charged_once(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    allow(tree, "one", 0, "a", "b", "c")
+    long, branch = key_of(12), RadixKey(key_of(8).token_ids + key_of(4, 1).token_ids)
+    charged = []
+    for session, key in (("a", key_of(8)), ("b", key_of(8)), ("a", long), ("c", branch), ("b", long)):
+        tree.compute(key, session)
+        tree.settle()
+        charged.append(tree.eviction.held("one"))
+    assert charged == [8, 8, 12, 16, 16]
+    assert evict(tree, PAGES) == 16
+    assert tree.eviction.held("one") == 0
+    tree.compute(long, "a")
+    tree.reset()
+    assert tree.eviction.held("one") == 0
+
+
+def test_without_a_quota_nothing_is_asked_of_accounts(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    filled(tree)
+    tree.store.accounts.take({"another": Quota(device_bytes=0, host_bytes=0), "tenant a": Quota(sessions=3)})
+    assert tree.eviction.giving() == []
+    assert list(tree.eviction.rounds(100)) == []
+
+
+@pytest.fixture
+def on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """What two ranks, which meet in all that they agree on, make of a tree, each with arguments of its own."""
     meeting, slots = threading.Barrier(2), {}
     ranks = threading.local()
 
@@ -191,9 +283,22 @@ def test_ranks_evict_what_the_first_of_them_would(backend: str, monkeypatch: pyt
 
     monkeypatch.setattr("engine_patch.eviction.get_parallel", lambda: SimpleNamespace(tp_size=2, tp_rank=ranks.number))
 
-    def run(number: int, foreseen: list[dict[str, Any]]) -> list[dict[str, int]]:
-        ranks.number = number
-        tree = Tree(backend, least)
+    def run(backend: str, make: Callable[..., Any], *arguments: Any) -> list[Any]:
+        def of_rank(number: int) -> Any:
+            ranks.number = number
+            return make(Tree(backend, least), arguments[number])
+
+        with ThreadPoolExecutor(2) as pool:
+            return [found.result(20) for found in [pool.submit(of_rank, number) for number in range(2)]]
+
+    return run
+
+
+@pytest.mark.parametrize("backend", TREES)
+def test_ranks_evict_what_the_first_of_them_would(backend: str, on_two_ranks: Callable[..., list[Any]]) -> None:
+    """Only the second rank has heard of a forecast, or has heard of another one: both do as the first one says."""
+
+    def run(tree: Tree, foreseen: list[dict[str, Any]]) -> list[dict[str, int]]:
         keys = filled(tree)
         found = []
         for forecasts in foreseen:
@@ -203,9 +308,23 @@ def test_ranks_evict_what_the_first_of_them_would(backend: str, monkeypatch: pyt
             found.append(there(tree, keys))
         return found
 
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(run, 0, [{}, {"b": SOON}])
-        second = pool.submit(run, 1, [{"a": SOON}, {"c": SOON}])
-        of_first, of_second = first.result(20), second.result(20)
+    of_first, of_second = on_two_ranks(backend, run, [{}, {"b": SOON}], [{"a": SOON}, {"c": SOON}])
     assert of_first == of_second
     assert of_first == [{"a": 2, "b": 8, "c": 8, "d": 8}, {"a": 2, "b": 8, "c": 2, "d": 8}]
+
+
+@pytest.mark.parametrize("backend", TREES)
+def test_the_quotas_that_the_first_rank_knows_hold_on_all(backend: str, on_two_ranks: Callable[..., list[Any]]) -> None:
+    def run(tree: Tree, above: list[str]) -> list[dict[str, int]]:
+        for session in above:
+            allow(tree, session, 0, session)
+        keys = filled(tree)
+        found = []
+        for _ in range(2):
+            assert evict(tree, 6) == 6
+            found.append(there(tree, keys))
+        return found
+
+    of_first, of_second = on_two_ranks(backend, run, ["d"], ["b", "c"])
+    assert of_first == of_second
+    assert of_first == [{"a": 8, "b": 8, "c": 8, "d": 2}, {"a": 2, "b": 8, "c": 8, "d": 2}]

@@ -23,6 +23,10 @@ class Order:
     def __init__(self, waits: Waits):
         self.waits = waits
         self.there: dict[str, int] = {}
+        self.above: set[str] = set()
+
+    def room_of(self, owner: str, tokens: int) -> bool:
+        return owner not in self.above
 
     def tokens(self, owner: str) -> int:
         return self.there.get(owner, 0)
@@ -179,6 +183,16 @@ def test_a_step_looks_at_most_ten_times_a_second() -> None:
     stage.waits_for("a", 5.0)
     assert stage.step(after_s=0.05) == []
     assert stage.step(after_s=0.06) == ["a"]
+
+
+def test_nothing_is_fetched_for_an_account_that_has_what_it_may() -> None:
+    stage = Stage()
+    for session, seconds in {"above": 5.0, "other": 60.0}.items():
+        stage.waits_for(session, seconds)
+    stage.order.above.add("above")
+    assert stage.step() == ["other"]
+    stage.order.above.clear()
+    assert stage.step() == ["above"]
 
 
 def test_a_wait_is_explained() -> None:

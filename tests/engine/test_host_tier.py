@@ -11,7 +11,9 @@ import torch
 from contents import MARK, MHA, content, drop, key, keys, reader_for, write
 from device import Rank, page_of
 
+from agentstate.fleet.quotas import Quota
 from agentstate.pages import PageKeys, PageStore, fingerprint
+from engine_patch.accounts import Accounts
 from engine_patch.failures import NO_STORED_PAGE, Failures
 from engine_patch.feeds import Source
 from engine_patch.host_memory import Piece
@@ -29,7 +31,8 @@ class Stage:
         geometry = self.rank.store.geometry
         # Of whole pages of memory, so that what fits can be counted.
         self.a_page = -(-geometry.page_bytes // 4096) * 4096
-        self.tier = HostTier(pages * self.a_page, torch.device("cpu"))
+        self.accounts = Accounts()
+        self.tier = HostTier(pages * self.a_page, torch.device("cpu"), accounts=self.accounts)
         self.reader = reader_for(geometry)
         self.host = HostPool(self.tier, self.rank.store, self.rank.pages, self.reader, lambda arrays: arrays)
         self.host._pages_a_run = a_run
@@ -492,3 +495,57 @@ def test_the_layout_is_an_extents() -> None:
         assert run.wrong_slots(layer, 0, 5) == [] and run.wrong_slots(layer, 2, 2) == []
     run.rows(1, 3, 1)[1][0, 999] ^= 128
     assert run.wrong_slots(1, 0, 5) == [3] and run.wrong_slots(1, 4, 1) == [] and run.wrong_slots(0, 0, 5) == []
+
+
+def allow(stage: Stage, account: str, pages: int, *sessions: str) -> None:
+    """The sessions are charged to an account that may have so many pages."""
+    for session in sessions:
+        stage.accounts.note(session, account)
+    limits = {name: Quota(host_bytes=limit) for name, limit in stage.accounts.limits("host").items()}
+    stage.accounts.take({**limits, account: Quota(host_bytes=pages * stage.a_page)})
+
+
+def test_who_has_more_than_its_quota_gives_first_whatever_its_pages_are_worth(opening: Opening) -> None:
+    stage = opening(pages=6, a_run=1)
+    worth = {"large": 9.0, "small": 1.0, "new": 2.0}
+    stage.tier.value = lambda session, keys: worth[session]
+    allow(stage, "one", 2, "large")
+    stage.demote(0, 1, session="small")
+    assert stage.demote(2, 3, session="large") and stage.demote(4, 5, session="large"), "while there is room"
+    assert stage.tier.held["one"] == 4 * stage.a_page
+    assert stage.demote(6, 7, session="new")
+    assert stage.here(*range(8)) == [0, 1, 4, 5, 6, 7]
+    # It has no more than it may: from now on the order is everybody's.
+    assert stage.demote(8, 9, session="new")
+    assert stage.here(*range(10)) == [4, 5, 6, 7, 8, 9]
+
+
+def test_what_comes_in_above_a_quota_displaces_nothing_of_others(opening: Opening) -> None:
+    stage = opening(pages=4, a_run=1)
+    worth = {"old": 1.0, "new": 2.0, "other": 0.5, "least": 0.1}
+    stage.tier.value = lambda session, keys: worth[session]
+    allow(stage, "one", 2, "old", "new", "least")
+    stage.demote(0, 1, session="other")
+    stage.demote(2, 3, session="old")
+    assert not stage.demote(4, 5, session="least")
+    assert stage.demote(6, 7, session="new")
+    assert stage.here(*range(8)) == [0, 1, 6, 7]
+    # Nor what is on the device anyway, which costs nothing but a copy.
+    assert stage.restore([0, 1], [20, 21]).failed == set()
+    assert not stage.demote(4, 5, session="least")
+    assert stage.here(0, 1) == [0, 1]
+    allow(stage, "one", 4)
+    assert stage.demote(4, 5, session="least")
+    assert stage.here(0, 1) == []
+
+
+def test_what_leaves_the_tier_is_not_charged_any_more(opening: Opening) -> None:
+    stage = opening(pages=8, a_run=1)
+    stage.accounts.note("a", "one")
+    stage.demote(0, 1, 2, session="a")
+    stage.demote(3, session=None)
+    assert dict(stage.tier.held) == {"one": 3 * stage.a_page, "": stage.a_page}
+    stage.host.forget(keys(0))
+    assert stage.tier.held["one"] == 2 * stage.a_page
+    stage.host.move(stage.rank.store)
+    assert not any(stage.tier.held.values())

@@ -309,6 +309,31 @@ class Placement(BaseModel):
     next: str = Field(default="", description="What would move it, in words.")
 
 
+class Pinned(BaseModel):
+    """That a session's KV stays on a tier."""
+
+    model_config = _example(
+        {
+            "session_id": _SESSION["id"],
+            "state": "accepted",
+            "tier": "device",
+            "expires_at": "2026-01-05T11:31:13Z",
+            "tokens": 18432,
+            "bytes": 424673280,
+        }
+    )
+
+    session_id: str
+    state: Literal["accepted", "clipped", "pending", "ignored"] = Field(
+        description="clipped: for less time, on a lower tier, or less of it on the drive; pending: its engine takes "
+        "note with its next heartbeat; ignored: too much is pinned, or its engine cannot pin."
+    )
+    tier: Literal["device", "host", "nvme"] = Field(description="The tier on which it stays.")
+    expires_at: datetime
+    tokens: int = Field(default=0, description="Tokens from the session's head that are pinned, on every rank.")
+    bytes: int = Field(default=0, description="Their bytes, of all ranks.")
+
+
 class ToolCall(BaseModel):
     model_config = _example(
         {

@@ -88,6 +88,9 @@ class Settings(BaseSettings):
         "use of that: what is worth least leaves the device first, and what is needed soon is brought back. off: the "
         "least recently used leaves first.",
     )
+    pin_max_s: float = Field(
+        24 * 3600, gt=0, le=10 * 365 * 24 * 3600, description="The longest that a session's KV may be pinned at once."
+    )
     engine_api_key: SecretStr = Field(
         SecretStr(""), description="The key that engines want of the gateway: their --api-key. Empty: none."
     )

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from agentstate import ids
 from agentstate.errors import InvalidId
 from agentstate.fleet.operations import Tier
+from agentstate.fleet.pins import PinTier
 from agentstate.fleet.waits import Activity
 from agentstate.sessions.outcomes import SuspendReason
 from agentstate.sql.models import EntryKind
@@ -204,6 +205,13 @@ class Signal(Body):
     model_config = _example(kind="typing")
 
     kind: Activity = Field(description="typing: a person writes the next message; opened: a person reads the session.")
+
+
+class PinKv(Body):
+    model_config = _example(tier="device", ttl_s=7200)
+
+    tier: PinTier = Field(default=PinTier.DEVICE, description="What stays on a tier stays on those below it, too.")
+    ttl_s: Float = Field(gt=0, le=MAX_EXPIRY_S, description="For how long; cut to the service's pin_max_s.")
 
 
 class ClaimToolCall(Body):

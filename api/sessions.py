@@ -24,7 +24,7 @@ _ETAG = {"headers": {"ETag": {"schema": {"type": "string"}}}}
 # Requests that can follow once a session exists, for readers of the document and for tests that walk it.
 LINKS: dict[str, Any] = {
     name: {"operationId": name, "parameters": {"session_id": "$response.body#/id"}}
-    for name in ("read_session", "resume_session", "list_entries", "prefetch_pages", "signal_activity")
+    for name in ("read_session", "resume_session", "list_entries", "prefetch_pages", "signal_activity", "pin_kv")
 } | {
     name: {
         "operationId": name,

@@ -19,11 +19,12 @@ class Accounts:
         self._of: OrderedDict[str, str] = OrderedDict()
         self._limits: dict[str, dict[str, int]] = {tier: {} for tier in TIERS}
 
-    def take(self, quotas: Mapping[str, Quota]) -> None:
-        """These are the quotas from now on."""
+    def take(self, quotas: Mapping[str, Quota], ranks: int = 1) -> None:
+        """These are the quotas from now on. ``ranks`` share device and host memory evenly; what the drive may hold is
+        said as a whole."""
         self._limits = {
             tier: {
-                account: limit
+                account: limit if tier == "nvme" else limit // ranks
                 for account, quota in quotas.items()
                 if (limit := getattr(quota, f"{tier}_bytes")) is not None
             }

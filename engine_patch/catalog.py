@@ -1,5 +1,5 @@
 """What this rank writes to SQL: that it is alive, and the manifests of the sessions it has served; and what it reads
-there: the key with which turns are signed, and the quotas of accounts.
+there: the key with which turns are signed, the quotas of accounts, and which sessions of this engine are pinned.
 
 One thread does it, so the scheduler never waits for the database. While SQL is down nothing is lost as long as the
 process lives: the newest manifest of every session waits here, and pages need no SQL.
@@ -19,7 +19,7 @@ from itertools import chain
 from sqlalchemy.engine import Connection
 
 from agentstate.errors import DatabaseError
-from agentstate.fleet import engines, manifests, quotas, turns
+from agentstate.fleet import engines, manifests, pins, quotas, turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.erasures import Chain, StoreName, head_of
 from agentstate.fleet.manifests import Manifest
@@ -42,7 +42,8 @@ class Catalog:
     cut to what is still ``stored`` of their chains, and what of the rest is ``held`` all the same is remembered, to be
     erased with the session; ``n_bytes`` is what so many pages take. At the start all of them are looked at. ``dead``
     are the stores that have been evicted as a whole, by the first digits of their fingerprints and their ranks: their
-    manifests go. ``told`` is given the quotas of all accounts with every heartbeat."""
+    manifests go. ``told`` is given the quotas of all accounts with every heartbeat, and the
+    pins of the sessions whose newest turn was given to this engine: their tiers, and for how many seconds."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Catalog:
         losers: Callable[[], set[str]],
         dead: Callable[[], list[tuple[str, int]]],
         n_bytes: Callable[[int], int],
-        told: Callable[[Mapping[str, Quota]], None] = lambda quotas: None,
+        told: Callable[[Mapping[str, Quota], Mapping[str, tuple[str, float]]], None] = lambda quotas, pins: None,
     ):
         self._told = told
         self._database = database
@@ -279,8 +280,13 @@ class Catalog:
                 engines.register(connection, self._engine)
             # It may have been renewed.
             self.signing_key = turns.signing_key(secret.read(connection))
-            of_accounts = quotas.read(connection)
-        self._told(of_accounts)
+            of_accounts, pinned = quotas.read(connection), pins.of_engine(connection, self._engine.base_url)
+        if not closing:
+            try:
+                self._told(of_accounts, pinned)
+            except Exception:
+                # Manifests do not wait for it.
+                logger.exception("agentstate: quotas and pins are not followed for now")
         for manifest in list(batch.values()):
             try:
                 with self._database.write() as connection:

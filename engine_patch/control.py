@@ -66,6 +66,9 @@ class Verbs(Protocol):
         """Take note of a forecast (`lookahead.Forecast`), None where nothing is known; ``waited_s`` of it have passed.
         Raises ValueError if it is malformed."""
 
+    def pin(self, session_id: str, tier: str, for_s: float) -> dict[str, Any]:
+        """Pin the session to a tier for so long, or end its pin with 0. Raises ValueError for another tier."""
+
     def release(self, session_id: str) -> dict[str, Any]: ...
 
     def explain(self, session_id: str) -> dict[str, Any]: ...
@@ -164,6 +167,8 @@ class ControlEndpoint:
                     self._send(peer, {"ok": True, **self._verbs.demote(str(request["session"]))})
                 case "foresee":
                     self._send(peer, {"ok": True, **self._foresee(request)})
+                case "pin":
+                    self._send(peer, {"ok": True, **self._pin(request)})
                 case "release":
                     self._send(peer, {"ok": True, **self._verbs.release(str(request["session"]))})
                 case "explain":
@@ -181,6 +186,9 @@ class ControlEndpoint:
         except Exception as error:
             logger.exception("agentstate: a control request failed")
             self._send(peer, {"ok": False, "error": str(error)})
+
+    def _pin(self, request: dict[str, Any]) -> dict[str, Any]:
+        return self._verbs.pin(str(request["session"]), str(request["tier"]), _seconds(request["ttl_ms"]))
 
     def _foresee(self, request: dict[str, Any]) -> dict[str, Any]:
         packed, kind = request["forecast"], request["kind"]

@@ -129,10 +129,11 @@ class Foresight:
             self._fetching.submit(self._begin, session)
 
     def _misses(self, session_id: str) -> bool:
-        """Whether to think of fetching it: once a forecast."""
-        wait, fetch = self._waits.get(session_id), self._fetches.get(session_id)
+        """Whether to think of fetching it: once a forecast, and once a pin."""
+        wait, fetch, pin = self._waits.get(session_id), self._fetches.get(session_id), self._waits.pinned(session_id)
         tried_s = self._cleared_s if fetch is None else max(fetch.at_s, self._cleared_s)
-        if wait is None or tried_s >= wait.foreseen_s:
+        asked_s = [*([wait.foreseen_s] if wait is not None else []), *([pin.since_s] if pin is not None else [])]
+        if tried_s >= max(asked_s, default=-math.inf):
             return False
         return self._order.tokens(session_id) < self._length(session_id)
 
@@ -171,10 +172,12 @@ class Foresight:
     def explain(self, session_id: str) -> dict[str, Any]:
         """What is known of the session's wait, and what a byte of it is worth among the others'; what would move it."""
         now_s, wait, fetch = self._clock(), self._waits.get(session_id), self._fetches.get(session_id)
-        there = self._order.tokens(session_id)
+        there, pin = self._order.tokens(session_id), self._waits.pinned(session_id)
         said: dict[str, Any] = {"device_tokens": there, "wait": None, "index": None, "place": None, "fetch": None}
         if fetch is not None:
             said["fetch"] = {**asdict(fetch), "ago_s": now_s - fetch.at_s}
+        if pin is not None:
+            said["pin"] = {"tier": pin.tier, "rest_s": pin.until_s - now_s}
         if wait is None:
             return said
         if wait.over:

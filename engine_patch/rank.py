@@ -11,6 +11,7 @@ from typing import Any
 
 from agentstate.errors import AgentStateError, DatabaseError, EngineError
 from agentstate.fleet import engines
+from agentstate.fleet.quotas import NOBODY, Quota
 from agentstate.lookahead import policies
 from agentstate.lookahead.forecast import Forecast
 from agentstate.pages import PageStore, Space
@@ -24,6 +25,7 @@ from engine_patch.control import ControlEndpoint
 from engine_patch.foresight import ForesightStats
 from engine_patch.metrics import Metrics
 from engine_patch.order import OrderStats
+from engine_patch.pinning import Pinning
 from engine_patch.pools import DevicePool, device_pools
 from engine_patch.restore import PreloadStats
 from engine_patch.served import Served
@@ -73,7 +75,7 @@ class Rank:
         marks, self._space = self._identity()
         self.pools = StoredPools(pools, self._opening(marks, self._space), settings, self._ranks_here(), self.accounts)
         if settings.foresight and self.pools.host_tier is not None:
-            self.pools.host_tier.value = lambda session_id, keys: self.waits.index(session_id)
+            self.pools.host_tier.value = lambda session_id, keys: self.waits.index(session_id, "host")
         self._control = ControlEndpoint(settings.control_address, self)
         self._engine = identity.engine(
             settings,
@@ -84,6 +86,17 @@ class Rank:
             control_secret=self._control.secret,
         )
         self._database = database = Database(settings.sqlalchemy_url)
+        # The catalog's first heartbeat may come before there are sessions.
+        self.sessions: Sessions | None = None
+        self.pinning = Pinning(
+            self.waits,
+            self.accounts,
+            size=lambda session_id: self.sessions.size(session_id),
+            n_bytes=self.pools.n_bytes,
+            room=self._room_of,
+            retain=lambda session_id, until_s: self.sessions.retain(session_id, until_s),
+            fetch=lambda session_id: self.sessions.prefetch(session_id, "host", None, planned=True),
+        )
         self.sessions = self._open_sessions()
         self.metrics = Metrics(self._engine) if get_observability().enable_metrics else None
         if self.metrics is not None:
@@ -121,7 +134,7 @@ class Rank:
         return open_store
 
     def _open_sessions(self) -> Sessions:
-        return Sessions(
+        sessions = Sessions(
             self.pools,
             self._engine,
             self._database,
@@ -130,7 +143,29 @@ class Rank:
             stores=lambda: self.off is None,
             dead=self._space.take_dead,
             accounts=self.accounts,
+            take=self._take,
         )
+        sessions.pinned_until = self.pinning.until_s
+        return sessions
+
+    def _take(self, quotas: Mapping[str, Quota], pins: Mapping[str, tuple[str, float]]) -> None:
+        """What SQL says of accounts, and of sessions of this engine that are to stay."""
+        ranks = max(1, int(get_parallel().tp_size))
+        nvme_before = self.accounts.limits("nvme")
+        self.accounts.take(quotas, ranks)
+        # The stores of a release that charges nobody have no such limits.
+        limit_owners = getattr(self, "limit_owners", None)
+        if limit_owners is not None and self.accounts.limits("nvme") != nvme_before:
+            limits = dict(self.accounts.limits("nvme"))
+            limit_owners((lambda owner: limits.get(NOBODY if owner == "none" else owner)) if limits else None)
+        if self.sessions is not None:
+            self.pinning.take(pins)
+
+    def _room_of(self, tier: str) -> int:
+        if tier == "device":
+            pages = min((len(pool.device_pages) for pool in self._device_pools), default=0)
+            return self.pools.n_bytes(pages)
+        return 0 if self.pools.host_tier is None else self.pools.host_tier.n_bytes
 
     def limit_owners(self, limits: Limits | None) -> None:
         """Bound what every owner of pages has on the drive, in bytes over all ranks, which share it evenly. Owners are
@@ -218,6 +253,10 @@ class Rank:
         self.foresight_stats.foreseen += taken
         self.foresight_stats.ignored += not taken
         return _taken(taken)
+
+    def pin(self, session_id: str, tier: str, for_s: float) -> dict[str, Any]:
+        said = self.pinning.pin(session_id, tier, for_s)
+        return {**said, "tokens": said["pages"] * self.page_size}
 
     def release(self, session_id: str) -> dict[str, Any]:
         return _taken(self.waits.release(session_id))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum, auto
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from agentstate.fleet import turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest, split_keys
+from agentstate.fleet.quotas import Quota
 from agentstate.fleet.turns import Turn
 from agentstate.pages import PLANNED, Need, PageKeys, Urgency
 from agentstate.settings import Settings
@@ -52,8 +53,8 @@ class Sessions:
     """Thread-safe. `close` writes the manifests that wait, and must come while the stores are open.
 
     ``stores`` says whether what requests compute is stored at all: while it is not, nothing is said about them.
-    ``dead`` are the stores whose manifests go (`Space.take_dead`). ``accounts`` is told of quotas, and of who proves
-    which account.
+    ``dead`` are the stores whose manifests go (`Space.take_dead`). ``accounts`` is told who proves which account, and
+    ``take`` what SQL says of quotas and pins (`Catalog`).
     """
 
     def __init__(
@@ -67,9 +68,12 @@ class Sessions:
         stores: Callable[[], bool],
         dead: Callable[[], list[tuple[str, int]]],
         accounts: Accounts | None = None,
+        take: Callable[[Mapping[str, Quota], Mapping[str, tuple[str, float]]], None] = lambda quotas, pins: None,
     ):
         self.device: Device | None = None
         self._accounts = accounts = accounts or Accounts()
+        # Until when a session is pinned, by the monotonic clock.
+        self.pinned_until: Callable[[str], float | None] = lambda session_id: None
         self._page_size = page_size
         self._stores = stores
         self._prefetch_ttl_s = settings.prefetch_ttl_s
@@ -93,7 +97,7 @@ class Sessions:
             losers=pools.take_losers,
             dead=dead,
             n_bytes=pools.n_bytes,
-            told=accounts.take,
+            told=take,
         )
 
         self._eraser = Eraser(database, engine, pools, self._catalog, self._unsettled_keys)
@@ -163,6 +167,8 @@ class Sessions:
             else:
                 self._ledger.forget(session_id)
             self._pools.need(session_id, keys[:durable])
+            if (until_s := self.pinned_until(session_id)) is not None:
+                self._retain(keys[:durable], until_s)
             self._pools.merge(keys[:durable])
             self._catalog.save(self._manifest(turn, keys, durable))
             self._catalog.abandon(session_id, keys, durable)
@@ -235,6 +241,20 @@ class Sessions:
             return self._answer("partial" if pages else "cold", pages, "host")
 
         return answer
+
+    def size(self, session_id: str) -> int:
+        """How many pages of the session are stored."""
+        return self._pools.durable(self._chain(session_id))
+
+    def retain(self, session_id: str, until_s: float) -> int:
+        """Keep the session's pages on the drive until then, by the monotonic clock: of how many pages, from its head,
+        that is done. A time in the past ends it."""
+        return self._retain(self._chain(session_id), until_s)
+
+    def _retain(self, keys: Sequence[bytes], until_s: float) -> int:
+        # Stores that cannot do it evict what is pinned as any other.
+        retain = getattr(self._pools, "retain", None)
+        return len(keys) if retain is None else int(retain(keys, until_s))
 
     def places(self, session_id: str) -> dict[str, int]:
         """How many pages from the head of the session's context are on disk, and in the host tier."""

@@ -1,9 +1,10 @@
 """The sessions whose agents are away: since when, what is foreseen of their return, and what a byte of theirs is worth
-until then."""
+until then; and the sessions that are pinned."""
 
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -19,6 +20,22 @@ from agentstate.lookahead.policies import Policy, Wait
 _MOST = 16_384
 # After so long a request counts as gone that never ended: one that was aborted in the queue.
 _LONGEST_TURN_S = 600.0
+
+
+# Pins to which tiers hold what is on a tier.
+_HELD_BY = {"device": ("device",), "host": ("device", "host")}
+# What a byte of a pinned context is worth: more than any other, but for those that are served.
+PINNED = sys.float_info.max
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A session's context stays on a ``tier``, and with it on those below, until ``until_s`` of the monotonic clock. It
+    was pinned at ``since_s``."""
+
+    tier: str
+    until_s: float
+    since_s: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,37 @@ class Waits:
         self._mutex = threading.Lock()
         self._waits: OrderedDict[Hashable, Known] = OrderedDict()
         self._foreseen: set[Hashable] = set()
+        self._pins: dict[Hashable, Pin] = {}
+        # When the first of the pins ends.
+        self._unpin_s = math.inf
+
+    def pin(self, owner: Hashable, tier: str, for_s: float) -> bool:
+        """Pin the owner's context to a tier, whether or not it is known here. False if too many are pinned."""
+        with self._mutex:
+            now_s = self._clock()
+            if owner not in self._pins and len(self._pins) >= self._most:
+                return False
+            self._pins[owner] = Pin(tier, now_s + for_s, now_s)
+            self._unpin_s = min(self._unpin_s, now_s + for_s)
+            return True
+
+    def unpin(self, owner: Hashable) -> None:
+        with self._mutex:
+            self._pins.pop(owner, None)
+
+    def pinned(self, owner: Hashable) -> Pin | None:
+        """The pin of the owner's context, if it has not ended."""
+        pin = self._pins.get(owner)
+        return None if pin is None or pin.until_s <= self._clock() else pin
+
+    def pins(self) -> dict[Hashable, Pin]:
+        """Those that have not ended, by their owners."""
+        with self._mutex:
+            now_s = self._clock()
+            if self._unpin_s <= now_s:
+                self._pins = {owner: pin for owner, pin in self._pins.items() if pin.until_s > now_s}
+                self._unpin_s = min((pin.until_s for pin in self._pins.values()), default=math.inf)
+            return dict(self._pins)
 
     def began(self, owner: Hashable) -> None:
         """A request of the owner has ended."""
@@ -95,30 +143,33 @@ class Waits:
         wait = self.get(owner)
         return "first" if wait is None else wait.kind or "other"
 
-    def index(self, owner: Hashable) -> float:
-        """What a byte of the owner's is worth, a second: infinite once its wait is over, 0 if it is released or not
-        known."""
+    def index(self, owner: Hashable, tier: str = "device") -> float:
+        """What a byte of the owner's is worth on the device, or on the ``host``, a second: infinite once its wait is
+        over, `PINNED` if it is pinned there, 0 if it is released or not known."""
         wait = self.get(owner)
+        now_s = self._clock()
+        if wait is not None and wait.over and now_s - wait.since_s < _LONGEST_TURN_S:
+            return math.inf
+        if self._pins and (pin := self.pinned(owner)) is not None and pin.tier in _HELD_BY[tier]:
+            return PINNED
         if wait is None or wait.released:
             return 0.0
-        now_s = self._clock()
-        if wait.over and now_s - wait.since_s < _LONGEST_TURN_S:
-            return math.inf
         waited_s = now_s - (wait.since_s if wait.forecast is None else wait.origin_s)
         # A byte costs as much to bring back as any other.
         return self._policy(Wait(wait.forecast, waited_s, cost_s=1.0, n_bytes=1))
 
     def soonest(self, most: int) -> list[Any]:
         """The owners that something is foreseen of and that are worth something, who is worth most first."""
+        pins = self.pins() if self._pins else {}
         with self._mutex:
-            owners = list(self._foreseen)
+            owners = [*self._foreseen, *(owner for owner in pins if owner not in self._foreseen)]
         found = [(index, owner) for owner in owners if 0 < (index := self.index(owner)) < math.inf]
         return [owner for _, owner in sorted(found, key=itemgetter(0), reverse=True)[:most]]
 
     @property
     def foreseen(self) -> int:
         """Of how many waits something else is known than since when."""
-        return len(self._foreseen)
+        return len(self._foreseen) + (len(self.pins()) if self._pins else 0)
 
     def _put(self, owner: Hashable, wait: Known, *, last: bool = True) -> None:
         self._waits[owner] = wait

@@ -62,7 +62,7 @@ KvGroup = Annotated[
     str | None,
     typer.Option(help="Tenants of this group share KV, and can guess each other's prompts by timing. *: all."),
 ]
-_TIER = "The most bytes {} of an engine rank: 20GiB, or none for no limit."
+_TIER = "The most bytes {} of an engine, all ranks together: 20GiB, or none for no limit."
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from agentstate.errors import SettingsError
 from agentstate.settings import Settings
 
 if TYPE_CHECKING:
     from agentstate.answers import Placement
+    from agentstate.client import Client
 
 sessions = typer.Typer(help="Sessions, as a running service knows them.", no_args_is_help=True)
 
@@ -29,10 +32,7 @@ def show_kv(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show where a session's KV is, what the session waits for, and what would move its KV."""
-    from agentstate.client import Client
-
-    settings = Settings()
-    with Client(url or f"http://{settings.host}:{settings.port}", api_key=api_key) as client:
+    with _client(url, api_key) as client:
         found = client.kv(session_id)
     if as_json:
         print(found.model_dump_json(indent=2))
@@ -45,6 +45,45 @@ def show_kv(
         console.print(table)
     for line in _lines(found):
         console.print(line, markup=False)
+
+
+@sessions.command("pin")
+def pin_kv(
+    session_id: Annotated[str, typer.Argument(help="The session's id.")],
+    lasting: Annotated[str, typer.Option("--for", help="For how long: 90s, 30m, 2h, 1d.")],
+    tier: Annotated[str, typer.Option(help="Where it stays: device, host or nvme.")] = "device",
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Let a session's KV stay where it is for a time, in place of its pin before."""
+    with _client(url, api_key) as client:
+        found = client.pin(session_id, ttl_s=_seconds(lasting), tier=tier)
+    until = found.expires_at.isoformat(timespec="seconds")
+    print(f"{found.state}: {found.tokens:,} tokens, {found.bytes / 1e6:,.1f} MB on {found.tier} until {until}")
+
+
+@sessions.command("unpin")
+def unpin_kv(
+    session_id: Annotated[str, typer.Argument(help="The session's id.")], url: Url = None, api_key: ApiKey = None
+) -> None:
+    """End a session's pin, if it has one."""
+    with _client(url, api_key) as client:
+        client.unpin(session_id)
+
+
+def _client(url: str | None, api_key: str | None) -> Client:
+    from agentstate.client import Client
+
+    settings = Settings()
+    return Client(url or f"http://{settings.host}:{settings.port}", api_key=api_key)
+
+
+def _seconds(text: str) -> float:
+    """The seconds of ``90``, ``90s``, ``30m``, ``2h`` or ``1d``. Raises SettingsError."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text, re.ASCII)
+    if found is None or not float(found[1]):
+        raise SettingsError(f"{text!r} is no time: 90s, 30m, 2h, 1d")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def _lines(found: Placement) -> list[str]:

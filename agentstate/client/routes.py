@@ -23,6 +23,7 @@ from agentstate.answers import (
     EntryList,
     Lease,
     Operation,
+    Pinned,
     Placement,
     Resumed,
     Session,
@@ -231,6 +232,18 @@ def prefetch(
 def kv(session_id: str) -> Call[Placement]:
     """Where the session's KV is, what it waits for, and what would move it."""
     return Call(_model(Placement), "GET", _session(session_id, "kv"), Repeat.READ)
+
+
+def pin(session_id: str, *, ttl_s: float, tier: str = "device") -> Call[Pinned]:
+    """Let the session's KV stay on a tier, ``device``, ``host`` or ``nvme``, for so many seconds, in place of its pin
+    before. It refuses nothing: what is pinned leaves last. Raises RateLimited."""
+    body = {"tier": tier, "ttl_s": ttl_s}
+    return Call(_model(Pinned), "POST", _session(session_id, "kv", "pin"), Repeat.READ, body=body)
+
+
+def unpin(session_id: str) -> Call[None]:
+    """End the session's pin, if it has one. Raises RateLimited."""
+    return Call(lambda response: None, "DELETE", _session(session_id, "kv", "pin"), Repeat.READ)
 
 
 def activity(session_id: str, kind: str) -> Call[Signalled]:

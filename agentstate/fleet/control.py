@@ -21,6 +21,8 @@ Verbs::
     release(session)                          -> state                          nobody comes back to the session: it is
                                                                                  the first to leave device and host
                                                                                  memory
+    pin(session, tier, ttl_ms)                -> state, tier, tokens, pages,    let the session stay on "device", "host"
+                                                 bytes                           or "nvme" for so long; 0 ends that
     explain(session)                          -> tiers, wait, index, place,     where the session's context is, what it
                                                  fetch                          waits for, and what its bytes are worth
     spill(on)                                 -> state                          whether what is computed from now on is
@@ -34,6 +36,8 @@ spilling on. The other states of the first three are those of ``KvState`` for a 
 reached; ``demoted`` for a demote. An engine answers with an error what it does not know or cannot do.
 
 ``foresee`` and ``release`` are answered at once: ``accepted``, or ``ignored`` by an engine that makes no use of them.
+A ``pin`` is answered at once, too: ``accepted``; ``clipped`` where it holds on a lower tier, which ``tier`` says, or
+for less of the session; ``ignored``; ``unpinned``.
 A ``forecast`` is a packed `lookahead.Forecast` of the whole wait, None where nothing is known; ``waited_ms`` of it have
 passed, and ``kind`` is what is waited for: ``tool``, ``person`` or ``other``. The newest one of a wait counts, and none
 once the session's next request has come. They go to rank 0 alone.

@@ -214,12 +214,21 @@ class Operations:
 
     def explain(self, session_id: str, ranks: Sequence[Engine], timeout_s: float) -> Future[list[dict[str, Any]]]:
         """Ask every rank where a session is, and why. The future raises EngineUnreachable, EngineRefused."""
+        return self._of_all(ranks, "explain", timeout_s, session=session_id)
 
+    def pin(
+        self, session_id: str, ranks: Sequence[Engine], tier: str, for_s: float, timeout_s: float
+    ) -> Future[list[dict[str, Any]]]:
+        """Have every rank pin a session for so long, 0 to end that. The future raises EngineUnreachable,
+        EngineRefused."""
+        return self._of_all(ranks, "pin", timeout_s, session=session_id, tier=tier, ttl_ms=round(for_s * 1000))
+
+    def _of_all(
+        self, ranks: Sequence[Engine], verb: str, timeout_s: float, **arguments: Any
+    ) -> Future[list[dict[str, Any]]]:
         async def ask() -> list[dict[str, Any]]:
             said = (
-                self._connections.call(
-                    rank.control_address, rank.control_secret, "explain", timeout_s, session=session_id
-                )
+                self._connections.call(rank.control_address, rank.control_secret, verb, timeout_s, **arguments)
                 for rank in ranks
             )
             return list(await asyncio.gather(*said))

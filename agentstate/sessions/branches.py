@@ -19,7 +19,7 @@ from agentstate.fleet import manifests
 from agentstate.sessions import transcript
 from agentstate.sessions.history import MAX_SEGMENTS, History, Segment
 from agentstate.sql.database import now_us
-from agentstate.sql.models import conversation_tips, entries, leases, responses, segments, sessions, tool_calls
+from agentstate.sql.models import conversation_tips, entries, kv_pins, leases, responses, segments, sessions, tool_calls
 
 COMPACT_AT = 64
 
@@ -104,7 +104,7 @@ def bury(connection: Connection, row: Any) -> None:
     mark_garbage(connection, family)
     connection.execute(sa.delete(segments).where(segments.c.session_id == row.id))
     connection.execute(sa.delete(leases).where(leases.c.session_id == row.id))
-    for table in (responses, conversation_tips):
+    for table in (responses, conversation_tips, kv_pins):
         connection.execute(sa.delete(table).where(table.c.session_id == row.id))
     connection.execute(
         sa.update(sessions)

@@ -28,6 +28,7 @@ from agentstate.sql.models import (
     durations,
     entries,
     idempotency,
+    kv_pins,
     operations,
     segments,
     sessions,
@@ -41,6 +42,7 @@ BATCH = 500
 HOUR_S = 3600
 IDEMPOTENCY_S = 24 * HOUR_S
 OPERATIONS_S = 7 * 24 * HOUR_S
+PINS_S = 0.0  # once it has ended
 TIMINGS_S = 90 * 24 * HOUR_S
 # What has expired is erased that soon, however seldom the rest is collected.
 EXPIRY_S = 20.0
@@ -265,6 +267,7 @@ def _collect_records(database: Database) -> int:
             operations.c.id,
             sa.and_(operations.c.finished_us.is_not(None), older_than(operations.c.created_us, OPERATIONS_S)),
         )
+        + _delete_in_batches(database, kv_pins.c.session_id, older_than(kv_pins.c.until_us, PINS_S))
         + _delete_in_batches(database, tool_timings.c.id, older_than(tool_timings.c.finished_us, TIMINGS_S))
     )
 

@@ -138,3 +138,12 @@ class PagesOfSession:
     session: Session
     ranks: Sequence[Engine]
     keys: Sequence[bytes]  # packed, one string a rank
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """The session that engines know as ``uid`` is pinned until then, microseconds, or not (None)."""
+
+    uid: str
+    until_us: int | None
+    ranks: Sequence[Engine]

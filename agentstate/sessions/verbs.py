@@ -29,8 +29,9 @@ from agentstate.errors import (
     ToolInFlight,
     TooManySessions,
 )
-from agentstate.fleet import engines, manifests, turns
+from agentstate.fleet import engines, manifests, pins, turns
 from agentstate.fleet.engines import Engine
+from agentstate.fleet.pins import PinTier
 from agentstate.fleet.placement import choose, named, outlook
 from agentstate.fleet.turns import Turn
 from agentstate.fleet.waits import NEVER, Awaited, Took, Waits
@@ -58,6 +59,7 @@ from agentstate.sessions.outcomes import (
     Keep,
     Order,
     PagesOfSession,
+    Pinned,
     Resumed,
     Session,
     SessionPage,
@@ -252,6 +254,26 @@ class Sessions:
             return False
         self._waits.expected(self._tenant, row.id, forecast, "person", server.ranks[0])
         return True
+
+    def pin(self, session_id: str, tier: PinTier, for_s: float) -> Pinned:
+        """Let the session's KV stay on a tier for so many seconds, in place of its pin before. ``ranks`` are those of
+        the engine of its newest turn, none if that is not live; engines read pins, whether or not they are told."""
+        with self._database.write() as connection:
+            row = self._rows.lock(connection, session_id)
+            until_us = pins.put(connection, row.id, tier, for_s)
+            return Pinned(row.id, until_us, self._ranks_of(connection, session_id))
+
+    def unpin(self, session_id: str) -> Pinned:
+        """End the session's pin, if it has one."""
+        with self._database.write() as connection:
+            row = self._rows.lock(connection, session_id)
+            pins.remove(connection, row.id)
+            return Pinned(row.id, None, self._ranks_of(connection, session_id))
+
+    def _ranks_of(self, connection: Connection, session_id: str) -> Sequence[Engine]:
+        engine = self._rows.find(connection, session_id).engine
+        server = None if engine is None else named(engine, engines.live(connection, self._engine_timeout_s))
+        return server.ranks if server else ()
 
     def renew(self, session_id: str, key: LeaseKey, *, lease_ttl_s: float) -> Lease:
         """Keep a lease: it lapses ``lease_ttl_s`` from now. Raises LeaseLost."""
@@ -468,6 +490,7 @@ class Sessions:
             server = choose(session.model, rows.stored(connection, before, History.of(connection, before)), live)
         if release_kv:
             manifests.give_up(connection, before.id)
+            pins.remove(connection, before.id)
         pending = toolcalls.pending(connection, before.id) if before.open_calls else []
         if server is not None:
             self._tell_of_suspend(before, reason, release_kv, pending, server.ranks[0])

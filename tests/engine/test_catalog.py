@@ -16,7 +16,7 @@ from turns import begin
 
 from agentstate import ids
 from agentstate.errors import DatabaseError, DatabaseUnreachable
-from agentstate.fleet import engines, erasures, manifests, quotas, turns
+from agentstate.fleet import engines, erasures, manifests, pins, quotas, turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
 from agentstate.fleet.quotas import Quota
@@ -631,14 +631,32 @@ def test_what_a_manifest_lists_that_another_replaces_unwritten_goes_with_the_ses
     assert listed >= set(keys(2, 3, 4, 5))
 
 
-def test_quotas_are_told_with_every_heartbeat(database: Switched, saved: Saved) -> None:
-    told: list[dict[str, Quota]] = []
-    catalog = started(database, HEARTBEAT_S, saved, told=told.append)
-    until(lambda: told[-1:] == [{}])
+def test_quotas_and_pins_are_told_with_every_heartbeat(database: Switched, saved: Saved) -> None:
+    told: list[Any] = []
+
+    def take(*given: Any) -> None:
+        told.append(given)
+        raise RuntimeError("of this test")
+
+    catalog = started(database, HEARTBEAT_S, saved, told=take)
+    until(lambda: told[-1:] == [({}, {})])
+    quota = Quota(device_bytes=5)
     with database.write() as connection:
-        quotas.put(connection, "tenant a", Quota(device_bytes=5))
-    until(lambda: told[-1] == {"tenant a": Quota(device_bytes=5)})
+        quotas.put(connection, "tenant a", quota)
+        for session in ("a", "b", "c"):
+            pins.put(connection, session, pins.PinTier.HOST, 3600.0)
+        engine = {"a": ENGINE.base_url, "b": "http://another/v1"}
+        for session, url in engine.items():
+            connection.execute(sa.update(models.leases).where(models.leases.c.session_id == session).values(engine=url))
+    until(lambda: told[-1] != ({}, {}))
+    of_accounts, pinned = told[-1]
+    assert of_accounts == {"tenant a": quota}
+    ((session, (tier, for_s)),) = pinned.items()
+    assert (session, tier) == ("a", "host") and 3000 < for_s <= 3600
+    catalog.save(manifest("s", 1))
+    saved.wait_for(manifest("s", 1))
     with database.write() as connection:
         quotas.put(connection, "tenant a", Quota())
-    until(lambda: told[-1] == {})
+        pins.remove(connection, "a")
+    until(lambda: told[-1] == ({}, {}))
     catalog.close()

@@ -53,6 +53,9 @@ class Rank:
     def explain(self, session: str) -> dict[str, Any]:
         return {"tiers": {}, "wait": None}
 
+    def pin(self, session: str, tier: str, for_s: float) -> dict[str, Any]:
+        return {"state": "accepted", "tier": tier, "for_s": for_s}
+
     def release(self, session: str) -> dict[str, Any]:
         return {"state": "accepted" if session in self.states else "ignored"}
 
@@ -319,11 +322,19 @@ def test_spilling_is_turned_off_and_on(client: ControlClient) -> None:
         client.call("spill", WAIT_S)
 
 
+def test_a_pin_says_for_how_long(client: ControlClient) -> None:
+    assert client.call("pin", WAIT_S, session="s", tier="nvme", ttl_ms=1500)["for_s"] == 1.5
+    for wrong in ({}, {"ttl_ms": -1}, {"ttl_ms": "1"}, {"ttl_ms": float("nan")}):
+        with pytest.raises(EngineRefused, match="malformed"):
+            client.call("pin", WAIT_S, session="s", tier="nvme", **wrong)
+
+
 VERBS: dict[str, dict[str, Any]] = {
     "flush": {"session": "s"},
     "prefetch": {"session": "s", "tier": "host"},
     "demote": {"session": "s"},
     "foresee": {"session": "s", "forecast": None, "waited_ms": 0, "kind": "other"},
+    "pin": {"session": "s", "tier": "host", "ttl_ms": 0},
     "release": {"session": "s"},
     "explain": {"session": "s"},
     "spill": {"on": False},

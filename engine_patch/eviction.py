@@ -5,6 +5,9 @@ each passes over the leaves of whoever's context is worth more than others', and
 evicted. A last walk passes over nothing. So both of SGLang's trees order evictions by what is foreseen, without
 showing their nodes; and where nothing is foreseen, the order is SGLang's own.
 
+Where a session's next turn does not go on from the end of the last one, what it has left leaves before all others,
+unless another context goes on from there.
+
 An account that has more on the device than its quota gives first: its contexts that wait, who is worth least before the
 others, until it has no more than that. Without quotas nothing of this is asked.
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, count, islice
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -37,13 +40,23 @@ _MOST = torch.iinfo(torch.int64).max
 class _End(NamedTuple):
     """Where a context ends on the device: its deepest node, how many tokens there are up to the end of that, and what
     all ranks call the node. Of the tokens, ``charged`` are charged to the ``account``: those that no other context had
-    when they came, so that what is shared is charged once."""
+    when they came, so that what is shared is charged once. ``epoch`` is that of the turn which ended there."""
 
     node: int
     tokens: int
     name: int
     charged: int
     account: str
+    epoch: int = 0
+
+
+class Superseded(NamedTuple):
+    """Owns what a session had after its first ``shared`` tokens, and has left: its next turn did not go on from
+    there. ``number`` tells such ends apart."""
+
+    session_id: Hashable
+    shared: int
+    number: int
 
 
 class EvictionOrder:
@@ -74,23 +87,49 @@ class EvictionOrder:
         self._ends: OrderedDict[Hashable, _End] = OrderedDict()
         self._at: dict[int, set[Hashable]] = {}
         self._named: dict[int, int] = {}
+        self._numbers = count()
 
     def __len__(self) -> int:
         """How many contexts are on the device."""
         return len(self._ends)
 
-    def ended(self, owner: Hashable | None, node: int) -> Hashable:
-        """A request of ``owner`` has ended at ``node``; one that has no owner owns itself. Returns the owner."""
+    def ended(self, owner: Hashable | None, node: int, epoch: int = 0) -> Hashable:
+        """A request of ``owner``, in a turn of that number, has ended at ``node``; one that has no owner owns itself.
+        Returns the owner."""
         owner = node if owner is None else owner
-        if self.brought(owner, node):
+        before = self._ends.get(owner)
+        (path,) = self._core.collect_path_info([node])
+        nodes = {part.node_id for part in path}
+        for left in [one for part in nodes for one in self._at.get(part, ()) if isinstance(one, Superseded)]:
+            # It is gone on from after all.
+            self._drop(left)
+        if path and before is not None and before.epoch < epoch and before.node not in nodes:
+            self._supersede(owner, before, path)
+        if self.brought(owner, node, epoch):
             self._waits.began(owner)
         return owner
 
-    def brought(self, owner: Hashable, node: int) -> bool:
+    def _supersede(self, owner: Hashable, before: _End, path: Sequence[Any]) -> None:
+        """The owner's context ends with ``path`` from now on, which does not go on from its end ``before``."""
+        (old,) = self._core.collect_path_info([before.node])
+        nodes = {part.node_id for part in path}
+        shared = max((part.path_end for part in old if part.node_id in nodes), default=0)
+        if old[-1].num_children or len(self._at[before.node]) > 1:
+            return  # others go on from there
+        left = Superseded(owner, shared, next(self._numbers))
+        charged = min(before.charged, before.tokens - shared)
+        # What it shares with where it is now stays charged to it.
+        own = before.charged - charged + self._charged(owner, path)
+        self._move(owner, path, own)
+        self._move(left, old, charged)
+        self._waits.began(left)
+        self._waits.release(left)
+
+    def brought(self, owner: Hashable, node: int, epoch: int | None = None) -> bool:
         """The owner's context is on the device, up to the end of ``node``; False if that is the root."""
         (path,) = self._core.collect_path_info([node])
         if path:
-            self._move(owner, path)
+            self._move(owner, path, epoch=epoch)
             self._ends.move_to_end(owner)
         return bool(path)
 
@@ -99,12 +138,19 @@ class EvictionOrder:
         if owners := self._at.get(node):
             (path,) = self._core.collect_path_info([node])
             for owner in tuple(owners):
-                if len(path) > 1:
+                shared = owner.shared if isinstance(owner, Superseded) else 0
+                if len(path) > 1 and path[-2].path_end > shared:
                     end, left = self._ends[owner], path[-2].path_end
                     self._move(owner, path[:-1], max(0, end.charged + left - end.tokens))
                 else:
-                    self._leave(owner)
-                    del self._ends[owner]
+                    self._drop(owner)
+
+    def _drop(self, owner: Hashable) -> None:
+        """Nothing of the owner's context is on the device any more, or it is nobody's."""
+        self._leave(owner)
+        del self._ends[owner]
+        if isinstance(owner, Superseded):
+            self._waits.forget(owner)
 
     def held(self, account: str) -> int:
         """How many bytes of the device are charged to an account."""
@@ -132,8 +178,17 @@ class EvictionOrder:
                 left -= own[owner]
         return giving
 
+    def superseded(self, session_id: Hashable) -> int:
+        """How many tokens on the device the session has left. From any thread."""
+        ends = self._ends.copy()
+        left = ((owner, end) for owner, end in ends.items() if isinstance(owner, Superseded))
+        return sum(end.tokens - owner.shared for owner, end in left if owner.session_id == session_id)
+
     def forget(self) -> None:
         """The tree is emptied."""
+        for owner in self._ends:
+            if isinstance(owner, Superseded):
+                self._waits.forget(owner)
         self._ends.clear()
         self._at.clear()
         self._named.clear()
@@ -223,15 +278,17 @@ class EvictionOrder:
         found: list[int] = agreed.tolist()
         return found
 
-    def _move(self, owner: Hashable, path: Sequence[Any], charged: int | None = None) -> None:
+    def _move(self, owner: Hashable, path: Sequence[Any], charged: int | None = None, epoch: int | None = None) -> None:
         """The owner's context ends with the last node of ``path``, of which ``charged`` tokens are charged to it."""
         charged = self._charged(owner, path) if charged is None else charged
+        if epoch is None:
+            epoch = self._ends[owner].epoch if owner in self._ends else 0
         if owner in self._ends:
             self._leave(owner)
         last = path[-1]
         name = 0 if self._alone else int(self._core.get_last_hash_value(last.node_id)[:15], 16)
-        account = self._accounts.of(owner)
-        self._ends[owner] = _End(last.node_id, last.path_end, name, charged, account)
+        account = self._accounts.of(owner.session_id if isinstance(owner, Superseded) else owner)
+        self._ends[owner] = _End(last.node_id, last.path_end, name, charged, account, epoch)
         self._held[account] += charged
         self._at.setdefault(last.node_id, set()).add(owner)
         if not self._alone:

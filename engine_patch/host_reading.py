@@ -26,8 +26,8 @@ class HostRun:
 
     It is charged to ``account``, for whom it came in. What follows is the tier's, under its mutex: ``session_id`` asked
     for it last, at ``tick``; ``readers`` streams read it; ``served`` of its pages are found here, of which those in
-    ``returned`` slots are on the device. It is ``gone`` when none is found any more. Memory that is ``spoilt`` is not
-    used again.
+    ``returned`` slots are on the device, and those in ``released`` ones left by their session. It is ``gone`` when none
+    is found any more. Memory that is ``spoilt`` is not used again.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class HostRun:
         self.tick = 0
         self.readers = 0
         self.returned: set[int] = set()
+        self.released: set[int] = set()
         self.served = 0
         self.gone = self.spoilt = False
 

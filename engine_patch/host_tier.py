@@ -148,10 +148,11 @@ class HostTier:
             if its_own_only and not its_own:
                 continue
             gives = run.account in above
-            own = 0.0 if value is None else value(run.session_id, run.keys)
+            released = len(run.released) >= run.served
+            own = 0.0 if value is None or released else value(run.session_id, run.keys)
             if stays and worth is not None and own > worth and (its_own or not gives):
                 continue
-            order = not gives, stays, own, run.tick
+            order = not gives, stays and not released, own, run.tick
             if best is None or order < best[0]:
                 best = order, run, pool
         return None if best is None else best[1:]
@@ -303,6 +304,7 @@ class HostPool:
                 if (found := self._pages.get(key)) is not None:
                     run, slot = found
                     run.returned.discard(slot)
+                    run.released.discard(slot)
                     run.tick, run.session_id = self._tier.tick(), session_id or run.session_id
 
     def _runs(self, pages: Sequence[int]) -> Iterator[list[int]]:
@@ -420,6 +422,7 @@ class HostPool:
             for segments in reversed(found):
                 for segment in reversed(segments):
                     segment.run.readers += 1
+                    segment.run.released.difference_update(range(segment.slot, segment.slot + segment.pages))
                     segment.run.tick = self._tier.tick()
             self._streams += len(found)
         ends = [first for first, _ in pieces[1:]] + [len(keys)]
@@ -481,6 +484,14 @@ class HostPool:
             for key in keys:
                 if (found := self._pages.get(key)) is not None:
                     self.take_out(found[0])
+
+    def release(self, keys: Collection[bytes], session_id: str) -> None:
+        """A session has left ``keys``: a run of such pages leaves before those that are worth something, unless another
+        session asked for it last. One that is used again is as before."""
+        with self._tier.mutex:
+            for key in keys:
+                if (found := self._pages.get(key)) is not None and found[0].session_id == session_id:
+                    found[0].released.add(found[1])
 
     def move(self, store: PageStore) -> None:
         """Forget everything, and keep pages of another store from now on."""

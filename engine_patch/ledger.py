@@ -19,8 +19,8 @@ _STANDING_BYTES = 1 << 10
 @dataclass(frozen=True)
 class Standing:
     """A session as of its newest finished request, in the turn ``epoch``. ``requests`` have finished so far;
-    ``settled`` of them are stored, and ``saved`` of them are in SQL. The newest settled request had ``pages`` whole
-    pages; ``keys`` packs the keys of the first ones, those that were stored."""
+    ``settled`` of them are stored, and ``saved`` of them are in SQL. The newest settled request, of the turn
+    ``settled_in``, had ``pages`` whole pages; ``keys`` packs the keys of the first ones, those that were stored."""
 
     epoch: int = 0
     requests: int = 0
@@ -28,6 +28,7 @@ class Standing:
     saved: int = 0
     pages: int = 0
     keys: bytes = b""
+    settled_in: int = 0
 
     @property
     def durable(self) -> int:
@@ -69,12 +70,22 @@ class Ledger:
             self._put(turn.session_id, standing)
             return standing.requests
 
-    def settled(self, session_id: str, request: int, keys: Sequence[bytes], durable: int) -> None:
-        """The pages queued by request number ``request`` are stored, ``durable`` of them from the head."""
+    def settled(
+        self, session_id: str, request: int, keys: Sequence[bytes], durable: int, epoch: int = 0
+    ) -> list[bytes]:
+        """The pages queued by request number ``request``, of the turn ``epoch``, are stored, ``durable`` of them from
+        the head. Returns the stored pages that the session has left: those of an earlier turn that this one does not go
+        on from."""
         with self._mutex:
-            standing = self._standings.get(session_id, Standing(requests=request))
+            before = self._standings.get(session_id, Standing(requests=request))
             packed = b"".join(keys[:durable])
-            self._put(session_id, replace(standing, settled=request, pages=len(keys), keys=packed))
+            after = replace(before, settled=request, pages=len(keys), keys=packed, settled_in=epoch)
+            self._put(session_id, after)
+        if epoch <= before.settled_in or before.keys == packed[: len(before.keys)]:
+            return []
+        old = split_keys(before.keys)
+        common = next((page for page, pair in enumerate(zip(old, keys, strict=False)) if pair[0] != pair[1]), len(keys))
+        return old[common:]
 
     def saved(self, manifest: Manifest) -> None:
         """``manifest`` is in SQL. It counts only if it is of the newest settled request: a page's key covers everything

@@ -287,7 +287,8 @@ class AgentStateRadixCache(UnifiedRadixCache):
             if turn is not None:
                 self.device_tier.remember(turn.session_id, key)
                 self.agentstate.request_finished(turn, key)
-        owner = self.eviction.ended(None if turn is None else turn.session_id, req.last_node)
+        session_id, epoch = (None, 0) if turn is None else (turn.session_id, turn.epoch)
+        owner = self.eviction.ended(session_id, req.last_node, epoch)
         if req.kv_hints is not None and self.agentstate.foresees:
             self.foresight.hinted(owner, hints.of(req.kv_hints))
 

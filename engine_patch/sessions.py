@@ -163,7 +163,8 @@ class Sessions:
             keys = self._keys(key)
             durable = self._pools.durable(keys, use=True)
             if self._stores():
-                self._ledger.settled(session_id, request, keys, durable)
+                if left := self._ledger.settled(session_id, request, keys, durable, turn.epoch):
+                    self._pools.supersede(left, session_id)
             else:
                 self._ledger.forget(session_id)
             self._pools.need(session_id, keys[:durable])

@@ -285,10 +285,12 @@ class StoredPools:
             pool.store.retain(pool.needed(keys[:retained]), until_s)
         return retained
 
-    def release(self, keys: Sequence[bytes], session_id: str | None = None) -> None:
-        """Nobody goes on from these pages, as far as ``session_id`` knows, whose they were: they are the first to be
-        evicted, but for those that others need (`PageStore.release`)."""
+    def supersede(self, keys: Sequence[bytes], session_id: str) -> None:
+        """A session has left these pages, from a place in its chain on: unless others need them, they are the first to
+        leave host memory and the drive."""
         for pool in self._pools:
+            if pool.host is not None:
+                pool.host.release(keys, session_id)
             pool.store.release(keys, session_id)
 
     def need_only(self, chains: Iterable[tuple[str, Sequence[bytes]]]) -> None:

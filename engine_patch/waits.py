@@ -134,6 +134,12 @@ class Waits:
             self._put(owner, replace(wait, released=True), last=False)
             return True
 
+    def forget(self, owner: Hashable) -> None:
+        """The owner has nothing here any more, and never will."""
+        with self._mutex:
+            self._waits.pop(owner, None)
+            self._foreseen.discard(owner)
+
     def get(self, owner: Hashable) -> Known | None:
         with self._mutex:
             return self._waits.get(owner)

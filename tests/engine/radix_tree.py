@@ -157,8 +157,8 @@ class Tree(AgentStateRadixCache):
         assert op == torch.distributed.ReduceOp.MIN
         self.agree(tensor)
 
-    def compute(self, key: RadixKey, session_id: str = "s") -> None:
-        """A request of a session computes what of ``key`` is not there, and ends."""
+    def compute(self, key: RadixKey, session_id: str = "s", epoch: int = 0) -> None:
+        """A request of a session, in a turn of that number, computes what of ``key`` is not there, and ends."""
         there = self.match_prefix(MatchPrefixParams(key=key))
         slots = self.token_to_kv_pool_allocator.alloc(len(key) - there.device_prefix_len)
         root = self.root_node_handle(key.extra_key)
@@ -166,7 +166,7 @@ class Tree(AgentStateRadixCache):
         value, known = torch.cat([prefix, slots]), there.device_prefix_len
         self.insert(InsertParams(key=key, value=value, prev_prefix_len=known, session_id=session_id))
         self.linker.lost_pages.finished(RequestSession(session_id), key)
-        self.eviction.ended(session_id or None, self.tree_core.match_full_device_prefix(key)[1])
+        self.eviction.ended(session_id or None, self.tree_core.match_full_device_prefix(key)[1], epoch)
 
     def settle(self, stored: bool = True) -> None:
         """Everything that was offered is stored, or nothing, and the tree knows."""

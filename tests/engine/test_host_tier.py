@@ -549,3 +549,29 @@ def test_what_leaves_the_tier_is_not_charged_any_more(opening: Opening) -> None:
     assert stage.tier.held["one"] == 2 * stage.a_page
     stage.host.move(stage.rank.store)
     assert not any(stage.tier.held.values())
+
+
+@pytest.mark.parametrize("valued", [True, False], ids=["by worth", "by use"])
+def test_what_a_session_has_left_leaves_first_unless_it_is_used_again(opening: Opening, valued: bool) -> None:
+    stage = opening(pages=4, a_run=1)
+    if valued:
+        stage.tier.value = lambda session, keys: {"s": 9.0, "other": 5.0, "new": 5.0}[session]
+    stage.demote(0, 1, session="other")
+    stage.demote(2, 3, session="s")
+    stage.host.release(keys(0, 2, 3), "s")
+    assert stage.demote(4, 5, session="new")
+    assert stage.here(*range(6)) == [0, 1, 4, 5], "but what another session has asked for stays"
+    stage.host.release(keys(0, 1), "other")
+    stage.demote(0, 1, session="other")
+    stage.host.release(keys(4, 5), "new")
+    assert stage.demote(6, 7, session="new")
+    assert stage.here(*range(8)) == [0, 1, 6, 7]
+
+
+def test_what_a_session_has_left_and_restores_is_as_before(opening: Opening) -> None:
+    stage = opening(pages=4, a_run=2)
+    stage.demote(0, 1, session="s")
+    stage.host.release(keys(0, 1), "s")
+    assert stage.run_of(0).released == {0, 1}
+    stage.restore([0, 1], [20, 21])
+    assert stage.run_of(0).released == set()

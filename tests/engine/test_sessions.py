@@ -33,6 +33,7 @@ class Pools:
         self.held = 8
         self.fraction: float | None = None
         self.queued: list[Any] = []
+        self.superseded: list[tuple[str, int]] = []
         self.prefetched: list[tuple[float, Need]] = []
 
     def durable(self, keys: list[bytes], *, use: bool = False) -> int:
@@ -55,6 +56,9 @@ class Pools:
 
     def merge(self, chain: list[bytes]) -> None:
         pass
+
+    def supersede(self, keys: list[bytes], session_id: str) -> None:
+        self.superseded.append((session_id, len(keys)))
 
     def then(self, action: Any) -> None:
         self.queued.append(action)
@@ -232,3 +236,22 @@ def test_manifests_are_written_while_the_stores_can_be_asked() -> None:
         "manifests are written",
         "the stores are closed",
     ]
+
+
+def test_pages_of_a_turn_that_the_next_one_does_not_go_on_from_are_left(stage: Stage) -> None:
+    def settle(epoch: int, *tokens: int) -> list[tuple[str, int]]:
+        stage.sessions.finished(turn("a", epoch), RadixKey(array("q", tokens), None))
+        stage.pools.superseded.clear()
+        for action in stage.pools.queued:
+            action()
+        stage.pools.queued.clear()
+        return list(stage.pools.superseded)
+
+    first = range(4 * PAGE_SIZE)
+    assert settle(1, *first) == []
+    assert settle(2, *first, *range(PAGE_SIZE)) == []
+    # A turn may ask beside its conversation; who knows which of its requests is gone on from.
+    assert settle(2, 9, 9, 9, 9) == []
+    assert settle(3, *first) == [("a", 1)]
+    assert settle(4, *first[: 2 * PAGE_SIZE]) == [("a", 2)]
+    assert settle(5, *first[: 2 * PAGE_SIZE], 9, 9, 9, 9) == []

@@ -44,6 +44,16 @@ _ENTRIES = {
     "last_id": _ENTRY["id"],
     "has_more": False,
 }
+_DECISION = {
+    "id": "1767605472512000",
+    "at": "2026-01-05T09:31:12.512000Z",
+    "session_id": _SESSION["id"],
+    "decision": "fetch",
+    "outcome": "begun",
+    "tokens": 18432,
+    "index": 0.21,
+    "displaced": 0.02,
+}
 _LEASE = {"token": "q0vT3…", "epoch": 8, "expires_at": "2026-01-05T09:32:12.512000Z"}
 
 
@@ -269,6 +279,27 @@ class Fetch(BaseModel):
         description="under way; there; used: the next request found it; late: that came before it; wasted: it failed, "
         "or left the device unused."
     )
+    reason: str = Field(
+        default="",
+        description="Of one that was wasted. left: it went although its request was still expected; wrong: that should "
+        "have come by then, or was not expected any more; cancelled: it came to nothing.",
+    )
+
+
+class Decision(BaseModel):
+    """What an engine has decided about a session, or what became of that."""
+
+    id: str
+    at: datetime
+    session_id: str
+    decision: str = Field(description="fetch, demote, evict, release or foresee.")
+    outcome: str = Field(
+        description="Of a fetch: begun, there, used, late, left, wrong, cancelled. Of a demotion: begun, copied, "
+        "failed. Of an eviction: waited_for. Of a release: accepted, ignored. Of a forecast: ignored."
+    )
+    tokens: int = Field(description="How many tokens of its context that is about.")
+    index: float | None = Field(description="What a byte of it was worth on the device then, per second.")
+    displaced: float | None = Field(description="Of a fetch: the largest index of what had to leave for it.")
 
 
 class Placement(BaseModel):
@@ -293,6 +324,7 @@ class Placement(BaseModel):
             "index": 0.21,
             "place": 3,
             "fetch": None,
+            "decisions": [_DECISION],
             "next": "leaves the device after 61,440 tokens of others",
         }
     )
@@ -306,6 +338,9 @@ class Placement(BaseModel):
     )
     place: int | None = Field(default=None, description="Its place among the contexts on the device: 1 leaves last.")
     fetch: Fetch | None = None
+    decisions: list[Decision] = Field(
+        default_factory=list, description="What was decided about it lately, and what became of that; the newest last."
+    )
     next: str = Field(default="", description="What would move it, in words.")
 
 
@@ -375,6 +410,26 @@ class Engine(BaseModel):
     live: bool
     started_at: datetime
     heartbeat_at: datetime
+
+
+class DecisionList(BaseModel):
+    model_config = _example(
+        {
+            "object": "list",
+            "data": [_DECISION],
+            "first_id": _DECISION["id"],
+            "last_id": _DECISION["id"],
+            "has_more": False,
+            "silent": None,
+        }
+    )
+
+    object: Literal["list"] = "list"
+    data: list[Decision]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    silent: str | None = Field(description="Why the engine does not say what it has decided; null if it does.")
 
 
 class EngineList(BaseModel):

@@ -30,6 +30,7 @@
     ├── InvalidId                    an id that no session and no tool call can have
     ├── ResponseNotFound             no response of OpenAI's API with this id is kept
     ├── OperationNotFound
+    ├── EngineNotFound
     ├── TooManyOperations            the service follows as many operations as it can
     ├── TooManySessions              the tenant has as many sessions as it may
     ├── IdempotencyKeyReused         another request used the Idempotency-Key before
@@ -210,6 +211,10 @@ class ResponseNotFound(AgentStateError):
 
 class OperationNotFound(AgentStateError):
     """There is no such operation."""
+
+
+class EngineNotFound(AgentStateError):
+    """There is no such engine."""
 
 
 class TooManyOperations(AgentStateError):

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import agentstate
+from agentstate.fleet.decisions import Decisions
 from agentstate.fleet.operations import Operations
 from agentstate.fleet.waits import Waits
 from agentstate.sessions.collection import Collector
@@ -71,6 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
             gate=Gate(database, settings.requests_per_s),
             metrics=Metrics(database, following),
             waits=waits,
+            decisions=Decisions(lambda rank, after: following.decisions(rank, after, engines.TIMEOUT_S)),
         )
         app.state.gateway = gateway = Gateway(service)
         try:

@@ -11,6 +11,8 @@ from starlette.concurrency import run_in_threadpool
 
 from agentstate import answers
 from agentstate.errors import EngineError
+from agentstate.fleet.decisions import decision
+from api.engines import view
 from api.problems import COMMON
 from api.schemas import PathId
 from api.service import ServiceDep, SessionsDep
@@ -55,6 +57,7 @@ def _placement(session_id: str, engine: str, said: Sequence[dict[str, Any]]) -> 
             "engine": engine,
             "tiers": tiers,
             **{name: first.get(name) for name in ("wait", "index", "place", "fetch")},
+            "decisions": [view(decision(one), session_id) for one in first.get("decisions") or ()],
             "next": _next(first),
         }
     )

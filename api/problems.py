@@ -26,6 +26,7 @@ STATUS: dict[type[errors.AgentStateError], HTTPStatus] = {
     errors.EntryNotFound: HTTPStatus.NOT_FOUND,
     errors.ResponseNotFound: HTTPStatus.NOT_FOUND,
     errors.OperationNotFound: HTTPStatus.NOT_FOUND,
+    errors.EngineNotFound: HTTPStatus.NOT_FOUND,
     errors.ToolCallNotFound: HTTPStatus.NOT_FOUND,
     errors.SessionExists: HTTPStatus.CONFLICT,
     errors.SessionBusy: HTTPStatus.CONFLICT,

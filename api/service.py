@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
+from agentstate.fleet.decisions import Decisions
 from agentstate.fleet.operations import Operations
 from agentstate.fleet.waits import Waits
 from agentstate.sessions.rows import Seen
@@ -30,6 +31,7 @@ class Service:
     gate: Gate
     metrics: Metrics
     waits: Waits | None
+    decisions: Decisions
 
 
 # Asynchronous although nothing is awaited: FastAPI would otherwise run it in a thread. Each takes what it can from the

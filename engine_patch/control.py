@@ -73,6 +73,9 @@ class Verbs(Protocol):
 
     def explain(self, session_id: str) -> dict[str, Any]: ...
 
+    def decisions(self, after: int) -> dict[str, Any]:
+        """The decisions that came after the one with this id."""
+
     def spill(self, on: bool) -> dict[str, Any]: ...
 
     def stat(self) -> dict[str, Any]: ...
@@ -173,6 +176,8 @@ class ControlEndpoint:
                     self._send(peer, {"ok": True, **self._verbs.release(str(request["session"]))})
                 case "explain":
                     self._send(peer, {"ok": True, **self._verbs.explain(str(request["session"]))})
+                case "decisions":
+                    self._send(peer, {"ok": True, **self._verbs.decisions(int(request["after"]))})
                 case "spill":
                     self._send(peer, {"ok": True, **self._verbs.spill(bool(request["on"]))})
                 case "stat":

@@ -48,6 +48,7 @@ class _UnderWay(NamedTuple):
     node: Any
     lock: Any
     tokens: int
+    session_id: str | None
 
 
 class Demotions:
@@ -113,7 +114,8 @@ class Demotions:
         if not begun:
             return 0
         tokens = sum(len(keys) for _, keys, _ in held) * self._cache.page_size
-        self._under_way.append(_UnderWay(name, last, lock, tokens))
+        self._under_way.append(_UnderWay(name, last, lock, tokens, session_id))
+        self._linker.decisions.add(session_id, "demote", "begun", tokens)
         return tokens
 
     def land(self) -> None:
@@ -122,8 +124,9 @@ class Demotions:
             return
         done = self._linker.num_demoted()
         over = self._agree([number < done for number in range(len(self._under_way))]).count(True)
-        for name, node, lock, tokens in self._under_way[:over]:
-            self._linker.pop_demoted()
+        for name, node, lock, tokens, session_id in self._under_way[:over]:
+            copied = self._linker.pop_demoted()
+            self._linker.decisions.add(session_id, "demote", "copied" if copied else "failed", tokens)
             self._cache.dec_lock_ref(node, lock)
             if name is not None:
                 self._ahead[name] = tokens

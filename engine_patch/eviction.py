@@ -88,6 +88,8 @@ class EvictionOrder:
         self._at: dict[int, set[Hashable]] = {}
         self._named: dict[int, int] = {}
         self._numbers = count()
+        # From whom an eviction has taken, and how many tokens each had before.
+        self._taken: dict[Hashable, int] = {}
 
     def __len__(self) -> int:
         """How many contexts are on the device."""
@@ -138,6 +140,7 @@ class EvictionOrder:
         if owners := self._at.get(node):
             (path,) = self._core.collect_path_info([node])
             for owner in tuple(owners):
+                self._taken.setdefault(owner, self._ends[owner].tokens)
                 shared = owner.shared if isinstance(owner, Superseded) else 0
                 if len(path) > 1 and path[-2].path_end > shared:
                     end, left = self._ends[owner], path[-2].path_end
@@ -184,11 +187,17 @@ class EvictionOrder:
         left = ((owner, end) for owner, end in ends.items() if isinstance(owner, Superseded))
         return sum(end.tokens - owner.shared for owner, end in left if owner.session_id == session_id)
 
+    def taken(self) -> dict[Hashable, int]:
+        """From whom evictions have taken since this was last asked, and how many tokens each had before."""
+        taken, self._taken = self._taken, {}
+        return taken
+
     def forget(self) -> None:
         """The tree is emptied."""
         for owner in self._ends:
             if isinstance(owner, Superseded):
                 self._waits.forget(owner)
+        self._taken.clear()
         self._ends.clear()
         self._at.clear()
         self._named.clear()

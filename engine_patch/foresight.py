@@ -7,13 +7,14 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from agentstate.fleet.hints import Hints
 from agentstate.lookahead.planner import MARGIN, worth_fetching
+from engine_patch.decisions import Decisions
 from engine_patch.eviction import EvictionOrder
 from engine_patch.waits import Waits
 
@@ -25,30 +26,49 @@ _LOOKED_AT = 256
 # Fetches that are under way at once: each reads as fast as the drive does.
 _AT_ONCE = 2
 _REMEMBERED = 1024
+# How many decisions about a session are told of it.
+_TOLD = 20
 
 
 @dataclass
 class ForesightStats:
     """Counters since the engine started: forecasts that were taken, and that were not; contexts that were fetched, and
-    of these those that their next request found on the device, and those that left it before."""
+    of these those that their next request found on the device (``used``), and those that left it before (``wasted``).
+    Of the latter, ``left`` went although they were waited for, and of ``wrong`` nine in ten would have been back by
+    then, or nobody was expected any more. Fetches that their request was too early for are ``late``, those that came to
+    nothing ``cancelled``. Bytes are those that were brought."""
 
     foreseen: int = 0
     ignored: int = 0
     fetched: int = 0
+    fetched_bytes: int = 0
     used: int = 0
+    used_bytes: int = 0
     wasted: int = 0
+    wasted_bytes: int = 0
+    left: int = 0
+    left_bytes: int = 0
+    wrong: int = 0
+    wrong_bytes: int = 0
+    late: int = 0
+    cancelled: int = 0
 
 
 @dataclass(frozen=True)
 class Fetch:
     """A context was fetched at ``at_s`` by the monotonic clock: a byte of it was worth ``index``, and at most
-    ``displaced`` of what had to go. Its ``outcome`` is ``under way``, ``there``, ``used``, ``late`` or ``wasted``."""
+    ``displaced`` of what had to go. Of its ``tokens`` those are brought that were ``missing``, for a request that nine
+    in ten would have sent by ``due_s``. Its ``outcome`` is ``under way``, ``there``, ``used``, ``late`` or ``wasted``,
+    for the ``reason`` ``left``, ``wrong`` or ``cancelled``."""
 
     at_s: float
     index: float
     displaced: float
     tokens: int
+    missing: int = 0
+    due_s: float = math.inf
     outcome: str = "under way"
+    reason: str = ""
 
 
 class Foresight:
@@ -56,7 +76,7 @@ class Foresight:
 
     ``length`` tells how many tokens of a session's context could be on the device, 0 where that is not known, and
     ``room`` how many tokens are free. ``bring`` begins a prefetch, from any thread, and returns what tells how that
-    stands; without it nothing is fetched.
+    stands; without it nothing is fetched. ``n_bytes`` of so many tokens are brought.
     """
 
     def __init__(
@@ -64,10 +84,12 @@ class Foresight:
         waits: Waits,
         order: EvictionOrder,
         stats: ForesightStats,
+        decisions: Decisions,
         *,
         length: Callable[[str], int],
         room: Callable[[], int],
         bring: Callable[[str], Callable[[], dict[str, Any]]] | None,
+        n_bytes: Callable[[int], int],
         clock: Callable[[], float] = time.monotonic,
     ):
         self._waits = waits
@@ -76,6 +98,8 @@ class Foresight:
         self._length = length
         self._room = room
         self._bring = bring
+        self._n_bytes = n_bytes
+        self._decisions = decisions
         self._clock = clock
         self._next_s = 0.0
         self._cleared_s = 0.0
@@ -87,22 +111,38 @@ class Foresight:
     def hinted(self, owner: Hashable, hints: Hints) -> None:
         """A request of the owner, which has ended, has said what to expect."""
         if hints.release:
-            self._waits.release(owner)
+            taken = self._waits.release(owner)
+            self._decisions.add(owner, "release", "accepted" if taken else "ignored", self._order.tokens(owner))
         elif hints.forecast is not None:
             self._waits.foresee(owner, hints.forecast, 0.0, "other")
 
     def back(self, session_id: str) -> None:
         """A request of the session is queued."""
         if (fetch := self._fetches.get(session_id)) is not None and fetch.outcome in ("under way", "there"):
-            there = self._order.tokens(session_id) >= fetch.tokens
-            self._conclude(session_id, "used" if there else "late")
-            if there:
-                self._stats.used += 1
+            if self._order.tokens(session_id) >= fetch.tokens:
+                self._conclude(session_id, "used")
+            elif fetch.outcome == "under way":
+                self._conclude(session_id, "late")
+            else:
+                self._waste(session_id)
         self._waits.over(session_id)
 
     def cleared(self) -> None:
         """The device was emptied: whoever did that wants it empty. What is foreseen from now on is fetched again."""
         self._cleared_s = self._clock()
+        for session, fetch in self._fetches.items():
+            if fetch.outcome == "there":
+                self._conclude(session, "wasted", "cancelled")
+
+    def evicted(self, before: Mapping[Hashable, int]) -> None:
+        """An eviction has taken from these contexts, which had so many tokens on the device."""
+        for owner, tokens in before.items():
+            wait = self._waits.get(owner)
+            if wait is None or wait.over or wait.released or wait.forecast is None:
+                continue
+            if math.isfinite(wait.forecast.rest(self._clock() - wait.origin_s, 0.5)):
+                lost = tokens - self._order.tokens(owner)
+                self._decisions.add(owner, "evict", "waited_for", lost, self._waits.index(owner))
 
     def step(self) -> None:
         """Fetch what is worth it. Between two batches, as often as one likes."""
@@ -124,7 +164,8 @@ class Foresight:
             if not worth_fetching(index, displaced):
                 # Others are worth less.
                 return
-            self._keep(session, Fetch(self._clock(), index, displaced, tokens))
+            self._keep(session, Fetch(self._clock(), index, displaced, tokens, missing, self._due_s(session)))
+            self._decisions.add(session, "fetch", "begun", missing, index, displaced)
             self._under_way[session] = None
             self._fetching.submit(self._begin, session)
 
@@ -136,6 +177,13 @@ class Foresight:
         if tried_s >= max(asked_s, default=-math.inf):
             return False
         return self._order.tokens(session_id) < self._length(session_id)
+
+    def _due_s(self, session_id: str) -> float:
+        """When nine in ten that wait like this one would be back."""
+        wait, now_s = self._waits.get(session_id), self._clock()
+        if wait is None or wait.forecast is None:
+            return math.inf
+        return now_s + wait.forecast.rest(now_s - wait.origin_s, 0.9)
 
     def _begin(self, session_id: str) -> None:
         assert self._bring is not None
@@ -152,15 +200,38 @@ class Foresight:
             del self._under_way[session]
             # Of very many fetches the oldest are forgotten, this one perhaps.
             if (fetch := self._fetches.get(session)) is not None and fetch.outcome == "under way":
-                self._stats.fetched += found == "warm"
-                self._conclude(session, "there" if found == "warm" else "wasted")
+                if found == "warm":
+                    self._conclude(session, "there")
+                else:
+                    self._conclude(session, "wasted", "cancelled")
         for session, fetch in self._fetches.items():
             if fetch.outcome == "there" and self._order.tokens(session) < fetch.tokens:
-                self._stats.wasted += 1
-                self._conclude(session, "wasted")
+                self._waste(session)
 
-    def _conclude(self, session_id: str, outcome: str) -> None:
-        fetch = self._fetches[session_id] = replace(self._fetches[session_id], outcome=outcome)
+    def _waste(self, session_id: str) -> None:
+        """What was fetched is not on the device any more, and no request has used it."""
+        wait, fetch = self._waits.get(session_id), self._fetches[session_id]
+        unexpected = wait is None or wait.released or self._clock() > fetch.due_s
+        self._conclude(session_id, "wasted", "wrong" if unexpected else "left")
+
+    def _conclude(self, session_id: str, outcome: str, reason: str = "") -> None:
+        fetch = self._fetches[session_id] = replace(self._fetches[session_id], outcome=outcome, reason=reason)
+        n_bytes, stats = self._n_bytes(fetch.missing), self._stats
+        if outcome == "there":
+            stats.fetched, stats.fetched_bytes = stats.fetched + 1, stats.fetched_bytes + n_bytes
+        elif outcome == "used":
+            stats.used, stats.used_bytes = stats.used + 1, stats.used_bytes + n_bytes
+        elif outcome == "late":
+            stats.late += 1
+        elif reason == "cancelled":
+            stats.cancelled += 1
+        else:
+            stats.wasted, stats.wasted_bytes = stats.wasted + 1, stats.wasted_bytes + n_bytes
+            if reason == "left":
+                stats.left, stats.left_bytes = stats.left + 1, stats.left_bytes + n_bytes
+            else:
+                stats.wrong, stats.wrong_bytes = stats.wrong + 1, stats.wrong_bytes + n_bytes
+        self._decisions.add(session_id, "fetch", reason or outcome, fetch.missing, fetch.index, fetch.displaced)
         logger.debug("agentstate: session %s was fetched: %s", session_id, fetch)
 
     def _keep(self, session_id: str, fetch: Fetch) -> None:
@@ -174,8 +245,9 @@ class Foresight:
         now_s, wait, fetch = self._clock(), self._waits.get(session_id), self._fetches.get(session_id)
         there, pin = self._order.tokens(session_id), self._waits.pinned(session_id)
         said: dict[str, Any] = {"device_tokens": there, "wait": None, "index": None, "place": None, "fetch": None}
+        said["decisions"] = self._decisions.of(session_id, _TOLD)
         if fetch is not None:
-            said["fetch"] = {**asdict(fetch), "ago_s": now_s - fetch.at_s}
+            said["fetch"] = {**asdict(fetch), "due_s": _finite(fetch.due_s - now_s), "ago_s": now_s - fetch.at_s}
         if pin is not None:
             said["pin"] = {"tier": pin.tier, "rest_s": pin.until_s - now_s}
         if wait is None:

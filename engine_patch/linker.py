@@ -46,6 +46,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self.waits = self._rank.waits
         self.accounts = self._rank.accounts
         self.foresight_stats = self._rank.foresight_stats
+        self.decisions = self._rank.decided
         self.served = self._rank.served
         self.foresees = self._rank.settings.foresight
         self.layer_done_counter = self._pools.gate

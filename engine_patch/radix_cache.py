@@ -231,9 +231,11 @@ class AgentStateRadixCache(UnifiedRadixCache):
             cache_linker.waits,
             self.eviction,
             cache_linker.foresight_stats,
+            cache_linker.decisions,
             length=self.device_tier.tokens,
             room=self.token_to_kv_pool_allocator.available_size,
             bring=cache_linker.bring if self.device_tier.moves else None,
+            n_bytes=lambda tokens: cache_linker.n_bytes(tokens // self.page_size),
         )
         cache_linker.attach(self.device_tier, self.foresight.explain, self.kept)
 
@@ -323,6 +325,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         if rest != EvictParams():
             _add(total, walk(rest))
         self.demotions.evicted(total.num_tokens_evicted)
+        self.foresight.evicted(self.eviction.taken())
         return total
 
     def _least(self, tensor: torch.Tensor) -> None:
@@ -393,17 +396,12 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.deferrals.begin(scheduler, entering.values())
         self.demotions.keep_ahead()
         self.linker.tidy(lambda: self._queued(scheduler))
-        if self.served.kept:
-            self._tidy_served(scheduler)
+        self.served.tidy(lambda: self._queued(scheduler) | {req.rid for req in running(scheduler)})
         self._locked_tokens = self.protected_size()
 
     def _queued(self, scheduler: Scheduler) -> set[str]:
         """The requests that are queued, or about to be queued again."""
         return {req.rid for req in (*scheduler.waiting_queue, *(item.req for item in self._recomputing))}
-
-    def _tidy_served(self, scheduler: Scheduler) -> None:
-        idle = not (scheduler.waiting_queue or self._recomputing or any(True for _ in running(scheduler)))
-        self.served.tidy(lambda: self._queued(scheduler) | {req.rid for req in running(scheduler)}, idle=idle)
 
     @property
     def misses_memory(self) -> bool:

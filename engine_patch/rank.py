@@ -22,6 +22,7 @@ from engine_patch import identity
 from engine_patch.accounts import Accounts
 from engine_patch.break_even import BreakEven
 from engine_patch.control import ControlEndpoint
+from engine_patch.decisions import Decisions
 from engine_patch.foresight import ForesightStats
 from engine_patch.metrics import Metrics
 from engine_patch.order import OrderStats
@@ -59,6 +60,7 @@ class Rank:
         self.order_stats = OrderStats()
         self.waits = Waits(policies.planner if settings.foresight else policies.lru)
         self.foresight_stats = ForesightStats()
+        self.decided = Decisions()
         self.served = Served()
         self.accounts = Accounts()
         self.explain_device: Callable[[str], dict[str, Any]] = lambda session_id: {}
@@ -244,7 +246,7 @@ class Rank:
         return self.sessions.prefetch(session_id, tier, packed, due_s)
 
     def demote(self, session_id: str) -> dict[str, Any]:
-        self.waits.release(session_id)
+        self.release(session_id)
         return self.sessions.demoted(session_id)
 
     def foresee(self, session_id: str, packed: bytes | None, waited_s: float, kind: str) -> dict[str, Any]:
@@ -252,6 +254,8 @@ class Rank:
         taken = self.settings.foresight and self.waits.foresee(session_id, forecast, waited_s, kind)
         self.foresight_stats.foreseen += taken
         self.foresight_stats.ignored += not taken
+        if not taken:
+            self.decided.add(session_id, "foresee", "ignored")
         return _taken(taken)
 
     def pin(self, session_id: str, tier: str, for_s: float) -> dict[str, Any]:
@@ -259,7 +263,9 @@ class Rank:
         return {**said, "tokens": said["pages"] * self.page_size}
 
     def release(self, session_id: str) -> dict[str, Any]:
-        return _taken(self.waits.release(session_id))
+        said = _taken(self.waits.release(session_id))
+        self.decided.add(session_id, "release", said["state"])
+        return said
 
     def explain(self, session_id: str) -> dict[str, Any]:
         """Where the session's context is, what it waits for, and what a byte of it is worth on the device."""
@@ -270,6 +276,9 @@ class Rank:
             for name, count in pages.items()
         }
         return {"tiers": tiers, **said}
+
+    def decisions(self, after: int) -> dict[str, Any]:
+        return self.decided.after(after)
 
     def spill(self, on: bool) -> dict[str, Any]:
         """Whether what is computed from now on is stored."""

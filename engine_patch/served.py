@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # Sessions of which is known what was fetched for them.
 _REMEMBERED = 1024
-# After so many steps, what is kept of requests that were aborted is dropped.
-_STEPS = 64
+# Every so many steps, what is kept of requests that were aborted is dropped.
+_STEPS = 32
 
 
 @dataclass(eq=False, slots=True)
@@ -193,12 +193,10 @@ class Served:
                 self.stats.penalty[cause]["requests"] += 1
                 self.observed(cause, seconds)
 
-    def tidy(self, alive: Callable[[], Collection[str]], *, idle: bool) -> None:
-        """Drop what is kept of requests that are not ``alive`` any more: at once if nobody is."""
+    def tidy(self, alive: Callable[[], Collection[str]]) -> None:
+        """Drop, every few steps, what is kept of requests that are not ``alive`` any more."""
         self._steps += 1
-        if idle:
-            self._open.clear()
-        elif self._steps % _STEPS == 0:
+        if self._open and self._steps % _STEPS == 0:
             rids = alive()
             self._open = {rid: request for rid, request in self._open.items() if rid in rids}
 

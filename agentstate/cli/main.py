@@ -23,6 +23,7 @@ from rich.table import Table
 
 from agentstate import __version__
 from agentstate.cli import launcher
+from agentstate.cli.engines import engines
 from agentstate.cli.pages import pages
 from agentstate.cli.sessions import sessions
 from agentstate.errors import AgentStateError, EngineError, SettingsError
@@ -44,6 +45,7 @@ tenants = typer.Typer(help="Tenants: the owners of sessions, each with its own k
 app.add_typer(tenants, name="tenants")
 app.add_typer(pages, name="pages")
 app.add_typer(sessions, name="sessions")
+app.add_typer(engines, name="engines")
 bench = typer.Typer(help="Reproduce the documentation's figures on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

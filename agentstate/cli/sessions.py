@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from agentstate.answers import Placement
     from agentstate.client import Client
 
+# How many of the newest decisions are shown.
+_DECISIONS = 5
+
 sessions = typer.Typer(help="Sessions, as a running service knows them.", no_args_is_help=True)
 
 Url = Annotated[
@@ -99,5 +102,8 @@ def _lines(found: Placement) -> list[str]:
     if found.index is not None and found.place is not None:
         lines.append(f"worth {found.index:.3g} a byte and second on the device: place {found.place}")
     if (fetch := found.fetch) is not None:
-        lines.append(f"fetched {fetch.ago_s:,.1f} s ago, {fetch.tokens:,} tokens: {fetch.outcome}")
+        because = f", {fetch.reason}" if fetch.reason else ""
+        lines.append(f"fetched {fetch.ago_s:,.1f} s ago, {fetch.tokens:,} tokens: {fetch.outcome}{because}")
+    for made in found.decisions[-_DECISIONS:]:
+        lines.append(f"{made.at:%H:%M:%S} {made.decision}, {made.tokens:,} tokens: {made.outcome}")
     return [*lines, found.next] if found.next else lines

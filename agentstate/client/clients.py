@@ -138,6 +138,7 @@ class Client(_Connection):
     finish_tool_call = _now(routes.finish_tool_call)
     operation = _now(routes.operation)
     engines = _now(routes.engines)
+    decisions = _now(routes.decisions)
 
     def ensure_session(self, session_id: str, model: str, **options: Unpack[SessionOptions]) -> Session:
         """The session of that id, created with ``model`` and `create_session`'s options if there is none."""
@@ -266,6 +267,7 @@ class AsyncClient(_Connection):
     finish_tool_call = _awaited(routes.finish_tool_call)
     operation = _awaited(routes.operation)
     engines = _awaited(routes.engines)
+    decisions = _awaited(routes.decisions)
 
     async def ensure_session(self, session_id: str, model: str, **options: Unpack[SessionOptions]) -> Session:
         """The session of that id, created with ``model`` and `create_session`'s options if there is none."""

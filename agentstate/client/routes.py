@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from agentstate import documents
 from agentstate.answers import (
     AppendedEntries,
+    DecisionList,
     EngineList,
     EntryList,
     Lease,
@@ -296,6 +297,13 @@ def operation(operation_id: str) -> Call[Operation]:
 def engines() -> Call[EngineList]:
     """The registered engine ranks, and which of them are live."""
     return _get(EngineList, "/v1/engines")
+
+
+def decisions(engine_id: str, *, after: str | None = None, limit: int = 100) -> Call[DecisionList]:
+    """One page of what an engine has decided lately about the caller's sessions, the oldest first; continue with
+    ``after=page.last_id``. Raises EngineNotFound."""
+    params = {"limit": str(limit), **({} if after is None else {"after": after})}
+    return _get(DecisionList, f"/v1/engines/{_part(engine_id)}/decisions", params)
 
 
 def events(session_id: str, seq: int) -> Call[httpx.Response]:

@@ -24,7 +24,11 @@ Verbs::
     pin(session, tier, ttl_ms)                -> state, tier, tokens, pages,    let the session stay on "device", "host"
                                                  bytes                           or "nvme" for so long; 0 ends that
     explain(session)                          -> tiers, wait, index, place,     where the session's context is, what it
-                                                 fetch                          waits for, and what its bytes are worth
+                                                 fetch, decisions               waits for, what its bytes are worth, and
+                                                                                 what was decided about it lately
+    decisions(after)                          -> decisions, more, missed        the oldest decisions about sessions that
+                                                                                 came after the one with this id, 0 for
+                                                                                 all that are kept
     spill(on)                                 -> state                          whether what is computed from now on is
                                                                                  stored: "on" or "off"
     stat()                                    -> counters of the rank, its fingerprint and its page store
@@ -72,6 +76,18 @@ GAPS = (*KINDS, "first", "none")
 # Where the tokens of a prompt come from: ``fetched`` are those on the device that were brought there before a request
 # needed them.
 TIERS = ("device", "fetched", "host", "nvme", "recomputed")
+# What an engine decides about a session, and the outcomes of that. A fetch is ``begun``, and then ``there`` or
+# ``cancelled``; what is there is ``used``, has ``left`` the device before its request, or its forecast was ``wrong``;
+# a request that comes before that makes it ``late``. A demotion is ``begun``, and then ``copied`` or ``failed``. An
+# eviction is of a session that was ``waited_for``. A release is ``accepted`` or ``ignored``. Forecasts are listed if
+# they are ``ignored``.
+DECISIONS = {
+    "fetch": ("begun", "there", "used", "late", "left", "wrong", "cancelled"),
+    "demote": ("begun", "copied", "failed"),
+    "evict": ("waited_for",),
+    "release": ("accepted", "ignored"),
+    "foresee": ("ignored",),
+}
 # What a request waits for at an engine before its first token, besides other requests.
 CAUSES = ("reads", "memory")
 

@@ -235,6 +235,16 @@ class Operations:
 
         return asyncio.run_coroutine_threadsafe(ask(), self._loop)
 
+    def decisions(self, rank: Engine, after: int, timeout_s: float) -> dict[str, Any]:
+        """Ask a rank for its decisions after an id, and wait for them. Raises EngineUnreachable, EngineRefused."""
+
+        async def ask() -> dict[str, Any]:
+            return await self._connections.call(
+                rank.control_address, rank.control_secret, "decisions", timeout_s, after=after
+            )
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
+
     def follow(self, operation_id: str, questions: Sequence[Question], limit_s: float | None = None) -> None:
         """Carry out an operation that was announced and committed: ask one question after the other until each is
         settled, and record the outcome of the last one.

@@ -84,6 +84,13 @@ def test_each_request_tells_where_its_prompt_came_from_and_what_its_session_had_
     wait("tool", Forecast.exactly(3600.0))
     wait_for(lambda: engine.stat()["foresight"]["fetched"] > fetched)
     assert ask() == {"tool": {"fetched": 10 * PAGE, "recomputed": 9}}
+    made = [one for one in rank.call("decisions", 60, after=0)["decisions"] if one["session"] == session]
+    assert [(one["decision"], one["outcome"], one["tokens"]) for one in made] == [
+        ("fetch", outcome, 10 * PAGE) for outcome in ("begun", "there", "used")
+    ]
+    assert rank.call("explain", 60, session=session)["decisions"] == made
+    stat = engine.stat()["foresight"]
+    assert stat["fetched_bytes"] == stat["used_bytes"] > 0
     # A request that proves no session.
     before = served(engine)
     generate(text)

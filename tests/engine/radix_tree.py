@@ -15,6 +15,7 @@ from agentstate.fleet.turns import Turn
 from agentstate.lookahead import policies
 from engine_patch.accounts import Accounts
 from engine_patch.break_even import Word
+from engine_patch.decisions import Decisions
 from engine_patch.foresight import ForesightStats
 from engine_patch.order import OrderStats
 from engine_patch.radix_cache import AgentStateRadixCache
@@ -54,6 +55,7 @@ class Linker:
         self.accounts = Accounts()
         self.foresight_stats = ForesightStats()
         self.served = Served(clock)
+        self.decisions = Decisions()
         self.order_stats = OrderStats()
         self.stores: set[str] = set()
         self.offers: list[list[str]] = []

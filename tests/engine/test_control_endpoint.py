@@ -56,6 +56,9 @@ class Rank:
     def pin(self, session: str, tier: str, for_s: float) -> dict[str, Any]:
         return {"state": "accepted", "tier": tier, "for_s": for_s}
 
+    def decisions(self, after: int) -> dict[str, Any]:
+        return {"decisions": [], "more": False, "missed": False, "after": after}
+
     def release(self, session: str) -> dict[str, Any]:
         return {"state": "accepted" if session in self.states else "ignored"}
 
@@ -329,6 +332,13 @@ def test_a_pin_says_for_how_long(client: ControlClient) -> None:
             client.call("pin", WAIT_S, session="s", tier="nvme", **wrong)
 
 
+def test_decisions_are_asked_for_after_an_id(client: ControlClient) -> None:
+    assert client.call("decisions", WAIT_S, after=2**53)["after"] == 2**53
+    for wrong in ({}, {"after": "yesterday"}):
+        with pytest.raises(EngineRefused, match="malformed"):
+            client.call("decisions", WAIT_S, **wrong)
+
+
 VERBS: dict[str, dict[str, Any]] = {
     "flush": {"session": "s"},
     "prefetch": {"session": "s", "tier": "host"},
@@ -337,6 +347,7 @@ VERBS: dict[str, dict[str, Any]] = {
     "pin": {"session": "s", "tier": "host", "ttl_ms": 0},
     "release": {"session": "s"},
     "explain": {"session": "s"},
+    "decisions": {"after": 0},
     "spill": {"on": False},
     "stat": {},
 }

@@ -92,6 +92,20 @@ def test_a_chain_of_several_nodes_is_one_copy_without_what_others_share(make_tre
     assert tree.protected_size() == len(longer)
 
 
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_demotion_and_its_outcome_are_kept(make_tree: Make, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = make_tree()
+    monkeypatch.setattr(tree.store, "pop_demoted", lambda: copied)
+    run(tree, key_of(6), "a")
+    tree.demotions.demote(name("a"), key_of(6), "a")
+    step(tree)
+    made = tree.store.decisions.of("a", 9)
+    assert [(one["decision"], one["outcome"], one["tokens"]) for one in made] == [
+        ("demote", "begun", 6 * PAGE_SIZE),
+        ("demote", "copied" if copied else "failed", 6 * PAGE_SIZE),
+    ]
+
+
 def test_without_a_host_tier_nothing_is_locked(make_tree: Make) -> None:
     tree = make_tree()
     run(tree, key_of(6), "a")

@@ -60,6 +60,21 @@ def test_who_is_back_late_goes_before_who_is_back_soon(make_tree: Callable[..., 
     assert there(tree, keys) == {"a": 8, "b": 2, "c": 2, "d": 8}
 
 
+def test_an_eviction_of_who_is_waited_for_is_kept_once(make_tree: Callable[..., Tree]) -> None:
+    tree = make_tree()
+    filled(tree)
+    for session in SESSIONS:
+        assert tree.store.waits.foresee(session, LATE if session == "c" else SOON, 0.0, "tool")
+    tree.store.waits.release("a")
+    assert evict(tree, 12) == 12
+    (made,) = tree.store.decisions.after(0)["decisions"]
+    assert (made["session"], made["outcome"], made["tokens"]) == ("c", "waited_for", 6 * PAGE_SIZE)
+    # The next one takes from another session.
+    assert evict(tree, 6) == 6
+    assert [made["session"] for made in tree.store.decisions.after(made["id"])["decisions"]] == ["b"]
+    assert tree.eviction.taken() == {}
+
+
 def test_where_nothing_is_foreseen_the_least_recently_used_go(make_tree: Callable[..., Tree]) -> None:
     tree = make_tree()
     keys = filled(tree)

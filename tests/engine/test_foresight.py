@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from agentstate.fleet.hints import Hints
 from agentstate.lookahead import policies
 from agentstate.lookahead.forecast import Forecast
+from engine_patch.decisions import Decisions
 from engine_patch.foresight import Foresight, ForesightStats
 from engine_patch.waits import Waits
 
@@ -53,15 +55,18 @@ class Stage:
         self.waits = Waits(policies.planner, lambda: self.now_s)
         self.order = Order(self.waits)
         self.stats = ForesightStats()
+        self.decisions = Decisions(lambda: round(self.now_s))
         self.states: dict[str, str] = {}
         self.brought: list[str] = []
         self.foresight = Foresight(
             self.waits,
             self.order,  # type: ignore[arg-type]
             self.stats,
+            self.decisions,
             length=lambda session: LENGTH,
             room=lambda: self.room,
             bring=self.bring if bring else None,
+            n_bytes=lambda tokens: 10 * tokens,
             clock=lambda: self.now_s,
         )
         # In this thread.
@@ -225,6 +230,7 @@ def test_who_is_served_released_unknown_or_never_back_is_explained() -> None:
         "index": None,
         "place": None,
         "fetch": None,
+        "decisions": [],
     }
     stage.waits_for("a", math.inf)
     assert stage.foresight.explain("a")["wait"]["rest_p90_s"] is None
@@ -249,3 +255,82 @@ def test_the_oldest_waits_are_forgotten() -> None:
         waits.began(owner)
         waits.foresee(owner, Forecast.exactly(5.0), 0.0, "tool")
     assert (waits.get("a"), waits.index("a"), waits.foreseen) == (None, 0.0, 2)
+
+
+def test_why_what_was_fetched_was_wasted_is_told() -> None:
+    stage = Stage()
+    for session in ("left", "wrong", "released", "cancelled", "late", "used"):
+        stage.waits_for(session, 100.0)
+        stage.step()
+        if session != "late":
+            stage.states[session] = "cold" if session == "cancelled" else "warm"
+            stage.order.there[session] = LENGTH
+            stage.step()
+    stage.foresight.back("late")
+    stage.foresight.back("used")
+    del stage.order.there["left"], stage.order.there["released"]
+    stage.waits.release("released")
+    stage.step()
+    stage.now_s += 200.0
+    del stage.order.there["wrong"]
+    stage.step()
+    stats = stage.stats
+    assert (stats.fetched, stats.used, stats.late, stats.cancelled) == (4, 1, 1, 1)
+    assert (stats.left, stats.wrong, stats.wasted) == (1, 2, 3)
+    a_context = 10 * LENGTH
+    assert (stats.fetched_bytes, stats.used_bytes) == (4 * a_context, a_context)
+    assert (stats.left_bytes, stats.wrong_bytes, stats.wasted_bytes) == (a_context, 2 * a_context, 3 * a_context)
+    outcomes = {"left": "left", "wrong": "wrong", "released": "wrong", "cancelled": "cancelled"}
+    for session, reason in outcomes.items():
+        assert stage.foresight.explain(session)["fetch"]["reason"] == reason
+        made = stage.foresight.explain(session)["decisions"]
+        assert [one["outcome"] for one in made] == ["begun", *(["there"] if session != "cancelled" else []), reason]
+        assert (made[0]["tokens"], made[0]["displaced"]) == (LENGTH, 0.0)
+    assert [one["outcome"] for one in stage.decisions.of("used", 9)] == ["begun", "there", "used"]
+    assert [one["outcome"] for one in stage.decisions.of("late", 9)] == ["begun", "late"]
+
+
+def test_what_the_request_finds_gone_was_wasted() -> None:
+    stage = Stage()
+    stage.waits_for("a", 5.0)
+    stage.step()
+    stage.arrive("a")
+    stage.step()
+    del stage.order.there["a"]
+    stage.foresight.back("a")
+    assert (stage.stats.used, stage.stats.late, stage.stats.left) == (0, 0, 1)
+
+
+def test_a_fetch_is_cancelled_by_whoever_empties_the_device() -> None:
+    stage = Stage()
+    stage.waits_for("a", 5.0)
+    stage.step()
+    stage.arrive("a")
+    stage.step()
+    stage.order.there.clear()
+    stage.foresight.cleared()
+    stage.step()
+    assert (stage.stats.cancelled, stage.stats.wasted) == (1, 0)
+
+
+def test_of_evictions_those_are_kept_whose_session_is_waited_for() -> None:
+    stage = Stage()
+    for session, seconds in {"soon": 60.0, "never": math.inf}.items():
+        stage.waits_for(session, seconds, there=400)
+    stage.waits_for("released", 60.0)
+    stage.waits.release("released")
+    stage.waits.began("unknown")
+    stage.waits_for("served", 60.0)
+    stage.waits.over("served")
+    stage.foresight.evicted(dict.fromkeys(["soon", "never", "released", "unknown", "served", "nobody"], LENGTH))
+    (made,) = stage.decisions.after(0)["decisions"]
+    assert (made["session"], made["decision"], made["outcome"], made["tokens"]) == ("soon", "evict", "waited_for", 600)
+    assert made["index"] == stage.waits.index("soon")
+
+
+def test_a_hint_that_releases_is_kept() -> None:
+    stage = Stage()
+    stage.waits_for("a", 60.0, there=LENGTH)
+    stage.foresight.hinted("a", Hints(release=True))
+    (made,) = stage.decisions.of("a", 9)
+    assert (made["decision"], made["outcome"], made["tokens"]) == ("release", "accepted", LENGTH)

@@ -176,6 +176,9 @@ def test_a_rank_takes_forecasts_of_sessions_that_it_has_served(opened: Open) -> 
         {"state": "accepted"},
         {"state": "ignored"},
     )
+    made = [(of["session"], of["decision"], of["outcome"]) for of in one.decisions(0)["decisions"]]
+    releases = [("s", "release", "accepted")] * 2 + [("t", "release", "ignored")]
+    assert made == [("s", "foresee", "ignored"), *releases]
     stat = one.stat()["foresight"]
     assert (stat["foreseen"], stat["ignored"]) == (1, 1)
     explained = one.explain("s")

@@ -35,6 +35,16 @@ def test_the_engine_says_where_the_pages_are_and_what_would_move_them(service: S
     assert (found["engine"][:4], found["index"], found["place"]) == ("eng_", 0.25, 2)
     assert (found["wait"]["kind"], found["wait"]["rest_p50_s"], found["wait"]["rest_p90_s"]) == ("tool", 3.0, None)
     assert found["next"] == "it is fetched once its index reaches 0.5, or with its next request"
+    assert found["decisions"] == []
+
+
+def test_what_was_decided_about_it_is_told(service: Service, start_peer: Any) -> None:
+    made = {"session": "the engine's name", "decision": "evict", "outcome": "waited_for", "tokens": 64}
+    made |= {"id": 1_767_605_472_512_000, "index": 0.5, "displaced": None}
+    found = explained(service, start_peer, {**SAID, "decisions": [made]})
+    (told,) = found["decisions"]
+    assert (told["session_id"], told["decision"], told["outcome"]) == (found["session_id"], "evict", "waited_for")
+    assert told["at"] == "2026-01-05T09:31:12.512000Z"
 
 
 @pytest.mark.parametrize(
@@ -59,12 +69,13 @@ def test_what_would_move_it_is_told_in_words(
         (lambda request: {"ok": False, "error": "unknown verb 'explain'"}, "unknown verb 'explain'"),
         (lambda request: {"ok": True, "tiers": {"device": "warm"}}, "the engine does not say"),
         (lambda request: {"ok": True, **SAID, "wait": {"state": "sleeps", "waited_s": 0}}, "the engine does not say"),
+        (lambda request: {"ok": True, **SAID, "decisions": [{"id": 1}]}, "does not say"),
         (
             lambda request: {"ok": True, **SAID, "tiers": {**TIERS, "disk": {"tokens": None, "bytes": 0}}},
             "does not say",
         ),
     ],
-    ids=["earlier release", "nonsense", "unknown state", "no number"],
+    ids=["earlier release", "nonsense", "unknown state", "no decision", "no number"],
 )
 def test_an_engine_that_does_not_say_is_no_error(
     service: Service, start_peer: Any, answer: Answers, reason: str
@@ -84,7 +95,7 @@ def test_of_a_session_that_nobody_has_there_is_nothing_to_tell(service: Service)
 
 
 def test_the_command_line_shows_it(service: Service, start_peer: Any) -> None:
-    fetch = {"ago_s": 9.0, "index": 0.5, "displaced": 0.1, "tokens": 128, "outcome": "wasted"}
+    fetch = {"ago_s": 9.0, "index": 0.5, "displaced": 0.1, "tokens": 128, "outcome": "wasted", "reason": "left"}
     register(service.database, start_peer(lambda request: {"ok": True, **SAID, "fetch": fetch}).address)
     session_id = created(service)["id"]
     shown = CliRunner().invoke(app, ["sessions", "kv", session_id, "--url", service.base_url])
@@ -93,7 +104,7 @@ def test_the_command_line_shows_it(service: Service, start_peer: Any) -> None:
         "engine: eng_",
         "waits for a tool since 4.0 s; is back in 3.0 s (one in two), later (nine in ten)",
         "worth 0.25 a byte and second on the device: place 2",
-        "fetched 9.0 s ago, 128 tokens: wasted",
+        "fetched 9.0 s ago, 128 tokens: wasted, left",
         "it is fetched once its index reaches 0.5",
     ):
         assert part in shown.output

@@ -70,7 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
             operations=following,
             changes=Changes(database),
             gate=Gate(database, settings.requests_per_s),
-            metrics=Metrics(database, following),
+            metrics=Metrics(database, following, waits),
             waits=waits,
             decisions=Decisions(lambda rank, after: following.decisions(rank, after, engines.TIMEOUT_S)),
         )

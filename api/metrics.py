@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from agentstate.fleet.operations import Operations
+from agentstate.fleet.waits import Waits
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import SessionStatus, leases, sessions
 
@@ -27,7 +28,7 @@ router = APIRouter(tags=["health"])
 class Metrics:
     """The metrics of one application."""
 
-    def __init__(self, database: Database, operations: Operations):
+    def __init__(self, database: Database, operations: Operations, waits: Waits | None):
         self._database = database
         self._counted_s = float("-inf")
         self.registry = CollectorRegistry()
@@ -66,6 +67,8 @@ class Metrics:
             registry=self.registry,
         )
         self.registry.register(_Notices(operations))
+        if waits is not None:
+            self.registry.register(_Forecasts(waits))
         self._sessions = Gauge("agentstate_sessions", "Sessions, by status.", ["status"], registry=self.registry)
         self._leases = Gauge("agentstate_leases", "Leases that are valid now.", registry=self.registry)
 
@@ -108,6 +111,39 @@ class _Notices(Collector):
         for state, number in sorted(self._operations.told.items()):
             told.add_metric([state], number)
         yield told
+
+
+class _Forecasts(Collector):
+    """How true forecasts came. Of all tenants together: no label tells one from another."""
+
+    def __init__(self, waits: Waits):
+        self._waits = waits
+
+    def collect(self) -> Iterator[Metric]:
+        calibration = self._waits.calibration
+        ended = CounterMetricFamily(
+            "agentstate_forecast_waits",
+            "Waits that have ended, by the decile of their forecast that they fell into: a tenth each if forecasts are "
+            "right.",
+            labels=["kind", "decile"],
+        )
+        for kind, deciles in sorted(calibration.deciles.copy().items()):
+            for number, count in enumerate(deciles, 1):
+                ended.add_metric([kind, str(number)], count)
+        yield ended
+        loss = CounterMetricFamily(
+            "agentstate_forecast_log_loss",
+            "Of waits that had been announced: the sum of the negative logarithms of the probabilities that were given "
+            "to what happened, by announcements and by what had been learned without them. Smaller is better.",
+            labels=["kind", "by"],
+        )
+        announced = CounterMetricFamily("agentstate_announced_waits", "Such waits.", labels=["kind"])
+        for kind, losses in sorted(calibration.losses.copy().items()):
+            loss.add_metric([kind, "announced"], losses.announced)
+            loss.add_metric([kind, "learned"], losses.learned)
+            announced.add_metric([kind], losses.waits)
+        yield loss
+        yield announced
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

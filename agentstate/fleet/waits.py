@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -29,6 +29,7 @@ from agentstate.fleet import engines
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.operations import Operations
 from agentstate.fleet.placement import named
+from agentstate.lookahead.calibration import Calibration
 from agentstate.lookahead.durations import OTHER, PERSON, Durations
 from agentstate.lookahead.forecast import EDGES, LONGEST_S, Forecast
 from agentstate.sql.database import Database, insert, now_us
@@ -101,6 +102,23 @@ class _Learned:
     forecasts: dict[tuple[str, str, float | None], Forecast] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A session waits for all of ``awaited`` since ``since_s``, when it was forecast; ``waited_s`` of that had passed
+    then."""
+
+    tenant: str
+    awaited: Sequence[Awaited]
+    kind: str
+    forecast: Forecast
+    waited_s: float
+    since_s: float
+
+    def took(self, now_s: float) -> float:
+        """How long the wait has lasted, that began before it was forecast."""
+        return self.waited_s + max(0.0, now_s - self.since_s)
+
+
 class Waits:
     """The waits of all sessions, as one service sees them. Thread-safe; no method waits for SQL or an engine, and none
     raises. An engine is live while its heartbeat is at most ``engine_timeout_s`` old. Close it to end its thread; what
@@ -123,8 +141,10 @@ class Waits:
         self._closing = threading.Event()
         self._learned: OrderedDict[str, _Learned] = OrderedDict()
         self._ranks: OrderedDict[str, Engine] = OrderedDict()
-        # Who waits here since when: those that are not back within a day teach that, too.
-        self._waiting: OrderedDict[str, tuple[str, Sequence[Awaited], float]] = OrderedDict()
+        # How true forecasts came: of all tenants together, so that none learns of another's.
+        self.calibration = Calibration()
+        # Who waits here: those that are not back within a day teach that, too.
+        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._saved_s = self._swept_s = clock()
         self._thread = threading.Thread(target=self._run, name="agentstate-waits", daemon=True)
         self._thread.start()
@@ -147,7 +167,8 @@ class Waits:
 
     def over(self, session: str, rank: Engine | None) -> None:
         """The session's next request has come, and goes to this engine."""
-        self._note(lambda: self._end(session, rank))
+        ended_s = self._clock()
+        self._note(lambda: self._end(session, rank, ended_s))
 
     def took(self, tenant: str, waits: Sequence[Took]) -> None:
         """Learn from waits that are over."""
@@ -209,10 +230,9 @@ class Waits:
     def _begin(
         self, tenant: str, session: str, awaited: Sequence[Awaited], rank: Engine | None, since_s: float
     ) -> None:
-        self._remember(self._waiting, session, (tenant, awaited, since_s))
         forecast, waited_s = self._forecast(tenant, awaited)
-        tools = {one.tool for one in awaited}
-        kind = "person" if tools == {PERSON} else "other" if tools == {OTHER} else "tool"
+        kind = _kind({one.tool for one in awaited})
+        self._remember(self._waiting, session, _Waiting(tenant, awaited, kind, forecast, waited_s, since_s))
         self._foresee(tenant, session, forecast, waited_s, kind, rank, since_s)
 
     def _forecast(self, tenant: str, awaited: Sequence[Awaited]) -> tuple[Forecast, float]:
@@ -260,8 +280,10 @@ class Waits:
         if (rank := self._rank_of(session, rank)) is not None:
             self._operations.tell(tenant, session, rank, "release", lambda: {"session": session})
 
-    def _end(self, session: str, rank: Engine | None) -> None:
-        self._waiting.pop(session, None)
+    def _end(self, session: str, rank: Engine | None, ended_s: float) -> None:
+        wait = self._waiting.pop(session, None)
+        if wait is not None and wait.awaited:
+            self.calibration.ended(wait.kind, wait.forecast, wait.took(ended_s), wait.waited_s)
         self._operations.untell(session)
         if rank is None:
             self._ranks.pop(session, None)
@@ -271,7 +293,9 @@ class Waits:
     def _learn(self, tenant: str, waits: Sequence[Took]) -> None:
         known = self._known(tenant)
         for one in waits:
-            known.durations.observe(one.tool, one.head, one.seconds, one.announced_s)
+            scores = known.durations.observe(one.tool, one.head, one.seconds, one.announced_s)
+            if scores is not None:
+                self.calibration.scored(_kind({one.tool}), *scores)
         known.changed = True
 
     def _rank_of(self, session: str, rank: Engine | None) -> Engine | None:
@@ -300,7 +324,7 @@ class Waits:
         if now_s - self._swept_s < HOUR_S:
             return
         self._swept_s = now_s
-        late = [session for session, (_, _, since_s) in self._waiting.items() if now_s - since_s > LONGEST_S]
+        late = [session for session, wait in self._waiting.items() if now_s - wait.since_s > LONGEST_S]
         for first in range(0, len(late), LOOKED_UP):
             some = late[first : first + LOOKED_UP]
             with self._database.read() as connection:
@@ -315,11 +339,12 @@ class Waits:
                 )
                 here = set(back.scalars())
             for session in some:
-                tenant, awaited, _ = self._waiting.pop(session)
-                if session not in here and awaited:
-                    known = self._known(tenant)
+                wait = self._waiting.pop(session)
+                if session not in here and wait.awaited:
+                    self.calibration.ended(wait.kind, wait.forecast, None, wait.waited_s)
+                    known = self._known(wait.tenant)
                     known.changed = True
-                    for one in awaited:
+                    for one in wait.awaited:
                         known.durations.observe(one.tool, one.head, None, one.announced_s)
 
     # --- what is known, in memory and in SQL
@@ -397,6 +422,11 @@ class Waits:
             )
             made = connection.execute(first.on_conflict_do_nothing().returning(table.c.version))
             return made.one_or_none() is not None
+
+
+def _kind(tools: Collection[str]) -> str:
+    """What is waited for, of `control.KINDS`."""
+    return "person" if tools == {PERSON} else "other" if tools == {OTHER} else "tool"
 
 
 def _load(durations: Durations, tenant: str, learned: bytes) -> None:

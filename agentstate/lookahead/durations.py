@@ -165,17 +165,23 @@ class Durations:
         self._taken: list[_Change] = []
         self._new: list[_Change] = []
 
-    def observe(self, tool: str, head: str, seconds: float | None, announced_s: float | None = None) -> None:
+    def observe(
+        self, tool: str, head: str, seconds: float | None, announced_s: float | None = None
+    ) -> tuple[float, float] | None:
         """Learn that a wait took ``seconds``, or that its session never came back (None). A time that is negative or no
-        number teaches nothing. An announcement that is not positive and finite counts as none."""
+        number teaches nothing. An announcement that is not positive and finite counts as none.
+
+        Of a wait that was announced, returns the logarithms of the probabilities that the announcement and, without it,
+        the names gave to what happened; at least ln 10⁻⁹."""
         if seconds is not None and not seconds >= 0:
-            return
+            return None
         at = NEVER if seconds is None else bin_of(seconds)
         change = _Change(_cut(tool), _cut(head), at, _announced(announced_s))
-        self._learn(change)
+        scores = self._learn(change)
         self._new.append(change)
         if len(self._new) > MAX_CHANGES:
             del self._new[: MAX_CHANGES // 2]
+        return scores
 
     def forecast(self, tool: str, head: str, announced_s: float | None = None) -> Forecast:
         """How long a wait lasts that has just begun."""
@@ -233,9 +239,9 @@ class Durations:
         for change in self._new:
             self._learn(change)
 
-    def _learn(self, change: _Change) -> None:
+    def _learn(self, change: _Change) -> tuple[float, float] | None:
         tool, head, at, announced = change
-        names = self._kept(tool, head)
+        names, scores = self._kept(tool, head), None
         if announced is not None:
             ratio = NEVER if at == NEVER else min(NEVER - 1, max(0, at - announced + _EVEN))
             by_name, by_ratio = _before(tool)[at], _RATIOS[ratio]
@@ -245,11 +251,13 @@ class Durations:
                     name.ratios = _Histogram()
                 by_ratio = name.ratios.one(ratio, by_ratio, weight)
                 name.ratios.add(_OF_RATIOS[ratio])
-            lead = max(-5.0, min(5.0, math.log(max(1e-9, by_ratio)) - math.log(max(1e-9, by_name))))
+            scores = math.log(max(1e-9, by_ratio)), math.log(max(1e-9, by_name))
+            lead = max(-5.0, min(5.0, scores[0] - scores[1]))
             for name, _ in names:
                 name.score(lead)
         for name, _ in names:
             name.taken.add(_TIMES[at])
+        return scores
 
     def _known(self, tool: str, head: str) -> list[tuple[_Name, float]]:
         """What is known of a wait, from the general to the particular, and what each counts for the next."""

@@ -417,6 +417,28 @@ def test_hints_that_are_none_are_refused(make_gateway: Callable[..., Gateway]) -
     assert gateway.engine.asked == []
 
 
+# --- how true forecasts come
+
+
+def test_how_true_forecasts_came_is_exported_without_telling_tenants_apart(service: Service, peer: Peer) -> None:
+    session = created(service)["id"]
+    turn = resumed(service, session)
+    claim(service, session, "c", turn, expected_s=5.0)
+    finish(service, session, "c", turn)
+    suspend(service, session, turn)
+    resumed(service, session)
+    told(service, peer)
+    samples = dict(
+        line.rsplit(" ", 1) for line in service.http.get("/metrics").text.splitlines() if not line.startswith("#")
+    )
+    deciles = [float(samples[f'agentstate_forecast_waits_total{{decile="{n}",kind="person"}}']) for n in range(1, 11)]
+    assert sum(deciles) == 1
+    assert float(samples['agentstate_announced_waits_total{kind="tool"}']) == 1
+    for by in ("announced", "learned"):
+        assert float(samples[f'agentstate_forecast_log_loss_total{{by="{by}",kind="tool"}}']) > 0
+    assert not any("tenant=" in name for name in samples)
+
+
 # --- engines
 
 

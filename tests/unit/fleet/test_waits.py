@@ -317,3 +317,40 @@ def test_closing_keeps_what_was_learned(followed: Waits, database: Database) -> 
     followed.close()
     followed.close()
     assert alike(kept(database), of(("search", "", 40.0)), "search")
+
+
+def test_waits_that_end_are_held_against_their_forecasts(followed: Waits, clock: Clock) -> None:
+    followed.took("t", [Took("search", "", 40.0)] * 50)
+    followed.begun("t", "s", [Awaited("search")], RANK)
+    followed.begun("t", "person", [Awaited(PERSON)], RANK)
+    followed.begun("t", "at once", [], RANK)
+    followed.begun("t", "released", [Awaited("search")], RANK)
+    clock.now_s += 40.0
+    followed.released("t", "released", RANK)
+    for session in ("s", "at once", "released", "unknown"):
+        followed.over(session, RANK)
+    # Not when it is learned.
+    clock.now_s += 10_000.0
+    followed.over("person", RANK)
+    followed.over("person", RANK)
+    followed.settle()
+    deciles = followed.calibration.deciles
+    assert sorted(deciles) == ["person", "tool"]
+    assert (sum(deciles["tool"]), sum(deciles["person"])) == (1, 1)
+    assert sum(deciles["tool"][2:8]) == 1
+    assert deciles["person"][8] == 1
+
+
+def test_who_never_comes_back_is_held_against_the_forecast_too(followed: Waits, clock: Clock) -> None:
+    followed.begun("t", "s", [Awaited("search")], RANK)
+    clock.now_s += LONGEST_S + 3601.0
+    followed.settle()
+    assert followed.calibration.deciles == {"tool": [0] * 9 + [1]}
+
+
+def test_announcements_are_held_against_what_was_learned(followed: Waits) -> None:
+    followed.took("t", [Took("search", "", 40.0, announced_s=40.0), Took("search", "", 40.0), Took(PERSON, "", 5.0)])
+    followed.settle()
+    losses = followed.calibration.losses
+    assert list(losses) == ["tool"] and losses["tool"].waits == 1
+    assert losses["tool"].announced > 0 and losses["tool"].learned > 0

@@ -38,6 +38,7 @@ class _Prefetch:
     key: RadixKey
     keys: list[bytes]
     need: Need
+    start: int = 0
     preload: Preload | None = None
     settled: Progress = Progress.RUNNING
 
@@ -51,8 +52,7 @@ class DeviceTier:
 
     It ``moves`` sessions neither with tensor parallelism, where the trees of all ranks must change alike and control
     messages reach them at different times, nor for models with more than full attention. ``brought`` is told of each
-    session that has been brought, with its key in the tree; ``brings`` of each whose tokens, from one number to
-    another, are on their way, with what tells whether they are there.
+    session that has been brought, with its key in the tree and the number of the first token that was not there before.
     """
 
     def __init__(
@@ -60,12 +60,10 @@ class DeviceTier:
         cache: UnifiedRadixCache,
         linker: AgentStateLinker,
         preloads: Preloads,
-        brought: Callable[[str, RadixKey], None] = lambda session_id, key: None,
-        brings: Callable[[str, int, int, Callable[[], bool]], None] = lambda session_id, start, end, there: None,
+        brought: Callable[[str, RadixKey, int], None] = lambda session_id, key, start: None,
     ):
         self._cache = cache
         self._brought = brought
-        self._brings = brings
         # Those that have begun.
         self._begun: list[_Prefetch] = []
         self._linker = linker
@@ -78,17 +76,20 @@ class DeviceTier:
         self.moves = get_parallel().tp_size == 1 and len(cache._components_tuple) == 1
 
     def run(self, scheduler: Scheduler) -> None:
-        """Do what was asked for. Called before the scheduler makes its next batch."""
+        """Do what was asked for. Called before the scheduler makes its next batch, and before `land`."""
         for _ in range(self._asked.qsize()):
             try:
                 self._asked.get_nowait()(scheduler)
             except Exception:
                 logger.exception("agentstate: a request to the device tier failed")
+
+    def land(self) -> None:
+        """Tell what has been brought, once preloads have landed: before anyone else comes who finds it there."""
         over = [prefetch for prefetch in self._begun if prefetch.progress is not Progress.RUNNING]
         self._begun = [prefetch for prefetch in self._begun if prefetch.progress is Progress.RUNNING]
         for prefetch in over:
             if prefetch.progress is Progress.DONE:
-                self._brought(prefetch.session_id, prefetch.key)
+                self._brought(prefetch.session_id, prefetch.key, prefetch.start)
 
     def remember(self, session_id: str, key: RadixKey) -> None:
         """A request of the session has ended with ``key`` in the tree."""
@@ -167,17 +168,10 @@ class DeviceTier:
         """Begin a prefetch. It fails if there is too little memory besides the ``reserved`` tokens, or nothing can be
         restored."""
         found = self._cache.match_prefix(MatchPrefixParams(key=prefetch.key))
+        prefetch.start = found.device_prefix_len
         missing = prefetch.keys[found.device_prefix_len // self._cache.page_size :]
         if not missing:
             return Progress.DONE
         if self._linker.restores:
             prefetch.preload = self._preloads.start("a prefetch", prefetch.key, found, missing, reserved, prefetch.need)
-        if prefetch.preload is None:
-            return Progress.FAILED
-        self._brings(
-            prefetch.session_id,
-            found.device_prefix_len,
-            len(prefetch.key),
-            lambda: prefetch.progress is Progress.DONE,
-        )
-        return Progress.RUNNING
+        return Progress.FAILED if prefetch.preload is None else Progress.RUNNING

@@ -226,7 +226,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.demotions = Demotions(
             self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked, self.eviction.giving
         )
-        self.device_tier = DeviceTier(self, cache_linker, self.preloads, self._brought, self.served.fetches)
+        self.device_tier = DeviceTier(self, cache_linker, self.preloads, self._brought)
         self.foresight = Foresight(
             cache_linker.waits,
             self.eviction,
@@ -239,8 +239,9 @@ class AgentStateRadixCache(UnifiedRadixCache):
         )
         cache_linker.attach(self.device_tier, self.foresight.explain, self.kept)
 
-    def _brought(self, session_id: str, key: RadixKey) -> None:
+    def _brought(self, session_id: str, key: RadixKey, start: int = 0) -> None:
         self.eviction.brought(session_id, self.tree_core.match_full_device_prefix(key)[1])
+        self.served.fetched(session_id, start, len(key))
 
     def kept(self) -> dict[str, int]:
         """What the tree keeps for requests and offers. From any thread; ``locked_tokens`` are those that no eviction
@@ -383,6 +384,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.foresight.step()
         self.device_tier.run(scheduler)
         self.preloads.land()
+        self.device_tier.land()
         self.demotions.land()
         if self.linker.unlocked:
             # A request that found no room is not tried again before one that runs has ended, and the room that it

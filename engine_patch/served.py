@@ -36,6 +36,7 @@ class _Request:
     """
 
     gap: str
+    session_id: str | None
     since_s: float
     fetched: tuple[int, int] = (0, 0)
     deferred: bool = False
@@ -76,7 +77,7 @@ class Served:
         self.observed: Callable[[str, float], None] = lambda cause, seconds: None
         self._clock = clock
         self._open: dict[str, _Request] = {}
-        self._fetches: OrderedDict[str, tuple[int, int, Callable[[], bool]]] = OrderedDict()
+        self._fetched: OrderedDict[str, tuple[int, int]] = OrderedDict()
         # Since when SGLang has found too little memory for whom it tried.
         self._short_s: float | None = None
         self._tried = self._short = False
@@ -87,18 +88,15 @@ class Served:
         failed, is the same request still."""
         if rid in self._open:
             return
-        self._open[rid] = request = _Request(gap, self._clock())
-        if session_id is not None and (fetch := self._fetches.pop(session_id, None)) is not None:
-            start, end, there = fetch
-            if there():
-                request.fetched = start, end
+        there = (0, 0) if session_id is None else self._fetched.pop(session_id, (0, 0))
+        self._open[rid] = _Request(gap, session_id, self._clock(), there)
 
-    def fetches(self, session_id: str, start: int, end: int, there: Callable[[], bool]) -> None:
-        """The tokens from ``start`` to ``end`` of a session's context are on their way to the device, or ``there``."""
-        self._fetches.pop(session_id, None)
-        self._fetches[session_id] = start, end, there
-        if len(self._fetches) > _REMEMBERED:
-            self._fetches.popitem(last=False)
+    def fetched(self, session_id: str, start: int, end: int) -> None:
+        """The tokens from ``start`` to ``end`` of a session's context have been brought to the device."""
+        self._fetched.pop(session_id, None)
+        self._fetched[session_id] = start, end
+        if len(self._fetched) > _REMEMBERED:
+            self._fetched.popitem(last=False)
 
     def deferred(self, rid: str) -> None:
         """The scheduler does not see the request from now on, because pages are on their way that it needs."""
@@ -169,6 +167,9 @@ class Served:
                 self._conclude(self._open.pop(req.rid))
 
     def _count(self, req: Any, request: _Request, host: int) -> None:
+        if request.session_id is not None:
+            # What has come since was too late for this one, and is nothing new to the next.
+            self._fetched.pop(request.session_id, None)
         late = min(request.late_tokens, req.cached_tokens_device)
         device = req.cached_tokens_device - late
         stored = req.cached_tokens_host + req.cached_tokens_storage + late

@@ -17,7 +17,7 @@ from engine_patch.served import Served
 def cache() -> AgentStateRadixCache:
     cache = AgentStateRadixCache.__new__(AgentStateRadixCache)
     cache._recomputing = []
-    cache.device_tier = SimpleNamespace(run=lambda scheduler: None)
+    cache.device_tier = SimpleNamespace(run=lambda scheduler: None, land=lambda: None)
     cache.foresight = SimpleNamespace(step=lambda: None)
     cache.demotions = SimpleNamespace(land=lambda: None, keep_ahead=lambda: None)
     cache.preloads = SimpleNamespace(land=lambda: None)

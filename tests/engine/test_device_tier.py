@@ -21,9 +21,8 @@ def test_a_session_is_brought_back_into_the_tree() -> None:
     stage.linker.has_landed = True
     stage.step(scheduler())
     assert (progress(), stage.left) == (Progress.DONE, (0, 0, 0))
+    assert stage.brought == [("s", 0)], "in the step in which it has landed"
     assert not any(stage.tier.kept().values())
-    stage.step(scheduler())
-    assert stage.brought == ["s"]
     # Requests that found no room are tried again.
     assert stage.cache.unlocked
     (inserted,) = stage.cache.inserted

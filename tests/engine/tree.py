@@ -171,9 +171,12 @@ class Stage:
         self.deferrals = Deferrals(self.cache, self.linker, self.preloads, self.match, self.order, self.served)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("engine_patch.device_tier.get_parallel", lambda: SimpleNamespace(tp_size=1))
-            self.brought: list[str] = []
+            self.brought: list[tuple[str, int]] = []
             self.tier = DeviceTier(
-                self.cache, self.linker, self.preloads, lambda session, key: self.brought.append(session)
+                self.cache,
+                self.linker,
+                self.preloads,
+                lambda session, key, start: self.brought.append((session, start)),
             )
 
     def agree(self, own: Sequence[bool]) -> list[bool]:
@@ -199,6 +202,7 @@ class Stage:
         that the scheduler sees then."""
         self.tier.run(engine)
         self.preloads.land()
+        self.tier.land()
         self.order.step(engine.waiting_queue, engine.policy)
         self.deferrals.begin(engine, entering)
         with self.deferrals.deferring(engine):

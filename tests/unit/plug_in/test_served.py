@@ -59,7 +59,7 @@ def stage() -> Stage:
 
 
 def test_each_token_of_a_prompt_has_one_tier(stage: Stage) -> None:
-    stage.served.fetches("s", 4, 12, lambda: True)
+    stage.served.fetched("s", 4, 12)
     stage.served.queued("r", "tool", "s")
     stage.admit()
     stage.run(found=restored(r=2), device=16, host=8, storage=8)
@@ -74,20 +74,23 @@ def test_each_token_of_a_prompt_has_one_tier(stage: Stage) -> None:
 
 @pytest.mark.parametrize(("device", "fetched"), [(0, 0), (6, 2), (40, 8)])
 def test_what_was_fetched_and_has_left_was_not_found(stage: Stage, device: int, fetched: int) -> None:
-    stage.served.fetches("s", 4, 12, lambda: True)
+    stage.served.fetched("s", 4, 12)
     stage.served.queued("r", "person", "s")
     stage.run(device=device, prompt=41)
     assert stage.tokens("person").get("fetched", 0) == fetched
 
 
 def test_a_fetch_that_came_too_late_is_a_read_that_its_request_waited_for(stage: Stage) -> None:
-    stage.served.fetches("s", 0, 12, lambda: False)
     stage.served.queued("r", "tool", "s")
     stage.served.deferred("r")
+    stage.served.fetched("s", 0, 12)
     stage.after(1.0).served.back("r", host_tokens=4, late_tokens=12)
     stage.run(device=16)
     assert stage.tokens() == {"device": 4, "host": 4, "nvme": 8, "recomputed": 24}
     assert stage.observed == [("reads", pytest.approx(1.0))]
+    stage.served.queued("next", "tool", "s")
+    stage.run("next", device=16)
+    assert "fetched" not in stage.tokens()
 
 
 def test_what_a_preload_brought_from_the_host_tier_is_from_there(stage: Stage) -> None:

@@ -23,6 +23,7 @@ def test_problem_types_are_pinned() -> None:
         "entry-not-found": 404,
         "response-not-found": 404,
         "operation-not-found": 404,
+        "engine-not-found": 404,
         "tool-call-not-found": 404,
         "unauthenticated": 401,
         "session-exists": 409,

@@ -69,7 +69,7 @@ class DirectoryTier(Tier):
         reading = Reading()
         work = spans(ranges, _GAP_BYTES, _SPAN_BYTES)
         if not work:
-            reading.settle()
+            settle(reading, None)
             return reading
         shared = _SharedFile(self, path, len(work))
         for span in work:
@@ -356,10 +356,10 @@ class _SharedFile:
         except CancelledError:
             pass
         except Exception as error:
-            reading.settle(self._tier._meaning(error))
+            settle(reading, None, self._tier._meaning(error))
         finally:
             if self.leave():
-                reading.settle()
+                settle(reading, None)
 
     def leave(self) -> bool:
         """Whether this was the last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -81,9 +82,11 @@ class SharedExtents:
     def _checked(self, name: ExtentName, raw: memoryview, tail: bytearray, n_bytes: int) -> ExtentHeader:
         if self._keys is not None:
             self._keys.require(raw, memoryview(tail), str(name))
+        if hashlib.sha256(raw).hexdigest() != name.digest:
+            raise BadExtent(f"{name}: this is another extent, or its header is damaged")
         header = ExtentHeader.decode(raw, str(name))
-        if ExtentName.of(header.fingerprint, name.shard, raw) != name:
-            raise BadExtent(f"{name}: this is another extent")
+        if header.fingerprint.hex() != name.fingerprint:
+            raise BadExtent(f"{name}: this is another extent, of {header.fingerprint.hex()}")
         behind = n_bytes - header.layout.file_bytes
         if behind != TRAILER_BYTES and (behind or self._keys is not None):
             raise BadExtent(f"{name}: {n_bytes:,} bytes; its header says {header.layout.file_bytes:,}")

@@ -431,10 +431,7 @@ class _Call:
 
     def _end(self, result: Any, error: BaseException | None) -> None:
         self.give_up()
-        if isinstance(self._outer, Reading):
-            self._outer.settle(error)
-        else:
-            settle(self._outer, result, error)
+        settle(self._outer, result, error)
 
     def _take(self, attempt: _Attempt) -> bool:
         """Whether the attempt was still running: whoever gets it deals with its end."""

@@ -87,7 +87,7 @@ class Reading(Future[None]):
         self._over = False
 
     def cancel(self) -> bool:
-        self._end()
+        self.end_copies()
         return super().cancel()
 
     def deliver(self, into: memoryview, data: memoryview) -> None:
@@ -98,18 +98,16 @@ class Reading(Future[None]):
             # NumPy releases the interpreter's lock for it; assigning to a slice does not.
             np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(data, np.uint8))
 
-    def settle(self, error: BaseException | None = None) -> None:
-        """End it, unless it has ended. For tiers."""
-        self._end()
-        settle(self, None, error)
-
-    def _end(self) -> None:
+    def end_copies(self) -> None:
+        """From now on nothing is delivered. For tiers; `settle` does it."""
         with self._copying:
             self._over = True
 
 
 def settle(future: Future[Any], result: Any, error: BaseException | None = None) -> bool:
     """End a future unless it has ended, by its cancellation for example: whether this did."""
+    if isinstance(future, Reading):
+        future.end_copies()
     try:
         if error is not None:
             future.set_exception(error)

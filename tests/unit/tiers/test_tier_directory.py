@@ -272,6 +272,32 @@ def test_reads_that_hang_in_a_dead_mount_write_nowhere_when_it_comes_back(
     assert all(into == bytes(len(data)) for into in memory)
 
 
+def test_a_read_that_is_under_way_when_the_tier_is_closed_writes_nothing_after_it_has_failed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails because part of it was not begun; the part that was comes back later."""
+    data = content(4, 20_000_000)
+    tier = DirectoryTier(root, threads=1)
+    publish(tier, data)
+    real, hanging, back = os.preadv, threading.Event(), threading.Event()
+
+    def preadv(fd: int, into: Any, offset: int) -> int:
+        hanging.set()
+        assert back.wait(PATIENCE_S)
+        return real(fd, into, offset)
+
+    monkeypatch.setattr(directory.os, "preadv", preadv)
+    into = bytearray(len(data))
+    reading = tier.read(name_of(data), [Range(0, memoryview(into))])
+    assert hanging.wait(PATIENCE_S)
+    tier.close()
+    assert isinstance(reading.exception(0), TierUnavailable)
+    back.set()
+    for thread in tier._workers._threads:
+        thread.join(PATIENCE_S)
+    assert into == bytes(len(data))
+
+
 PROCESS = """
 import sys
 from pathlib import Path

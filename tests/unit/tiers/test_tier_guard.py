@@ -15,6 +15,7 @@ from agentstate.errors import TierMissing, TierRefused, TierUnavailable
 from agentstate.tiers import Guard, Page, Policy, Range, Reading, Tier
 from agentstate.tiers.breaker import Breaker
 from agentstate.tiers.clock import SystemClock
+from agentstate.tiers.interface import settle
 from agentstate.tiers.measured import Measured
 from agentstate.tiers.testing.clock import ManualClock
 from agentstate.tiers.testing.conformance import content, file_of, name_of
@@ -36,15 +37,12 @@ class Sent:
         if isinstance(self.future, Reading):
             for _, into in self.ranges:
                 self.future.deliver(into, memoryview(bytes([byte]) * len(into)))
-            self.future.settle()
+            settle(self.future, None)
         else:
             self.future.set_result(Page([], None) if self.what == "list" else True)
 
     def fail(self, error: Exception = DOWN) -> None:
-        if isinstance(self.future, Reading):
-            self.future.settle(error)
-        else:
-            self.future.set_exception(error)
+        settle(self.future, None, error)
 
 
 class ScriptedTier(Tier):

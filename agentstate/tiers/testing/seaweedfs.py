@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 
 PATIENCE_S = 120
 _READ_ONLY = ["Read", "List"]
-_PORTS = range(20_000, 32_000)
+_FIRST_PORT, _LAST_PORT = 20_000, 32_000
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,10 @@ def _answers(url: str) -> bool:
 def _free_ports(count: int) -> list[int]:
     """Ports that are free now, and so are those for gRPC, 10,000 above them."""
     found: list[int] = []
+    # Several processes start servers at once: each begins to look elsewhere.
+    first = _FIRST_PORT + os.getpid() % 2_500 * count
     with ExitStack() as held:
-        for port in _PORTS:
+        for port in range(first, _LAST_PORT):
             try:
                 for number in (port, port + 10_000):
                     listener = held.enter_context(socket.socket())

@@ -219,6 +219,15 @@ def test_cancelling_cancels_what_was_sent_before_it_returns(
     assert into == bytes(100)
 
 
+def test_cancelling_another_call_gives_it_up_too(guard: Guard, tier: ScriptedTier, clock: ManualClock) -> None:
+    with file_of(b"x") as file:
+        calls = [guard.publish(NAME, file), guard.list(), guard.drop(NAME)]
+    assert all(call.cancel() for call in calls)
+    assert all(sent.future.cancelled() for sent in tier.sent) and clock.waiting() == 0
+    clock.advance(60)
+    assert len(tier.sent) == 3 and guard.available
+
+
 def test_cancelling_in_a_pause_sends_nothing_more(guard: Guard, tier: ScriptedTier, clock: ManualClock) -> None:
     reading, _ = read(guard)
     tier.sent[0].fail()

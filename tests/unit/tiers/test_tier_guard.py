@@ -13,6 +13,7 @@ import pytest
 
 from agentstate.errors import TierMissing, TierRefused, TierUnavailable
 from agentstate.tiers import Guard, Page, Policy, Range, Reading, Tier
+from agentstate.tiers import clock as clocks
 from agentstate.tiers.breaker import Breaker
 from agentstate.tiers.clock import SystemClock
 from agentstate.tiers.interface import settle
@@ -314,6 +315,7 @@ def test_the_first_may_still_win_and_a_failed_one_waits_for_the_other(
     reading, into = read(guard)
     clock.advance(1.1)
     tier.sent[1].fail()
+    clock.advance(1)
     assert not reading.done() and len(tier.sent) == 2
     tier.sent[0].answer(3)
     assert reading.exception(0) is None and into == bytes([3]) * 100
@@ -550,13 +552,21 @@ class TestMeasured:
         assert measured.straggles_after_s(1_000_000, 0.95) == pytest.approx(1.95, rel=0.05)
 
 
-def test_timers_of_the_system_clock_are_done_in_their_order_and_cancelled_ones_are_not() -> None:
-    clock, done, over = SystemClock(), list[int](), threading.Event()
-    clock.after(0.02, lambda: (done.append(2), over.set()))
-    clock.after(0.001, lambda: done.append(1))
-    clock.after(0.01, lambda: done.append(3)).cancel()
-    clock.after(0.005, lambda: 1 / 0)
+def test_timers_of_the_system_clock_are_done_in_their_order_and_cancelled_ones_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, done, over = [0.0], list[int](), threading.Event()
+    monkeypatch.setattr(clocks.time, "monotonic", lambda: now[0])
+    clock = SystemClock()
+    clock.after(20, lambda: (done.append(2), over.set()))
+    clock.after(10, lambda: done.append(1))
+    clock.after(15, lambda: done.append(3)).cancel()
+    clock.after(5, lambda: 1 / 0)
+    now[0] = 100
+    # The first of all: it wakes the thread.
+    clock.after(-99, lambda: done.append(0))
     assert over.wait(60)
-    assert done == [1, 2]
-    clock.after(3600, lambda: None)
+    assert done == [0, 1, 2]
+    clock.after(3600, lambda: done.append(4))
     clock.close()
+    assert done == [0, 1, 2]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pytest
@@ -87,10 +88,12 @@ def tier() -> ScriptedTier:
 
 
 @pytest.fixture
-def guard(tier: ScriptedTier, clock: ManualClock) -> Iterator[Guard]:
+def guard(tier: ScriptedTier, clock: ManualClock, caplog: pytest.LogCaptureFixture) -> Iterator[Guard]:
     guard = Guard(tier, "the share", Policy(timeout_s=10, slowest_bytes_per_s=1000), clock, chance=lambda: 1.0)
     yield guard
     guard.close()
+    # What a callback raises is logged, and nothing else is.
+    assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
 def read(guard: Guard, n_bytes: int = 100) -> tuple[Reading, bytearray]:
@@ -556,7 +559,7 @@ def test_timers_of_the_system_clock_are_done_in_their_order_and_cancelled_ones_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, done, over = [0.0], list[int](), threading.Event()
-    monkeypatch.setattr(clocks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(monotonic=lambda: now[0]))
     clock = SystemClock()
     clock.after(20, lambda: (done.append(2), over.set()))
     clock.after(10, lambda: done.append(1))

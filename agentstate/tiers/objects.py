@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 from agentstate.errors import (
@@ -85,7 +86,6 @@ class ObjectTier(Tier):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._pending: set[Future[Any]] = set()
         self._slots = asyncio.Semaphore(_IN_FLIGHT)
         self._puts = asyncio.Semaphore(_PUTS)
 
@@ -140,7 +140,6 @@ class ObjectTier(Tier):
                 )
                 self._thread.start()
             loop = self._loop
-            self._pending.add(future)
             loop.call_soon_threadsafe(self._begin, future, work, arguments)
         return future
 
@@ -148,13 +147,11 @@ class ObjectTier(Tier):
         self, future: Future[Any], work: Callable[..., Coroutine[Any, Any, Any]], arguments: Sequence[Any]
     ) -> None:
         if future.done():
-            self._pending.discard(future)
             return
         assert self._loop is not None
         loop, task = self._loop, self._loop.create_task(work(*arguments))
 
         def ended(task: asyncio.Task[Any]) -> None:
-            self._pending.discard(future)
             if task.cancelled():
                 settle(future, None, TierUnavailable("the tier is closed"))
             elif error := task.exception():
@@ -163,23 +160,21 @@ class ObjectTier(Tier):
                 settle(future, task.result())
 
         def given_up(future: Future[Any]) -> None:
-            if future.cancelled() and not loop.is_closed():
-                loop.call_soon_threadsafe(task.cancel)
+            if future.cancelled():
+                with suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(task.cancel)
 
         task.add_done_callback(ended)
         future.add_done_callback(given_up)
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
+        # It stops after everything that was asked for before it was closed has begun.
         loop.run_forever()
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()
         loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        with self._mutex:
-            left = list(self._pending)
-        for future in left:
-            settle(future, None, TierUnavailable("the tier is closed"))
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
 

@@ -168,6 +168,26 @@ def test_a_read_that_a_store_does_not_answer_is_given_up_and_asks_nothing_more(s
         release.set()
 
 
+def test_a_read_that_is_cancelled_leaves_its_place_to_others(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "_IN_FLIGHT", 1)
+    hanging, release = threading.Event(), threading.Event()
+    with places.on(server, "s3://bucket/prefix").open() as tier:  # type: ignore[arg-type]
+        publish(tier, DATA)
+
+        def hang(handler: Handler) -> bool:
+            server.fault = lambda handler: False
+            hanging.set()
+            assert release.wait(PATIENCE_S)
+            return False
+
+        server.fault = hang
+        reading = tier.read(NAME, [Range(0, memoryview(bytearray(100)))])
+        assert hanging.wait(PATIENCE_S)
+        assert reading.cancel()
+        assert read(tier, NAME, 0, 100) == DATA[:100]
+        release.set()
+
+
 def test_503s_are_cured_by_another_attempt(server: StandIn) -> None:
     left = [2]
 

@@ -54,7 +54,7 @@ class DirectoryTier(Tier):
         self._root = root
         self._workers = _Workers(threads)
         self._opening = threading.Lock()
-        self._identity: tuple[int, str | None] | None = None
+        self._identity: str | int | None = None
         self._synced: set[Path] = set()
 
     def publish(self, name: str, file: BinaryIO, trailer: bytes = b"") -> Future[bool]:
@@ -150,8 +150,10 @@ class DirectoryTier(Tier):
         if self._seen() != self._identity:
             raise TierUnavailable(f"{self._root} is not what it was when it was opened: is it mounted?")
 
-    def _seen(self) -> tuple[int, str | None]:
-        return os.stat(self._root).st_dev, self._mark()
+    def _seen(self) -> str | int:
+        """The mark, which outlasts a new mount; the device of a root that has none, and cannot get one."""
+        mark = self._mark()
+        return os.stat(self._root).st_dev if mark is None else mark
 
     def _mark(self) -> str | None:
         try:
@@ -491,4 +493,6 @@ def _link(temporary: Path, final: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
+        if os.path.exists(final):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from None
         os.rename(temporary, final)

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -213,6 +214,25 @@ def test_a_share_that_is_not_mounted_misses_nothing_and_is_not_written_to(tmp_pa
     (tmp_path / "elsewhere").rename(root)
     assert read(tier, NAME, 0, len(DATA)) == DATA
     tier.close()
+
+
+def test_a_share_that_is_mounted_anew_is_the_same(tmp_path: Path) -> None:
+    """Its device may have another number then."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system to write to")
+    (tmp_path / "first").mkdir()
+    root = tmp_path / "share"
+    root.symlink_to(tmp_path / "first")
+    with DirectoryTier(root) as tier, tempfile.TemporaryDirectory(dir=memory) as other:
+        publish(tier, DATA)
+        shutil.copytree(tmp_path / "first", other, dirs_exist_ok=True)
+        root.unlink()
+        root.symlink_to(other)
+        assert read(tier, NAME, 0, len(DATA)) == DATA
+        assert publish(tier, content(2))[1]
+        with pytest.raises(TierMissing):
+            read(tier, name_of(content(3)), 0, 1)
 
 
 def test_nothing_is_acknowledged_if_the_share_goes_away_while_it_is_published(

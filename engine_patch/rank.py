@@ -11,11 +11,11 @@ from typing import Any
 
 from agentstate.errors import AgentStateError, DatabaseError, EngineError
 from agentstate.fleet import engines
-from agentstate.fleet.quotas import NOBODY, Quota
+from agentstate.fleet.quotas import Quota
 from agentstate.lookahead import policies
 from agentstate.lookahead.forecast import Forecast
 from agentstate.pages import PageStore, Space
-from agentstate.pages.space import NOBODY, Limits, largest
+from agentstate.pages.space import Limits, largest
 from agentstate.settings import ENGINE_LIMITS, Settings
 from agentstate.sql.database import Database
 from engine_patch import identity
@@ -152,14 +152,10 @@ class Rank:
 
     def _take(self, quotas: Mapping[str, Quota], pins: Mapping[str, tuple[str, float]]) -> None:
         """What SQL says of accounts, and of sessions of this engine that are to stay."""
-        ranks = max(1, int(get_parallel().tp_size))
-        nvme_before = self.accounts.limits("nvme")
-        self.accounts.take(quotas, ranks)
-        # The stores of a release that charges nobody have no such limits.
-        limit_owners = getattr(self, "limit_owners", None)
-        if limit_owners is not None and self.accounts.limits("nvme") != nvme_before:
-            limits = dict(self.accounts.limits("nvme"))
-            limit_owners((lambda owner: limits.get(NOBODY if owner == "none" else owner)) if limits else None)
+        before = self.accounts.limits("nvme")
+        self.accounts.take(quotas, get_parallel().tp_size)
+        if (limits := self.accounts.limits("nvme")) != before:
+            self.limit_owners(limits)
         if self.sessions is not None:
             self.pinning.take(pins)
 
@@ -169,18 +165,12 @@ class Rank:
             return self.pools.n_bytes(pages)
         return 0 if self.pools.host_tier is None else self.pools.host_tier.n_bytes
 
-    def limit_owners(self, limits: Limits | None) -> None:
-        """Bound what every owner of pages has on the drive, in bytes over all ranks, which share it evenly. Owners are
-        the accounts of turns, and `NOBODY` has what requests without a turn wrote. ``limits`` answers the same every
-        time; it may be replaced at any time, from any thread."""
+    def limit_owners(self, limits: Mapping[str, int]) -> None:
+        """Bound what owners of pages have on the drive, in bytes over all ranks, which share it evenly. Owners are the
+        accounts of turns. Nobody bounds those that are not in ``limits``. From any thread."""
         ranks = get_parallel().tp_size
-
-        def of_this_rank(owner: str) -> int | None:
-            assert limits is not None
-            limit = limits(owner or NOBODY)
-            return None if limit is None else limit // ranks
-
-        self._limits = self._space.limits = None if limits is None else of_this_rank
+        of_rank = {owner: limit // ranks for owner, limit in limits.items()}
+        self._limits = self._space.limits = of_rank.get if of_rank else None
 
     def retire(self, reason: str) -> None:
         """Restore and spill nothing from now on, and say why, once: in the log and in `stat`."""

@@ -169,7 +169,7 @@ class Sessions:
                 self._ledger.forget(session_id)
             self._pools.need(session_id, keys[:durable])
             if (until_s := self.pinned_until(session_id)) is not None:
-                self._retain(keys[:durable], until_s)
+                self._pools.retain(keys[:durable], until_s)
             self._pools.merge(keys[:durable])
             self._catalog.save(self._manifest(turn, keys, durable))
             self._catalog.abandon(session_id, keys, durable)
@@ -250,12 +250,7 @@ class Sessions:
     def retain(self, session_id: str, until_s: float) -> int:
         """Keep the session's pages on the drive until then, by the monotonic clock: of how many pages, from its head,
         that is done. A time in the past ends it."""
-        return self._retain(self._chain(session_id), until_s)
-
-    def _retain(self, keys: Sequence[bytes], until_s: float) -> int:
-        # Stores that cannot do it evict what is pinned as any other.
-        retain = getattr(self._pools, "retain", None)
-        return len(keys) if retain is None else int(retain(keys, until_s))
+        return self._pools.retain(self._chain(session_id), until_s)
 
     def places(self, session_id: str) -> dict[str, int]:
         """How many pages from the head of the session's context are on disk, and in the host tier."""

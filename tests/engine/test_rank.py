@@ -100,8 +100,8 @@ def test_owners_have_limits_over_all_pools_and_stat_says_what_they_have(opened: 
     one = opened()
     full, window = stores(one)
     each, of_window = full.draft_bytes(1, "tenant a"), window.draft_bytes(1, "tenant a")
-    limits = {"tenant a": 2 * each + of_window, "none": each}
-    one.limit_owners(limits.get)
+    limits = {"tenant a": 2 * each + of_window, "": each}
+    one.limit_owners(limits)
     for page in range(3):
         write(full, keys(page), owner="tenant a")
         write(full, keys((page, "b")), owner="tenant b")
@@ -113,7 +113,7 @@ def test_owners_have_limits_over_all_pools_and_stat_says_what_they_have(opened: 
     stat = one.stat()
     assert stat["owners"] == {"tenant b": 3 * each, "tenant a": 2 * each + of_window, "none": each}
     assert (stat["others"], stat["others_bytes"]) == (0, 0)
-    one.limit_owners(None)
+    one.limit_owners({})
     write(full, keys(0), owner="tenant a")
     assert all(full.stored(keys(0, 1, 2)))
 

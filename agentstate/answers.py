@@ -302,6 +302,23 @@ class Decision(BaseModel):
     displaced: float | None = Field(description="Of a fetch: the largest index of what had to leave for it.")
 
 
+class AccountTier(BaseModel):
+    bytes: int | None = Field(description="What the account has there, on the rank that answers; null where unknown.")
+    limit: int | None = Field(description="What it may have there before it gives first; null: no limit.")
+
+
+class Account(BaseModel):
+    """Whom a session's KV is charged to."""
+
+    name: str = Field(description="The tenant, or its KV group; none if the engine knows no turn.")
+    tiers: dict[Literal["device", "host", "nvme"], AccountTier]
+
+
+class HeldUntil(BaseModel):
+    tier: Literal["device", "host", "nvme"]
+    rest_s: float = Field(description="The pin expires this soon.")
+
+
 class Placement(BaseModel):
     """Where a session's KV is, what it waits for, and why it is there."""
 
@@ -341,6 +358,11 @@ class Placement(BaseModel):
     decisions: list[Decision] = Field(
         default_factory=list, description="What was decided about it lately, and what became of that; the newest last."
     )
+    pin: HeldUntil | None = Field(default=None, description="Null if it is not pinned.")
+    left_tokens: int = Field(
+        default=0, description="Tokens on the device that its last turns have left: they are the first to leave."
+    )
+    account: Account | None = Field(default=None, description="Null from an engine of an earlier release.")
     next: str = Field(default="", description="What would move it, in words.")
 
 

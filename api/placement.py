@@ -56,7 +56,8 @@ def _placement(session_id: str, engine: str, said: Sequence[dict[str, Any]]) -> 
             "session_id": session_id,
             "engine": engine,
             "tiers": tiers,
-            **{name: first.get(name) for name in ("wait", "index", "place", "fetch")},
+            **{name: first.get(name) for name in ("wait", "index", "place", "fetch", "pin", "account")},
+            "left_tokens": first.get("left_tokens", 0),
             "decisions": [view(decision(one), session_id) for one in first.get("decisions") or ()],
             "next": _next(first),
         }
@@ -69,6 +70,8 @@ def _next(said: dict[str, Any]) -> str:
         return "its next request brings it to the device"
     if wait["state"] == "served":
         return "it stays on the device until its request has ended"
+    if (pin := said.get("pin")) is not None and pin["tier"] == "device" and "leaves_after_tokens" in said:
+        return f"it stays on the device for {pin['rest_s']:,.0f} s, unless a request needs all of the room"
     if (ahead := said.get("leaves_after_tokens")) is not None:
         return f"it leaves the device after {ahead:,} tokens of others"
     if (least := said.get("fetched_from_index")) is not None and wait["state"] != "released":

@@ -159,6 +159,10 @@ class EvictionOrder:
         """How many bytes of the device are charged to an account."""
         return self._n_bytes(self._held[account])
 
+    def held_by(self) -> dict[str, int]:
+        """How many bytes of the device are charged to each account. From any thread."""
+        return {account: self._n_bytes(tokens) for account, tokens in self._held.copy().items() if tokens}
+
     def room_of(self, owner: Hashable, tokens: int) -> bool:
         """Whether the account of the owner may have so many tokens more."""
         account = self._accounts.of(owner)

@@ -56,13 +56,19 @@ class AgentStateLinker(UnifiedCacheLinker):
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
 
     def attach(
-        self, device: Device, explain: Callable[[str], dict[str, Any]], kept: Callable[[], dict[str, int]]
+        self,
+        device: Device,
+        explain: Callable[[str], dict[str, Any]],
+        kept: Callable[[], dict[str, int]],
+        held: Callable[[], dict[str, int]],
     ) -> None:
         """The radix tree is there: from now on sessions can be moved in it and it can ``explain`` where one is, and
-        `stat` shows what it has ``kept`` for requests."""
+        `stat` shows what it has ``kept`` for requests, and how many bytes of the device are ``held`` by each
+        account."""
         self._rank.sessions.device = device
         self._rank.explain_device = explain
         self._rank.kept_by_tree = kept
+        self._rank.held_on_device = held
 
     def retire(self, reason: str) -> None:
         """Restore and spill nothing from now on, and say why."""

@@ -237,7 +237,11 @@ class AgentStateRadixCache(UnifiedRadixCache):
             bring=cache_linker.bring if self.device_tier.moves else None,
             n_bytes=lambda tokens: cache_linker.n_bytes(tokens // self.page_size),
         )
-        cache_linker.attach(self.device_tier, self.foresight.explain, self.kept)
+        cache_linker.attach(self.device_tier, self._explain, self.kept, self.eviction.held_by)
+
+    def _explain(self, session_id: str) -> dict[str, Any]:
+        """Where a session is, what it waits for, and what of it was left. From any thread."""
+        return {**self.foresight.explain(session_id), "left_tokens": self.eviction.superseded(session_id)}
 
     def _brought(self, session_id: str, key: RadixKey, start: int = 0) -> None:
         self.eviction.brought(session_id, self.tree_core.match_full_device_prefix(key)[1])

@@ -4,6 +4,7 @@ opened together and closed in an order that loses nothing."""
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 from agentstate.errors import AgentStateError, DatabaseError, EngineError
 from agentstate.fleet import engines
-from agentstate.fleet.quotas import Quota
+from agentstate.fleet.quotas import Quota, shown
 from agentstate.lookahead import policies
 from agentstate.lookahead.forecast import Forecast
 from agentstate.pages import PageStore, Space
@@ -19,7 +20,7 @@ from agentstate.pages.space import Limits, largest
 from agentstate.settings import ENGINE_LIMITS, Settings
 from agentstate.sql.database import Database
 from engine_patch import identity
-from engine_patch.accounts import Accounts
+from engine_patch.accounts import TIERS, Accounts
 from engine_patch.break_even import BreakEven
 from engine_patch.control import ControlEndpoint
 from engine_patch.decisions import Decisions
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # SGLang waits 15 seconds for a scheduler that it has told to end.
 _DRAIN_S = 10.0
+# Of how many accounts `stat` tells.
+_ACCOUNTS = 64
 
 
 class Rank:
@@ -65,6 +68,7 @@ class Rank:
         self.accounts = Accounts()
         self.explain_device: Callable[[str], dict[str, Any]] = lambda session_id: {}
         self.kept_by_tree: Callable[[], dict[str, int]] = dict
+        self.held_on_device: Callable[[], dict[str, int]] = dict
         self.page_size: int = params.page_size
         pools: list[DevicePool] = []
         try:
@@ -258,14 +262,32 @@ class Rank:
         return said
 
     def explain(self, session_id: str) -> dict[str, Any]:
-        """Where the session's context is, what it waits for, and what a byte of it is worth on the device."""
+        """Where the session's context is, what it waits for, and what a byte of it is worth on the device; whom it is
+        charged to, what that account has, and may have."""
         said = self.explain_device(session_id)
         pages = {"device": said.pop("device_tokens", 0) // self.page_size, **self.sessions.places(session_id)}
         tiers = {
             name: {"tokens": count * self.page_size, "bytes": self.pools.n_bytes(count)}
             for name, count in pages.items()
         }
-        return {"tiers": tiers, **said}
+        account = self.accounts.of(session_id)
+        return {"tiers": tiers, **said, "account": {"name": shown(account), "tiers": self._standing_of(account)}}
+
+    def _standing_of(self, account: str) -> dict[str, dict[str, int | None]]:
+        """What an account has on this rank, and may have; on the drive, on all ranks."""
+        host = self.pools.host_tier
+        held = {"device": self.held_on_device().get(account, 0), "host": host.held[account] if host else 0}
+        return {tier: {"bytes": held.get(tier), "limit": self.accounts.limit(account, tier)} for tier in TIERS}
+
+    def _accounts(self) -> dict[str, Any]:
+        """The same of the accounts that have most, or have a limit."""
+        on_device, host = self.held_on_device(), self.pools.host_tier
+        total = Counter(on_device)
+        if host is not None:
+            total.update(host.held.copy())
+        limited = [account for tier in TIERS for account in self.accounts.limits(tier)]
+        some = dict.fromkeys([*limited, *(account for account, _ in total.most_common(_ACCOUNTS))])
+        return {shown(account): self._standing_of(account) for account in list(some)[:_ACCOUNTS]}
 
     def decisions(self, after: int) -> dict[str, Any]:
         return self.decided.after(after)
@@ -291,6 +313,8 @@ class Rank:
             "foresight": asdict(self.foresight_stats),
             "served": asdict(self.served.stats),
             "erasures": self.sessions.erasures,
+            "accounts": self._accounts(),
+            "pins": len(self.waits.pins()),
             "kept": self._kept(),
         }
 

@@ -104,6 +104,17 @@ def _lines(found: Placement) -> list[str]:
     if (fetch := found.fetch) is not None:
         because = f", {fetch.reason}" if fetch.reason else ""
         lines.append(f"fetched {fetch.ago_s:,.1f} s ago, {fetch.tokens:,} tokens: {fetch.outcome}{because}")
+    if found.pin is not None:
+        lines.append(f"pinned to {found.pin.tier} for {found.pin.rest_s:,.0f} s more")
+    if found.left_tokens:
+        lines.append(f"{found.left_tokens:,} tokens on the device that it has left: they leave first")
+    if found.account is not None:
+        held = []
+        for tier, of_tier in found.account.tiers.items():
+            limit = "" if of_tier.limit is None else f" of {of_tier.limit / 1e6:,.1f}"
+            if of_tier.bytes is not None:
+                held.append(f"{of_tier.bytes / 1e6:,.1f}{limit} MB on {tier}")
+        lines.append(f"charged to {found.account.name}: {', '.join(held)}")
     for made in found.decisions[-_DECISIONS:]:
         lines.append(f"{made.at:%H:%M:%S} {made.decision}, {made.tokens:,} tokens: {made.outcome}")
     return [*lines, found.next] if found.next else lines

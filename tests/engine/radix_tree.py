@@ -72,7 +72,7 @@ class Linker:
         """A page is a byte."""
         return pages
 
-    def attach(self, device: Any, explain: Any, kept: Callable[[], dict[str, int]]) -> None:
+    def attach(self, device: Any, explain: Any, kept: Callable[[], dict[str, int]], held: Any) -> None:
         self.kept_by_tree = kept
 
     def lose(self, *keys: str) -> None:

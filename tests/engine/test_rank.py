@@ -9,18 +9,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from contents import MLA, keys, write
 from sglang.srt.server_args import ServerArgs
 from test_catalog import until
 from test_pools import FULL, PAGE_SIZE, SWA, allocator_of, sliding
+from turns import begin
 
-from agentstate.fleet import engines, manifests
+from agentstate.fleet import engines, manifests, pins, quotas
 from agentstate.fleet.control import ControlClient
 from agentstate.fleet.manifests import Manifest
+from agentstate.fleet.quotas import Quota
 from agentstate.lookahead.forecast import Forecast
 from agentstate.pages import PageStore, fingerprint
 from agentstate.pages.node import node_id
 from agentstate.sql.database import Database
+from agentstate.sql.models import leases
 from engine_patch import identity, rank
 from engine_patch.rank import Rank
 
@@ -182,7 +186,35 @@ def test_a_rank_takes_forecasts_of_sessions_that_it_has_served(opened: Open) -> 
     stat = one.stat()["foresight"]
     assert (stat["foreseen"], stat["ignored"]) == (1, 1)
     explained = one.explain("s")
-    assert explained == {"tiers": {name: {"tokens": 0, "bytes": 0} for name in ("device", "disk", "host")}}
+    assert explained["tiers"] == {name: {"tokens": 0, "bytes": 0} for name in ("device", "disk", "host")}
+    assert explained["account"]["name"] == "none"
+
+
+def test_quotas_and_pins_come_from_sql_and_are_told(opened: Open, database: Database) -> None:
+    url = "http://127.0.0.1:40000/v1"
+    one = opened(host_bytes=1 << 20, engine_base_url=url)
+    one.accounts.note("a", "tenant t")
+    one.held_on_device = lambda: {"tenant t": 5, "": 3}
+    begin(database, "a")
+    with database.write() as connection:
+        quotas.put(connection, "tenant t", Quota(device_bytes=7, nvme_bytes=9))
+        pins.put(connection, "a", pins.PinTier.HOST, 3600.0)
+        connection.execute(sa.update(leases).values(engine=url))
+    until(lambda: one.waits.pinned("a") is not None and one.accounts.limit("tenant t", "device") == 7)
+    of_t = {
+        "device": {"bytes": 5, "limit": 7},
+        "host": {"bytes": 0, "limit": None},
+        "nvme": {"bytes": None, "limit": 9},
+    }
+    assert one.explain("a")["account"] == {"name": "tenant t", "tiers": of_t}
+    assert one.stat()["accounts"] == {"tenant t": of_t, "none": one.stat()["accounts"]["none"]}
+    assert one.stat()["pins"] == 1
+    assert one.pin("b", "device", 60.0) == {"state": "accepted", "tier": "device", "pages": 0, "bytes": 0, "tokens": 0}
+    with database.write() as connection:
+        quotas.put(connection, "tenant t", Quota())
+        pins.remove(connection, "a")
+    until(lambda: one.waits.pinned("a") is None and one.accounts.limit("tenant t", "device") is None)
+    assert one.waits.pinned("b") is not None
 
 
 def test_a_rank_without_foresight_ignores_forecasts(opened: Open) -> None:

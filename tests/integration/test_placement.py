@@ -52,10 +52,14 @@ def test_what_was_decided_about_it_is_told(service: Service, start_peer: Any) ->
     [
         ({"leaves_after_tokens": 61440}, "it leaves the device after 61,440 tokens of others"),
         ({"wait": {"state": "served", "waited_s": 1.0}}, "it stays on the device until its request has ended"),
+        (
+            {"leaves_after_tokens": 61440, "pin": {"tier": "device", "rest_s": 7200.0}},
+            "it stays on the device for 7,200 s, unless a request needs all of the room",
+        ),
         ({"wait": None, "index": None, "place": None}, "its next request brings it to the device"),
         ({"wait": {**WAIT, "state": "released"}}, "its next request brings it to the device"),
     ],
-    ids=["on the device", "served", "unknown", "released"],
+    ids=["on the device", "served", "pinned", "unknown", "released"],
 )
 def test_what_would_move_it_is_told_in_words(
     service: Service, start_peer: Any, more: dict[str, Any], following: str
@@ -110,3 +114,23 @@ def test_the_command_line_shows_it(service: Service, start_peer: Any) -> None:
         assert part in shown.output
     as_json = CliRunner().invoke(app, ["sessions", "kv", session_id, "--url", service.base_url, "--json"])
     assert '"place": 2' in as_json.output
+
+
+def test_whom_it_is_charged_to_what_was_left_and_until_when_it_is_pinned_are_told(
+    service: Service, start_peer: Any
+) -> None:
+    account = {
+        "name": "tenant default",
+        "tiers": {
+            "device": {"bytes": 3_000_000, "limit": 5_000_000},
+            "host": {"bytes": 1_000_000, "limit": None},
+            "nvme": {"bytes": None, "limit": None},
+        },
+    }
+    pin = {"tier": "host", "rest_s": 60.0}
+    found = explained(service, start_peer, {**SAID, "account": account, "pin": pin, "left_tokens": 128})
+    assert (found["account"], found["pin"], found["left_tokens"]) == (account, pin, 128)
+    said = CliRunner().invoke(app, ["sessions", "kv", found["session_id"], "--url", service.base_url]).stdout
+    assert "pinned to host for 60 s more" in said
+    assert "128 tokens on the device that it has left" in said
+    assert "charged to tenant default: 3.0 of 5.0 MB on device, 1.0 MB on host" in said

@@ -48,6 +48,7 @@
     │   ├── PageStoreLocked          another process owns the store directory
     │   ├── PageStoreUnwritable
     │   ├── PageStoreFull
+    │   │   └── OwnerFull            an owner's limit leaves no space for its pages
     │   ├── FingerprintMismatch      pages of another model, layout or format
     │   └── BadExtent                an extent file is damaged, or is none of ours
     │       ├── UnknownFormat        the extent is intact, in a format that this release does not read

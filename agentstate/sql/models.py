@@ -234,6 +234,7 @@ kv_pins = Table(
     Column("session_id", Text, ForeignKey("sessions.id", ondelete="CASCADE"), primary_key=True),
     Column("tier", Text, nullable=False),
     Column("until_us", BigInteger, nullable=False),
+    Index("ix_kv_pins_until", "until_us"),
 )
 
 leases = Table(

@@ -23,6 +23,7 @@ def upgrade() -> None:
         sa.Column("tier", sa.Text, nullable=False),
         sa.Column("until_us", sa.BigInteger, nullable=False),
     )
+    op.create_index("ix_kv_pins_until", "kv_pins", ["until_us"])
 
 
 def downgrade() -> None:

@@ -226,7 +226,7 @@ def test_what_was_lost_is_offered_before_the_manifest_that_lists_it(monkeypatch:
     entering = {"r": "what it has restored", "other": "what another one has"}
     tree.linker = SimpleNamespace(lost_pages=SimpleNamespace(finished=telling("offered")), entering=entering)
     tree.device_tier = SimpleNamespace(remember=telling("remembered"))
-    tree.eviction = SimpleNamespace(ended=lambda owner, node: owner)
+    tree.eviction = SimpleNamespace(ended=lambda owner, node, epoch: owner)
     tree.demotions = SimpleNamespace(ended=lambda *of_the_chain: None)
     tree.agentstate = SimpleNamespace(turn=lambda session: proven, request_finished=telling("manifest"))
     fields = {

@@ -552,8 +552,8 @@ def test_all_pools_retain_and_release_what_a_chain_needs(stage: Stage, opened: C
     assert (held_by(full), held_by(window)) == (keys(3, 4, 5), keys(4, 5))
     assert pools.retain(keys(3, 4, 5), 0) == 3
     pools.need("ses_a", keys(3, 4, 5))
-    pools.release(keys(4), "ses_b")
-    pools.release(keys(5), "ses_a")
+    pools.supersede(keys(4), "ses_b")
+    pools.supersede(keys(5), "ses_a")
     for store in (full, window):
         store.quota = Quota(store.stats.bytes)
         store.make_room(1)

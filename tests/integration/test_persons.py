@@ -14,6 +14,10 @@ from stage import MODEL, Service, register
 from agentstate.sessions import tenants
 from api import gate
 
+NAMES = ("operation_id", "conversation_id", "item_id", "response_id")
+NO_ENGINE = "eng_none"
+"""All tenants see the same engines; what these tell of sessions is tested with them."""
+
 OPEN = {"/healthz", "/readyz", "/metrics"}
 """What a client without a key may ask."""
 
@@ -33,6 +37,7 @@ BODIES: dict[str, Any] = {
     "PUT /v1/sessions/{session_id}/tool-calls/{call_id}/result": {"output": "x"},
     "POST /v1/sessions/{session_id}/prefetch": {},
     "POST /v1/sessions/{session_id}/activity": {"kind": "typing"},
+    "POST /v1/sessions/{session_id}/kv/pin": {"ttl_s": 60},
     "POST /v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "x"}]},
     "POST /v1/completions": {"model": MODEL, "prompt": "x"},
     "POST /v1/messages": {"model": MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]},
@@ -97,13 +102,14 @@ class Victim:
 
     @property
     def ids(self) -> dict[str, str]:
-        names = ("session_id", "operation_id", "conversation_id", "item_id", "response_id")
-        return {**{name: getattr(self, name) for name in names}, "call_id": "call_1", "model": MODEL}
+        names = ("session_id", *NAMES)
+        named = {"call_id": "call_1", "model": MODEL, "engine_id": NO_ENGINE}
+        return {**{name: getattr(self, name) for name in names}, **named}
 
     def never(self) -> dict[str, str]:
         """Ids like these that nothing ever had."""
         ids = {name: value[:4] + "0" * (len(value) - 4) for name, value in self.ids.items()}
-        return {**ids, "call_id": "call_1", "model": MODEL}
+        return {**ids, "call_id": "call_1", "model": MODEL, "engine_id": NO_ENGINE}
 
     def _posting(self, service: Service) -> Any:
         def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +214,7 @@ def test_a_web_page_reaches_nothing_while_there_is_no_key(service: Service, name
     before = service.http.get(f"/v1/sessions/{session_id}").json()
     for route in routes(service):
         if route.split()[1] not in OPEN:
-            ids = dict.fromkeys(("operation_id", "call_id", "conversation_id", "item_id", "response_id", "model"), "x")
+            ids = dict.fromkeys((*NAMES, "call_id", "model", "engine_id"), "x")
             answer = ask(service, route, named, session_id=session_id, **ids)
             assert answer.status_code in (403, 421), route
             assert session_id not in answer.text

@@ -23,6 +23,7 @@ _SOURCES = {"engine_patch": _METHODS, "agentstate/pages": set[str]()}
 # Methods of those names that wait for no device, by what they are called on; a class stands for its `self`.
 NOT_OF_A_DEVICE = {
     "_writer": "queues an action",
+    "decided": "is asked what was decided",
     "arrivals": "is asked whether all layers of a batch arrived",
     "restorer": "is asked what became of a batch",
     "_pools": "is asked what became of a batch",

@@ -25,9 +25,9 @@ def test_equal_numbers_are_equal_agents_and_others_have_other_contexts() -> None
 
 
 def test_every_pool_holds_the_longest_context_and_only_one_holds_all() -> None:
-    plan = Plan()
+    plan = Plan(turns=9, context=640, append=16, output=4)
     pools = {variant: int(share * plan.working_set) for variant, (share, _) in _engines(plan).items()}
-    assert plan.longest == 1536 + 17 * 56
+    assert plan.longest == 640 + 9 * 20
     assert pools[Variant.FULL] > plan.working_set
     assert pools[Variant.LRU] == pools[Variant.SIMPLE] == pools[Variant.SIGNALS] == plan.working_set // 4
 

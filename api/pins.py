@@ -13,6 +13,7 @@ from agentstate import answers
 from agentstate.errors import EngineError, EngineRefused
 from agentstate.fleet.pins import PinTier
 from agentstate.sql.database import instant
+from api.engines import TIMEOUT_S
 from api.problems import COMMON
 from api.schemas import PathId, PinKv
 from api.service import CallerDep, ServiceDep, SessionsDep
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/sessions/{session_id}/kv", tags=["sessions"], responses={**COMMON, **GONE})
 
-_TIMEOUT_S = 2.0
 # Of several ranks, the least that one of them says counts.
 _LEAST_FIRST = ("ignored", "clipped", "accepted")
 _LOWEST_FIRST = (PinTier.NVME, PinTier.HOST, PinTier.DEVICE)
@@ -41,7 +41,7 @@ async def pin(
     state, tier = "pending", body.tier
     try:
         if pinned.ranks:
-            asked = service.operations.pin(pinned.uid, pinned.ranks, body.tier, for_s, _TIMEOUT_S)
+            asked = service.operations.pin(pinned.uid, pinned.ranks, body.tier, for_s, TIMEOUT_S)
             said = await asyncio.wrap_future(asked)
             tier = min((PinTier(of_rank["tier"]) for of_rank in said), key=_LOWEST_FIRST.index)
             state = min((str(of_rank["state"]) for of_rank in said), key=_LEAST_FIRST.index)
@@ -71,7 +71,7 @@ async def unpin(session_id: PathId, service: ServiceDep, caller: CallerDep, sess
     service.gate.take_hint(caller)
     unpinned = await run_in_threadpool(sessions.unpin, session_id)
     try:
-        await asyncio.wrap_future(service.operations.pin(unpinned.uid, unpinned.ranks, PinTier.DEVICE, 0.0, _TIMEOUT_S))
+        await asyncio.wrap_future(service.operations.pin(unpinned.uid, unpinned.ranks, PinTier.DEVICE, 0.0, TIMEOUT_S))
     except EngineError as error:
         logger.warning("session %s is pinned until its engine reads that it is not: %s", session_id, error)
     return Response(status_code=status.HTTP_204_NO_CONTENT)

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from agentstate import answers
 from agentstate.errors import EngineError
 from agentstate.fleet.decisions import decision
-from api.engines import view
+from api.engines import TIMEOUT_S, view
 from api.problems import COMMON
 from api.schemas import PathId
 from api.service import ServiceDep, SessionsDep
@@ -20,8 +20,6 @@ from api.sessions import GONE
 
 router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], responses={**COMMON, **GONE})
 
-# An engine answers between two messages; one that is overloaded is not waited for.
-_TIMEOUT_S = 2.0
 _TIERS = ("device", "host", "disk")
 
 
@@ -34,7 +32,7 @@ async def read_kv(session_id: PathId, service: ServiceDep, sessions: SessionsDep
         return answers.Placement(session_id=session_id, engine=None, tiers={}, next="no live engine has served it")
     engine = pages.ranks[0].id
     try:
-        said = await asyncio.wrap_future(service.operations.explain(uid, pages.ranks, _TIMEOUT_S))
+        said = await asyncio.wrap_future(service.operations.explain(uid, pages.ranks, TIMEOUT_S))
         return _placement(session_id, engine, said)
     except (EngineError, LookupError, TypeError, ValueError) as error:
         reason = f"the engine does not say: {error}"

@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engine_patch.accounts import Accounts
+from engine_patch.accounts import TIERS, Accounts
 from engine_patch.waits import Waits
 
-TIERS = ("device", "host", "nvme")
 # Of a tier, so much is pinned at most for an account that has no quota there.
 _PART = 2
 
@@ -43,8 +42,8 @@ class Pinning:
         self._retain = retain
         self._fetch = fetch
         self._mutex = threading.Lock()
-        # What SQL has said last, and the bytes of what is pinned.
-        self._told: dict[str, tuple[str, float]] = {}
+        # Whom SQL has pinned, as it said last, and the bytes of what is pinned.
+        self._told: set[str] = set()
         self._bytes: dict[str, int] = {}
 
     def pin(self, session_id: str, tier: str, for_s: float) -> dict[str, Any]:
@@ -74,11 +73,9 @@ class Pinning:
     def take(self, pins: Mapping[str, tuple[str, float]]) -> None:
         """SQL has these pins, by their sessions: their tiers, and for how long they hold."""
         now_s = time.monotonic()
-        told = {session: (tier, now_s + for_s) for session, (tier, for_s) in pins.items()}
         with self._mutex:
-            before, self._told = self._told, told
-            gone = before.keys() - told.keys()
-            for session in gone:
+            before, self._told = self._told, set(pins)
+            for session in before - self._told:
                 self._unpin(session)
         for session, (tier, for_s) in pins.items():
             known = self._waits.pinned(session)

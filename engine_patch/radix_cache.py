@@ -216,13 +216,11 @@ class AgentStateRadixCache(UnifiedRadixCache):
         )
         self.served = cache_linker.served
         self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit, self.order, self.served)
-        self.eviction = EvictionOrder(
-            self.tree_core,
-            cache_linker.waits,
-            self._least,
-            cache_linker.accounts,
-            lambda tokens: cache_linker.n_bytes(tokens // self.page_size),
-        )
+
+        def n_bytes(tokens: int) -> int:
+            return cache_linker.n_bytes(tokens // self.page_size)
+
+        self.eviction = EvictionOrder(self.tree_core, cache_linker.waits, self._least, cache_linker.accounts, n_bytes)
         self.demotions = Demotions(
             self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked, self.eviction.giving
         )
@@ -235,7 +233,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             length=self.device_tier.tokens,
             room=self.token_to_kv_pool_allocator.available_size,
             bring=cache_linker.bring if self.device_tier.moves else None,
-            n_bytes=lambda tokens: cache_linker.n_bytes(tokens // self.page_size),
+            n_bytes=n_bytes,
         )
         cache_linker.attach(self.device_tier, self._explain, self.kept, self.eviction.held_by)
 

@@ -271,23 +271,32 @@ class Rank:
             for name, count in pages.items()
         }
         account = self.accounts.of(session_id)
-        return {"tiers": tiers, **said, "account": {"name": shown(account), "tiers": self._standing_of(account)}}
+        standing = self._standing_of(account, self._held())
+        return {"tiers": tiers, **said, "account": {"name": shown(account), "tiers": standing}}
 
-    def _standing_of(self, account: str) -> dict[str, dict[str, int | None]]:
-        """What an account has on this rank, and may have; on the drive, on all ranks."""
+    def _held(self) -> dict[str, Counter[str]]:
+        """The bytes that accounts have on this rank, by tier."""
         host = self.pools.host_tier
-        held = {"device": self.held_on_device().get(account, 0), "host": host.held[account] if host else 0}
-        return {tier: {"bytes": held.get(tier), "limit": self.accounts.limit(account, tier)} for tier in TIERS}
+        return {"device": Counter(self.held_on_device()), "host": Counter() if host is None else host.held.copy()}
+
+    def _standing_of(self, account: str, held: Mapping[str, Counter[str]]) -> dict[str, dict[str, int | None]]:
+        """What an account has of what is held on this rank, and may have; on the drive, on all ranks."""
+        return {
+            tier: {
+                "bytes": held[tier][account] if tier in held else None,
+                "limit": self.accounts.limit(account, tier),
+            }
+            for tier in TIERS
+        }
 
     def _accounts(self) -> dict[str, Any]:
         """The same of the accounts that have most, or have a limit."""
-        on_device, host = self.held_on_device(), self.pools.host_tier
-        total = Counter(on_device)
-        if host is not None:
-            total.update(host.held.copy())
+        held = self._held()
+        total = held["device"].copy()
+        total.update(held["host"])
         limited = [account for tier in TIERS for account in self.accounts.limits(tier)]
         some = dict.fromkeys([*limited, *(account for account, _ in total.most_common(_ACCOUNTS))])
-        return {shown(account): self._standing_of(account) for account in list(some)[:_ACCOUNTS]}
+        return {shown(account): self._standing_of(account, held) for account in list(some)[:_ACCOUNTS]}
 
     def decisions(self, after: int) -> dict[str, Any]:
         return self.decided.after(after)

@@ -95,6 +95,13 @@ class Stage:
         self.states[session] = "warm"
         self.order.there[session] = tokens
 
+    def fetch(self, session: str) -> None:
+        """A context is fetched, and there."""
+        self.waits_for(session, 5.0)
+        self.step()
+        self.arrive(session)
+        self.step()
+
     def outcome(self, session: str) -> str:
         return str(self.foresight.explain(session)["fetch"]["outcome"])
 
@@ -171,10 +178,7 @@ def test_a_request_that_comes_before_its_pages_is_counted_as_late() -> None:
 
 def test_what_leaves_the_device_again_was_fetched_in_vain() -> None:
     stage = Stage()
-    stage.waits_for("a", 5.0)
-    stage.step()
-    stage.arrive("a")
-    stage.step()
+    stage.fetch("a")
     del stage.order.there["a"]
     stage.step()
     assert (stage.outcome("a"), stage.stats.wasted) == ("wasted", 1)
@@ -292,10 +296,7 @@ def test_why_what_was_fetched_was_wasted_is_told() -> None:
 
 def test_what_the_request_finds_gone_was_wasted() -> None:
     stage = Stage()
-    stage.waits_for("a", 5.0)
-    stage.step()
-    stage.arrive("a")
-    stage.step()
+    stage.fetch("a")
     del stage.order.there["a"]
     stage.foresight.back("a")
     assert (stage.stats.used, stage.stats.late, stage.stats.left) == (0, 0, 1)
@@ -303,10 +304,7 @@ def test_what_the_request_finds_gone_was_wasted() -> None:
 
 def test_a_fetch_is_cancelled_by_whoever_empties_the_device() -> None:
     stage = Stage()
-    stage.waits_for("a", 5.0)
-    stage.step()
-    stage.arrive("a")
-    stage.step()
+    stage.fetch("a")
     stage.order.there.clear()
     stage.foresight.cleared()
     stage.step()

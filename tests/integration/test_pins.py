@@ -103,7 +103,7 @@ def test_the_engine_has_the_last_word(
 def test_an_engine_that_does_not_answer_takes_note_later(
     service: Service, start_peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routes, "_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(routes, "TIMEOUT_S", 0.05)
     asked = threading.Event()
     engine(service, start_peer, lambda request: asked.wait() and ACCEPTED)
     session = session_on_engine(service)

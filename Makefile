@@ -20,20 +20,26 @@ PYTEST := -m pytest --durations=5
 # A process a core, each with databases and engines of its own.
 PARALLEL := -n auto
 
-.PHONY: help demo test test-service test-adapters test-engine test-late test-gpu lint setup clean
+.PHONY: help demo docs test test-service test-adapters test-engine test-late test-gpu canary lint setup clean
 
 help:
 	@echo "make demo          an agent is suspended, its engine killed, and it goes on from disk (ARGS='--json FILE')"
+	@echo "                   ARGS='--nodes 2': its node dies with its drive, and it goes on at another"
+	@echo "make docs          the documentation as a site: site/index.html"
 	@echo "make test          everything this machine can run"
 	@echo "make test-service  what needs no SGLang"
 	@echo "make test-adapters what needs the agent frameworks"
 	@echo "make test-late     the tests on the late device, at length (POLICIES=late,random:1,...; see docs/testing.md)"
 	@echo "make test-gpu      what needs a GPU (PYTHON=one that has torch for CUDA; no SGLang is needed)"
+	@echo "make canary        does the newest SGLang go with AgentState? (ARGS='--restore 0.5.22': does this one?)"
 	@echo "make setup-lmcache LMCache beside SGLang, for agentstate bench ttft --peers lmcache; nothing else needs it"
 	@echo "make lint          ruff and mypy"
 
 demo: $(SERVICE_SET_UP) $(ENGINE_SET_UP)
 	@$(RUN) $(SERVICE) -m agentstate.cli demo $(ARGS)
+
+docs: $(SERVICE_SET_UP)
+	@$(SERVICE) .ci/site_pages.py site
 
 test: lint test-service test-adapters test-engine
 
@@ -58,6 +64,10 @@ test-late: $(ENGINE_SET_UP)
 test-gpu:
 	$(PYTHON) $(PYTEST) tests/gpu
 
+# Takes the wheel of SGLang alone. See CONTRIBUTING.md.
+canary: $(ENGINE_SET_UP) $(ADAPTERS_SET_UP)
+	@AGENTSTATE_CACHE_DIR=$(CACHE) $(PYTHON) .ci/canary.py $(ARGS)
+
 lint: $(SERVICE_SET_UP)
 	$(SERVICE) -m ruff check .
 	$(SERVICE) -m ruff format --check .
@@ -79,4 +89,4 @@ model: $(ENGINE_SET_UP)
 	@$(PYTHON) .ci/environment.py $* $(CACHE)
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentstate.fleet.manifests import KvState
+from agentstate.fleet.manifests import Durability, KvState
 from agentstate.sql.models import EntryKind, OperationState, SessionStatus, ToolCallState
 
 _SESSION = {
@@ -139,11 +139,19 @@ class Lease(BaseModel):
     expires_at: datetime
 
 
+_DURABLE_ON = (
+    "Where all of the tokens are: node, on the drive of one node; shared, in the shared store, which outlives that. "
+    "Null where there are none."
+)
+
+
 class StoredKv(BaseModel):
     state: KvState
     tokens: int = Field(description="Tokens from the head of the session that can be restored.")
     pages: int
     bytes: int
+    durable_on: Durability | None = Field(default=None, description=_DURABLE_ON)
+    reason: str | None = Field(default=None, description="Why it is not going to be durable where that was asked for.")
 
 
 class Suspended(BaseModel):
@@ -155,7 +163,7 @@ class Suspended(BaseModel):
             "head_id": _ENTRY["id"],
             "pending_tool_calls": ["call_1"],
             "operation": None,
-            "kv": {"state": "durable", "tokens": 18432, "pages": 288, "bytes": 424673280},
+            "kv": {"state": "durable", "tokens": 18432, "pages": 288, "bytes": 424673280, "durable_on": "node"},
         }
     )
 
@@ -173,6 +181,11 @@ class EngineLink(BaseModel):
 
     base_url: str
     extra_body: dict[str, str]
+    dp_rank: int | None = Field(
+        default=None,
+        description="The DP rank of the engine that the session goes to, which `session_id` names to it; null where it "
+        "has only one.",
+    )
 
 
 class Outlook(BaseModel):
@@ -183,6 +196,7 @@ class Outlook(BaseModel):
     upper_bound: bool = Field(
         default=False, description="Whether tokens is an upper bound: after a fork or rewind, until the next turn."
     )
+    durable_on: Durability | None = Field(default=None, description=_DURABLE_ON)
     prefetch: str | None = Field(default=None, description="The operation that brings the pages back, if asked for.")
 
 
@@ -203,6 +217,7 @@ class Resumed(BaseModel):
                 "valid": True,
                 "invalid_reason": None,
                 "upper_bound": False,
+                "durable_on": "node",
                 "prefetch": None,
             },
         }
@@ -223,7 +238,13 @@ class Operation(BaseModel):
             "kind": "flush",
             "session_id": _SESSION["id"],
             "state": "done",
-            "result": {"state": "durable", "tokens": 18432, "pages": 288, "bytes": 424673280},
+            "result": {
+                "state": "durable",
+                "tokens": 18432,
+                "pages": 288,
+                "bytes": 424673280,
+                "durable_on": "node",
+            },
             "created_at": "2026-01-05T09:31:13Z",
             "finished_at": "2026-01-05T09:31:15.250000Z",
             "seconds": 2.25,
@@ -234,7 +255,9 @@ class Operation(BaseModel):
     kind: str
     session_id: str
     state: OperationState
-    result: dict[str, Any] | None = Field(description="The outcome: state, tokens, pages, bytes; or error.")
+    result: dict[str, Any] | None = Field(
+        description="The outcome: state, tokens, pages, bytes and, of a flush, durable_on; or error."
+    )
     created_at: datetime
     finished_at: datetime | None
     seconds: float | None = Field(default=None, description="From its start to its end.")
@@ -342,6 +365,7 @@ class Placement(BaseModel):
             "place": 3,
             "fetch": None,
             "decisions": [_DECISION],
+            "durable_on": "node",
             "next": "leaves the device after 61,440 tokens of others",
         }
     )
@@ -363,6 +387,11 @@ class Placement(BaseModel):
         default=0, description="Tokens on the device that its last turns have left: they are the first to leave."
     )
     account: Account | None = Field(default=None, description="Null from an engine of an earlier release.")
+    durable_on: Durability | None = Field(
+        default=None,
+        description="Where what can be restored of it is stored: node, on the drive of one node; shared, all of it in "
+        "the shared store. Null where nothing is.",
+    )
     next: str = Field(default="", description="What would move it, in words.")
 
 
@@ -429,6 +458,9 @@ class Engine(BaseModel):
     model: str
     fingerprint: str
     pages_dir: str
+    shared_store: str = Field(default="", description="The URL of the store that it shares with others; empty: none.")
+    dp_rank: int = Field(default=0, description="Its DP rank; `rank` is its number within that one.")
+    dp_size: int = Field(default=1, description="How many DP ranks its server has.")
     live: bool
     started_at: datetime
     heartbeat_at: datetime

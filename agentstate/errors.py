@@ -37,6 +37,7 @@
     ├── IdempotencyKeyInUse          the first request with the Idempotency-Key is still being answered
     ├── Unauthenticated              no valid API key
     ├── HostRefused                  without API keys the service answers only under this machine's names
+    ├── NotAllowed                   the API key's role does not allow this
     ├── RateLimited                  the tenant sends too many requests; carries ``retry_after_s``
     ├── KeyNotFound                  there is no such API key
     ├── RequestRefused               the service refused the request itself (seen by clients only)
@@ -57,7 +58,9 @@
         ├── TierMissing              there is no such extent
         │   └── TierShort            it ends too early
         ├── TierUnavailable          no answer, or one that may be another later
+        ├── TierDeleting             the extent is being deleted: publish it again once it is gone
         └── TierRefused              an operator has to do something first
+            └── TierForeign          the store is not this installation's
 
 The first line of a class's docstring is its default message. ``retryable`` says whether the same call may succeed later
 without a change by the caller. Over HTTP an error's problem type is its ``slug``, its name in kebab case, so **renaming
@@ -246,6 +249,10 @@ class HostRefused(AgentStateError):
     """Without API keys the service answers under a name of its own machine only."""
 
 
+class NotAllowed(AgentStateError):
+    """The API key may not do this: its role reads, or is not that of an administrator."""
+
+
 class RateLimited(AgentStateError):
     """The tenant sends more requests than it may.
 
@@ -348,5 +355,15 @@ class TierUnavailable(TierError):
     retryable = True
 
 
+class TierDeleting(TierError):
+    """The extent is being deleted from the shared store."""
+
+    retryable = True
+
+
 class TierRefused(TierError):
     """The shared store refuses this until an operator changes something."""
+
+
+class TierForeign(TierRefused):
+    """The shared store is not this installation's, as far as its database knows."""

@@ -5,6 +5,9 @@ There is no global: a process builds ``Settings()`` where it starts and passes i
 
 from __future__ import annotations
 
+import logging
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +16,29 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from agentstate.errors import SettingsError
 
+logger = logging.getLogger(__name__)
+
 MIB = 1024 * 1024
 # The owner of sessions while calls need no key.
 DEFAULT_TENANT = "default"
+DEFAULT_PORT = 8700
+# What Kubernetes sets in every container, as NAME_PORT, for a Service called NAME.
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+:\d{1,5}")
 # The settings that an engine reads: its places and its limits.
-ENGINE_PLACES = ("home", "database_url", "pages_dir", "control_address", "engine_base_url", "engine_python")
+ENGINE_PLACES = (
+    "home",
+    "database_url",
+    "pages_dir",
+    "pages_siblings",
+    "control_address",
+    "engine_base_url",
+    "engine_python",
+)
 ENGINE_LIMITS = (
     "pages_quota",
     "pages_free_fraction",
+    "writes_per_day",
+    "one_shots",
     "staging_bytes",
     "spill_staging_bytes",
     "host_bytes",
@@ -59,17 +77,24 @@ class Settings(BaseSettings):
     pages_dir: Path | None = Field(
         None, description="Directory of the KV pages, best on a local NVMe drive. Default: pages in the home directory."
     )
+    pages_siblings: str = Field(
+        "",
+        description="Page directories of other engines on this machine, separated by colons, or patterns such as "
+        "/var/pages/*: what engines of the same weights have stored there is restored, and not written again. The own "
+        "directory may be among them. Empty: none. The same on all ranks.",
+    )
     cache_dir: Path = Field(
         Path("~/.cache/agentstate"), description="Directory of files that can be downloaded or rebuilt."
     )
     host: str = Field("127.0.0.1", description="Address that the HTTP service listens on.")
-    port: int = Field(8700, ge=0, le=65535, description="Port of the HTTP service; 0 takes a free one.")
+    port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="Port of the HTTP service; 0 takes a free one.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
     log_format: str = Field("text", pattern="^(text|json)$", description="text, or json: one object per line.")
     otlp_endpoint: str = Field(
         "",
         description="OpenTelemetry collector (OTLP over HTTP) for traces, e.g. http://127.0.0.1:4318. Empty: none.",
     )
+    console: bool = Field(True, description="Whether the service has a console, at /: on or off.")
     requests_per_s: float = Field(
         0, ge=0, description="Requests per second of a tenant to one service; twice that in a burst. 0: no limit."
     )
@@ -158,6 +183,17 @@ class Settings(BaseSettings):
     pages_free_fraction: float = Field(
         0.05, ge=0, lt=1, description="Fraction of the pages' disk to keep free by evicting the least recently used."
     )
+    writes_per_day: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="Bytes that an engine may write to the pages' drive in 24 hours. Beyond that only what sessions "
+        "compute is stored. Divided among its ranks. Empty: no limit.",
+    )
+    one_shots: bool = Field(
+        True,
+        description="Whether what requests without a session compute is stored at once: on; or, with off, only those "
+        "pages that a second request has used.",
+    )
     spill_queue_bytes: ByteSize = Field(
         ByteSize(1024 * MIB),
         gt=0,
@@ -219,7 +255,29 @@ class Settings(BaseSettings):
     shared_store: str = Field(
         "",
         description="A store that engines share: file:///DIRECTORY, s3://BUCKET/PREFIX, gs://… or az://…, with "
-        "credentials from AWS_*, GOOGLE_* or AZURE_*. No engine uses it yet: `agentstate bench tiers` measures it.",
+        "credentials from AWS_*, GOOGLE_* or AZURE_*. Empty: none. The same on all ranks.",
+    )
+    share: Literal["through", "suspend", "evict"] = Field(
+        "suspend",
+        description="What is published in the shared store. through: all that an engine stores, as soon as it is "
+        "stored. suspend: a session's KV when its turn has ended. evict: what somebody may come back for, when the "
+        "drive is about to evict it.",
+    )
+    promote: Literal["first", "second"] = Field(
+        "first",
+        description="When the drive stores what a request without a session has restored from the shared store: at its "
+        "first use, or at its second by another request. A session's KV it stores at once.",
+    )
+    shared_reads: int = Field(
+        8,
+        ge=1,
+        le=64,
+        description="How many reads of an engine rank the shared store is asked for at once, of each device pool.",
+    )
+    shared_keep_s: float = Field(
+        7 * 24 * 3600.0,
+        ge=0,
+        description="How long the shared store keeps what no session's KV needs and no engine reads.",
     )
     store_key: SecretStr = Field(
         SecretStr(""),
@@ -246,6 +304,17 @@ class Settings(BaseSettings):
             )
             raise SettingsError(wrong) from None
 
+    @field_validator("port", mode="before")
+    @classmethod
+    def _ignore_service_link(cls, port: Any) -> Any:
+        if isinstance(port, str) and _SERVICE_LINK.fullmatch(port.strip()):
+            _say_once(
+                f"AGENTSTATE_PORT={port.strip()} is what Kubernetes sets for a Service named agentstate, and no port: "
+                f"{DEFAULT_PORT} is taken. Set enableServiceLinks: false, or AGENTSTATE_PORT"
+            )
+            return DEFAULT_PORT
+        return port
+
     @field_validator("home", "pages_dir", "cache_dir", "engine_python")
     @classmethod
     def _expand_user(cls, path: Path | None) -> Path | None:
@@ -265,3 +334,9 @@ class Settings(BaseSettings):
     def pages_path(self) -> Path:
         """Root directory of the KV pages."""
         return self.pages_dir or self.home / "pages"
+
+
+@cache
+def _say_once(text: str) -> None:
+    """A process builds its settings in several places."""
+    logger.warning(text)

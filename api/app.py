@@ -19,6 +19,7 @@ from agentstate.sql.database import Database
 from api import (
     activity,
     branches,
+    demotion,
     engines,
     entries,
     events,
@@ -36,6 +37,8 @@ from api import (
 )
 from api.bodies import BodyLimit
 from api.changes import Changes
+from api.console import routes as console_routes
+from api.console.room import Console
 from api.gate import Gate
 from api.gateway import described
 from api.gateway.app import Gateway, GatewayRoutes
@@ -75,10 +78,12 @@ def create_app(settings: Settings) -> FastAPI:
             decisions=Decisions(lambda rank, after: following.decisions(rank, after, engines.TIMEOUT_S)),
         )
         app.state.gateway = gateway = Gateway(service)
+        app.state.console = console = Console(service)
         try:
             yield
         finally:
             service.changes.close()
+            console.close()
             await gateway.close()
             if collector is not None:
                 collector.close()
@@ -111,6 +116,7 @@ def create_app(settings: Settings) -> FastAPI:
         toolcalls,
         placement,
         pins,
+        demotion,
         prefetch,
         activity,
         events,
@@ -121,6 +127,8 @@ def create_app(settings: Settings) -> FastAPI:
         reference,
     ):
         app.include_router(resource.router)
+    if settings.console:
+        console_routes.install(app)
     problems.install(app)
     described.install(app)
     return app

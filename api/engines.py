@@ -12,7 +12,7 @@ from agentstate.fleet import decisions, engines
 from agentstate.fleet.decisions import Decision
 from agentstate.sql.database import instant
 from api.problems import COMMON, responses
-from api.schemas import MAX_LIST, Name
+from api.schemas import MAX_LIST, MAX_NUMBER, Name
 from api.service import CallerDep, ServiceDep
 
 # An engine answers between two messages; one that is overloaded is not waited for.
@@ -36,6 +36,9 @@ def read(service: ServiceDep, caller: CallerDep) -> answers.EngineList:
             model=engine.model,
             fingerprint=engine.fingerprint,
             pages_dir=engine.pages_dir,
+            shared_store=engine.shared_store,
+            dp_rank=engine.dp_rank,
+            dp_size=engine.dp_size,
             live=engine.id in live,
             started_at=instant(engine.started_us),
             heartbeat_at=instant(engine.heartbeat_us),
@@ -50,7 +53,7 @@ def read_decisions(
     engine_id: Name,
     service: ServiceDep,
     caller: CallerDep,
-    after: Annotated[int, Query(ge=0, lt=2**63, description="Continue after this id.")] = 0,
+    after: Annotated[int, Query(ge=0, lt=MAX_NUMBER, description="Continue after this id.")] = 0,
     limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = 100,
 ) -> answers.DecisionList:
     """List what an engine has decided lately about the caller's sessions, the oldest first. The first rank decides."""

@@ -23,7 +23,7 @@ from agentstate import answers, documents
 from agentstate.errors import AgentStateError, DatabaseError
 from agentstate.sessions.verbs import Sessions
 from api.problems import COMMON, responses
-from api.schemas import PathId
+from api.schemas import MAX_NUMBER, PathId
 from api.service import Service, ServiceDep, SessionsDep
 from api.sessions import view
 from api.writes import entry
@@ -40,7 +40,7 @@ router = APIRouter(
     responses={**COMMON, **responses(_404="No such session", _410="Expired, or Last-Event-ID is none of its entries")},
 )
 
-Seq = Annotated[int, Header(ge=0, lt=2**63, description="The last entry that the client has seen.")]
+Seq = Annotated[int, Header(ge=0, lt=MAX_NUMBER, description="The last entry that the client has seen.")]
 
 
 @router.get(
@@ -54,7 +54,9 @@ async def events(
     service: ServiceDep,
     sessions: SessionsDep,
     last_event_id: Seq = 0,
-    after: Annotated[int, Query(ge=0, lt=2**63, description="Like Last-Event-ID, for a client's first request.")] = 0,
+    after: Annotated[
+        int, Query(ge=0, lt=MAX_NUMBER, description="Like Last-Event-ID, for a client's first request.")
+    ] = 0,
 ) -> StreamingResponse:
     """Follow a session from its beginning, or from an entry on."""
     seq = last_event_id or after
@@ -62,7 +64,8 @@ async def events(
     return StreamingResponse(
         _stream(service, sessions, session_id, session.uid, seq),
         media_type="text/event-stream",
-        headers={"Cache-Control": "no-store"},
+        # A proxy would gather events.
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from agentstate.errors import DatabaseError, RateLimited, Unauthenticated
 from agentstate.sessions import tenants
-from agentstate.sessions.tenants import Tenant
+from agentstate.sessions.tenants import Caller, Role, Tenant
 from agentstate.settings import DEFAULT_TENANT
 from agentstate.sql.database import Database
 
@@ -37,13 +37,13 @@ class Gate:
         self._database = database
         self._requests_per_s = requests_per_s
         # By the digest of a key, so that nobody without one can fill the memory with what is none.
-        self._known: dict[bytes | None, tuple[float, Tenant | None, bool]] = {}
+        self._known: dict[bytes | None, tuple[float, Caller | None, bool]] = {}
         self._keyed = False  # whether there is known to be a key
         self._buckets: dict[str, _Bucket] = {}
         self._hints: dict[str, _Bucket] = {}
 
-    async def admit(self, authorization: str | None, *, remembered_s: float = 0) -> tuple[Tenant, bool]:
-        """The tenant of a request with this ``Authorization``, and whether every caller is admitted, for want of any
+    async def admit(self, authorization: str | None, *, remembered_s: float = 0) -> tuple[Caller, bool]:
+        """The caller of a request with this ``Authorization``, and whether everybody is admitted, for want of any
         API key. While SQL does not answer, a key is admitted that it knew ``remembered_s`` ago.
 
         Raises Unauthenticated, RateLimited, DatabaseError.
@@ -52,13 +52,13 @@ class Gate:
         secret = secret.strip()
         key = secret if scheme.lower() == "bearer" and secret else None
         known_by = None if key is None else hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-        until_s, tenant, open_to_all = self._known.get(known_by, (0.0, None, False))
+        until_s, caller, open_to_all = self._known.get(known_by, (0.0, None, False))
         if until_s < time.monotonic():
             try:
-                tenant, open_to_all = await run_in_threadpool(self._look_up, key)
+                caller, open_to_all = await run_in_threadpool(self._look_up, key)
             except DatabaseError:
                 # Whoever was admitted for want of a key is a stranger once there is one.
-                stranger = tenant is None or (open_to_all and self._keyed)
+                stranger = caller is None or (open_to_all and self._keyed)
                 if stranger or until_s + remembered_s < time.monotonic():
                     raise
             else:
@@ -68,23 +68,23 @@ class Gate:
                     self._known = {by: known for by, known in self._known.items() if known[1] is not None}
                 if len(self._known) >= MAX_REMEMBERED:
                     self._known.clear()
-                self._known[known_by] = (time.monotonic() + TRUST_S, tenant, open_to_all)
-        if tenant is None:
+                self._known[known_by] = (time.monotonic() + TRUST_S, caller, open_to_all)
+        if caller is None:
             raise Unauthenticated(
                 "this API key is not valid"
                 if key
                 else "send an API key as Authorization: Bearer, see `agentstate keys create`"
             )
-        self._take(tenant)
-        return tenant, open_to_all
+        self._take(caller.tenant)
+        return caller, open_to_all
 
-    def _look_up(self, key: str | None) -> tuple[Tenant | None, bool]:
+    def _look_up(self, key: str | None) -> tuple[Caller | None, bool]:
         with self._database.read() as connection:
-            if key is not None and (tenant := tenants.authenticate(connection, key)) is not None:
-                return tenant, False
+            if key is not None and (caller := tenants.authenticate(connection, key)) is not None:
+                return caller, False
             if tenants.any_key(connection):
                 return None, False
-            return tenants.find(connection, DEFAULT_TENANT), True
+            return Caller(tenants.find(connection, DEFAULT_TENANT), Role.ADMIN, None), True
 
     def take_hint(self, tenant: Tenant) -> None:
         """Admit a hint: a request that changes nothing of a session. Raises RateLimited."""

@@ -11,11 +11,14 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from agentstate.errors import AgentStateError, HostRefused
+from agentstate.errors import AgentStateError, HostRefused, NotAllowed
 from agentstate.loopback import is_loopback
 from api.gateway import app as gateway
 from api.gateway.errors import Refusal
+from api.heads import MAX_HEAD_BYTES
 from api.problems import answer_to, problem
+
+READING = ("GET", "HEAD", "OPTIONS")
 
 
 class Guard:
@@ -29,25 +32,40 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        to_gateway = gateway.serves(scope["path"])
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
+            detail = f"the headers of a request may have {MAX_HEAD_BYTES} bytes, these have more"
+            if to_gateway:
+                refused = gateway.answer_to(Refusal(431, "headers_too_large", detail), scope["path"])
+            else:
+                refused = problem(
+                    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                    "headers-too-large",
+                    "The headers are too large.",
+                    detail,
+                )
+            await refused(scope, receive, send)
+            return
         given = {name: value.decode("latin-1") for name, value in scope["headers"]}
         asked_for_head = scope["method"] == "HEAD"
         if asked_for_head:
             send = without_body(send)
-        to_gateway = gateway.serves(scope["path"])
         if to_gateway or scope["path"] == "/v1" or scope["path"].startswith("/v1/"):
             state = scope["app"].state
             try:
                 if to_gateway:
-                    tenant, open_to_all = await state.gateway.admit(given)
+                    caller, open_to_all = await state.gateway.admit(given)
                 else:
-                    tenant, open_to_all = await state.service.gate.admit(given.get(b"authorization"))
+                    caller, open_to_all = await state.service.gate.admit(given.get(b"authorization"))
                 if open_to_all:
-                    _require_local(given.get(b"host"), given.get(b"origin"))
+                    require_local(given.get(b"host"), given.get(b"origin"))
+                if not caller.role.writes and scope["method"] not in READING:
+                    raise NotAllowed(f"this API key is a viewer's: it may not {scope['method']} {scope['path'][:200]}")
             except AgentStateError as error:
                 refused = gateway.answer_to(error, scope["path"]) if to_gateway else answer_to(error)
                 await refused(scope, receive, send)
                 return
-            scope.setdefault("state", {})["tenant"] = tenant
+            scope.setdefault("state", {})["tenant"] = caller.tenant
         encoding = given.get(b"content-encoding", "").strip().lower()
         if encoding not in ("", "identity"):
             detail = f"a body with Content-Encoding {encoding[:40]!r} is not read: send it as it is"
@@ -87,7 +105,7 @@ def without_body(send: Send) -> Send:
     return headers_only
 
 
-def _require_local(host: str | None, origin: str | None) -> None:
+def require_local(host: str | None, origin: str | None) -> None:
     """Raises HostRefused unless both, if given, are names of this machine."""
     for name, value, url in (("Host", host, f"//{host}"), ("Origin", origin, origin or "")):
         if value and not is_loopback(url):

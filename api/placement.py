@@ -12,10 +12,11 @@ from starlette.concurrency import run_in_threadpool
 from agentstate import answers
 from agentstate.errors import EngineError
 from agentstate.fleet.decisions import decision
+from agentstate.sessions.verbs import Sessions
 from api.engines import TIMEOUT_S, view
 from api.problems import COMMON
 from api.schemas import PathId
-from api.service import ServiceDep, SessionsDep
+from api.service import Service, ServiceDep, SessionsDep
 from api.sessions import GONE
 
 router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], responses={**COMMON, **GONE})
@@ -26,21 +27,28 @@ _TIERS = ("device", "host", "disk")
 @router.get("/kv", operation_id="read_kv")
 async def read_kv(session_id: PathId, service: ServiceDep, sessions: SessionsDep) -> answers.Placement:
     """Where the session's KV is, what the session waits for, and what would move it, as its engine knows that now."""
-    pages = await run_in_threadpool(sessions.pages, session_id)
+    return await placement(service, sessions, session_id)
+
+
+async def placement(service: Service, sessions: Sessions, session_id: str) -> answers.Placement:
+    """What SQL and the engine know of a session's KV. An engine that does not answer is waited for `TIMEOUT_S`."""
+    pages = await run_in_threadpool(sessions.whereabouts, session_id)
     uid = pages.session.uid
+    known: dict[str, Any] = {"session_id": session_id, "durable_on": pages.durable_on}
     if not pages.ranks:
-        return answers.Placement(session_id=session_id, engine=None, tiers={}, next="no live engine has served it")
-    engine = pages.ranks[0].id
+        return answers.Placement(**known, engine=None, tiers={}, next="no live engine has served it")
+    known["engine"] = pages.ranks[0].id
     try:
         said = await asyncio.wrap_future(service.operations.explain(uid, pages.ranks, TIMEOUT_S))
-        return _placement(session_id, engine, said)
+        return _placement(known, said)
     except (EngineError, LookupError, TypeError, ValueError) as error:
         reason = f"the engine does not say: {error}"
-        return answers.Placement(session_id=session_id, engine=engine, tiers={}, next=reason)
+        return answers.Placement(**known, tiers={}, next=reason)
 
 
-def _placement(session_id: str, engine: str, said: Sequence[dict[str, Any]]) -> answers.Placement:
-    """What the ranks say together: the first of them decides what leaves the device."""
+def _placement(known: dict[str, Any], said: Sequence[dict[str, Any]]) -> answers.Placement:
+    """What is known without the engine, and what its ranks say together: the first of them decides what leaves the
+    device."""
     first = said[0]
     tiers = {
         name: answers.KvTier(
@@ -51,12 +59,11 @@ def _placement(session_id: str, engine: str, said: Sequence[dict[str, Any]]) -> 
     }
     return answers.Placement.model_validate(
         {
-            "session_id": session_id,
-            "engine": engine,
+            **known,
             "tiers": tiers,
             **{name: first.get(name) for name in ("wait", "index", "place", "fetch", "pin", "account")},
             "left_tokens": first.get("left_tokens", 0),
-            "decisions": [view(decision(one), session_id) for one in first.get("decisions") or ()],
+            "decisions": [view(decision(one), known["session_id"]) for one in first.get("decisions") or ()],
             "next": _next(first),
         }
     )

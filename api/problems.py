@@ -2,7 +2,7 @@
 
 The ``type`` of a problem is ``/problems/`` and the slug of its error (see `agentstate.errors`), or one of those
 that are about requests: ``invalid-request``, ``not-found``, ``method-not-allowed``, ``body-too-large``,
-``body-too-slow``, ``unsupported-encoding``, ``precondition-required`` and ``internal-error``.
+``body-too-slow``, ``headers-too-large``, ``unsupported-encoding``, ``precondition-required`` and ``internal-error``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ STATUS: dict[type[errors.AgentStateError], HTTPStatus] = {
     errors.OperationNotFound: HTTPStatus.NOT_FOUND,
     errors.EngineNotFound: HTTPStatus.NOT_FOUND,
     errors.ToolCallNotFound: HTTPStatus.NOT_FOUND,
+    errors.KeyNotFound: HTTPStatus.NOT_FOUND,
     errors.SessionExists: HTTPStatus.CONFLICT,
     errors.SessionBusy: HTTPStatus.CONFLICT,
     errors.LeaseLost: HTTPStatus.CONFLICT,
@@ -47,6 +48,7 @@ STATUS: dict[type[errors.AgentStateError], HTTPStatus] = {
     errors.IdempotencyKeyReused: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
     errors.HostRefused: HTTPStatus.FORBIDDEN,
+    errors.NotAllowed: HTTPStatus.FORBIDDEN,
     errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
     errors.TooManyOperations: HTTPStatus.TOO_MANY_REQUESTS,
     errors.TooManySessions: HTTPStatus.TOO_MANY_REQUESTS,
@@ -94,12 +96,13 @@ def responses(**texts: str) -> dict[int | str, dict[str, Any]]:
 COMMON = responses(
     _400="Not HTTP or JSON that can be read",
     _401="A valid API key is needed",
-    _403="Without API keys the service is for this machine only",
+    _403="The API key only reads; or, without API keys, the service is for this machine only",
     _408="The body did not come in time",
     _413="The body is too large",
     _415="The body is compressed",
     _422="Malformed, or not fitting the session",
     _429="Too many requests or operations: see Retry-After; or too many sessions",
+    _431="The headers are too large",
     _503="The database does not answer",
 )
 

@@ -23,6 +23,8 @@ MAX_EXPIRY_S = 10 * 365 * 24 * 3600
 MAX_DURABLE_TIMEOUT_MS = 60_000
 MAX_BUSY_TIMEOUT_MS = 30_000
 MAX_PREFETCH_MS = 120_000
+# Exclusive: below it the numbers of JavaScript, and of most JSON parsers, are exact.
+MAX_NUMBER = 2**53
 
 # PostgreSQL stores no NUL character in a text.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00]+$")]
@@ -85,7 +87,7 @@ class UpdateSession(Body):
 
 class LeaseProof(Body):
     token: str = Field(min_length=1, max_length=256, repr=False)
-    epoch: Int = Field(ge=1, lt=2**63)
+    epoch: Int = Field(ge=1, lt=MAX_NUMBER)
 
 
 class NewEntry(Body):
@@ -130,6 +132,13 @@ class SuspendSession(Body):
             "retain: the KV stays on the device while there is room; demote: it is the first to be evicted there once "
             "it is durable; release: the KV is no longer needed, what is stored of it is erased, and the service waits "
             "for nothing."
+        ),
+    )
+    durability: Literal["node", "shared"] = Field(
+        default="node",
+        description=(
+            "Where the KV has to be before it is durable: on the drive of its node, or all of it in the shared store, "
+            "from where other nodes restore it."
         ),
     )
     durable_timeout_ms: Int = Field(

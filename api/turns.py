@@ -11,6 +11,8 @@ import logging
 import math
 import re
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
@@ -19,8 +21,9 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from agentstate import answers
-from agentstate.errors import DatabaseError, EngineError, SessionBusy, TooManyOperations
-from agentstate.fleet.manifests import KvState
+from agentstate.errors import DatabaseError, EngineError, EngineRefused, SessionBusy, TooManyOperations
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import Durability, KvState
 from agentstate.fleet.operations import Kind, Outcome, Question, Tier
 from agentstate.sessions.leases import Lease
 from agentstate.sessions.outcomes import Resumed, Suspended
@@ -146,7 +149,8 @@ async def suspend(
     """End the turn and make the KV durable.
 
     The session is suspended once its transaction has committed. The service asks the engine after that; ``kv`` is the
-    engine's answer within ``durable_timeout_ms``.
+    engine's answer within ``durable_timeout_ms``. If the engine has no shared store, the durability ``shared`` ends on
+    the node, and ``kv.reason`` says why.
     """
     done: list[tuple[Suspended, str | None]] = []
     # The outcome until an engine is asked.
@@ -176,15 +180,37 @@ async def suspend(
         return answer.response()
     suspended, operation_id = done[-1]
     uid, ranks = suspended.session.uid, suspended.ranks
-    flush, demote = Question(Kind.FLUSH, uid, ranks), Question(Kind.DEMOTE, uid, ranks)
+    flush = Question(
+        Kind.FLUSH,
+        uid,
+        ranks,
+        durability=Durability(body.durability),
+        beside=suspended.beside,
+        epoch=suspended.epoch,
+    )
+    demote = Question(Kind.DEMOTE, uid, ranks)
+    reason: str | None = None
     timing: dict[str, str] = {}
     if answer.final:
         if operation_id is not None:
             service.operations.follow(operation_id, [demote])
     else:
         asked_s = time.perf_counter()
+        if flush.durability is Durability.SHARED:
+            reason = _unshared(ranks)
         try:
-            outcome = await asyncio.wrap_future(service.operations.ask(flush, body.durable_timeout_ms))
+            if reason is None:
+                try:
+                    outcome = await asyncio.wrap_future(service.operations.ask(flush, body.durable_timeout_ms))
+                except EngineRefused as error:
+                    if flush.durability is not Durability.SHARED:
+                        raise
+                    reason = str(error)
+            if reason is not None:
+                # It is to be durable on the node at least.
+                flush = replace(flush, durability=Durability.NODE)
+                left_ms = body.durable_timeout_ms - (time.perf_counter() - asked_s) * 1000
+                outcome = await asyncio.wrap_future(service.operations.ask(flush, max(0, round(left_ms))))
         except EngineError as error:
             logger.warning("the KV of session %s: %s", session_id, error)
         timing = {"Server-Timing": f"engine;dur={(time.perf_counter() - asked_s) * 1000:.3f}"}
@@ -203,7 +229,7 @@ async def suspend(
                 logger.error("the flush of session %s cannot be followed: %s", session_id, error)
             if operation_id is not None:
                 service.operations.follow(operation_id, [flush])
-        answer = Answer(_suspended(suspended, operation_id, outcome))
+        answer = Answer(_suspended(suspended, operation_id, outcome, reason))
         try:
             await run_in_threadpool(write.finish, answer)
         except DatabaseError as error:
@@ -237,6 +263,7 @@ def _resumed(resumed: Resumed, operation_id: str | None) -> answers.Resumed:
                 "session_id": resumed.engine_session,
                 **{name: value for name, value in namespace.items() if value is not None},
             },
+            dp_rank=resumed.engine.dp_rank,
         )
     return answers.Resumed(
         session=view(session),
@@ -248,7 +275,17 @@ def _resumed(resumed: Resumed, operation_id: str | None) -> answers.Resumed:
     )
 
 
-def _suspended(suspended: Suspended, operation_id: str | None, outcome: Outcome) -> answers.Suspended:
+def _unshared(ranks: Sequence[Engine]) -> str | None:
+    """Why an engine cannot make KV durable in a shared store, as far as SQL tells."""
+    without = next((rank for rank in ranks if not rank.shared_store), None)
+    if without is None:
+        return None
+    return f"the engine at {without.base_url} has no shared store: set AGENTSTATE_SHARED_STORE"
+
+
+def _suspended(
+    suspended: Suspended, operation_id: str | None, outcome: Outcome, reason: str | None = None
+) -> answers.Suspended:
     return answers.Suspended(
         id=suspended.session.id,
         status=suspended.session.status,
@@ -257,7 +294,12 @@ def _suspended(suspended: Suspended, operation_id: str | None, outcome: Outcome)
         pending_tool_calls=suspended.pending_tool_calls,
         operation=operation_id,
         kv=answers.StoredKv(
-            state=KvState(outcome.state), tokens=outcome.tokens, pages=outcome.pages, bytes=outcome.nbytes
+            state=KvState(outcome.state),
+            tokens=outcome.tokens,
+            pages=outcome.pages,
+            bytes=outcome.nbytes,
+            durable_on=outcome.durable_on,
+            reason=reason,
         ),
     )
 

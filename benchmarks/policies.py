@@ -88,7 +88,6 @@ class Agents:
     def __init__(self, plan: Plan, number: int):
         source = random.Random(number)
         self.plan = plan
-        self._starts_s = [source.uniform(0, 4) for _ in range(plan.agents)]
         self._contexts = [source.choices(VOCABULARY, k=plan.context) for _ in range(plan.agents)]
         self._steps = [[self._step(source) for _ in range(plan.turns)] for _ in range(plan.agents)]
 
@@ -99,25 +98,28 @@ class Agents:
 
     async def play(self, stack: LocalStack, *, announce: bool) -> list[list[Answer]]:
         """Every answer, an agent a list. If they ``announce``, the engine is told how long each tool takes."""
-        control = stack.control()
+        control = stack.control() if announce else None
+        # A pool for all computes all contexts together, and a smaller one a few at a time: that is not compared.
+        computed = asyncio.Barrier(self.plan.agents)
         async with Engine(stack.engine_url) as engine:
             return list(
                 await asyncio.gather(
-                    *(self._agent(stack, engine, control if announce else None, n) for n in range(self.plan.agents))
+                    *(self._agent(stack, engine, control, computed, number) for number in range(self.plan.agents))
                 )
             )
 
     async def _agent(
-        self, stack: LocalStack, engine: Engine, control: ControlClient | None, number: int
+        self, stack: LocalStack, engine: Engine, control: ControlClient | None, computed: asyncio.Barrier, number: int
     ) -> list[Answer]:
         turn = await asyncio.to_thread(stack.begin_turn)
         tokens, answers = list(self._contexts[number]), []
-        await asyncio.sleep(self._starts_s[number])
-        for step in self._steps[number]:
+        for turn_number, step in enumerate(self._steps[number]):
             tokens += step.append
             answer = await engine.ask(tokens, self.plan.output, turn.engine_session)
             tokens += answer.tokens
             answers.append(answer)
+            if not turn_number:
+                await computed.wait()
             ended_s = time.perf_counter()
             if control is not None:
                 packed = Forecast.exactly(step.announced_s, _SIGMA).pack()

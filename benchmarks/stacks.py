@@ -29,11 +29,13 @@ def running(
     *,
     stores: bool = True,
     start: bool = True,
+    beside: LocalStack | None = None,
     **environment: str,
 ) -> Iterator[LocalStack]:
     """A stack that serves ``model`` from an empty directory, or SGLang alone unless it ``stores``. ``arguments`` are
-    SGLang's. Unless told to ``start``, its engine is only ready to be started with them. ``environment`` is added to
-    its own. Raises SettingsError for an unknown model."""
+    SGLang's. Unless told to ``start``, its engine is only ready to be started with them. It has no service if it is
+    another node ``beside`` one that has. ``environment`` is added to its own. Raises SettingsError for an unknown
+    model."""
     checkpoint = checkpoint_of(settings, model)
     with tempfile.TemporaryDirectory(dir=settings.cache_dir, prefix="bench-") as home:
         stack = LocalStack(
@@ -43,12 +45,13 @@ def running(
             service_port=free_port(),
             engine_port=free_port(),
             stores=stores,
+            beside=beside,
         )
         stack.environment = {**stack.environment, **environment}
         with closing(stack):
             with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
                 progress.add_task("starting the engine" if stores else "starting SGLang as it is", total=None)
-                if stores:
+                if stores and beside is None:
                     stack.start_service()
                 stack.engine_arguments = tuple(arguments)
                 if start:

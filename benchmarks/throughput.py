@@ -7,13 +7,14 @@ the measured ones leave is not, as in an engine that is always busy.
 
 Spilling is turned off and on in one process, since two processes, even of the same program, differ by some percent for
 as long as they live. SGLang as it is runs in a process of its own and is subject to that. Engines that are not measured
-stand still.
+stand still. With a shared store, what is spilled is published too, in a directory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -126,9 +127,13 @@ class Throughput:
 
     def _spilled(self) -> dict[str, int]:
         """The engine's count of what it has written, once nothing waits to be written."""
-        while (spill := self._control.call("stat", 10)["spill"])["waiting"]:
+        while (stat := self._control.call("stat", 10))["spill"]["waiting"] or _unpublished(stat):
             time.sleep(0.02)
-        return dict(spill)
+        return dict(stat["spill"])
+
+
+def _unpublished(stat: dict[str, Any]) -> bool:
+    return bool(stat["shared"]["available"] and stat["shared"]["pages"] < stat["store"]["pages"])
 
 
 async def _send(stack: LocalStack, load: Load, *, sessions: bool) -> float:
@@ -150,9 +155,12 @@ def _working(stack: LocalStack) -> Iterator[None]:
         stack.freeze_engine()
 
 
-def throughput(settings: Settings, models: Sequence[str], rounds: int, report: Path | None) -> None:
-    """Print and keep how much of an engine's output throughput spilling leaves, a row a model and load."""
-    rows = [row for model in models for row in _measured(settings, model, rounds)]
+def throughput(
+    settings: Settings, models: Sequence[str], rounds: int, report: Path | None, *, through: bool = False
+) -> None:
+    """Print and keep how much of an engine's output throughput spilling leaves, a row a model and load; with
+    ``through``, publishing what is spilled too."""
+    rows = [row for model in models for row in _measured(settings, model, rounds, through)]
     numbers = ["spilling, tok/s", "off", "plain", "÷ off", "95 %", "÷ plain", "95 %", "MB spilled"]
     table = Table("model", "load", "requests", *(Column(name, justify="right") for name in numbers))
     for row in rows:
@@ -169,14 +177,19 @@ def throughput(settings: Settings, models: Sequence[str], rounds: int, report: P
         )
     console.print(table)
     if report is not None:
-        results.write(report, results.record("throughput", {"models": list(models), "rounds": rounds}, rows))
+        asked = {"models": list(models), "rounds": rounds, "through": through}
+        results.write(report, results.record("throughput", asked, rows))
         console.print(f"raw result written to {report}")
 
 
-def _measured(settings: Settings, model: str, rounds: int) -> list[dict[str, Any]]:
+def _measured(settings: Settings, model: str, rounds: int, through: bool) -> list[dict[str, Any]]:
     arguments = ("--skip-tokenizer-init",)
     with ExitStack() as started:
-        storing = started.enter_context(running(settings, model, arguments))
+        own = {}
+        if through:
+            share = started.enter_context(tempfile.TemporaryDirectory(dir=settings.cache_dir, prefix="bench-share-"))
+            own = {"AGENTSTATE_SHARED_STORE": f"file://{share}", "AGENTSTATE_SHARE": "through"}
+        storing = started.enter_context(running(settings, model, arguments, **own))
         storing.freeze_engine()
         plain = started.enter_context(running(settings, model, arguments, stores=False))
         storing.thaw_engine()

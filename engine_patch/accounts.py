@@ -10,6 +10,7 @@ from agentstate.fleet.quotas import NOBODY, Quota
 # How many sessions' accounts are remembered. Who is forgotten is charged to nobody until its next request.
 _MOST_SESSIONS = 100_000
 TIERS = ("device", "host", "nvme")
+_OF_ALL_RANKS = ("nvme", "shared")
 
 
 class Accounts:
@@ -17,18 +18,18 @@ class Accounts:
 
     def __init__(self) -> None:
         self._of: OrderedDict[str, str] = OrderedDict()
-        self._limits: dict[str, dict[str, int]] = {tier: {} for tier in TIERS}
+        self._limits: dict[str, dict[str, int]] = {tier: {} for tier in (*TIERS, "shared")}
 
     def take(self, quotas: Mapping[str, Quota], ranks: int = 1) -> None:
-        """These are the quotas from now on. ``ranks`` share device and host memory evenly; what the drive may hold is
-        said as a whole."""
+        """These are the quotas from now on. ``ranks`` share device and host memory evenly; what the drive and the
+        shared store may hold is said as a whole."""
         self._limits = {
             tier: {
-                account: limit if tier == "nvme" else limit // ranks
+                account: limit if tier in _OF_ALL_RANKS else limit // ranks
                 for account, quota in quotas.items()
                 if (limit := getattr(quota, f"{tier}_bytes")) is not None
             }
-            for tier in TIERS
+            for tier in self._limits
         }
 
     def note(self, session_id: str, account: str) -> None:

@@ -31,8 +31,10 @@ class Word(IntEnum):
 
     COMPUTE = 0
     """Computing is known to be faster."""
-    RESTORE = 1
-    STAGED = 2
+    SHARED = 1
+    """Restoring them needs the shared store, for which no forward is to wait."""
+    RESTORE = 2
+    STAGED = 3
     """They are in host memory, or on their way there: they cost next to nothing."""
 
 
@@ -118,10 +120,18 @@ class BreakEven:
     def word(self, cached: int, tokens: int, n_bytes: int) -> Word:
         """This rank's verdict on ``tokens`` tokens whose pages, ``n_bytes``, are stored, after ``cached`` tokens that
         are on the device."""
+        restore_s, _ = self._wait.bounds((1, n_bytes))
+        return Word.RESTORE if self._computing_takes(cached, tokens) >= restore_s else Word.COMPUTE
+
+    def word_of_shared(self, cached: int, tokens: int, restore_s: float) -> Word:
+        """The same for tokens whose pages the shared store has, which takes so long to give them."""
+        return Word.SHARED if self._computing_takes(cached, tokens) >= restore_s else Word.COMPUTE
+
+    def _computing_takes(self, cached: int, tokens: int) -> float:
+        """As much, in seconds, as restoring may take."""
         # There is a step anyway, for what comes after these tokens.
         _, compute_s = self._prefill.bounds(_work([(cached, tokens)], steps=0))
-        restore_s, _ = self._wait.bounds((1, n_bytes))
-        return Word.RESTORE if compute_s * _MARGIN >= restore_s else Word.COMPUTE
+        return compute_s * _MARGIN
 
     def computes(self, rid: str, pages: int, word: int) -> bool:
         """Whether to compute a request's stored pages all the same. All ranks have agreed on ``pages`` and ``word``, so

@@ -42,7 +42,8 @@ class Catalog:
     cut to what is still ``stored`` of their chains, and what of the rest is ``held`` all the same is remembered, to be
     erased with the session; ``n_bytes`` is what so many pages take. At the start all of them are looked at. ``dead``
     are the stores that have been evicted as a whole, by the first digits of their fingerprints and their ranks: their
-    manifests go. ``told`` is given the quotas of all accounts with every heartbeat, and the
+    manifests go. ``writer`` is the rank whose stores these are, if it is another than the engine's: that one writes the
+    manifests, and this one only reads them. ``told`` is given the quotas of all accounts with every heartbeat, and the
     pins of the sessions whose newest turn was given to this engine: their tiers, and for how many seconds."""
 
     def __init__(
@@ -60,8 +61,11 @@ class Catalog:
         dead: Callable[[], list[tuple[str, int]]],
         n_bytes: Callable[[int], int],
         told: Callable[[Mapping[str, Quota], Mapping[str, tuple[str, float]]], None] = lambda quotas, pins: None,
+        writer: int | None = None,
     ):
         self._told = told
+        self._rank = engine.rank if writer is None else writer
+        self._speaks = self._rank == engine.rank
         self._database = database
         self._needed = needed
         self._stored = stored
@@ -137,7 +141,15 @@ class Catalog:
 
     def _load(self, connection: Connection, session_id: str) -> Manifest | None:
         engine = self._engine
-        return manifests.load(connection, session_id, engine.fingerprint, engine.rank, engine.node)
+        return manifests.load(connection, session_id, engine.fingerprint, self._rank, engine.node)
+
+    def elsewhere(self, session_id: str) -> Manifest | None:
+        """What other nodes have published of a session in the shared store, if this engine has one."""
+        engine = self._engine
+        if not engine.shared_store:
+            return None
+        with self._database.read() as connection:
+            return manifests.elsewhere(connection, session_id, engine.fingerprint, self._rank, engine.node)
 
     def close(self) -> None:
         """Write what waits, if the database answers, and take the engine off the list."""
@@ -174,7 +186,8 @@ class Catalog:
                 else filter(None, (self._load(connection, session_id) for session_id in self._suspects))
             ):
                 keys = manifest.page_keys()
-                pages = self._stored(keys)
+                # What is in the shared store is listed as long as the session is: nobody would need it otherwise.
+                pages = max(self._stored(keys), manifest.shared_tokens // manifest.page_size)
                 if pages < len(keys):
                     tokens = pages * manifest.page_size
                     lost_tokens = manifest.lost_tokens + manifest.tokens - tokens
@@ -246,8 +259,9 @@ class Catalog:
             try:
                 self._write(batch, closing)
                 self._save_abandoned()
-                self._tell_needed()
-                self._cut()
+                if self._speaks:
+                    self._tell_needed()
+                    self._cut()
                 self._bury()
                 if self._failing:
                     logger.info("agentstate: the database answers again")
@@ -280,7 +294,10 @@ class Catalog:
                 engines.register(connection, self._engine)
             # It may have been renewed.
             self.signing_key = turns.signing_key(secret.read(connection))
-            of_accounts, pinned = quotas.read(connection), pins.of_engine(connection, self._engine.base_url)
+            of_accounts, pinned = (
+                quotas.read(connection),
+                pins.of_engine(connection, self._engine.base_url, self._engine.dp_rank),
+            )
         if not closing:
             try:
                 self._told(of_accounts, pinned)

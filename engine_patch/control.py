@@ -51,8 +51,9 @@ class _Knows:
 class Verbs(Protocol):
     """Answers the verbs, on the endpoint's thread. An EngineError is reported to the peer."""
 
-    def flush(self, session_id: str) -> dict[str, Any]:
-        """How far the session is durable as of now; while the state is ``pending`` the peer waits."""
+    def flush(self, session_id: str, durability: str) -> Callable[[], dict[str, Any]]:
+        """What tells how far the session is durable, on the ``node`` or in the ``shared`` store; while the state is
+        ``pending`` the peer waits."""
 
     def prefetch(
         self, session_id: str, tier: str, packed: bytes | None, due_s: float | None
@@ -158,8 +159,9 @@ class ControlEndpoint:
                 case "flush" | "prefetch" if len(self._waiters) >= _MOST_WAITERS:
                     self._send(peer, {"ok": False, "error": f"{_MOST_WAITERS} peers wait for answers already"})
                 case "flush":
-                    session = str(request["session"])
-                    self._waiters.append(_Waiter(peer, lambda: self._verbs.flush(session), deadline_s))
+                    durability = str(request.get("durability", "node"))
+                    answer = self._verbs.flush(str(request["session"]), durability)
+                    self._waiters.append(_Waiter(peer, answer, deadline_s))
                 case "prefetch":
                     due_s = None if (due_ms := request.get("due_ms")) is None else _seconds(due_ms)
                     begun = self._verbs.prefetch(
@@ -210,6 +212,8 @@ class ControlEndpoint:
             if answer["state"] == "pending" and time.monotonic() < waiter.deadline_s:
                 return False
             self._send(waiter.peer, {"ok": True, **answer})
+        except EngineError as error:
+            self._send(waiter.peer, {"ok": False, "error": str(error)})
         except Exception as error:
             logger.exception("agentstate: a control request failed")
             self._send(waiter.peer, {"ok": False, "error": str(error)})

@@ -1,7 +1,8 @@
 """Long restores beside running requests. A forward that restores layer by layer takes as long as the drive does, and
 every request of the engine waits for it. A request with much to restore is therefore deferred while others run: the
 scheduler does not see it until its pages have been preloaded, and then finds them on the device. An engine with nothing
-else to do restores layer by layer, at once."""
+else to do restores layer by layer, at once. What a shared store has is preloaded even then: another machine's answer
+may take any time, and no forward is to wait for one."""
 
 from __future__ import annotations
 
@@ -30,11 +31,12 @@ _MOST = 2
 @dataclass(frozen=True)
 class StoredHit:
     """What a request can restore: the pages ``keys``, after ``device_tokens`` that are on the device. ``key`` covers
-    both. The same on all ranks."""
+    both. Some of them only the ``shared`` store has. The same on all ranks."""
 
     key: RadixKey
     device_tokens: int
     keys: Sequence[bytes]
+    shared: bool = False
 
 
 @dataclass(eq=False)
@@ -56,8 +58,9 @@ class Deferrals:
     """Decides which queued requests the scheduler does not see. All ranks decide from the same: the queue, the tree,
     its memory, and what `Preloads` has agreed on.
 
-    ``match`` tells what a request can restore. With ``preload_bytes`` 0, and for a model with more than full attention,
-    nothing is preloaded for requests; they join what is under way for others all the same.
+    ``match`` tells what a request can restore, and ``held_up`` whether so many tokens of the device cannot be had yet.
+    With ``preload_bytes`` 0, and for a model with more than full attention, nothing is preloaded for requests, be it of
+    a shared store; they join what is under way for others all the same.
     """
 
     def __init__(
@@ -68,8 +71,10 @@ class Deferrals:
         match: Callable[[Req], StoredHit | None],
         order: Order,
         served: Served,
+        held_up: Callable[[int], bool],
     ):
         self._cache = cache
+        self._held_up = held_up
         self._served = served
         self._linker = linker
         self._preloads = preloads
@@ -77,6 +82,11 @@ class Deferrals:
         self._order = order
         self._least_bytes = linker.preload_bytes if len(cache._components_tuple) == 1 else 0
         self._queued: dict[str, _Queued] = {}
+
+    @property
+    def shares(self) -> bool:
+        """Whether requests are deferred for what a shared store has, also while none runs."""
+        return self.on and self._linker.shares
 
     @property
     def on(self) -> bool:
@@ -108,7 +118,8 @@ class Deferrals:
         if not queue:
             return
         self._follow(queue, entering)
-        starts = self.on and any(True for _ in running(scheduler))
+        runs = any(True for _ in running(scheduler))
+        starts = self.on and (runs or self.shares)
         if not starts and not self._preloads:
             return
         reserved = needed_by_running(scheduler)
@@ -118,7 +129,7 @@ class Deferrals:
                 if starts and not known.matched:
                     self._look(req, known)
                 known.deferred = self._joined(req, known.long)
-                if starts and known.deferred is None and known.long is not None:
+                if starts and known.deferred is None and known.long is not None and (runs or known.long.shared):
                     starts = self._start(req, known, known.long, reserved)
                 if known.deferred is not None:
                     self._served.deferred(req.rid)
@@ -181,7 +192,9 @@ class Deferrals:
         return None
 
     def _start(self, req: Req, known: _Queued, hit: StoredHit, reserved: int) -> bool:
-        """Begin to preload what a request misses; False if there is too little memory for that."""
+        """Begin to preload what a request misses; False if there is too little memory for that yet."""
+        if self._held_up(len(hit.keys) * self._cache.page_size):
+            return False
         rest = _whole(req) - len(hit.key)
         if self._preloads.fits(len(hit.keys), reserved + rest):
             found = self._cache.match_prefix(MatchPrefixParams(key=hit.key))
@@ -201,8 +214,9 @@ class Deferrals:
         return known.deferred is not None
 
     def _if_long(self, hit: StoredHit | None) -> StoredHit | None:
-        long = hit is not None and self.on and self._linker.n_bytes(len(hit.keys)) >= self._least_bytes
-        return hit if long else None
+        if hit is None or not self.on:
+            return None
+        return hit if hit.shared or self._linker.n_bytes(len(hit.keys)) >= self._least_bytes else None
 
     @contextmanager
     def deferring(self, scheduler: Scheduler) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,8 +57,8 @@ class Demotions:
     called when device pages have become evictable.
 
     `keep_ahead` follows a simple rule: of the device's pages, a quarter are free, or have been copied and are evicted
-    next. What is evicted next is what is ``giving``, then what is worth least or, with several ranks, what was used
-    longest ago: they would have to agree on the former.
+    next; more of them if a request that is held up needs more (`holds_up`). What is evicted next is what is ``giving``,
+    then what is worth least or, with several ranks, what was used longest ago: they would have to agree on the former.
     """
 
     def __init__(
@@ -78,9 +78,12 @@ class Demotions:
         # What requests ended with, and the session that they proved, the one that was used longest ago first.
         self._ended: OrderedDict[Chain, tuple[RadixKey, str | None]] = OrderedDict()
         self._tokens = 0
-        self._alone = get_parallel().tp_size == 1
+        self._alone = get_parallel().attn_tp_size == 1
         # Of what was copied, how many tokens are supposed to be still on the device.
         self._ahead: OrderedDict[Chain, int] = OrderedDict()
+        # What requests that are held up need, and whether some of what has ended may be copied.
+        self._wanted = 0
+        self._ready = False
 
     def __len__(self) -> int:
         """How many chains are being copied, and are locked."""
@@ -138,6 +141,7 @@ class Demotions:
         """A request of the chain ``name`` has ended with ``key`` in the tree, and proved that it is of a session."""
         self.goes_on(name)
         self._ended[name] = key, session_id
+        self._ready = True
         self._tokens += len(key)
         while self._tokens > _REMEMBERED_TOKENS and len(self._ended) > 1:
             self._take(next(iter(self._ended)))
@@ -176,22 +180,60 @@ class Demotions:
                 del self._ahead[name]
             tokens -= ahead
 
+    def holds_up(self, tokens: int) -> bool:
+        """Whether who takes so many tokens of the device now is to wait for `keep_ahead`, because they would drive out
+        what is not copied yet: a copy takes milliseconds, and reading it again from the drive much longer."""
+        if not self._linker.demotes or self._room() >= tokens:
+            return False
+        if not self._under_way and not (self._ended and (self._ready or self._cache.linker.unlocked)):
+            return False
+        self._wanted = max(self._wanted, tokens)
+        return True
+
+    def _room(self) -> int:
+        """How many tokens are free, or have been copied and are evicted next."""
+        free: int = self._cache.token_to_kv_pool_allocator.available_size()
+        return free + sum(self._ahead.values())
+
     def keep_ahead(self) -> None:
         """Copy the chain that is evicted next, if too little of the device is free or copied."""
+        wanted, self._wanted = self._wanted, 0
         if not self._linker.demotes or self._under_way:
             return
-        allocator = self._cache.token_to_kv_pool_allocator
-        room = allocator.available_size() + sum(self._ahead.values())
-        while room < allocator.size // _AHEAD and self._ended:
-            if self.demote(*self._take(self._least())):
-                return
+        wanted = max(wanted, self._cache.token_to_kv_pool_allocator.size // _AHEAD)
+        offered = self._offered()
+        later = []
+        while self._ended and self._room() < wanted:
+            name, key, session_id = self._take(self._least())
+            if offered and not offered.isdisjoint(self._nodes(key)):
+                # It cannot be evicted, and what is not stored would not be copied.
+                later.append((name, key, session_id))
+            elif self.demote(name, key, session_id):
+                break
+        # Until more has ended, or is stored, there is nothing to wait for.
+        self._ready = bool(self._ended)
+        for name, key, session_id in reversed(later):
+            self._ended[name] = key, session_id
+            self._ended.move_to_end(name, last=False)
+            self._tokens += len(key)
+
+    def _offered(self) -> set[int]:
+        """The nodes of the tree that a drive has not stored yet."""
+        pending = self._cache.linker.pending_offloads
+        return {node for offer in pending for node in (offer.lock_node_id, *offer.publish_node_ids)}
+
+    def _nodes(self, key: RadixKey) -> Iterator[int]:
+        core = self._cache.tree_core
+        _, last, _ = core.match_full_device_prefix(key.page_aligned(self._cache.page_size))
+        (path,) = core.collect_path_info([last])
+        return (node.node_id for node in path)
 
     def drop(self) -> None:
         """Forget everything, before the device memory is cleared: the locks go with it."""
         self._under_way.clear()
         self._ended.clear()
         self._ahead.clear()
-        self._tokens = 0
+        self._tokens = self._wanted = 0
 
 
 def device_pages_of(cache: UnifiedRadixCache, node: Any, keys: Sequence[str], parent: Any) -> list[PoolTransfer]:

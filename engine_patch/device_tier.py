@@ -73,7 +73,7 @@ class DeviceTier:
         self._tokens = 0
         self._prefetches: dict[str, _Prefetch] = {}
         self._prefetching = threading.Lock()
-        self.moves = get_parallel().tp_size == 1 and len(cache._components_tuple) == 1
+        self.moves = get_parallel().attn_tp_size == 1 and len(cache._components_tuple) == 1
 
     def run(self, scheduler: Scheduler) -> None:
         """Do what was asked for. Called before the scheduler makes its next batch, and before `land`."""

@@ -11,7 +11,7 @@ from typing import Protocol
 from agentstate.errors import DatabaseError, PageStoreError
 from agentstate.fleet import erasures, manifests
 from agentstate.fleet.engines import Engine
-from agentstate.fleet.erasures import Erasure, StoreName
+from agentstate.fleet.erasures import Chain, Erasure, StoreName
 from agentstate.fleet.manifests import split_keys
 from agentstate.sql.database import Database
 from engine_patch.catalog import Catalog
@@ -54,7 +54,8 @@ class Eraser:
     What is asked for stays in SQL until no file of the stores has it. So it is found by the next poll, or the next
     engine on the stores, whenever this one is interrupted. What a manifest in SQL lists stays, or one in the
     ``catalog`` that waits to be written, and the pages of requests that have ended and are ``unsettled``. Pages are
-    removed from the stores on the thread that settles requests, in between two of them.
+    removed from the stores on the thread that settles requests, in between two of them. At last, ``shared`` erases them
+    in the store that engines share: not before, or they might be published there again.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Eraser:
         catalog: Catalog,
         unsettled: Callable[[], Iterable[bytes]],
         *,
+        shared: Callable[[Sequence[Chain]], None] = lambda chains: None,
         poll_s: float = _POLL_S,
     ):
         self.stats = ErasureStats()
@@ -73,6 +75,7 @@ class Eraser:
         self._stores = stores
         self._catalog = catalog
         self._unsettled = unsettled
+        self._shared = shared
         self._poll_s = poll_s
         self._closing = threading.Event()
         # Held while pages are removed or scrubbed.
@@ -126,6 +129,7 @@ class Eraser:
         if any(self._stores.held(list(erased))):
             # Written again since: for a session, perhaps, which says so by the next time.
             return False
+        self._shared([erasure.chain for erasure in found])
         # What waits in this process for SQL may be lost with it, and is asked for again.
         done = [erasure for erasure in found if kept.isdisjoint(split_keys(erasure.chain.keys))]
         with self._database.write() as connection:

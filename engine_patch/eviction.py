@@ -81,7 +81,7 @@ class EvictionOrder:
         # The tokens that are charged to each account.
         self._held: Counter[str] = Counter()
         self._least = least
-        self._alone, self._rank = get_parallel().tp_size == 1, get_parallel().tp_rank
+        self._alone, self._rank = get_parallel().attn_tp_size == 1, get_parallel().attn_tp_rank
         self._decides: bool | None = None
         # By their owners, from the least recently used on; and the owners by the node.
         self._ends: OrderedDict[Hashable, _End] = OrderedDict()

@@ -17,12 +17,13 @@ from engine_patch.transfer import CopyLane, DevicePages, PageNumbers, Place
 
 class Source(StrEnum):
     """Where pages are restored from: ``cold`` is the disk; ``staging`` is memory which they are in or on their way to
-    because they were read ahead or prefetched; ``host`` is the host tier; ``device`` is the disk too, preloaded: for a
-    prefetch to the device, or for a request that does not run yet."""
+    because they were read ahead or prefetched; ``host`` is the host tier; ``shared`` the store that engines share;
+    ``device`` is the disk too, preloaded: for a prefetch to the device, or for a request that does not run yet."""
 
     COLD = "cold"
     STAGING = "staging"
     HOST = "host"
+    SHARED = "shared"
     DEVICE = "device"
 
 

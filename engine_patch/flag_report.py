@@ -15,11 +15,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from engine_patch import flags
+from engine_patch import flags, versions
 from engine_patch import sglang_api as sgl
 from engine_patch.flags import Flag, Standing
 
 _WIDTH = 80
+# So much of a flag with its value is in one line.
+_VALUES = 30
 _WRITE = "--write"
 
 
@@ -47,7 +49,9 @@ def check(arguments: list[str]) -> int:
 
 
 def _print(given: list[Flag]) -> None:
-    table = Table(Column("flag", overflow="fold"), "class", "why")
+    # A flag's name is copied.
+    longest = max((len(flags.spelling(flag.field)) for flag in given), default=0)
+    table = Table(Column("flag", overflow="fold", width=max(longest, _VALUES)), "class", "why")
     for flag in given:
         table.add_row(flags.shown(flag), flag.standing.value, flag.why)
     Console(width=_WIDTH, highlight=False, markup=False, emoji=False).print(table)
@@ -62,9 +66,9 @@ def document() -> str:
             "# Flags of SGLang",
             "",
             *_filled(
-                f"SGLang {sgl.SUPPORTED} takes {len(fields)} settings. `agentstate engine --check FLAGS` prints where "
-                "the ones you give stand, without loading a model, and exits with 1 if one is refused. The start logs "
-                "the same. A flag at its default is not given. This page is written by `python -m "
+                f"SGLang {versions.PINNED} takes {len(fields)} settings. `agentstate engine --check FLAGS` prints "
+                "where the ones you give stand, without loading a model, and exits with 1 if one is refused. The "
+                "start logs the same. A flag at its default is not given. This page is written by `python -m "
                 "engine_patch.flag_report --write docs/flags.md` from the table in `engine_patch/flags.py`."
             ),
             "",
@@ -79,8 +83,9 @@ def document() -> str:
             "",
             *_filled(
                 "Where `--page-size` is not given, pages have 64 tokens on CUDA and on a CPU, unless the model, its "
-                "attention or `--chunked-prefill-size` needs another size. SGLang's own default is 1, which costs CPU "
-                "time and room a token; the start warns of it. Beam search, and models whose attention needs pages of "
+                "attention, `--chunked-prefill-size` or NGRAM's trees need another size; NGRAM drafts trees unless "
+                "`--speculative-ngram-max-bfs-breadth` is 1. SGLang's own default is 1, which costs CPU time and room "
+                "a token; the start warns of it. Beam search, and models whose attention needs pages of "
                 "one token and says so only once they are loaded, need `--page-size 1`."
             ),
             "",

@@ -86,7 +86,7 @@ NO_EFFECT = {
         stat_loggers weight_version""",
     "time limits, processes and devices": """
         watchdog_timeout soft_watchdog_timeout base_gpu_id gpu_id_step numa_node gc_threshold custom_sigquit_handler
-        nccl_port dist_timeout dist_init_addr enable_p2p_check pre_warm_nccl""",
+        nccl_port dist_timeout dist_init_addr enable_p2p_check pre_warm_nccl load_balance_method""",
     "how much runs and how much memory it has": """
         mem_fraction_static max_running_requests max_queued_requests max_total_tokens max_prefill_tokens
         prefill_max_requests schedule_conservativeness scheduler_recv_interval context_length max_mamba_cache_size
@@ -106,24 +106,52 @@ NO_EFFECT = {
 
 IDENTITY = """
     model_path revision trust_remote_code dtype quantization quantization_param_path rl_quant_profile
-    json_model_override_args model_loader_extra_config"""
+    json_model_override_args model_loader_extra_config speculative_draft_model_path speculative_draft_model_revision
+    speculative_draft_load_format speculative_draft_model_quantization"""
 """Part of what a page is valid for: another value is another store."""
 
 TESTED = {
     "radix_cache_backend": Tested("this is AgentState", frozenset({BACKEND})),
-    "page_size": Tested("64 where none is given; 1 costs time"),
+    "page_size": Tested("64 where none is given; 1 costs time; tested with 1, 16, 32, 64 and 128"),
     "chunked_prefill_size": Tested("a chunk restores and stores like a whole prompt"),
-    "tp_size": Tested("a store a rank, and ranks agree; tested with 2"),
+    "tp_size": Tested("a store a rank, or one for ranks that hold the same pages; ranks agree; tested with 2"),
+    "dp_size": Tested("a page directory a DP rank; a session stays with one of them; tested with 2"),
+    "attn_dp_size": Tested("like --dp-size; ranks of one DP rank agree; tested with 2, and MLA"),
+    "enable_dp_attention": Tested("SGLang's older word for --attn-dp-size"),
     "kv_cache_dtype": Tested("KV is stored as it is", frozenset({"bf16", "bfloat16", "fp8_e4m3"})),
     "load_format": Tested("weights come from the checkpoint's files", frozenset({"safetensors", "dummy"})),
     "device": Tested("restored and stored alike", frozenset({"cpu", "cuda"})),
     "schedule_policy": Tested("requests are admitted in another order", frozenset({"lpm"})),
-    "enable_priority_scheduling": Tested("requests are admitted in another order"),
+    "enable_priority_scheduling": Tested("requests are admitted in another order, and preempted"),
+    "priority_scheduling_preemption_threshold": Tested("one that is preempted goes on from where it was"),
     "enable_mixed_chunk": Tested("others decode in the batch of a restore"),
     "num_continuous_decode_steps": Tested("a restore waits for them"),
     "disable_overlap_schedule": Tested("a failed restore is noticed at once"),
-    "radix_eviction_policy": Tested("what the device evicts is stored before", frozenset({"lfu"})),
+    "radix_eviction_policy": Tested(
+        "what the device evicts is stored before", frozenset({"lfu", "priority", "slru", "tlru"})
+    ),
+    "radix_eviction_policy_config": Tested("what the device evicts is stored before"),
+    "kv_events_config": Tested("what is stored is told as well"),
     "attention_backend": Tested("tested on a CPU", frozenset({CPU_ATTENTION, "torch_native"})),
+    "is_embedding": Tested("pages are kept apart from those of an engine that generates"),
+    "enable_lora": Tested("an adapter's pages are named by its weights; without an adapter KV is the same"),
+    "lora_paths": Tested("an adapter's pages are named by its weights"),
+    "lora_target_modules": Tested("an adapter's pages are named by what is applied of it"),
+    "lora_backend": Tested("tested on a CPU", frozenset({"torch_native"})),
+    "max_lora_rank": Tested("KV is the same"),
+    "max_loaded_loras": Tested("an adapter that is loaded again finds its pages, unless it has changed"),
+    "max_loras_per_batch": Tested("KV is the same"),
+    "lora_eviction_policy": Tested("KV is the same"),
+    "lora_strict_loading": Tested("KV is the same"),
+    "lora_drain_wait_threshold": Tested("requests are admitted in another order"),
+    "speculative_algorithm": Tested(
+        "the draft model's KV is stored and restored with the target's",
+        frozenset({"EAGLE", "EAGLE3", "NEXTN", "NGRAM", "STANDALONE"}),
+    ),
+    "speculative_num_steps": Tested("KV is the same"),
+    "speculative_num_draft_tokens": Tested("KV is the same"),
+    "speculative_eagle_topk": Tested("on a CPU drafts are chains", frozenset({1})),
+    "speculative_ngram_max_bfs_breadth": Tested("KV is the same"),
 }
 
 _LEAVE_OUT = "leave it out"
@@ -145,9 +173,14 @@ REFUSED = {
     "unified_cache_external_linker_backend": Refusal("AgentState is the external linker, and sets this", _LEAVE_OUT),
     "unified_cache_external_linker_config": Refusal("AgentState is the external linker, and sets this", _LEAVE_OUT),
     "speculative_algorithm": Refusal(
-        "KV of the draft is not stored, so that drafts would be wrong after a restore", "start without speculation"
+        "what its draft model keeps is not stored, so that hardly any draft would be accepted after a restore",
+        "use EAGLE, EAGLE3, STANDALONE or NGRAM",
+        frozenset({"DFLASH", "DSPARK", "FROZEN_KV_MTP", "UNO"}),
     ),
-    "decoupled_spec_role": Refusal("KV of the draft is not stored", "start without speculation"),
+    "enable_multi_layer_eagle": Refusal(
+        "several draft layers keep state of requests, which is not stored", "leave it out: one layer drafts all steps"
+    ),
+    "decoupled_spec_role": Refusal("the draft model's KV is on another engine, which does not store it", _LEAVE_OUT),
     "disaggregation_mode": Refusal(
         "KV could be sent on before it is verified", "let one engine prefill and decode, and leave it out"
     ),
@@ -156,33 +189,19 @@ REFUSED = {
         "its KV belongs to requests and not to the radix cache", "send the top-level session_id with requests instead"
     ),
     "pp_size": Refusal("ranks of different stages do not agree on what can be restored", _TP),
-    "dp_size": Refusal(
-        "replicas would share one page directory", "start one engine a replica, each with an AGENTSTATE_PAGES_DIR"
+    "enable_dp_attention_local_control_broadcast": Refusal(
+        "DP ranks that share the weights would not agree on what an update has left in them", _LEAVE_OUT
     ),
-    "attn_dp_size": Refusal("a session's pages would be known to one of the attention groups only", _TP),
-    "enable_dp_attention": Refusal("a session's pages would be known to one of the attention groups only", _TP),
     "dcp_size": Refusal(_PARTIAL, _TP),
     "attn_cp_size": Refusal(_PARTIAL, _TP),
     "enable_prefill_cp": Refusal(_PARTIAL, _TP),
     "enable_kv_cache_sharding": Refusal(_PARTIAL, _LEAVE_OUT),
     "enable_dsa_cache_layer_split": Refusal("a rank would hold a part of each page's layers", _LEAVE_OUT),
-    # An adapter's KV is keyed by its name and path, which do not change when it is trained again.
-    "enable_lora": Refusal(
-        "an adapter that is trained again keeps its name and path, which name its KV", "merge the adapter into a model"
-    ),
-    "lora_paths": Refusal(
-        "an adapter that is trained again keeps its name and path, which name its KV", "merge the adapter into a model"
-    ),
     "dllm_algorithm": Refusal("diffusion computes the KV of a token more than once", _WITHOUT),
     "enable_hisparse": Refusal("only a part of a page is on the device", _LEAVE_OUT),
     "enable_int8_mamba_checkpoint": Refusal("states in INT8 have scales, which are not stored", _LEAVE_OUT),
     "enable_page_major_kv_layout": Refusal("all layers of a page in one row is no layout that is stored", _LEAVE_OUT),
     "enable_unified_memory": Refusal("pages move in a unified pool while they are stored", _LEAVE_OUT),
-    "kv_cache_dtype": Refusal(
-        "it has scales beside the KV, which are not stored",
-        "use --kv-cache-dtype fp8_e4m3",
-        frozenset({"mxfp8", "nvfp4", "fp4_mx_block16", "fp4_e2m1"}),
-    ),
     "load_format": Refusal(
         _OWN_WEIGHTS, "load a checkpoint's files", frozenset({"remote", "remote_instance", "private", "flash_rl"})
     ),
@@ -208,13 +227,8 @@ INERT = {
     "dllm_algorithm": "dllm_algorithm_config dllm_fdfo",
     "enable_int8_mamba_checkpoint": "int8_mamba_ckpt_size",
     "pp_size": "pp_max_micro_batch_size pp_async_batch_depth enable_dynamic_chunking",
-    "dp_size": "load_balance_method",
     "dcp_size": "dcp_comm_backend dcp_replicate_q_proj",
     "enable_prefill_cp": "cp_strategy",
-    "enable_lora": """
-        enable_lora_overlap_loading max_lora_rank lora_target_modules max_loaded_loras max_loras_per_batch
-        lora_eviction_policy lora_backend max_lora_chunk_size experts_shared_outer_loras lora_use_virtual_experts
-        lora_strict_loading lora_drain_wait_threshold""",
     "modelopt_quant": "modelopt_checkpoint_save_path modelopt_export_path",
     "kt_weight_path": """
         kt_method kt_cpuinfer kt_threadpool_count kt_num_gpu_experts kt_max_deferred_experts_per_token""",
@@ -226,22 +240,6 @@ INERT = {
         disaggregation_decode_polling_interval optimistic_prefill_attempts disaggregation_enable_kv_checksum
         enable_pd_role_switch disaggregation_decode_host_receive_threshold disaggregation_decode_allocation_policy""",
     "decoupled_spec_role": "decoupled_spec_bind_endpoint decoupled_spec_connect_endpoints decoupled_spec_rank",
-    "speculative_algorithm": """
-        uno_lora_path speculative_draft_model_path speculative_draft_model_revision speculative_draft_load_format
-        speculative_num_steps speculative_eagle_topk speculative_num_draft_tokens speculative_dflash_block_size
-        speculative_dspark_block_size speculative_dspark_sps_table_path speculative_dspark_confidence_sts_path
-        speculative_dspark_align_verify_tokens_to_graph_tier speculative_accept_threshold_single
-        speculative_accept_threshold_acc speculative_use_rejection_sampling speculative_token_map
-        speculative_attention_mode speculative_draft_attention_backend speculative_dsa_topk_backend
-        speculative_draft_kv_cache_dtype speculative_draft_window_size speculative_moe_runner_backend
-        speculative_moe_a2a_backend speculative_enable_w4a4_mxfp4_megamoe speculative_draft_model_quantization
-        enable_multi_layer_eagle speculative_adaptive speculative_adaptive_config spec_trace_dir
-        speculative_ngram_min_bfs_breadth speculative_ngram_max_bfs_breadth speculative_ngram_match_type
-        speculative_ngram_max_trie_depth speculative_ngram_capacity speculative_ngram_external_corpus_path
-        speculative_ngram_external_sam_budget speculative_ngram_external_corpus_max_tokens
-        speculative_domino_candidate_pool_size speculative_boundary_reduction speculative_use_block_verification
-        speculative_draft_sink_size enable_draft_weights_cpu_backup decrypted_draft_config_file
-        linear_attn_verify_backend enable_linear_replayssm_spec""",
 }
 """They do nothing unless a flag is given that is refused."""
 
@@ -262,13 +260,13 @@ SAME_KV = """
     cpu_offload_gb offload_group_size offload_num_in_group offload_prefetch_step offload_mode ple_offload_embedding
     ple_offload_backend ple_offload_dir enable_paged_experts paged_experts_num_resident startup_weight_load_mode
     schedule_policy disable_priority_preemption default_priority_value
-    abort_on_priority_when_disabled schedule_low_priority_values_first priority_scheduling_preemption_threshold
+    abort_on_priority_when_disabled schedule_low_priority_values_first
     retraction_policy prefill_decode_interval prefill_decode_interval_min_bs 
     min_free_slots_delay enable_prefill_delayer
     prefill_delayer_max_delay_passes prefill_delayer_token_usage_low_watermark prefill_delayer_forward_passes_buckets
     prefill_delayer_wait_seconds_buckets prefill_delayer_queue_min_ratio prefill_delayer_max_delay_ms
-    radix_eviction_policy radix_eviction_policy_config enable_session_radix_cache strip_thinking_cache
-    swa_full_tokens_ratio disable_hybrid_swa_memory swa_prefix_tails kv_events_config sleep_on_idle
+    radix_eviction_policy enable_session_radix_cache strip_thinking_cache
+    swa_full_tokens_ratio disable_hybrid_swa_memory swa_prefix_tails sleep_on_idle
     enable_memory_saver enable_weights_cpu_backup enable_return_hidden_states return_hidden_states_mode
     enable_return_routed_experts enable_return_indexer_topk device nnodes node_rank use_ray gated_launch_port
     smg_grpc_mode grpc_mode grpc_port grpc_worker_threads grpc_response_timeout_secs smg_http_sidecar_port sidecar
@@ -285,7 +283,16 @@ SAME_KV = """
     enable_broadcast_mm_inputs_process mm_enable_dp_encoder mm_feature_transport enable_mm_global_cache
     mm_global_cache_backend enable_prefix_mm_cache language_only language_model_only encoder_transfer_backend
     encoder_urls encoder_bootstrap_port encoder_register_urls enable_adaptive_dispatch_to_encoder
-    engine_info_bootstrap_port kv_cache_dtype load_format"""
+    engine_info_bootstrap_port kv_cache_dtype load_format
+    speculative_eagle_topk speculative_accept_threshold_single speculative_accept_threshold_acc
+    speculative_use_rejection_sampling speculative_use_block_verification speculative_token_map
+    speculative_attention_mode speculative_draft_attention_backend speculative_dsa_topk_backend
+    speculative_draft_kv_cache_dtype speculative_moe_runner_backend speculative_moe_a2a_backend speculative_adaptive
+    speculative_adaptive_config spec_trace_dir speculative_ngram_min_bfs_breadth speculative_ngram_match_type
+    speculative_ngram_max_trie_depth speculative_ngram_capacity speculative_ngram_external_corpus_path
+    speculative_ngram_external_sam_budget speculative_ngram_external_corpus_max_tokens speculative_boundary_reduction
+    enable_draft_weights_cpu_backup linear_attn_verify_backend
+    lora_backend enable_lora_overlap_loading max_lora_chunk_size experts_shared_outer_loras lora_use_virtual_experts"""
 """Kernels, graphs, communication, placement and scheduling: the KV of a token is the same but for rounding, or what
 differs is in the fingerprint anyway. Unknown all the same; they do not keep pages apart."""
 

@@ -76,7 +76,8 @@ class Foresight:
 
     ``length`` tells how many tokens of a session's context could be on the device, 0 where that is not known, and
     ``room`` how many tokens are free. ``bring`` begins a prefetch, from any thread, and returns what tells how that
-    stands; without it nothing is fetched. ``n_bytes`` of so many tokens are brought.
+    stands; without it nothing is fetched. ``n_bytes`` of so many tokens are brought. ``pin`` pins a session to the
+    device for so many seconds, and may take as long as SQL does.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Foresight:
         room: Callable[[], int],
         bring: Callable[[str], Callable[[], dict[str, Any]]] | None,
         n_bytes: Callable[[int], int],
+        pin: Callable[[str, float], None],
         clock: Callable[[], float] = time.monotonic,
     ):
         self._waits = waits
@@ -100,6 +102,7 @@ class Foresight:
         self._bring = bring
         self._n_bytes = n_bytes
         self._decisions = decisions
+        self._pin = pin
         self._clock = clock
         self._next_s = 0.0
         self._cleared_s = 0.0
@@ -115,6 +118,15 @@ class Foresight:
             self._decisions.add(owner, "release", "accepted" if taken else "ignored", self._order.tokens(owner))
         elif hints.forecast is not None:
             self._waits.foresee(owner, hints.forecast, 0.0, "other")
+        # Who has proven no turn has no session that could be pinned.
+        if hints.pin_s is not None and isinstance(owner, str):
+            self._fetching.submit(self._begin_pin, owner, hints.pin_s)
+
+    def _begin_pin(self, session_id: str, for_s: float) -> None:
+        try:
+            self._pin(session_id, for_s)
+        except Exception:
+            logger.exception("agentstate: session %s could not be pinned", session_id)
 
     def back(self, session_id: str) -> None:
         """A request of the session is queued."""

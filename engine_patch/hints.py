@@ -10,22 +10,25 @@ import msgspec
 
 from agentstate.fleet import hints
 from agentstate.fleet.hints import Hints
+from agentstate.lookahead.forecast import LONGEST_S
 
 
-def of(envelope: Any) -> Hints:
-    """The hints of an envelope as SGLang has it, or as a client has sent it. None of one that is not as it should be:
-    SGLang refuses those that it cannot read."""
+def of(envelope: Any, longest_pin_s: float = LONGEST_S) -> Hints:
+    """The hints of an envelope as SGLang has it, or as a client has sent it, with pins of so many seconds at most. None
+    of one that is not as it should be: SGLang refuses those that it cannot read."""
     try:
-        return hints.read(msgspec.to_builtins(envelope))
+        return hints.read(msgspec.to_builtins(envelope), longest_pin_s)
     except (TypeError, ValueError):
         return Hints()
 
 
-def answers(request: Any, carried_out: bool) -> list[Mapping[str, str]]:
+def answers(request: Any, carried_out: bool, longest_pin_s: float = LONGEST_S) -> list[Mapping[str, str]]:
     """What becomes of a request's hints, by their ids: one answer for all of its prompts, or one a prompt. Empty where
-    it has no hints."""
+    it has no hints. What comes without a turn's token is not pinned."""
     given = getattr(request, "kv_hints", None)
-    found = [of(envelope) for envelope in (given if isinstance(given, list) else [given])]
+    found = [of(envelope, longest_pin_s) for envelope in (given if isinstance(given, list) else [given])]
+    if getattr(getattr(request, "session_id", None), "token", None) is None:
+        found = [one.unpinned() for one in found]
     if not any(one.answers for one in found):
         return []
     return [(one if carried_out else one.ignored()).answers for one in found]

@@ -485,6 +485,12 @@ class HostPool:
                 if (found := self._pages.get(key)) is not None:
                     self.take_out(found[0])
 
+    def forget_unstored(self) -> None:
+        """`forget` what is not stored any more."""
+        with self._tier.mutex:
+            keys = list(self._pages)
+        self.forget([key for key, stored in zip(keys, self._store.stored(keys), strict=True) if not stored])
+
     def release(self, keys: Collection[bytes], session_id: str) -> None:
         """A session has left ``keys``: a run of such pages leaves before those that are worth something, unless another
         session asked for it last. One that is used again is as before."""

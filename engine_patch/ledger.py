@@ -114,6 +114,12 @@ class Ledger:
         # What was stored then may have been evicted since.
         return self.remembered(self._stored(split_keys(standing.keys)), standing.pages)
 
+    def epoch(self, session_id: str) -> int:
+        """The turn of the session whose request was the newest to end; 0 for a session that this process has not
+        served."""
+        with self._mutex:
+            return self._standings.get(session_id, Standing()).epoch
+
     def remembered(self, stored: int, pages: int) -> dict[str, object]:
         """The answer to a ``flush`` for a session of so many ``pages``, of which ``stored`` are still here."""
         return self._answer(_state(stored, pages), stored)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from agentstate.fleet.turns import Turn
-from agentstate.pages import DEMAND, Need, PageKeys
+from agentstate.pages import DEMAND, Changes, Need, PageKeys
 from engine_patch.break_even import Word
 from engine_patch.feeds import Source
 from engine_patch.rank import Rank
@@ -34,6 +34,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self._rank = Rank(server_args, params, components)
         self._pools = self._rank.pools
         self._cached = 0
+        self._inserting = ""
         self.word = Word.RESTORE
         self.forward_stream = forward_stream
         self.page_size = self._rank.page_size
@@ -49,6 +50,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self.decisions = self._rank.decided
         self.served = self._rank.served
         self.foresees = self._rank.settings.foresight
+        self.pin_max_s = self._rank.settings.pin_max_s
         self.layer_done_counter = self._pools.gate
         self.pools = self._pools.device_pages
         if PoolName.MAMBA in self.pools:
@@ -105,15 +107,22 @@ class AgentStateLinker(UnifiedCacheLinker):
         full = next(transfer for transfer in transfers if transfer.name == PoolName.KV)
         keys = keys_of(full)
         lengths = self._pools.restorable_for(rid, keys)
-        if self._rank.settings.break_even and lengths:
+        if lengths and self._rank.settings.break_even:
             self.word = self._word(keys[: lengths[-1]])
+        elif lengths and not self._pools.here(keys[: lengths[-1]]):
+            self.word = Word.SHARED
         return lengths
 
     def _word(self, keys: PageKeys) -> Word:
-        if self._pools.staged_for(keys):
+        tokens, staged = len(keys) * self.page_size, self._pools.staged_for(keys)
+        if (shared_s := self._pools.shared_takes_s(keys)) is not None:
+            word = self._rank.break_even.word_of_shared(self._cached, tokens, 0.0 if staged else shared_s)
+            if word is Word.COMPUTE:
+                self._pools.measure_shared()
+            return word
+        if staged:
             return Word.STAGED
-        n_bytes = self._pools.n_bytes(len(keys))
-        return self._rank.break_even.word(self._cached, len(keys) * self.page_size, n_bytes)
+        return self._rank.break_even.word(self._cached, tokens, self._pools.n_bytes(len(keys)))
 
     def computes(self, rid: str, pages: int, word: int) -> bool:
         """Whether to compute a request's ``pages`` stored pages because that is faster, decided from what all ranks
@@ -173,6 +182,10 @@ class AgentStateLinker(UnifiedCacheLinker):
         elif restored.sources == {Source.COLD}:
             self._rank.break_even.restored(parts, seconds, restored.n_bytes, restored.waited_s)
 
+    def inserting(self, rid: str) -> None:
+        """What is offered from now on is of this request: the offers do not say."""
+        self._inserting = rid
+
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         """Queue pages that a request has computed, or used first. They are charged to the account of its turn, if its
         ``session_id`` proves one."""
@@ -181,7 +194,8 @@ class AgentStateLinker(UnifiedCacheLinker):
         session = None if session_id is None else RequestSession(session_id)
         turn = None if session is None else self.turn(session)
         owner = "" if turn is None else turn.account
-        return self._pools.offer(transfers, self._device_events, None if session is None else str(session), owner)
+        session_id = None if session is None else str(session)
+        return self._pools.offer(transfers, self._device_events, session_id, owner, self._inserting)
 
     def num_completed_offloads(self) -> int:
         return self._pools.results
@@ -225,6 +239,11 @@ class AgentStateLinker(UnifiedCacheLinker):
         """Drop what is kept for requests that are no longer ``queued``."""
         self._pools.tidy(queued)
         self._rank.break_even.tidy(queued)
+
+    @property
+    def shares(self) -> bool:
+        """Whether there is a store that engines share."""
+        return self._pools.share is not None
 
     @property
     def retired(self) -> bool:
@@ -279,6 +298,10 @@ class AgentStateLinker(UnifiedCacheLinker):
         """Begin to bring a session to the device: what tells how far that is. From any thread."""
         return self._rank.sessions.prefetch(session_id, "device", None, planned=True)
 
+    def pin(self, session_id: str, for_s: float) -> None:
+        """Pin a session to the device for so long. Not for the scheduler's thread: it may ask SQL and the stores."""
+        self._rank.pinning.pin(session_id, "device", for_s)
+
     def n_bytes(self, pages: int) -> int:
         """The bytes that one rank reads to restore a prefix of so many pages."""
         return self._pools.n_bytes(pages)
@@ -286,6 +309,21 @@ class AgentStateLinker(UnifiedCacheLinker):
     def stored(self, transfers: Sequence[PoolTransfer]) -> bool:
         """Whether all of these pages are stored."""
         return self._pools.stored(transfers)
+
+    def changes(self) -> Changes:
+        """What is told from now on which pages leave this rank's store, and which come to the shared one or leave
+        it (`StoredPools.changes`)."""
+        return self._pools.changes()
+
+    def places(self, keys: Sequence[bytes]) -> list[tuple[bool, bool]]:
+        """Of each of ``keys`` whether it is in this rank's store, and in the shared one: nothing is once pages must no
+        longer be used."""
+        return [(False, False)] * len(keys) if self.retired else self._pools.places(keys)
+
+    @property
+    def suspended(self) -> bool:
+        """Whether pages are not used for now, because weights are being updated."""
+        return self._rank.suspended
 
     @property
     def lost(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import Any, Protocol
 
 from engine_patch.demotions import device_pages_of
 from engine_patch.linker import AgentStateLinker
@@ -18,7 +19,6 @@ from engine_patch.sglang_api import (
     PendingOffload,
     PoolTransfer,
     RadixKey,
-    UnifiedCacheLinkerWrapper,
     UnifiedRadixCache,
     get_parallel,
 )
@@ -28,6 +28,15 @@ from engine_patch.turns import RequestSession
 _MOST_SESSIONS = 100_000
 
 
+class Offers(Protocol):
+    """The tree's side of what is offered."""
+
+    pending_offloads: list[Any]
+
+    def note_offered(self, node_id: int) -> None:
+        """A node was queued, last of all."""
+
+
 class LostPages:
     """Is told when pages were lost, on any rank (`look`, `lost_on`), and when a request of a session has ended. Offers
     through ``wrapper``; ``on_all_ranks`` tells which answers are yes on every rank."""
@@ -35,7 +44,7 @@ class LostPages:
     def __init__(
         self,
         cache: UnifiedRadixCache,
-        wrapper: UnifiedCacheLinkerWrapper,
+        wrapper: Offers,
         linker: AgentStateLinker,
         on_all_ranks: Callable[[Sequence[bool]], list[bool]],
     ):
@@ -43,7 +52,7 @@ class LostPages:
         self._wrapper = wrapper
         self._linker = linker
         self._on_all_ranks = on_all_ranks
-        self._alone = get_parallel().tp_size == 1
+        self._alone = get_parallel().attn_tp_size == 1
         self._counted = 0
         self._ever = False
         # The sessions, with their turn tokens, whose pages were looked at since pages were last lost. With the token,
@@ -105,4 +114,5 @@ class LostPages:
                 self._cache.dec_lock_ref(node, lock)
         if queued:
             self._wrapper.pending_offloads.append(PendingOffload(node, lock, []))
+            self._wrapper.note_offered(node)
         return queued

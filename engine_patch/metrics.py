@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentstate.fleet.engines import Engine
-from engine_patch.restore import Restored
+
+if TYPE_CHECKING:
+    # Which needs torch; the documentation's list of metrics is made without it.
+    from engine_patch.restore import Restored
 
 # The counters of `AgentStateLinker.stat` that are exported, by their place there: the metric's name, and what it is.
 _COUNTERS = {
     ("spill", "pages_spilled"): ("spilled_pages", "Pages written to the page store."),
     ("spill", "bytes_spilled"): ("spilled_bytes", "Bytes of KV written to the page store."),
     ("spill", "pages_known"): ("known_pages", "Pages offered again that were stored already."),
+    ("spill", "pages_linked"): ("linked_pages", "Pages not written because another engine of the machine had."),
     ("spill", "pages_refused"): ("refused_pages", "Pages not stored because too much waited to be written."),
     ("spill", "pages_skipped"): (
         "skipped_pages",
         "Pages not stored because the drive hung, or spilling was off.",
     ),
     ("spill", "pages_failed"): ("unwritten_pages", "Pages that could not be written."),
+    ("spill", "pages_over_budget"): (
+        "over_budget_pages",
+        "Pages of requests without a session not stored because as much as a day may have had been written.",
+    ),
+    ("spill", "pages_one_shot"): (
+        "one_shot_pages",
+        "Pages of requests without a session not stored because no second request had used them.",
+    ),
     ("spill", "extents_merged"): ("merged_extents", "Small extents that were replaced by larger ones."),
     ("restore", "restores"): ("restores", "Batches of requests whose pages were restored."),
     ("restore", "pages_restored"): ("restored_pages", "Pages verified and written to the device."),
@@ -27,6 +39,7 @@ _COUNTERS = {
     ("restore", "bytes_straight"): ("straight_read_bytes", "Of these, those that were read straight into the KV pool."),
     ("restore", "pages_host"): ("host_restored_pages", "Of the restored pages, those that came from the host tier."),
     ("restore", "bytes_host"): ("host_restored_bytes", "Bytes that came from the host tier, and not from the drive."),
+    ("restore", "pages_shared"): ("shared_restored_pages", "Of the restored pages, those of the shared store."),
     ("restore", "seconds"): ("restore_seconds", "Time in which pages were restored."),
     ("restore", "first_layer_s"): ("first_layer_seconds", "Time until the first layer of a restore was there."),
     ("restore", "pages_failed"): ("failed_pages", "Pages that were dropped because they were damaged or unreadable."),
@@ -76,6 +89,13 @@ _COUNTERS = {
         "host_wrong_pages",
         "Pages dropped from the host tier because they were wrong.",
     ),
+    ("sharing", "published"): ("published_extents", "Extents that are in the shared store and were stored here."),
+    ("sharing", "bytes"): ("published_bytes", "Bytes that were written to the shared store."),
+    ("sharing", "failed"): ("failed_publications", "Extents that the shared store did not take, which is tried again."),
+    ("sharing", "evicted"): ("unpublished_evictions", "Pages that were evicted before they were published to be kept."),
+    ("sharing", "over_quota"): ("over_quota_publications", "Extents not published: their account has its quota."),
+    ("sharing", "deleted"): ("deleted_extents", "Extents that were deleted in the shared store."),
+    ("shared", "extents_rejected"): ("rejected_extents", "Extents of the shared store not used for a wrong page."),
     ("prefetch", "issued"): ("prefetches", "Reads begun before their request had device memory."),
     ("prefetch", "used"): ("used_prefetches", "Of these, those that a request used."),
     ("prefetch", "wasted"): ("wasted_prefetches", "Of these, those that expired or were abandoned."),
@@ -83,11 +103,16 @@ _COUNTERS = {
 _GAUGES = {
     ("store", "pages"): ("stored_pages", "Pages in the page store."),
     ("store", "bytes"): ("stored_bytes", "Bytes of extents in the page store."),
+    ("wear", "bytes_day"): ("written_bytes_day", "Bytes written to the pages' drive in the last 24 hours."),
     ("spill", "waiting"): ("waiting_spills", "Offers and manifests that wait for the spilling thread."),
     ("preload", "under_way"): ("preloads_under_way", "Preloads that are under way."),
     ("preload", "deferred"): ("waiting_requests", "Requests that are deferred now."),
     ("host", "pages"): ("host_pages", "Pages in the host tier."),
     ("host", "bytes"): ("host_bytes", "Memory of the host tier that they take."),
+    ("shared", "available"): ("shared_store_available", "Whether the shared store is in use: 1 or 0."),
+    ("shared", "extents"): ("shared_extents", "Extents that are known of the shared store."),
+    ("shared", "pages"): ("shared_pages", "Pages in these."),
+    ("sharing", "waiting"): ("waiting_publications", "Sessions whose KV is being published."),
     ("staged_bytes",): ("staged_bytes", "Staging memory with pages that were read and are not yet on the device."),
 }
 # Of restores, all pools together: the name, what it is, and the powers of ten whose multiples by 1, 2 and 5 bound the
@@ -107,6 +132,8 @@ class Metrics:
         from prometheus_client import Counter, Gauge, Histogram
 
         self._labels = {"model_name": engine.model, "tp_rank": str(engine.rank)}
+        if engine.dp_size > 1:
+            self._labels["dp_rank"] = str(engine.dp_rank)
         names = [*self._labels, "pool"]
         self._counters = {
             place: Counter(f"agentstate:{name}_total", text, names) for place, (name, text) in _COUNTERS.items()

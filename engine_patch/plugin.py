@@ -8,15 +8,17 @@ one flag that a user sets is completed here, when SGLang resolves its arguments,
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 import sys
+import textwrap
 import time
 from typing import Any
 
 from agentstate.errors import AgentStateError
 from agentstate.settings import Settings
-from engine_patch import hints, responses, turns, weights
+from engine_patch import contract, hints, responses, turns, versions, weights
 from engine_patch.flags import BACKEND, CPU_ATTENTION
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,18 @@ class CannotStart(RuntimeError):
 def register() -> None:
     """Entry point `sglang.srt.plugins`: run early in every SGLang process, whether or not the flag is given.
     Registers and decides nothing; the linker and its store are made by the scheduler processes alone."""
+    try:
+        _register()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        # SGLang would log a traceback, and go on without what it was asked for.
+        lacks = [textwrap.shorten(str(error), 120)]
+        if f"--radix-cache-backend={BACKEND}" in "=".join(sys.argv):
+            lacks = contract.missing(contract.ENGINE) or lacks
+            raise SystemExit(versions.refusal(versions.installed(), lacks)) from None
+        logger.warning("agentstate: %s", versions.refusal(versions.installed(), lacks))
+
+
+def _register() -> None:
     from engine_patch import resolution, warm_up
     from engine_patch import sglang_api as sgl
 
@@ -116,7 +130,27 @@ def register() -> None:
         sgl.HookType.AROUND,
     )
     sgl.HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner.load_model", _around_model_load, sgl.HookType.AROUND
+    )
+    sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.get_exception_traceback", _around_traceback, sgl.HookType.AROUND
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.tp_worker.BaseTpWorker.forward_batch_embedding", _around_embedding, sgl.HookType.AROUND
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.lora.lora.LoRAAdapter._normalize_weights", _around_adapter, sgl.HookType.AROUND
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.load_lora_adapter", _around_adapter_load, sgl.HookType.AROUND
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.load_lora_adapter_from_tensors",
+        _around_adapter_load_of_tensors,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.schedule_batch.Req.__init__", _around_new_request, sgl.HookType.AROUND
     )
 
 
@@ -126,6 +160,12 @@ def platform() -> str | None:
 
     if torch.cuda.is_available() or torch.xpu.is_available():
         return None
+    try:
+        importlib.import_module("engine_patch.cpu.platform")
+    except ImportError as error:
+        # SGLang would not even start without AgentState.
+        logger.warning("agentstate: no CPU platform for SGLang %s: %s", versions.installed(), error)
+        return None
     # Torch aligns large tensors then, so that direct I/O can read into the KV pool. The processes that have one are
     # started from this one.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -133,14 +173,77 @@ def platform() -> str | None:
 
 
 def _create_cache(ctx: Any) -> Any:
+    from engine_patch import adapters
     from engine_patch import sglang_api as sgl
+    from engine_patch.linker import AgentStateLinker
 
     if not sgl.get_memory().enable_unified_cache_external_linker:
         raise RuntimeError(f"--radix-cache-backend {BACKEND} was not resolved: SGLang would never start its loads")
     try:
-        return sgl.create_unified_radix_cache(ctx, cache_class=_cache_class())
+        cache = sgl.create_cache(ctx, _cache_class(), AgentStateLinker)
     except AgentStateError as error:
         raise CannotStart(f"AgentState: {error}") from None
+    manager = getattr(ctx.tp_worker.model_runner, "lora_manager", None)
+    adapters.LOADED.agree(manager, [] if manager is None else list(manager.lora_refs), cache)
+    return cache
+
+
+def _around_model_load(original: Any, runner: Any) -> None:
+    original(runner)
+    if runner.server_args.radix_cache_backend == BACKEND and not runner.is_draft_worker:
+        from engine_patch import pools, replicas
+        from engine_patch.sglang_api import get_parallel
+
+        replicas.look_at(runner.model, get_parallel().attn_tp_size)
+        pools.look_at(runner.model)
+
+
+def _around_adapter(original: Any, adapter: Any) -> None:
+    """The last step of loading one, from files or from tensors."""
+    from engine_patch import sglang_api as sgl
+
+    original(adapter)
+    if sgl.get_memory().radix_cache_backend == BACKEND:
+        from engine_patch import adapters
+
+        adapters.LOADED.take(adapter.uid, adapter)
+
+
+def _around_adapter_load(original: Any, scheduler: Any, request: Any) -> Any:
+    output = original(scheduler, request)
+    _agree_on_adapters(scheduler, [request.lora_id])
+    return output
+
+
+def _around_adapter_load_of_tensors(original: Any, scheduler: Any, request: Any) -> Any:
+    output = original(scheduler, request)
+    _agree_on_adapters(scheduler, [request.lora_id])
+    return output
+
+
+def _agree_on_adapters(scheduler: Any, lora_ids: list[str]) -> None:
+    if (cache := _ours(scheduler)) is not None:
+        from engine_patch import adapters
+
+        manager = scheduler.tp_worker.model_runner.lora_manager
+        adapters.LOADED.agree(manager, lora_ids, cache)
+
+
+def _around_new_request(original: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    from engine_patch import adapters
+
+    original(req, *args, **kwargs)
+    adapters.LOADED.name(req)
+
+
+def _around_embedding(original: Any, worker: Any, batch: Any) -> Any:
+    """SGLang lets a forward wait for pages that are loaded only where tokens are generated: this one would run on pages
+    that are not there yet."""
+    from engine_patch import sglang_api as sgl
+
+    if sgl.get_memory().radix_cache_backend == BACKEND:
+        worker.set_hicache_consumer(batch.hicache_consumer_index)
+    return original(worker, batch)
 
 
 def _around_traceback(original: Any) -> Any:
@@ -167,15 +270,23 @@ def _as_requested(original: Any, manager: Any, obj: Any, request: Any = None) ->
     """SGLang's names: ``obj`` is what to compute, ``request`` the HTTP request that asks for it, if one does."""
     turns.take_over(obj, request)
     turns.separate(obj)
+    turns.route(obj, _dp_ranks)
     # Before SGLang normalizes it.
-    told = hints.answers(obj, _foresees())
+    settings = _settings()
+    told = hints.answers(obj, settings.foresight, settings.pin_max_s)
     outputs = original(manager, obj, request)
     return hints.answering(outputs, told) if told and _is_ours(manager) else outputs
 
 
 @functools.cache
-def _foresees() -> bool:
-    return Settings().foresight
+def _settings() -> Settings:
+    return Settings()
+
+
+def _dp_ranks() -> int:
+    from engine_patch.sglang_api import get_parallel
+
+    return int(get_parallel().num_dp_ranks)
 
 
 def _as_tokenized(original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -246,7 +357,7 @@ def _around_update_from_disk(original: Any, updater: Any, request: Any) -> Any:
     if (cache := _ours(updater.scheduler)) is None:
         return original(updater, request)
     damage = weights.damage(request)
-    if not all(cache.linker.on_all_ranks([damage is None])):
+    if not all(cache.linker.on_whole_model([damage is None])):
         message = f"Nothing was loaded: {damage or 'another rank cannot read the files'}"
         logger.error("agentstate: weights are not updated. %s", message)
         return _failed_update(message)
@@ -318,12 +429,16 @@ def _around_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
 
 
 def _around_admission(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    found = original(adder, req, *args, **kwargs)
-    if isinstance(adder.tree_cache, _cache_class()):
-        from engine_patch.sglang_api import AddReqResult
+    if not isinstance(cache := adder.tree_cache, _cache_class()):
+        return original(adder, req, *args, **kwargs)
+    from engine_patch.sglang_api import AddReqResult
 
-        admitted = bool(adder.can_run_list) and adder.can_run_list[-1] is req
-        adder.tree_cache.served.tried(req.rid, admitted=admitted, short=found is AddReqResult.NO_TOKEN)
+    if cache.holds_up(req, adder.can_run_list):
+        cache.served.tried(req.rid, admitted=False, short=True)
+        return AddReqResult.OTHER
+    found = original(adder, req, *args, **kwargs)
+    admitted = bool(adder.can_run_list) and adder.can_run_list[-1] is req
+    cache.served.tried(req.rid, admitted=admitted, short=found is AddReqResult.NO_TOKEN)
     return found
 
 

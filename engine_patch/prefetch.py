@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 
 from agentstate.pages import DEMAND, PLANNED, LayerwiseReader, Need, PageStore, Pin
 from engine_patch.feeds import Piece, Reading, Source, pieces, refined
 from engine_patch.host_tier import HostPool
+from engine_patch.shared_pool import SharedPool
 
 
 @dataclass
@@ -71,10 +73,12 @@ class Prefetches:
         reader: LayerwiseReader,
         clock: Callable[[], float] = time.monotonic,
         host: HostPool | None = None,
+        shared: SharedPool | None = None,
     ):
         self.stats = PrefetchStats()
         self._store = store
         self._host = host
+        self._shared = shared
         self._reader = reader
         self._clock = clock
         self._mutex = threading.Lock()
@@ -131,7 +135,7 @@ class Prefetches:
                 if isinstance(reading, _ReadAhead):
                     self._readings.remove(reading)
                     reading.used = True
-                    self.stats.used += reading.source is Source.STAGING
+                    self.stats.used += reading.source is not Source.HOST
             for claims in (self._requests, self._sessions):
                 for owner in [owner for owner, claim in claims.items() if not any(_unused(claim))]:
                     del claims[owner]
@@ -187,6 +191,8 @@ class Prefetches:
         plan = pieces(keys, self._readings)
         if self._host is not None:
             plan = list(refined(keys, plan, self._host.pieces))
+        if self._shared is not None:
+            plan = list(refined(keys, plan, partial(self._shared.pieces, need=need)))
         pins: dict[int, Pin] = {}
         try:
             for piece in plan:
@@ -206,7 +212,7 @@ class Prefetches:
                 if reading is None:
                     stream = self._reader.open(pins[piece.pages.start], need)
                     reading = Reading(stream, Source.STAGING)
-                    self.stats.issued += 1
+                self.stats.issued += reading.source is not Source.HOST
                 reading = _ReadAhead(reading.stream, reading.source)
                 self._readings.append(reading)
             else:
@@ -223,7 +229,7 @@ class Prefetches:
                 reading.used = False
                 # Whoever asks for it must not wait for a drive.
                 reading.stream.discard()
-                self.stats.wasted += reading.source is Source.STAGING
+                self.stats.wasted += reading.source is not Source.HOST
 
 
 def _unused(claim: _Claim) -> Iterator[_ReadAhead]:

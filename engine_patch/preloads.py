@@ -49,14 +49,14 @@ class Preload:
     def brings(self, req: Req) -> bool:
         """Whether the request begins with everything that is on its way."""
         if req.rid not in self._brought:
-            tokens = req.origin_input_ids
-            if len(tokens) < len(self.key):
+            wanted, tokens = self.key.raw_token_ids(), req.origin_input_ids
+            if len(tokens) < len(wanted):
                 tokens = tokens + req.output_ids
-            own = RadixKey(tokens[: len(self.key)], req.extra_key, cache_salt=req.cache_salt)
+            own = RadixKey(tokens[: len(wanted)], req.extra_key, cache_salt=req.cache_salt)
             self._brought[req.rid] = (own.extra_key, own.cache_salt, own.token_ids) == (
                 self.key.extra_key,
                 self.key.cache_salt,
-                self.key.raw_token_ids(),
+                wanted,
             )
         return self._brought[req.rid]
 

@@ -4,8 +4,11 @@ How a failed restore is recomputed. The forward has run on slots that were not f
 seen. The request is marked as finished with that output discarded, which is the one state in which all of SGLang's
 result processing (logprobs, hidden states, overlap scheduling) drops an output without touching its neighbours in the
 batch; and as already streamed, so that no client hears of it. Once no batch holds it any more, it is made new and
-queued again, and its next match ends before the page that failed, or finds nothing if no page did (`Failures`). What
-cannot be made new (`_can_be_renewed`) is aborted with 503, as stock SGLang aborts every request whose load failed.
+queued again, and its next match ends before the page that failed, or finds nothing if no page did (`Failures`).
+Embeddings are sent of every request that is finished: such a request is marked as retracted instead, which drops its
+result as well, and finished when that is over. What SGLang would spoil of a request that is finished, or has spoiled by
+then, is taken from it first (`_Recomputation`). Only a request that is being aborted, or whose KV a streaming session
+owns, is aborted with 503, as stock SGLang aborts every request whose load failed.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -23,11 +26,13 @@ import torch
 
 from agentstate.pages import PageKeys
 from engine_patch import hints
+from engine_patch.break_even import Word
 from engine_patch.deferrals import Deferrals, StoredHit, running
 from engine_patch.demotions import Demotions, chain_of
 from engine_patch.device_tier import DeviceTier
 from engine_patch.eviction import EvictionOrder
 from engine_patch.foresight import Foresight
+from engine_patch.kv_events import KvEvents
 from engine_patch.linker import AgentStateLinker
 from engine_patch.lost_pages import LostPages
 from engine_patch.order import Order
@@ -37,9 +42,11 @@ from engine_patch.sglang_api import (
     FINISH_ABORT,
     EvictParams,
     EvictResult,
+    PoolTransfer,
     RadixKey,
     UnifiedCacheLinkerWrapper,
     UnifiedRadixCache,
+    model_group,
     release_kv_cache,
 )
 from engine_patch.turns import RequestSession
@@ -60,6 +67,8 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
     of the same request has replaced."""
 
     cache_linker: AgentStateLinker
+    # Tells routers what is stored, if they are to be told anything.
+    kv_events: KvEvents | None = None
 
     def __init__(self, cache: UnifiedRadixCache, cache_linker: AgentStateLinker):
         super().__init__(cache, cache_linker)
@@ -71,6 +80,8 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         self.unlocked = False
         self.lost_pages = LostPages(cache, self, cache_linker, self.on_all_ranks)
         self._rid = ""
+        # Whether what the last match found needs the shared store.
+        self.shared = False
 
     def take_completed_offloads(self, finish_count: int) -> list[bool]:
         results = super().take_completed_offloads(finish_count)
@@ -83,8 +94,25 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         answered = zip(self.pending_offloads[: len(results)], results, strict=True)
         failed = any(not stored and not offer.publish_node_ids for offer, stored in answered)
         super().commit_completed_offloads(results)
+        if self.kv_events is not None:
+            self.kv_events.answered(len(results))
         self.lost_pages.lost_on(failed or not none_lost)
         self.unlocked = True
+
+    def _offload_node(self, node_id: int, transfers: list[PoolTransfer]) -> None:
+        before = len(self.pending_offloads)
+        super()._offload_node(node_id, transfers)
+        if len(self.pending_offloads) > before:
+            self.note_offered(node_id)
+
+    def note_offered(self, node_id: int) -> None:
+        if self.kv_events is not None:
+            self.kv_events.offered(node_id)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.kv_events is not None:
+            self.kv_events.reset()
 
     def replace_pending_offload_node(self, ack_id: int, old_node_id: int, new_node_ids: list[int]) -> None:
         """Stock takes the first offload that locks the node. That may be one of ours, which has none to mark."""
@@ -99,7 +127,7 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
         # An earlier match may have found what is on the device by now: nothing would take its marker then.
         self.hit_markers.pop(req.rid, None)
-        self._rid = req.rid
+        self._rid, self.shared = req.rid, False
         self.cache_linker.matching(result.device_prefix_len)
         return super().match(key, req, result)
 
@@ -107,7 +135,7 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         hit = self.hit_markers.get(req.rid)
         loaded, node = super().load_back(req)
         if hit is not None and loaded:
-            self.entering[req.rid] = stored_hit(req, hit, self.cache.page_size)
+            self.entering[req.rid] = stored_hit(req, hit, self.cache)
         return loaded, node
 
     def _sync_restorable_prefix(self, restorable: Sequence[int], *, num_pages: int, device_hit_pages: int) -> int:
@@ -121,8 +149,9 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         common = mask[:-1].nonzero()
         if not len(common):
             return 0
-        pages = int(common[-1])
-        return 0 if self.cache_linker.computes(self._rid, pages, int(mask[-1])) else pages
+        pages, word = int(common[-1]), int(mask[-1])
+        self.shared = word == Word.SHARED
+        return 0 if self.cache_linker.computes(self._rid, pages, word) else pages
 
     def finish_loads(self) -> list[str]:
         """Wait for the loads of the batch that just ran: the rids that failed, identical on every rank. Loads start
@@ -158,23 +187,35 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
             self.unlocked = True
 
     def weights_updated(self, weights: Weights) -> None:
-        """Weights were updated while it was suspended. On every rank: what one of them doubts, all do."""
+        """Weights were updated while it was suspended. On every rank of the model: what one of them doubts, all do."""
         linker = self.cache_linker
-        same, of_files = self.on_all_ranks([weights is Weights.SAME, weights is Weights.OF_FILES])
+        same, of_files = self.on_whole_model([weights is Weights.SAME, weights is Weights.OF_FILES])
         reason = linker.reload() if of_files else None
-        if of_files and not all(self.on_all_ranks([reason is None])):
+        if of_files and not all(self.on_whole_model([reason is None])):
             reason = reason or "the weights of another rank were updated in a way that cannot be told"
             linker.retire(f"{reason}; {RESTART}")
         elif same or of_files:
             linker.resume()
         else:
             linker.retire(f"its weights were updated in place, and what they are cannot be told; {RESTART}")
+        if self.kv_events is not None:
+            self.kv_events.look_again()
 
     def on_all_ranks(self, local: Sequence[bool]) -> list[bool]:
         """Which of these is so on every rank, all of which ask."""
         both = torch.tensor(local, dtype=torch.int)
         self.cache._all_reduce_attn_groups(both, torch.distributed.ReduceOp.MIN)
         return [bool(one) for one in both.tolist()]
+
+    def on_whole_model(self, local: Sequence[bool]) -> list[bool]:
+        """The same of every rank that computes with the same copy of the weights, of whatever DP rank. SGLang has them
+        do at once what operators ask for."""
+        found = self.on_all_ranks(local)
+        if (group := model_group()) is not None:
+            both = torch.tensor(found, dtype=torch.int)
+            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MIN, group=group)
+            found = [bool(one) for one in both.tolist()]
+        return found
 
     def kept(self) -> dict[str, int]:
         """What is kept for requests and offers at the moment, by SGLang and for it."""
@@ -201,8 +242,10 @@ class AgentStateRadixCache(UnifiedRadixCache):
         super().__init__(params)
         # Requests whose restore failed, until they are queued again.
         self._recomputing: list[_Recomputation] = []
+        self._params = params
         # SGLang sends embeddings also of a request that is marked as sent.
         self._generates = True
+        self._beams: Any = None
         self._locked_tokens = 0
         # The nodes that the walk which is under way passes over.
         self._passed_over: set[int] = set()
@@ -210,19 +253,25 @@ class AgentStateRadixCache(UnifiedRadixCache):
     def init_cache_linker(self, cache_linker: AgentStateLinker) -> None:
         self.agentstate = cache_linker
         self.linker = _LinkerWrapper(self, cache_linker)
+        if self._params.enable_kv_cache_events:
+            self.linker.kv_events = KvEvents(self.tree_core, cache_linker, self._params)
         self.preloads = Preloads(self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked)
         self.order = Order(
             cache_linker.queue_aging_s, cache_linker.order_stats, self._stored_hit, self.linker.on_all_ranks
         )
         self.served = cache_linker.served
-        self.deferrals = Deferrals(self, cache_linker, self.preloads, self._stored_hit, self.order, self.served)
 
         def n_bytes(tokens: int) -> int:
             return cache_linker.n_bytes(tokens // self.page_size)
 
-        self.eviction = EvictionOrder(self.tree_core, cache_linker.waits, self._least, cache_linker.accounts, n_bytes)
+        self.eviction = EvictionOrder(
+            self.tree_core, cache_linker.waits, self.least_on_ranks, cache_linker.accounts, n_bytes
+        )
         self.demotions = Demotions(
             self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked, self.eviction.giving
+        )
+        self.deferrals = Deferrals(
+            self, cache_linker, self.preloads, self._stored_hit, self.order, self.served, self.demotions.holds_up
         )
         self.device_tier = DeviceTier(self, cache_linker, self.preloads, self._brought)
         self.foresight = Foresight(
@@ -234,6 +283,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             room=self.token_to_kv_pool_allocator.available_size,
             bring=cache_linker.bring if self.device_tier.moves else None,
             n_bytes=n_bytes,
+            pin=cache_linker.pin,
         )
         cache_linker.attach(self.device_tier, self._explain, self.kept, self.eviction.held_by)
 
@@ -261,6 +311,10 @@ class AgentStateRadixCache(UnifiedRadixCache):
             "locked_tokens": self._locked_tokens,
         }
 
+    def take_events(self) -> list[Any]:
+        events = super().take_events()
+        return events if self.linker.kv_events is None else self.linker.kv_events.take(events)
+
     def reset(self) -> None:
         if self.linker is not None:
             self.preloads.drop()
@@ -274,6 +328,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         super().reset()
 
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
+        self.agentstate.inserting(req.rid)
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         self.linker.entering.pop(req.rid, None)
         if not req.finished() or self.disable:
@@ -281,8 +336,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         turn = None
         if req.session_id:
             # The insert may have kept less than it was offered; what it kept is what the manifest may list.
-            tokens = req.full_untruncated_fill_ids[: req.kv.cache_inserted_len]
-            key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
+            key = _key_of(req, req.kv.cache_inserted_len, self.tree_core.is_eagle)
             session = RequestSession(req.session_id)
             # Who only knows the id is served, and changes nothing that is known of the session.
             turn = self.agentstate.turn(session)
@@ -295,21 +349,16 @@ class AgentStateRadixCache(UnifiedRadixCache):
         session_id, epoch = (None, 0) if turn is None else (turn.session_id, turn.epoch)
         owner = self.eviction.ended(session_id, req.last_node, epoch)
         if req.kv_hints is not None and self.agentstate.foresees:
-            self.foresight.hinted(owner, hints.of(req.kv_hints))
+            self.foresight.hinted(owner, hints.of(req.kv_hints, self.agentstate.pin_max_s))
 
     def _evict(
         self,
         params: EvictParams,
         available_size_targets: Any = None,
-        *,
-        allocation_reclaim_satisfied: Callable[[], bool] | None = None,
+        **further: Any,
     ) -> EvictResult:
         """As stock, but that what is worth least goes first (`EvictionOrder`)."""
-        walk = partial(
-            super()._evict,
-            available_size_targets=available_size_targets,
-            allocation_reclaim_satisfied=allocation_reclaim_satisfied,
-        )
+        walk = partial(super()._evict, available_size_targets=available_size_targets, **further)
         total = EvictResult()
         for passed_over in self.eviction.rounds(params.num_tokens):
             self._passed_over = passed_over
@@ -331,7 +380,13 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.foresight.evicted(self.eviction.taken())
         return total
 
-    def _least(self, tensor: torch.Tensor) -> None:
+    @property
+    def lora_names(self) -> Any:
+        """SGLang's table of the names of adapters that its KV events tell."""
+        return self._params.kv_event_lora_names
+
+    def least_on_ranks(self, tensor: torch.Tensor) -> None:
+        """Reduce a tensor to the minimum over all ranks, all of which call this."""
         self._all_reduce_attn_groups(tensor, torch.distributed.ReduceOp.MIN)
 
     def _evict_device_next_node(self, component_type: Any, tracker: Any) -> tuple[int | None, bool]:
@@ -363,11 +418,11 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.order.queueing(req)
         runs = scheduler.chunked_req or not scheduler.running_batch.is_empty()
         looked_at = self.agentstate.reads_ahead or self.deferrals.on or self.order.on
-        if not (runs or scheduler.waiting_queue) or not looked_at:
+        if not (runs or scheduler.waiting_queue or self.deferrals.shares) or not looked_at:
             return
         if not self.deferrals.brings(req):
             hit = self._stored_hit(req)
-            preloaded = self.deferrals.matched(req, hit) and runs
+            preloaded = self.deferrals.matched(req, hit) and (runs or (hit is not None and hit.shared))
             if hit is not None and self.agentstate.reads_ahead and not preloaded:
                 self.agentstate.read_ahead(req.rid, hit.keys)
 
@@ -378,11 +433,18 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.order.matched(req, req.prefix_len, len(found.tail_hashes) if found is not None else 0)
         if found is None:
             return None
-        return stored_hit(req, found, self.page_size)
+        return replace(stored_hit(req, found, self), shared=self.linker.shared)
+
+    def holds_up(self, req: Req, admitted: Sequence[Req]) -> bool:
+        """Whether a request is not to be admitted in this step, after those that were: what it would drive out is
+        copied to the host tier first."""
+        tokens = len(req.full_untruncated_fill_ids) - req.prefix_len + sum(one.extend_len for one in admitted)
+        return self.demotions.holds_up(tokens + self.page_size * (len(admitted) + 1))
 
     def before_next_batch(self, scheduler: Scheduler) -> None:
         """Everything that is done between two batches."""
         self._generates = scheduler.is_generation
+        self._beams = scheduler.beam_coordinator
         self.foresight.step()
         self.device_tier.run(scheduler)
         self.preloads.land()
@@ -417,13 +479,13 @@ class AgentStateRadixCache(UnifiedRadixCache):
         abort, as stock SGLang does with all of them: what cannot be made new once it is marked as finished."""
         rids = set(self.linker.finish_loads())
         failed = [req for req in reqs if req.rid in rids]
+        renewed = [req for req in failed if _can_be_renewed(req)]
+        withheld = not self._generates
+        self._recomputing += [_Recomputation.of(req, self._beams, withheld=withheld) for req in renewed]
         for req in failed:
-            if self._generates and _can_be_renewed(req):
-                self._recomputing.append(_Recomputation(req, req.retracted_stain))
-                req.finished_output = True
             req.skip_radix_cache_insert = True
             req.discard_output_reason = FINISH_ABORT("KV restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
-        return [req for req in failed if not req.finished_output]
+        return [req for req in failed if req not in renewed]
 
     def stepped(self, batch: ScheduleBatch, seconds: float) -> None:
         """A batch is over. It took ``seconds`` if it was one of prompts, or of parts of them; 0 when that is not
@@ -443,8 +505,10 @@ class AgentStateRadixCache(UnifiedRadixCache):
                 # Its next chunk must not run. This one's result may still be under way, and passes over a request
                 # that is marked as retracted; batches pass over one that is finished.
                 scheduler.chunked_req = None
-                release_kv_cache(req, self, checkpoint=False)
-                req.is_retracted = True
+                item.withheld = req.is_retracted = True
+            if item.withheld and (req.finished_output or not _has_result(scheduler, req)):
+                if req.kv.holds_kv:
+                    release_kv_cache(req, self, checkpoint=False)
                 req.finished_reason = req.discard_output_reason
             if req.kv.holds_kv or any(req in batch.reqs for batch in _batches(scheduler)):
                 continue
@@ -454,7 +518,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             if not queued:
                 req.reset_for_retract()
                 req.retraction_count -= 1
-            _renew(req, item.was_retracted)
+            item.renew(self._beams)
             if not queued:
                 logger.warning("agentstate: request %s is recomputed from its last good page", req.rid)
                 scheduler._add_request_to_queue(req, is_retracted=True)
@@ -476,32 +540,92 @@ def _add(total: EvictResult, found: EvictResult) -> None:
     total.mamba_num_evicted += found.mamba_num_evicted
 
 
-def stored_hit(req: Req, found: Any, page_size: int) -> StoredHit:
+def stored_hit(req: Req, found: Any, cache: UnifiedRadixCache) -> StoredHit:
     """What the marker ``found`` says that a request can restore."""
-    end = found.device_hit_len + len(found.tail_hashes) * page_size
-    key = RadixKey(req.full_untruncated_fill_ids[:end], req.extra_key, cache_salt=req.cache_salt)
+    end = found.device_hit_len + len(found.tail_hashes) * cache.page_size
+    key = _key_of(req, end, cache.tree_core.is_eagle)
     return StoredHit(key, found.device_hit_len, PageKeys.from_hex(found.tail_hashes))
+
+
+def _key_of(req: Req, length: int, bigrams: bool) -> RadixKey:
+    """The tree's key of a request's first ``length`` tokens. Where it is made of ``bigrams``, because the KV of a draft
+    depends on the token that follows, it has that token as well."""
+    tokens = req.full_untruncated_fill_ids[: length + bigrams]
+    return RadixKey(tokens, req.extra_key, is_bigram=bigrams, cache_salt=req.cache_salt)
 
 
 @dataclass
 class _Recomputation:
-    """A request on its way back to the queue. ``was_retracted`` is whether SGLang had retracted it before, which
-    fixes the cached tokens that it reports."""
+    """A request on its way back to the queue, and what SGLang is not to see of it until then.
+
+    ``was_retracted`` is whether SGLang had retracted it before, which fixes the cached tokens that it reports, and
+    ``barred`` whether it may not enter the tree. SGLang frees the ``media`` of a request that finishes, advances its
+    ``grammar`` by a token that is discarded (with a draft model before anyone has looked at the load), and has chosen
+    the first tokens of its ``beams``. ``withheld`` is a request whose result is passed over because it is marked as
+    retracted, and which nobody else finishes.
+    """
 
     req: Req
     was_retracted: bool
+    barred: bool
+    media: Any
+    grammar: Any
+    beams: Any
+    withheld: bool
     abort: AbortReq | None = None
+
+    @classmethod
+    def of(cls, req: Req, coordinator: Any, *, withheld: bool) -> _Recomputation:
+        """A request that has just run on pages that were not restored. ``coordinator`` is SGLang's, of beams."""
+        group = req.beam_group
+        item = cls(
+            req, req.retracted_stain, req.skip_radix_cache_insert, req.multimodal_inputs, req.grammar, group, withheld
+        )
+        req.multimodal_inputs = req.grammar = req.beam_group = None
+        if group is not None:
+            coordinator._free_member_rows(group)
+            coordinator._retire_group(group)
+            # Beams put a placeholder there.
+            del req.output_ids[:]
+        if withheld:
+            req.is_retracted = True
+        else:
+            req.finished_output = True
+        return item
+
+    def renew(self, coordinator: Any) -> None:
+        """Make the request, whose KV is released, as it was before the forward that is discarded."""
+        req = self.req
+        req.finished_reason = req.to_finish = req.finished_len = req.finished_output = None
+        req.discard_output_reason = None
+        req.skip_radix_cache_insert = self.barred
+        req.multimodal_inputs, req.grammar = self.media, self.grammar
+        if (group := self.beams) is not None:
+            req.beam_group = type(group)(
+                beam_width=group.beam_width,
+                length_penalty=group.length_penalty,
+                stop_token_ids=group.stop_token_ids.tolist(),
+                max_new_tokens=group.max_new_tokens,
+                num_return=group.num_return,
+                device=group.stop_token_ids.device,
+            )
+            req.beam_group.leader, req.beam_group.prompt_len = req, group.prompt_len
+            coordinator._num_live_groups += 1
+        if not self.was_retracted:
+            # It never ran as far as anyone can tell: what it reports as cached is what its next match finds.
+            req.retracted_stain = False
+            req.cached_tokens = req.cached_tokens_device = req.cached_tokens_host = req.cached_tokens_storage = 0
+            req._cache_breakdown_computed = False
 
 
 def _can_be_renewed(req: Req) -> bool:
-    """Multimodal features are released when a request finishes, sessions keep its KV row, and what is barred from the
-    tree is barred for a reason that must not be undone; an abort that is already under way is let happen."""
-    return (
-        req.multimodal_inputs is None
-        and req.session is None
-        and not req.skip_radix_cache_insert
-        and req.to_finish is None
-    )
+    """A streaming session keeps its requests' KV; an abort that is already under way is let happen."""
+    return req.to_finish is None and (req.session is None or not req.session.streaming)
+
+
+def _has_result(scheduler: Scheduler, req: Req) -> bool:
+    """Whether the result of a batch that holds it has not been processed."""
+    return any(req in batch.reqs for batch, _result in getattr(scheduler, "result_queue", ()))
 
 
 def _batches(scheduler: Scheduler) -> Iterable[Any]:
@@ -511,15 +635,3 @@ def _batches(scheduler: Scheduler) -> Iterable[Any]:
             yield batch
     for batch, _result in getattr(scheduler, "result_queue", ()):
         yield batch
-
-
-def _renew(req: Req, was_retracted: bool) -> None:
-    """Make a request, whose KV is released, as it was before the forward that is discarded."""
-    req.finished_reason = req.to_finish = req.finished_len = req.finished_output = None
-    req.discard_output_reason = None
-    req.skip_radix_cache_insert = False
-    if not was_retracted:
-        # It never ran as far as anyone can tell: what it reports as cached is what its next match finds.
-        req.retracted_stain = False
-        req.cached_tokens = req.cached_tokens_device = req.cached_tokens_host = req.cached_tokens_storage = 0
-        req._cache_breakdown_computed = False

@@ -15,10 +15,12 @@ from agentstate.fleet import engines
 from agentstate.fleet.quotas import Quota, shown
 from agentstate.lookahead import policies
 from agentstate.lookahead.forecast import Forecast
-from agentstate.pages import PageStore, Space
+from agentstate.pages import PageStore, Replicas, Space, StoreView
 from agentstate.pages.space import Limits, largest
 from agentstate.settings import ENGINE_LIMITS, Settings
 from agentstate.sql.database import Database
+from agentstate.tiers import shared_extents
+from agentstate.tiers.pages import SharedPages
 from engine_patch import identity
 from engine_patch.accounts import TIERS, Accounts
 from engine_patch.break_even import BreakEven
@@ -33,7 +35,8 @@ from engine_patch.restore import PreloadStats
 from engine_patch.served import Served
 from engine_patch.sessions import Sessions
 from engine_patch.sglang_api import PoolName, get_observability, get_parallel
-from engine_patch.stored_pools import StoredPools
+from engine_patch.sharing import Sharing, SharingStats
+from engine_patch.stored_pools import Share, Store, StoredPools
 from engine_patch.waits import Waits
 
 logger = logging.getLogger(__name__)
@@ -72,14 +75,20 @@ class Rank:
         self.page_size: int = params.page_size
         pools: list[DevicePool] = []
         try:
-            pools = device_pools(params, components)
+            pools = device_pools(params, components, draft_model=identity.has_draft_model())
         except EngineError as error:
             self.retire(f"AgentState cannot store what this model keeps: {error}")
         self._device_pools = pools
+        self._group = identity.group(server_args, pools)
         self._shape = identity.shape()
         self._limits: Limits | None = None
         marks, self._space = self._identity()
-        self.pools = StoredPools(pools, self._opening(marks, self._space), settings, self._ranks_here(), self.accounts)
+        self._extents = shared_extents(settings)
+        share = None if self._extents is None else Share(self._extents.tier, self._open_shared)
+        replicas = self._open_replicas if identity.reads_others(settings) else None
+        self.pools = StoredPools(
+            pools, self._opening(marks, self._space), settings, self._ranks_here(), self.accounts, share, replicas
+        )
         if settings.foresight and self.pools.host_tier is not None:
             self.pools.host_tier.value = lambda session_id, keys: self.waits.index(session_id, "host")
         self._control = ControlEndpoint(settings.control_address, self)
@@ -91,7 +100,10 @@ class Rank:
             control_address=self._control.address,
             control_secret=self._control.secret,
         )
+        if share is not None:
+            self._engine = replace(self._engine, shared_store=settings.shared_store)
         self._database = database = Database(settings.sqlalchemy_url)
+        self.sharing = self._open_sharing()
         # The catalog's first heartbeat may come before there are sessions.
         self.sessions: Sessions | None = None
         self.pinning = Pinning(
@@ -107,13 +119,17 @@ class Rank:
         self.metrics = Metrics(self._engine) if get_observability().enable_metrics else None
         if self.metrics is not None:
             self.served.observed = self.metrics.waited
+        if self.sharing is not None:
+            self.sharing.start()
         self._control.serve()
         limits = {name: getattr(settings, name) for name in ENGINE_LIMITS}
         logger.info(
-            "agentstate: rank %d, pages of %d tokens in %s: %s; database %s, control %s; %s",
+            "agentstate: %srank %d, %spages of %d tokens in %s: %s; database %s, control %s; %s",
+            f"DP rank {self._engine.dp_rank}, " if self._engine.dp_size > 1 else "",
             self._engine.rank,
+            "" if self._group.writes else f"which reads what rank {self._group.writer} writes, ",
             self.page_size,
-            settings.pages_path.absolute(),
+            self._engine.pages_dir,
             self.pools.describe(),
             database.url,
             self._control.address,
@@ -122,22 +138,55 @@ class Rank:
 
     def _ranks_here(self) -> int:
         """How many ranks share this machine."""
-        return max(1, int(get_parallel().tp_size) // int(getattr(self._server_args, "nnodes", 1)))
+        parallel = get_parallel()
+        ranks = int(parallel.tp_size) * int(parallel.dp_size)
+        return max(1, ranks // int(getattr(self._server_args, "nnodes", 1)))
 
     def _identity(self) -> tuple[Mapping[PoolName, bytes], Space]:
         """The fingerprints of this rank's pools with the weights that are loaded, and the room of their stores."""
         of_ranks = identity.fingerprints(self._server_args, self.page_size, self._device_pools)
-        space = identity.space(self.settings, of_ranks)
+        space = identity.space(self.settings, of_ranks, self._group)
         space.limits = self._limits
-        return of_ranks[get_parallel().tp_rank], space
+        if not self._group.writes:
+            # What an earlier release has stored for this rank alone: nobody restores it without the writer's pages.
+            space.discard(identity.directories(self.settings, of_ranks, self._group.rank))
+        return of_ranks[self._group.writer], space
 
-    def _opening(self, marks: Mapping[PoolName, bytes], space: Space) -> Callable[[DevicePool], PageStore]:
-        def open_store(pool: DevicePool) -> PageStore:
-            mark = marks[pool.name]
-            directory = identity.store_directory(self.settings, mark, get_parallel().tp_rank)
-            return PageStore(directory, mark, pool.device_pages.geometry, space=space)
+    def _opening(self, marks: Mapping[PoolName, bytes], space: Space) -> Callable[[DevicePool], Store]:
+        def open_store(pool: DevicePool) -> Store:
+            mark, geometry = marks[pool.name], pool.device_pages.geometry
+            directory = identity.store_directory(self.settings, mark, self._group.writer)
+            if not self._group.writes:
+                return StoreView(directory, mark, geometry)
+            return PageStore(directory, mark, geometry, space=space)
 
         return open_store
+
+    def _open_replicas(self, store: Store) -> Replicas:
+        rank = self._group.writer
+        return Replicas(store, lambda: identity.stores_of_others(self.settings, store.fingerprint, rank))
+
+    def _open_shared(self, pool: DevicePool, store: Store) -> SharedPages:
+        # Each rank has an index of its own of what is there.
+        name = "shared" if self._group.writes else f"shared{self._group.rank}"
+        return SharedPages(store.directory / name, self._extents, store.fingerprint, pool.device_pages.geometry)
+
+    def _open_sharing(self) -> Sharing | None:
+        if self._extents is None:
+            return None
+        settings = self.settings
+        return Sharing(
+            self._extents,
+            settings.shared_store,
+            self._database,
+            self.pools,
+            lambda: self._engine,
+            through=settings.share == "through",
+            evict=settings.share == "evict" and self._group.writes,
+            keep_s=settings.shared_keep_s,
+            limits=lambda: self.accounts.limits("shared"),
+            writer=self._group.writer,
+        )
 
     def _open_sessions(self) -> Sessions:
         sessions = Sessions(
@@ -150,6 +199,8 @@ class Rank:
             dead=self._space.take_dead,
             accounts=self.accounts,
             take=self._take,
+            sharing=self.sharing,
+            writer=self._group.writer,
         )
         sessions.pinned_until = self.pinning.until_s
         return sessions
@@ -157,7 +208,7 @@ class Rank:
     def _take(self, quotas: Mapping[str, Quota], pins: Mapping[str, tuple[str, float]]) -> None:
         """What SQL says of accounts, and of sessions of this engine that are to stay."""
         before = self.accounts.limits("nvme")
-        self.accounts.take(quotas, get_parallel().tp_size)
+        self.accounts.take(quotas, self._group.ranks)
         if (limits := self.accounts.limits("nvme")) != before:
             self.limit_owners(limits)
         if self.sessions is not None:
@@ -170,10 +221,9 @@ class Rank:
         return 0 if self.pools.host_tier is None else self.pools.host_tier.n_bytes
 
     def limit_owners(self, limits: Mapping[str, int]) -> None:
-        """Bound what owners of pages have on the drive, in bytes over all ranks, which share it evenly. Owners are the
-        accounts of turns. Nobody bounds those that are not in ``limits``. From any thread."""
-        ranks = get_parallel().tp_size
-        of_rank = {owner: limit // ranks for owner, limit in limits.items()}
+        """Bound what owners of pages have on the drive, in bytes over all ranks; those that write share it evenly.
+        Owners are the accounts of turns. Nobody bounds those that are not in ``limits``. From any thread."""
+        of_rank = {owner: limit // self._group.writers for owner, limit in limits.items()}
         self._limits = self._space.limits = of_rank.get if of_rank else None
 
     def retire(self, reason: str) -> None:
@@ -186,6 +236,11 @@ class Rank:
         """Restore and spill nothing until `resume`; nothing changes when it is retired."""
         if self.off is None:
             self.off = self._suspended = reason
+
+    @property
+    def suspended(self) -> bool:
+        """Whether a `suspend` has not ended."""
+        return self._suspended is not None
 
     def resume(self) -> None:
         """End a `suspend`."""
@@ -225,14 +280,21 @@ class Rank:
         self._control.close()
         self.sessions.stop_erasing()
         self.pools.finish_spilling(_DRAIN_S)
-        # While the stores are open: it asks them what manifests may say.
+        # While the stores are open: they ask them what is there.
+        if self.sharing is not None:
+            self.sharing.close()
         self.sessions.close()
+        # Before the pools: their readers may wait for a store that hangs.
+        if self._extents is not None:
+            self._extents.tier.close()
         self.pools.close()
 
     # What the control endpoint asks for.
 
-    def flush(self, session_id: str) -> dict[str, Any]:
-        return self.sessions.standing(session_id)
+    def flush(self, session_id: str, durability: str) -> Callable[[], dict[str, Any]]:
+        if durability == "shared" and self.sharing is None:
+            raise EngineError("this engine has no shared store: set AGENTSTATE_SHARED_STORE")
+        return self.sessions.flush(session_id, shared=durability == "shared")
 
     def prefetch(
         self, session_id: str, tier: str, packed: bytes | None, due_s: float | None
@@ -311,17 +373,20 @@ class Rank:
         return {
             "engine": self._engine.id,
             "rank": self._engine.rank,
+            "dp_rank": self._engine.dp_rank,
             "model": self._engine.model,
             "fingerprint": self._engine.fingerprint,
             "off": self.off,
             **self.pools.stat(),
             **asdict(largest(self._space.owners())),
+            "wear": {"bytes_day": self._space.wear.bytes_written, "budget": self._space.wear.budget},
             "break_even": asdict(self.break_even.stats),
             "preload": asdict(self.preload_stats),
             "order": asdict(self.order_stats),
             "foresight": asdict(self.foresight_stats),
             "served": asdict(self.served.stats),
             "erasures": self.sessions.erasures,
+            "sharing": asdict(self.sharing.stats if self.sharing is not None else SharingStats()),
             "accounts": self._accounts(),
             "pins": len(self.waits.pins()),
             "kept": self._kept(),
@@ -339,6 +404,8 @@ class Rank:
         }
 
     def tick(self) -> None:
+        self.pools.forget_erased()
+        self.pools.look_for_replicas()
         if self.metrics is not None:
             self.metrics.update(self.stat())
 

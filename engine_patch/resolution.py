@@ -6,24 +6,27 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from engine_patch import flags
+from engine_patch import contract, flags, versions
 
 logger = logging.getLogger(__name__)
 
 PAGE_SIZE = 64
 # These attention backends read one token a page.
 _ONE_TOKEN_A_PAGE = {"minicpm_flashattn", "minicpm_flashinfer"}
-# What this module itself declares.
-_OURS = {
-    "enable_unified_cache_external_linker",
-    "unified_cache_external_linker_backend",
-    "unified_cache_external_linker_config",
+_LINKER = {
+    "unified_cache_external_linker_backend": "dynamic",
+    "unified_cache_external_linker_config": {
+        "linker": "AgentStateLinker",
+        "linker_module_path": "engine_patch.linker",
+    },
 }
+# What this module itself declares.
+_OURS = {"enable_unified_cache_external_linker", *_LINKER}
 
 
 class FlagRefused(SystemExit, ValueError):
-    """A flag that AgentState does not support. A launcher that does not catch it prints the sentence alone and exits
-    with code 1; a program that starts engines can catch it as a ValueError."""
+    """A flag, or a version of SGLang, that AgentState does not support. A launcher that does not catch it prints the
+    sentence alone and exits with code 1; a program that starts engines can catch it as a ValueError."""
 
 
 def judge_flags(server_args: Any, previous: Any) -> None:
@@ -31,6 +34,7 @@ def judge_flags(server_args: Any, previous: Any) -> None:
     from engine_patch import sglang_api as sgl
 
     if server_args.radix_cache_backend == flags.BACKEND:
+        judge_version(ours=sgl.is_our_platform())
         given = sgl.given_flags(server_args)
         if (refusal := flags.refusal(given)) is not None:
             raise FlagRefused(refusal)
@@ -39,6 +43,17 @@ def judge_flags(server_args: Any, previous: Any) -> None:
         tested = [flags.shown(flag) for flag in given if flag.standing is flags.Standing.TESTED]
         logger.info("agentstate: tested flags: %s", ", ".join(tested))
     previous(server_args)
+
+
+def judge_version(*, ours: bool) -> None:
+    """Refuse a version of SGLang that lacks what is needed, by what it has and not by its number, and warn of one that
+    is not tested. ``ours`` is whether the engine runs on our CPU platform. Raises FlagRefused."""
+    found = versions.installed()
+    lacks = contract.missing(contract.ENGINE) + (contract.missing(contract.CPU) if ours else [])
+    if lacks:
+        raise FlagRefused(versions.refusal(found, lacks))
+    if (warning := versions.warning(found)) is not None:
+        logger.warning("agentstate: %s", warning)
 
 
 def refuse_resolved(server_args: Any, *, but: set[str] = _OURS) -> None:
@@ -70,11 +85,7 @@ def complete(server_args: Any, previous: Any) -> None:
         "agentstate",
         warmups=",".join(warm_ups) or None,
         enable_unified_cache_external_linker=True,
-        unified_cache_external_linker_backend="dynamic",
-        unified_cache_external_linker_config={
-            "linker": "AgentStateLinker",
-            "linker_module_path": "engine_patch.linker",
-        },
+        **(_LINKER if sgl.constructs_linkers() else {}),
     )
 
 
@@ -99,6 +110,9 @@ def _allows(cfg: Any, is_hip: bool) -> bool:
     if cfg.uses_mamba_radix_cache and (
         cfg.mamba_radix_cache_strategy == "no_buffer" or cfg.mamba_track_interval % PAGE_SIZE
     ):
+        return False
+    if cfg.speculative_algorithm == "NGRAM" and cfg.speculative_ngram_max_bfs_breadth > 1:
+        # SGLang verifies its trees in such pages with one attention backend only, and refuses the others.
         return False
     backends = {cfg.attention_backend, cfg.prefill_attention_backend, cfg.decode_attention_backend}
     chunk = cfg.chunked_prefill_size or 0

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from engine_patch.failures import NO_STORED_PAGE, Unusable
 from engine_patch.feeds import Feed, Load, Portion, Reading, Source, pieces, refined
 from engine_patch.host_tier import HostPool
 from engine_patch.prefetch import Prefetches
+from engine_patch.shared_pool import SharedPool
 from engine_patch.staging import PinnedMemory
 from engine_patch.transfer import CopyLane, DevicePages, PageNumbers
 
@@ -33,7 +35,8 @@ _REMEMBERED_UNREAD = 100_000
 class RestoreStats:
     """Counters since the engine started. ``restores`` are the batches that brought a request its pages. Of
     ``bytes_read``, ``bytes_straight`` were read to where they are needed, past staging; ``bytes_host`` came from the
-    host tier instead, with ``pages_host`` of the ``pages_restored``. ``pages_failed`` were
+    host tier instead, with ``pages_host`` of the ``pages_restored``; ``pages_shared`` came from the shared store.
+    ``pages_failed`` were
     damaged, or could not be read in two restores, and were dropped; ``pages_unread`` could not be read this time and
     were kept; ``timed_out`` are the batches that had not arrived yet when they were abandoned, because a drive did not
     answer.
@@ -46,6 +49,7 @@ class RestoreStats:
     bytes_straight: int = 0
     pages_host: int = 0
     bytes_host: int = 0
+    pages_shared: int = 0
     seconds: float = 0.0
     first_layer_s: float = 0.0
     forward_wait_s: float = 0.0
@@ -73,12 +77,13 @@ class PreloadStats:
 
 class RestoredRequest(NamedTuple):
     """What one request got back. ``n_bytes`` are bytes as they were read; those that several requests needed count for
-    one of them. Of the ``pages``, ``host_pages`` came from the host tier."""
+    one of them. Of the ``pages``, ``host_pages`` came from the host tier, ``shared_pages`` from the shared store."""
 
     pages: int
     n_bytes: int
     sources: frozenset[Source]
     host_pages: int = 0
+    shared_pages: int = 0
 
 
 @dataclass(frozen=True)
@@ -219,8 +224,8 @@ class Restorer:
     Pages that several requests of a batch need are read once and copied to all of them. An unusable page fails all
     requests that need it.
 
-    What the ``host`` tier has comes from there. If a page there is wrong, it is gone, and the requests that need it are
-    restored again, from the drive.
+    What only the ``shared`` store has comes from there, and what the ``host`` tier has from there. If a page in host
+    memory is wrong, it is gone, and the requests that need it are restored again, from the drive.
 
     If the device's memory is the host's and aligned (`DevicePages.addressable`), pages that have not been read when a
     batch starts are read straight into their place: a bad page's bytes then lie where those of a recomputed request
@@ -237,12 +242,14 @@ class Restorer:
         reader: LayerwiseReader,
         timeout_s: float | None = None,
         host: HostPool | None = None,
+        shared: SharedPool | None = None,
     ):
         self.stats = RestoreStats()
         self.arrivals = Arrivals(pages.geometry.layers, timeout_s)
-        self.prefetches = Prefetches(store, reader, host=host)
+        self.prefetches = Prefetches(store, reader, host=host, shared=shared)
         self._store = store
         self._host = host
+        self._shared = shared
         self._pages = pages
         self._reader = reader
         self._pinned = PinnedMemory(reader.staging, pages.device)
@@ -275,9 +282,18 @@ class Restorer:
         need: Need = DEMAND,
     ) -> int:
         """Load ``keys`` into the device pages ``numbers`` for no request that runs, as a batch of its own, and return
-        its index. No forward and no more urgent batch waits for it."""
+        its index. No forward and no more urgent batch waits for it. What cannot even begin fails as a batch, since
+        other pools may have begun."""
         feeds: list[Feed] = []
-        return self._begin([self._load(rid, keys, numbers, feeds, Source.DEVICE, need)], feeds, ready, need)
+        try:
+            load = self._load(rid, keys, numbers, feeds, Source.DEVICE, need)
+        except Exception:
+            logger.exception("agentstate: pages could not be loaded ahead for %s", rid)
+            for feed in feeds:
+                feed.stream.discard()
+            feeds, load = [], Load(rid, keys, numbers)
+            load.missing = tuple(keys)
+        return self._begin([load], feeds, ready, need)
 
     def hasten(self, index: int, need: Need) -> None:
         """Let a preload be as urgent as ``need``, if it is less so."""
@@ -303,6 +319,9 @@ class Restorer:
         if self._host is not None:
             self._host.overtaken(keys)
             split = refined(keys, split, self._host.pieces)
+        if self._shared is not None:
+            further = partial(self._shared.pieces, need=need, background=source is Source.DEVICE)
+            split = refined(keys, split, further)
         for piece in split:
             if (reading := piece.reading) is None:
                 try:
@@ -391,8 +410,14 @@ class Restorer:
             "running_batches": self._begun.unfinished,
             "awaited_batches": self.arrivals.kept,
             **self.prefetches.kept(),
-            **self._reader.kept(),
+            **self._kept_by_readers(),
         }
+
+    def _kept_by_readers(self) -> Counter[str]:
+        kept = Counter(self._reader.kept())
+        if self._shared is not None:
+            kept.update(self._shared.reader.kept())
+        return kept
 
     def drain(self) -> None:
         """Wait for what runs."""
@@ -453,6 +478,8 @@ class Restorer:
             if again:
                 logger.error("agentstate: %d page(s) could not be read in two restores and are dropped", len(again))
             dropped = self._store.drop(batch.wrong | again)
+            if self._shared is not None and batch.wrong:
+                self._shared.drop(batch.wrong)
             with self._counting:
                 self.stats.pages_failed += dropped
                 self.stats.pages_unread += len(batch.unread - again)
@@ -547,11 +574,18 @@ class Restorer:
         )
 
     def _record(self, batch: _Batch, first_layer_s: float, seconds: float) -> Restored | None:
-        host_pages: Counter[str] = Counter()
-        for portion in (portion for feed in batch.feeds if feed.source is Source.HOST for portion in feed.portions):
-            host_pages[portion.load.rid] += len(portion.pages)
+        pages_of: Counter[tuple[str, Source]] = Counter()
+        for feed in batch.feeds:
+            for portion in feed.portions:
+                pages_of[portion.load.rid, feed.source] += len(portion.pages)
         requests = {
-            load.rid: RestoredRequest(len(load.keys), load.n_bytes, frozenset(load.sources), host_pages[load.rid])
+            load.rid: RestoredRequest(
+                len(load.keys),
+                load.n_bytes,
+                frozenset(load.sources),
+                pages_of[load.rid, Source.HOST],
+                pages_of[load.rid, Source.SHARED],
+            )
             for load in batch.loads
             if load.rid not in batch.failed
         }
@@ -564,6 +598,7 @@ class Restorer:
             self.stats.restores += 1
             self.stats.pages_restored += sum(of_request.pages for of_request in requests.values())
             self.stats.pages_host += sum(of_request.host_pages for of_request in requests.values())
+            self.stats.pages_shared += sum(of_request.shared_pages for of_request in requests.values())
             self.stats.first_layer_s += first_layer_s
             self.stats.seconds += seconds
         return Restored(requests, seconds)

@@ -11,9 +11,10 @@ from dataclasses import asdict
 from enum import Enum, auto
 from typing import Any, Protocol
 
+from agentstate.errors import EngineError
 from agentstate.fleet import turns
 from agentstate.fleet.engines import Engine
-from agentstate.fleet.manifests import Manifest, split_keys
+from agentstate.fleet.manifests import KvState, Manifest, split_keys
 from agentstate.fleet.quotas import Quota
 from agentstate.fleet.turns import Turn
 from agentstate.pages import PLANNED, Need, PageKeys, Urgency
@@ -21,9 +22,10 @@ from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from engine_patch.accounts import Accounts
 from engine_patch.catalog import Catalog
-from engine_patch.erasing import Eraser
+from engine_patch.erasing import Eraser, ErasureStats
 from engine_patch.ledger import Ledger
 from engine_patch.sglang_api import RadixKey, get_storage_hash_str
+from engine_patch.sharing import Publication, Sharing
 from engine_patch.stored_pools import StoredPools
 from engine_patch.turns import RequestSession
 
@@ -54,7 +56,8 @@ class Sessions:
 
     ``stores`` says whether what requests compute is stored at all: while it is not, nothing is said about them.
     ``dead`` are the stores whose manifests go (`Space.take_dead`). ``accounts`` is told who proves which account, and
-    ``take`` what SQL says of quotas and pins (`Catalog`).
+    ``take`` what SQL says of quotas and pins (`Catalog`). ``writer`` is the rank that stores the pages of this one, if
+    it is another: it says in SQL what is stored, publishes it and erases it, for its whole group.
     """
 
     def __init__(
@@ -69,7 +72,13 @@ class Sessions:
         dead: Callable[[], list[tuple[str, int]]],
         accounts: Accounts | None = None,
         take: Callable[[Mapping[str, Quota], Mapping[str, tuple[str, float]]], None] = lambda quotas, pins: None,
+        sharing: Sharing | None = None,
+        writer: int | None = None,
     ):
+        self._sharing = sharing
+        self._speaks = writer is None or writer == engine.rank
+        self._shares_all = settings.share == "through"
+        self._shares_suspended = settings.share != "evict"
         self.device: Device | None = None
         self._accounts = accounts = accounts or Accounts()
         # Until when a session is pinned, by the monotonic clock.
@@ -92,29 +101,33 @@ class Sessions:
             saved=self._ledger.saved,
             refused=self._ledger.refused,
             needed=pools.need_only,
-            stored=pools.durable,
+            stored=self._still_stored,
             held=pools.held,
             losers=pools.take_losers,
             dead=dead,
             n_bytes=pools.n_bytes,
             told=take,
+            writer=writer,
         )
 
-        self._eraser = Eraser(database, engine, pools, self._catalog, self._unsettled_keys)
+        erase = {} if sharing is None else {"shared": sharing.erase}
+        self._eraser = (
+            Eraser(database, engine, pools, self._catalog, self._unsettled_keys, **erase) if self._speaks else None
+        )
 
     def stop_erasing(self) -> bool:
         """Erase nothing any more; False where the drive keeps it from ending. Before the stores are closed, or others
         take their place."""
-        return self._eraser.close()
+        return self._eraser is None or self._eraser.close()
 
     def close(self) -> None:
-        self._eraser.close()
+        self.stop_erasing()
         self._catalog.close()
 
     @property
     def erasures(self) -> dict[str, int]:
         """What of sessions that are gone waits to be erased, and what has been erased."""
-        return asdict(self._eraser.stats)
+        return asdict(ErasureStats() if self._eraser is None else self._eraser.stats)
 
     def turn(self, session: RequestSession) -> Turn | None:
         """The turn that a request's token proves, or None."""
@@ -171,7 +184,16 @@ class Sessions:
             if (until_s := self.pinned_until(session_id)) is not None:
                 self._pools.retain(keys[:durable], until_s)
             self._pools.merge(keys[:durable])
-            self._catalog.save(self._manifest(turn, keys, durable))
+            manifest = self._manifest(turn, keys, durable)
+            if not self._speaks:
+                # The writer's is in SQL, or will be: who asks how far the session is asks the writer as well.
+                self._ledger.saved(manifest)
+                return
+            if self._sharing is not None and self._shares_all:
+                self._sharing.publish(session_id, keys[:durable])
+            self._catalog.save(manifest)
+            if self._sharing is not None:
+                self._sharing.note(session_id, keys[: self._pools.published(keys[:durable])])
             self._catalog.abandon(session_id, keys, durable)
 
         self._pools.then(settle)
@@ -185,7 +207,8 @@ class Sessions:
 
     def _abandon(self, session_id: str, key: RadixKey) -> None:
         """Remember, once they are stored, pages of a session that no manifest is to list: they are erased with it."""
-        self._pools.then(lambda: self._catalog.abandon(session_id, self._keys(key), 0))
+        if self._speaks:
+            self._pools.then(lambda: self._catalog.abandon(session_id, self._keys(key), 0))
 
     def _keys(self, key: RadixKey) -> PageKeys:
         return PageKeys.from_hex(get_storage_hash_str(key, page_size=self._page_size))
@@ -193,14 +216,52 @@ class Sessions:
     def kept(self) -> dict[str, int]:
         return {"unsettled_sessions": len(self._unsettled), "unsaved_manifests": self._catalog.waiting}
 
+    def _still_stored(self, keys: Sequence[bytes]) -> int:
+        """How many pages of a chain that was stored may be still: all, before it is known what the shared store has."""
+        return self._pools.durable(keys) if self._pools.shared_known else len(keys)
+
+    def flush(self, session_id: str, *, shared: bool = False) -> Callable[[], dict[str, Any]]:
+        """What answers a ``flush`` as of now, asked every few milliseconds while it is ``pending``. Once the session's
+        pages are stored they are published in the shared store, if there is one and the policy says so, and are
+        ``pending`` until SQL promises them, if they are to be ``shared``. So are those of a session of which this node
+        has not all: no copy of it would be durable otherwise. Then it raises EngineError if they are not published for
+        now. A rank that another one writes for leaves that to the other one's answer."""
+        sharing = self._sharing
+        stored: dict[str, Any] = {}
+        publication: Publication | None = None
+        must = shared
+
+        def answer() -> dict[str, Any]:
+            nonlocal stored, publication, must
+            if publication is None:
+                stored = self.standing(session_id)
+                if sharing is None or stored["state"] == KvState.PENDING.value or not stored["pages"]:
+                    return stored
+                if not self._speaks:
+                    return {**stored, "shared_tokens": stored["tokens"]}
+                keys = self._chain(session_id)[: stored["pages"]]
+                must = shared or not self._pools.here(keys)
+                if not must and not self._shares_suspended and self._pools.published(keys) < len(keys):
+                    return stored
+                publication = sharing.publish(session_id, keys)
+            promised = publication.promised
+            missing = must and promised < len(publication.keys)
+            if missing and (reason := sharing.refused(publication)) is not None:
+                raise EngineError(reason)
+            pending = {"state": KvState.PENDING.value} if missing else {}
+            return {**stored, **pending, "shared_tokens": promised * self._page_size}
+
+        return answer
+
     def standing(self, session_id: str) -> dict[str, Any]:
-        """The answer of a ``flush`` as of now."""
+        """How far the session is stored on this node, as of which turn."""
+        epoch = self._ledger.epoch(session_id)  # before what it is about: a newer request's counts for none before it
         standing = self._ledger.standing(session_id)
         if standing is None and self._stores() and (manifest := self._catalog.load(session_id)) is not None:
             keys = manifest.page_keys()
             lost = manifest.lost_tokens // self._page_size
-            return self._ledger.remembered(self._pools.durable(keys), len(keys) + lost)
-        return standing or {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0}
+            standing, epoch = self._ledger.remembered(self._pools.durable(keys), len(keys) + lost), manifest.epoch
+        return {**(standing or {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0}), "epoch": epoch}
 
     def prefetch(
         self,
@@ -220,7 +281,7 @@ class Sessions:
         if tier not in ("host", "device"):
             raise ValueError(f"tier {tier!r} is neither host nor device")
         chain = self._chain(session_id) if packed is None else split_keys(packed)
-        keys = chain[: self._pools.durable(chain, use=True)] if self._stores() else []
+        keys = chain[: self._pools.reachable(chain)] if self._stores() else []
         whole = "warm" if len(keys) == len(chain) else "partial"
         if not keys:
             return lambda: self._answer("cold", 0, tier)
@@ -256,7 +317,7 @@ class Sessions:
         """How many pages from the head of the session's context are on disk, and in the host tier."""
         chain = self._chain(session_id)
         in_memory = self._pools.in_host_memory(chain)
-        return {"disk": self._pools.durable(chain), "host": [*in_memory, False].index(False)}
+        return {"disk": self._pools.on_node(chain), "host": [*in_memory, False].index(False)}
 
     def demoted(self, session_id: str) -> dict[str, Any]:
         """The answer for a session whose pages are the first that the device evicts."""
@@ -266,7 +327,7 @@ class Sessions:
         """The session's pages that were stored when its newest request had ended."""
         if (keys := self._ledger.chain(session_id)) is not None:
             return keys
-        manifest = self._catalog.load(session_id)
+        manifest = self._catalog.load(session_id) or self._catalog.elsewhere(session_id)
         return [] if manifest is None else manifest.page_keys()
 
     def _answer(self, state: str, pages: int, tier: str) -> dict[str, Any]:

@@ -10,37 +10,65 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from fractions import Fraction
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from agentstate.pages import DEMAND, PLANNED, READ_THREADS, LayerwiseReader, Need, PageKeys, PageStore
+from agentstate.pages import (
+    ANYONE,
+    DEMAND,
+    PLANNED,
+    READ_THREADS,
+    Changes,
+    LayerwiseReader,
+    Need,
+    PageKeys,
+    PageStore,
+    Replicas,
+    StoreView,
+)
 from agentstate.pages.space import StoreStats
 from agentstate.settings import Settings
+from agentstate.tiers import Guard
+from agentstate.tiers.pages import SharedPages
 from engine_patch.accounts import Accounts
 from engine_patch.arrivals import Arrivals, LayerGate
 from engine_patch.failures import Failures, together
+from engine_patch.following import FollowingSpiller
 from engine_patch.host_memory import bound
 from engine_patch.host_tier import HostPool, HostStats, HostTier
 from engine_patch.pools import DevicePool
 from engine_patch.quarantine import Quarantine
 from engine_patch.restore import Finished, Restored, RestoredRequest, Restorer, RestoreStats
 from engine_patch.sglang_api import PoolName, PoolTransfer
+from engine_patch.shared_pool import SharedPool, SharedStats
 from engine_patch.spill import Spiller, SpillStats
 from engine_patch.staging import read_backend
 from engine_patch.transfer import CopyLane, PageNumbers
 
-OpenStore = Callable[[DevicePool], PageStore]
+# Of a pool, the store that this rank writes, or a view of the one that another rank writes for it.
+Store = PageStore | StoreView
+OpenStore = Callable[[DevicePool], Store]
+# What other engines of this machine have of the pages that a store is for.
+OpenReplicas = Callable[[Store], Replicas]
 # More than a reader takes by itself: beside a forward, threads that hand over less often disturb it less. An
 # accelerator takes 8 MiB in less than a millisecond, so that more at a time keeps nobody waiting. That size was chosen
 # by arithmetic (`bench path`) and has not been measured on one.
 _CHUNK_BYTES, _CHUNK_BYTES_ACCELERATOR = 8 << 20, 32 << 20
 # So do fewer of them.
 _READ_THREADS_BESIDE = 2
+
+
+class Share(NamedTuple):
+    """A store that engines share: what answers for it, and what opens the pages in it that a pool's store is for."""
+
+    tier: Guard
+    open: Callable[[DevicePool, Store], SharedPages]
 
 
 class OfferBudget:
@@ -87,57 +115,158 @@ class OfferBudget:
         return len(self._offers)
 
 
+def _parts(pools: Sequence[DevicePool]) -> list[Fraction]:
+    """Which part of what they share each pool gets: those of the tree as much as each other, and what follows one of
+    them has of that one's part what it has of a token's bytes."""
+    n_bytes = {pool.name: pool.device_pages.geometry.page_bytes for pool in pools}
+    together: Counter[PoolName] = Counter()
+    for pool in pools:
+        together[pool.follows or pool.name] += n_bytes[pool.name]
+    return [Fraction(n_bytes[pool.name], together[pool.follows or pool.name] * len(together)) for pool in pools]
+
+
 class _StoredPool:
     def __init__(
-        self, pool: DevicePool, open_store: OpenStore, settings: Settings, parts: int, tier: HostTier | None = None
+        self,
+        pool: DevicePool,
+        open_store: OpenStore,
+        settings: Settings,
+        part: Fraction,
+        tier: HostTier | None = None,
+        share: Share | None = None,
+        open_replicas: OpenReplicas | None = None,
     ):
         self.name = pool.name
+        # The pool of the tree that says where the pages of this one are.
+        self.source = pool.follows or pool.name
         self.model_layers = pool.model_layers
         self.window_pages = pool.window_pages
         self.device_pages = pool.device_pages
         self.pool = pool
         self.store = open_store(pool)
+        self._open_replicas = open_replicas
+        self.replicas = open_replicas(self.store) if open_replicas is not None else None
         self.page_bytes = self.device_pages.geometry.page_bytes
-        self._staging_bytes, self._timeout_s = settings.spill_staging_bytes // parts, settings.drive_timeout_s
+        self._staging_bytes, self._timeout_s = int(settings.spill_staging_bytes * part), settings.drive_timeout_s
+        self._one_shots = settings.one_shots
+        self._promotes_late = share is not None and settings.promote == "second"
         self.spiller = self._new_spiller()
-        queue_pages = settings.spill_queue_bytes // parts // self.page_bytes
+        queue_pages = int(settings.spill_queue_bytes * part) // self.page_bytes
         # Of recurrent states SGLang has hardly more than its requests need, and ends when there is none.
         most = len(self.device_pages) // (4 if pool.name is PoolName.MAMBA else 2)
         self.most_offered = max(1, min(queue_pages, most))
         backend = read_backend(settings.read_backend, self.device_pages.device)
+        staging_bytes = int(settings.staging_bytes * part)
         self.reader = LayerwiseReader(
             self.device_pages.geometry,
-            staging_bytes=settings.staging_bytes // parts,
+            staging_bytes=staging_bytes,
             threads=settings.read_threads or (_READ_THREADS_BESIDE if self.device_pages.addressable else READ_THREADS),
             chunk_bytes=chunk_bytes(self.device_pages.device),
             backend=backend,
+            open_extent=self.local.opening(backend) if not isinstance(self.local, PageStore) else None,
         )
         self.host = (
             HostPool(tier, self.store, self.device_pages, self.reader, backend.on_host) if tier is not None else None
         )
-        self.restorer = Restorer(self.store, self.device_pages, self.reader, self._timeout_s, self.host)
+        self._share = share
+        self.shared = (
+            SharedPool(
+                share.open(pool, self.store),
+                self.store,
+                share.tier,
+                self.device_pages.geometry,
+                self.device_pages.device,
+                settings,
+                staging_bytes,
+                self.replicas,
+            )
+            if share is not None
+            else None
+        )
+        self.restorer = Restorer(self.local, self.device_pages, self.reader, self._timeout_s, self.host, self.shared)
         # Whether nothing is spilled any more.
         self.ended = False
-        self.quarantine = Quarantine(pool.allocator) if Quarantine.works(pool.allocator) else None
+        # What follows another pool is withheld with that one's pages.
+        works = pool.follows is None and Quarantine.works(pool.allocator)
+        self.quarantine = Quarantine(pool.allocator) if works else None
+        self._erasures = 0
 
-    def _new_spiller(self) -> Spiller:
-        return Spiller(self.store, self.device_pages, self._staging_bytes, self._timeout_s)
+    @property
+    def local(self) -> Store | Replicas:
+        """What this machine has: the store, and those of other engines."""
+        return self.replicas or self.store
 
-    def move(self, store: PageStore, within_s: float) -> bool:
+    def _new_spiller(self) -> Spiller | FollowingSpiller:
+        if isinstance(self.store, StoreView):
+            return FollowingSpiller(self.store, self.device_pages, self.pool.dtypes[0], self._timeout_s)
+        return Spiller(
+            self.store,
+            self.device_pages,
+            self._staging_bytes,
+            self._timeout_s,
+            one_shots=self._one_shots,
+            shared=self._in_shared if self._promotes_late else None,
+            adopt=self.replicas.adopt if self.replicas is not None else None,
+        )
+
+    def _in_shared(self, keys: Sequence[bytes]) -> list[bool]:
+        return [False] * len(keys) if self.shared is None else self.shared.stored(keys, answering=True)
+
+    @property
+    def unlike(self) -> bool:
+        """Whether the rank that writes the store turned out to compute other pages than this one."""
+        return isinstance(self.spiller, FollowingSpiller) and self.spiller.unlike
+
+    def forget_erased(self) -> None:
+        """Forget what the host tier has of pages that the rank which writes the store has erased."""
+        if isinstance(self.store, StoreView) and self.host is not None:
+            before, self._erasures = self._erasures, self.store.told().erasures
+            if before != self._erasures:
+                self.host.forget_unstored()
+
+    def move(self, store: Store, within_s: float) -> bool:
         """Store to and restore from ``store`` from now on. False, and nothing is stored any more, when the drive does
         not take what waits for the store before within so many seconds."""
         self.ended = self.spiller.close(within_s)
         if not self.ended:
             return False
         stats, on = self.spiller.stats, self.spiller.on
-        self.restorer.move(store)
+        store.changes = self.store.changes
+        before, self.replicas = self.replicas, self._open_replicas(store) if self._open_replicas is not None else None
+        self.restorer.move(self.replicas or store)
         if self.host is not None:
             self.host.move(store)
+        if self.shared is not None and self._share is not None:
+            self.shared.move(self._share.open(self.pool, store), store, self.replicas)
+            self.shared.pages.changes = store.changes
+        if before is not None:
+            before.close()
         self.store.close()
         self.store = store
         self.spiller = self._new_spiller()
         self.spiller.stats, self.spiller.on, self.ended = stats, on, False
         return True
+
+    def prefix_length(self, keys: Sequence[bytes], *, use: bool, answering: bool) -> int:
+        """How many of ``keys``, from the first on, are in the store or the shared one (`SharedPool`); also in those of
+        other engines of this machine, if they have to be ``answering`` now."""
+        local = self.local if answering else self.store
+        found = local.prefix_length(keys, use=use)
+        while self.shared is not None and found < len(keys):
+            more = self.shared.prefix_length(keys[found:], answering=answering)
+            if not more:
+                break
+            found += more
+            found += local.prefix_length(keys[found:], use=use)
+        return found
+
+    def stored(self, keys: Sequence[bytes], *, answering: bool) -> list[bool]:
+        """Which of ``keys`` are in the store or the shared one; see `prefix_length`."""
+        stored = (self.local if answering else self.store).stored(keys)
+        if self.shared is not None and not all(stored):
+            shared = self.shared.stored(keys, answering=answering)
+            stored = [one or other for one, other in zip(stored, shared, strict=True)]
+        return stored
 
     def needed(self, keys: Sequence[bytes]) -> Sequence[bytes]:
         """Those of a chain without which it cannot be gone on from its end."""
@@ -161,13 +290,14 @@ class _StoredPool:
             "prefetch": dataclasses.asdict(prefetches.stats),
             "reads": self.reader.read_bytes(),
             "host": dataclasses.asdict(self.host.stats if self.host is not None else HostStats()),
+            "shared": dataclasses.asdict(self.shared.stat() if self.shared is not None else SharedStats()),
             "staged_bytes": self.reader.staged_bytes,
         }
 
 
 class StoredPools:
     """``pools``, full attention first, each with a store that ``open_store`` opens. Memory for staging is shared out
-    evenly; that of the host tier goes to what is worth most, within the quotas of ``accounts``. ``ranks`` share the
+    (`_parts`); that of the host tier goes to what is worth most, within the quotas of ``accounts``. ``ranks`` share the
     machine. Without pools it is a place where nothing is stored and nothing is found.
 
     Every request loads from every pool, so that all pools count their batches alike: one index serves them all.
@@ -180,20 +310,32 @@ class StoredPools:
         settings: Settings,
         ranks: int = 1,
         accounts: Accounts | None = None,
+        share: Share | None = None,
+        open_replicas: OpenReplicas | None = None,
     ):
         device = pools[0].device_pages.device if pools else torch.device("cpu")
         host_bytes = bound(settings.host_bytes, device, ranks)
         threads = settings.read_threads or READ_THREADS
+        self.share = share
+        self.page_size = pools[0].device_pages.geometry.page_size if pools else 1
         self.host_tier = HostTier(host_bytes, device, threads, accounts) if host_bytes else None
-        self._pools = [_StoredPool(pool, open_store, settings, len(pools), self.host_tier) for pool in pools]
+        self._pools = [
+            _StoredPool(pool, open_store, settings, part, self.host_tier, share, open_replicas)
+            for pool, part in zip(pools, _parts(pools), strict=True)
+        ]
         routes: dict[int, list[tuple[Arrivals, int]]] = {}
         for pool in self._pools:
             for position, layer in enumerate(pool.model_layers):
                 routes.setdefault(layer, []).append((pool.restorer.arrivals, position))
         self.gate = LayerGate(routes)
         self.device_pages = {pool.name: pool.device_pages for pool in self._pools}
+        # Full attention and what follows it: what a preload brings.
+        self._preloaded = [pool for pool in self._pools if pool.source is self._pools[0].name]
         self._budget = OfferBudget([pool.most_offered for pool in self._pools])
         self._pages_refused = 0
+        # When losers were taken last: how many pages had left the shared store, and whether it was known what it has.
+        self._left = 0
+        self._known = self.shared_known
         self._failures = Failures()
         self._scrubbing = False
         self._priorities = settings.read_priorities
@@ -202,18 +344,19 @@ class StoredPools:
     def device(self) -> torch.device:
         return self._pools[0].device_pages.device if self._pools else torch.device("cpu")
 
-    def restorable(self, keys: Sequence[bytes], *, use: bool = True) -> list[int]:
+    def restorable(self, keys: Sequence[bytes], *, use: bool = True, answering: bool = True) -> list[int]:
         """Every length, in pages and in order, up to which a prefix of ``keys`` is stored with all that is needed to go
-        on from there. Pages before ``keys`` are taken to be on the device. From memory; never touches the disk. The
-        pages that the longest length needs count as used, unless ``use`` is false."""
-        if not self._pools:
+        on from there: on this node, or in the shared store, which has to be ``answering`` now. Pages before ``keys``
+        are taken to be on the device. From memory; never touches the disk. The pages that the longest length needs
+        count as used, unless ``use`` is false."""
+        if not self._pools or any(pool.unlike for pool in self._pools):
             return []
         full, *windowed = self._pools
-        found = full.store.prefix_length(keys, use=use)
+        found = full.prefix_length(keys, use=use, answering=answering)
         lengths = np.arange(1, found + 1)
         usable = np.ones(found, dtype=bool)
         for pool in windowed:
-            stored = np.array(pool.store.stored(keys[:found]), dtype=bool)
+            stored = np.array(pool.stored(keys[:found], answering=answering), dtype=bool)
             run = lengths - np.maximum.accumulate(np.where(stored, 0, lengths))
             usable &= run >= np.minimum(pool.window_pages or found, lengths)
         restorable: list[int] = lengths[usable].tolist()
@@ -228,8 +371,88 @@ class StoredPools:
         return self.restorable(keys[: self._failures.usable(rid, keys)])
 
     def durable(self, keys: Sequence[bytes], *, use: bool = False) -> int:
-        """The longest of the `restorable` lengths, or 0. Keeping account of what is stored is not using it."""
-        return (self.restorable(keys, use=use) or [0])[-1]
+        """The longest of the `restorable` lengths, or 0, whether or not the shared store answers now. Keeping account
+        of what is stored is not using it."""
+        return (self.restorable(keys, use=use, answering=False) or [0])[-1]
+
+    def reachable(self, keys: Sequence[bytes]) -> int:
+        """The longest of the `restorable` lengths, or 0."""
+        return (self.restorable(keys) or [0])[-1]
+
+    def on_node(self, keys: Sequence[bytes]) -> int:
+        """How many of ``keys``, from the first on, are on this node's drive."""
+        return self._pools[0].store.prefix_length(keys, use=False) if self._pools else 0
+
+    def here(self, keys: Sequence[bytes]) -> bool:
+        """Whether all that a prefix of ``keys`` needs is on this node."""
+        return all(all(pool.store.stored(pool.needed(keys))) for pool in self._pools)
+
+    def shared_takes_s(self, keys: Sequence[bytes]) -> float | None:
+        """How long the shared store takes to give what a prefix of ``keys`` needs and this node does not have, as far
+        as that was measured; None where this node has all of it."""
+        missing = [(pool, pool.local.stored(pool.needed(keys)).count(False)) for pool in self._pools]
+        n_bytes = sum(pages * pool.page_bytes for pool, pages in missing)
+        if not n_bytes or self.share is None:
+            return None
+        latency_s, bytes_per_s = self.share.tier.figures()
+        return 0.0 if latency_s is None or not bytes_per_s else latency_s + n_bytes / bytes_per_s
+
+    def measure_shared(self) -> None:
+        """What the shared store is known to take keeps requests from it: find out whether it still does."""
+        if self.share is not None:
+            self.share.tier.measure()
+
+    def chains(self, keys: Sequence[bytes]) -> Iterator[tuple[Store, SharedPages, PageKeys]]:
+        """Of each pool, what it needs of a chain, and where that is and may be."""
+        for pool in self._pools:
+            if pool.shared is not None:
+                yield pool.store, pool.shared.pages, PageKeys.of(pool.needed(keys))
+
+    def shared_pages(self) -> list[tuple[Store, SharedPages]]:
+        """Of each pool, the store and what is known of the shared one."""
+        return [(pool.store, pool.shared.pages) for pool in self._pools if pool.shared is not None]
+
+    @property
+    def shared_known(self) -> bool:
+        """Whether it is known what the shared store has, if there is one."""
+        return all(pool.shared is None or pool.shared.pages.followed for pool in self._pools)
+
+    def published(self, keys: Sequence[bytes]) -> int:
+        """How many of ``keys``, from the first on, are in the shared store with all that is needed to go on from there,
+        whether or not that answers."""
+        found = len(keys) if self._pools else 0
+        for pool in sorted(self._pools, key=lambda pool: pool.window_pages is not None):
+            if pool.shared is None:
+                return 0
+            if pool.window_pages is None:
+                found = pool.shared.pages.prefix_length(keys[:found])
+            # Of a window, the last length is looked at: who resumes needs that, and nothing before it.
+            elif not all(pool.shared.pages.stored(pool.needed(keys[:found]))):
+                return 0
+        return found
+
+    def changes(self) -> Changes:
+        """What is told from now on which pages of full attention leave this rank's store, and which come to the shared
+        one or leave it; not which ones are stored here."""
+        changes = Changes()
+        for pool in self._pools[:1]:
+            pool.store.changes = changes
+            if pool.shared is not None:
+                pool.shared.pages.changes = changes
+        return changes
+
+    def places(self, keys: Sequence[bytes]) -> list[tuple[bool, bool]]:
+        """Of each of ``keys`` whether full attention has it in this rank's store, and in the shared one, whether or not
+        that answers."""
+        if not self._pools:
+            return [(False, False)] * len(keys)
+        full = self._pools[0]
+        here = full.store.stored(keys)
+        if not all(here):
+            # One that was being merged may have been missed; it is not on the way from one place to another twice.
+            here = [one or again for one, again in zip(here, full.store.stored(keys), strict=True)]
+        there = [False] * len(keys) if full.shared is None else full.shared.pages.stored(keys)
+        return list(zip(here, there, strict=True))
 
     def n_bytes(self, pages: int) -> int:
         """What restoring a prefix of so many pages reads."""
@@ -249,7 +472,7 @@ class StoredPools:
         need = self._ranked(need)
         of_pools = [
             pool.restorer.prefetches.for_session(session_id, pool.needed(keys), ttl_s, need)
-            if pool.host is None
+            if pool.host is None or not all(pool.store.stored(pool.needed(keys)))
             else pool.host.fetch(session_id, pool.needed(keys), need)
             for pool in self._pools
         ]
@@ -304,7 +527,13 @@ class StoredPools:
     def take_losers(self) -> set[str]:
         """The sessions whose manifests may have lost pages in any pool since this was asked last (`ANYONE`: or any
         other)."""
-        return set().union(*(pool.store.take_losers() for pool in self._pools))
+        losers = set().union(*(pool.store.take_losers() for pool in self._pools))
+        before = self._left, self._known
+        self._left, self._known = self._left_shared(), self.shared_known
+        return losers | {ANYONE} if before != (self._left, self._known) else losers
+
+    def _left_shared(self) -> int:
+        return sum(pool.shared.pages.left for pool in self._pools if pool.shared is not None)
 
     def held(self, keys: Sequence[bytes]) -> list[bool]:
         """Of each of ``keys`` whether any pool has it stored, whether or not anything can be restored from it."""
@@ -328,6 +557,18 @@ class StoredPools:
         finally:
             self._scrubbing = False
 
+    def forget_erased(self) -> None:
+        """Where another rank writes the stores: keep nothing in host memory that it has erased. Asked once in a
+        while."""
+        for pool in self._pools:
+            pool.forget_erased()
+
+    def look_for_replicas(self) -> None:
+        """Find the stores of other engines that have appeared. Asked once in a while, by one thread."""
+        for pool in self._pools:
+            if pool.replicas is not None:
+                pool.replicas.look()
+
     def merge(self, keys: Sequence[bytes]) -> None:
         """Merge the small extents of a stored chain when there is nothing else to do. A window's pages stay as they
         were written: they are read few at a time."""
@@ -340,8 +581,12 @@ class StoredPools:
         """How many pages that were stored have been lost: evicted, dropped, erased, or deleted by others. It only
         grows."""
         of_pools = [pool.store.stats for pool in self._pools]
-        return sum(
-            stats.pages_evicted + stats.pages_dropped + stats.pages_vanished + stats.pages_erased for stats in of_pools
+        return (
+            sum(
+                stats.pages_evicted + stats.pages_dropped + stats.pages_vanished + stats.pages_erased
+                for stats in of_pools
+            )
+            + self._left_shared()
         )
 
     def preload(
@@ -352,34 +597,44 @@ class StoredPools:
         ready: Sequence[torch.Event],
         need: Need = DEMAND,
     ) -> int:
-        """Load full-attention pages for no request that runs, into slots that the caller owns: the number of a batch of
-        its own."""
-        pool = self._pools[0]
-        numbers = pool.device_pages.numbers_in(slots, pool.device_pages.background)
-        return pool.restorer.preload(rid, keys, numbers, ready, self._ranked(need))
+        """Load pages of full attention, and of what follows it, for no request that runs, into slots that the caller
+        owns: the number of a batch of its own."""
+        indices = {
+            pool.restorer.preload(
+                rid,
+                keys,
+                pool.device_pages.numbers_in(slots, pool.device_pages.background),
+                ready,
+                self._ranked(need),
+            )
+            for pool in self._preloaded
+        }
+        return _in_step(indices)
 
     def hasten(self, index: int, need: Need) -> None:
         """Let a preload be as urgent as ``need``, if it is less so."""
-        self._pools[0].restorer.hasten(index, self._ranked(need))
+        for pool in self._preloaded:
+            pool.restorer.hasten(index, self._ranked(need))
 
     def _ranked(self, need: Need) -> Need:
         return need if self._priorities else PLANNED
 
     def is_queued(self, index: int) -> bool:
-        """Whether a batch of full attention has not begun, because others before it have not ended."""
-        return self._pools[0].restorer.is_queued(index)
+        """Whether a preload has not begun, because others before it have not ended."""
+        return any(pool.restorer.is_queued(index) for pool in self._preloaded)
 
     def landed(self, index: int) -> bool:
-        """Whether a batch of full attention has stopped writing to the device."""
-        return self._pools[0].restorer.landed(index)
+        """Whether a preload has stopped writing to the device."""
+        return all(pool.restorer.landed(index) for pool in self._preloaded)
 
     def layers_landed(self, index: int) -> int:
-        """How many layers of a batch of full attention have stopped writing to the device."""
-        return self._pools[0].restorer.arrivals.layers_landed(index)
+        """How many layers of a preload have stopped writing to the device."""
+        return sum(pool.restorer.arrivals.layers_landed(index) for pool in self._preloaded)
 
     def abandon(self, index: int) -> None:
-        """Nobody waits for a batch of full attention any more."""
-        self._pools[0].restorer.arrivals.abandon(index)
+        """Nobody waits for a preload any more."""
+        for pool in self._preloaded:
+            pool.restorer.arrivals.abandon(index)
 
     def page_numbers(self, slots: torch.Tensor) -> torch.Tensor:
         """The full-attention pages that are in ``slots``."""
@@ -391,8 +646,9 @@ class StoredPools:
         return any(pool.restorer.arrivals.stuck for pool in self._pools)
 
     def quarantine(self, numbers: Sequence[Callable[[], torch.Tensor]]) -> None:
-        """Quarantine those device pages, a tensor a pool, for which that works."""
-        for pool, of_pool in zip(self._pools, numbers, strict=True):
+        """Quarantine those device pages, a tensor a pool, for which that works; of a preload they are those of full
+        attention alone."""
+        for pool, of_pool in zip(self._pools, numbers, strict=False):
             if pool.quarantine is not None:
                 pool.quarantine.add(of_pool())
 
@@ -410,10 +666,10 @@ class StoredPools:
     def load(self, rid: str, transfers: Sequence[PoolTransfer]) -> bool:
         """Queue a request's pages in every pool; False, and nothing queued, unless all pools are given."""
         given = {transfer.name: transfer for transfer in transfers}
-        if not self._pools or given.keys() != self.device_pages.keys():
+        if not self._pools or given.keys() != {pool.source for pool in self._pools}:
             return False
         for pool in self._pools:
-            transfer = given[pool.name]
+            transfer = given[pool.source]
             device = pool.device_pages
             numbers = device.numbers_in(transfer.device_indices, device.inbound)
             pool.restorer.queue(rid, keys_of(transfer), numbers)
@@ -423,10 +679,7 @@ class StoredPools:
         return any([pool.restorer.cancel(rid) for pool in self._pools])
 
     def start(self, ready: Sequence[torch.Event]) -> int:
-        indices = {pool.restorer.start(ready) for pool in self._pools} or {-1}
-        if len(indices) > 1:
-            raise RuntimeError(f"the pools' batches are out of step: {sorted(indices)}")
-        return indices.pop()
+        return _in_step({pool.restorer.start(ready) for pool in self._pools} or {-1})
 
     def finish(self, index: int) -> Finished:
         """Wait for the batch: the requests that must not be used, because of whichever pool, and what was restored in
@@ -460,7 +713,7 @@ class StoredPools:
         """Whether all that `offer` would store of these is stored."""
         given = {transfer.name: transfer for transfer in transfers}
         for pool in self._pools:
-            if (transfer := given.get(pool.name)) is not None:
+            if (transfer := given.get(pool.source)) is not None:
                 keys = keys_of(transfer) if pool.window_pages is None else _offered(pool, transfer)[0]
                 if not all(pool.store.stored(keys)):
                     return False
@@ -481,21 +734,23 @@ class StoredPools:
         ready: Callable[[], Sequence[torch.Event]],
         session_id: str | None = None,
         owner: str = "",
+        rid: str = "",
     ) -> bool:
         """Queue a tree node's pages for writing, those of each pool that it has; ``ready`` tells the events after which
-        they may be read, and ``owner`` is whom they are charged to. One result follows for all. False, and nothing
-        queued, when too much waits already, which it does on all ranks or on none (`OfferBudget`)."""
+        they may be read, ``owner`` is whom they are charged to, ``rid`` the request that they are of. One result
+        follows for all. False, and nothing queued, when too much waits already, which it does on all ranks or on none
+        (`OfferBudget`)."""
         if not self._pools:
             return False
         given = {transfer.name: transfer for transfer in transfers}
-        offered = [] if self._budget.full else [_offered(pool, given.get(pool.name)) for pool in self._pools]
+        offered = [] if self._budget.full else [_offered(pool, given.get(pool.source)) for pool in self._pools]
         if not offered or not self._budget.take([len(keys) for keys, _ in offered]):
             full = given.get(self._pools[0].name)
             self._pages_refused += len(full.keys) if full is not None else 0
             return False
         events = ready()
         for pool, (keys, numbers) in zip(self._pools, offered, strict=True):
-            pool.spiller.offer(keys, numbers, events, session_id, owner)
+            pool.spiller.offer(keys, numbers, events, session_id, owner, rid)
         return True
 
     @property
@@ -530,7 +785,7 @@ class StoredPools:
         events = ready()
         for pool in self._pools:
             assert pool.host is not None
-            keys, numbers = _offered(pool, given.get(pool.name), pool.host.lane)
+            keys, numbers = _offered(pool, given.get(pool.source), pool.host.lane)
             pool.host.demote(keys, numbers, events, session_id)
         return True
 
@@ -577,7 +832,7 @@ class StoredPools:
         """Store to and restore from other stores from now on, when nothing is offered and nothing loaded. False when a
         drive that does not answer keeps one from being closed: nothing may be stored any more then. Raises
         PageStoreError, and changes nothing, where one cannot be opened."""
-        opened: list[PageStore] = []
+        opened: list[Store] = []
         try:
             for pool in self._pools:
                 opened.append(open_store(pool.pool))
@@ -606,6 +861,10 @@ class StoredPools:
             self.host_tier.end()
         for pool in self._pools:
             pool.restorer.close()
+            if pool.shared is not None:
+                pool.shared.close()
+            if pool.replicas is not None:
+                pool.replicas.close()
             if pool.ended and not self._scrubbing:
                 pool.store.close()
         if self.host_tier is not None:
@@ -635,6 +894,7 @@ class StoredPools:
                 "spill": {**dataclasses.asdict(SpillStats()), "pages_refused": 0, "waiting": 0},
                 "restore": dataclasses.asdict(RestoreStats()),
                 "host": {**dataclasses.asdict(HostStats()), "bound": 0, "used": 0},
+                "shared": dataclasses.asdict(SharedStats()),
                 "pools": {},
             }
         full, *windowed = self._pools
@@ -671,11 +931,18 @@ def _offered(
     return own, torch.tensor([number for _, number in held], dtype=torch.int64)
 
 
+def _in_step(indices: set[int]) -> int:
+    """The number that a batch has in every pool."""
+    if len(indices) > 1:
+        raise RuntimeError(f"the pools' batches are out of step: {sorted(indices)}")
+    return indices.pop()
+
+
 def _together(of_pools: Sequence[RestoredRequest]) -> RestoredRequest:
     """What a request got back from each pool, full attention first, whose pages count."""
     sources = frozenset().union(*(of_pool.sources for of_pool in of_pools))
     n_bytes, full = sum(of_pool.n_bytes for of_pool in of_pools), of_pools[0]
-    return RestoredRequest(full.pages, n_bytes, sources, full.host_pages)
+    return RestoredRequest(full.pages, n_bytes, sources, full.host_pages, full.shared_pages)
 
 
 def _after(spiller: Spiller, action: Callable[[], None]) -> Callable[[], None]:

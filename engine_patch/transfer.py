@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,12 +105,21 @@ class DevicePages:
     ``[p * page_size, (p + 1) * page_size)``. Copies out of them are queued on the lane ``outbound``, copies into them
     on ``inbound``, or on ``background`` where no forward waits for them; a GPU works on all lanes at once. On a CPU
     NumPy makes the copies: unlike torch, it starts no thread pool beside the forward's. ``addressable`` says whether a
-    file can be read straight to the pages (`memory`); without ``straight`` it never can.
+    file can be read straight to the pages (`memory`); without ``straight`` it never can. If ``of_pages[i]``, page ``p``
+    of component ``i`` is its row ``p``.
     Raises ValueError for tensors that are not laid out so.
     """
 
-    def __init__(self, layers: Sequence[Sequence[torch.Tensor]], page_size: int, *, straight: bool = True):
-        self._rows = [[_page_rows(tensor, page_size) for tensor in layer] for layer in layers]
+    def __init__(
+        self,
+        layers: Sequence[Sequence[torch.Tensor]],
+        page_size: int,
+        *,
+        straight: bool = True,
+        of_pages: Sequence[bool] = (),
+    ):
+        rows = [1 if of_page else page_size for of_page in of_pages] or repeat(page_size)
+        self._rows = [[_page_rows(*part) for part in zip(layer, rows, strict=False)] for layer in layers]
         shapes = {tuple(rows.shape[1] for rows in layer) for layer in self._rows}
         if len(shapes) != 1:
             raise ValueError(f"layers of different page sizes, in bytes: {sorted(shapes)}")
@@ -240,12 +250,12 @@ class DevicePages:
         return numbers.pin_memory().to(self.device, non_blocking=True)
 
 
-def _page_rows(tensor: torch.Tensor, page_size: int) -> torch.Tensor:
-    """A view with a page a row: uint8, shape (whole pages, bytes a page)."""
+def _page_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """A view with a page, which has so many ``rows``, a row: uint8, shape (whole pages, bytes a page)."""
     if not tensor.is_contiguous():
         raise ValueError("KV tensors must be contiguous")
-    whole = tensor.shape[0] // page_size
-    return tensor[: whole * page_size].view(torch.uint8).reshape(whole, -1)
+    whole = tensor.shape[0] // rows
+    return tensor[: whole * rows].view(torch.uint8).reshape(whole, -1)
 
 
 def _words(*rows: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from agentstate.fleet import turns
@@ -60,6 +61,18 @@ def separate(request: Any) -> None:
     """Leave a request that comes from a client, or from another process, with the id alone."""
     if isinstance(sent := getattr(request, "session_id", None), str):
         request.session_id = RequestSession(sent)
+
+
+def route(request: Any, dp_ranks: Callable[[], int]) -> None:
+    """Send a request to the DP rank that its turn's token names, of as many as ``dp_ranks`` says there are; one whose
+    client has chosen a rank goes there. The token is not proven here: who may send a request may choose its rank."""
+    session = getattr(request, "session_id", None)
+    if not isinstance(session, RequestSession) or session.token is None:
+        return
+    named = turns.named_dp_rank(session.token)
+    # The engine may have been restarted with fewer since.
+    if named is not None and getattr(request, "routed_dp_rank", named) is None and named < dp_ranks():
+        request.routed_dp_rank = named
 
 
 def join(request: Any) -> None:

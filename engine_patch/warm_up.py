@@ -17,17 +17,25 @@ _TOKENS = 512
 
 
 async def warm_up(disaggregation_mode: str, tokenizer_manager: Any) -> None:
-    """Compute a prompt and decode from it. Nothing of it is kept, neither on the device nor in a store."""
+    """Compute a prompt on every DP rank and decode from it. Nothing of it is kept, neither on the device nor in a
+    store."""
     if not tokenizer_manager.is_generation:
         return
-    async with anyio.create_task_group():
-        pass  # anyio imports, at its first use, what a streamed answer needs
     tokens = min(_TOKENS, tokenizer_manager.max_req_input_len // 2)
+    ids = _ids(tokens, tokenizer_manager.model_config.vocab_size)
+    dp_ranks = sgl.get_parallel().num_dp_ranks
+    async with anyio.create_task_group() as together:
+        for dp_rank in range(dp_ranks) if dp_ranks > 1 else [None]:
+            together.start_soon(_compute, tokenizer_manager, ids, dp_rank)
+
+
+async def _compute(tokenizer_manager: Any, ids: list[int], dp_rank: int | None) -> None:
     request = sgl.GenerateReqInput(
-        input_ids=_ids(tokens, tokenizer_manager.model_config.vocab_size),
+        input_ids=ids,
         sampling_params={"max_new_tokens": 2, "temperature": 0, "ignore_eos": True},
         # Marks a request that SGLang keeps out of its radix tree, and means nothing else here.
         bootstrap_host=sgl.FAKE_BOOTSTRAP_HOST,
+        routed_dp_rank=dp_rank,
     )
     async for _ in tokenizer_manager.generate_request(request, None):
         pass

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -16,6 +17,13 @@ from tools import missing
 
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.database import Database
+
+with suppress(ImportError):  # the engine's environment has none
+    import hypothesis
+
+    # No test depends on how fast a machine is.
+    hypothesis.settings.register_profile("any machine", deadline=None)
+    hypothesis.settings.load_profile("any machine")
 
 ENGINE_TIMEOUT_S = 30.0
 
@@ -46,6 +54,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="late,random:1,random:2,random:3",
         metavar="POLICIES",
         help="what the late device does, a run of its tests each: late, eager, random:SEED",
+    )
+    parser.addoption(
+        "--speculation-thorough",
+        action="store_true",
+        help="run every test of speculative decoding with every algorithm: three times as long",
     )
     parser.addoption(
         "--late-thorough",

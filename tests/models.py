@@ -1,5 +1,6 @@
 """Tiny checkpoints with random weights, one of each kind of KV pool: `python tests/models.py DIRECTORY` makes them
-all, `python tests/models.py DIRECTORY KIND` one of them.
+all, `python tests/models.py DIRECTORY KIND` one of them, `python tests/models.py DIRECTORY adapter-1` a LoRA adapter of
+the kind "llama": another number, another adapter.
 
 Runs in the engine's environment, which has torch and transformers. Weights are drawn wider than a model is initialised
 with, so that what is attended to decides the next token, and a wrong page shows in the output.
@@ -13,7 +14,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-KINDS = ("llama", "mla", "sliding", "all_sliding", "conv")
+import drafting
+
+KINDS = ("llama", "mla", "sliding", "all_sliding", "conv", *drafting.KINDS)
 VOCABULARY = 1024
 WINDOW = 128  # tokens that a sliding layer sees: two pages
 _SEED = 20
@@ -37,6 +40,9 @@ def save(kind: str, directory: Path) -> None:
         "tie_word_embeddings": False,
         "initializer_range": 0.2,
     }
+    if kind in drafting.KINDS:
+        drafting.save(kind, directory, common)
+        return
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     match kind:
         case "llama":
@@ -71,6 +77,30 @@ def save(kind: str, directory: Path) -> None:
     hf.AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(directory)
 
 
+def save_adapter(seed: int, directory: Path) -> None:
+    """Write a LoRA adapter of rank 8 of the attention of the kind "llama", as PEFT does."""
+    import torch
+    from safetensors.torch import save_file
+
+    rank, hidden, widths = 8, 128, {"q_proj": 128, "k_proj": 64, "v_proj": 64, "o_proj": 128}
+    numbers = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(4):
+        for module, width in widths.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(rank, hidden, generator=numbers) * 0.2
+            tensors[f"{name}.lora_B.weight"] = torch.randn(width, rank, generator=numbers) * 0.2
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
 def with_words(checkpoint: Path, directory: Path) -> Path:
     """A copy of a checkpoint that has a tokenizer and a chat template, for routes that take text: ``words`` are its
     texts. It ends no answer by itself."""
@@ -96,4 +126,7 @@ def words(tokens: Iterable[int]) -> str:
 
 if __name__ == "__main__":
     for name in sys.argv[2:] or KINDS:
-        save(name, Path(sys.argv[1]) / name)
+        if name.startswith("adapter-"):
+            save_adapter(int(name.removeprefix("adapter-")), Path(sys.argv[1]) / name)
+        else:
+            save(name, Path(sys.argv[1]) / name)

@@ -1,6 +1,6 @@
 """PostgreSQL servers that a test may stop, promote and make read-only, and a PgBouncer before one.
 
-All listen on Unix sockets only.
+All listen on Unix sockets only, unless they are told an address.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def _directory() -> Path:
 
 @dataclass(frozen=True)
 class Server:
-    """A PostgreSQL 14 or later. Its socket and its data are in ``directory``."""
+    """A PostgreSQL 14 or later. Its socket and its data are in ``directory``. If ``address`` is given, it also listens
+    there, for everybody."""
 
     directory: Path
+    address: str = ""
 
     @property
     def data(self) -> Path:
@@ -62,7 +64,7 @@ class Server:
         self.execute("SELECT pg_reload_conf()")
 
     def start(self) -> None:
-        options = f"-k {self.directory} -c listen_addresses= -c shared_buffers=16MB -c fsync=off"
+        options = f"-k {self.directory} -c listen_addresses={self.address} -c shared_buffers=16MB -c fsync=off"
         _run("pg_ctl", "-w", "-D", self.data, "-l", self.directory / "log", "-o", options, "start")
 
     def stop(self) -> None:
@@ -86,9 +88,11 @@ class Server:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def server() -> Server:
-    made = Server(_directory())
+def server(address: str = "") -> Server:
+    made = Server(_directory(), address)
     _run("initdb", "--auth=trust", "--encoding=utf8", "-N", "-U", "postgres", "-D", made.data)
+    with (made.data / "pg_hba.conf").open("a") as hosts:
+        hosts.write("host all all all trust\n")
     made.start()
     return made
 

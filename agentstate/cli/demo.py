@@ -11,28 +11,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from agentstate.cli import launcher
+from agentstate.cli.demo_parts import EXAMPLES, checkpoint, console, first_token, print_times, run_agent, step
 from agentstate.cli.local import LocalStack
 from agentstate.client import Client
-from agentstate.errors import EngineError, SettingsError
+from agentstate.errors import EngineError
 from agentstate.settings import Settings
 
 ENGINE_PORT, SERVICE_PORT = 30701, 8701
@@ -41,11 +36,7 @@ PAIRS = 5
 POOL_TOKENS = 6144
 OTHER_WORDS = 3000
 TOOL_S = 20.0
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-EXAMPLE = EXAMPLES / "openai_loop.py"
 PLAIN_EXAMPLE = EXAMPLES / "openai_agent.py"
-
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -80,20 +71,12 @@ class Away:
 
 def run(settings: Settings, report: Path | None) -> bool:
     """Run the demo, print its table, write ``report``. Returns whether the agent was restored and went on unchanged."""
-    if not EXAMPLE.exists():
-        raise SettingsError("`agentstate demo` runs the examples: start it in a checkout of the project")
-    python = launcher.engine_python(settings)
-    checkpoint = settings.cache_dir / "smollm2-135m-instruct"
-    if not (checkpoint / "config.json").exists():
-        console.print("[bold]Preparing SmolLM2-135M-Instruct[/] (once, about a minute)")
-        if subprocess.run([python, "-m", "engine_patch.cpu.smollm2", str(checkpoint)], check=False).returncode:
-            raise EngineError("the model could not be prepared; the lines above say why")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that child processes are ended too
+    model = checkpoint(settings)
     home = settings.home / "demo"
     shutil.rmtree(home, ignore_errors=True)  # the last run's pages and sessions
     stack = LocalStack(
         home,
-        checkpoint,
+        model,
         engine_python=settings.engine_python,
         service_port=SERVICE_PORT,
         engine_port=ENGINE_PORT,
@@ -116,7 +99,7 @@ class _Play:
         self._run = uuid.uuid4().hex[:8]
 
     def run(self) -> Figures:
-        with _step("starting the service and the engine (SGLang on this machine)"):
+        with step("starting the service and the engine (SGLang on this machine)"):
             self._stack.start_service()
             self._stack.start_engine()
         console.print("\n[bold]An agent that is never suspended[/], to compare with")
@@ -127,7 +110,7 @@ class _Play:
             raise EngineError(f"the agent's KV is {before['kv']['state']}, not durable")
         console.print("\n[bold]An agent on the plain OpenAI client[/], of which only the base URL was changed")
         self._plain_agent("What is a page?")
-        with _step("kill -9 the engine, and start it again"):
+        with step("kill -9 the engine, and start it again"):
             self._stack.kill_engine()
             self._stack.start_engine("--max-total-tokens", str(POOL_TOKENS))
         console.print("\n[bold]The agent resumes[/], in a new process, on the new engine")
@@ -135,9 +118,9 @@ class _Play:
         turn = after["turns"][0]
         console.print("\n[bold]The agent on the plain OpenAI client[/] goes on")
         self._plain_agent("And an extent?")
-        with _step(f"measuring: {PAIRS} × restored and memory hit in turn, then recomputed"):
+        with step(f"measuring: {PAIRS} × restored and memory hit in turn, then recomputed"):
             restored, hits, recomputed, n_bytes, seconds = self._measure(after["messages"][:-2])
-        with _step(f"an agent calls a tool that takes {TOOL_S:g} s, and another one needs the device"):
+        with step(f"an agent calls a tool that takes {TOOL_S:g} s, and another one needs the device"):
             away = self._wait_for_a_tool(after["messages"][:-2])
         return Figures(
             context_tokens=turn["prompt_tokens"],
@@ -198,15 +181,7 @@ class _Play:
         return restored, hits, recomputed, int(statistics.median(n_bytes)), statistics.median(seconds)
 
     def _agent(self, name: str, steps: str) -> dict[str, Any]:
-        """Run the example agent as a process. Returns its report."""
-        report = self._scratch / f"{name}.json"
-        session = f"{name}-{self._run}"
-        arguments = ["--session", session, "--cache-salt", session, "--steps", steps, "--report", str(report)]
-        arguments += ["--service", self._stack.service_url, "--model", self._stack.model]
-        command = [sys.executable, str(EXAMPLE), *arguments]
-        if subprocess.run(command, env=dict(self._stack.environment), check=False).returncode:
-            raise EngineError(f"the agent {name} failed; the lines above say why")
-        return dict(json.loads(report.read_text()))
+        return run_agent(self._stack, f"{name}-{self._run}", steps, self._scratch / f"{name}.json")
 
     def _plain_agent(self, question: str) -> None:
         """Run the agent that knows only a base URL, as a process."""
@@ -220,53 +195,21 @@ class _Play:
         return self._send(history, question, {"cache_salt": salt})[0]
 
     def _send(self, history: list[dict[str, Any]], question: str, more: dict[str, Any]) -> tuple[float, int]:
-        """The same with ``more`` in the request's body, and how many tokens of it were on the device."""
-        body = {
-            "model": self._stack.model,
-            "messages": [*history, {"role": "user", "content": question}],
-            "temperature": 0,
-            "max_tokens": 2,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **more,
-        }
-        url = f"{self._stack.engine_url}/v1/chat/completions"
-        started, first, cached = time.perf_counter(), None, 0
-        with httpx.stream("POST", url, json=body, timeout=600) as response:
-            # Read to the end: a request that still decodes would delay the next one.
-            for line in response.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if event["choices"] and event["choices"][0]["delta"].get("content"):
-                    first = first or time.perf_counter() - started
-                if usage := event.get("usage"):
-                    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        if first is None:
-            raise EngineError("the engine answered without a token")
-        return first, cached
+        return first_token(self._stack, history, question, more)
 
 
 def _print(figures: Figures) -> None:
-    table = Table(title=f"Turn 2 of an agent with a context of {figures.context_tokens:,} tokens")
-    table.add_column("time to first token")
-    table.add_column("s", justify="right")
-    table.add_column("÷ memory hit", justify="right")
-    table.add_column("recomputed ÷", justify="right")
-    for label, seconds in {
-        "recomputed (no AgentState)": figures.ttft_recomputed_s,
-        "restored from disk, first request after the restart": figures.ttft_after_restart_s,
-        f"restored from disk (median of {PAIRS})": figures.ttft_restored_s,
-        f"memory hit, the floor (median of {PAIRS})": figures.ttft_memory_hit_s,
-    }.items():
-        table.add_row(
-            label,
-            f"{seconds:.3f}",
-            f"{seconds / figures.ttft_memory_hit_s:.2f}",
-            f"{figures.ttft_recomputed_s / seconds:.1f}×",
-        )
-    console.print()
-    console.print(table)
+    print_times(
+        f"Turn 2 of an agent with a context of {figures.context_tokens:,} tokens",
+        {
+            "recomputed (no AgentState)": figures.ttft_recomputed_s,
+            "restored from disk, first request after the restart": figures.ttft_after_restart_s,
+            f"restored from disk (median of {PAIRS})": figures.ttft_restored_s,
+            f"memory hit, the floor (median of {PAIRS})": figures.ttft_memory_hit_s,
+        },
+        hit_s=figures.ttft_memory_hit_s,
+        recomputed_s=figures.ttft_recomputed_s,
+    )
     console.print(
         f"restored {figures.tokens_restored:,} tokens, {figures.bytes_read:,} bytes at {figures.restore_gb_per_s} GB/s "
         f"while the forward ran; covers the whole page-aligned prefix: {'yes' if figures.covered else 'NO'}; "
@@ -281,11 +224,3 @@ def _print(figures: Figures) -> None:
     table.add_row(f"after {away.back_after_s:.1f} s, before the tool ended", f"{away.back:,}")
     table.add_row("found by its next request", f"{away.found:,}")
     console.print(table)
-
-
-@contextmanager
-def _step(what: str) -> Iterator[None]:
-    """Show the name of a long step, with a running clock."""
-    with Progress(SpinnerColumn(), TextColumn(what), TimeElapsedColumn(), console=console) as progress:
-        progress.add_task(what, total=None)
-        yield

@@ -32,19 +32,19 @@ def engine_command(
     SGLang, no such model directory, a port that is taken, an unusable page directory.
     """
     python = engine_python(settings)
-    model = _value(arguments, "--model-path") or _value(arguments, "--model")
+    model = value_of(arguments, "--model-path") or value_of(arguments, "--model")
     if model is None:
         raise SettingsError("which model? Give --model-path DIRECTORY, or a model's name on the hub")
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).exists():
         raise SettingsError(f"there is no model at {model}: check --model-path")
-    port = _value(arguments, "--port") or "30000"
+    port = value_of(arguments, "--port") or "30000"
     if not port.isdecimal() or int(port) > 65535:
         raise SettingsError(f"--port {port} is no port number")
-    require_free_port(_value(arguments, "--host") or "127.0.0.1", int(port))
+    require_free_port(value_of(arguments, "--host") or "127.0.0.1", int(port))
     require_page_directory(settings.pages_path)
     if settings.read_backend == "kvikio" and not has_cuda():
         raise SettingsError("AGENTSTATE_READ_BACKEND=kvikio needs a GPU, and none is found here: set it to posix")
-    if stores and _value(arguments, "--radix-cache-backend") is None:
+    if stores and value_of(arguments, "--radix-cache-backend") is None:
         arguments = [*arguments, "--radix-cache-backend", BACKEND]
     return sglang_command(python, arguments, environment)
 
@@ -59,11 +59,11 @@ def sglang_command(
     if "--enable-cache-report" not in arguments:
         command += ["--enable-cache-report"]
     if not has_cuda():
-        if _value(arguments, "--device") is None:
+        if value_of(arguments, "--device") is None:
             command += ["--device", "cpu"]
         # One core stays free for reading, spilling and serving, if the ranks leave one. A forward whose threads spin
         # while they wait would take it anyway.
-        ranks, all_cores = _tensor_parallel_ranks(arguments), len(os.sched_getaffinity(0))
+        ranks, all_cores = _ranks(arguments), len(os.sched_getaffinity(0))
         threads = max(1, (all_cores - 1) // ranks)
         complete.setdefault("OMP_WAIT_POLICY", "passive")
         complete.setdefault("OMP_NUM_THREADS", str(threads))
@@ -132,6 +132,13 @@ def require_page_directory(directory: Path) -> None:
         raise PageStoreFull(f"the disk of the page directory {directory} is full: make room, or {advice}")
 
 
+def reached(host: str) -> str:
+    """The address, as a URL has it, at which a server that listens on ``host`` is reached from this machine."""
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
 def has_cuda() -> bool:
     """Whether a CUDA driver loads here and finds a device."""
     try:
@@ -142,9 +149,16 @@ def has_cuda() -> bool:
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-def _tensor_parallel_ranks(arguments: list[str]) -> int:
+def _ranks(arguments: list[str]) -> int:
+    """How many ranks an engine has. Data parallel attention shares out those of one group, and replicas are groups."""
+    tensor = _number(arguments, "--tp", "--tp-size", "--tensor-parallel-size")
+    replicas = _number(arguments, "--dp", "--dp-size", "--data-parallel-size")
+    return tensor if "--enable-dp-attention" in arguments else tensor * replicas
+
+
+def _number(arguments: list[str], *flags: str) -> int:
     """1 if the value is no number: SGLang itself reports that as well as we could."""
-    given = next((v for f in ("--tp", "--tp-size", "--tensor-parallel-size") if (v := _value(arguments, f))), "1")
+    given = next((value for flag in flags if (value := value_of(arguments, flag))), "1")
     return max(1, int(given)) if given.isdecimal() else 1
 
 
@@ -152,7 +166,7 @@ def _core_range(first: int, count: int) -> str:
     return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
-def _value(arguments: list[str], flag: str) -> str | None:
+def value_of(arguments: list[str], flag: str) -> str | None:
     """The value of ``--flag value`` or ``--flag=value``; the last one counts."""
     found = None
     for position, argument in enumerate(arguments):

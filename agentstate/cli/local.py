@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -29,23 +30,43 @@ from agentstate.sql.database import Database
 # Generous timeouts, for a busy machine. A waiter notices at once when a process ends.
 _SERVICE_START_S, _ENGINE_START_S, _REGISTRATION_S, _ENGINE_END_S = 300, 1200, 120, 180
 _STAT_S = 10
+# For one answer of a health check, which SGLang gives after a second at the earliest.
+_ANSWER_S = 60
+_FLUSH_S = 300
+# Below what Linux and macOS give to outgoing connections.
+_PORTS = range(10_000, 20_000)
+# Of the ports that were given out: bound, and not listened on.
+_held: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """A loopback port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that nothing uses now, and that no system gives to a connection of its own accord. On Linux, no
+    other call returns it, in whatever process, before this process ends. Raises RuntimeError if there is none."""
+    for port in random.sample(_PORTS, len(_PORTS)):
+        probe = socket.socket()
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            probe.close()
+            continue
+        if sys.platform == "linux":
+            # Whoever asks for reuse, as servers do, can listen beside it; the next probe does not.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _held.append(probe)
+        else:
+            probe.close()
+        return port
+    raise RuntimeError("no ports are free")
 
 
 def flush_device(engine_url: str) -> None:
     """Empty a device's cache, so that the next request has to restore. Retries while a request winds up. Raises
     EngineError if the cache cannot be flushed."""
-    for _ in range(100):
-        if httpx.post(f"{engine_url}/flush_cache", timeout=60, trust_env=False).is_success:
-            return
+    deadline = time.monotonic() + _FLUSH_S
+    while not httpx.post(f"{engine_url}/flush_cache", timeout=_FLUSH_S, trust_env=False).is_success:
+        if time.monotonic() > deadline:
+            raise EngineError("the engine's cache could not be flushed")
         time.sleep(0.1)
-    raise EngineError("the engine's cache could not be flushed")
 
 
 class Process(Protocol):
@@ -91,7 +112,7 @@ class ChildProcess:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             try:
-                if httpx.get(url, timeout=2, trust_env=False).is_success:
+                if httpx.get(url, timeout=_ANSWER_S, trust_env=False).is_success:
                     return
             except httpx.TransportError:
                 pass
@@ -133,6 +154,8 @@ class LocalService:
         self._service: ChildProcess | None = None
         self._service_port = service_port
         own = {"AGENTSTATE_HOME": str(home), "AGENTSTATE_PORT": str(service_port), **(settings or {})}
+        given_url = own.get("AGENTSTATE_DATABASE_URL", "")
+        self.database_url: str = Settings(home=home, database_url=given_url).sqlalchemy_url
         inherited = {
             n: v for n, v in os.environ.items() if n not in ("AGENTSTATE_DATABASE_URL", "AGENTSTATE_PAGES_DIR")
         }
@@ -160,7 +183,8 @@ class LocalStack(LocalService):
     """A service, and `agentstate engine` beside it on its own port, whose log goes to ``home``/engine.log.
 
     An engine that does not store (``stores``) is plain SGLang, for comparison: it needs no service, and has no control
-    endpoint. ``spawn_engine`` starts its process.
+    endpoint. ``spawn_engine`` starts its process. The engine registers in the database of ``beside``, another service,
+    instead of one of its own: then it is another node of the same.
     """
 
     model = "smollm2"
@@ -175,8 +199,10 @@ class LocalStack(LocalService):
         engine_port: int,
         stores: bool = True,
         spawn_engine: Spawn = spawn,
+        beside: LocalService | None = None,
     ):
-        super().__init__(home, service_port=service_port, settings={"HF_HUB_OFFLINE": "1"})
+        own = {"AGENTSTATE_DATABASE_URL": beside.database_url} if beside is not None else {}
+        super().__init__(home, service_port=service_port, settings={"HF_HUB_OFFLINE": "1", **own})
         self.engine_url = f"http://127.0.0.1:{engine_port}"
         self.engine_arguments: tuple[str, ...] = ()
         self._checkpoint = checkpoint
@@ -185,7 +211,11 @@ class LocalStack(LocalService):
         self._engine_port = engine_port
         self._engine: ChildProcess | None = None
         self._settings = Settings(
-            home=home, port=service_port, engine_python=engine_python, database_url="", pages_dir=None
+            home=home,
+            port=service_port,
+            engine_python=engine_python,
+            database_url=self.database_url,
+            pages_dir=None,
         )
 
     def create_database(self) -> None:
@@ -199,11 +229,20 @@ class LocalStack(LocalService):
     def start_engine(self, *arguments: str) -> None:
         """Start SGLang and wait until it answers and has registered with the service. The KV pool is small, to leave
         memory for others; ``arguments`` are SGLang's and come last."""
+        self.begin_engine(*arguments)
+        self.await_engine()
+
+    def begin_engine(self, *arguments: str) -> None:
+        """`start_engine` without waiting, so that several start at once."""
         given = ["--model-path", str(self._checkpoint), "--served-model-name", self.model, "--host", "127.0.0.1"]
         given += ["--port", str(self._engine_port), "--max-total-tokens", "32768", *arguments]
         self.engine_arguments = arguments
         command, environment = launcher.engine_command(self._settings, given, self.environment, stores=self._stores)
         self._engine = ChildProcess(command, environment, self.home / "engine.log", self.spawn_engine)
+
+    def await_engine(self) -> None:
+        """Wait until the engine that was begun answers and has registered with the service."""
+        assert self._engine is not None
         self._engine.await_answer(f"{self.engine_url}/health", _ENGINE_START_S)
         self._await_registration()
 
@@ -225,10 +264,15 @@ class LocalStack(LocalService):
         if self._engine is not None:
             os.killpg(self._engine.group, signal.SIGSTOP)
 
-    def thaw_engine(self) -> None:
-        """Continue a frozen engine, and wait until the service knows it again."""
+    def continue_engine(self) -> None:
+        """Continue a frozen engine."""
         if self._engine is not None:
             os.killpg(self._engine.group, signal.SIGCONT)
+
+    def thaw_engine(self) -> None:
+        """Continue a frozen engine, and wait until the service knows it again."""
+        self.continue_engine()
+        if self._engine is not None:
             self._await_registration()
 
     def stop_engine(self) -> None:
@@ -243,9 +287,11 @@ class LocalStack(LocalService):
 
     def stat(self) -> dict[str, Any]:
         """The engine's `stat` from its control endpoint. Raises EngineError if it does not answer."""
-        stat = self._stat()
-        if stat is None:
-            raise EngineError("the engine does not answer at its control endpoint")
+        deadline = time.monotonic() + _REGISTRATION_S
+        while (stat := self._stat()) is None:
+            if time.monotonic() > deadline:
+                raise EngineError("the engine does not answer at its control endpoint")
+            time.sleep(0.1)
         return stat
 
     def close(self) -> None:
@@ -277,12 +323,14 @@ class LocalStack(LocalService):
 
     def ranks(self) -> list[Engine]:
         """The registered ranks of the engine, the newest heartbeat first."""
+        timeout_s = float(self.environment.get("AGENTSTATE_ENGINE_TIMEOUT_S", self._settings.engine_timeout_s))
         database = Database(self._settings.sqlalchemy_url)
         try:
             with database.read() as connection:
-                return engines.live(connection, self._settings.engine_timeout_s, self.model)
+                live = engines.live(connection, timeout_s, self.model)
         finally:
             database.close()
+        return [rank for rank in live if rank.base_url == f"{self.engine_url}/v1"]
 
     def _stat(self) -> dict[str, Any] | None:
         """The registered engine's `stat`; None while none answers, as after a kill."""

@@ -1,46 +1,51 @@
-"""`agentstate pages`: inspect a page directory, check it, and free space in it.
+"""`agentstate pages`: inspect a page directory or a shared store, check it, free space in it, and copy between the two.
 
-All commands except `gc` and `check --repair` work beside a running engine. Figures go to standard output, as tables or
-as JSON; progress goes to standard error.
+All commands except `gc`, `check --repair` and `pull` on a page directory work beside a running engine. Figures go to
+standard output, as tables or as JSON; progress goes to standard error.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Column, Table
 
-from agentstate.errors import PageStoreLocked, SettingsError
-from agentstate.settings import Settings
+from agentstate.cli import loading, shared_pages
+from agentstate.cli.output import AsJson, progress, show_fields, show_json, show_line, show_rows
+from agentstate.errors import EngineError, PageStoreLocked, SettingsError
 
 if TYPE_CHECKING:
     from agentstate.pages import inventory
     from agentstate.sql.database import Database
 
-pages = typer.Typer(help="The page directory.", no_args_is_help=True)
+app = loading.group()
 
 PagesDir = Annotated[Path | None, typer.Option("--dir", help="Page directory. [AGENTSTATE_PAGES_DIR]")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Shared = Annotated[bool, typer.Option("--shared", help="Of the shared store instead. [AGENTSTATE_SHARED_STORE]")]
+Session = Annotated[str | None, typer.Option(help="Only what a session needs: its name or id.")]
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": list[str]()}
+Model = Annotated[
+    str | None, typer.Option(help="Only what sessions of this model need, by the name that engines serve.")
+]
 
 
-@pages.command("ls")
-def list_stores(directory: PagesDir = None, as_json: AsJson = False) -> None:
+@app.command("ls")
+def list_stores(directory: PagesDir = None, shared: Shared = False, as_json: AsJson = False) -> None:
     """List the stores of a page directory, one per fingerprint and rank, and whose their bytes are."""
+    if shared:
+        shared_pages.list_stores(as_json)
+        return
     from agentstate.pages import inventory
     from agentstate.pages.space import largest
 
     rows = []
-    with _progress("reading headers", _stores(directory)) as advance:
+    with progress("reading headers", inventory.total_bytes(_stores(directory))) as advance:
         for store in _stores(directory):
             reports = []
             for report in inventory.extents(store):
@@ -54,7 +59,7 @@ def list_stores(directory: PagesDir = None, as_json: AsJson = False) -> None:
             rows.append(
                 {
                     "fingerprint": store.parent.name,
-                    "rank": store.name,
+                    "rank": inventory.rank_of(store),
                     "extents": len(reports),
                     "unreadable": len(reports) - len(headers),
                     "pages": sum(len(header.keys) for header in headers),
@@ -68,10 +73,10 @@ def list_stores(directory: PagesDir = None, as_json: AsJson = False) -> None:
             others = {f"{row['others']} others": row["others_bytes"]} if row["others"] else {}
             row["owners"] |= others
             del row["others"], row["others_bytes"]
-    _show_rows(rows, as_json)
+    show_rows(rows, as_json)
 
 
-@pages.command()
+@app.command()
 def show(
     name: Annotated[str, typer.Argument(help="An extent's path or number, or the first 8 digits of a page's key.")],
     directory: PagesDir = None,
@@ -81,17 +86,14 @@ def show(
     nothing is found."""
     from agentstate.pages import inventory
 
-    root = directory or Settings().pages_path
+    root = directory or loading.settings().pages_path
     found = [_description(report, slot) for report, slot in inventory.holding(root, name.lower())]
     if as_json:
-        print(json.dumps(found))
+        show_json(found)
     elif not found:
-        print(f"no extent and no page in {root} is named {name}; a key needs {inventory.KEY_DIGITS} digits or more")
+        show_line(f"no extent and no page in {root} is named {name}; a key needs {inventory.KEY_DIGITS} digits or more")
     for description in [] if as_json else found:
-        table = Table(show_header=False)
-        for field, value in description.items():
-            table.add_row(field, _shown(value))
-        Console().print(table)
+        show_fields(description)
     raise typer.Exit(0 if found else 1)
 
 
@@ -120,42 +122,59 @@ def _description(report: inventory.ExtentReport, slot: int | None) -> dict[str, 
     return {**about, "key": header.keys[slot].hex(), "slot": slot, "offset_in_layer_0": offset}
 
 
-@pages.command()
-def du(directory: PagesDir = None, as_json: AsJson = False) -> None:
+@app.command()
+def du(directory: PagesDir = None, shared: Shared = False, as_json: AsJson = False) -> None:
     """Show what uses the bytes of every store: live pages, pages that a later extent also has, unreadable extents, and
-    files of interrupted writes."""
+    files of interrupted writes. Of a shared store: what sessions need, what nobody needs, and what is to be deleted."""
+    if shared:
+        shared_pages.du(as_json)
+        return
     from agentstate.pages import inventory
 
-    root = directory or Settings().pages_path
+    root = directory or loading.settings().pages_path
     rows = []
     for store in inventory.store_directories(root):
         usage = inventory.usage(store)
-        rows.append({"fingerprint": store.parent.name, "rank": store.name, **vars(usage), "total": usage.total})
+        rows.append(
+            {"fingerprint": store.parent.name, "rank": inventory.rank_of(store), **vars(usage), "total": usage.total}
+        )
     free_fraction = None
     if root.exists():
         disk = os.statvfs(root)
         free_fraction = round(disk.f_bavail / disk.f_blocks, 4)
     if as_json:
-        print(json.dumps({"stores": rows, "disk_free_fraction": free_fraction}))
+        show_json({"stores": rows, "disk_free_fraction": free_fraction, "written_bytes_day": _written(root)})
         return
-    _show_rows(rows, as_json=False)
+    show_rows(rows, as_json=False)
     if free_fraction is not None:
-        print(f"{free_fraction:.1%} of the disk is free")
+        show_line(f"{free_fraction:.1%} of the disk is free; {_written(root):,} bytes were written to it in 24 hours")
 
 
-@pages.command()
+def _written(root: Path) -> int:
+    """The bytes that engines wrote below ``root`` in 24 hours, but for the last minute of those that run."""
+    from agentstate.pages import wear
+    from agentstate.pages.node import dp_roots
+
+    files = (file for of_dp_rank in dp_roots(root).values() for file in wear.files_of(of_dp_rank))
+    return sum(wear.Wear(file).bytes_written for file in files)
+
+
+@app.command()
 def check(
     directory: PagesDir = None,
     repair: Annotated[bool, typer.Option("--repair", help="Drop broken pages and extents, nothing else.")] = False,
+    shared: Shared = False,
     as_json: AsJson = False,
 ) -> None:
     """Read and verify every stored page. Exits with status 1 if something is broken and was not repaired."""
+    if shared:
+        raise typer.Exit(0 if shared_pages.check(repair, as_json) else 1)
     from agentstate.pages import inventory
 
     found: list[dict[str, Any]] = []
     extents = dropped = 0
     stores = _stores(directory)
-    with _progress("verifying", stores) as advance:
+    with progress("verifying", inventory.total_bytes(stores)) as advance:
         for store in stores:
             bad = []
             for report in inventory.check(store):
@@ -168,26 +187,31 @@ def check(
             if repair and bad:
                 dropped += inventory.repair(store, bad)
     if as_json:
-        print(json.dumps({"extents": extents, "broken": found, "repaired": repair, "pages_dropped": dropped}))
+        show_json({"extents": extents, "broken": found, "repaired": repair, "pages_dropped": dropped})
     else:
         for item in found:
-            print(f"{item['extent']}: {item['damage'] or 'broken pages: ' + ', '.join(item['broken_pages'])}")
-        print(f"{extents} extents, {len(found)} broken" + (f", {dropped} pages dropped" if repair else ""))
+            show_line(f"{item['extent']}: {item['damage'] or 'broken pages: ' + ', '.join(item['broken_pages'])}")
+        show_line(f"{extents} extents, {len(found)} broken" + (f", {dropped} pages dropped" if repair else ""))
     raise typer.Exit(1 if found and not repair else 0)
 
 
-@pages.command()
+@app.command()
 def gc(
     directory: PagesDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")] = False,
+    shared: Shared = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete the extents that no manifest in the database needs, and the manifests of stores that are gone. If an
-    engine has a store open, skip that store, collect the others, and exit with status 1."""
+    engine has a store open, skip that store, collect the others, and exit with status 1. In a shared store, delete as
+    its engines do: an hour after it was seen that nobody needs an extent."""
+    if shared:
+        shared_pages.gc(dry_run, as_json)
+        return
     from agentstate.pages import inventory
     from agentstate.sql.database import Database
 
-    settings = Settings()
+    settings = loading.settings()
     database = Database(settings.sqlalchemy_url)
     rows, refused = [], []
     try:
@@ -206,38 +230,76 @@ def gc(
             except PageStoreLocked:
                 refused.append(str(store))
                 continue
-            rows.append({"fingerprint": store.parent.name, "rank": store.name, **vars(done)})
+            rows.append({"fingerprint": store.parent.name, "rank": inventory.rank_of(store), **vars(done)})
         dead = _dead_manifests(database, _root(directory), dry_run)
     finally:
         database.close()
     if as_json:
-        print(json.dumps({"dry_run": dry_run, "stores": rows, "in_use": refused, "dead_manifests": dead}))
+        show_json({"dry_run": dry_run, "stores": rows, "in_use": refused, "dead_manifests": dead})
     else:
-        _show_rows(rows, as_json=False)
+        show_rows(rows, as_json=False)
         if dead:
-            print(f"{dead} manifests of stores that are gone" + ("" if dry_run else " deleted"))
+            show_line(f"{dead} manifests of stores that are gone" + ("" if dry_run else " deleted"))
     if refused:
         raise PageStoreLocked(f"an engine has {', '.join(refused)} open: stop it to collect there")
 
 
+@app.command("bench", context_settings=_PASSED_ON)
+def bench_pages(context: typer.Context) -> None:
+    """Measure this store against the disk and against other ways to keep pages."""
+    from agentstate.cli import launcher
+
+    settings = loading.settings()
+    # The alternatives need SGLang's environment. Without one, they are left out.
+    try:
+        python = launcher.engine_python(settings)
+    except EngineError:
+        if settings.engine_python is not None:
+            raise
+        python = sys.executable
+    os.execve(python, [python, "-m", "benchmarks.pages", *context.args], dict(os.environ))
+
+
+@app.command()
+def push(directory: PagesDir = None, session: Session = None, model: Model = None, as_json: AsJson = False) -> None:
+    """Publish what is stored in a page directory in the shared store. What is there already is not sent again."""
+    shared_pages.push(_root(directory), session, model, as_json)
+
+
+@app.command()
+def pull(directory: PagesDir = None, session: Session = None, model: Model = None, as_json: AsJson = False) -> None:
+    """Copy pages from the shared store to a page directory that no engine has open, and verify them. Exits with status
+    1 if some cannot be used."""
+    raise typer.Exit(0 if shared_pages.pull(_root(directory), session, model, as_json) else 1)
+
+
+@app.command()
+def claim() -> None:
+    """Let this installation have the shared store, though its database does not know it, or knows another one there:
+    after a database was lost, or a store was replaced. What the database does not list there is deleted within hours:
+    first make sure that no other installation uses it."""
+    shared_pages.claim()
+
+
 def _root(directory: Path | None) -> Path:
-    return directory or Settings().pages_path
+    return directory or loading.settings().pages_path
 
 
 def _dead_manifests(database: Database, root: Path, dry_run: bool) -> int:
     """Delete the manifests of this directory's stores that no longer exist. Returns how many there are."""
     from agentstate.fleet import manifests
-    from agentstate.pages.node import kept_id
+    from agentstate.pages.node import dp_roots, kept_id
 
-    if (node := kept_id(root)) is None:
-        return 0
     dead = 0
-    with database.write() as connection:
-        for (fingerprint, rank), count in manifests.stores(connection, node).items():
-            if not (root / fingerprint[:32] / f"rank{rank}").exists():
-                dead += count
-                if not dry_run:
-                    manifests.forget_store(connection, fingerprint, rank, node)
+    for of_dp_rank in dp_roots(root).values():
+        if (node := kept_id(of_dp_rank)) is None:
+            continue
+        with database.write() as connection:
+            for (fingerprint, rank), count in manifests.stores(connection, node).items():
+                if not (of_dp_rank / fingerprint[:32] / f"rank{rank}").exists():
+                    dead += count
+                    if not dry_run:
+                        manifests.forget_store(connection, fingerprint, rank, node)
     return dead
 
 
@@ -252,34 +314,3 @@ def _stores(directory: Path | None) -> list[Path]:
     from agentstate.pages import inventory
 
     return inventory.store_directories(_root(directory))
-
-
-@contextmanager
-def _progress(what: str, stores: Sequence[Path]) -> Iterator[Any]:
-    """A progress bar over the bytes of ``stores``. Yields a function that advances it."""
-    from agentstate.pages import inventory
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=inventory.total_bytes(stores))
-        yield lambda n_bytes: progress.advance(task, n_bytes)
-
-
-def _show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows))
-    elif not rows:
-        print("no pages are stored there")
-    else:
-        table = Table("fingerprint", *(Column(name, justify="right") for name in list(rows[0])[1:]))
-        for row in rows:
-            table.add_row(*(_shown(value) for value in row.values()))
-        Console().print(table)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return "\n".join(_shown(item) for item in value)
-    if isinstance(value, dict):
-        return "\n".join(f"{name} {_shown(item)}" for name, item in value.items())
-    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -173,8 +173,10 @@ def suspend(
     kv: str = "retain",
     durable_timeout_ms: int = 500,
     expires_in_s: float | None = None,
+    durability: str = "node",
 ) -> Call[Suspended]:
-    """End the turn. Waits up to ``durable_timeout_ms`` for the KV to be durable.
+    """End the turn. Waits up to ``durable_timeout_ms`` for the KV to be durable: on the drive of its ``node``, or with
+    the durability ``shared`` all of it in the shared store, from where other nodes restore it.
 
     ``kv`` decides about the device's copy: ``retain`` it while there is room, ``demote`` it once the KV is durable, or
     ``release`` it and what is stored. Raises LeaseLost, ToolInFlight.
@@ -185,6 +187,8 @@ def suspend(
         "kv": kv,
         "durable_timeout_ms": durable_timeout_ms,
         "expires_in_s": expires_in_s,
+        # A service of an earlier release knows no other durability, and would refuse the field.
+        **({} if durability == "node" else {"durability": durability}),
     }
     return _post(Suspended, _session(session_id, "suspend"), body, wait_s=durable_timeout_ms / 1000)
 
@@ -228,6 +232,11 @@ def prefetch(
     times = {"due_ms": due_s, "deadline_ms": deadline_s}
     body = {"tier": tier, **{name: round(s * 1000) for name, s in times.items() if s is not None}}
     return _post(Operation, _session(session_id, "prefetch"), body)
+
+
+def demote(session_id: str) -> Call[Operation]:
+    """Make the session's KV the first to leave the device. It stays where it is stored."""
+    return _post(Operation, _session(session_id, "kv", "demote"), {})
 
 
 def kv(session_id: str) -> Call[Placement]:

@@ -77,6 +77,7 @@ class TurnOptions(TypedDict, total=False):
     reason: str
     kv: str
     durable_timeout_ms: int
+    durability: str
 
 
 class _Turn:
@@ -95,6 +96,7 @@ class _Turn:
         reason: str = "user_wait",
         kv: str = "retain",
         durable_timeout_ms: int = 500,
+        durability: str = "node",
     ):
         self.session_id = session_id
         #: Why the turn ends: ``user_wait``, ``tool_wait``, ``other`` or ``done``. May be set in the block.
@@ -107,6 +109,7 @@ class _Turn:
         self._lease_ttl_s = lease_ttl_s
         self._kv_after = kv
         self._durable_timeout_ms = durable_timeout_ms
+        self._durability = durability
         self._resumption = routes.resume(
             session_id,
             lease_ttl_s=lease_ttl_s,
@@ -190,7 +193,12 @@ class _Turn:
     def _suspension(self, lease: Lease, reason: str) -> Call[Suspended]:
         return routes.once(
             routes.suspend(
-                self.session_id, lease, reason=reason, kv=self._kv_after, durable_timeout_ms=self._durable_timeout_ms
+                self.session_id,
+                lease,
+                reason=reason,
+                kv=self._kv_after,
+                durable_timeout_ms=self._durable_timeout_ms,
+                durability=self._durability,
             )
         )
 
@@ -236,7 +244,7 @@ class _Turn:
 def _settled(suspended: Suspended, operation: Operation) -> StoredKv:
     """The stored KV as an ended flush reports it; ``unknown`` if the flush failed."""
     try:
-        return StoredKv.model_validate(operation.result)
+        return StoredKv.model_validate({**(operation.result or {}), "reason": suspended.kv.reason})
     except ValidationError:
         return suspended.kv.model_copy(update={"state": KvState.UNKNOWN})
 

@@ -6,7 +6,9 @@ lives in ``engine_patch.control``.
 
 Verbs::
 
-    flush(session, timeout_ms)                -> state, tokens, pages, bytes    the barrier of a suspend
+    flush(session, timeout_ms, durability?)   -> state, tokens, pages, bytes,   the barrier of a suspend: until all is
+                                                 shared_tokens, epoch                on the drive ("node", or nothing)
+                                                                                     or in the shared store ("shared")
     prefetch(session, keys, tier, timeout_ms, -> state, tokens, pages, bytes    bring pages back before they are asked
              due_ms?)                                                            for: the packed page keys, in order,
                                                                                  to the tier "host" or "device"; without
@@ -38,6 +40,10 @@ waiting, and starts nothing twice. Pages computed while spilling is off are stor
 spilling on. The other states of the first three are those of ``KvState`` for a flush; ``warm``, ``partial`` and
 ``cold`` for a prefetch, which also says in ``tier`` where the pages went: to host memory if the device cannot be
 reached; ``demoted`` for a demote. An engine answers with an error what it does not know or cannot do.
+
+``shared_tokens`` are those from the head that are in the shared store; an engine that does not say has none there.
+``epoch`` is that of the turn whose request was the newest to end there, 0 where none is known. To the durability
+``shared`` an engine without a shared store answers with an error.
 
 ``foresee`` and ``release`` are answered at once: ``accepted``, or ``ignored`` by an engine that makes no use of them.
 A ``pin`` is answered at once, too: ``accepted``; ``clipped`` where it holds on a lower tier, which ``tier`` says, or

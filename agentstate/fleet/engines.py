@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 
 from agentstate.sql.database import now_us
 from agentstate.sql.models import engines
+from agentstate.sql.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,13 @@ class Engine:
 
     ``base_url`` is the OpenAI base URL of the server the rank belongs to (the same for all its ranks);
     ``control_address`` the rank's own ZeroMQ endpoint and ``control_secret`` what it answers to (`fleet.control`), None
-    for an engine of an earlier release; ``model`` the name it is served under; ``pages_dir`` the root
-    of its page store. The times are microseconds of the database's clock, 0 before the engine is registered.
+    for an engine of an earlier release; ``model`` the name it is served under; ``fingerprint`` that of the pages which
+    it reads: ranks that hold the same pages have one, and one of them writes manifests; ``pages_dir`` the root of its
+    page store, and ``shared_store`` the URL of the store that it shares with other engines, empty for none. The times
+    are microseconds of the database's clock, 0 before the engine is registered.
+
+    With data parallelism a server has ``dp_size`` DP ranks. Each serves requests of its own from pages of its own, with
+    a ``node`` of their own. ``dp_rank`` is the one that this rank belongs to, ``rank`` its number within that one.
     """
 
     id: str
@@ -36,6 +42,9 @@ class Engine:
     started_us: int = 0
     heartbeat_us: int = 0
     control_secret: str | None = field(default=None, repr=False)
+    shared_store: str = ""
+    dp_rank: int = 0
+    dp_size: int = 1
 
 
 def register(connection: Connection, engine: Engine) -> None:
@@ -63,6 +72,9 @@ def register(connection: Connection, engine: Engine) -> None:
             fingerprint=engine.fingerprint,
             pages_dir=engine.pages_dir,
             control_secret=engine.control_secret,
+            shared_store=engine.shared_store,
+            dp_rank=engine.dp_rank,
+            dp_size=engine.dp_size,
             started_us=now_us(),
             heartbeat_us=now_us(),
         )
@@ -82,7 +94,7 @@ def unregister(connection: Connection, engine_id: str) -> None:
 
 def live(connection: Connection, timeout_s: float, model: str | None = None) -> list[Engine]:
     """The engines whose last heartbeat is at most ``timeout_s`` old, the youngest heartbeat first."""
-    rows = connection.execute(_LIVE, {"timeout_us": round(timeout_s * 1_000_000)})
+    rows = _LIVE.all(connection, {"timeout_us": round(timeout_s * 1_000_000)})
     return [engine for row in rows if (engine := Engine(*row)) and model in (None, engine.model)]
 
 
@@ -93,6 +105,8 @@ def registered(connection: Connection) -> list[Engine]:
 
 
 _SELECT = sa.select(*(engines.c[name] for name in Engine.__dataclass_fields__))
-_LIVE = _SELECT.where(engines.c.heartbeat_us >= now_us() - sa.bindparam("timeout_us", type_=sa.BigInteger())).order_by(
-    engines.c.heartbeat_us.desc(), engines.c.id
+_LIVE = Prepared(
+    _SELECT.where(engines.c.heartbeat_us >= now_us() - sa.bindparam("timeout_us", type_=sa.BigInteger())).order_by(
+        engines.c.heartbeat_us.desc(), engines.c.id
+    )
 )

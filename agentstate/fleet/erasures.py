@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -25,9 +25,9 @@ from agentstate.sql.models import erasures, manifest_heads, manifests
 KEY_BYTES = 32  # SHA-256
 # A head has the first digits of the keys of so many pages. Of two keys, they are alike by chance once in 2**32.
 HEAD_PAGES = 128
-_DIGITS = 4
+DIGITS = 4
 # An index entry of PostgreSQL has at most 2,700 bytes.
-_HEAD_BYTES = HEAD_PAGES * _DIGITS
+_HEAD_BYTES = HEAD_PAGES * DIGITS
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Erasure:
 def head_of(keys: bytes) -> bytes:
     """What a whole chain is sorted by."""
     end = min(len(keys), HEAD_PAGES * KEY_BYTES)
-    return b"".join(keys[at : at + _DIGITS] for at in range(0, end, KEY_BYTES))
+    return b"".join(keys[at : at + DIGITS] for at in range(0, end, KEY_BYTES))
 
 
 def add(connection: Connection, session_id: str, store: StoreName, chain: Chain) -> None:
@@ -116,6 +116,39 @@ def _chain(row: sa.Row[Any]) -> Chain:
     keys = bytes(row._mapping["keys"])
     # That of a manifest, which an engine of an earlier release may have saved without one.
     return Chain(row.first_page, bytes(row.head) if row.first_page else head_of(keys), keys)
+
+
+class Told(NamedTuple):
+    """That something is to be erased, and when that was said, by the database's clock."""
+
+    id: int
+    created_us: int
+
+
+def elsewhere(connection: Connection, store: StoreName, after: int) -> list[Told]:
+    """What is to be erased in the stores of other nodes that have the fingerprint and rank of ``store``, in the order
+    of its ids, from the one after ``after`` on.
+
+    A transaction becomes visible later than the ids and times that it wrote. So ask again from before what was written
+    last, by more than a transaction takes.
+    """
+    rows = connection.execute(
+        sa.select(erasures.c.id, erasures.c.created_us)
+        .where(
+            erasures.c.fingerprint == store.fingerprint,
+            erasures.c.rank == store.rank,
+            erasures.c.node != store.node,
+            erasures.c.id > after,
+        )
+        .order_by(erasures.c.id)
+    )
+    return [Told(*row) for row in rows]
+
+
+def load(connection: Connection, ids: Collection[int]) -> list[Erasure]:
+    """Those of these that are still to be done, in the order of their ids."""
+    rows = connection.execute(sa.select(erasures).where(erasures.c.id.in_(ids)).order_by(erasures.c.id))
+    return [Erasure(row.id, row.session_id, _chain(row)) for row in rows]
 
 
 def count(connection: Connection, store: StoreName) -> int:
@@ -156,6 +189,21 @@ def needed_pages(connection: Connection, store: StoreName, chain: Chain) -> int:
             break
         needed = max(needed + 1, chain.common(keys))
     return needed
+
+
+def needed_anywhere(connection: Connection, store: StoreName, chain: Chain) -> int:
+    """How many of a chain's pages, from its first one on, some manifest of the fingerprint and rank of ``store`` lists,
+    on whatever node."""
+    nodes = sa.select(manifest_heads.c.node).where(
+        manifest_heads.c.fingerprint == store.fingerprint, manifest_heads.c.rank == store.rank
+    )
+    return max(
+        (
+            needed_pages(connection, StoreName(store.fingerprint, store.rank, node), chain)
+            for node in connection.execute(nodes.distinct()).scalars().all()
+        ),
+        default=0,
+    )
 
 
 def _having(connection: Connection, store: StoreName, chain: Chain, page: int) -> bytes | None:

@@ -1,4 +1,5 @@
-"""``kv_hints``: SGLang's envelope of what a request says about its KV, read as a forecast of the session's wait.
+"""``kv_hints``: SGLang's envelope of what a request says about its KV, read as a forecast of the session's wait, and as
+how long it is pinned.
 
 ::
 
@@ -9,7 +10,7 @@
 action          payload               means, once the request's turn has ended
 =============== ===================== ===============================================================================
 ``kv.retain``   ``duration``: seconds the next request comes within that time
-``kv.pin``      ``duration``: seconds the same: nothing is kept whatever else needs the room, so it is always clipped
+``kv.pin``      ``duration``: seconds the same, and until then it leaves the device last: it is pinned
 ``kv.prefetch`` ``due_ms``            the next request comes after that time
 ``kv.demote``   ``duration``: seconds no request comes for that time, by default an hour
 ``kv.deref``                          nobody comes back
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agentstate.lookahead.forecast import BINS, EDGES, LONGEST_S, Forecast
@@ -38,20 +39,29 @@ ACCEPTED, CLIPPED, IGNORED = "accepted", "clipped", "ignored"
 @dataclass(frozen=True)
 class Hints:
     """What to expect of the session: a ``forecast``, or that nobody comes back (``release``), or nothing. ``answers``
-    say by the actions' ids what became of them; of several that could be carried out, the last one is."""
+    say by the actions' ids what became of them; of several that could be carried out, the last one is. If that is a
+    pin, it is for ``pin_s`` seconds."""
 
     answers: Mapping[str, str] = field(default_factory=dict)
     forecast: Forecast | None = None
     release: bool = False
+    pin_s: float | None = None
+
+    def unpinned(self) -> Hints:
+        """The same of a request that has no session to pin: a pin is a retention then."""
+        if self.pin_s is None:
+            return self
+        answers = {name: IGNORED if answer == IGNORED else CLIPPED for name, answer in self.answers.items()}
+        return replace(self, answers=answers, pin_s=None)
 
     def ignored(self) -> Hints:
         """The same where nothing can be carried out."""
         return Hints(dict.fromkeys(self.answers, IGNORED))
 
 
-def read(envelope: Any) -> Hints:
-    """The hints of an envelope; none of an empty one, as in SGLang. Raises ValueError if it is malformed. An action is
-    ignored that is not known, or whose payload says nothing."""
+def read(envelope: Any, longest_pin_s: float = LONGEST_S) -> Hints:
+    """The hints of an envelope, whose pins are cut to so many seconds; none of an empty one, as in SGLang. Raises
+    ValueError if it is malformed. An action is ignored that is not known, or whose payload says nothing."""
     if envelope in (None, {}):
         return Hints()
     _check(envelope, "kv_hints", {"protocol_version": str, "message_id": str})
@@ -63,6 +73,7 @@ def read(envelope: Any) -> Hints:
     answers: dict[str, str] = {}
     carried_out: str | None = None
     forecast: Forecast | None = None
+    pin_s: float | None = None
     for action in actions:
         _check(action, "an action of kv_hints", {"action_id": str, "action_type": str, "action_version": str})
         payload = action.get("payload", {})
@@ -76,7 +87,12 @@ def read(envelope: Any) -> Hints:
                 answers[carried_out] = IGNORED
             carried_out = action_id
             answers[action_id], forecast = found
-    return Hints(answers, forecast, release=carried_out is not None and forecast is None)
+            pin_s = None
+            if action["action_type"] == "kv.pin":
+                asked_s = _longest(payload) or 0.0
+                pin_s = min(asked_s, longest_pin_s)
+                answers[action_id] = CLIPPED if pin_s < asked_s else ACCEPTED
+    return Hints(answers, forecast, release=carried_out is not None and forecast is None, pin_s=pin_s)
 
 
 def within(seconds: float) -> Forecast:
@@ -90,12 +106,11 @@ def _read(action: dict[str, Any], payload: dict[str, Any]) -> tuple[str, Forecas
     if action["action_version"].partition(".")[0] not in ("0", "1"):
         return None
     match action["action_type"]:
-        case "kv.retain" | "kv.pin" as kind:
+        case "kv.retain" | "kv.pin":
             seconds = _longest(payload)
             if seconds is None or seconds <= 0:
                 return None
-            clipped = kind == "kv.pin" or seconds > LONGEST_S
-            return CLIPPED if clipped else ACCEPTED, within(min(seconds, LONGEST_S))
+            return CLIPPED if seconds > LONGEST_S else ACCEPTED, within(min(seconds, LONGEST_S))
         case "kv.demote":
             seconds = _seconds(payload.get("duration", DEMOTED_S))
             return None if seconds is None else (ACCEPTED, Forecast.exactly(seconds))

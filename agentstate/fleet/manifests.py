@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -22,6 +22,7 @@ from agentstate.fleet.erasures import Chain, StoreName, head_of
 from agentstate.sql.database import insert, now_us
 from agentstate.sql.models import abandoned_pages, leases, manifest_heads, manifests, segments, sessions
 from agentstate.sql.models import erasures as erasures_table
+from agentstate.sql.prepared import Prepared
 
 KEY_BYTES = erasures.KEY_BYTES
 # Of one session in one store. What was abandoned before is erased at once.
@@ -38,6 +39,13 @@ class KvState(StrEnum):
     UNKNOWN = "unknown"  # nobody could be asked
 
 
+class Durability(StrEnum):
+    """Where a session's KV survives, or is asked to."""
+
+    NODE = "node"  # on the drive of a node: it ends with that
+    SHARED = "shared"  # in the shared store, all of it: every engine that uses the store can restore it
+
+
 @dataclass(frozen=True)
 class Coverage:
     """A manifest without its keys: its size does not grow with the session."""
@@ -52,16 +60,18 @@ class Coverage:
     nbytes: int
     lost_tokens: int
     updated_us: int
+    shared_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The ordered page keys of a session on one engine rank.
 
-    ``keys`` packs one 32-byte key a page; ``tokens`` is what they cover, whole pages only; ``nbytes`` is the KV of
-    those pages on this rank, uncompressed. ``lost_tokens`` are those after them, whole pages too, that the session had
-    and that are not stored: never written, or evicted. ``epoch`` and ``account`` are those of the turn that published
-    it (`fleet.turns`). Raises ValueError when the first three do not agree.
+    ``keys`` packs one 32-byte key a page; ``tokens`` is what they cover, whole pages only, on the node or in the shared
+    store; ``nbytes`` is the KV of those pages on this rank, uncompressed. ``lost_tokens`` are those after them, whole
+    pages too, that the session had and that are not stored: never written, or evicted. ``epoch`` and ``account`` are
+    those of the turn that published it (`fleet.turns`). ``shared_tokens`` are those from the head that are in the
+    shared store: whole pages, and no more than ``tokens``. Raises ValueError when the first three do not agree.
     """
 
     session_id: str
@@ -76,6 +86,7 @@ class Manifest:
     lost_tokens: int = 0
     epoch: int = 0
     account: str = ""
+    shared_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.page_size <= 0 or self.tokens < 0 or self.tokens % self.page_size:
@@ -104,13 +115,16 @@ _KEY = ("session_id", "fingerprint", "rank", "node")
 
 def publish(connection: Connection, manifest: Manifest) -> bool:
     """Save ``manifest`` if its turn is the session's newest, or one that was over before its successor began and that
-    has not published since. False where the turn's lease lapsed and was taken over, or a later turn has published: then
-    what it lists is erased with the session; and where the session is gone: then it is erased now."""
+    has not published since, on whatever node. False where the turn's lease lapsed and was taken over, or a later turn
+    has published: then what it lists is erased with the session; and where the session is gone: then it is erased
+    now."""
     if _is_gone(connection, manifest.session_id):
         erasures.add(connection, manifest.session_id, _store_of(manifest), Chain.whole(manifest.keys))
         return False
     key = {name: getattr(manifest, name) for name in _KEY}
-    published = sa.select(manifests.c.epoch).where(*_same(manifests, key)).scalar_subquery()
+    # A node that was cut off may come late, with a turn that went on otherwise elsewhere.
+    of_rank = {name: key[name] for name in _KEY if name != "node"}
+    published = sa.select(sa.func.max(manifests.c.epoch)).where(*_same(manifests, of_rank)).scalar_subquery()
     turn = sa.select(leases.c.epoch).where(
         leases.c.session_id == manifest.session_id,
         sa.literal(manifest.epoch).between(leases.c.fence, leases.c.epoch),
@@ -124,7 +138,8 @@ def publish(connection: Connection, manifest: Manifest) -> bool:
 
 
 def save(connection: Connection, manifest: Manifest) -> None:
-    """Store ``manifest``, replacing the one of the same session, fingerprint, rank and node, whatever that says."""
+    """Store ``manifest``, replacing the one of the same session, fingerprint, rank and node, whatever that says. Where
+    it goes on with that one's history, as much as before is in the shared store: what is listed stays there."""
     keys = manifest.keys
     key = {name: getattr(manifest, name) for name in _KEY}
     before = _end(connection, key)
@@ -137,6 +152,7 @@ def save(connection: Connection, manifest: Manifest) -> None:
         "lost_tokens": manifest.lost_tokens,
         "epoch": manifest.epoch,
         "account": manifest.account,
+        "shared_tokens": manifest.shared_tokens,
         "updated_us": now_us(),
     }
     n_bytes, last_key = before or (0, b"")
@@ -145,10 +161,15 @@ def save(connection: Connection, manifest: Manifest) -> None:
         was = bytes(connection.execute(sa.select(manifests.c["keys"]).where(*_same(manifests, key))).scalar_one())
         common = Chain(0, b"", was).common(keys)
         _abandon(connection, key, Chain(common, head_of(was), was[common * KEY_BYTES :]))
+    shared = sa.case(
+        (manifests.c.shared_tokens > manifest.shared_tokens, manifests.c.shared_tokens), else_=manifest.shared_tokens
+    )
     connection.execute(
         insert(connection.dialect.name, manifests)
         .values(**key, **content)
-        .on_conflict_do_update(index_elements=list(key), set_=content)
+        .on_conflict_do_update(
+            index_elements=list(key), set_={**content, "shared_tokens": shared} if goes_on else content
+        )
     )
     if n_bytes < erasures.HEAD_PAGES * KEY_BYTES or not goes_on:
         _save_head(connection, key, keys)
@@ -249,7 +270,8 @@ def _abandon(connection: Connection, key: Mapping[str, object], chain: Chain) ->
 
 def cut(connection: Connection, manifest: Manifest, beyond: Chain | None = None) -> None:
     """Make a manifest that is there say less, as ``manifest`` does: its pages are gone, but for some of ``beyond``,
-    which are there still. It stays as old as it is, since nothing has been stored."""
+    which are there still. It stays as old as it is, since nothing has been stored. What it says of the shared store
+    stays too: no page is lost there because a node has lost its own."""
     key = {name: getattr(manifest, name) for name in _KEY}
     less = {name: getattr(manifest, name) for name in ("tokens", "keys", "nbytes", "lost_tokens")}
     if not connection.execute(sa.update(manifests).where(*_same(manifests, key)).values(less)).rowcount:
@@ -272,6 +294,125 @@ def load(connection: Connection, session_id: str, fingerprint: str, rank: int, n
     return None if row is None else Manifest(**row._mapping)
 
 
+def keys_of(connection: Connection, coverage: Coverage, tokens: int) -> bytes:
+    """The packed keys of the first ``tokens`` of a manifest; fewer if it has fewer by now."""
+    found = load(connection, coverage.session_id, coverage.fingerprint, coverage.rank, coverage.node)
+    return b"" if found is None else found.keys[: tokens // found.page_size * KEY_BYTES]
+
+
+def elsewhere(connection: Connection, session_id: str, fingerprint: str, rank: int, node: str) -> Manifest | None:
+    """Of what other nodes have stored of a session for one fingerprint and rank, that of which most is in the shared
+    store, the newest of equals; None where nothing is."""
+    row = connection.execute(
+        sa.select(*(manifests.c[name] for name in Manifest.__dataclass_fields__))
+        .where(
+            manifests.c.session_id == session_id,
+            manifests.c.fingerprint == fingerprint,
+            manifests.c.rank == rank,
+            manifests.c.node != node,
+            manifests.c.shared_tokens > 0,
+        )
+        .order_by(manifests.c.shared_tokens.desc(), manifests.c.updated_us.desc(), manifests.c.node)
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else Manifest(**row._mapping)
+
+
+def share(
+    connection: Connection, session_id: str, fingerprint: str, rank: int, node: str, tokens: int, last_key: bytes
+) -> bool:
+    """Note that the first ``tokens`` of a manifest are in the shared store, whole pages, of which ``last_key`` is the
+    last. False if the manifest does not list that page there any more: it says of another history, or of nothing. It
+    never says less than before of the same history."""
+    key = {"session_id": session_id, "fingerprint": fingerprint, "rank": rank, "node": node}
+    # PostgreSQL has no such function of large integers.
+    at = sa.cast((sa.literal(tokens, sa.BigInteger) // manifests.c.page_size - 1) * KEY_BYTES + 1, sa.Integer)
+    last = sa.func.substr(manifests.c["keys"], at, KEY_BYTES, type_=sa.LargeBinary)
+    lists = (manifests.c.tokens >= tokens, last == last_key)
+    more = sa.case((manifests.c.shared_tokens < tokens, tokens), else_=manifests.c.shared_tokens)
+    return (
+        connection.execute(
+            sa.update(manifests).where(*_same(manifests, key), *lists).values(shared_tokens=more)
+        ).rowcount
+        > 0
+    )
+
+
+def unshare(connection: Connection, fingerprint: str, rank: int, chain: Chain, page: int) -> None:
+    """Say of no manifest that lists a chain's ``page``, by its number, that any of it is in the shared store: something
+    of what they have in common is not any more. It is published anew, as what never was is."""
+    # By the page's key, all pages before it are alike.
+    low = chain.head[: (page + 1) * erasures.DIGITS]
+    high = (int.from_bytes(low, "big") + 1).to_bytes(len(low) + 1, "big")
+    alike = [manifest_heads.c.head >= low]
+    if not high[0]:
+        alike.append(manifest_heads.c.head < high[1:])
+    lists = sa.exists().where(*(manifest_heads.c[name] == manifests.c[name] for name in _KEY), *alike)
+    connection.execute(
+        sa.update(manifests)
+        .where(manifests.c.fingerprint == fingerprint, manifests.c.rank == rank, manifests.c.shared_tokens > 0, lists)
+        .values(shared_tokens=0)
+    )
+
+
+def unshare_listing(connection: Connection, fingerprint: str, rank: int, pages: Collection[bytes]) -> None:
+    """The same of manifests that list any of these pages, wherever. It reads the keys of all that are shared."""
+    found = []
+    columns = (*(manifests.c[name] for name in _KEY), manifests.c["keys"])
+    shared = sa.select(*columns).where(
+        manifests.c.fingerprint == fingerprint, manifests.c.rank == rank, manifests.c.shared_tokens > 0
+    )
+    with connection.execute(shared, execution_options={"yield_per": 20}) as rows:
+        for row in rows:
+            if any(key in pages for key in split_keys(bytes(row._mapping["keys"]))):
+                found.append({name: row._mapping[name] for name in _KEY})
+    for key in found:
+        connection.execute(sa.update(manifests).where(*_same(manifests, key)).values(shared_tokens=0))
+
+
+class Place(NamedTuple):
+    """A manifest's place among those of a rank and node, by their age."""
+
+    updated_us: int
+    session_id: str
+
+
+NEWEST = Place(1 << 62, "")
+
+
+class Unshared(NamedTuple):
+    """A session of which not all is in the shared store, and where to go on after it."""
+
+    session_id: str
+    keys: list[bytes]
+    place: Place
+
+
+def unshared(
+    connection: Connection, fingerprint: str, rank: int, node: str, limit: int, after: Place = NEWEST
+) -> list[Unshared]:
+    """Up to ``limit`` manifests of a rank on its node that are not wholly in the shared store, the newest first, of
+    those ``after`` a place."""
+    age = (manifests.c.updated_us, manifests.c.session_id)
+    older = sa.or_(age[0] < after.updated_us, sa.and_(age[0] == after.updated_us, age[1] < after.session_id))
+    rows = connection.execute(
+        sa.select(*age, manifests.c["keys"])
+        .where(
+            manifests.c.fingerprint == fingerprint,
+            manifests.c.rank == rank,
+            manifests.c.node == node,
+            manifests.c.shared_tokens < manifests.c.tokens,
+            older,
+        )
+        .order_by(*(column.desc() for column in age))
+        .limit(limit)
+    )
+    return [
+        Unshared(session_id, split_keys(bytes(keys)), Place(updated_us, session_id))
+        for updated_us, session_id, keys in rows
+    ]
+
+
 def chains(
     connection: Connection, fingerprint: str, rank: int, node: str | None = None
 ) -> Iterator[tuple[str, list[bytes]]]:
@@ -288,11 +429,12 @@ def chains(
         yield session_id, split_keys(keys)
 
 
-def of_rank(connection: Connection, fingerprint: str, rank: int, node: str) -> Iterator[Manifest]:
-    """Every manifest of a rank on its node, one at a time."""
+def of_rank(connection: Connection, fingerprint: str, rank: int, node: str | None = None) -> Iterator[Manifest]:
+    """Every manifest of a rank on its node, or on all nodes, one at a time."""
+    of_node = sa.true() if node is None else manifests.c.node == node
     rows = connection.execute(
         sa.select(*(manifests.c[name] for name in Manifest.__dataclass_fields__)).where(
-            manifests.c.fingerprint == fingerprint, manifests.c.rank == rank, manifests.c.node == node
+            manifests.c.fingerprint == fingerprint, manifests.c.rank == rank, of_node
         ),
         execution_options={"yield_per": 100},
     )
@@ -300,16 +442,31 @@ def of_rank(connection: Connection, fingerprint: str, rank: int, node: str) -> I
         yield Manifest(**row._mapping)
 
 
+def keys_of_sessions(connection: Connection, *, session: str | None = None, model: str | None = None) -> set[bytes]:
+    """The page keys that are stored of the sessions of this name or id, or of this model, on any node."""
+    which = sa.true() if session is None else sa.or_(sessions.c.name == session, sessions.c.id == session)
+    of_model = sa.true() if model is None else sessions.c.model == model
+    rows = connection.execute(
+        sa.select(manifests.c["keys"])
+        .join(sessions, sessions.c.id == manifests.c.session_id)
+        .where(which, of_model, sessions.c.deleted_us.is_(None)),
+        execution_options={"yield_per": 100},
+    )
+    return {key for (keys,) in rows for key in split_keys(keys)}
+
+
 def coverage(connection: Connection, session_ids: Collection[str]) -> list[Coverage]:
     """What is stored of these sessions, wherever it is, the newest first. Never reads the keys."""
+    if len(session_ids) == 1:
+        return [Coverage(*row) for row in _COVERAGE_OF_ONE.all(connection, {"of_session": next(iter(session_ids))})]
     return [Coverage(*row) for row in connection.execute(_COVERAGE, {"of_sessions": list(session_ids)})]
 
 
-_COVERAGE = (
-    sa.select(*(manifests.c[name] for name in Coverage.__dataclass_fields__))
-    .where(manifests.c.session_id.in_(sa.bindparam("of_sessions", expanding=True)))
-    .order_by(manifests.c.updated_us.desc(), manifests.c.tokens.desc())
+_STORED = sa.select(*(manifests.c[name] for name in Coverage.__dataclass_fields__)).order_by(
+    manifests.c.updated_us.desc(), manifests.c.tokens.desc()
 )
+_COVERAGE = _STORED.where(manifests.c.session_id.in_(sa.bindparam("of_sessions", expanding=True)))
+_COVERAGE_OF_ONE = Prepared(_STORED.where(manifests.c.session_id == sa.bindparam("of_session")))
 
 
 def stores(connection: Connection, node: str) -> dict[tuple[str, int], int]:
@@ -321,15 +478,29 @@ def stores(connection: Connection, node: str) -> dict[tuple[str, int], int]:
 
 def forget_store(connection: Connection, fingerprint: str, rank: int, node: str) -> None:
     """Drop every manifest of a store that is gone, given the first digits of its fingerprint, and what was to be erased
-    in it."""
-    for table in (manifests, manifest_heads, abandoned_pages, erasures_table):
-        connection.execute(
-            sa.delete(table).where(
-                table.c.fingerprint.startswith(fingerprint, autoescape=True),
-                table.c.rank == rank,
-                table.c.node == node,
-            )
+    in it. A manifest of which something is in the shared store is cut to that: it is not gone."""
+
+    def of(table: sa.Table) -> tuple[sa.ColumnElement[bool], ...]:
+        return (
+            table.c.fingerprint.startswith(fingerprint, autoescape=True),
+            table.c.rank == rank,
+            table.c.node == node,
         )
+
+    tokens, shared = manifests.c.tokens, manifests.c.shared_tokens
+    n_bytes = sa.cast(shared // manifests.c.page_size * KEY_BYTES, sa.Integer)
+    cut_to_shared = {
+        "tokens": shared,
+        "keys": sa.func.substr(manifests.c["keys"], 1, n_bytes, type_=sa.LargeBinary),
+        "nbytes": manifests.c.nbytes * shared // tokens,
+        "lost_tokens": manifests.c.lost_tokens + tokens - shared,
+    }
+    connection.execute(sa.update(manifests).where(*of(manifests), shared > 0, shared < tokens).values(cut_to_shared))
+    connection.execute(sa.delete(manifests).where(*of(manifests), shared == 0))
+    kept = sa.exists().where(*(manifest_heads.c[name] == manifests.c[name] for name in _KEY))
+    connection.execute(sa.delete(manifest_heads).where(*of(manifest_heads), ~kept))
+    for table in (abandoned_pages, erasures_table):
+        connection.execute(sa.delete(table).where(*of(table)))
 
 
 def erase(connection: Connection, session_ids: sa.Select[tuple[str]] | Collection[str]) -> int:

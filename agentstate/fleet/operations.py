@@ -22,9 +22,9 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -40,7 +40,7 @@ from agentstate.errors import (
 )
 from agentstate.fleet.control import ControlConnections
 from agentstate.fleet.engines import Engine
-from agentstate.fleet.manifests import KvState
+from agentstate.fleet.manifests import Durability, KvState
 from agentstate.fleet.notices import Notice, Notices
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import OperationState, operations
@@ -93,19 +93,34 @@ _STATES: dict[Kind, tuple[StrEnum, ...]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a question: tokens from the session's head, pages and bytes over all ranks."""
+    """The outcome of a question: tokens from the session's head, pages and bytes over all ranks. Of a flush,
+    ``durable_on`` is where all of the tokens are, None where there are none."""
 
     state: StrEnum
     tokens: int = 0
     pages: int = 0
     nbytes: int = 0
+    durable_on: Durability | None = None
 
     @property
     def settled(self) -> bool:
         return self.state.value != "pending"
 
     def as_result(self) -> dict[str, Any]:
-        return {"state": self.state.value, "tokens": self.tokens, "pages": self.pages, "bytes": self.nbytes}
+        found = {"state": self.state.value, "tokens": self.tokens, "pages": self.pages, "bytes": self.nbytes}
+        return found if self.durable_on is None else {**found, "durable_on": self.durable_on.value}
+
+
+class _Answer(NamedTuple):
+    """A rank's. ``shared_tokens`` are in the shared store, from the head: none for an engine that does not say.
+    ``epoch`` is of the turn that it is about, 0 if the engine does not say."""
+
+    state: StrEnum
+    tokens: int
+    pages: int
+    nbytes: int
+    shared_tokens: int
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,12 @@ class Operation:
 @dataclass(frozen=True)
 class Question:
     """What the ranks of one engine are asked about a session; ``keys`` are packed page keys, one string a rank, which
-    are needed at ``due_s`` of the monotonic clock, or at once."""
+    are needed at ``due_s`` of the monotonic clock, or at once. A flush is ``pending`` until all is stored where
+    ``durability`` says.
+
+    With data parallelism the ``ranks`` are those of the DP rank that the session's turn was given to. A flush after the
+    turn ``epoch`` asks those of the other ones ``beside`` it too if that one has served no request of the turn: the
+    client, or a router before the engine, may have sent it elsewhere."""
 
     kind: Kind
     session_id: str
@@ -132,12 +152,22 @@ class Question:
     tier: Tier | None = None
     keys: Sequence[bytes] = ()
     due_s: float | None = None
+    durability: Durability = Durability.NODE
+    beside: Sequence[Sequence[Engine]] = ()
+    epoch: int = 0
 
     def arguments(self, number: int) -> dict[str, Any]:
         if self.kind is not Kind.PREFETCH:
-            return {"session": self.session_id}
+            # What an engine of an earlier release does too is asked as it was then.
+            beyond = {} if self.durability is Durability.NODE else {"durability": self.durability.value}
+            return {"session": self.session_id, **beyond}
         due = {} if self.due_s is None else {"due_ms": max(0, round((self.due_s - time.monotonic()) * 1000))}
         return {"session": self.session_id, "tier": str(self.tier), "keys": self.keys[number], **due}
+
+
+def _epoch(answers: Sequence[_Answer]) -> int:
+    """The turn that all ranks have served a request of."""
+    return min((answer.epoch for answer in answers), default=0)
 
 
 def load(connection: Connection, operation_id: str, tenant: str) -> Operation:
@@ -232,6 +262,14 @@ class Operations:
                 for rank in ranks
             )
             return list(await asyncio.gather(*said))
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop)
+
+    def stat(self, rank: Engine, timeout_s: float) -> Future[dict[str, Any]]:
+        """Ask a rank for its counters. The future raises EngineUnreachable, EngineRefused."""
+
+        async def ask() -> dict[str, Any]:
+            return await self._connections.call(rank.control_address, rank.control_secret, "stat", timeout_s)
 
         return asyncio.run_coroutine_threadsafe(ask(), self._loop)
 
@@ -368,19 +406,42 @@ class Operations:
 
     async def _ask(self, question: Question, timeout_ms: int) -> Outcome:
         deadline = time.monotonic() + timeout_ms / 1000
-        async with self._questions:
-            answers = await asyncio.gather(
-                *(self._ask_rank(question, number, deadline) for number in range(len(question.ranks)))
-            )
+        answers = await self._answers(question, deadline)
+        if question.beside and _epoch(answers) < question.epoch:
+            others = [replace(question, ranks=ranks, beside=()) for ranks in question.beside]
+            found = await asyncio.gather(*(self._answers_if_any(one, deadline) for one in others))
+            answers = max([answers, *found], key=_epoch)
         worst_first = _STATES[question.kind]
+        tokens = min((answer.tokens for answer in answers), default=0)
+        durable_on = None
+        if question.kind is Kind.FLUSH and tokens > 0:
+            shared = all(answer.shared_tokens >= tokens for answer in answers)
+            durable_on = Durability.SHARED if shared else Durability.NODE
+        state = min((answer.state for answer in answers), key=worst_first.index, default=worst_first[0])
+        if question.durability is Durability.SHARED and durable_on is Durability.NODE and state is KvState.DURABLE:
+            # Whatever the engine makes of the question: it is not durable where that asks for it.
+            state = KvState.PENDING
         return Outcome(
-            state=min((answer.state for answer in answers), key=worst_first.index, default=worst_first[0]),
-            tokens=min((answer.tokens for answer in answers), default=0),
+            state=state,
+            tokens=tokens,
             pages=sum(answer.pages for answer in answers),
             nbytes=sum(answer.nbytes for answer in answers),
+            durable_on=durable_on,
         )
 
-    async def _ask_rank(self, question: Question, number: int, deadline: float) -> Outcome:
+    async def _answers(self, question: Question, deadline: float) -> list[_Answer]:
+        async with self._questions:
+            return await asyncio.gather(
+                *(self._ask_rank(question, number, deadline) for number in range(len(question.ranks)))
+            )
+
+    async def _answers_if_any(self, question: Question, deadline: float) -> list[_Answer]:
+        try:
+            return await self._answers(question, deadline)
+        except EngineError:
+            return []
+
+    async def _ask_rank(self, question: Question, number: int, deadline: float) -> _Answer:
         rank = question.ranks[number]
         left_ms = max(0, round((deadline - time.monotonic()) * 1000))
         answer = await self._connections.call(
@@ -393,7 +454,9 @@ class Operations:
         )
         try:
             states = {state.value: state for state in _STATES[question.kind]}
-            return Outcome(states[answer["state"]], int(answer["tokens"]), int(answer["pages"]), int(answer["bytes"]))
+            tokens, pages, nbytes = (int(answer[name]) for name in ("tokens", "pages", "bytes"))
+            more = (int(answer.get(name, 0)) for name in ("shared_tokens", "epoch"))
+            return _Answer(states[answer["state"]], tokens, pages, nbytes, *more)
         except (KeyError, TypeError, ValueError) as error:
             raise EngineRefused(
                 f"the engine at {rank.control_address} gave an answer that is none to a {question.kind}: {error!r}"

@@ -42,17 +42,21 @@ def remove(connection: Connection, session_id: str) -> bool:
     return connection.execute(sa.delete(kv_pins).where(kv_pins.c.session_id == session_id)).rowcount > 0
 
 
-def of_engine(connection: Connection, base_url: str) -> dict[str, tuple[str, float]]:
-    """The pins that hold now of the sessions whose newest turn was given to this engine: their tiers, and for how many
-    seconds they hold."""
-    rows = connection.execute(_OF_ENGINE, {"base_url": base_url})
+def of_engine(connection: Connection, base_url: str, dp_rank: int) -> dict[str, tuple[str, float]]:
+    """The pins that hold now of the sessions whose newest turn was given to this engine, to this one of its DP ranks:
+    their tiers, and for how many seconds they hold."""
+    rows = connection.execute(_OF_ENGINE, {"base_url": base_url, "dp_rank": dp_rank})
     return {session_id: (tier, rest_us / 1_000_000) for session_id, tier, rest_us in rows}
 
 
 _OF_ENGINE = (
     sa.select(kv_pins.c.session_id, kv_pins.c.tier, kv_pins.c.until_us - now_us())
     .join(leases, leases.c.session_id == kv_pins.c.session_id)
-    .where(kv_pins.c.until_us > now_us(), leases.c.engine == sa.bindparam("base_url"))
+    .where(
+        kv_pins.c.until_us > now_us(),
+        leases.c.engine == sa.bindparam("base_url"),
+        sa.func.coalesce(leases.c.dp_rank, sa.bindparam("dp_rank")) == sa.bindparam("dp_rank"),
+    )
     .order_by(kv_pins.c.until_us.desc())
     .limit(MOST)
 )

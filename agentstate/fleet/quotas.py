@@ -1,11 +1,13 @@
-"""Quotas: what an account may have on each tier of an engine, and how many sessions a tenant may have.
+"""Quotas: what an account may have on each tier of an engine and in the shared store, and how many sessions a tenant
+may have.
 
 The *account* is whom KV is charged to (`fleet.turns`): ``tenant NAME``, or ``group NAME`` for the sessions of tenants
 that share KV in a group, or `NOBODY` for requests that prove no turn. Bytes count all ranks of an engine, which share
-them evenly. A number of sessions is a tenant's own, whatever group its KV belongs to, and stands at ``tenant NAME``.
+them evenly; in the shared store, those of all engines. A number of sessions is a tenant's own, whatever group its KV
+belongs to, and stands at ``tenant NAME``.
 
-A quota refuses nobody service: an account above it is the first whose pages leave, as soon as others need the room.
-Only a session too many is not made.
+A quota refuses nobody service: an account above it is the first whose pages leave, as soon as others need the room, and
+nothing more of it is published. Only a session too many is not made.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class Quota:
     device_bytes: int | None = None
     host_bytes: int | None = None
     nvme_bytes: int | None = None
+    shared_bytes: int | None = None
     sessions: int | None = None
 
 

@@ -46,8 +46,9 @@ PAUSE_S = 0.02
 MAX_NOTES = 10_000
 MAX_TENANTS = 1_000
 MAX_FORECASTS = 256  # of a tenant
-# Sessions whose engine, or whose wait, is remembered.
+# Sessions whose engine, or whose wait, is remembered: half a kilobyte each.
 MAX_SESSIONS = 50_000
+MAX_ENGINES = 1_000
 LOOKED_UP = 500
 HOUR_S = 3600.0
 TRIES = 5
@@ -80,7 +81,7 @@ class Took:
     announced_s: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Awaited:
     """Something that a session waits for, since ``age_s``."""
 
@@ -102,21 +103,33 @@ class _Learned:
     forecasts: dict[tuple[str, str, float | None], Forecast] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Waiting:
     """A session waits for all of ``awaited`` since ``since_s``, when it was forecast; ``waited_s`` of that had passed
-    then."""
+    then. The forecast is ``packed``, as engines get it: unpacked it takes fifty times as much memory."""
 
     tenant: str
     awaited: Sequence[Awaited]
     kind: str
-    forecast: Forecast
+    packed: bytes
     waited_s: float
     since_s: float
+
+    @property
+    def forecast(self) -> Forecast:
+        return Forecast.unpack(self.packed)
 
     def took(self, now_s: float) -> float:
         """How long the wait has lasted, that began before it was forecast."""
         return self.waited_s + max(0.0, now_s - self.since_s)
+
+
+@dataclass(slots=True)
+class _Session:
+    """``rank`` is that of the last request, ``waiting`` what has not come yet; None if not known here."""
+
+    rank: Engine | None = None
+    waiting: _Waiting | None = None
 
 
 class Waits:
@@ -140,11 +153,11 @@ class Waits:
         self._noted = threading.Event()
         self._closing = threading.Event()
         self._learned: OrderedDict[str, _Learned] = OrderedDict()
-        self._ranks: OrderedDict[str, Engine] = OrderedDict()
+        # Who waits here stays for a day: those that are not back by then teach that, too.
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
+        self._engines: OrderedDict[str, Engine] = OrderedDict()  # each rank once, by its id
         # How true forecasts came: of all tenants together, so that none learns of another's.
         self.calibration = Calibration()
-        # Who waits here: those that are not back within a day teach that, too.
-        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._saved_s = self._swept_s = clock()
         self._thread = threading.Thread(target=self._run, name="agentstate-waits", daemon=True)
         self._thread.start()
@@ -232,7 +245,8 @@ class Waits:
     ) -> None:
         forecast, waited_s = self._forecast(tenant, awaited)
         kind = _kind({one.tool for one in awaited})
-        self._remember(self._waiting, session, _Waiting(tenant, awaited, kind, forecast, waited_s, since_s))
+        waiting = _Waiting(tenant, tuple(awaited), kind, forecast.pack(), waited_s, since_s)
+        self._session(session).waiting = waiting
         self._foresee(tenant, session, forecast, waited_s, kind, rank, since_s)
 
     def _forecast(self, tenant: str, awaited: Sequence[Awaited]) -> tuple[Forecast, float]:
@@ -276,19 +290,19 @@ class Waits:
             self._operations.tell(tenant, session, rank, "foresee", arguments)
 
     def _release(self, tenant: str, session: str, rank: Engine | None) -> None:
-        self._waiting.pop(session, None)
+        if (known := self._sessions.get(session)) is not None:
+            known.waiting = None
         if (rank := self._rank_of(session, rank)) is not None:
             self._operations.tell(tenant, session, rank, "release", lambda: {"session": session})
 
     def _end(self, session: str, rank: Engine | None, ended_s: float) -> None:
-        wait = self._waiting.pop(session, None)
+        known = self._sessions.pop(session, None)
+        wait = None if known is None else known.waiting
         if wait is not None and wait.awaited:
             self.calibration.ended(wait.kind, wait.forecast, wait.took(ended_s), wait.waited_s)
         self._operations.untell(session)
-        if rank is None:
-            self._ranks.pop(session, None)
-        else:
-            self._remember(self._ranks, session, rank)
+        if rank is not None:
+            self._remember_rank(session, rank)
 
     def _learn(self, tenant: str, waits: Sequence[Took]) -> None:
         known = self._known(tenant)
@@ -300,23 +314,36 @@ class Waits:
 
     def _rank_of(self, session: str, rank: Engine | None) -> Engine | None:
         """The rank to tell. One that is not known here had its turn at another service."""
-        if rank is None and (rank := self._ranks.get(session)) is None:
+        if rank is None and (known := self._sessions.get(session)) is not None:
+            rank = known.rank
+        if rank is None:
             with self._database.read() as connection:
-                base_url = connection.execute(
-                    sa.select(leases.c.engine).where(leases.c.session_id == session)
-                ).scalar_one_or_none()
-                server = named(base_url, engines.live(connection, self._engine_timeout_s)) if base_url else None
+                row = connection.execute(
+                    sa.select(leases.c.engine, leases.c.dp_rank).where(leases.c.session_id == session)
+                ).one_or_none()
+                server = None
+                if row is not None and row.engine:
+                    server = named(row.engine, row.dp_rank, engines.live(connection, self._engine_timeout_s))
             rank = server.ranks[0] if server else None
         if rank is not None:
-            self._remember(self._ranks, session, rank)
+            self._remember_rank(session, rank)
         return rank
 
-    @staticmethod
-    def _remember(kept: OrderedDict[str, Any], session: str, value: Any) -> None:
-        kept[session] = value
-        kept.move_to_end(session)
-        if len(kept) > MAX_SESSIONS:
-            kept.popitem(last=False)
+    def _remember_rank(self, session: str, rank: Engine) -> None:
+        # Each look-up in SQL makes another object of the same rank: all sessions share the first.
+        shared = self._engines.setdefault(rank.id, rank)
+        self._engines.move_to_end(rank.id)
+        if len(self._engines) > MAX_ENGINES:
+            self._engines.popitem(last=False)
+        self._session(session).rank = shared
+
+    def _session(self, session: str) -> _Session:
+        """What is remembered of a session, from now on."""
+        known = self._sessions.setdefault(session, _Session())
+        self._sessions.move_to_end(session)
+        if len(self._sessions) > MAX_SESSIONS:
+            self._sessions.popitem(last=False)
+        return known
 
     def _sweep_if_due(self) -> None:
         """Learn from those who have not been back for a day, here or at another service."""
@@ -324,13 +351,14 @@ class Waits:
         if now_s - self._swept_s < HOUR_S:
             return
         self._swept_s = now_s
-        late = [session for session, wait in self._waiting.items() if now_s - wait.since_s > LONGEST_S]
+        waiting = ((session, known.waiting) for session, known in self._sessions.items() if known.waiting is not None)
+        late = [(session, wait) for session, wait in waiting if now_s - wait.since_s > LONGEST_S]
         for first in range(0, len(late), LOOKED_UP):
-            some = late[first : first + LOOKED_UP]
+            some = dict(late[first : first + LOOKED_UP])
             with self._database.read() as connection:
                 back = connection.execute(
                     sa.select(leases.c.session_id).where(
-                        leases.c.session_id.in_(some),
+                        leases.c.session_id.in_(list(some)),
                         sa.or_(
                             leases.c.token_hash.is_not(None),
                             leases.c.released_us > now_us() - round(LONGEST_S * 1_000_000),
@@ -338,8 +366,8 @@ class Waits:
                     )
                 )
                 here = set(back.scalars())
-            for session in some:
-                wait = self._waiting.pop(session)
+            for session, wait in some.items():
+                del self._sessions[session]
                 if session not in here and wait.awaited:
                     self.calibration.ended(wait.kind, wait.forecast, None, wait.waited_s)
                     known = self._known(wait.tenant)

@@ -60,7 +60,7 @@ class _Curve(NamedTuple):
 class Forecast:
     """A distribution of how long a wait lasts. Immutable; equal if every bin is."""
 
-    __slots__ = ("_curve", "_left", "_mass")
+    __slots__ = ("_curve", "_left", "_mass", "_packed")
 
     def __init__(self, mass: tuple[float, ...]):
         """``mass``: `BINS` probabilities that add up to 1. `from_mass` takes any weights."""
@@ -68,6 +68,7 @@ class Forecast:
         # Added up from the end, where the shares are small: a difference to 1 would lose them.
         self._left = tuple(accumulate(reversed(mass)))[::-1]
         self._curve: _Curve | None = None
+        self._packed: bytes | None = None
 
     @classmethod
     def from_mass(cls, mass: Sequence[float]) -> Forecast:
@@ -161,8 +162,11 @@ class Forecast:
 
     def pack(self) -> bytes:
         """`BINS` bytes, a bin each, relative to the likeliest one. What is less than a 130,000th of it is lost."""
-        largest = max(self._mass)
-        return bytes([round(_LEVELS * math.sqrt(weight / largest)) for weight in self._mass])
+        packed = self._packed
+        if packed is None:
+            largest = max(self._mass)
+            packed = self._packed = bytes([round(_LEVELS * math.sqrt(weight / largest)) for weight in self._mass])
+        return packed
 
     @classmethod
     def unpack(cls, packed: bytes) -> Forecast:

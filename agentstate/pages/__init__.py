@@ -5,10 +5,12 @@
 (`Quota`, `need`, `retain`, `release`). `Writer` fills one extent while the one before it is published.
 `LayerwiseReader` opens a `Stream` of what is pinned, layer by layer, through a bounded staging memory that a
 `ReadBackend` reads into, or straight to a `Destination`; every `Chunk` says which of its pages may be used. `merge`
-makes one extent of many small ones.
+makes one extent of many small ones. `StoreView` reads a store that another process writes, and `Replicas` all those
+that have the same pages.
 """
 
 from agentstate.pages.backends import KvikioBackend, PosixBackend, ReadBackend, staging_memory
+from agentstate.pages.changes import Changes
 from agentstate.pages.eviction import ANYONE
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, Geometry
 from agentstate.pages.fingerprint import configuration, fingerprint, tensor_names, weights_digest
@@ -28,8 +30,10 @@ from agentstate.pages.reading import (
     Stream,
     Urgency,
 )
+from agentstate.pages.replicas import Replicas, stores_beside
 from agentstate.pages.space import Quota, Space, StoreStats
 from agentstate.pages.store import PageStore
+from agentstate.pages.view import StoreView
 from agentstate.pages.writing import Writer
 
 __all__ = [
@@ -38,6 +42,7 @@ __all__ = [
     "DEMAND",
     "PLANNED",
     "READ_THREADS",
+    "Changes",
     "Chunk",
     "Destination",
     "ExtentDraft",
@@ -53,9 +58,11 @@ __all__ = [
     "PosixBackend",
     "Quota",
     "ReadBackend",
+    "Replicas",
     "Segment",
     "Space",
     "StoreStats",
+    "StoreView",
     "Stream",
     "Urgency",
     "Writer",
@@ -63,6 +70,7 @@ __all__ = [
     "fingerprint",
     "merge",
     "staging_memory",
+    "stores_beside",
     "tensor_names",
     "weights_digest",
 ]

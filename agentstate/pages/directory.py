@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from agentstate.errors import PageStoreLocked
 from agentstate.private import FILE_MODE, close_to_others, make_directory
@@ -14,6 +16,34 @@ from agentstate.private import FILE_MODE, close_to_others, make_directory
 # Whoever evicts from a store that nobody has open holds its lock for a moment.
 _PATIENCE_S = 1.0
 _POLL_S = 0.02
+_TOLD = struct.Struct("<?xxxxxxxQQ")
+
+
+class Told(NamedTuple):
+    """What the process that has a store open tells others, in the lock: whether the store ``is_open``, and can be read;
+    how many ``offers`` of pages to store are over, stored or not, and how often pages were removed to be erased
+    (``erasures``), both since the process began."""
+
+    is_open: bool = False
+    offers: int = 0
+    erasures: int = 0
+
+
+def told(directory: Path) -> Told:
+    """What is told in a store's directory; nothing unless some process has it open. Raises OSError."""
+    try:
+        fd = os.open(directory / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return Told()
+    try:
+        raw = os.pread(fd, _TOLD.size, 0)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return Told(*_TOLD.unpack(raw)) if len(raw) == _TOLD.size else Told()
+    finally:
+        os.close(fd)
+    # Of a process that has ended.
+    return Told()
 
 
 class StoreDirectory:
@@ -22,6 +52,7 @@ class StoreDirectory:
     def __init__(self, path: Path):
         self.path = path
         self.extents, self.partial, self.index = path / "extents", path / "partial", path / "index"
+        self.told = Told()
         self._fds: list[int] = []
         self._opened_as: tuple[tuple[int, int] | None, ...] | None = None
 
@@ -59,6 +90,9 @@ class StoreDirectory:
             self._fds.append(os.open(self.extents, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             fcntl.flock(self._fds[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _identity(self.path / "lock") == _identity(self._fds[0]):
+                # What another process has told may be there. Raises where there is no room for it.
+                self.told = self.told._replace(is_open=False)
+                os.pwrite(self._fds[0], _TOLD.pack(*self.told), 0)
                 return True
             self.release()
         except (BlockingIOError, FileNotFoundError) as error:
@@ -66,7 +100,7 @@ class StoreDirectory:
             if last and isinstance(error, BlockingIOError):
                 raise PageStoreLocked(
                     f"another engine writes to {self.path}: stop it, or give this one a directory of its own "
-                    "with AGENTSTATE_PAGES_DIR"
+                    "with AGENTSTATE_PAGES_DIR, and the other's with AGENTSTATE_PAGES_SIBLINGS to restore from it"
                 ) from error
             if last:
                 raise
@@ -75,9 +109,17 @@ class StoreDirectory:
             raise
         return False
 
+    def tell(self, told: Told) -> None:
+        """Tell other processes, as long as it is locked (`told`)."""
+        self.told = told
+        if self._fds:
+            with suppress(OSError):
+                os.pwrite(self._fds[0], _TOLD.pack(*told), 0)
+
     def opened(self) -> None:
         """The index is open as well: from now on `intact` compares with all files as they are now."""
         self._opened_as = self._identities()
+        self.tell(self.told._replace(is_open=True))
 
     @property
     def known(self) -> bool:

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from agentstate.pages.index import ExtentRecord
 
+# The clock of uses goes in such steps, which leave room to order the extents of one use among each other. An extent is
+# written at a step, and used before one.
+WITHIN = 1 << 20
 # Stands for whoever needs an extent, when nobody remembers who it is.
 ANYONE = ""
 
@@ -45,9 +49,19 @@ class Extent:
         return 0 if self.released else 2 if self.needed_by else 1, self.used
 
     @property
+    def used_again(self) -> bool:
+        """Whether it was looked up since it was written: a use is never at a whole step of the clock."""
+        return self.used % WITHIN != 0
+
+    @property
     def released(self) -> bool:
         """Whether all of its pages were released, and none was used since."""
         return bool(self.let_go) and len(self.let_go) >= self.live and self.used <= self.let_go_at
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether somebody may come back for it."""
+        return not self.released and (bool(self.needed_by) or self.used_again)
 
     def release(self, key: bytes, now: int) -> None:
         """One of its live pages is released."""
@@ -113,12 +127,14 @@ class EvictionOrder:
         if entry is not None and extent.turn() < entry.turn:
             self.add(entry.owner, extent)
 
-    def choose(self, n_bytes: float, may_go: Callable[[Any, Extent], bool]) -> list[tuple[Any, Extent]]:
-        """Take the next extents that ``may_go`` out of the order, until they have ``n_bytes``, and return them with
-        their owners. They have less than that if there are no more."""
+    def choose(
+        self, n_bytes: float, may_go: Callable[[Any, Extent], bool], most: float = math.inf
+    ) -> list[tuple[Any, Extent]]:
+        """Take the next extents that ``may_go`` out of the order, until they have ``n_bytes`` or are as many as
+        ``most``, and return them with their owners. They have less than that if there are no more."""
         chosen: list[tuple[Any, Extent]] = []
         staying: list[_Entry] = []
-        while n_bytes > 0 and self._heap:
+        while n_bytes > 0 and self._heap and len(chosen) < most:
             entry = heapq.heappop(self._heap)
             extent = entry.extent
             if entry is not self._entries.get(extent):
@@ -133,6 +149,12 @@ class EvictionOrder:
                 n_bytes -= extent.file_bytes
         for entry in staying:
             heapq.heappush(self._heap, entry)
+        return chosen
+
+    def first(self, n_bytes: float, may_go: Callable[[Any, Extent], bool], most: int) -> list[tuple[Any, Extent]]:
+        """What `choose` would take, which stays."""
+        chosen = self.choose(n_bytes, may_go, most)
+        self.put_back(chosen)
         return chosen
 
     def __len__(self) -> int:

@@ -43,13 +43,19 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     Raises FileNotFoundError also if a writer has just taken it out of the store.
     """
     with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileNotFoundError(errno.ENOENT, "no longer stored", str(path)) from None
-        if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-            raise FileNotFoundError(errno.ENOENT, "no longer stored", str(path))
+        hold(file.fileno(), path)
         yield file
+
+
+def hold(fd: int, path: Path) -> None:
+    """Keep writers from overwriting the space of the published extent at ``path``, open as ``fd``, until that is
+    closed. Raises like `opened`."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileNotFoundError(errno.ENOENT, "no longer stored", str(path)) from None
+    if os.fstat(fd).st_ino != path.stat().st_ino:
+        raise FileNotFoundError(errno.ENOENT, "no longer stored", str(path))
 
 
 def header_of(file: BinaryIO, name: str) -> ExtentHeader:
@@ -78,7 +84,7 @@ def publish(partial: Path, final: Path, data: memoryview, spare: Path | None) ->
     try:
         fd = _over(spare, partial) if spare is not None else None
         if fd is None:
-            fd = open_direct(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            fd = _new(partial)
         try:
             with _unless_unsupported():
                 os.posix_fallocate(fd, 0, len(data))
@@ -102,6 +108,37 @@ def publish(partial: Path, final: Path, data: memoryview, spare: Path | None) ->
     return mtime_ns
 
 
+def link(path: Path, partial: Path) -> tuple[ExtentHeader, int]:
+    """Give the published extent at ``path`` a second name, ``partial``, for `publish_link`: its header, and the file's
+    modification time, in nanoseconds.
+
+    From then on no writer changes the file, whichever of its names it goes by: it is not written over, and its space is
+    free when its last name is gone. Raises FileNotFoundError, like `opened`, BadExtent, and OSError where the file
+    system refuses. Then there is no ``partial``.
+    """
+    with opened(path) as file:
+        header = header_of(file, path.name)
+        os.link(path, partial)
+        status = os.lstat(partial)
+        # Its store may have been made anew, and have another extent of that name by now.
+        if not os.path.samestat(status, os.fstat(file.fileno())):
+            partial.unlink()
+            raise FileNotFoundError(errno.ENOENT, "no longer stored", str(path))
+    return header, status.st_mtime_ns
+
+
+def publish_link(partial: Path, final: Path) -> None:
+    """Rename what `link` has made to ``final``, durably. After an OSError neither of the two is left."""
+    try:
+        os.rename(partial, final)
+        sync_directory(final.parent)
+    except OSError:
+        for path in (partial, final):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        raise
+
+
 def sync_directory(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -110,22 +147,40 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
+def _new(partial: Path) -> int:
+    """An empty file, open for writing. What has the name already is not emptied: it may be another store's extent too
+    (`link`)."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        return open_direct(partial, flags)
+    except FileExistsError:
+        partial.unlink()
+        return open_direct(partial, flags)
+
+
 def _over(spare: Path, partial: Path) -> int | None:
-    """The spare file under its new name, open for writing; None if it is gone, or a reader of another process still
-    has it open."""
+    """The spare file under its new name, open for writing; None if it is gone, another store has it too (`link`), or a
+    reader of another process still has it open."""
     try:
         fd = open_direct(spare, os.O_WRONLY)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.rename(spare, partial)
+        # In this order: who links it holds the lock until it has.
+        alone = os.fstat(fd).st_nlink == 1
+        if alone:
+            os.rename(spare, partial)
     except OSError as error:
         os.close(fd)
         if isinstance(error, BlockingIOError):
             spare.unlink()
             return None
         raise
+    if not alone:
+        os.close(fd)
+        spare.unlink()
+        return None
     return fd
 
 

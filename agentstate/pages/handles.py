@@ -8,6 +8,7 @@ import os
 import resource
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +18,7 @@ from typing import TypeVar
 from agentstate.errors import BadExtent
 from agentstate.pages.backends import Buffer, OpenFile, ReadBackend
 from agentstate.pages.extent import ALIGNMENT, ExtentHeader, ExtentLayout, align
-from agentstate.pages.files import open_direct
+from agentstate.pages.files import hold, open_direct
 from agentstate.pages.pins import Segment, StoredExtent
 
 # How many arrays one call reads into, at most.
@@ -29,6 +30,8 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINT
 _PAUSES_S = (0.0, 0.01, 0.1)
 
 T = TypeVar("T")
+# Opens an extent to be read, given its header if that has been read before; raises like `FileHandle`.
+OpenExtent = Callable[[StoredExtent, ExtentHeader | None], "Handle"]
 
 
 def most_open() -> int:
@@ -47,8 +50,8 @@ class Handles:
     read come on top. Headers stay in memory, all of them within ``header_bytes``, estimated.
     """
 
-    def __init__(self, backend: ReadBackend, most: int, header_bytes: int = _HEADER_BYTES):
-        self._backend = backend
+    def __init__(self, open_extent: OpenExtent, most: int, header_bytes: int = _HEADER_BYTES):
+        self._open_extent = open_extent
         self._most = most
         self._header_bytes = header_bytes
         self._mutex = threading.Lock()
@@ -104,7 +107,7 @@ class Handles:
             closing = self._idle(len(self._open) - self._most + 1)
         for handle in closing:
             handle.close()
-        return Handle(entry.extent, self._backend, entry.header)
+        return self._open_extent(entry.extent, entry.header)
 
     def _enter_open(self, entry: _Entry, handle: Handle) -> None:
         closing = []
@@ -185,21 +188,84 @@ class _Entry:
             self.readers -= 1
 
 
-class Handle:
-    """An extent that is open for reading, and its header: the one read before, or else the file's.
+class Handle(ABC):
+    """An extent that can be read, wherever it lies, and its ``header``, which has been checked.
+
+    What reads it raises BadExtent where it is gone or too short, and OSError where nothing is known of it this time.
+    """
+
+    header: ExtentHeader
+
+    def read(self, segment: Segment, layer: int, buffer: Buffer, position: int) -> tuple[list[Buffer], int, int]:
+        """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned. Returns an
+        array a component, the next free position, and how many bytes were read."""
+        arrays, n_bytes = [], 0
+        extent, slot, pages, _ = segment
+        offset = extent.layout.layer_offset(layer)
+        for start, end, members in extent.layout.ranges(slot, pages):
+            skew = start % ALIGNMENT
+            wanted = align(skew + end - start)
+            n_bytes += self._fill(buffer[position : position + wanted], offset + start - skew, skew + end - start)
+            for begin, length in members:
+                first = position + skew + begin - start
+                arrays.append(buffer[first : first + length].reshape(pages, length // pages))
+            position += wanted
+        return arrays, position, n_bytes
+
+    def read_to(self, components: Sequence[Sequence[Buffer]], segment: Segment, layer: int) -> int:
+        """Read one layer of a segment to where its ``components`` belong, each of them consecutive arrays. Returns the
+        number of bytes. Raises ValueError for arrays of another size."""
+        n_bytes, arrays_of = 0, iter(components)
+        offset = segment.extent.layout.layer_offset(layer)
+        for begin, end, members in segment.extent.layout.ranges(segment.slot, segment.pages):
+            start, end = offset + begin, offset + end
+            into = [array for _ in members for array in next(arrays_of)]
+            for i in range(0, len(into), _MOST_ARRAYS):
+                some = into[i : i + _MOST_ARRAYS]
+                wanted = sum(array.nbytes for array in some)
+                self._fill_all(some, start, wanted)
+                start += wanted
+                n_bytes += wanted
+            if start != end:
+                raise ValueError(f"{start - end:+,} bytes of memory for pages of {segment.extent.path.name}")
+        return n_bytes
+
+    @abstractmethod
+    def _fill(self, into: Buffer, offset: int, wanted: int) -> int:
+        """Read to ``into``, whole blocks of it from a block's beginning on, but for what is beyond the file's end.
+        ``wanted`` bytes are needed. Returns how many were read."""
+
+    @abstractmethod
+    def _fill_all(self, arrays: Sequence[Buffer], offset: int, wanted: int) -> None:
+        """Read ``wanted`` bytes to ``arrays``, which have as many."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class FileHandle(Handle):
+    """An extent that is a file, open for reading by ``backend``, and its header: the one read before, or else the
+    file's. Where the store is another process's, ``held``, that does not overwrite its space meanwhile.
 
     Raises BadExtent for a file that is gone and for a header that is damaged or of another layout, and OSError.
     """
 
-    def __init__(self, extent: StoredExtent, backend: ReadBackend, header: ExtentHeader | None = None):
+    def __init__(
+        self, backend: ReadBackend, extent: StoredExtent, header: ExtentHeader | None = None, *, held: bool = False
+    ):
         self._name = extent.path.name
         try:
             self._fd = open_direct(extent.path, os.O_RDONLY)
         except FileNotFoundError:
             raise BadExtent(f"{self._name} is gone") from None
         try:
+            if held:
+                hold(self._fd, extent.path)
             self.header = header or self._read_header(extent.layout)
             self._file: OpenFile = backend.open(self._fd, extent.path)
+        except FileNotFoundError:
+            os.close(self._fd)
+            raise BadExtent(f"{self._name} is gone") from None
         except BaseException:
             os.close(self._fd)
             raise
@@ -213,43 +279,13 @@ class Handle:
             raise BadExtent(f"{self._name}: the header is of another extent")
         return header
 
-    def read(self, segment: Segment, layer: int, buffer: Buffer, position: int) -> tuple[list[Buffer], int, int]:
-        """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned. Returns an
-        array a component, the next free position, and how many bytes were read. Raises OSError, and BadExtent if the
-        file is too short."""
-        arrays, n_bytes = [], 0
-        extent, slot, pages, _ = segment
-        offset = extent.layout.layer_offset(layer)
-        for start, end, members in extent.layout.ranges(slot, pages):
-            skew = start % ALIGNMENT
-            wanted = align(skew + end - start)
-            got = self._file.read(buffer[position : position + wanted], offset + start - skew)
-            self._require(got, skew + end - start, offset + end)
-            n_bytes += got
-            for begin, length in members:
-                first = position + skew + begin - start
-                arrays.append(buffer[first : first + length].reshape(pages, length // pages))
-            position += wanted
-        return arrays, position, n_bytes
+    def _fill(self, into: Buffer, offset: int, wanted: int) -> int:
+        got = self._file.read(into, offset)
+        self._require(got, wanted, offset + wanted)
+        return got
 
-    def read_to(self, components: Sequence[Sequence[Buffer]], segment: Segment, layer: int) -> int:
-        """Read one layer of a segment to where its ``components`` belong, each of them consecutive arrays. Returns the
-        number of bytes. Raises OSError, BadExtent if the file is too short, and ValueError for arrays of another
-        size."""
-        n_bytes, arrays_of = 0, iter(components)
-        offset = segment.extent.layout.layer_offset(layer)
-        for begin, end, members in segment.extent.layout.ranges(segment.slot, segment.pages):
-            start, end = offset + begin, offset + end
-            into = [array for _ in members for array in next(arrays_of)]
-            for i in range(0, len(into), _MOST_ARRAYS):
-                some = into[i : i + _MOST_ARRAYS]
-                wanted = sum(array.nbytes for array in some)
-                self._require(os.preadv(self._fd, some, start), wanted, start + wanted)
-                start += wanted
-                n_bytes += wanted
-            if start != end:
-                raise ValueError(f"{start - end:+,} bytes of memory for pages of {self._name}")
-        return n_bytes
+    def _fill_all(self, arrays: Sequence[Buffer], offset: int, wanted: int) -> None:
+        self._require(os.preadv(self._fd, arrays, offset), wanted, offset + wanted)
 
     def _require(self, got: int, wanted: int, end: int) -> None:
         """Tell a file that ends before ``end`` from a read that was cut short."""

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import lmdb
 import numpy as np
 
+from agentstate.errors import FingerprintMismatch
 from agentstate.pages.extent import FORMAT_VERSION, Geometry
 from agentstate.pages.keys import KEY_BYTES, PageKeys
 from agentstate.private import FILE_MODE, make_directory, private
@@ -36,6 +37,9 @@ from agentstate.private import FILE_MODE, make_directory, private
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
+_NAMES = (b"meta", b"pages", b"extents", b"lists")
+# Threads that read at the same time, of all processes.
+_MOST_READERS = 1022
 # Address space, not memory or disk: room for about a hundred million pages.
 _MAP_BYTES = 1 << 34
 _PLACE = struct.Struct("<QI")
@@ -128,93 +132,17 @@ class IndexChange:
         self._txn.delete(_OWNER + _NUMBER.pack(number), db=self._meta)
 
 
-class PageIndex:
-    """Places by key, records by extent number. One process opens it at a time; any thread reads, one at a time writes.
+class _Reads:
+    """What is asked of an index that is mapped: ``_env`` is LMDB's environment, and `_name` has named its databases."""
 
-    Raises lmdb.Error if LMDB cannot work.
-    """
-
-    def __init__(self, directory: Path, fingerprint: bytes, geometry: Geometry):
-        self._identity = repr((_VERSION, FORMAT_VERSION, fingerprint.hex(), geometry)).encode()
-        self._data, self._unfinished = directory / "data.mdb", directory / "unfinished"
-        self._env: Any = None
-        try:
-            self._open(directory)
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self, directory: Path) -> None:
-        ended = self._unfinished.stat().st_size if self._unfinished.exists() else 0
-        damage = "the last processes that worked on it ended in the middle of that" if ended > 1 else None
-        if damage is None and self._data.exists():
-            self._begin(b"..")
-            damage = self._damage()
-        if damage is not None:
-            logger.warning("page store: the index %s is made anew: %s", directory, damage)
-            self.close()
-            shutil.rmtree(directory)
-        make_directory(directory)
-        if damage is not None or not self._data.exists():
-            self._begin(b"..")
-            self._map()
-            self._name()
-            with self._env.begin(write=True) as txn:
-                txn.put(b"identity", self._identity, db=self._meta)
-            ended = 0
-        self._finish(ended)
-
-    def _begin(self, weight: bytes = b".") -> None:
-        """Mark that work has begun. A damaged index may end the process that works on it, and must not do so for ever:
-        the marks of unfinished work are counted. A change is often under way when a process is killed, so one
-        mark of a change does not condemn the index."""
-        with suppress(OSError), open(self._unfinished, "ab", opener=private) as file:
-            file.write(weight)
-
-    def _finish(self, ended: int = 0) -> None:
-        with suppress(OSError):
-            if ended:
-                os.truncate(self._unfinished, ended)
-            else:
-                self._unfinished.unlink()
-
-    def _map(self, *, readonly: bool = False) -> None:
-        # The last transactions before a power failure may be lost, which does no harm; a torn index would.
-        self._env = lmdb.open(
-            str(self._data.parent),
-            map_size=_MAP_BYTES,
-            max_dbs=4,
-            metasync=False,
-            readonly=readonly,
-            create=False,
-            lock=not readonly,
-            mode=FILE_MODE,
-        )
+    _env: Any = None
 
     def _name(self) -> None:
-        names = (b"meta", b"pages", b"extents", b"lists")
-        self._meta, self._pages, self._extents, self._lists = (self._env.open_db(name) for name in names)
+        self._meta, self._pages, self._extents, self._lists = (self._env.open_db(name) for name in _NAMES)
 
-    def _damage(self) -> str | None:
-        """Map the index that is there. Returns why it cannot be used; None if it can."""
-        try:
-            self._map()
-            # Before anything else is touched: mapped memory beyond the file's end must not be.
-            end = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-            if (size := self._data.stat().st_size) < end:
-                return f"it is {size} bytes long and should be {end}"
-            self._name()
-            with self._env.begin(db=self._meta) as txn:
-                if txn.get(b"identity") != self._identity:
-                    return "it is of another version, model or layout"
-            with self._env.begin() as txn:
-                # Touches every leaf, so that the look-ups to come find them in memory.
-                for database in (self._pages, self._extents, self._lists):
-                    for _ in txn.cursor(db=database).iternext(keys=True, values=False):
-                        pass
-        except DAMAGE as error:
-            return str(error)
-        return None
+    def _is_for(self, identity: bytes) -> bool:
+        with self._env.begin(db=self._meta) as txn:
+            return bool(txn.get(b"identity") == identity)
 
     def runs(
         self,
@@ -286,6 +214,21 @@ class PageIndex:
                 if (len(number), len(raw)) == (_NUMBER.size, _RECORD.size)
             }
 
+    def described(self, numbers: Iterable[int]) -> dict[int, tuple[ExtentRecord, str]]:
+        """The records of those of some extents that are known, and whose they are. As of one moment."""
+        found = {}
+        with self._env.begin() as txn:
+            for number in numbers:
+                raw = txn.get(_NUMBER.pack(number), db=self._extents)
+                if raw is None or len(raw) != _RECORD.size:
+                    continue
+                record, owner = (
+                    ExtentRecord(*_RECORD.unpack(raw)),
+                    txn.get(_OWNER + _NUMBER.pack(number), db=self._meta),
+                )
+                found[number] = record, _owner_in(owner, record) if owner is not None else ""
+        return found
+
     def owners(self, records: Mapping[int, ExtentRecord]) -> dict[int, str]:
         """Whose those of some extents are that are somebody's, by their numbers."""
         found = {}
@@ -296,9 +239,94 @@ class PageIndex:
                     break
                 number = int.from_bytes(key[len(_OWNER) :], "big")
                 record = records.get(number)
-                if record is not None and len(raw) > _MTIME.size and _MTIME.unpack_from(raw)[0] == record.mtime_ns:
-                    found[number] = raw[_MTIME.size :].decode(errors="replace")
+                if record is not None and (owner := _owner_in(raw, record)):
+                    found[number] = owner
         return found
+
+
+class PageIndex(_Reads):
+    """Places by key, records by extent number. One process opens it at a time; any thread reads, one at a time writes.
+
+    Raises lmdb.Error if LMDB cannot work.
+    """
+
+    def __init__(self, directory: Path, fingerprint: bytes, geometry: Geometry):
+        self._identity = _identity_of(fingerprint, geometry)
+        self._data, self._unfinished = directory / "data.mdb", directory / "unfinished"
+        self._env: Any = None
+        try:
+            self._open(directory)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, directory: Path) -> None:
+        ended = self._unfinished.stat().st_size if self._unfinished.exists() else 0
+        damage = "the last processes that worked on it ended in the middle of that" if ended > 1 else None
+        if damage is None and self._data.exists():
+            self._begin(b"..")
+            damage = self._damage()
+        if damage is not None:
+            logger.warning("page store: the index %s is made anew: %s", directory, damage)
+            self.close()
+            shutil.rmtree(directory)
+        make_directory(directory)
+        if damage is not None or not self._data.exists():
+            self._begin(b"..")
+            self._map()
+            self._name()
+            with self._env.begin(write=True) as txn:
+                txn.put(b"identity", self._identity, db=self._meta)
+            ended = 0
+        self._finish(ended)
+
+    def _begin(self, weight: bytes = b".") -> None:
+        """Mark that work has begun. A damaged index may end the process that works on it, and must not do so for ever:
+        the marks of unfinished work are counted. A change is often under way when a process is killed, so one
+        mark of a change does not condemn the index."""
+        with suppress(OSError), open(self._unfinished, "ab", opener=private) as file:
+            file.write(weight)
+
+    def _finish(self, ended: int = 0) -> None:
+        with suppress(OSError):
+            if ended:
+                os.truncate(self._unfinished, ended)
+            else:
+                self._unfinished.unlink()
+
+    def _map(self, *, readonly: bool = False) -> None:
+        # The last transactions before a power failure may be lost, which does no harm; a torn index would.
+        self._env = lmdb.open(
+            str(self._data.parent),
+            map_size=_MAP_BYTES,
+            max_dbs=len(_NAMES),
+            max_readers=_MOST_READERS,
+            metasync=False,
+            readonly=readonly,
+            create=False,
+            lock=not readonly,
+            mode=FILE_MODE,
+        )
+
+    def _damage(self) -> str | None:
+        """Map the index that is there. Returns why it cannot be used; None if it can."""
+        try:
+            self._map()
+            # Before anything else is touched: mapped memory beyond the file's end must not be.
+            end = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+            if (size := self._data.stat().st_size) < end:
+                return f"it is {size} bytes long and should be {end}"
+            self._name()
+            if not self._is_for(self._identity):
+                return "it is of another version, model or layout"
+            with self._env.begin() as txn:
+                # Touches every leaf, so that the look-ups to come find them in memory.
+                for database in (self._pages, self._extents, self._lists):
+                    for _ in txn.cursor(db=database).iternext(keys=True, values=False):
+                        pass
+        except DAMAGE as error:
+            return str(error)
+        return None
 
     @contextmanager
     def change(self) -> Iterator[IndexChange]:
@@ -342,6 +370,43 @@ class PageIndex:
     def close(self) -> None:
         if self._env is not None:
             self._env.close()
+
+
+class IndexView(_Reads):
+    """The index of a store that another process has open, as of its newest change. Any thread reads.
+
+    Raises lmdb.Error or OSError where it cannot be mapped, and FingerprintMismatch where it is of another version,
+    model or layout. Nothing in it is looked over: whoever has the store open has done so.
+    """
+
+    def __init__(self, directory: Path, fingerprint: bytes, geometry: Geometry):
+        # Readers are entered in a table beside the index, which keeps the writer from using what they look at.
+        self._env = lmdb.open(
+            str(directory), max_dbs=len(_NAMES), max_readers=_MOST_READERS, readonly=True, create=False, mode=FILE_MODE
+        )
+        try:
+            # Of readers that were killed.
+            self._env.reader_check()
+            self._name()
+            if not self._is_for(_identity_of(fingerprint, geometry)):
+                raise FingerprintMismatch(f"the index {directory} is of another version, model or layout")
+        except BaseException:
+            self._env.close()
+            raise
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def _identity_of(fingerprint: bytes, geometry: Geometry) -> bytes:
+    return repr((_VERSION, FORMAT_VERSION, fingerprint.hex(), geometry)).encode()
+
+
+def _owner_in(raw: bytes, record: ExtentRecord) -> str:
+    """Whose an extent is, as a line in ``meta`` says; "" if that is of another file than its record."""
+    if len(raw) <= _MTIME.size or _MTIME.unpack_from(raw)[0] != record.mtime_ns:
+        return ""
+    return bytes(raw[_MTIME.size :]).decode(errors="replace")
 
 
 def _alike(packed: bytes, at: int, listed: bytes, slot: int) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 from agentstate.errors import BadExtent, UnknownFormat
 from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.files import header_of, opened
+from agentstate.pages.node import dp_roots, is_of_dp_rank
 from agentstate.pages.rewriting import copy_pages, read_at
 from agentstate.pages.store import PageStore
 
@@ -45,8 +46,14 @@ class ExtentReport:
 
 
 def store_directories(root: Path) -> list[Path]:
-    """The directories of the stores below ``root``, one a fingerprint and rank."""
-    return sorted(path.parent for path in root.glob("*/*/extents"))
+    """The directories of the stores below ``root``, one a fingerprint and rank, of all DP ranks."""
+    return sorted(path.parent for of in dp_roots(root).values() for path in of.glob("*/*/extents"))
+
+
+def rank_of(store: Path) -> str:
+    """What a store's rank is called, with its DP rank unless that is the first."""
+    root = store.parents[1]
+    return f"{root.name}/{store.name}" if is_of_dp_rank(root) else store.name
 
 
 def extents(store: Path) -> Iterator[ExtentReport]:
@@ -56,7 +63,7 @@ def extents(store: Path) -> Iterator[ExtentReport]:
 
 def check(store: Path) -> Iterator[ExtentReport]:
     """Every extent of a store, every byte of it read and verified."""
-    yield from _reports(_paths(store), _broken)
+    yield from _reports(_paths(store), broken_pages)
 
 
 def _paths(store: Path) -> list[Path]:
@@ -218,7 +225,7 @@ def repair(store: Path, reports: list[ExtentReport]) -> int:
     reports = [
         again
         for report in reports
-        for again in _reports([report.path] * (not report.good), _broken)
+        for again in _reports([report.path] * (not report.good), broken_pages)
         if report.header is None or again.header is not None
     ]
     headers = [report.header for report in reports if report.header is not None]
@@ -238,7 +245,8 @@ def repair(store: Path, reports: list[ExtentReport]) -> int:
     return sum(len(report.broken) for report in reports)
 
 
-def _broken(file: BinaryIO, header: ExtentHeader) -> tuple[int, ...]:
+def broken_pages(file: BinaryIO, header: ExtentHeader) -> tuple[int, ...]:
+    """The slots of an extent whose bytes are not those that were written, or cannot be read."""
     layout, sizes = header.layout, header.geometry.component_bytes
     pages = len(header.keys)
     broken = set[int]()

@@ -1,7 +1,8 @@
 """The id of a root of pages, which stays with them, whatever the machine is called.
 
 A restarted container has another host name, but the pages on its volume are still those that its manifests list.
-Engines on one root share its id; two roots of one machine have two.
+Engines on one root share its id; two roots of one machine have two. With data parallelism each DP rank of an engine has
+a root of its own in the engine's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from agentstate.private import make_directory, make_file
 logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,255}")
+_DP_RANK = re.compile(r"dp[1-9][0-9]{0,5}")
 
 
 def node_id(root: Path, wanted: str | None = None) -> str:
@@ -50,6 +52,23 @@ def node_id(root: Path, wanted: str | None = None) -> str:
     except OSError as error:
         logger.warning("page store: %s can keep no id (%s): the host name is used instead", root, error.strerror)
         return wanted or _host()
+
+
+def of_dp_rank(root: Path, dp_rank: int) -> Path:
+    """Where a DP rank of an engine has its pages: a root of its own, with an id of its own. The first one's is the
+    engine's ``root`` itself, which an engine without data parallelism has as well."""
+    return root / f"dp{dp_rank}" if dp_rank else root
+
+
+def is_of_dp_rank(root: Path) -> bool:
+    """Whether a root is named like that of a DP rank, not the first one's."""
+    return _DP_RANK.fullmatch(root.name) is not None
+
+
+def dp_roots(root: Path) -> dict[int, Path]:
+    """The roots of DP ranks that there are in an engine's ``root``, and that itself, by their numbers."""
+    found = {int(path.name[2:]): path for path in root.glob("dp*") if is_of_dp_rank(path) and path.is_dir()}
+    return {0: root, **dict(sorted(found.items()))}
 
 
 def kept_id(root: Path) -> str | None:

@@ -34,6 +34,13 @@ class Segment(NamedTuple):
     first: int
 
 
+class NeededExtent(NamedTuple):
+    """An extent, and the sessions whose manifests need it; with `ANYONE`, any other may be."""
+
+    extent: StoredExtent
+    sessions: frozenset[str]
+
+
 class Pin:
     """The pages of one request, in order, and where they lie: ``segments``. Until `close` they stay there, whatever is
     evicted or merged. ``release`` ends that. A context manager."""

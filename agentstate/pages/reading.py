@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 from agentstate.errors import BadExtent
 from agentstate.pages.backends import Buffer, PosixBackend, ReadBackend
 from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align
-from agentstate.pages.handles import Handles, most_open, patiently
+from agentstate.pages.handles import FileHandle, Handles, OpenExtent, most_open, patiently
 from agentstate.pages.keys import PageKeys
 from agentstate.pages.pins import Pin, Segment
 
@@ -132,7 +132,7 @@ class LayerwiseReader:
 
     Any number of streams at a time, from any threads. The memory, ``staging``, is taken at once and kept; ``backend``
     decides where it is and reads into it. A chunk of 2 MiB is long enough for a disk, and is still in the processor's
-    cache when it is verified.
+    cache when it is verified. ``open_extent`` opens extents that are no files of this machine's.
     """
 
     def __init__(
@@ -143,10 +143,11 @@ class LayerwiseReader:
         threads: int,
         chunk_bytes: int = 2 << 20,
         backend: ReadBackend | None = None,
+        open_extent: OpenExtent | None = None,
     ):
         self.geometry = geometry
         self._backend = backend or PosixBackend()
-        self._handles = Handles(self._backend, most_open())
+        self._handles = Handles(open_extent or partial(FileHandle, self._backend), most_open())
         # Direct I/O reads whole blocks: of a segment whose pages do not end where blocks do, up to two more a component
         # than its bytes need.
         whole = not any(n_bytes % ALIGNMENT for n_bytes in geometry.component_bytes)

@@ -9,7 +9,9 @@ like those of a store are deleted, and no symbolic link is followed.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
+import math
 import os
 import re
 import stat
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _RANK = re.compile(r"rank([0-9]{1,9})")
 _EXTENT = re.compile(r"[0-9a-f]{16}\.ext")
+# The last of these are indexes of what is in a store that engines share, one a rank.
+_PART = re.compile(r"extents|partial|index|shared[0-9]{0,9}")
 _REST = re.compile(r"[0-9a-f]{16}\.(ext|spare)|data\.mdb|lock\.mdb|unfinished")
 
 
@@ -40,11 +44,13 @@ class Lacking(NamedTuple):
 
 
 class Siblings:
-    """The stores below ``root``, except ``kin``. Those whose rank, modulo ``ranks``, is ``rank`` count against this
-    rank's quota; if the file system is full, any of them is evicted from. Not thread-safe."""
+    """The stores below ``root``, except ``kin``, and those below ``left``, roots that no engine has any more. Those
+    whose rank, modulo ``ranks``, is ``rank`` count against this rank's quota; if the file system is full, any of them
+    is evicted from. Not thread-safe."""
 
-    def __init__(self, root: Path, kin: Collection[Path], rank: int, ranks: int):
+    def __init__(self, root: Path, kin: Collection[Path], rank: int, ranks: int, left: Collection[Path] = ()):
         self._root = root
+        self._roots = [root, *left]
         self._passed_over = set(kin)
         self._rank, self._ranks = rank, ranks
         # The one to be evicted next is the last.
@@ -86,12 +92,23 @@ class Siblings:
             if not store.n_bytes:
                 self._stores.remove(store)
                 if store.gone:
-                    self._dead.append((store.fingerprint, store.rank))
+                    # The manifests of another root are another node's, which nobody is sent to.
+                    if store.path.parent.parent == self._root:
+                        self._dead.append((store.fingerprint, store.rank))
                 elif store.refuses:
                     self._passed_over.add(store.path)
             # A store that was opened in the meantime no longer counts.
             lacking = lacking.without(before - store.n_bytes if counts else 0, freed)
         return lacking
+
+    def discard(self, path: Path) -> None:
+        """Delete the store in a directory, if there is one and nobody has it open: its pages are elsewhere too."""
+        store = _Sibling(path, said=True)
+        if path.is_dir():
+            logger.info("page store: %s is deleted: another rank has the same pages", path)
+            store.evict(math.inf)
+        if store.gone or not path.exists():
+            self._dead.append((store.fingerprint, store.rank))
 
     def take_dead(self) -> list[tuple[str, int]]:
         dead, self._dead = self._dead, []
@@ -104,7 +121,7 @@ class Siblings:
         self._scanned = True
         known = {store.path: store for store in self._stores}
         found = []
-        for fingerprint in _directories(self._root, _FINGERPRINT):
+        for fingerprint in itertools.chain(*(_directories(root, _FINGERPRINT) for root in self._roots)):
             for path in _directories(fingerprint, _RANK):
                 if path not in self._passed_over:
                     sibling = known.get(path) or _Sibling(path)
@@ -117,7 +134,7 @@ class Siblings:
 class _Sibling:
     """A store that nobody had open when it was measured."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, said: bool = False):
         self.path = path
         self.fingerprint = path.parent.name
         self.rank = int(path.name.removeprefix("rank"))
@@ -128,7 +145,7 @@ class _Sibling:
         self.gone = self.refuses = False
         # The next one to be evicted is the last; None before they are needed.
         self._extents: list[tuple[int, str, int]] | None = None
-        self._said = False
+        self._said = said
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -204,14 +221,14 @@ class _Sibling:
 
     def _delete_rest(self) -> None:
         """Delete what an empty store consists of, the lock last."""
-        for name in ("extents", "partial", "index"):
-            directory = self.path / name
+        for directory in [path for path in self.path.iterdir() if _PART.fullmatch(path.name)]:
             if not directory.is_symlink() and directory.is_dir():
                 for path in directory.iterdir():
                     if _REST.fullmatch(path.name) and not path.is_dir():
                         path.unlink()
                 with suppress(OSError):
                     directory.rmdir()
+        (self.path / "unlike").unlink(missing_ok=True)
         if sorted(path.name for path in self.path.iterdir()) == ["lock"]:
             (self.path / "lock").unlink()
             self.path.rmdir()

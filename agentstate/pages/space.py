@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from agentstate.errors import OwnerFull, PageStoreFull
-from agentstate.pages.eviction import EvictionOrder, Extent
+from agentstate.pages.eviction import WITHIN, EvictionOrder, Extent
 from agentstate.pages.node import node_id
 from agentstate.pages.siblings import Lacking, Siblings
+from agentstate.pages.wear import Wear, file_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ MAKE_ROOM = "make room on its disk, or raise AGENTSTATE_PAGES_QUOTA"
 NOBODY = "none"
 # How many owners are told of by their names.
 _MOST_OWNERS = 64
-# The clock of uses leaves room to order the extents of one use among each other.
-WITHIN = 1 << 20
+# At most such a part of the room is looked ahead, and so many extents: nothing is written meanwhile.
+_PART, _MOST_AHEAD = 8, 1024
 # How many bytes each owner may hold, by its name; None: as many as there is room for.
 Limits = Callable[[str], int | None]
 
@@ -48,6 +49,7 @@ class StoreStats:
 
     ``pages_evicted_needed`` are those of ``pages_evicted`` that a live manifest needed; ``pages_vanished`` were lost
     because their files were deleted or replaced by somebody else; ``pages_erased`` were removed to be erased.
+    ``pages_linked`` were not written here: their extents are another store's too.
     """
 
     pages: int = 0
@@ -55,6 +57,8 @@ class StoreStats:
     bytes: int = 0
     pages_written: int = 0
     bytes_written: int = 0
+    pages_linked: int = 0
+    bytes_linked: int = 0
     pages_dropped: int = 0
     pages_evicted: int = 0
     pages_evicted_needed: int = 0
@@ -105,13 +109,13 @@ class Store(Protocol):
 class Space:
     """The room that the stores of one rank share: one quota and one order of eviction for all of them.
 
-    With ``root``, whose id is ``node``, the stores that other engines left below it are evicted before anything of
-    these stores (`Siblings`). Rank ``rank`` of ``ranks`` counts its part of them. Never evicted are ``kin``, the
-    directories of this engine's own stores, of all ranks and pools: they may not be open yet.
+    With ``root``, whose id is ``node``, the stores that other engines left below it, and below the roots ``left``, are
+    evicted before anything of these stores (`Siblings`). Rank ``rank`` of ``ranks`` counts its part of them. Never
+    evicted are ``kin``, the directories of this engine's own stores, of all ranks and pools: they may not be open yet.
 
     ``limits`` are those of owners. An owner gives of its own before more of it is stored than its limit, and where room
     is lacking, what owners have beyond their limits goes before anything else. They may be replaced at any time, by a
-    function that answers the same every time.
+    function that answers the same every time. ``writes_per_day`` is the budget of `wear`.
     """
 
     def __init__(
@@ -120,11 +124,14 @@ class Space:
         root: Path | None = None,
         *,
         kin: Collection[Path] = (),
+        left: Collection[Path] = (),
         rank: int = 0,
         ranks: int = 1,
         limits: Limits | None = None,
+        writes_per_day: int | None = None,
     ):
         self.quota = quota
+        self.wear = Wear(None if root is None else file_of(root, rank), writes_per_day)
         self.limits = limits
         self._root = root
         self.node = "" if root is None else node_id(root)
@@ -139,7 +146,7 @@ class Space:
         self._orders: dict[str, EvictionOrder] = {}
         self._above: set[str] = set()
         self._refused: set[str] = set()
-        self._siblings = None if root is None else Siblings(root, kin, rank, ranks)
+        self._siblings = None if root is None else Siblings(root, kin, rank, ranks, left)
         self._being_written = 0
         self._written_for: Counter[str] = Counter()
         self._clock = itertools.count(1)
@@ -157,6 +164,12 @@ class Space:
         fingerprints, and their ranks."""
         return [] if self._siblings is None else self._siblings.take_dead()
 
+    def discard(self, directories: Iterable[Path]) -> None:
+        """Delete stores that nobody has open and nobody will open any more, as far as they are there."""
+        if self._siblings is not None:
+            for directory in directories:
+                self._siblings.discard(directory)
+
     def keep_node(self) -> None:
         """Make the root's id again, if it was deleted with everything else."""
         if self._root is not None:
@@ -169,6 +182,7 @@ class Space:
 
     def leave(self, store: Store) -> None:
         self._stores.remove(store)
+        self.wear.save()
 
     def expect(self, n_bytes: int, owner: str | None = None) -> None:
         """So many bytes (or so many fewer) are being written and are no extent yet; ``owner`` will be charged."""
@@ -324,7 +338,7 @@ class Space:
 
     def _take(self, order: EvictionOrder, missing: float, victims: list[tuple[Store, Extent]]) -> float:
         """Take the next extents of an order, until they have ``missing`` bytes. Returns what is lacking still."""
-        while missing > 0 and (chosen := order.choose(missing, lambda store, extent: store.evictable(extent))):
+        while missing > 0 and (chosen := order.choose(missing, _may_go)):
             for store, extent in chosen:
                 if store.take(extent):
                     victims.append((store, extent))
@@ -333,6 +347,30 @@ class Space:
                     # Pinned in the meantime.
                     self.add(store, extent)
         return missing
+
+    def next_evicted(self, store: Store, n_bytes: int) -> list[tuple[Store, Extent]]:
+        """What `make` would evict, in that order, if ``n_bytes`` more came, or as many more of an owner that has a
+        limit; but for no more than an eighth of the room, or of the limit. Nothing is evicted."""
+        victims: dict[Extent, Store] = {}
+
+        def others(of: Store, extent: Extent) -> bool:
+            return extent not in victims and of.evictable(extent)
+
+        for owner, held in list(self._held.items()):
+            if (limit := self._limit(owner)) is not None:
+                over = held + self._written_for[owner] + min(n_bytes, limit // _PART) - limit
+                victims |= {extent: of for of, extent in self._order_of(owner).first(over, others, _MOST_AHEAD)}
+        lacking = self.lacking(store, 0)
+        room, above = self._bytes() - lacking.on_disk, lacking.on_disk
+        if self._siblings is not None:
+            # They are evicted before anything of these stores.
+            lacking = lacking.without(self._siblings.n_bytes, self._siblings.all_bytes)
+            above = lacking.on_disk
+        if self.quota.max_bytes is not None:
+            room, above = min(room, self.quota.max_bytes), max(lacking)
+        missing = above + min(n_bytes, room / _PART) - sum(extent.file_bytes for extent in victims)
+        victims |= {extent: of for of, extent in self._order.first(missing, others, _MOST_AHEAD)}
+        return [(of, extent) for extent, of in victims.items()]
 
     def owners(self) -> dict[str, int]:
         """The bytes that each owner has in extents. From any thread."""
@@ -360,6 +398,10 @@ class Space:
             f"no room for {n_bytes:,} bytes of KV pages in {store.directory}: {self._bytes():,} are stored, "
             f"and what is left of them cannot be evicted; {MAKE_ROOM}"
         )
+
+
+def _may_go(store: Store, extent: Extent) -> bool:
+    return store.evictable(extent)
 
 
 def _bytes_of(victims: Iterable[tuple[Store, Extent]]) -> int:

@@ -27,7 +27,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -42,13 +42,15 @@ from agentstate.errors import (
     UnknownFormat,
 )
 from agentstate.pages import files, rewriting
+from agentstate.pages.changes import Changes
 from agentstate.pages.directory import StoreDirectory
 from agentstate.pages.eviction import ANYONE, Extent
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, ExtentLayout, Geometry, Memory
 from agentstate.pages.index import DAMAGE, ExtentRecord, IndexChange, PageIndex, Run
 from agentstate.pages.keys import KEY_BYTES, PageKeys
-from agentstate.pages.pins import Pin, Segment, StoredExtent
+from agentstate.pages.pins import NeededExtent, Pin, Segment, StoredExtent
 from agentstate.pages.space import MAKE_ROOM, UNLIMITED, Quota, Space, StoreStats
+from agentstate.pages.wear import Wear
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,10 @@ class PageStore:
         self.fingerprint = fingerprint
         self.geometry = geometry
         self.stats = StoreStats()
+        # Is told which pages leave the store, where somebody wants to know.
+        self.changes: Changes | None = None
+        # Is told of each extent that is evicted, by the pages that were found in it. It must not call the store.
+        self.evicted: Callable[[Extent, Sequence[bytes]], None] | None = None
         self._directory = StoreDirectory(directory)
         self._space = Space(quota) if space is None else space
         # `_writing` is held while the index changes, which may take as long as the disk does, and by one store of a
@@ -145,6 +151,11 @@ class PageStore:
     def quota(self, quota: Quota) -> None:
         self._space.quota = quota
 
+    @property
+    def wear(self) -> Wear:
+        """How much is written to its drive."""
+        return self._space.wear
+
     def _open(self) -> None:
         self._directory.acquire()
         try:
@@ -193,10 +204,20 @@ class PageStore:
         finally:
             with self._mutex:
                 self._losers.add(ANYONE)
+            self._note(None)
             self.stats.pages_vanished += max(0, pages - self.stats.pages)
         self._space.keep_node()
         left = self.stats.pages
         logger.error("page store: %s %s: opened anew, with %d of %d pages", self.directory, why, left, pages)
+
+    def _note(self, gone: Collection[bytes] | None) -> None:
+        """These pages are not found any more; None: any may not be."""
+        if self.changes is None:
+            return
+        if gone is None:
+            self.changes.note_any()
+        else:
+            self.changes.note(gone)
 
     def _leave_order(self) -> None:
         for extent in self._extents.values():
@@ -402,7 +423,7 @@ class PageStore:
                 # Being evicted just now.
                 return next(run.first for run in runs if run.number == number)
             if use:
-                extent.used = now - depth
+                extent.used = now - 1 - depth
                 self._used_since.add(number)
         return runs[-1].first + runs[-1].pages if runs else 0
 
@@ -437,6 +458,16 @@ class PageStore:
                 break
         raise KeyError(keys[found])
 
+    def extents(self, after: int = 0) -> list[StoredExtent]:
+        """What is stored, in the order of being written, but for extents up to number ``after``. From memory."""
+        with self._mutex:
+            numbers = sorted(number for number in self._extents if number > after)
+            return [self._stored_extent(self._extents[number]) for number in numbers]
+
+    def _stored_extent(self, extent: Extent) -> StoredExtent:
+        layout = ExtentLayout(self.geometry, extent.pages, extent.owner)
+        return StoredExtent(self._directory.extent(extent.number), layout, extent.number)
+
     @property
     def pinned(self) -> int:
         """How many extents a pin keeps where they are."""
@@ -445,9 +476,7 @@ class PageStore:
     def _segments(self, runs: list[Run]) -> list[Segment]:
         extents: dict[int, StoredExtent] = {}
         for number in dict.fromkeys(run.number for run in runs):
-            extent = self._extents[number]
-            layout = ExtentLayout(self.geometry, extent.pages, extent.owner)
-            extents[number] = StoredExtent(self._directory.extent(number), layout, number)
+            extents[number] = self._stored_extent(self._extents[number])
         return [Segment(extents[run.number], run.slot, run.pages, run.first) for run in runs]
 
     def _release(self, extents: list[Extent]) -> None:
@@ -585,6 +614,25 @@ class PageStore:
             self._attend()
             self._space.require(self, n_bytes, owner)
 
+    def next_evicted(self, n_bytes: int) -> list[NeededExtent]:
+        """Which extents would be evicted if ``n_bytes`` more came to the stores that share the room, in that order; of
+        these, what somebody may come back for: a live manifest needs it, or it was used again after it was written.
+        Looks ahead over an eighth of the room at most."""
+        with self._writing:
+            if self._closed:
+                return []
+            next_ = self._space.next_evicted(self, n_bytes)
+            return [self._needed_extent(extent) for store, extent in next_ if store is self and extent.worth_keeping]
+
+    def needed(self, keys: Iterable[bytes]) -> list[NeededExtent]:
+        """The extents that hold those of ``keys`` that are stored, and that somebody may come back for."""
+        with self._writing:
+            found = [] if self._closed else self._extents_of(keys)
+            return [self._needed_extent(extent) for extent in found if extent.worth_keeping]
+
+    def _needed_extent(self, extent: Extent) -> NeededExtent:
+        return NeededExtent(self._stored_extent(extent), frozenset(extent.needed_by))
+
     # What `Space` asks for; it holds the lock.
 
     def evictable(self, extent: Extent) -> bool:
@@ -638,12 +686,12 @@ class PageStore:
         if not victims:
             return None
         try:
-            self._forget_pages_of(victims)
+            gone, known = self._forget_pages_of(victims)
             forgotten = True
         except lmdb.Error as error:
             # No room for the index to say so. Look-ups pass over what is not in `_extents`.
             self._unwritable(error)
-            forgotten = False
+            gone, known, forgotten = {}, False, False
         spare, failure = self._unlink(victims, recycle=recycle)
         if failure is not None and not forgotten:
             # A file system that takes nothing any more: what is there stays good.
@@ -658,11 +706,17 @@ class PageStore:
             self.stats.pages_evicted_needed += extent.live if extent.needed_by and not extent.released else 0
         with self._mutex:
             self._losers.update(*(extent.needed_by for extent in victims))
+        self._note([key for keys in gone.values() for key in keys] if known else None)
+        if self.evicted is not None:
+            for extent, keys in gone.items():
+                self.evicted(extent, keys)
         self._count()
         return spare
 
-    def _forget_pages_of(self, extents: Iterable[Extent]) -> None:
-        unreadable = set()
+    def _forget_pages_of(self, extents: Iterable[Extent]) -> tuple[dict[Extent, list[bytes]], bool]:
+        """Take what the index finds in ``extents`` out of it: the keys of that, and whether these are all. They are not
+        where a header does not tell."""
+        unreadable, gone = set(), dict[Extent, list[bytes]]()
         with self._index.change() as change:
             for extent in extents:
                 change.forget(extent.number)
@@ -675,8 +729,10 @@ class PageStore:
                     place = change.place(key)
                     if place is not None and place[0] == extent.number:
                         change.delete(key)
+                        gone.setdefault(extent, []).append(key)
             if unreadable:
                 change.delete_pages_of(unreadable)
+        return gone, not unreadable
 
     def pages_within(self, budget_bytes: int) -> int:
         """The most pages whose draft fits ``budget_bytes`` without an owner; 1 at the least."""
@@ -707,36 +763,115 @@ class PageStore:
 
     def _publish(self, draft: ExtentDraft, again: bool, evict: bool) -> None:
         header, data = draft.seal()
+        charged = None if again else header.owner
         with self._writing:
             self._attend()
-            charged = None if again else header.owner
             spare = self._space.make(self, len(data), charged, recycle=True) if evict else None
-            number, self._next = self._next, self._next + 1
+            number = self._begin()
             self._space.expect(len(data), charged)
-            self._being_written.add(number)
             if spare is not None:
                 self._written_over.add(number)
+
+        def write(partial: Path, final: Path) -> int:
+            mtime_ns = files.publish(partial, final, data, spare)
+            self.wear.wrote(len(data))
+            return mtime_ns
+
+        self._put(number, header, len(data), charged, write, again=again)
+
+    def adopt(self, path: Path, keys: PageKeys) -> bool:
+        """Let the extent of ``keys`` that another store has published at ``path`` be one of this store's too: its file
+        gets a second name, and none of its bytes is written. Its pages are then durable and findable, as after
+        `publish`. It counts against the quota and its owner's limit by its size. What either store evicts, merges or
+        erases of it changes nothing for the other: a file that has two names is never changed.
+
+        False, and nothing is changed, where the other store does not have it any more, its header is damaged or of
+        other pages, or it can have no second name: it lies on another file system, is another user's, or has too many
+        already. Raises like `publish`.
+        """
+        with self._writing:
+            self._attend()
+            if self._closed:
+                return False
+            number = self._begin()
+        partial = self._partial(number)
+        try:
+            header, mtime_ns = files.link(path, partial)
+            if (header.fingerprint, header.geometry, header.keys) != (self.fingerprint, self.geometry, keys):
+                raise BadExtent(f"{path.name} is another extent")
+            n_bytes = header.layout.file_bytes
+            with self._writing:
+                self._space.make(self, n_bytes, header.owner)
+                self._space.expect(n_bytes, header.owner)
+        except BaseException as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            with self._writing:
+                self._end(number)
+            if not isinstance(error, OSError | BadExtent):
+                raise
+            if isinstance(error, OSError) and files.is_full(error):
+                raise PageStoreFull(f"no room for a name in {self.directory}; {MAKE_ROOM}") from error
+            return False
+
+        def name(partial: Path, final: Path) -> int:
+            files.publish_link(partial, final)
+            return mtime_ns
+
+        self._put(number, header, n_bytes, header.owner, name, linked=True)
+        return True
+
+    def _partial(self, number: int) -> Path:
+        return self._directory.partial / self._directory.extent(number).name
+
+    def _begin(self) -> int:
+        """The number of an extent that begins to be put into the store. The caller holds ``_writing``."""
+        number, self._next = self._next, self._next + 1
+        self._being_written.add(number)
+        return number
+
+    def _end(self, number: int) -> None:
+        """An extent is in the store, or comes to nothing. The caller holds ``_writing``."""
+        with self._write_ended:
+            self._being_written.discard(number)
+            self._written_over.discard(number)
+            self._write_ended.notify_all()
+
+    def _put(
+        self,
+        number: int,
+        header: ExtentHeader,
+        n_bytes: int,
+        charged: str | None,
+        write: Callable[[Path, Path], int],
+        *,
+        again: bool = False,
+        linked: bool = False,
+    ) -> None:
+        """Have an extent that has begun, and is expected, put into its place by ``write``, by way of its partial file,
+        and enter it. ``write`` returns the file's modification time; after an OSError of it neither file is left."""
         final = self._directory.extent(number)
         try:
             try:
-                mtime_ns = files.publish(self._directory.partial / final.name, final, data, spare)
+                mtime_ns = write(self._partial(number), final)
             finally:
                 self._writing.acquire()
-                self._space.expect(-len(data), charged)
-                with self._write_ended:
-                    self._being_written.discard(number)
-                    self._written_over.discard(number)
-                    self._write_ended.notify_all()
+                self._space.expect(-n_bytes, charged)
+                self._end(number)
             try:
-                self._enter(number, header, len(data), mtime_ns, again)
+                self._enter(number, header, n_bytes, mtime_ns, again)
             except DAMAGE as error:
                 self._unwritable(error)
                 # Made anew, it has what has just been written.
                 self._attend()
                 if number not in self._extents:
                     raise
+            if linked:
+                self.stats.pages_linked += len(header.keys)
+                self.stats.bytes_linked += n_bytes
+            else:
                 self.stats.pages_written += len(header.keys)
-                self.stats.bytes_written += len(data)
+                self.stats.bytes_written += n_bytes
         except (KeyError, OSError, lmdb.Error) as error:
             try:
                 final.unlink(missing_ok=True)
@@ -745,7 +880,7 @@ class PageStore:
             if isinstance(error, KeyError):
                 raise
             if files.is_full(error):
-                what = f"no room for {len(data):,} bytes of KV pages in {self.directory}"
+                what = f"no room for {n_bytes:,} bytes of KV pages in {self.directory}"
                 raise PageStoreFull(f"{what}; {MAKE_ROOM}") from error
             if isinstance(error, lmdb.Error):
                 raise OSError(f"the index of {self.directory} could not be written: {error}") from error
@@ -779,6 +914,9 @@ class PageStore:
             del self._extents[number]
             raise
         self._dropped.clear()
+        if again and any(self._extents[other].used_again for other in gained):
+            entered.used -= 1
+            self._used_since.add(number)
         for other, pages in gained.items():
             extent = self._extents[other]
             extent.live += pages
@@ -794,11 +932,15 @@ class PageStore:
         self._hold(entered.owner, file_bytes)
         self.stats.bytes += file_bytes
         self.stats.pages += gained.total()
-        self.stats.pages_written += len(header.keys)
-        self.stats.bytes_written += file_bytes
         # Of what was entered too: a later extent may have been entered before, and have all of its pages.
         self._delete([entered, *(self._extents[other] for other in gained if other != number)])
         self._count()
+
+    def conclude(self, offers: int) -> None:
+        """Tell whoever reads this store (`StoreView`) that so many offers of pages are over since it was opened: what
+        they brought is findable."""
+        with self._mutex:
+            self._directory.tell(self._directory.told._replace(offers=offers))
 
     def drop(self, wrong: Iterable[tuple[bytes, int]]) -> int:
         """Stop serving copies of pages whose bytes turned out wrong, each named by its key and the number of the extent
@@ -845,6 +987,7 @@ class PageStore:
             extent.live -= 1
             extent.let_go.discard(key)
         self.stats.pages -= len(found)
+        self._note(found)
         self._delete([self._extents[number] for number in gone])
 
     def erase(self, keys: Iterable[bytes]) -> bool:
@@ -878,6 +1021,9 @@ class PageStore:
             }
             self._stop_serving(found)
             self.stats.pages_erased += len(found)
+            with self._mutex:
+                told = self._directory.told
+                self._directory.tell(told._replace(erasures=told.erasures + 1))
             return len(found)
 
     def scrub(self, keys: Iterable[bytes], stop: Callable[[], bool] = lambda: False) -> bool:
@@ -1025,7 +1171,7 @@ class PageStore:
             self._undeleted.discard(number)
         if self._written_over:
             return
-        written = {self._directory.extent(number).name for number in self._being_written}
+        written = {self._partial(number).name for number in self._being_written}
         for path in self._directory.partial.iterdir():
             if path.name not in written:
                 path.unlink(missing_ok=True)

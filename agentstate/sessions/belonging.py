@@ -92,6 +92,7 @@ class Begun:
 
     What a kept request was given begins after the entry ``base`` of its session, or with it. ``whole``: the session has
     nothing of it that could be gone on from. ``context`` is what the request goes on from. ``time_us`` is when it came.
+    ``ending`` is, where nothing has begun, the session that is worth waiting for: `answers_ahead`.
     """
 
     resumed: Resumed | None
@@ -101,6 +102,7 @@ class Begun:
     whole: bool = True
     context: Context | None = None
     time_us: int = 0
+    ending: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,14 @@ class Found:
     @property
     def messages(self) -> int:
         return 0 if self.tip is None else self.tip.messages
+
+    def answers_ahead(self, wanted: Wanted) -> bool:
+        """Whether the request has an answer that its session does not know yet. If the session is being run, that
+        answer is most likely its turn's, which is about to end. A request beside the turn has none: a retry, one of
+        several samples, a title."""
+        if self.tip is None or self.tip.compacted or not self.tip.newest or wanted.conversation is None:
+            return False
+        return max(wanted.conversation.prefixes().values(), default=0) > self.tip.messages
 
     @property
     def head(self) -> str | None:
@@ -241,7 +251,7 @@ def _of_messages(connection: Connection, rows: Rows, wanted: Wanted) -> Found:
             row = rows.lock(connection, tip.session)
         except (SessionNotFound, SessionExpired):
             continue
-        if tip.newest and conversations.still_newest(connection, row.id, tip.id):
+        if tip.newest and conversations.still_newest(connection, row, tip):
             return Found(Origin.COMPACTED if tip.compacted else Origin.CONTINUED, row, tip=tip)
         if not tip.compacted:
             return Found(Origin.BRANCH, row, tip=tip)

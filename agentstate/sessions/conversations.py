@@ -11,7 +11,7 @@ An older tip of a session is a way that the conversation has left: who returns t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -22,6 +22,7 @@ from sqlalchemy.engine import Connection
 from agentstate.sql.database import now_us
 from agentstate.sql.models import conversation_tips as table
 from agentstate.sql.models import sessions
+from agentstate.sql.prepared import Prepared
 
 DIGEST_BYTES = 16
 LOOKED_UP = 16  # answers of a request, the newest
@@ -109,8 +110,8 @@ class Conversation:
 @dataclass(frozen=True)
 class Tip:
     """Where a request goes on from: after ``messages`` of its messages, in the session called ``session``, whose head
-    was ``head_entry`` then. ``newest`` if that session has not gone on since; ``compacted`` if only the last messages
-    are the same."""
+    was ``head_entry`` then. ``newest`` if that session has not gone on since, as of its ``revision``; ``compacted`` if
+    only the last messages are the same."""
 
     id: int
     session: str
@@ -119,6 +120,7 @@ class Tip:
     head_entry: str | None
     newest: bool
     compacted: bool
+    revision: int
 
 
 def find(
@@ -126,43 +128,59 @@ def find(
 ) -> Iterator[Tip]:
     """The tips that a request may go on from, the best first: the longest beginning, and of the same a session that has
     not gone on since. Only those of the session with the uid ``of_session``, if that is given."""
-    prefixes, pairs = conversation.prefixes(), conversation.pairs()
+    prefixes = conversation.prefixes()
     if not prefixes:
         return
-    values: dict[str, Any] = {"of_tenant": tenant, "of_session": of_session}
+    # Nearly all requests go on from their last answer.
+    longest = max(prefixes, key=prefixes.__getitem__)
+    of = {"of_tenant": tenant, "of_session": of_session}
+    at_last = _tips(
+        (_AT if of_session is None else _AT_OF_SESSION).all(connection, {**of, "at": longest}), prefixes, {}
+    )
+    yield from at_last
+    pairs = conversation.pairs()
+    values: dict[str, Any] = dict(of)
     values |= zip(_PREFIXES, islice(cycle(prefixes), LOOKED_UP), strict=True)
     values |= zip(_PAIRS, [*pairs, *[None] * (LOOKED_UP - len(pairs))], strict=True)
-    rows = connection.execute(_FIND if of_session is None else _FIND_OF_SESSION, values).all()
+    known = {tip.id for tip in at_last}
+    rows = (_FIND if of_session is None else _FIND_OF_SESSION).all(connection, values)
+    yield from (tip for tip in _tips(rows, prefixes, pairs) if tip.id not in known)
+
+
+def _tips(rows: Sequence[Any], prefixes: Mapping[bytes, int], pairs: Mapping[bytes, int]) -> list[Tip]:
+    """The tips that rows are, the best first."""
     found = []
     for row in rows:
         compacted = row.digest not in prefixes
         messages = pairs[row.pair] if compacted else prefixes[row.digest]
         # Who keeps the last messages only, and not those of the session's end, has not compacted it.
         if not compacted or row.newest:
-            found.append(Tip(row.id, row.name, row.model, messages, row.head_entry, bool(row.newest), compacted))
-    yield from sorted(found, key=lambda tip: (tip.compacted, -tip.messages, not tip.newest))
+            newest = bool(row.newest)
+            found.append(Tip(row.id, row.name, row.model, messages, row.head_entry, newest, compacted, row.revision))
+    return sorted(found, key=lambda tip: (tip.compacted, -tip.messages, not tip.newest))
 
 
-def still_newest(connection: Connection, session_uid: str, tip_id: int) -> bool:
-    """Whether a session, which is locked by now, still stands at the tip that was its newest when it was found."""
-    # SQLite's writers wait for each other from the start of their transactions.
-    return (
-        connection.dialect.name == "sqlite"
-        or connection.execute(_NEWEST, {"of_session": session_uid}).scalar() == tip_id
-    )
+def still_newest(connection: Connection, session: Any, tip: Tip) -> bool:
+    """Whether a session, whose row is locked by now, still stands at the tip that was its newest when it was found."""
+    # Whatever ends a turn changes the session.
+    if session.revision == tip.revision:
+        return True
+    newest: int | None = _NEWEST.scalar(connection, {"of_session": session.id})
+    return newest == tip.id
 
 
 def known_system(connection: Connection, session_uid: str) -> bytes | None:
     """The digest of the system messages of a session's last turn; None if it had none."""
-    return connection.execute(_SYSTEM, {"of_session": session_uid}).scalar()
+    system: bytes | None = _SYSTEM.scalar(connection, {"of_session": session_uid})
+    return system
 
 
 def remember(
     connection: Connection, tenant: str, session_uid: str, conversation: Conversation, head_entry: str | None
 ) -> None:
     """Note that a turn of the session has ended with ``conversation``."""
-    connection.execute(
-        _REMEMBER,
+    _REMEMBER.all(
+        connection,
         {
             "tenant": tenant,
             "session_id": session_uid,
@@ -173,7 +191,7 @@ def remember(
             "head_entry": head_entry,
         },
     )
-    connection.execute(_FORGET, {"of_session": session_uid, "before_oldest": KEPT - 1})
+    _FORGET.all(connection, {"of_session": session_uid, "before_oldest": KEPT - 1})
 
 
 # Built once: every request runs some of them, and building one takes longer than running it. So a request has always as
@@ -183,23 +201,27 @@ _PAIRS = [f"pair_{number}" for number in range(LOOKED_UP)]
 _of_session = table.c.session_id == sa.bindparam("of_session")
 _later = table.alias("later")
 _last = sa.select(sa.func.max(_later.c.id)).where(_later.c.session_id == table.c.session_id).scalar_subquery()
-_FIND = (
-    sa.select(table, sessions.c.name, sessions.c.model, (table.c.id == _last).label("newest"))
+_found = (
+    sa.select(table, sessions.c.name, sessions.c.model, sessions.c.revision, (table.c.id == _last).label("newest"))
     .join(sessions, sessions.c.id == table.c.session_id)
     .where(
         table.c.tenant == sa.bindparam("of_tenant"),
-        table.c.digest.in_([sa.bindparam(name, type_=table.c.digest.type) for name in _PREFIXES])
-        | table.c.pair.in_([sa.bindparam(name, type_=table.c.pair.type) for name in _PAIRS]),
         sessions.c.deleted_us.is_(None),
         sa.or_(sessions.c.expires_us.is_(None), sessions.c.expires_us > now_us()),
     )
     .order_by(table.c.id.desc())
     .limit(CANDIDATES)
 )
-_FIND_OF_SESSION = _FIND.where(_of_session)
-_NEWEST = sa.select(sa.func.max(table.c.id)).where(_of_session)
-_SYSTEM = sa.select(table.c.system).where(_of_session).order_by(table.c.id.desc()).limit(1)
-_REMEMBER = sa.insert(table).values(created_us=now_us())
+_at = _found.where(table.c.digest == sa.bindparam("at", type_=table.c.digest.type))
+_any = _found.where(
+    table.c.digest.in_([sa.bindparam(name, type_=table.c.digest.type) for name in _PREFIXES])
+    | table.c.pair.in_([sa.bindparam(name, type_=table.c.pair.type) for name in _PAIRS])
+)
+_AT, _AT_OF_SESSION = Prepared(_at), Prepared(_at.where(_of_session))
+_FIND, _FIND_OF_SESSION = Prepared(_any), Prepared(_any.where(_of_session))
+_NEWEST = Prepared(sa.select(sa.func.max(table.c.id).label("newest")).where(_of_session))
+_SYSTEM = Prepared(sa.select(table.c.system).where(_of_session).order_by(table.c.id.desc()).limit(1))
+_REMEMBER = Prepared(sa.insert(table).values(created_us=now_us()))
 _oldest = (
     sa.select(table.c.id)
     .where(_of_session)
@@ -208,7 +230,7 @@ _oldest = (
     .limit(1)
     .scalar_subquery()
 )
-_FORGET = sa.delete(table).where(_of_session, table.c.id < _oldest)
+_FORGET = Prepared(sa.delete(table).where(_of_session, table.c.id < _oldest))
 
 
 def _hash() -> hashlib.blake2b:

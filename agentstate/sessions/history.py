@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentstate.sql.models import entries, segments
+from agentstate.sql.prepared import Prepared
 
 MAX_SEGMENTS = 256
 
@@ -47,7 +48,7 @@ class History:
         """The history of a session's row, as far as it was read."""
         closed: list[Segment] = []
         if row.own_seq > 1:
-            closed = [Segment(*found) for found in connection.execute(_CLOSED, {"session": row.id})]
+            closed = [Segment(*found) for found in _CLOSED.all(connection, {"session": row.id})]
         return cls.joined([*closed, Segment(row.id, row.own_seq, row.next_seq - 1)])
 
     @classmethod
@@ -152,7 +153,7 @@ class History:
             )
 
 
-_CLOSED = (
+_CLOSED = Prepared(
     sa.select(segments.c.owner_id, segments.c.first_seq, segments.c.last_seq)
     .where(segments.c.session_id == sa.bindparam("session"))
     .order_by(segments.c.first_seq)

@@ -10,7 +10,7 @@ what follows was said after it; an entry behind it says that it is gone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from agentstate.sessions.history import History
 from agentstate.sessions.outcomes import Order
 from agentstate.sessions.rows import Rows
 from agentstate.sessions.transcript import Entry, NewEntry
-from agentstate.sql.models import EntryKind, entries
+from agentstate.sql.database import now_us
+from agentstate.sql.models import EntryKind, entries, segments, sessions
 from agentstate.sql.models import items as table
 
 Item = dict[str, Any]
@@ -121,6 +122,22 @@ def find(connection: Connection, name: str, history: History, item_id: str) -> I
     raise EntryNotFound(f"conversation {name} has no item {item_id}")
 
 
+def referred(
+    connection: Connection, tenant: str, history: History, wanted: Mapping[str, int], most_bytes: int
+) -> dict[str, Item] | None:
+    """Items by their ids: those of ``history``, or else the newest that a session of the tenant has now. Those that no
+    session has are missing. None if their entries, each as often as ``wanted``, have more than ``most_bytes``."""
+    asked = [item_id for item_id in wanted if _is_id(item_id)]
+    near = {place.item_id: place for place in _places(connection, history, table.c.item_id.in_(asked))}
+    last = {place.item_id: place for place in _everywhere(connection, tenant, [*set(asked).difference(near)])} | near
+    there = {place.entry_id: item_id for item_id, place in last.items() if not place.deletes}
+    sizes = transcript.sizes(connection, list(there))
+    if sum(size * wanted[there[entry_id]] for entry_id, size in sizes.items()) > most_bytes:
+        return None
+    found = transcript.by_id(connection, "", list(there))
+    return {there[entry.id]: item for entry in found.values() if (item := item_of(entry)) is not None}
+
+
 def read(connection: Connection, name: str, part: History) -> list[Item]:
     """All items in a part of the history of the session called ``name`` that were not deleted within it."""
     found: dict[str, Item] = {}
@@ -158,6 +175,12 @@ def page(connection: Connection, name: str, rest: History, *, after: str | None,
     return ItemPage(found, has_more=False)
 
 
+def _is_there(sessions: sa.FromClause) -> sa.ColumnElement[bool]:
+    """SQL: whether a session has neither been deleted nor expired."""
+    expires_us = sessions.c.expires_us
+    return sa.and_(sessions.c.deleted_us.is_(None), sa.or_(expires_us.is_(None), expires_us > now_us()))
+
+
 def _beyond(history: History, seq: int, newest: bool) -> History:
     """What comes after an entry, if one goes up or down."""
     if not history.segments:
@@ -173,6 +196,39 @@ def _places(connection: Connection, history: History, wanted: sa.ColumnElement[b
         .where(table.c.session_id.in_(history.owners()), wanted)
     )
     return sorted((row for row in found if history.owner_of(row.seq) == row.session_id), key=lambda row: row.seq)
+
+
+def _everywhere(connection: Connection, tenant: str, item_ids: Sequence[str]) -> list[Any]:
+    """Where the histories of a tenant's sessions have these items, the newest last; before them the deletions of those
+    that a session has no longer."""
+    if not item_ids:
+        return []
+    owners, sharers = sessions.alias("owners"), sessions.alias("sharers")
+    own = sa.and_(_is_there(owners), entries.c.seq >= owners.c.own_seq)
+    shared = (
+        sa.select(segments.c.session_id)
+        .join(sharers, sharers.c.id == segments.c.session_id)
+        .where(
+            segments.c.owner_id == table.c.session_id,
+            entries.c.seq.between(segments.c.first_seq, segments.c.last_seq),
+            _is_there(sharers),
+        )
+        .exists()
+    )
+    # The column alone would have SQLite begin with all sessions of the tenant, as soon as there are ten ids.
+    of_tenant = sa.func.coalesce(owners.c.tenant, "") == tenant
+    found = connection.execute(
+        sa.select(table, entries.c.seq)
+        .join(entries, entries.c.id == table.c.entry_id)
+        .join(owners, owners.c.id == table.c.session_id)
+        .where(of_tenant, table.c.item_id.in_(item_ids), sa.or_(own, shared))
+        .order_by(entries.c.created_us, entries.c.seq)
+    )
+    last: dict[tuple[str, str], Any] = {}
+    for place in found:
+        last.pop((place.session_id, place.item_id), None)
+        last[place.session_id, place.item_id] = place
+    return sorted(last.values(), key=lambda place: not place.deletes)
 
 
 def _deleted(connection: Connection, history: History) -> set[str]:

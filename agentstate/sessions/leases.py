@@ -17,8 +17,10 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from agentstate.errors import LeaseLost, SessionBusy
+from agentstate.sql import secret
 from agentstate.sql.database import insert, now_us
 from agentstate.sql.models import leases
+from agentstate.sql.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class LeaseKey:
 @dataclass(frozen=True)
 class Lease:
     """A lease that was just given or renewed. ``released_us`` is when the one before it was released, if any was, and
-    ``waited_for`` the reason that was given. Times are by the database's clock."""
+    ``waited_for`` the reason that was given. Times are by the database's clock. ``installation`` is the secret that one
+    that was given is proved by (`fleet.turns`): None if nobody has needed any yet."""
 
     key: LeaseKey
     expires_us: int
     released_us: int | None = None
     waited_for: str | None = None
+    installation: bytes | None = field(default=None, repr=False)
 
 
 def take(
@@ -52,31 +56,34 @@ def take(
     *,
     token: str | None = None,
     engine: str | None = None,
+    dp_rank: int | None = None,
 ) -> Lease:
     """Take a session's lease, or take it over when it has lapsed, with the next epoch.
 
     ``token`` is the secret of the new lease; without one it is generated. ``engine`` is the base URL of the engine that
-    is to serve the turn. One statement decides, so only one of several callers gets the lease. Raises SessionBusy, with
-    ``revision``, while another lease is valid.
+    is to serve the turn, and ``dp_rank`` which of its DP ranks, where it has several. One statement decides, so only
+    one of several callers gets the lease. Raises SessionBusy, with ``revision``, while another lease is valid.
     """
     token = token or secrets.token_urlsafe(32)
-    row = connection.execute(
-        _taking(connection.dialect.name),
+    row = _taking(connection.dialect.name).first(
+        connection,
         {
             "session": session_id,
             "hash": LeaseKey(token, 0).token_hash,
             "ttl_us": _microseconds(ttl_s),
             "engine": engine,
+            "dp_rank": dp_rank,
         },
-    ).one_or_none()
+    )
     if row is None:
         raise _busy(remaining_s(connection, session_id), revision)
-    return Lease(LeaseKey(token, row.epoch), row.expires_us, row.released_us, row.waits_for)
+    installation = None if row.installation is None else bytes(row.installation)
+    return Lease(LeaseKey(token, row.epoch), row.expires_us, row.released_us, row.waits_for, installation)
 
 
 def remaining_s(connection: Connection, session_id: str) -> float:
     """How long the session's lease is still valid; 0 when nobody holds one."""
-    left_us = connection.execute(_LEFT, {"session": session_id}).scalar()
+    left_us = _LEFT.scalar(connection, {"session": session_id})
     return max(0.0, (left_us or 0) / 1_000_000)
 
 
@@ -92,7 +99,7 @@ def require(connection: Connection, session_id: str, key: LeaseKey, revision: in
 
     Holds until the transaction ends only if the caller has locked the session: taking a lease locks it too.
     """
-    time_us: int | None = connection.execute(_REQUIRE, _shown(session_id, key)).scalar()
+    time_us: int | None = _REQUIRE.scalar(connection, _shown(session_id, key))
     if time_us is None:
         raise _lost(key, revision)
     return time_us
@@ -101,21 +108,28 @@ def require(connection: Connection, session_id: str, key: LeaseKey, revision: in
 def renew(connection: Connection, session_id: str, key: LeaseKey, ttl_s: float, revision: int) -> Lease:
     """Make a valid lease lapse ``ttl_s`` from now. Raises LeaseLost."""
     shown = {**_shown(session_id, key), "ttl_us": _microseconds(ttl_s)}
-    expires_us: int | None = connection.execute(_RENEW, shown).scalar_one_or_none()
+    expires_us: int | None = _RENEW.scalar(connection, shown)
     if expires_us is None:
         raise _lost(key, revision)
     return Lease(key, expires_us)
 
 
-def release(connection: Connection, session_id: str, key: LeaseKey, revision: int, reason: str) -> str | None:
-    """End a valid lease, so that the session can be resumed at once, and remember the reason. Returns the engine that
-    it was taken for. Raises LeaseLost."""
+def release(
+    connection: Connection, session_id: str, key: LeaseKey, revision: int, reason: str
+) -> tuple[str | None, int | None]:
+    """End a valid lease, so that the session can be resumed at once, and remember the reason. Returns the engine and
+    the DP rank that it was taken for. Raises LeaseLost."""
     shown = {**_shown(session_id, key), "reason": reason}
-    released = connection.execute(_RELEASE, shown).one_or_none()
+    released = _RELEASE.first(connection, shown)
     if released is None:
         raise _lost(key, revision)
-    engine: str | None = released.engine
-    return engine
+    return released.engine, released.dp_rank
+
+
+def running(connection: Connection, engine: str) -> dict[int, int]:
+    """How many turns run on each DP rank of an engine, given its base URL."""
+    rows = connection.execute(_RUNNING, {"engine": engine})
+    return {dp_rank: count for dp_rank, count in rows}
 
 
 # Built once: every request runs some of them.
@@ -126,25 +140,34 @@ _held = sa.and_(
     leases.c.epoch == sa.bindparam("shown_epoch"),
     leases.c.expires_us > now_us(),
 )
-_LEFT = sa.select(leases.c.expires_us - now_us()).where(leases.c.session_id == sa.bindparam("session"))
-_REQUIRE = sa.select(now_us()).select_from(leases).where(_held)
-_RENEW = sa.update(leases).where(_held).values(expires_us=now_us() + _ttl_us).returning(leases.c.expires_us)
-_RELEASE = (
+_LEFT = Prepared(
+    sa.select((leases.c.expires_us - now_us()).label("left_us")).where(leases.c.session_id == sa.bindparam("session"))
+)
+_REQUIRE = Prepared(sa.select(now_us().label("time_us")).select_from(leases).where(_held))
+_RENEW = Prepared(sa.update(leases).where(_held).values(expires_us=now_us() + _ttl_us).returning(leases.c.expires_us))
+_RELEASE = Prepared(
     sa.update(leases)
     .where(_held)
     .values(token_hash=None, expires_us=0, released_us=now_us(), waits_for=sa.bindparam("reason"))
-    .returning(leases.c.engine)
+    .returning(leases.c.engine, leases.c.dp_rank)
+)
+# Leases that are over have lapsed or are of time 0: those that run are few.
+_RUNNING = (
+    sa.select(leases.c.dp_rank, sa.func.count())
+    .where(leases.c.expires_us > now_us(), leases.c.engine == sa.bindparam("engine"), leases.c.dp_rank.is_not(None))
+    .group_by(leases.c.dp_rank)
 )
 
 
 @cache
-def _taking(dialect: str) -> Any:
+def _taking(dialect: str) -> Prepared:
     new = {
         "token_hash": sa.bindparam("hash"),
         "expires_us": now_us() + _ttl_us,
         "engine": sa.bindparam("engine", type_=sa.Text()),
+        "dp_rank": sa.bindparam("dp_rank", type_=sa.Integer()),
     }
-    return (
+    return Prepared(
         insert(dialect, leases)
         .values(session_id=sa.bindparam("session"), epoch=1, **new)
         .on_conflict_do_update(
@@ -157,7 +180,14 @@ def _taking(dialect: str) -> Any:
             },
             where=leases.c.expires_us <= now_us(),
         )
-        .returning(leases.c.epoch, leases.c.expires_us, leases.c.released_us, leases.c.waits_for)
+        .returning(
+            leases.c.epoch,
+            leases.c.expires_us,
+            leases.c.released_us,
+            leases.c.waits_for,
+            # Not read before the session was locked: whoever takes a new one locks the sessions too.
+            secret.STORED.scalar_subquery().label("installation"),
+        )
     )
 
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import Durability
 from agentstate.fleet.placement import KvOutlook, Server
 from agentstate.sessions.leases import Lease
 from agentstate.sessions.transcript import Entry, EntryPage
@@ -82,11 +83,15 @@ class Appended:
 
 @dataclass(frozen=True)
 class Suspended:
-    """``ranks`` are the live ranks of the engine that has the session's KV: who to ask whether it is durable."""
+    """``ranks`` are the live ranks of the engine that has the session's KV: who to ask whether it is durable.
+    ``beside`` are those of its other DP ranks, where a request of the turn, which was of that ``epoch``, may have gone
+    all the same."""
 
     session: Session
     pending_tool_calls: list[str]
     ranks: list[Engine]
+    beside: Sequence[Sequence[Engine]] = ()
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,11 +138,13 @@ class Claimed:
 
 @dataclass(frozen=True)
 class PagesOfSession:
-    """Where the pages of a session can be brought back: the ranks, and the ordered keys that each of them stores."""
+    """Where the pages of a session can be brought back: the ranks, and the ordered keys of what each can restore.
+    ``durable_on`` is where all of that is; without ranks, all that is stored."""
 
     session: Session
     ranks: Sequence[Engine]
     keys: Sequence[bytes]  # packed, one string a rank
+    durable_on: Durability | None
 
 
 @dataclass(frozen=True)

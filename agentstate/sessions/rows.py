@@ -30,15 +30,16 @@ from agentstate.sessions.leases import LeaseKey
 from agentstate.sessions.outcomes import Appended, Session, ToolCall
 from agentstate.sessions.transcript import Entry, NewEntry
 from agentstate.sql.database import insert, now_us
-from agentstate.sql.models import SessionStatus
+from agentstate.sql.models import SessionStatus, session_turns
 from agentstate.sql.models import leases as leases_table
 from agentstate.sql.models import quotas as quotas_table
 from agentstate.sql.models import sessions as table
 from agentstate.sql.models import tenants as tenants_table
+from agentstate.sql.prepared import Prepared
 
 # Statements that every request runs are built once: building one takes longer than running it.
 _named = sa.and_(table.c.tenant == sa.bindparam("of_tenant"), table.c.name == sa.bindparam("called"))
-_LOCK = sa.select(table, now_us().label("time_us")).where(_named).with_for_update(key_share=True)
+_LOCK = Prepared(sa.select(table, now_us().label("time_us")).where(_named).with_for_update(key_share=True))
 _CHANGE = (
     sa.update(table)
     .where(table.c.id == sa.bindparam("uid"))
@@ -95,17 +96,11 @@ class Rows:
 
     def find(self, connection: Connection, session_id: str) -> Any:
         """A session's row, with the status that holds now."""
-        return self._existing(
-            connection.execute(_FIND, {"of_tenant": self.tenant, "called": session_id}).one_or_none(),
-            session_id,
-        )
+        return self._existing(_FIND.first(connection, {"of_tenant": self.tenant, "called": session_id}), session_id)
 
     def lock(self, connection: Connection, session_id: str, revision: Seen = None) -> Any:
         """A session's row as stored, which nobody else changes before this transaction ends."""
-        row = self._existing(
-            connection.execute(_LOCK, {"of_tenant": self.tenant, "called": session_id}).one_or_none(),
-            session_id,
-        )
+        row = self._existing(_LOCK.first(connection, {"of_tenant": self.tenant, "called": session_id}), session_id)
         seen = {revision} if isinstance(revision, int) else revision
         if seen is not None and row.revision not in seen:
             shown = " or ".join(map(str, sorted(seen)))
@@ -149,6 +144,7 @@ class Rows:
             raise SessionExists(f"the session id {values['name']} is taken: choose another, or resume that session")
         if row.most is not None:
             self._require_room(connection, values["account"])
+        note_turn(connection, self.tenant, row.id)
         return session_of(row)
 
     def _require_room(self, connection: Connection, account: str) -> None:
@@ -238,11 +234,11 @@ def current() -> sa.Select[Any]:
     status = sa.case((lapsed, SessionStatus.IDLE.value), else_=table.c.status)
     others = [column for column in table.c if column.name != "status"]
     return sa.select(
-        *others, status.label("status"), now_us().label("time_us"), leases_table.c.engine.label("engine")
+        *others, status.label("status"), now_us().label("time_us"), leases_table.c.engine, leases_table.c.dp_rank
     ).select_from(table.outerjoin(leases_table))
 
 
-_FIND = current().where(_named)
+_FIND = Prepared(current().where(_named))
 
 
 def stored(connection: Connection, row: Any, history: History) -> Stored:
@@ -268,11 +264,36 @@ def _in_scope(connection: Connection, row: Any, owners: Sequence[str]) -> list[s
     return [owner for owner in owners if owner in same]
 
 
-def change(connection: Connection, uid: str, **values: Any) -> Session:
-    computed = {name: value for name, value in values.items() if isinstance(value, sa.ColumnElement)}
-    statement = _CHANGE.values(computed) if computed else _CHANGE
-    given = {name: value for name, value in values.items() if name not in computed}
-    return session_of(connection.execute(statement, {"uid": uid, **given}).one())
+def change(connection: Connection, uid: str, *, expires_in_s: float | None = None, **values: Any) -> Session:
+    """Change a session, its expiry too if ``expires_in_s`` from now is given."""
+    if any(isinstance(value, sa.ColumnElement) for value in values.values()):
+        return session_of(connection.execute(_CHANGE.values(values), {"uid": uid}).one())
+    if expires_in_s is None:
+        return session_of(_changing(frozenset(values), False).first(connection, {"uid": uid, **values}))
+    expiry = {"expiry_us": round(expires_in_s * 1_000_000)}
+    return session_of(_changing(frozenset(values), True).first(connection, {"uid": uid, **values, **expiry}))
+
+
+@cache
+def _changing(names: frozenset[str], expiry: bool) -> Prepared:
+    """Changes the columns with these names, and the expiry."""
+    new: dict[str, Any] = {name: sa.bindparam(name, type_=table.c[name].type) for name in names}
+    if expiry:
+        new["expires_us"] = now_us() + sa.bindparam("expiry_us", type_=sa.BigInteger())
+    return Prepared(_CHANGE.values(new))
+
+
+def note_turn(connection: Connection, tenant: str, uid: str) -> None:
+    """Note that a session's turn ends now, or that it is made."""
+    _turned(connection.dialect.name).all(connection, {"uid": uid, "of_tenant": tenant})
+
+
+@cache
+def _turned(dialect: str) -> Prepared:
+    now = {"turned_us": now_us()}
+    values = {"session_id": sa.bindparam("uid"), "tenant": sa.bindparam("of_tenant"), **now}
+    statement = insert(dialect, session_turns).values(values)
+    return Prepared(statement.on_conflict_do_update(index_elements=["session_id"], set_=now))
 
 
 def session_of(row: Any) -> Session:

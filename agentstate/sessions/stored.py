@@ -6,12 +6,14 @@ transaction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy.engine import Connection
 
 from agentstate import ids
+from agentstate.errors import InvalidId, ResponseNotFound, SessionExpired, SessionNotFound
 from agentstate.sessions import belonging, items, leases, responses, rows, transcript
 from agentstate.sessions.belonging import Context
 from agentstate.sessions.history import History
@@ -95,6 +97,21 @@ class Stored:
             if not transcript.fits(connection, part, most_bytes):
                 return None
             return items.read(connection, context.session, part)
+
+    def referred(
+        self, wanted: Mapping[str, int], most_bytes: int, *, session: str | None, response: str | None
+    ) -> dict[str, Item] | None:
+        """Items by their ids: those of ``session``, or of the one that ``response`` is of, or else the newest, wherever
+        they were said. Those that are not kept are missing. None if their entries, each as often as ``wanted``, have
+        more than ``most_bytes``."""
+        with self._database.read() as connection:
+            history = History()
+            with suppress(InvalidId, ResponseNotFound, SessionNotFound, SessionExpired):  # who begins the turn says so
+                if response is not None:
+                    session = responses.find(connection, self._rows.tenant, response).session
+                if session is not None:
+                    history = History.of(connection, self._rows.find(connection, ids.check(session)))
+            return items.referred(connection, self._rows.tenant, history, wanted, most_bytes)
 
     def response(self, response_id: str) -> dict[str, Any]:
         """The response as it was answered."""

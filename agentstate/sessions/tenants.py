@@ -11,6 +11,7 @@ import hashlib
 import re
 import secrets
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -39,6 +40,18 @@ class Tenant:
     kv_group: str | None = None
 
 
+class Role(StrEnum):
+    """What a key may do with its tenant's sessions, each more than the one before."""
+
+    VIEWER = "viewer"  # read
+    OPERATOR = "operator"  # change and run them
+    ADMIN = "admin"  # also see, in the console, which tenants and keys there are, and manage the keys
+
+    @property
+    def writes(self) -> bool:
+        return self is not Role.VIEWER
+
+
 @dataclass(frozen=True)
 class ApiKey:
     id: str
@@ -46,6 +59,16 @@ class ApiKey:
     note: str
     created_us: int
     revoked_us: int | None
+    role: Role = Role.OPERATOR
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whom a valid key belongs to, and what it may do. ``key_id`` is None for who needs no key."""
+
+    tenant: Tenant
+    role: Role
+    key_id: str | None
 
 
 @dataclass(frozen=True)
@@ -98,13 +121,15 @@ def sharing(tenant: Tenant) -> str:
     return f"the KV of tenant {tenant.id} is shared with {others}, who can tell by time what its prompts are"
 
 
-def create_key(connection: Connection, tenant_id: str, note: str = "") -> NewKey:
+def create_key(connection: Connection, tenant_id: str, note: str = "", role: Role = Role.OPERATOR) -> NewKey:
     """Make a key for a tenant, and the tenant if it does not exist. Raises SettingsError."""
     put(connection, find(connection, tenant_id))
     secret = PREFIX + secrets.token_urlsafe(32)
     row = connection.execute(
         sa.insert(api_keys)
-        .values(id=ids.new("key"), tenant=tenant_id, note=note, secret_hash=_hash(secret), created_us=now_us())
+        .values(
+            id=ids.new("key"), tenant=tenant_id, note=note, secret_hash=_hash(secret), created_us=now_us(), role=role
+        )
         .returning(api_keys)
     ).one()
     return NewKey(_key(row), secret)
@@ -115,6 +140,14 @@ def list_keys(connection: Connection) -> list[ApiKey]:
     return [_key(row) for row in connection.execute(sa.select(api_keys).order_by(api_keys.c.created_us, api_keys.c.id))]
 
 
+def find_key(connection: Connection, key_id: str) -> ApiKey:
+    """Raises KeyNotFound."""
+    row = connection.execute(sa.select(api_keys).where(api_keys.c.id == key_id)).one_or_none()
+    if row is None:
+        raise _no_key(key_id)
+    return _key(row)
+
+
 def revoke_key(connection: Connection, key_id: str) -> None:
     """From now on the key is not valid. Raises KeyNotFound; revoking twice changes nothing."""
     result = connection.execute(
@@ -123,7 +156,17 @@ def revoke_key(connection: Connection, key_id: str) -> None:
         .values(revoked_us=sa.func.coalesce(api_keys.c.revoked_us, now_us()))
     )
     if result.rowcount == 0:
-        raise KeyNotFound(f"there is no API key {key_id}: `agentstate keys list` shows them")
+        raise _no_key(key_id)
+
+
+def set_role(connection: Connection, key_id: str, role: Role) -> None:
+    """From now on the key may do what the role may. Raises KeyNotFound."""
+    if connection.execute(sa.update(api_keys).where(api_keys.c.id == key_id).values(role=role)).rowcount == 0:
+        raise _no_key(key_id)
+
+
+def _no_key(key_id: str) -> KeyNotFound:
+    return KeyNotFound(f"there is no API key {key_id}: `agentstate keys list` shows them")
 
 
 def any_key(connection: Connection) -> bool:
@@ -131,14 +174,28 @@ def any_key(connection: Connection) -> bool:
     return connection.execute(sa.select(api_keys.c.id).limit(1)).scalar() is not None
 
 
-def authenticate(connection: Connection, secret: str) -> Tenant | None:
-    """The tenant that a secret belongs to; None if it is no valid key's."""
+def authenticate(connection: Connection, secret: str) -> Caller | None:
+    """Whom a secret belongs to; None if it is no valid key's."""
+    return _caller(connection, api_keys.c.secret_hash == _hash(secret))
+
+
+def caller_of(connection: Connection, key_id: str) -> Caller | None:
+    """Whom a key belongs to; None if it is not valid any more."""
+    return _caller(connection, api_keys.c.id == key_id)
+
+
+def _caller(connection: Connection, which: sa.ColumnElement[bool]) -> Caller | None:
     row = connection.execute(
-        sa.select(tenants)
+        sa.select(tenants, api_keys.c.role, api_keys.c.id.label("key_id"))
         .join(api_keys)
-        .where(api_keys.c.secret_hash == _hash(secret), api_keys.c.revoked_us.is_(None))
+        .where(which, api_keys.c.revoked_us.is_(None))
     ).one_or_none()
-    return None if row is None else _tenant(row)
+    return None if row is None else Caller(_tenant(row), role_of(row.role), row.key_id)
+
+
+def role_of(stored: str) -> Role:
+    """A role as SQL has it. One that this release does not know may do as little as any."""
+    return Role(stored) if stored in set(Role) else Role.VIEWER
 
 
 def _tenant(row: sa.Row[tuple[object, ...]]) -> Tenant:
@@ -151,4 +208,5 @@ def _hash(secret: str) -> bytes:
 
 
 def _key(row: sa.Row[tuple[object, ...]]) -> ApiKey:
-    return ApiKey(**{name: row._mapping[name] for name in ApiKey.__dataclass_fields__})
+    stored = {name: row._mapping[name] for name in ApiKey.__dataclass_fields__}
+    return ApiKey(**{**stored, "role": role_of(row._mapping["role"])})

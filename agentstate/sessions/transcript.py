@@ -238,19 +238,30 @@ def fits(connection: Connection, part: History, most_bytes: int) -> bool:
 @cache
 def _beyond(dialect: str, parts: int, newest: bool) -> Any:
     """The ``seq`` of the first entry that does not fit. No payload is read for it, only how long it is."""
-    if dialect == "postgresql":
-        inline = sa.func.octet_length(sa.cast(table.c.payload, sa.Text))
-    else:
-        inline = sa.func.length(table.c.payload)
-    stored = sa.select(sa.func.length(blobs.c.content)).where(blobs.c.key == table.c.blob).scalar_subquery()
     order = table.c.seq.desc() if newest else table.c.seq
-    until = sa.func.sum(inline + sa.func.coalesce(stored, 0)).over(order_by=order)
+    until = sa.func.sum(_size(dialect)).over(order_by=order)
     number = sa.func.row_number().over(order_by=order)
     sized = (
         sa.select(table.c.seq, until.label("until"), number.label("number")).where(History.entries(parts)).subquery()
     )
     first = sa.func.max(sized.c.seq) if newest else sa.func.min(sized.c.seq)
     return sa.select(first).where(sized.c.until > sa.bindparam("most"), sized.c.number > 1)
+
+
+def sizes(connection: Connection, wanted: Sequence[str]) -> dict[str, int]:
+    """How many bytes the payloads of these entries have. None is read for it."""
+    found = connection.execute(sa.select(table.c.id, _size(connection.dialect.name)).where(table.c.id.in_(wanted)))
+    return {entry_id: size for entry_id, size in found}
+
+
+def _size(dialect: str) -> sa.ColumnElement[int]:
+    """SQL: how many bytes an entry's payload has."""
+    if dialect == "postgresql":
+        inline = sa.func.octet_length(sa.cast(table.c.payload, sa.Text))
+    else:
+        inline = sa.func.length(table.c.payload)
+    stored = sa.select(sa.func.length(blobs.c.content)).where(blobs.c.key == table.c.blob).scalar_subquery()
+    return inline + sa.func.coalesce(stored, 0)
 
 
 def by_id(connection: Connection, name: str, wanted: Sequence[str]) -> dict[str, Entry]:

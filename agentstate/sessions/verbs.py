@@ -32,7 +32,7 @@ from agentstate.errors import (
 from agentstate.fleet import engines, manifests, pins, turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.pins import PinTier
-from agentstate.fleet.placement import choose, named, outlook
+from agentstate.fleet.placement import Server, beside, best, choose, durable_on, named, outlook, source, spread
 from agentstate.fleet.turns import Turn
 from agentstate.fleet.waits import NEVER, Awaited, Took, Waits
 from agentstate.lookahead.durations import OTHER, PERSON
@@ -80,6 +80,7 @@ from agentstate.sql.models import sessions as table
 
 # Waits that are learned from when they end, by the reasons of suspends. Tool calls are timed one by one.
 _WAITS = {SuspendReason.USER_WAIT.value: PERSON, SuspendReason.OTHER.value: OTHER}
+_AWAITED = {tool: (Awaited(tool),) for tool in (PERSON, OTHER)}  # one for all sessions that wait
 
 
 class Sessions:
@@ -249,7 +250,7 @@ class Sessions:
         session is being run, and where no live engine has had it."""
         with self._database.read() as connection:
             row = self._rows.find(connection, session_id)
-            server = None if row.engine is None else named(row.engine, engines.live(connection, self._engine_timeout_s))
+            server = self._server_of(connection, row)
         if row.status == SessionStatus.RUNNING or server is None or self._waits is None:
             return False
         self._waits.expected(self._tenant, row.id, forecast, "person", server.ranks[0])
@@ -271,9 +272,14 @@ class Sessions:
             return Pinned(row.id, None, self._ranks_of(connection, session_id))
 
     def _ranks_of(self, connection: Connection, session_id: str) -> Sequence[Engine]:
-        engine = self._rows.find(connection, session_id).engine
-        server = None if engine is None else named(engine, engines.live(connection, self._engine_timeout_s))
+        server = self._server_of(connection, self._rows.find(connection, session_id))
         return server.ranks if server else ()
+
+    def _server_of(self, connection: Connection, row: Any) -> Server | None:
+        """The engine of a session's newest turn, if it is live."""
+        if row.engine is None:
+            return None
+        return named(row.engine, row.dp_rank, engines.live(connection, self._engine_timeout_s))
 
     def renew(self, session_id: str, key: LeaseKey, *, lease_ttl_s: float) -> Lease:
         """Keep a lease: it lapses ``lease_ttl_s`` from now. Raises LeaseLost."""
@@ -281,27 +287,28 @@ class Sessions:
             before = self._rows.lock(connection, session_id)
             return leases.renew(connection, before.id, key, lease_ttl_s, before.revision)
 
-    def begin(self, wanted: Wanted, *, lease_ttl_s: float, expires_in_s: float | None) -> Begun:
+    def begin(self, wanted: Wanted, *, lease_ttl_s: float, expires_in_s: float | None, patient: bool = False) -> Begun:
         """Begin the turn of a gateway's request, in one transaction, in the session that the request belongs to.
 
         A session is made on first sight; one that no client named expires ``expires_in_s`` after its last turn. Where
-        a harness or a guess says the session and that is being run, the request is a branch of it, or has no session.
+        a harness or a guess says the session and that is being run, the request is a branch of it, or has no session;
+        if it is ``patient``, and the turn seems to be about to end, nothing has begun (``Begun.ending``).
         Of a session or a conversation that the client named, raises SessionBusy, SessionExpired, InvalidId, and
         ModelMismatch or SessionNotFound; of what it goes on from, ResponseNotFound and SessionExists. Raises
         TooManySessions where one of these has to be made; a request whose session is a guess has none then.
         """
         try:
             try:
-                return self._begin_once(wanted, lease_ttl_s, expires_in_s)
+                return self._begin_once(wanted, lease_ttl_s, expires_in_s, patient)
             except SessionExists:
                 # Another request may have made the session since this one looked for it.
-                return self._begin_once(wanted, lease_ttl_s, expires_in_s)
+                return self._begin_once(wanted, lease_ttl_s, expires_in_s, patient)
         except TooManySessions:
             if wanted.session is not None or wanted.state is not None:
                 raise
             return Begun(None, Origin.NONE)
 
-    def _begin_once(self, wanted: Wanted, lease_ttl_s: float, expires_in_s: float | None) -> Begun:
+    def _begin_once(self, wanted: Wanted, lease_ttl_s: float, expires_in_s: float | None, patient: bool) -> Begun:
         with self._database.write() as connection:
             found = belonging.find(connection, self._rows, wanted)
             if found.origin is Origin.NONE:
@@ -313,6 +320,8 @@ class Sessions:
                 except SessionBusy:
                     if wanted.named is not None:
                         raise
+                    if patient and found.answers_ahead(wanted):
+                        return Begun(None, Origin.NONE, ending=before.name)
                     if found.context is None and (found.tip is None or found.tip.compacted):
                         if wanted.state is None:
                             return Begun(None, Origin.NONE)
@@ -427,7 +436,9 @@ class Sessions:
         if by_gateway:
             # Engines of an earlier release do not know its headers: they would compute without the tenant's salt.
             live = [rank for rank in live if rank.control_secret is not None]
-        server = choose(before.model, stored, live, preferred)
+        equal = best(before.model, stored, live, preferred)
+        running = leases.running(connection, equal[0].base_url) if len(equal) > 1 else {}
+        server = spread(equal, before.id, running)
         lease = leases.take(
             connection,
             before.id,
@@ -435,6 +446,7 @@ class Sessions:
             before.revision,
             token=token,
             engine=server.base_url if server else None,
+            dp_rank=server.dp_rank if server else None,
         )
         if before.status == SessionStatus.RUNNING:  # its lease was not released: it lapsed
             toolcalls.abandon(connection, before.id)
@@ -444,11 +456,11 @@ class Sessions:
                 self._took([Took(tool, "", (before.time_us - lease.released_us) / 1_000_000)])
         self._tell(lambda waits: waits.over(before.id, server.ranks[0] if server else None))
         session = rows.change(connection, before.id, status=SessionStatus.RUNNING)
-        installation = secret.read(connection)
+        installation = lease.installation or secret.read(connection)
         engine_session = before.id
         if server is None or server.takes_tokens:
             account = before.kv_scope or salts.scope_of_tenant(before.tenant)
-            turn = Turn(before.id, lease.key.epoch, account)
+            turn = Turn(before.id, lease.key.epoch, account, server.dp_rank if server else None)
             engine_session = turns.sign(turns.signing_key(installation), turn)
         return Resumed(
             session=session,
@@ -473,7 +485,7 @@ class Sessions:
         release_kv: bool = False,
     ) -> Suspended:
         """End the turn of the session whose locked row is ``before``."""
-        engine = leases.release(connection, before.id, key, before.revision, reason)
+        engine, dp_rank = leases.release(connection, before.id, key, before.revision, reason)
         running = toolcalls.in_flight(connection, before.id) if reason is SuspendReason.DONE else []
         if running:
             raise ToolInFlight(
@@ -481,11 +493,11 @@ class Sessions:
                 "or suspend with reason tool_wait",
                 revision=before.revision,
             )
-        expiry = {} if expires_in_s is None else {"expires_us": rows.from_now(expires_in_s)}
-        session = rows.change(connection, before.id, status=SessionStatus.SUSPENDED, **expiry)
+        session = rows.change(connection, before.id, status=SessionStatus.SUSPENDED, expires_in_s=expires_in_s)
+        rows.note_turn(connection, before.tenant, before.id)
         live = engines.live(connection, self._engine_timeout_s)
         if engine is not None:
-            server = named(engine, live)
+            server = named(engine, dp_rank, live)
         else:
             server = choose(session.model, rows.stored(connection, before, History.of(connection, before)), live)
         if release_kv:
@@ -498,6 +510,8 @@ class Sessions:
             session=session,
             pending_tool_calls=[call.call_id for call in pending],
             ranks=list(server.ranks) if server else [],
+            beside=[other.ranks for other in beside(server, live)] if server else [],
+            epoch=key.epoch,
         )
 
     def _tell_of_suspend(
@@ -512,7 +526,7 @@ class Sessions:
             self._tell(lambda waits: waits.begun(tenant, uid, _awaited(pending, before.time_us), rank))
         else:
             tool = PERSON if reason is SuspendReason.USER_WAIT else OTHER
-            self._tell(lambda waits: waits.begun(tenant, uid, [Awaited(tool)], rank))
+            self._tell(lambda waits: waits.begun(tenant, uid, _AWAITED[tool], rank))
 
     def _tell_of_calls(
         self, connection: Connection, uid: str, new: Sequence[NewEntry], open_calls: int, time_us: int
@@ -536,27 +550,30 @@ class Sessions:
             self._database.once_committed(lambda: act(waits))
 
     def pages(self, session_id: str) -> PagesOfSession:
-        """The engine that runs the session, or that it would be resumed on, and which pages each rank stores of it.
+        """The engine that runs the session, or that it would be resumed on, and the pages that each rank can restore.
 
         Without an engine, or pages, there are none. Reads as many bytes as the manifests have.
         """
+        return self._pages(session_id, with_keys=True)
+
+    def whereabouts(self, session_id: str) -> PagesOfSession:
+        """The same without the pages' keys: what it reads does not grow with the session."""
+        return self._pages(session_id, with_keys=False)
+
+    def _pages(self, session_id: str, with_keys: bool) -> PagesOfSession:
         with self._database.read() as connection:
             row = self._rows.find(connection, session_id)
             stored = rows.stored(connection, row, History.of(connection, row))
             live = engines.live(connection, self._engine_timeout_s)
             running = row.status == SessionStatus.RUNNING and row.engine is not None
-            server = named(row.engine, live) if running else None
+            server = named(row.engine, row.dp_rank, live) if running else None
             server = server or choose(row.model, stored, live)
             ranks = server.ranks if server else ()
             keys = []
-            for rank in ranks:
-                of_rank = [
-                    manifests.load(connection, found.session_id, found.fingerprint, found.rank, found.node)
-                    for found in stored.coverage
-                    if (found.fingerprint, found.node) == (rank.fingerprint, rank.node)
-                ]
-                keys.append(next((manifest.keys for manifest in of_rank if manifest), b""))
-            return PagesOfSession(rows.session_of(row), ranks, keys)
+            for rank in ranks if with_keys else ():
+                found = source(rank, stored)
+                keys.append(b"" if found is None else manifests.keys_of(connection, *found))
+            return PagesOfSession(rows.session_of(row), ranks, keys, durable_on(server, stored))
 
     # --- the transcript
 

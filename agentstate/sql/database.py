@@ -12,6 +12,8 @@ runs, waits for a lock, or idles in a transaction. A committed transaction is as
 
 Connections go only to a server that can be written to, unless the URL sets ``target_session_attrs``. After a failover
 the pool drops its connections to a server that has become read-only, and finds the new primary among several hosts.
+Before a connection is used again, its server is asked whether it is still there, unless the connection was used less
+than ``UNASKED_S`` ago and the server has said nothing since: it would say that it ends, or what it has become.
 Behind a PgBouncer in transaction mode (``pgbouncer=true`` in the URL) no statement is prepared, and the limits are set
 in each transaction.
 
@@ -20,6 +22,7 @@ Transactions are short by design: never hold one while waiting for an engine or 
 
 from __future__ import annotations
 
+import select
 import sqlite3
 import threading
 import time
@@ -56,11 +59,12 @@ from agentstate.errors import (
     SettingsError,
 )
 from agentstate.private import close_to_others, make_directory, make_file
-from agentstate.sql import address
+from agentstate.sql import address, prepared
 
 BUSY_TIMEOUT_S = 10
 CONNECT_TIMEOUT_S = 5
 POOL_SIZE = 10
+UNASKED_S = 0.25
 POSTGRESQL_LIMITS = {
     "statement_timeout": "15s",
     "lock_timeout": "10s",
@@ -143,6 +147,7 @@ class Database:
                 connect_args={"timeout": BUSY_TIMEOUT_S},
                 hide_parameters=True,
             )
+            sa.event.listen(self._writer, "do_connect", lambda *_: self._make_parent())
             _configure_sqlite(self._writer, begin="BEGIN IMMEDIATE", read_only=False)
             _configure_sqlite(self._reader, begin="BEGIN", read_only=True)
         else:
@@ -151,7 +156,6 @@ class Database:
                 pool_size=POOL_SIZE,
                 max_overflow=POOL_SIZE,
                 pool_timeout=CONNECT_TIMEOUT_S,
-                pool_pre_ping=True,
                 connect_args=self._connect_args(limits=not self._address.pooled),
                 hide_parameters=True,
             )
@@ -179,15 +183,12 @@ class Database:
         if outer is not None:
             yield outer
             return
-        with self._errors():
-            if self.is_sqlite:
-                self._make_parent()
-            with self._writer.begin() as connection:
-                self._thread.connection, self._thread.then = connection, []
-                try:
-                    yield connection
-                finally:
-                    self._thread.connection, then = None, self._thread.then
+        with self._errors(), self._writer.begin() as connection:
+            self._thread.connection, self._thread.then = connection, []
+            try:
+                yield connection
+            finally:
+                self._thread.connection, then = None, self._thread.then
         for act in then:
             act()
 
@@ -360,6 +361,7 @@ def _reads(connection: Connection) -> bool:
 
 def _configure_postgresql(engine: sa.Engine, where: address.Address) -> None:
     from psycopg import IsolationLevel
+    from psycopg import OperationalError as OperationalDriverError
 
     @sa.event.listens_for(engine, "handle_error")
     def on_error(context: ExceptionContext) -> None:
@@ -378,13 +380,30 @@ def _configure_postgresql(engine: sa.Engine, where: address.Address) -> None:
             driver.read_only = reads or None
             driver.isolation_level = IsolationLevel.REPEATABLE_READ if reads else None
 
-    if where.writable:
+    def has_spoken(connection: Any) -> bool:
+        poll = select.poll()
+        try:
+            poll.register(connection.pgconn.socket, select.POLLIN)
+        except OperationalDriverError:  # it has none any more
+            return True
+        return bool(poll.poll(0))
 
-        @sa.event.listens_for(engine, "checkout")
-        def on_checkout(connection: Any, record: Any, proxy: Any) -> None:
-            # After the pool's ping: with its answer, the server tells what it has become.
-            if any(connection.pgconn.parameter_status(sign) == b"on" for sign in READ_ONLY_SIGNS):
-                raise InvalidatePoolError
+    @sa.event.listens_for(engine, "checkout")
+    def on_checkout(connection: Any, record: Any, proxy: Any) -> None:
+        # A new one has not been checked in yet.
+        used_s = record.info.get("checked_in_s")
+        if used_s is not None and (time.monotonic() - used_s > UNASKED_S or has_spoken(connection)):
+            try:
+                engine.dialect.do_ping(connection)
+            except OperationalDriverError as error:
+                raise InvalidatePoolError from error
+        # With each answer, the server tells what it has become.
+        if where.writable and any(connection.pgconn.parameter_status(sign) == b"on" for sign in READ_ONLY_SIGNS):
+            raise InvalidatePoolError
+
+    @sa.event.listens_for(engine, "checkin")
+    def on_checkin(connection: Any, record: Any) -> None:
+        record.info["checked_in_s"] = time.monotonic()
 
     if where.pooled:
         # Settings outlive the transaction there, and would apply to somebody else.
@@ -410,7 +429,7 @@ def _configure_sqlite(engine: sa.Engine, *, begin: str, read_only: bool) -> None
 
     @sa.event.listens_for(engine, "begin")
     def on_begin(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
+        prepared.begin(connection, begin)
 
 
 def _enter_wal(connection: sqlite3.Connection) -> None:

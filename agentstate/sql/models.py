@@ -96,6 +96,18 @@ api_keys = Table(
     Column("secret_hash", LargeBinary, nullable=False, unique=True),  # SHA-256 of what the client sends
     Column("created_us", BigInteger, nullable=False),
     Column("revoked_us", BigInteger),
+    Column("role", Text, nullable=False, server_default="operator"),  # what it may do: `sessions.tenants.Role`
+)
+
+# Who is signed in to the console, with which key.
+console_sessions = Table(
+    "console_sessions",
+    metadata,
+    Column("secret_hash", LargeBinary, primary_key=True),  # SHA-256 of the cookie
+    Column("key_id", Text, ForeignKey("api_keys.id", ondelete="CASCADE"), nullable=False),
+    Column("created_us", BigInteger, nullable=False),
+    Column("expires_us", BigInteger, nullable=False),
+    Index("ix_console_sessions_expiry", "expires_us"),
 )
 
 # LangGraph's: rows of a session, described by the adapter alone.
@@ -132,6 +144,16 @@ sessions = Table(
     Index("ix_sessions_status", "status"),
     Index("ix_sessions_expiry", "expires_us", **_only_where("expires_us IS NOT NULL AND deleted_us IS NULL")),
     Index("ix_sessions_garbage", "id", **_only_where("garbage")),
+)
+
+# When the newest turn of each session ended, or it was made: what lists of sessions are ordered by.
+session_turns = Table(
+    "session_turns",
+    metadata,
+    Column("session_id", Text, ForeignKey("sessions.id", ondelete="CASCADE"), primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("turned_us", BigInteger, nullable=False),
+    Index("ix_session_turns_turned", "tenant", "turned_us", "session_id"),
 )
 
 # The part of a session's history that came before its last fork or rewind, as runs of entries by their owner's seq.
@@ -225,6 +247,7 @@ quotas = Table(
     Column("host_bytes", BigInteger),
     Column("nvme_bytes", BigInteger),
     Column("sessions", BigInteger),
+    Column("shared_bytes", BigInteger),
 )
 
 # Sessions whose KV is to stay: see `agentstate.fleet.pins`.
@@ -249,6 +272,7 @@ leases = Table(
     Column("fence", BigInteger, nullable=False, server_default="0"),
     Column("released_us", BigInteger),  # when the newest turn ended that did not lapse
     Column("waits_for", Text),  # the reason of its suspend
+    Column("dp_rank", Integer),  # that the newest resume named; null where the engine has only one
     Index("ix_leases_expiry", "expires_us"),
 )
 
@@ -279,6 +303,7 @@ items = Table(
     Column("item_id", Text, nullable=False),
     Column("deletes", Boolean, nullable=False, server_default=false()),  # the entry takes the item away
     Index("ix_items_item", "session_id", "item_id"),
+    Index("ix_items_id", "item_id"),
     Index("ix_items_deletions", "session_id", **_only_where("deletes")),
 )
 
@@ -313,6 +338,7 @@ manifests = Table(
     Column("updated_us", BigInteger, nullable=False),
     Column("epoch", BigInteger, nullable=False, server_default="0"),  # of the turn that published it
     Column("account", Text, nullable=False, server_default=text("''")),  # whom its bytes are charged to
+    Column("shared_tokens", BigInteger, nullable=False, server_default="0"),  # from the head, in the shared store
     # 32 bytes a page, in order. The last column: SQLite reads all that is before the columns that are asked for.
     Column("keys", LargeBinary, nullable=False),
 )
@@ -362,6 +388,39 @@ erasures = Table(
     Index("ix_erasures_store", *_STORE, "id"),
 )
 
+# The shared stores of this installation: see `agentstate.fleet.stores`.
+shared_stores = Table(
+    "shared_stores",
+    metadata,
+    Column("id", Text, primary_key=True),  # what its mark says
+    Column("url", Text, nullable=False),  # as it was written by who saw it last
+    Column("seen_us", BigInteger),  # null: nobody has seen it marked
+)
+
+# Extents that are in a shared store: see `agentstate.fleet.extents`.
+shared_extents = Table(
+    "shared_extents",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("store", Text, nullable=False),  # its id; before anybody has seen its mark, its URL
+    Column("fingerprint", Text, nullable=False),
+    Column("shard", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("nbytes", BigInteger, nullable=False),  # the object's
+    Column("owner", Text, nullable=False),  # the account; empty for nobody's
+    Column("writer", Text, nullable=False),  # a node
+    Column("created_us", BigInteger, nullable=False),
+    Column("changed_us", BigInteger, nullable=False),  # when it was added, doomed or wanted again
+    Column("used_us", BigInteger, nullable=False),
+    Column("doomed_us", BigInteger),  # null: it is to stay; 0 or less: its object is being deleted, since -doomed_us
+    Column("keys", LargeBinary, nullable=False),  # 32 bytes a page, in the order of its slots
+    UniqueConstraint("store", "name"),
+    Index("ix_shared_extents_changed", "store", "fingerprint", "shard", "changed_us"),
+    Index("ix_shared_extents_owner", "store", "owner"),
+    Index("ix_shared_extents_doomed", "store", "doomed_us", **_only_where("doomed_us IS NOT NULL")),
+    sqlite_autoincrement=True,  # an id is of one extent for good: engines keep them
+)
+
 engines = Table(
     "engines",
     metadata,
@@ -376,6 +435,9 @@ engines = Table(
     Column("started_us", BigInteger, nullable=False),
     Column("heartbeat_us", BigInteger, nullable=False),
     Column("control_secret", Text),  # null: the engine is of a release that had none
+    Column("shared_store", Text, nullable=False, server_default=text("''")),  # its URL; empty: it uses none
+    Column("dp_rank", Integer, nullable=False, server_default="0"),  # which one of its server's
+    Column("dp_size", Integer, nullable=False, server_default="1"),  # how many those are
 )
 
 operations = Table(

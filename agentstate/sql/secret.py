@@ -14,21 +14,23 @@ from sqlalchemy.engine import Connection
 
 from agentstate.sql.database import insert, now_us
 from agentstate.sql.models import settings
+from agentstate.sql.prepared import Prepared
 
 _NAME = "kv_secret"
-_STORED = sa.select(settings.c.value).where(settings.c.name == _NAME)
+STORED = sa.select(settings.c.value).where(settings.c.name == _NAME)
+_READ = Prepared(STORED)
 
 
 def read(connection: Connection) -> bytes:
     """The secret, 32 bytes. Writes one if there is none yet."""
-    if (value := connection.execute(_STORED).scalar()) is None:
+    if (value := _READ.scalar(connection, {})) is None:
         # Whoever is first decides, for all services and engines.
         connection.execute(
             insert(connection.dialect.name, settings)
             .values(name=_NAME, value=_new(), updated_us=now_us())
             .on_conflict_do_nothing(index_elements=["name"])
         )
-        value = connection.execute(_STORED).scalar_one()
+        value = _READ.scalar(connection, {})
     return bytes(value)
 
 

@@ -3,7 +3,7 @@
 `tier` opens one by its URL: a directory that is mounted on every machine (`DirectoryTier`), or a bucket (`ObjectTier`),
 both behind a `Guard`, with time-outs, second attempts and a breaker. `Tier` says what all of them promise.
 `SharedExtents` names extents, signs them, and checks what it reads of them; `shared_extents` opens it by the settings.
-No engine uses this room yet.
+Which extents there are says the catalogue in SQL, `agentstate.fleet.extents`.
 """
 
 from agentstate.tiers.directory import DirectoryTier

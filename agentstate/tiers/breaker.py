@@ -70,7 +70,7 @@ class Breaker:
                 self._recent.clear()
                 return "closed"
             self._open()
-            return "opened"
+            return None  # as it was before
         if ok is None:
             return None
         self._recent.append(ok)

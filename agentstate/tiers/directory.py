@@ -5,7 +5,7 @@ the directories above it are synced. So whatever ends the writer leaves all of t
 `sweep`. A file system without links gets a rename, which replaces an equal extent by itself.
 
 The mark, a file in the root, tells the share from the empty directory that is left when it is not mounted: there, no
-extent is missing, and none is written.
+extent is missing, and none is written. A root without a mark is known by its device.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from typing import Any, BinaryIO
 from agentstate.errors import AgentStateError, TierMissing, TierRefused, TierShort, TierUnavailable
 from agentstate.pages.files import is_full, sync_directory
 from agentstate.private import DIRECTORY_MODE, FILE_MODE, private
-from agentstate.tiers.interface import Entry, ExtentName, Page, Range, Reading, Tier, is_name, settle
+from agentstate.tiers.interface import MARK, Entry, ExtentName, Page, Range, Reading, Tier, is_name, settle
 from agentstate.tiers.ranges import Span, spans
 from agentstate.tiers.source import Source, is_of_source
 
-MARK = ".agentstate"
 _PARTIAL = re.compile(r"\..*\.part")
 _THREADS = 8
 # What is read at once, and by one thread. The first stays in the processor's cache until it is copied.
@@ -40,6 +39,8 @@ _SPAN_BYTES = 8 << 20
 # A gap that is read faster than another call is made.
 _GAP_BYTES = 64 << 10
 _WRITE_BYTES = 4 << 20
+# The kernel does not copy between two files, or fails at one of them.
+_BY_HAND = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO)
 # Half-written files that are swept, and directories that vanish, under a writer that is slow.
 _ATTEMPTS = 3
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -57,6 +58,11 @@ class DirectoryTier(Tier):
         self._identity: str | int | None = None
         self._synced: set[Path] = set()
 
+    def mark(self, proposed: str | None = None) -> Future[str | None]:
+        future: Future[str | None] = Future()
+        self._do(future, lambda: self._marked(proposed))
+        return future
+
     def publish(self, name: str, file: BinaryIO, trailer: bytes = b"") -> Future[bool]:
         extent = ExtentName.parse(name)
         future: Future[bool] = Future()
@@ -72,8 +78,13 @@ class DirectoryTier(Tier):
             settle(reading, None)
             return reading
         shared = _SharedFile(self, path, len(work))
+
+        def closed() -> None:
+            shared.leave()
+            self._closed(reading)
+
         for span in work:
-            self._workers.add(partial(shared.read, span, reading), lambda: self._closed(reading))
+            self._workers.add(partial(shared.read, span, reading), closed)
         return reading
 
     def drop(self, name: str) -> Future[None]:
@@ -140,20 +151,30 @@ class DirectoryTier(Tier):
             if self._identity is None:
                 if not self._root.is_dir():
                     raise TierUnavailable(f"{self._root} is not there: is it mounted?")
-                if self._mark() is None:
-                    with suppress(OSError):  # read-only: then there is none
-                        self._make_mark()
                 self._identity = self._seen()
 
     def _require_root(self) -> None:
         """Raises TierUnavailable if the root is not what it was."""
-        if self._seen() != self._identity:
+        seen, known = self._seen(), self._identity
+        if isinstance(seen, str) and known == self._device():
+            self._identity = known = seen  # marked since
+        if seen != known:
             raise TierUnavailable(f"{self._root} is not what it was when it was opened: is it mounted?")
 
     def _seen(self) -> str | int:
-        """The mark, which outlasts a new mount; the device of a root that has none, and cannot get one."""
+        """The mark, which outlasts a new mount; the device of a root that has none."""
         mark = self._mark()
-        return os.stat(self._root).st_dev if mark is None else mark
+        return self._device() if mark is None else mark
+
+    def _device(self) -> int:
+        return os.stat(self._root).st_dev
+
+    def _marked(self, proposed: str | None) -> str | None:
+        self._require_root()
+        if proposed is not None and self._mark() is None:
+            self._make_mark(proposed)
+            self._require_root()
+        return self._mark()
 
     def _mark(self) -> str | None:
         try:
@@ -161,11 +182,11 @@ class DirectoryTier(Tier):
         except FileNotFoundError:
             return None
 
-    def _make_mark(self) -> None:
+    def _make_mark(self, mark: str) -> None:
         temporary = self._temporary(self._root / MARK)
         try:
             with open(temporary, "x", opener=private) as file:
-                file.write(uuid.uuid4().hex)
+                file.write(mark)
                 file.flush()
                 os.fsync(file.fileno())
             with suppress(FileExistsError):
@@ -212,11 +233,11 @@ class DirectoryTier(Tier):
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
             try:
-                for data in source.chunks(_WRITE_BYTES):
+                done = 0
+                while done < source.n_bytes:
                     if future.done():
                         raise CancelledError
-                    while data:
-                        data = data[os.write(fd, data) :]
+                    done += self._append(fd, source, done)
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -232,6 +253,21 @@ class DirectoryTier(Tier):
         finally:
             with suppress(OSError):
                 os.unlink(temporary)
+
+    @staticmethod
+    def _append(fd: int, source: Source, offset: int) -> int:
+        """Append a part of the source, from ``offset`` on: how many bytes. By the kernel where it can: a file system
+        that shares blocks between files then writes none, and a file server copies by itself."""
+        of_file = min(_WRITE_BYTES, source.file_bytes - offset)
+        if of_file > 0:
+            try:
+                if copied := os.copy_file_range(source.fd, fd, of_file, offset):
+                    return copied
+            except OSError as error:
+                # Whose fault an error of both files is, is told by reading one and writing the other.
+                if error.errno not in _BY_HAND:
+                    raise
+        return os.write(fd, source.piece(offset, min(_WRITE_BYTES, source.n_bytes - offset)))
 
     def _make_directories(self, directory: Path) -> None:
         """Make what is missing between the root and ``directory``, and what made it last, durably."""

@@ -8,6 +8,7 @@ asked for a second time; and after several failures nothing is asked for until t
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import threading
@@ -51,11 +52,15 @@ class Policy:
     failures_of: int = 20
     refusals_in_row: int = 3
     first_wait_s: float = 1.0
-    most_wait_s: float = 60.0
+    most_wait_s: float = 30.0
 
 
 # Second reads that may be sent at once, after a time without any.
 _HEDGES = 4.0
+_READS = ("read", "measures")
+# How often a store is read only to measure it, and how much of it: at most, and if possible.
+_MEASURE_S = 10.0
+_MEASURE_BYTES, _LARGE_BYTES = 8 << 20, 1 << 20
 
 
 class Guard(Tier):
@@ -64,7 +69,8 @@ class Guard(Tier):
     While the store does not answer, every call ends at once with TierUnavailable, and the guard itself asks for the
     beginning of a listing after each wait, so that the store is back in use without anybody's request as a probe. While
     it refuses reads, or writes, those end at once with TierRefused, and one call after each wait finds out whether it
-    still does. Either is logged when it begins and when it ends.
+    still does: of reads, which nobody may want meanwhile, one of the guard's own. Either is logged when it begins and
+    when it ends.
     """
 
     def __init__(
@@ -94,7 +100,15 @@ class Guard(Tier):
         self._counts: Counter[str] = Counter()
         self._hedges = _HEDGES
         self._next_probe: Timer | None = None
+        # What is read to find out something: the extent that was read last, and where in it.
+        self._known: tuple[str, Sequence[tuple[int, int]]] | None = None
+        self._read_s = -math.inf
+        self._under_way: set[_Call] = set()
         self._closed = False
+
+    def mark(self, proposed: str | None = None) -> Future[str | None]:
+        side: Side = "read" if proposed is None else "write"
+        return self._call("mark", side, lambda: self._tier.mark(proposed), _Outer())
 
     def publish(self, name: str, file: BinaryIO, trailer: bytes = b"") -> Future[bool]:
         n_bytes = os.fstat(file.fileno()).st_size + len(trailer)
@@ -108,10 +122,14 @@ class Guard(Tier):
         outer = _OuterReading()
         n_bytes = sum(len(into) for _, into in ranges)
         self._call("read", "read", lambda: self._tier.read(name, ranges), outer, n_bytes)
+        if n_bytes >= _LARGE_BYTES or (n_bytes and self._known is None):
+            self._known = name, [(offset, len(into)) for offset, into in ranges]
         return outer
 
     def drop(self, name: str) -> Future[None]:
-        return self._call("drop", "write", lambda: self._tier.drop(name), _Outer())
+        """It is sent once: were it sent again, the second answer would say nothing of the first request, which may
+        arrive when the name has been published again."""
+        return self._call("drop", "write", lambda: self._tier.drop(name), _Outer(), attempts=1)
 
     def list(self, prefix: str = "", after: str | None = None, limit: int = 1000) -> Future[Page]:
         return self._call("list", "read", lambda: self._tier.list(prefix, after, limit), _Outer())
@@ -121,7 +139,12 @@ class Guard(Tier):
         return self._call("sweep", "write", lambda: self._tier.sweep(older_than_s), _Outer(), timed=False)
 
     def close(self) -> None:
-        self._closed = True
+        """Calls that have not ended do so at once, with TierUnavailable: nobody waits for a store that hangs."""
+        with self._mutex:
+            self._closed = True
+            under_way = list(self._under_way)
+        for call in under_way:
+            call.break_off(TierUnavailable(f"{self._where} is not used any more"))
         self._clock.close()
         self._tier.close()
 
@@ -132,13 +155,30 @@ class Guard(Tier):
             return self._reach.closed and self._sides["read"].closed
 
     def figures(self) -> Figures:
-        """What recent reads took: for break-even."""
+        """What recent reads took: for break-even. After the store was out of use, nothing is known of it."""
         return self._measured.figures()
 
+    def measure(self) -> None:
+        """Have `figures` be of now, although nobody reads because of them: unless somebody has just read, read again
+        what was read last, 8 MiB at most. Does not wait."""
+        with self._mutex:
+            known, now_s = self._known, self._clock.now()
+            if known is None or now_s - self._read_s < _MEASURE_S or self._shut() is not None:
+                return
+            self._read_s = now_s
+        left, ranges = _MEASURE_BYTES, []
+        for offset, length in known[1]:
+            ranges.append(Range(offset, memoryview(bytearray(min(length, left)))))
+            left -= len(ranges[-1].into)
+        self._call(
+            "measures", "read", lambda: self._tier.read(known[0], ranges), _OuterReading(), _MEASURE_BYTES - left,
+            attempts=1,
+        )  # fmt: skip
+
     def counts(self) -> dict[str, int]:
-        """Since it was opened: calls of each kind; ``attempts``, ``retries``, ``timeouts``, ``hedges``,
-        ``hedges_won``; ``unavailable``, ``refused`` and ``missing`` answers; ``rejected`` calls, which were not sent;
-        how often it ``opened``; ``bytes_read`` and ``bytes_published``."""
+        """Since it was opened: calls of each kind, and its own, ``probes`` and ``measures``; ``attempts``, ``retries``,
+        ``timeouts``, ``hedges``, ``hedges_won``; ``unavailable``, ``refused`` and ``missing`` answers; ``rejected``
+        calls, which were not sent; how often it ``opened``; ``bytes_read`` and ``bytes_published``."""
         with self._mutex:
             return dict(self._counts)
 
@@ -157,14 +197,23 @@ class Guard(Tier):
             self._counts[what] += 1
         call = _Call(self, what, side, send, outer, n_bytes, attempts or self._policy.attempts, timed)
         outer.call = call
+        with self._mutex:
+            self._under_way.add(call)
+        outer.add_done_callback(lambda _: self._over(call))
         call.send()
         return outer
+
+    def _over(self, call: _Call) -> None:
+        with self._mutex:
+            self._under_way.discard(call)
 
     # What calls ask and tell
 
     def _admit(self, side: Side) -> tuple[int, int]:
         """Tickets of both breakers. Raises TierError."""
         with self._mutex:
+            if self._closed:
+                raise TierUnavailable(f"{self._where} is not used any more")
             reach = self._reach.admit()
             if reach is None:
                 self._counts["rejected"] += 1
@@ -187,7 +236,9 @@ class Guard(Tier):
                 self._counts[word] += isinstance(error, kind)
             if isinstance(error, TierRefused):
                 self._refusals[side] = str(error)
-            self._changed(self._reach.ended(tickets[0], reach), error, "")
+            if (change := self._reach.ended(tickets[0], reach)) == "closed":
+                self._measured.forget()
+            self._changed(change, error, "")
             self._changed(self._sides[side].ended(tickets[1], of_side), error, f" for {side}s")
             self._probe_later()
 
@@ -198,34 +249,44 @@ class Guard(Tier):
         elif change == "closed":
             _log.warning("%s is used again%s", self._where, what)
 
+    def _shut(self) -> Breaker | None:
+        """The breaker that keeps everybody from reading."""
+        return next((one for one in (self._reach, self._sides["read"]) if not one.closed), None)
+
     def _probe_later(self) -> None:
-        if self._next_probe is None and not self._reach.closed and not self._closed:
-            wait_s = self._reach.wait_s or self._policy.first_wait_s
-            self._next_probe = self._clock.after(wait_s, self._probe)
+        if self._next_probe is None and (shut := self._shut()) is not None and not self._closed:
+            self._next_probe = self._clock.after(shut.wait_s or self._policy.first_wait_s, self._probe)
 
     def _probe(self) -> None:
         with self._mutex:
             self._next_probe = None
-            if self._closed or self._reach.closed:
+            if self._closed or (shut := self._shut()) is None:
                 return
-            if self._reach.wait_s:
+            if shut.wait_s:
                 self._probe_later()
                 return
-        self._call("probes", "read", lambda: self._tier.list("", None, 1), _Outer(), attempts=1)
+            known = None if shut is self._reach else self._known
+        if known is None:
+            self._call("probes", "read", lambda: self._tier.list("", None, 1), _Outer(), attempts=1)
+            return
+        # Who may list may not be allowed to read.
+        ranges = [Range(known[1][0][0], memoryview(bytearray(1)))]
+        self._call("probes", "read", lambda: self._tier.read(known[0], ranges), _OuterReading(), attempts=1)
 
-    def _began(self, what: str) -> float:
+    def _began(self, what: str, n_bytes: int) -> float:
         now_s = self._clock.now()
-        if what == "read":
-            self._measured.began(now_s)
+        if what in _READS:
+            self._read_s = now_s
+            self._measured.began(now_s, n_bytes)
         return now_s
 
     def _took(self, what: str, began_s: float, n_bytes: int, ok: bool) -> None:
         now_s = self._clock.now()
-        if what == "read":
+        if what in _READS:
             if ok:
                 self._measured.ended(began_s, now_s, n_bytes)
             else:
-                self._measured.failed(now_s)
+                self._measured.failed(now_s, n_bytes)
         if ok and what in ("read", "publish"):
             self._count("bytes_read" if what == "read" else "bytes_published", n_bytes)
 
@@ -337,7 +398,7 @@ class _Call:
             if not hedge:
                 self._end(None, refused)
             return False
-        attempt = _Attempt(tickets, guard._began(self._what), hedge=hedge)
+        attempt = _Attempt(tickets, guard._began(self._what, self._n_bytes), hedge=hedge)
         error: BaseException | None = None
         with self._mutex:
             over = self._over
@@ -428,6 +489,10 @@ class _Call:
             if attempt.future is not None:
                 attempt.future.cancel()
             self._tell(attempt, None, cancelled=True)
+
+    def break_off(self, error: TierUnavailable) -> None:
+        """`give_up`, and tell who waits."""
+        self._end(None, error)
 
     def _end(self, result: Any, error: BaseException | None) -> None:
         self.give_up()

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 SUFFIX = ".ext"
+# The name of a store's mark, beside its extents.
+MARK = ".agentstate"
 # No character of a part sorts before the slash, so that names sort as their parts do.
 _NAME = re.compile(
     r"(?P<fingerprint>[0-9a-f]{64})/(?P<shard>[A-Za-z0-9_]{1,64})/(?P<hh>[0-9a-f]{2})/(?P<digest>[0-9a-f]{64})\.ext"
@@ -133,6 +135,11 @@ class Tier(ABC):
     TierRefused, if an operator has to do something first (credentials, a read-only or a full store), with one sentence
     that says what. A call raises ValueError at once for a name that no extent has.
     """
+
+    @abstractmethod
+    def mark(self, proposed: str | None = None) -> Future[str | None]:
+        """What the store's mark says: a name that the store keeps for good. A store that has none gets the ``proposed``
+        one; without that, None. Of several that propose one at once, all get the same answer."""
 
     @abstractmethod
     def publish(self, name: str, file: BinaryIO, trailer: bytes = b"") -> Future[bool]:

@@ -24,7 +24,7 @@ from agentstate.errors import (
     TierShort,
     TierUnavailable,
 )
-from agentstate.tiers.interface import Entry, ExtentName, Page, Range, Reading, Tier, is_name, settle
+from agentstate.tiers.interface import MARK, Entry, ExtentName, Page, Range, Reading, Tier, is_name, settle
 from agentstate.tiers.measured import Measured
 from agentstate.tiers.ranges import Span, spans
 from agentstate.tiers.source import Source, is_of_source
@@ -88,6 +88,10 @@ class ObjectTier(Tier):
         self._closed = False
         self._slots = asyncio.Semaphore(_IN_FLIGHT)
         self._puts = asyncio.Semaphore(_PUTS)
+
+    def mark(self, proposed: str | None = None) -> Future[str | None]:
+        """Two that propose one at once may both get theirs in a store that has no conditional put."""
+        return self._run(Future(), self._marked, proposed)
 
     def publish(self, name: str, file: BinaryIO, trailer: bytes = b"") -> Future[bool]:
         ExtentName.parse(name)
@@ -207,6 +211,36 @@ class ObjectTier(Tier):
 
     # What is run
 
+    async def _marked(self, proposed: str | None) -> str | None:
+        mark = await self._mark()
+        if mark is None and proposed is not None:
+            await self._put(MARK, proposed.encode())
+            mark = await self._mark()
+        return mark
+
+    async def _mark(self) -> str | None:
+        try:
+            found = await self._obstore.get_async(self._store, MARK)
+            return bytes(await found.bytes_async()).decode(errors="replace")
+        except Exception as error:
+            # Some servers make a bucket when it is first written to: of others, the write says that there is none.
+            if isinstance(self._meaning(error), TierMissing) or _NO_BUCKET.search(_first_line(error)):
+                return None
+            raise
+
+    async def _put(self, name: str, data: bytes | memoryview) -> bool:
+        """Put an object by one request. False if there is one of that name already, where the store can tell."""
+        try:
+            await self._obstore.put_async(self._store, name, data, mode="create", use_multipart=False)
+            return True
+        except Exception as error:
+            if type(error).__name__ in ("AlreadyExistsError", "PreconditionError"):
+                return False
+            if not _NO_CONDITIONS.search(_first_line(error)):
+                raise
+        await self._obstore.put_async(self._store, name, data, use_multipart=False)
+        return True
+
     async def _publish(self, name: str, source: Source) -> bool:
         if await self._same(name, source):
             return False
@@ -215,14 +249,9 @@ class ObjectTier(Tier):
                 await self._put_parts(name, source)
                 return True
             data = await asyncio.to_thread(source.piece, 0, source.n_bytes)
-            try:
-                await self._obstore.put_async(self._store, name, data, mode="create", use_multipart=False)
+            if await self._put(name, data):
                 return True
-            except Exception as error:
-                taken = type(error).__name__ in ("AlreadyExistsError", "PreconditionError")
-                if not taken and not _NO_CONDITIONS.search(_first_line(error)):
-                    raise
-            if taken and await self._same(name, source):
+            if await self._same(name, source):
                 return False
             await self._obstore.put_async(self._store, name, data, use_multipart=False)
             return True
@@ -266,15 +295,15 @@ class ObjectTier(Tier):
     async def _get(self, name: str, span: Span, reading: Reading) -> None:
         async with self._slots:
             began_s = self._now()
-            self._measured.began(began_s)
+            self._measured.began(began_s, span.end - span.start)
             try:
                 data = memoryview(
                     await self._obstore.get_range_async(self._store, name, start=span.start, end=span.end)
                 )
             except BaseException:
-                self._measured.failed(self._now())
+                self._measured.failed(self._now(), span.end - span.start)
                 raise
-            self._measured.ended(began_s, self._now(), len(data))
+            self._measured.ended(began_s, self._now(), span.end - span.start)
         if len(data) < span.end - span.start:
             raise TierShort(f"{name} ends at {span.start + len(data):,} bytes, before {span.end:,}")
         for offset, into in span.parts:

@@ -13,15 +13,16 @@ _END_BYTES = 64 << 10
 
 class Source:
     """All of ``file`` as it is now, and ``trailer``. It has a descriptor of its own: whoever reads it late, after the
-    file was closed, must not read another file that got its number. Raises OSError, marked as the file's own."""
+    file was closed, must not read another file that got its number. Of what is read, ``file_bytes`` come from ``fd``.
+    Raises OSError, marked as the file's own."""
 
     def __init__(self, file: BinaryIO, trailer: bytes):
-        self._fd = os.dup(file.fileno())
+        self.fd = os.dup(file.fileno())
+        self.file_bytes = os.fstat(self.fd).st_size
         self._trailer = trailer
-        self._file_bytes = os.fstat(self._fd).st_size
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
+        fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
@@ -31,12 +32,7 @@ class Source:
 
     @property
     def n_bytes(self) -> int:
-        return self._file_bytes + len(self._trailer)
-
-    def chunks(self, n_bytes: int) -> Iterator[memoryview]:
-        """All of it, in pieces of that size and a smaller one."""
-        for at in range(0, self.n_bytes, n_bytes):
-            yield self.piece(at, min(n_bytes, self.n_bytes - at))
+        return self.file_bytes + len(self._trailer)
 
     def ends(self) -> Iterator[tuple[int, memoryview]]:
         """What is compared, with its offset: the beginning and the end."""
@@ -47,17 +43,17 @@ class Source:
 
     def piece(self, offset: int, n_bytes: int) -> memoryview:
         memory = memoryview(bytearray(n_bytes))
-        of_file = max(0, min(n_bytes, self._file_bytes - offset))
+        of_file = max(0, min(n_bytes, self.file_bytes - offset))
         done = 0
         while done < of_file:
             try:
-                got = os.preadv(self._fd, [memory[done:of_file]], offset + done)
+                got = os.preadv(self.fd, [memory[done:of_file]], offset + done)
             except OSError as error:
                 raise _of_source(error) from None
             if not got:
                 raise _of_source(OSError(errno.EIO, "the extent that is to be published became shorter"))
             done += got
-        skipped = max(0, offset - self._file_bytes)
+        skipped = max(0, offset - self.file_bytes)
         memory[of_file:] = self._trailer[skipped : skipped + n_bytes - of_file]
         return memory
 

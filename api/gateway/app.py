@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agentstate.errors import AgentStateError
-from agentstate.sessions.tenants import Tenant
+from agentstate.sessions.tenants import Caller
 from api.gateway import conversations, dialects, resources, stored
 from api.gateway.errors import Refusal, refusal
 from api.gateway.exchange import Exchange, Gone
@@ -93,7 +93,7 @@ class Gateway:
         """End a request at an engine, in the background."""
         self.turns.keep(self.upstream.abort(base_url, request_id))
 
-    async def admit(self, headers: Mapping[bytes, str]) -> tuple[Tenant, bool]:
+    async def admit(self, headers: Mapping[bytes, str]) -> tuple[Caller, bool]:
         """`Gate.admit` for a client of OpenAI's or Anthropic's API, whose key may be in ``x-api-key``."""
         authorization = headers.get(b"authorization")
         if authorization is None and (key := headers.get(b"x-api-key")):
@@ -203,6 +203,10 @@ class GatewayRoutes:
         except Gone:
             pass
         except Refusal as refused:
+            if exchange.begun:
+                # The server closes a connection whose answer is not complete: the client sees that it is not.
+                logger.warning("an answer to %s breaks off: %s", scope["path"], refused.message)
+                return
             await exchange.refuse(refused)
         except AgentStateError as error:
             await exchange.refuse(refusal(error))

@@ -11,7 +11,7 @@ from agentstate.sessions import belonging, items
 from agentstate.sessions.items import Item, ItemPage
 from agentstate.sessions.outcomes import Session
 from agentstate.sessions.stored import Stored
-from api.gateway import documents, resources, responses
+from api.gateway import resources, responses
 from api.gateway.errors import Refusal
 from api.gateway.exchange import Exchange
 from api.gateway.stored import locked, no_conversation
@@ -100,14 +100,9 @@ class _Resource:
         return _conversation(await run_in_threadpool(self._stored.remove, conversation, item))
 
     async def _body(self) -> dict[str, Any]:
-        raw = await self._exchange.body(self._gateway.settings.gateway_body_bytes)
-        try:
-            body = documents.loads(raw) if raw.strip(b" \t\r\n") else {}
-        except ValueError as error:
-            raise Refusal(400, "invalid_json", f"the body is not JSON: {error}") from None
-        if not isinstance(body, dict):
-            raise Refusal(400, "invalid_json", "the body is not a JSON object")
-        return body
+        """The body's JSON object; without a body an empty one."""
+        most_bytes = self._gateway.settings.gateway_body_bytes
+        return (await self._exchange.document(most_bytes, or_none=True))[1]
 
 
 def _conversation(session: Session) -> dict[str, Any]:

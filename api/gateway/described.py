@@ -61,6 +61,7 @@ _STATUSES = {
     415: "The body is compressed",
     422: "The engine cannot use the request",
     429: "Too many requests",
+    431: "The headers are too large",
     502: "The engine broke off, or cannot be reached",
     503: "No engine is live, or the database does not answer",
     504: "The engine sent nothing for too long",

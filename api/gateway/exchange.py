@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
+from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from agentstate.sessions.tenants import Tenant
@@ -16,6 +17,10 @@ from api.gateway.errors import Refusal
 T = TypeVar("T")
 JSON = (b"content-type", b"application/json")
 _DRAINED = 8  # times the limit: a client that is cut off while it sends sees a broken connection instead of the answer
+
+
+# Longer bodies are read on a thread.
+LONG_BYTES = 256 << 10
 
 
 class Gone(Exception):
@@ -61,16 +66,14 @@ class Exchange:
             )
         return b"".join(parts)
 
-    async def document(self, most_bytes: int) -> tuple[bytes, dict[str, Any]]:
-        """The body, and the JSON object that it is. Raises Refusal, Gone."""
+    async def document(self, most_bytes: int, *, or_none: bool = False) -> tuple[bytes, dict[str, Any]]:
+        """The body, and the JSON object that it is: an empty one if there may be ``or_none``, and is none. Raises
+        Refusal, Gone."""
         raw = await self.body(most_bytes)
-        try:
-            document = documents.loads(raw)
-        except ValueError as error:
-            raise Refusal(400, "invalid_json", f"the body is not JSON: {error}") from None
-        if not isinstance(document, dict):
-            raise Refusal(400, "invalid_json", "the body is not a JSON object")
-        return raw, document
+        if or_none and not raw.strip(b" \t\r\n"):
+            return raw, {}
+        # A long one takes longer than the next chunks of other streams may wait.
+        return raw, await run_in_threadpool(_object, raw) if len(raw) > LONG_BYTES else _object(raw)
 
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self.begun = True
@@ -111,3 +114,18 @@ class Exchange:
     async def _left(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    """The JSON object that a body is. Raises Refusal."""
+    if not documents.has_most(raw):
+        raise Refusal(
+            413, "body_too_large", f"the body has more than {documents.MOST_VALUES:,} values: lists, objects, numbers"
+        )
+    try:
+        document = documents.loads(raw)
+    except ValueError as error:
+        raise Refusal(400, "invalid_json", f"the body is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise Refusal(400, "invalid_json", "the body is not a JSON object")
+    return document

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from agentstate.errors import DatabaseError
 from agentstate.fleet import engines
-from agentstate.fleet.placement import Server, servers
+from agentstate.fleet.placement import Server, servers, serves
 from agentstate.sql.database import Database
 from api.gateway.errors import Refusal
 
@@ -67,9 +67,8 @@ class Fleet:
             if len(models) > 1:
                 raise Refusal(400, "model_missing", f"name a model: {', '.join(models)}", "model")
             model = models[0]
-        # SGLang takes an adapter as MODEL:ADAPTER.
-        wanted = {model, model.rpartition(":")[0]}
-        found = [server for server in self._known if server.model in wanted]
+        found = [server for server in self._known if server.model == model]
+        found = found or [server for server in self._known if serves(server, model)]
         if not found:
             raise Refusal(
                 404, "model_not_found", f"no live engine serves {model!r}, only {', '.join(map(repr, models))}", "model"
@@ -129,4 +128,9 @@ class Fleet:
 
     def _look_up(self) -> list[Server]:
         with self._database.read() as connection:
-            return servers(engines.live(connection, self._engine_timeout_s))
+            found = servers(engines.live(connection, self._engine_timeout_s))
+        # One of an engine's DP ranks stands for it: a turn's token names the right one.
+        first: dict[str, Server] = {}
+        for server in found:
+            first.setdefault(server.base_url, server)
+        return list(first.values())

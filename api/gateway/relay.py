@@ -25,7 +25,7 @@ from agentstate.sql.models import EntryKind
 from api.gateway import documents, harnesses
 from api.gateway.dialects import Dialect
 from api.gateway.errors import Refusal, refusal, reshaped
-from api.gateway.exchange import JSON, Exchange
+from api.gateway.exchange import JSON, LONG_BYTES, Exchange
 from api.gateway.heard import Call, Message
 from api.gateway.recording import Answer, Stream
 from api.gateway.turns import NOTHING, Kept, Turn
@@ -50,8 +50,6 @@ OWN_HEADERS = HOP_BY_HOP | {
     b"x-api-key",
 }
 SSE_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-# Longer bodies are read on a thread.
-LONG_BYTES = 256 << 10
 # The longest event: it is held until it is whole.
 EVENT_BYTES = 64 << 20
 # The beginning of an action's id, in the answer to its hint.
@@ -81,7 +79,10 @@ class Passage:
         with self.gateway.fleet.counted(server.base_url):
             headers = [*self.passed_on(), *turn.handover(_request_id("req-")).headers()]
             async with self.gateway.upstream.ask(server.base_url, self.path, self.raw, headers) as answer:
-                await self.pass_whole(answer, self.told(turn))
+                if answer.status == 200:
+                    await self.pass_through(answer, self.told(turn))
+                else:
+                    await self.pass_whole(answer, self.told(turn))
 
     def take_out(self) -> None:
         """Take out of the body what no engine is to get."""
@@ -104,6 +105,14 @@ class Passage:
         if model is not None and not isinstance(model, str):
             raise Refusal(400, "invalid_model", "the model is not a string", "model")
         return model or None
+
+    async def pass_through(self, answer: Answered, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Pass on an answer as it comes: one that nobody has to read here may be of any length."""
+        length = [(b"content-length", answer.length.encode())] if answer.length else []
+        await self.exchange.start(200, [(b"content-type", answer.content_type.encode("latin-1")), *length, *headers])
+        async for chunk in answer.chunks():
+            await self.exchange.send(chunk)
+        await self.exchange.send(b"", last=True)
 
     async def pass_whole(self, answer: Answered, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Pass on an answer in one piece; an error in the form that the client reads."""
@@ -140,7 +149,10 @@ class Passage:
 
 
 class Relay(Passage):
-    """A request of a conversation: it is a turn of a session."""
+    """A request of a conversation: it is a turn of a session. ``rewrites`` says whether events are `passed` otherwise
+    than they came, which takes having heard them."""
+
+    rewrites = False
 
     def __init__(self, gateway: Gateway, exchange: Exchange, path: str, dialect: Dialect):
         super().__init__(gateway, exchange, path)
@@ -160,12 +172,13 @@ class Relay(Passage):
         except ValueError as error:
             raise Refusal(400, "invalid_request", str(error), "session_id") from None
         try:
-            self.hints = hints.read(self.body.get("kv_hints"))
+            self.hints = hints.read(self.body.get("kv_hints"), settings.pin_max_s)
         except ValueError as error:
             raise Refusal(400, "invalid_request", str(error), "kv_hints") from None
         self.take_out()
         self.check()
-        if len(self.raw) > LONG_BYTES:
+        referred = await self.complete()
+        if referred or len(self.raw) > LONG_BYTES:
             # It takes longer than the next chunks of other streams may wait.
             self.messages = await run_in_threadpool(self.heard, self.body)
         else:
@@ -176,6 +189,10 @@ class Relay(Passage):
 
     def check(self) -> None:
         """Raises Refusal for a request that says what it may not."""
+
+    async def complete(self) -> bool:
+        """Put into the body what it only refers to; whether there was anything. Raises Refusal."""
+        return False
 
     def heard(self, body: dict[str, Any]) -> list[Message]:
         """The messages of a request. Raises Refusal."""
@@ -246,7 +263,8 @@ class Relay(Passage):
         harness = identity.harness if guesses and identity.kind == "turn" else None
         told = identity.session is not None or harness is not None
         return Wanted(
-            model=server.model,
+            # What it says after with one adapter is not what another one has said.
+            model=self.model or server.model,
             session=identity.session,
             harness=harness,
             conversation=conversation if told or (guesses and identity.harness is None) else None,
@@ -272,15 +290,25 @@ class Relay(Passage):
     async def pass_stream(self, answered: Answered, turn: Turn, recorder: Stream) -> None:
         """Pass a stream on as its events come. Where the transcript is kept, the end is held back until that is."""
         held = bytearray()
+        begun, heard_first = False, self.store or self.rewrites
         broken: Refusal | None = None
         try:
             async for chunk in answered.chunks():
-                recorder.feed(chunk)
                 held += chunk
-                # A client could not use a part of an event, and an error could not follow it.
-                if not (self.store and recorder.done) and (end := _end_of_events(held, len(chunk))):
-                    await self.exchange.send(self.passed(bytes(held[:end]), recorder))
-                    del held[:end]
+                if heard_first:
+                    recorder.feed(chunk)
+                try:
+                    # A client could not use a part of an event, and an error could not follow it.
+                    if not (self.store and recorder.done) and (end := _end_of_events(held, len(chunk))):
+                        await self.exchange.send(self.passed(bytes(held[:end]), recorder))
+                        del held[:end]
+                        if not begun:
+                            begun = True
+                            await asyncio.sleep(0)  # the first token is on its way before anything else is done
+                finally:
+                    # Also if the client has left: it may have all that it wants.
+                    if not heard_first:
+                        recorder.feed(chunk)
                 if len(held) > EVENT_BYTES:
                     raise Refusal(502, "engine_broke_off", f"the engine sent an event of more than {EVENT_BYTES} bytes")
         except Refusal as refused:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -29,7 +30,7 @@ from agentstate.sessions.responses import NewResponse
 from agentstate.sessions.stored import Stored
 from api.gateway import documents, resources
 from api.gateway.errors import Refusal
-from api.gateway.exchange import Exchange
+from api.gateway.exchange import LONG_BYTES, Exchange
 from api.gateway.recording import UNKNOWN_FORM, Answer, Events, Stream
 from api.gateway.relay import Relay
 from api.gateway.responses import TERMINAL
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 _OPENING = frozenset({"response.created", "response.in_progress"})
 _BLANK_LINE = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)")
+# One statement has them all.
+MOST_REFERENCES = 512
 _KEPT = ("completed", "incomplete")
 # What a response says of its request, and its value where the request says nothing.
 _ECHOED: dict[str, Any] = {
@@ -68,6 +71,7 @@ _ECHOED: dict[str, Any] = {
 class StoredRelay(Relay):
     """A request for a response. ``given`` is what its session has to keep of its input."""
 
+    rewrites = True
     state = State()
     given: Sequence[Item] = ()
     _opening = True
@@ -92,6 +96,34 @@ class StoredRelay(Relay):
             )
         given = body.get("input")
         self.given = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given or []
+
+    async def complete(self) -> bool:
+        given = self.given
+        # Only a short body is looked through here: the chunks of other streams wait meanwhile.
+        wanted = await run_in_threadpool(_wanted, given) if len(self.raw) > LONG_BYTES else _wanted(given)
+        if not wanted:
+            return False
+        if len(wanted) > MOST_REFERENCES:
+            raise Refusal(400, "too_many_items", f"a request may refer to {MOST_REFERENCES} items", "input")
+        most_bytes = self.gateway.settings.gateway_body_bytes
+        found = await run_in_threadpool(
+            _stored(self.gateway, self.exchange).referred,
+            wanted,
+            most_bytes,
+            session=self.state.conversation or self.identity.session or self.identity.harness,
+            response=self.state.response,
+        )
+        if found is None:
+            raise _too_large("refers to", most_bytes)
+        if missing := sorted(wanted.keys() - found.keys()):
+            raise Refusal(
+                400,
+                "item_not_found",
+                f"Item with id '{missing[0][:80]}' not found. Items are kept if `store` is not false.",
+                "input",
+            )
+        self.given = self.body["input"] = [found[item["id"]] if _refers(item) else item for item in given]
+        return True
 
     def is_stored(self) -> bool:
         return self.body.get("store") is not False
@@ -134,11 +166,7 @@ class StoredRelay(Relay):
             except (EntryNotFound, SessionNotFound, SessionExpired):
                 raise _no_previous(self.state.response) from None
             if before is None:
-                raise Refusal(
-                    413,
-                    "context_too_large",
-                    f"the request goes on from more than {most_bytes} bytes: see AGENTSTATE_GATEWAY_BODY_BYTES",
-                )
+                raise _too_large("goes on from", most_bytes)
             body["input"] = [*before, *self.given]
             self.messages = self.heard(body)
             if turn.begun.whole:
@@ -239,6 +267,18 @@ class StoredRelay(Relay):
         return _event({"type": "response.failed", "sequence_number": number + 1, "response": response})
 
 
+def _wanted(given: Any) -> Counter[str]:
+    """The ids of the items that an input refers to, and how often."""
+    return Counter(item["id"] for item in given if _refers(item)) if isinstance(given, list) else Counter()
+
+
+def _refers(item: Any) -> bool:
+    """Whether an item of a request's input stands for one that is kept. OpenAI lets the type be left out."""
+    if not isinstance(item, dict) or not isinstance(item.get("id"), str):
+        return False
+    return item.get("type") == "item_reference" or {key for key in item if item[key] is not None} == {"id"}
+
+
 def _echo(body: dict[str, Any]) -> dict[str, Any]:
     """What a response says of its request. A tier is named by the engine, or is the default one."""
     said = {name: body[name] for name in _ECHOED if body.get(name) is not None}
@@ -268,6 +308,11 @@ def _state(body: dict[str, Any]) -> State:
             "previous_response_id",
         )
     return State(conversation or None, response or None)
+
+
+def _too_large(does: str, most_bytes: int) -> Refusal:
+    message = f"the request {does} more than {most_bytes} bytes: see AGENTSTATE_GATEWAY_BODY_BYTES"
+    return Refusal(413, "context_too_large", message)
 
 
 def _no_previous(response: str | None) -> Refusal:

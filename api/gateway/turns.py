@@ -27,6 +27,7 @@ from agentstate.fleet.handover import Handover
 from agentstate.fleet.hints import Hints
 from agentstate.fleet.manifests import KvState
 from agentstate.fleet.operations import Kind, Question
+from agentstate.fleet.pins import PinTier
 from agentstate.fleet.placement import KvOutlook
 from agentstate.sessions.belonging import Begun, Origin, State, Wanted
 from agentstate.sessions.conversations import Conversation
@@ -148,14 +149,16 @@ class Turns:
 
     async def begin(self, tenant: Tenant, wanted: Wanted, wait_s: float) -> Turn:
         """The turn of a request. A session that its client named and that is being run is waited for, ``wait_s`` or
-        `ENDING_S` at most. If SQL does not answer, the request has no session, unless it goes on from what is kept
-        here. Raises AgentStateError."""
+        `ENDING_S` at most; one that is guessed for `ENDING_S`, if another gateway seems to be ending its turn. If SQL
+        does not answer, the request has no session, unless it goes on from what is kept here. Raises AgentStateError.
+        """
         if (wanted.named or wanted.harness or wanted.conversation or wanted.state) is None:
             return await self.without(tenant)
         await self._ended(tenant, wanted)
         settings = self.service.settings
         sessions = self.service.sessions.of(tenant.id)
-        deadline_s = time.monotonic() + max(wait_s, ENDING_S)
+        began_s = time.monotonic()
+        deadline_s = began_s + max(wait_s, ENDING_S)
         while True:
             beginning = asyncio.ensure_future(
                 run_in_threadpool(
@@ -163,11 +166,14 @@ class Turns:
                     wanted,
                     lease_ttl_s=settings.lease_ttl_s,
                     expires_in_s=settings.gateway_expires_s,
+                    patient=time.monotonic() < began_s + ENDING_S,
                 )
             )
             try:
                 begun = await asyncio.shield(beginning)
-                break
+                if begun.ending is None:
+                    break
+                await self._changed(tenant, begun.ending, max(0.0, began_s + ENDING_S - time.monotonic()))
             except asyncio.CancelledError:
                 # The client has left, and the lease may be taken all the same.
                 beginning.add_done_callback(lambda begun: self._give_back(tenant, begun))
@@ -217,9 +223,19 @@ class Turns:
             response=kept.response,
             expires_in_s=None if named else self.service.settings.gateway_expires_s,
         )
+        if turn.hints.pin_s is not None:
+            # Also without an engine: the next one reads of it.
+            self.keep(self._pin(turn, resumed.session.id, turn.hints.pin_s))
         if suspended.ranks:
             self._tell(turn, suspended.ranks[0])
-            self.keep(self._ask(resumed.session.id, Question(Kind.FLUSH, resumed.session.uid, suspended.ranks)))
+            question = Question(
+                Kind.FLUSH,
+                resumed.session.uid,
+                suspended.ranks,
+                beside=suspended.beside,
+                epoch=suspended.epoch,
+            )
+            self.keep(self._ask(resumed.session.id, question))
 
     def _tell(self, turn: Turn, rank: Engine) -> None:
         """Tell what the client expects, after what has been learned."""
@@ -230,6 +246,16 @@ class Turns:
             waits.released(turn.tenant.id, resumed.session.uid, rank)
         elif hints.forecast is not None:
             waits.expected(turn.tenant.id, resumed.session.uid, hints.forecast, "other", rank)
+
+    async def _pin(self, turn: Turn, session_id: str, for_s: float) -> None:
+        """Pin the session, as its client has asked."""
+        sessions = self.service.sessions.of(turn.tenant.id)
+        try:
+            pinned = await run_in_threadpool(sessions.pin, session_id, PinTier.DEVICE, for_s)
+            asked = self.service.operations.pin(pinned.uid, pinned.ranks, PinTier.DEVICE, for_s, FLUSH_MS / 1000)
+            await asyncio.wrap_future(asked)
+        except AgentStateError as error:
+            logger.warning("session %s is not pinned for now: %s", session_id, error)
 
     def keep(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something in the background, at most until the gateway is closed."""

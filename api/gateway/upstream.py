@@ -13,6 +13,8 @@ from api.gateway.errors import Refusal
 # Below the time after which SGLang closes an idle connection, 5 s: a request must not meet one that is being closed.
 KEEP_ALIVE_S = 4.0
 CONNECT_S = 5.0
+# The longest answer that is held until it is whole.
+ANSWER_BYTES = 64 << 20
 # Of a connection, and of the proxy that this is.
 HOP_BY_HOP = frozenset(
     {
@@ -47,6 +49,11 @@ class Answer:
         return self.content_type.startswith("text/event-stream")
 
     @property
+    def length(self) -> str | None:
+        """How many bytes it has, if the engine says so."""
+        return self._response.headers.get("Content-Length")
+
+    @property
     def retry_after(self) -> str | None:
         return self._response.headers.get("Retry-After")
 
@@ -59,8 +66,17 @@ class Answer:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _broken(self._base_url, error) from error
 
-    async def body(self) -> bytes:
-        return b"".join([chunk async for chunk in self.chunks()])
+    async def body(self, most_bytes: int = ANSWER_BYTES) -> bytes:
+        """All of it. Raises Refusal if that is more than ``most_bytes``."""
+        chunks, size = [], 0
+        async for chunk in self.chunks():
+            size += len(chunk)
+            if size > most_bytes:
+                raise Refusal(
+                    502, "answer_too_large", f"the engine's answer has more than {most_bytes} bytes: ask for a stream"
+                )
+            chunks.append(chunk)
+        return b"".join(chunks)
 
 
 class Upstream:

@@ -50,11 +50,22 @@ def convolve_next(
     activation: str | None = None,
     *,
     conv_state_indices: torch.Tensor,
+    intermediate_conv_window: torch.Tensor | None = None,
+    intermediate_state_indices: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """One token of each of several requests: ``x`` is (requests, channels)."""
+    """One token of each of several requests: ``x`` is (requests, channels). Of drafts that are verified, (requests,
+    channels, drafts), the states go to ``intermediate_conv_window[intermediate_state_indices[i], t]`` after each draft
+    ``t``, and nowhere else."""
     slots = conv_state_indices.long()
     width = weight.shape[1]
+    if intermediate_conv_window is not None and intermediate_state_indices is not None:
+        inputs = torch.cat([conv_state[slots, :, 1 - width :].to(x.dtype), x], dim=2)
+        windows = inputs[:, :, 1:].unfold(2, width - 1, 1).transpose(1, 2)
+        intermediate_conv_window[intermediate_state_indices.long()] = windows.to(intermediate_conv_window.dtype)
+        convolved = F.conv1d(inputs, weight.to(x.dtype)[:, None], bias, groups=x.shape[1])
+        # Laid out like ``x``: SGLang takes a view of it.
+        return torch.empty_like(x).copy_(_activated(convolved, activation))
     inputs = torch.cat([conv_state[slots, :, 1 - width :].to(x.dtype), x[..., None]], dim=2)
     out = (inputs * weight.to(x.dtype)).sum(dim=2)
     if bias is not None:

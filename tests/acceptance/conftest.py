@@ -14,7 +14,7 @@ from prompts import EXACT, Generator
 from stacks import MakeStack
 from zygote import Zygotes
 
-from agentstate.cli.local import LocalStack, Spawn, free_port
+from agentstate.cli.local import LocalService, LocalStack, Spawn, free_port
 from agentstate.settings import Settings
 from benchmarks.slow_drive import Drive
 
@@ -43,12 +43,18 @@ def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawn]:
 def make_stack(engine_python: Path, fork: Spawn) -> MakeStack:
     """A stack, not started yet, that keeps everything below the first path and serves the checkpoint at the second."""
 
-    def make(home: Path, checkpoint: Path) -> LocalStack:
+    def make(home: Path, checkpoint: Path, beside: LocalService | None = None) -> LocalStack:
         ports = {"service_port": free_port(), "engine_port": free_port()}
-        stack = LocalStack(home, checkpoint, engine_python=engine_python, spawn_engine=fork, **ports)
+        stack = LocalStack(home, checkpoint, engine_python=engine_python, spawn_engine=fork, beside=beside, **ports)
         # Whether an engine restores what it has is for these tests to know, and not for its stopwatch to decide; nor
-        # for what it has learned of its sessions, which it would fetch ahead. Nor is a lease to lapse while it starts.
-        own = {"AGENTSTATE_BREAK_EVEN": "off", "AGENTSTATE_FORESIGHT": "off", "AGENTSTATE_LEASE_TTL_S": "3600"}
+        # for what it has learned of its sessions, which it would fetch ahead. Nor is a lease to lapse while it starts,
+        # nor is one that is busy to be taken for dead.
+        own = {
+            "AGENTSTATE_BREAK_EVEN": "off",
+            "AGENTSTATE_FORESIGHT": "off",
+            "AGENTSTATE_LEASE_TTL_S": "3600",
+            "AGENTSTATE_ENGINE_TIMEOUT_S": "120",
+        }
         stack.environment = {**stack.environment, **own}
         return stack
 

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -23,12 +23,15 @@ TINY = (*EXACT, "--skip-tokenizer-init", "--max-total-tokens", "8192", "--chunke
 @dataclass(frozen=True)
 class Generated:
     """``tokens`` are the output's ids; ``cached`` the prompt tokens that were not computed, ``restored`` of them
-    from disk: ``preloaded`` of those before the request ran."""
+    from disk: ``preloaded`` of those before the request ran. Drafts were verified in so many ``steps``. The engine had
+    it ready at ``ready_s``, by its own clock."""
 
     tokens: tuple[int, ...]
     cached: int
     restored: int
     preloaded: int = 0
+    steps: int | None = None
+    ready_s: float = field(default=0.0, compare=False)
 
 
 class Generator:
@@ -103,6 +106,8 @@ def _generated(answer: dict[str, Any]) -> Generated:
         answer["meta_info"]["cached_tokens"],
         details.get("host", 0) + preloaded,
         preloaded,
+        answer["meta_info"].get("spec_verify_ct"),
+        answer["meta_info"].get("response_sent_to_client_ts", 0.0),
     )
 
 

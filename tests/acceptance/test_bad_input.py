@@ -51,7 +51,7 @@ def test_a_directory_that_another_engine_has_or_left(
         second.create_database()
         assert said_at_the_end(second) == (
             f"another engine writes to {directory}: stop it, or give this one a directory of its own with "
-            "AGENTSTATE_PAGES_DIR"
+            "AGENTSTATE_PAGES_DIR, and the other's with AGENTSTATE_PAGES_SIBLINGS to restore from it"
         )
     first.flush_device()
     restored = Generator(first.engine_url)(text)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from prompts import PAGE, TINY, Generated, Generator, prompt
-from stacks import MakeStack
+from stacks import MakeStack, stats_at_rest, until
 
 from agentstate import Client
 from agentstate.cli.local import LocalStack
@@ -21,7 +20,6 @@ from agentstate.sql.database import Database
 # What is looked for of each component of each layer of a page. In the first layer, a token's V is the same wherever it
 # stands; so many bytes are of several tokens.
 SAMPLE_BYTES = 2048
-WAIT_S = 600
 
 Samples = dict[bytes, list[bytes]]
 
@@ -46,7 +44,7 @@ def pages_dir(stack: LocalStack) -> Path:
 
 
 def stored(stack: LocalStack) -> Samples:
-    """Of every stored page, by its key, bytes from all its parts."""
+    """Of every stored page, by its key, bytes from all its parts. The engine's extents are to be at rest."""
     found: Samples = {}
     for store in inventory.store_directories(pages_dir(stack)):
         for report in inventory.extents(store):
@@ -69,15 +67,17 @@ def on_disk(stack: LocalStack, samples: Samples) -> set[bytes]:
 
 
 def until_gone(stack: LocalStack, samples: Samples) -> None:
-    deadline = time.monotonic() + WAIT_S
-    left = set(samples)
-    while left and time.monotonic() < deadline:
-        time.sleep(0.5)
+    """And until SQL knows it, and the rest is at rest."""
+
+    def gone() -> bool:
         try:
-            left = on_disk(stack, samples)
+            return not on_disk(stack, samples)
         except FileNotFoundError:
-            continue  # one that was just being deleted
-    assert left == set()
+            return False  # one that was just being deleted
+
+    until(gone)
+    until(lambda: stack.stat()["erasures"]["waiting"] == 0)
+    stats_at_rest(stack)
 
 
 def keys_of(stack: LocalStack, session_id: str) -> list[bytes]:
@@ -107,6 +107,7 @@ def test_no_byte_of_a_deleted_sessions_pages_is_left_and_another_one_is_restored
         answers = [turn(client, stack, one.id, text) for one, text in zip((gone, kept, later), texts, strict=True)]
         chains = [keys_of(stack, one.id) for one in (gone, kept, later)]
         assert [len(chain) for chain in chains] == [7, 7, 7]
+        stats_at_rest(stack)
         samples = stored(stack)
         own = [{key: samples[key] for key in chain[2:]} for chain in chains]
         assert on_disk(stack, samples) == set(samples)
@@ -125,7 +126,7 @@ def test_no_byte_of_a_deleted_sessions_pages_is_left_and_another_one_is_restored
         assert recomputed.cached == 2 * PAGE or kind == "sliding"
 
         # An engine that does not run does it when it runs again.
-        stack.settle()
+        stats_at_rest(stack)
         stack.stop_engine()
         client.delete(later.id, revision=client.read(later.id).revision)
         assert on_disk(stack, own[2]) == set(own[2])
@@ -133,4 +134,3 @@ def test_no_byte_of_a_deleted_sessions_pages_is_left_and_another_one_is_restored
         until_gone(stack, own[2])
         restored = turn(client, stack, kept.id, texts[1])
         assert (restored.tokens, restored.restored) == (answers[1].tokens, 7 * PAGE)
-    assert stack.stat()["erasures"]["waiting"] == 0

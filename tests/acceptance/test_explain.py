@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prompts import PAGE, TINY, Generator, Stream, prompt
-from stacks import MakeStack
+from stacks import MakeStack, until
 
 from agentstate.cli.local import LocalStack
 from agentstate.lookahead.forecast import Forecast
@@ -32,14 +31,9 @@ def engine(
         yield stack
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(0.02)
-
-
 def served(stack: LocalStack) -> dict[str, Any]:
     """What is counted, once nothing runs any more."""
-    wait_for(lambda: stack.stat()["kept"]["served_requests"] == 0)
+    until(lambda: stack.stat()["kept"]["served_requests"] == 0)
     return dict(stack.stat()["served"])
 
 
@@ -82,7 +76,7 @@ def test_each_request_tells_where_its_prompt_came_from_and_what_its_session_had_
     engine.flush_device()
     fetched = engine.stat()["foresight"]["fetched"]
     wait("tool", Forecast.exactly(3600.0))
-    wait_for(lambda: engine.stat()["foresight"]["fetched"] > fetched)
+    until(lambda: engine.stat()["foresight"]["fetched"] > fetched)
     assert ask() == {"tool": {"fetched": 10 * PAGE, "recomputed": 9}}
     made = [one for one in rank.call("decisions", 60, after=0)["decisions"] if one["session"] == session]
     assert [(one["decision"], one["outcome"], one["tokens"]) for one in made] == [
@@ -97,6 +91,23 @@ def test_each_request_tells_where_its_prompt_came_from_and_what_its_session_had_
     assert grown(before, served(engine)) == {"none": {"device": 10 * PAGE, "recomputed": 9}}
 
 
+def test_a_hint_pins_the_session_whose_turn_its_request_proves(engine: LocalStack) -> None:
+    generate, rank = Generator(engine.engine_url), engine.control()
+    pin = {"action_id": "a", "action_type": "kv.pin", "action_version": "1.0", "payload": {"duration": 600}}
+    hints = {"protocol_version": "0.1", "message_id": "m", "actions": [pin]}
+    turn, other = engine.begin_turn(), engine.begin_turn()
+    text = prompt(910, 3 * PAGE + 9)
+    generate(text, session_id=other.session.uid, kv_hints=hints)
+    generate(text, session_id=turn.engine_session, kv_hints=hints)
+    until(lambda: "pin" in rank.call("explain", 60, session=turn.session.uid))
+    found = rank.call("explain", 60, session=turn.session.uid)["pin"]
+    assert found["tier"] == "device" and 0 < found["rest_s"] <= 600
+    assert "pin" not in rank.call("explain", 60, session=other.session.uid)
+    assert engine.stat()["pins"] == 1
+    rank.call("pin", 60, session=turn.session.uid, tier="device", ttl_ms=0)
+    assert engine.stat()["pins"] == 0
+
+
 def test_a_request_that_is_deferred_has_waited_for_reads(engine: LocalStack, drive: Drive) -> None:
     generate = Generator(engine.engine_url)
     text = prompt(901, 12 * PAGE + 9)
@@ -108,7 +119,7 @@ def test_a_request_that_is_deferred_has_waited_for_reads(engine: LocalStack, dri
     with closing(Stream(engine.engine_url, prompt(902, 30), 2500)) as running:
         running.wait(1)
         with closing(Stream(engine.engine_url, text, 4)) as deferred:
-            wait_for(lambda: engine.stat()["preload"]["under_way"] == 1)
+            until(lambda: engine.stat()["preload"]["under_way"] == 1)
             running.wait(len(running.tokens) + 4)
             drive.answer()
             deferred.join()
@@ -125,7 +136,7 @@ def test_a_request_that_finds_no_room_has_waited_for_memory(engine: LocalStack) 
     with closing(Stream(engine.engine_url, prompt(903, 80 * PAGE), 2500)) as running:
         running.wait(1)
         with closing(Stream(engine.engine_url, prompt(904, 80 * PAGE), 4)) as waiting:
-            wait_for(lambda: engine.stat()["kept"]["ordered_requests"] == 1)
+            until(lambda: engine.stat()["kept"]["ordered_requests"] == 1)
             running.wait(len(running.tokens) + 4)
             running.close()
             waiting.join()

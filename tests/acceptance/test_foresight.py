@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from prompts import PAGE, TINY, Generated, Generator, prompt
-from stacks import MakeStack
+from stacks import MakeStack, until
 
 from agentstate import Client
 from agentstate.cli.local import LocalStack
 
 # The device has 128 pages.
 CONTEXT = 70 * PAGE
-PATIENCE_S = 120
 
 
 @pytest.fixture
@@ -26,13 +24,6 @@ def stack(tmp_path: Path, checkpoints: Path, make_stack: MakeStack) -> Iterator[
         stack.start_service()
         stack.start_engine(*TINY)
         yield stack
-
-
-def until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_its_pages_leave_for_another_agent_and_are_back_before_it_is(stack: LocalStack) -> None:

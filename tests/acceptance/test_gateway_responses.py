@@ -22,6 +22,8 @@ SERVED = (*EXACT, "--chunked-prefill-size", "512", "--enable-cache-report")
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, smollm2: Path) -> Iterator[LocalStack]:
     with closing(make_stack(tmp_path_factory.mktemp("responses") / "stack", smollm2)) as stack:
+        # A turn ends in the background, and the next one is sent at once.
+        stack.environment = {**stack.environment, "AGENTSTATE_GATEWAY_WAIT_S": "600"}
         stack.start_service()
         stack.start_engine(*SERVED)
         yield stack

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 from prompts import PAGE, TINY, Generated, Generator, prompt
-from stacks import MakeStack
+from stacks import MakeStack, ask_ranks, stats_at_rest
 
 from agentstate import Client
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
-from agentstate.fleet.control import ControlClient
 
 # The device has 128 pages.
 AGENTS = 6
@@ -40,9 +39,8 @@ def start(tmp_path: Path, checkpoints: Path, make_stack: MakeStack) -> Iterator[
 
 def ranks(stack: LocalStack) -> list[dict[str, Any]]:
     """What each rank says when nothing is being stored or copied."""
-    engines = stack.ranks()
     while True:
-        found = [ControlClient(engine.control_address, engine.control_secret).call("stat", 60) for engine in engines]
+        found = ask_ranks(stack, "stat")
         if not any(stat["spill"]["waiting"] or stat["kept"]["locked_demotions"] for stat in found):
             return found
         time.sleep(0.02)
@@ -80,7 +78,7 @@ def test_what_left_the_device_comes_back_from_host_memory(start: Start, kind: st
     assert [answer.tokens for answer in restored] == [answer.tokens for answer in computed]
     # A recurrent state is kept where a chunk of 1,024 tokens ends.
     assert all(answer.restored >= 16 * PAGE for answer in restored)
-    stats = ranks(stack)
+    stats = stats_at_rest(stack)
     assert len(stats) == (2 if "--tp" in flags else 1)
     for stat in stats:
         for pool in pools(stat):
@@ -88,7 +86,6 @@ def test_what_left_the_device_comes_back_from_host_memory(start: Start, kind: st
             assert pool["restore"]["pages_host"] == pool["restore"]["pages_restored"] > 0
             assert pool["host"]["pages_wrong"] == pool["host"]["pages_refused"] == 0
         assert 0 < stat["host"]["used"] <= stat["host"]["bound"] == 256 << 20
-        assert set(stat["kept"].values()) == {0}
 
 
 def test_a_tier_that_is_too_small_for_all_of_it_is_never_larger_than_its_bound(start: Start) -> None:

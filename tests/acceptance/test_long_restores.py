@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import count
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from prompts import PAGE, TINY, Generator, Stream, prompt
-from stacks import MakeStack
+from stacks import MakeStack, suspend, until
 
 from agentstate.cli.local import LocalStack
 from benchmarks.beside import Beside, Variant
@@ -51,11 +51,6 @@ def preload_stat(stack: LocalStack) -> dict[str, Any]:
     return dict(stack.stat()["preload"])
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(0.02)
-
-
 def go_on(streams: list[Stream], tokens: int = _TOKENS) -> None:
     """Each of them produces so many more tokens from now on."""
     for stream, more in [(stream, len(stream.tokens) + tokens) for stream in streams]:
@@ -67,13 +62,12 @@ def test_eight_requests_decode_while_a_ninth_is_restored(beside: LocalStack, dri
     text = prompt(600, 16 * PAGE + 9)
     right = generate(text)
     right_eight = [answer.tokens for answer in generate.batch(_EIGHT, _TOKENS)]
-    beside.settle()
-    beside.flush_device()
+    suspend(beside)
     before = beside.stat()
     drive.hang(READS)
     with eight_decoding(beside) as streams:
         with closing(Stream(beside.engine_url, text, 8)) as ninth:
-            wait_for(lambda: preload_stat(beside)["under_way"] == 1)
+            until(lambda: preload_stat(beside)["under_way"] == 1)
             go_on(streams)
             # Nothing of it has come, and it runs as soon as its pages have.
             assert preload_stat(beside)["under_way"] == 1
@@ -103,13 +97,12 @@ def test_requests_that_begin_alike_are_read_for_once(beside: LocalStack, drive: 
     text = prompt(601, 12 * PAGE)
     forks = [text + prompt(610 + number, 30) for number in range(3)]
     right = [generate(fork).tokens for fork in forks]
-    beside.settle()
-    beside.flush_device()
+    suspend(beside)
     before = beside.stat()
     drive.hang(READS)
     with eight_decoding(beside) as streams, ExitStack() as ending:
         found = [ending.enter_context(closing(Stream(beside.engine_url, fork, 8))) for fork in forks]
-        wait_for(lambda: preload_stat(beside)["deferred"] == len(forks))
+        until(lambda: preload_stat(beside)["deferred"] == len(forks))
         assert preload_stat(beside)["under_way"] == 1
         go_on(streams)
         assert not any(stream.tokens for stream in found)
@@ -126,15 +119,14 @@ def test_a_client_that_leaves_while_its_pages_are_read(beside: LocalStack, drive
     generate = Generator(beside.engine_url)
     text = prompt(602, 12 * PAGE + 9)
     right = generate(text)
-    beside.settle()
-    beside.flush_device()
+    suspend(beside)
     drive.hang(READS)
     with eight_decoding(beside) as streams:
         with closing(Stream(beside.engine_url, text, 8)):
-            wait_for(lambda: preload_stat(beside)["under_way"] == 1)
+            until(lambda: preload_stat(beside)["under_way"] == 1)
         go_on(streams)
         drive.answer()
-        wait_for(lambda: preload_stat(beside)["under_way"] == 0)
+        until(lambda: preload_stat(beside)["under_way"] == 0)
     # What was read for it is on the device, for whoever comes next.
     hit = generate(text)
     assert (hit.tokens, hit.cached, hit.restored) == (right.tokens, 12 * PAGE, 0)

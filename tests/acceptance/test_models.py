@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 from models import VOCABULARY
 from prompts import TINY, Generated, Generator, Stream
-from stacks import MakeStack
+from stacks import MakeStack, ask_ranks, stat_at_rest, stats_at_rest, suspend, until
 
 from agentstate.cli.local import LocalStack
-from agentstate.fleet.control import ControlClient
 from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.files import read_header
 from agentstate.pages.inventory import store_directories
@@ -55,22 +54,6 @@ def tokens(seed: int, count: int) -> list[int]:
     return [numbers.randrange(2, VOCABULARY) for _ in range(count)]
 
 
-def ask_ranks(stack: LocalStack, verb: str, **arguments: Any) -> list[dict[str, Any]]:
-    """What each rank of the engine answers at its control endpoint."""
-    found = stack.ranks()
-    found.sort(key=lambda engine: engine.rank)
-    return [
-        ControlClient(engine.control_address, engine.control_secret).call(verb, 60, **arguments) for engine in found
-    ]
-
-
-def suspend(stack: LocalStack) -> None:
-    """Wait until everything that was offered is stored, on every rank, and empty the device."""
-    while any(stat["spill"]["waiting"] for stat in ask_ranks(stack, "stat")):
-        time.sleep(0.05)
-    stack.flush_device()
-
-
 class Agent:
     """Two turns, the second of which has all of the first before it."""
 
@@ -95,6 +78,8 @@ def resumes_like_never_suspended(stack: LocalStack) -> None:
     suspend(stack)
     resumed = agent.second_turn()
     assert (resumed.tokens, resumed.cached, resumed.restored) == (wanted.tokens, wanted.cached, wanted.cached)
+    # The extents of the session are merged: what is stored from now on is newer.
+    stats_at_rest(stack)
 
 
 def extents(stack: LocalStack, store: str) -> dict[Path, ExtentHeader]:
@@ -116,10 +101,10 @@ def damage(stack: LocalStack, store: str, layers: int, slot: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def recomputes_what_was_damaged(stack: LocalStack, store: str, layers: int, slot: int) -> Generated:
+def recomputes_what_was_damaged(stack: LocalStack, store: str, layers: int, slot: int, **fields: Any) -> Generated:
     """With a damaged page. What the resumed turn found."""
-    wanted = Agent(stack, 3, cache_salt="never damaged").second_turn()
-    agent = Agent(stack, 3)
+    wanted = Agent(stack, 3, cache_salt="never damaged", **fields).second_turn()
+    agent = Agent(stack, 3, **fields)
     suspend(stack)
     damage(stack, store, layers, slot)
     resumed = agent.second_turn()
@@ -164,12 +149,30 @@ def test_mla(start: Start) -> None:
     resumes_like_never_suspended(start("mla"))
 
 
+def test_sparse_attention(start: Start) -> None:
+    """The keys by which it chooses are stored beside the KV: those of three layers, since one has no choice of its
+    own."""
+    stack = start("sparse")
+    resumes_like_never_suspended(stack)
+    assert recomputes_what_was_damaged(stack, "rank0", layers=3, slot=2).cached == 2 * PAGE
+    stat = stack.stat()
+    assert stat["restore"]["pages_failed"] == 0
+    assert stat["pools"]["indexer"]["restore"]["pages_failed"] == 1
+    wanted = Agent(stack, 9, cache_salt="never suspended").second_turn()
+    agent = Agent(stack, 9)
+    suspend(stack)
+    stack.kill_engine()
+    stack.start_engine(*TINY)
+    resumed = agent.second_turn()
+    assert (resumed.tokens, resumed.restored) == (wanted.tokens, wanted.cached)
+
+
 def test_a_sliding_window(start: Start) -> None:
     stack = start("sliding")
     resumes_like_never_suspended(stack)
     # Without the last page of the window, a page less can be gone on from: its window is there.
     assert recomputes_what_was_damaged(stack, "rank0", layers=3, slot=0).cached == 7 * PAGE
-    stat = stack.stat()
+    stat = stat_at_rest(stack)
     assert stat["restore"]["pages_failed"] == 0
     assert stat["pools"]["swa"]["restore"]["pages_failed"] == 1
 
@@ -224,7 +227,7 @@ def test_recurrent_state(start: Start) -> None:
     resumes_like_never_suspended(stack)
     # Without the state at the turn's end, the one at the question's end is the last that can be gone on from.
     assert recomputes_what_was_damaged(stack, "rank0", layers=3, slot=0).cached == QUESTION
-    stat = stack.stat()
+    stat = stat_at_rest(stack)
     assert stat["restore"]["pages_failed"] == 0
     assert stat["pools"]["mamba"]["restore"]["pages_failed"] == 1
 
@@ -236,11 +239,37 @@ def test_ranks_agree_on_what_is_restored(start: Start, monkeypatch: pytest.Monke
     # One rank's restore fails and is discarded on both; then its store has fewer pages than the other one's.
     resumed = recomputes_what_was_damaged(stack, "rank1", layers=4, slot=4)
     assert (resumed.cached, resumed.restored) == (4 * PAGE, 4 * PAGE)
-    suspend(stack)
-    first, second = ask_ranks(stack, "stat")
+    first, second = stats_at_rest(stack)
     assert (first["rank"], second["rank"]) == (0, 1)
     assert (first["restore"]["pages_failed"], second["restore"]["pages_failed"]) == (0, 1)
     assert first["spill"]["pages_spilled"] + 1 == second["spill"]["pages_spilled"]
+
+
+def test_ranks_that_hold_the_same_pages_write_them_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latent of MLA is the same on all ranks."""
+    monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)  # the launcher shares out the cores
+    flags = ("--tp", "2")
+    stack = start("mla", *flags)
+    resumes_like_never_suspended(stack)
+    (store,) = store_directories(stack.home / "pages")
+    assert store.name == "rank0"
+    first, second = stats_at_rest(stack)
+    assert first["spill"]["pages_spilled"] == first["store"]["pages"] > 0
+    assert (second["spill"]["bytes_spilled"], second["store"]["bytes"]) == (0, 0)
+    assert second["spill"]["pages_known"] == first["spill"]["pages_spilled"] + first["spill"]["pages_known"]
+    assert first["restore"]["pages_restored"] == second["restore"]["pages_restored"] > 0
+    # A page that is wrong is wrong on both, and is written again by the one.
+    assert recomputes_what_was_damaged(stack, "rank0", layers=3, slot=4).cached == 4 * PAGE
+    assert [stat["restore"]["pages_failed"] for stat in stats_at_rest(stack)] == [1, 1]
+    wanted = Agent(stack, 11, cache_salt="never suspended").second_turn()
+    agent = Agent(stack, 11)
+    suspend(stack)
+    stack.kill_engine()
+    stack.start_engine(*TINY, *flags)
+    resumed = agent.second_turn()
+    assert (resumed.tokens, resumed.cached, resumed.restored) == (wanted.tokens, wanted.cached, wanted.cached)
+    assert store_directories(stack.home / "pages") == [store]
+    stats_at_rest(stack)
 
 
 def test_ranks_preload_alike_beside_a_request_that_runs(
@@ -258,10 +287,9 @@ def test_ranks_preload_alike_beside_a_request_that_runs(
         found: list[Generated] = []
         asking = threading.Thread(target=lambda: found.append(agent.second_turn()))
         asking.start()
-        while (stats := ask_ranks(stack, "stat"))[0]["restore"]["restores"] == 0:
-            time.sleep(0.05)
+        until(lambda: ask_ranks(stack, "stat")[0]["restore"]["restores"])
         other.wait(len(other.tokens) + 10)
-        assert [stat["preload"]["under_way"] for stat in stats] == [1, 1]
+        assert [stat["preload"]["under_way"] for stat in ask_ranks(stack, "stat")] == [1, 1]
         assert not found
         drive.answer()
         asking.join()

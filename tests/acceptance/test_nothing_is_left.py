@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ import httpx
 import pytest
 from models import VOCABULARY
 from prompts import EXACT, PAGE, Generator
-from stacks import MakeStack
+from stacks import MakeStack, stat_at_rest
 
 from agentstate.cli.local import LocalStack
 from agentstate.pages.files import read_header
@@ -45,14 +44,6 @@ def tokens(seed: int, count: int) -> list[int]:
     """Token ids of the model's, which no other seed's prompt shares a page with."""
     numbers = random.Random(seed)
     return [numbers.randrange(2, VOCABULARY) for _ in range(count)]
-
-
-def kept_when_idle(stack: LocalStack, like: dict[str, int]) -> dict[str, int]:
-    """What the engine keeps once it is ``like`` that, or still after a while."""
-    deadline = time.monotonic() + 60
-    while (kept := stack.stat()["kept"]) != like and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return dict(kept)
 
 
 def open_extents(stack: LocalStack) -> list[str]:
@@ -118,8 +109,7 @@ def flip_everything(stack: LocalStack) -> None:
 
 def test_nothing_is_left_of_storms(stack: LocalStack) -> None:
     generate, storm = Generator(stack.engine_url), Storm(stack)
-    fresh = stack.stat()["kept"]
-    assert fresh and not any(fresh.values())
+    assert stat_at_rest(stack)["kept"]
     common = tokens(1, 8 * PAGE)
     right = generate(common, max_new_tokens=4).tokens
 
@@ -130,7 +120,7 @@ def test_nothing_is_left_of_storms(stack: LocalStack) -> None:
         for fork in range(6):
             storm.ask(f"fork-{round}-{fork}", common + tokens(10 + fork, 30))
         storm.end()
-    assert kept_when_idle(stack, fresh) == fresh
+    stat_at_rest(stack)
     assert stack.stat()["restore"]["pages_restored"] >= 8
 
     # More than there is memory for: some are retracted. Others are aborted, or their clients leave.
@@ -143,7 +133,7 @@ def test_nothing_is_left_of_storms(stack: LocalStack) -> None:
     storm.post("generate", input_ids=lengthy, sampling_params={"temperature": 0, "max_new_tokens": 8 * PAGE})
     storm.end()
     assert "Retract requests" in (stack.home / "engine.log").read_text()
-    assert kept_when_idle(stack, fresh) == fresh
+    stat_at_rest(stack)
 
     # Pauses of each kind, with a flush of the device in the one that allows for it, and an abort of all.
     for mode in ("in_place", "retract", "abort"):
@@ -158,12 +148,12 @@ def test_nothing_is_left_of_storms(stack: LocalStack) -> None:
         if mode == "in_place":
             storm.post("abort_request", abort_all=True)
         storm.end()
-    assert kept_when_idle(stack, fresh) == fresh
+    stat_at_rest(stack)
 
     # Pages that are damaged, sessions that are brought back, and requests that are aborted meanwhile.
     turn = stack.begin_turn()
     generate(common, max_new_tokens=4, session_id=turn.engine_session)
-    stack.settle()
+    stat_at_rest(stack)
     stack.flush_device()
     flip_everything(stack)
     failed = stack.stat()["restore"]["requests_failed"]
@@ -174,7 +164,7 @@ def test_nothing_is_left_of_storms(stack: LocalStack) -> None:
     storm.post("abort_request", rid="damaged-1")
     storm.end()
     assert stack.stat()["restore"]["requests_failed"] > failed
-    assert kept_when_idle(stack, fresh) == fresh
+    stat_at_rest(stack)
 
     assert open_extents(stack) == []
     assert generate(common, max_new_tokens=4).tokens == right
@@ -216,6 +206,5 @@ def test_nothing_is_left_of_a_weight_update_that_fails(stack: LocalStack) -> Non
     storm.await_first_token("update-0")
     assert storm.post("update_weights_from_disk", model_path=str(stack.home / "nowhere")).is_error
     storm.end()
-    kept = stack.stat()["kept"]
-    assert kept_when_idle(stack, dict.fromkeys(kept, 0)) == dict.fromkeys(kept, 0)
+    stat_at_rest(stack)
     assert open_extents(stack) == []

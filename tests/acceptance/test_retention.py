@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prompts import PAGE, TINY, Generated, Generator, prompt
-from stacks import MakeStack
+from stacks import MakeStack, suspend, until
 
 from agentstate import Client
 from agentstate.cli.local import LocalStack
@@ -68,11 +67,6 @@ class Tenant:
         return found
 
 
-def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(0.05)
-
-
 def text(seed: int, pages: int = PAGES) -> list[int]:
     return prompt(seed, pages * PAGE + 9)
 
@@ -85,8 +79,7 @@ def fills(tenant: Tenant, seed: int, sessions: int) -> None:
 @pytest.mark.parametrize("keeps", ["nothing", "a quota", "a pin"])
 def test_one_tenant_fills_the_device_and_anothers_pages_stay(stack: LocalStack, keeps: str) -> None:
     seed = {"nothing": 7000, "a quota": 7100, "a pin": 7200}[keeps]
-    stack.settle()
-    stack.flush_device()
+    suspend(stack)
     small, large = Tenant(stack, f"small-{seed}"), Tenant(stack, f"large-{seed}")
     said = text(seed)
     computed = small.asks("mine", said)
@@ -112,8 +105,7 @@ def test_one_tenant_fills_the_device_and_anothers_pages_stay(stack: LocalStack, 
 
 
 def test_what_a_session_has_left_makes_room_for_others(stack: LocalStack) -> None:
-    stack.settle()
-    stack.flush_device()
+    suspend(stack)
     tenant = Tenant(stack, "edits")
     first = text(7300)
     computed = tenant.asks("oldest", first)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from prompts import PAGE, TINY, Generator, Stream, prompt
-from stacks import MakeStack
+from stacks import MakeStack, suspend
 
 from agentstate.cli.local import LocalStack
 from benchmarks.slow_drive import Drive
@@ -66,8 +66,7 @@ def test_a_request_joins_what_is_on_its_way_to_the_device(patient: LocalStack, d
     text, other = prompt(300, 10 * PAGE + 9), prompt(301, 2 * PAGE)
     turn = patient.begin_turn()
     right = generate(text, session_id=turn.engine_session)
-    patient.settle()
-    patient.flush_device()
+    suspend(patient)
     before = patient.stat()["restore"]["restores"]
     asking, answers = prefetching(patient, drive, turn.session.uid)
     found: list[Any] = []
@@ -89,8 +88,7 @@ def test_what_comes_while_its_pages_are_restored_does_not_restore_them_again(pat
     text = prompt(307, 10 * PAGE)
     forks = [text + prompt(308 + number, 30) for number in range(2)]
     right = [generate(fork).tokens for fork in forks]
-    patient.settle()
-    patient.flush_device()
+    suspend(patient)
     before = patient.stat()["restore"]["pages_restored"]
     drive.hang(READS)
     found: list[Any] = []
@@ -114,8 +112,7 @@ def test_the_device_is_cleared_while_pages_are_on_their_way(patient: LocalStack,
     text = prompt(304, 10 * PAGE + 9)
     turn = patient.begin_turn()
     right = generate(text, session_id=turn.engine_session)
-    patient.settle()
-    patient.flush_device()
+    suspend(patient)
     pause_s = 0.2
     while True:
         asking, answers = prefetching(patient, drive, turn.session.uid)
@@ -142,8 +139,7 @@ def test_a_request_whose_pages_do_not_come_is_recomputed(start: Start, drive: Dr
     generate = Generator(stack.engine_url)
     text, later = prompt(302, 10 * PAGE + 9), prompt(303, 6 * PAGE + 9)
     right, right_later = generate(text), generate(later)
-    stack.settle()
-    stack.flush_device()
+    suspend(stack)
     before = stack.stat()["restore"]
     drive.hang(READS)
     recomputed = generate(text)
@@ -182,8 +178,7 @@ def test_nobody_waits_for_a_long_restore_whose_pages_do_not_come(start: Start, d
     generate = Generator(stack.engine_url)
     text = prompt(305, 10 * PAGE + 9)
     right = generate(text)
-    stack.settle()
-    stack.flush_device()
+    suspend(stack)
     before = stack.stat()
     # It decodes while the drive is waited for, and its forwards never wait.
     with closing(Stream(stack.engine_url, prompt(306, 30), 6000)) as other:

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 import numpy as np
-from test_models import Agent, Start, ask_ranks, start, suspend  # noqa: F401
+from stacks import ask_ranks, suspend
+from test_models import Agent, Start, start  # noqa: F401
 
 
 def update(engine_url: str, directory: Path) -> tuple[int, dict[str, Any]]:

@@ -44,7 +44,8 @@ MODULES = (
 _READ_LATE = ("AGENTSTATE_", "PYTEST_", "PYTHONPATH", "SGLANG_CPU_OMP_", "SGLANG_UNIFIED_RADIX_", "SPEED", "TOLD_")
 """Beginnings of the variables that no imported module reads: commands that differ in these alone share a zygote."""
 
-_PR_SET_PDEATHSIG = 1
+_WITHIN = ("ip", "netns", "exec")
+_PR_SET_PDEATHSIG, _CLONE_NEWNET = 1, 0x40000000
 
 
 class Zygotes:
@@ -60,15 +61,17 @@ class Zygotes:
         self._lock = threading.Lock()
 
     def spawn(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Fork:
-        """Start ``[python, "-m", module, ...]`` in this directory, its output appended to ``log``."""
-        python, option, *arguments = command
+        """Start ``[python, "-m", module, ...]`` in this directory, its output appended to ``log``. Before it there may
+        be ``ip netns exec NAME``: it runs in that network namespace."""
+        namespace = command[len(_WITHIN)] if tuple(command[: len(_WITHIN)]) == _WITHIN else None
+        python, option, *arguments = command if namespace is None else command[len(_WITHIN) + 1 :]
         assert option == "-m", f"a zygote runs modules, not {option}"
         imported = {name: value for name, value in environment.items() if not name.startswith(_READ_LATE)}
         with self._lock:
             key = python, frozenset(imported.items())
             if key not in self._zygotes:
                 self._zygotes[key] = _Zygote(python, imported, self._log, self._modules)
-        return self._zygotes[key].fork(arguments, environment, log)
+        return self._zygotes[key].fork(arguments, environment, log, namespace)
 
     def close(self) -> None:
         for zygote in self._zygotes.values():
@@ -130,9 +133,13 @@ class _Zygote:
                 text=True,
             )
 
-    def fork(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Fork:
+    def fork(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path, namespace: str | None) -> Fork:
         answer = self.ask(
-            arguments=list(arguments), environment=dict(environment), log=str(log.absolute()), directory=os.getcwd()
+            arguments=list(arguments),
+            environment=dict(environment),
+            log=str(log.absolute()),
+            directory=os.getcwd(),
+            namespace=namespace,
         )
         return Fork(self, int(answer["pid"]))
 
@@ -186,6 +193,10 @@ def _become(request: dict[str, Any], imported: Mapping[str, str]) -> None:
     """Make this process what the requested command would have started, and run it. ``imported`` are the variables that
     the modules have set."""
     os.setsid()
+    if request["namespace"] is not None:
+        with open(f"/run/netns/{request['namespace']}") as network:
+            if ctypes.CDLL(None, use_errno=True).setns(network.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "the network namespace cannot be entered", network.name)
     os.chdir(request["directory"])
     output = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):

@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 from models import VOCABULARY, with_words
-from served import ENGINE_KEY, HERE, installed, make_model, serving
+from npm import installed
+from served import ENGINE_KEY, HERE, make_model, serving
 
 from agentstate.cli.local import LocalStack
 from agentstate.settings import Settings
@@ -61,7 +62,7 @@ def node_cache() -> Path:
 @pytest.fixture(scope="module")
 def node(node_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of ``node`` that has its packages."""
-    packages = installed("node", node_cache)
+    packages = installed(HERE / "node", node_cache)
     home = tmp_path_factory.mktemp("node")
     for script in (HERE / "node").iterdir():
         shutil.copy(script, home)
@@ -72,4 +73,4 @@ def node(node_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def programs(node_cache: Path) -> Path:
     """A directory with the programs of ``programs``."""
-    return installed("programs", node_cache) / ".bin"
+    return installed(HERE / "programs", node_cache) / ".bin"

@@ -125,6 +125,8 @@ class Codex:
         self._environment = {"CODEX_HOME": str(home), "LOCAL_KEY": server.key}
         self.session: str | None = None
         self.prompt_tokens = 0
+        # What it prints of a turn counts the turns before it too.
+        self._input_tokens = self._cached_tokens = 0
 
     def say(self, text: str) -> Reply:
         again = [] if self.session is None else ["resume", self.session]
@@ -133,9 +135,11 @@ class Codex:
         self.session = next(event["thread_id"] for event in events if event["type"] == "thread.started")
         items = [event["item"] for event in events if event["type"] == "item.completed"]
         (usage,) = (event["usage"] for event in events if event["type"] == "turn.completed")
-        self.prompt_tokens = usage["input_tokens"]
+        self.prompt_tokens = usage["input_tokens"] - self._input_tokens
+        cached = usage["cached_input_tokens"] - self._cached_tokens
+        self._input_tokens, self._cached_tokens = usage["input_tokens"], usage["cached_input_tokens"]
         said = "".join(item["text"] for item in items if item["type"] == "agent_message")
-        return Reply(said, usage["cached_input_tokens"])
+        return Reply(said, cached)
 
 
 def _run(command: list[Any], home: Path, environment: dict[str, str]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from agentstate.sql.models import SessionStatus, conversation_tips, sessions
 
-PATIENCE_S = 60
+PATIENCE_S = 600
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ class Tenant:
         """Its sessions, once each is suspended with so many tokens that can be restored."""
         return self._await(lambda found: all(each.durable >= tokens for each in found))
 
-    def await_turns(self, turns: int) -> list[Session]:
-        """Its sessions, once all are suspended, and one has had so many turns."""
-        return self._await(lambda found: any(each.turns >= turns for each in found))
+    def await_turns(self, turns: int, durable: int = 0) -> list[Session]:
+        """Its sessions, once all are suspended, and one has had so many turns, and so many tokens of it can be
+        restored."""
+        return self._await(lambda found: any(each.turns >= turns and each.durable >= durable for each in found))
 
     def _await(self, reached: Callable[[list[Session]], bool]) -> list[Session]:
         deadline = time.monotonic() + PATIENCE_S

@@ -131,6 +131,8 @@ def test_claude_code_has_a_session_for_each_of_its_agents(stack: LocalStack) -> 
     assert main.count_tokens(QUESTIONS[0]) == len(f"{SYSTEM} {QUESTIONS[0]}".split())
     main.say(QUESTIONS[0])
     agent.say(QUESTIONS[0])
+    # Their turns end in the background: before that, nobody knows what else is asked beside them.
+    tenant.await_turns(1)
     # A title, say: another prompt under the session's id. It is answered, and is no turn.
     assert main.beside(system="title").say(QUESTIONS[0]).text
     agent.say(QUESTIONS[1])
@@ -161,7 +163,7 @@ def test_opencode_goes_on_from_disk(
     conversation = OpenCode(Server(stack.service_url, tenant.key, stack.model), programs, tmp_path)
     go_on(conversation, flush)
     # It asks for a title under the same id, mostly first: the conversation has a session all the same.
-    turns = max(tenant.await_turns(2), key=lambda session: session.turns)
+    turns = max(tenant.await_turns(2, PAGES * PAGE), key=lambda session: session.turns)
     assert turns.name.startswith(f"opencode:{conversation.session}")
     assert turns.durable >= PAGES * PAGE
 
@@ -170,6 +172,6 @@ def test_codex_goes_on_from_disk(stack: LocalStack, flush: Callable[[], None], p
     tenant = Tenant(stack, "codex")
     conversation = Codex(Server(stack.service_url, tenant.key, stack.model), programs, tmp_path)
     answered = go_on(conversation, flush)
-    (session,) = tenant.await_turns(answered)
+    (session,) = tenant.await_turns(answered, PAGES * PAGE)
     assert session.name == f"codex:{conversation.session}"
     assert session.durable >= PAGES * PAGE

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import HERE, installed, make_model, serving
+from npm import installed
+from served import HERE, make_model, serving
 from tools import tool
 
 from agentstate.cli.local import LocalStack
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.skipif(
 def suite(node_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the suite that has its packages."""
     home = tmp_path_factory.mktemp("openresponses")
-    (home / "node_modules").symlink_to(installed("openresponses", node_cache))
+    (home / "node_modules").symlink_to(installed(HERE / "openresponses", node_cache))
     for part in ("bin", "src"):
         shutil.copytree(Path(CHECKOUT) / part, home / part)
     return home

@@ -23,7 +23,8 @@ else:
     @pytest.fixture
     def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         """What SGLang says of ranks to those that work on its tree: there is one."""
-        parallel = SimpleNamespace(tp_size=1, tp_rank=0)
+        parallel = SimpleNamespace(attn_tp_size=1, attn_tp_rank=0)
         for module in ("demotions", "device_tier", "eviction", "lost_pages"):
             monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: parallel)
+        monkeypatch.setattr("engine_patch.radix_cache.model_group", lambda: None)
         return parallel

@@ -64,9 +64,13 @@ class Linker:
         self.finished: list[str] = []
         self.demoted: list[tuple[list[str], list[int], str | None]] = []
         self.copied = 0
+        self.pinned: list[tuple[str, float]] = []
         self._answers: list[bool] = []
 
     bring = None
+
+    def pin(self, session_id: str, for_s: float) -> None:
+        self.pinned.append((session_id, for_s))
 
     def n_bytes(self, pages: int) -> int:
         """A page is a byte."""
@@ -114,6 +118,8 @@ class Linker:
 
     def matching(self, cached: int) -> None: ...
 
+    def inserting(self, rid: str) -> None: ...
+
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         keys = transfers[0].keys
         return [pages for pages in range(1, len(keys) + 1) if self.stores.issuperset(keys[:pages])]
@@ -135,9 +141,16 @@ class Linker:
 
 
 class Tree(AgentStateRadixCache):
-    """``agree`` is called for what ranks agree on, with what this one says."""
+    """``agree`` is called for what ranks agree on, with what this one says. ``linker`` makes the linker, and
+    ``parameters`` are more of SGLang's for a cache."""
 
-    def __init__(self, backend: str, agree: Callable[[torch.Tensor], None] = lambda said: None):
+    def __init__(
+        self,
+        backend: str,
+        agree: Callable[[torch.Tensor], None] = lambda said: None,
+        linker: Callable[[Callable[[], float]], Any] = Linker,
+        **parameters: Any,
+    ):
         kv: Any = SimpleNamespace()
         params: Any = CacheInitParams(
             disable=False,
@@ -148,11 +161,12 @@ class Tree(AgentStateRadixCache):
             page_size=PAGE_SIZE,
             tree_components=(ComponentType.FULL,),
             tree_core_backend=backend,
+            **parameters,
         )
         super().__init__(params)
         self.agree = agree
         self.now_s = 0.0
-        self.store = Linker(lambda: self.now_s)
+        self.store = linker(lambda: self.now_s)
         self.init_cache_linker(self.store)
 
     def _all_reduce_attn_groups(self, tensor: torch.Tensor, op: Any) -> None:
@@ -166,8 +180,9 @@ class Tree(AgentStateRadixCache):
         root = self.root_node_handle(key.extra_key)
         prefix = self.tree_core.collect_full_device_indices(there.last_device_node, root)
         value, known = torch.cat([prefix, slots]), there.device_prefix_len
-        self.insert(InsertParams(key=key, value=value, prev_prefix_len=known, session_id=session_id))
-        self.linker.lost_pages.finished(RequestSession(session_id), key)
+        session = RequestSession(session_id)
+        self.insert(InsertParams(key=key, value=value, prev_prefix_len=known, session_id=session))
+        self.linker.lost_pages.finished(session, key)
         self.eviction.ended(session_id or None, self.tree_core.match_full_device_prefix(key)[1], epoch)
 
     def settle(self, stored: bool = True) -> None:

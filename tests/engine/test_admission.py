@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from engine_patch import plugin
 from engine_patch.radix_cache import AgentStateRadixCache, _LinkerWrapper
 from engine_patch.served import Served
+from engine_patch.sglang_api import AddReqResult
 
 
 @pytest.fixture
@@ -25,6 +27,7 @@ def cache() -> AgentStateRadixCache:
     cache.deferrals = SimpleNamespace(
         begun=begun,
         on=False,
+        shares=False,
         begin=lambda scheduler, entering: begun.append(list(entering)),
         brings=lambda req: False,
         queueing=lambda req: None,
@@ -44,6 +47,7 @@ def cache() -> AgentStateRadixCache:
     )
     cache.linker = _LinkerWrapper.__new__(_LinkerWrapper)
     cache.linker.cache, cache.linker.unlocked, cache.linker.entering = tree, False, {}
+    cache.linker.shared = False
     cache.agentstate = cache.linker.cache_linker = SimpleNamespace(tidy=lambda queued: None, quarantines_pages=False)
     offload = SimpleNamespace(publish_node_ids=[1], lock_node_id=1, lock_params=None)
     cache.linker.pending_offloads = [offload, offload]
@@ -58,7 +62,9 @@ def test_a_request_that_found_no_room_is_tried_again_when_pages_are_unlocked(
     cache: AgentStateRadixCache, stored: bool
 ) -> None:
     batch = SimpleNamespace(batch_is_full=True)
-    scheduler: Any = SimpleNamespace(running_batch=batch, waiting_queue=[], policy=None, is_generation=True)
+    scheduler: Any = SimpleNamespace(
+        running_batch=batch, waiting_queue=[], policy=None, is_generation=True, beam_coordinator=None
+    )
     cache.before_next_batch(scheduler)
     assert scheduler.running_batch.batch_is_full
     # The last one is that no rank has lost pages.
@@ -88,7 +94,7 @@ class _Queued(SimpleNamespace):
 
 @pytest.fixture
 def queued(cache: AgentStateRadixCache) -> _Queued:
-    cache.tree_core = SimpleNamespace(page_size=4)
+    cache.tree_core = SimpleNamespace(page_size=4, is_eagle=False)
     cache.linker.hit_markers = {}
     linker: Any = cache.agentstate
     linker.reads_ahead, linker.read = True, []
@@ -149,7 +155,11 @@ def test_what_is_on_its_way_to_the_device_is_not_read_ahead(cache: AgentStateRad
 
 def test_it_is_tried_again_when_pages_that_were_quarantined_come_back(cache: AgentStateRadixCache) -> None:
     scheduler: Any = SimpleNamespace(
-        running_batch=SimpleNamespace(batch_is_full=True), waiting_queue=[], policy=None, is_generation=True
+        running_batch=SimpleNamespace(batch_is_full=True),
+        waiting_queue=[],
+        policy=None,
+        is_generation=True,
+        beam_coordinator=None,
     )
     linker: Any = cache.agentstate
     linker.quarantines_pages, linker.stuck = True, False
@@ -161,10 +171,32 @@ def test_it_is_tried_again_when_pages_that_were_quarantined_come_back(cache: Age
 
 def test_what_has_just_been_restored_is_told_once(cache: AgentStateRadixCache) -> None:
     scheduler: Any = SimpleNamespace(
-        running_batch=SimpleNamespace(batch_is_full=True), waiting_queue=[], policy=None, is_generation=True
+        running_batch=SimpleNamespace(batch_is_full=True),
+        waiting_queue=[],
+        policy=None,
+        is_generation=True,
+        beam_coordinator=None,
     )
     hit: Any = object()
     cache.linker.entering = {"r": hit}
     cache.before_next_batch(scheduler)
     cache.before_next_batch(scheduler)
     assert cache.deferrals.begun == [[hit], []]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_request_is_admitted_once_what_it_would_drive_out_is_copied(cache: AgentStateRadixCache, held: bool) -> None:
+    cache.tree_core = SimpleNamespace(page_size=4)
+    asked: list[int] = []
+    cache.demotions = SimpleNamespace(holds_up=lambda tokens: asked.append(tokens) or held)
+    req: Any = SimpleNamespace(rid="r", full_untruncated_fill_ids=range(100), prefix_len=40)
+    adder: Any = SimpleNamespace(tree_cache=cache, can_run_list=[SimpleNamespace(extend_len=30)])
+
+    def original(adder: Any, req: Any) -> Any:
+        adder.can_run_list.append(req)
+        return AddReqResult.CONTINUE
+
+    found = plugin._around_admission(original, adder, req)
+    assert found is (AddReqResult.OTHER if held else AddReqResult.CONTINUE)
+    assert (req in adder.can_run_list) is not held
+    assert asked == [60 + 30 + 2 * 4], "with those admitted before, each in whole pages"

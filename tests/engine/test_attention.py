@@ -5,9 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.distributed import parallel_state
+from sglang.srt.layers import dp_attention
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.model_executor import forward_batch_info
 
-from engine_patch.cpu.attention import CpuAttention, attend, attend_window
+from engine_patch.cpu import data_parallel
+from engine_patch.cpu.attention import CpuAttention, DraftSteps, attend, attend_tree, attend_window
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DTYPES = list(TOLERANCE)
@@ -132,8 +137,25 @@ def layer(kv_heads: int) -> Any:
     )
 
 
-def forward(slots: list[torch.Tensor], prefixes: list[int], dtype: torch.dtype, kv_dtype: torch.dtype) -> Any:
-    """Run a batch whose requests lie in ``slots``: its output, and what the formula says."""
+def mode(name: str) -> Any:
+    return SimpleNamespace(
+        is_decode=lambda: name == "decode",
+        is_idle=lambda: name == "idle",
+        is_target_verify=lambda: name == "verify",
+    )
+
+
+def forward(
+    slots: list[torch.Tensor],
+    prefixes: list[int],
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    drafts: Any = None,
+    step: int | None = None,
+    fill: int = 0,
+) -> Any:
+    """Run a batch whose requests lie in ``slots``: its output, and what the formula says. Its new tokens are ``drafts``
+    that are verified, or the one that is drafted in a ``step``. So many tokens ``fill`` it up."""
     kv_heads, decode = 2, all(len(s) - p == 1 for s, p in zip(slots, prefixes, strict=True))
     table = torch.zeros(len(slots) + 2, max(map(len, slots)), dtype=torch.int32)
     pool = Pool(600, kv_heads, kv_dtype)
@@ -147,17 +169,25 @@ def forward(slots: list[torch.Tensor], prefixes: list[int], dtype: torch.dtype, 
         pool.values[where[:prefix].long()] = values[:prefix].to(kv_dtype)
         batch.append((queries, keys[prefix:], values[prefix:]))
         right.append(reference(queries, keys, values))
+    batch.append(tensors(0, fill, kv_heads, dtype))
     q, k, v = (torch.cat(parts) for parts in zip(*batch, strict=True))
-    backend = CpuAttention(
-        SimpleNamespace(device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=pool)
-    )
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=table), token_to_kv_pool=pool)
+    backend = CpuAttention(runner) if step is None else DraftSteps(runner, step + 2).attn_backends[step]
     totals = torch.tensor([len(where) for where in slots])
+    if drafts is not None:
+        totals = torch.tensor(prefixes)
+    elif step is not None:
+        # SGLang counts what was there before the draft.
+        totals -= step + 1
     forward_batch: Any = SimpleNamespace(
         seq_lens=totals,
-        forward_mode=SimpleNamespace(is_decode=lambda: decode),
-        extend_prefix_lens=None if decode else torch.tensor(prefixes),
+        forward_mode=mode("verify" if drafts is not None else "decode" if decode else "extend"),
+        extend_prefix_lens=None if decode or drafts is not None else torch.tensor(prefixes),
+        spec_info=drafts,
         req_pool_indices=torch.arange(1, len(slots) + 1),
-        out_cache_loc=torch.cat([where[prefix:] for where, prefix in zip(slots, prefixes, strict=True)]).long(),
+        out_cache_loc=torch.cat(
+            [*(where[prefix:] for where, prefix in zip(slots, prefixes, strict=True)), torch.zeros(fill)]
+        ).long(),
     )
     backend.init_forward_metadata(forward_batch)
     run = backend.forward_decode if decode else backend.forward_extend
@@ -202,12 +232,95 @@ def test_a_batch_gives_what_the_formula_says_wherever_it_lies(
     assert torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("prefixes", [[0, 40], [60, 49]], ids=["extend", "decode"])
+def test_what_fills_up_a_batch_changes_nothing_and_is_zero(prefixes: list[int]) -> None:
+    """DP ranks that compute together have batches of one length."""
+    slots = [consecutive(7, 61), scattered(30, 50)]
+    alone, _ = forward(slots, prefixes, torch.float32, torch.float32)
+    filled, _ = forward(slots, prefixes, torch.float32, torch.float32, fill=5)
+    assert torch.equal(filled[:-5], alone)
+    assert not filled[-5:].any()
+
+
+def test_a_rank_without_requests_takes_part_in_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=SimpleNamespace(req_to_token=None), token_to_kv_pool=None)
+    backend = CpuAttention(runner)
+    none = torch.zeros(0, dtype=torch.int64)
+    backend.init_forward_metadata(
+        SimpleNamespace(seq_lens=none, forward_mode=mode("idle"), extend_prefix_lens=None, req_pool_indices=none)
+    )
+    assert backend._spans == []
+    assert backend.get_cpu_graph_seq_len_fill_value() == 1
+    modules = (parallel_state, forward_batch_info)
+    for of, name in (
+        (RotaryEmbedding, "forward_native"),
+        (dp_attention, "memcpy_func"),
+        *((module, "_is_cpu") for module in modules),
+    ):
+        monkeypatch.setattr(of, name, getattr(of, name))  # as it was, when the test is over
+    data_parallel.install()
+    rotary = RotaryEmbedding(SIZE, SIZE, 128, 10000, True, torch.float32)
+    some = torch.randn(3, 2 * SIZE)
+    for count in (0, 3):
+        q, k = rotary.forward_native(torch.arange(count), some[:count], some[:count].clone())
+        assert q.shape == k.shape == (count, 2 * SIZE)
+    gathered = torch.zeros(4, 2)
+    dp_attention.memcpy(gathered, torch.ones(2, 2), 0, 1, 2, False)
+    assert gathered.sum(1).tolist() == [0, 2, 2, 0]
+    assert all(module._is_cpu for module in modules)
+
+
 @pytest.mark.parametrize("shift", [1, 2, 3, 5, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_alignment_of_the_slots_in_memory_does_not_matter(dtype: torch.dtype, shift: int) -> None:
     first, _ = forward([consecutive(0, 90)], [64], dtype, dtype)
     other, _ = forward([consecutive(shift, 90)], [64], dtype, dtype)
     assert torch.equal(first, other)
+
+
+@pytest.mark.parametrize("topk", [1, -1])
+def test_a_chain_of_drafts_is_verified_like_tokens_that_extend_a_request(topk: int) -> None:
+    slots, prefixes = [consecutive(7, 61), scattered(30, 50)], [57, 46]
+    chains = torch.ones(4, 4).tril().bool().repeat(2, 1, 1)
+    drafts = SimpleNamespace(draft_token_num=4, tree_topk=topk, custom_mask=chains.flatten())
+    found, right = forward(slots, prefixes, torch.float32, torch.float32, drafts)
+    close(found, right, torch.float32)
+    if topk == 1:
+        # Bit for bit: what is verified is what would be decoded.
+        assert torch.equal(found, forward(slots, prefixes, torch.float32, torch.float32)[0])
+
+
+def test_a_draft_sees_its_ancestors_alone() -> None:
+    slots, prefix = consecutive(7, 64), 60
+    # Node 0 has the children 1 and 2, and 3 follows 1.
+    seen = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]).bool()
+    drafts = SimpleNamespace(draft_token_num=4, tree_topk=2, custom_mask=seen.flatten())
+    found, _ = forward([slots], [prefix], torch.float32, torch.float32, drafts)
+    queries, keys, values = tensors(prefix, 4, 2, torch.float32)
+    for node, path in enumerate(([0], [0, 1], [0, 2], [0, 1, 3])):
+        of_path = [*range(prefix), *(prefix + ancestor for ancestor in path)]
+        right = reference(queries[node : node + 1], keys[of_path], values[of_path])
+        close(found[node : node + 1], right, torch.float32)
+
+
+@pytest.mark.parametrize("window", [1, 2, 30, 500])
+def test_a_draft_sees_no_further_back_than_its_window(window: int) -> None:
+    queries, keys, values = tensors(60, 4, 2, torch.float32)
+    seen = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]).bool()
+    start = max(0, 60 - window)
+    before, own = (tuple(t[part] for t in (keys, values)) for part in (slice(start, 60), slice(60, None)))
+    found = attend_tree(queries, before, own, SCALE, seen, window)
+    for node, path in enumerate(([0], [0, 1], [0, 2], [0, 1, 3])):
+        of_path = [*range(60), *(60 + ancestor for ancestor in path)]
+        right = reference(queries[node : node + 1], keys[of_path], values[of_path], window)
+        close(found[node : node + 1], right, torch.float32)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_step_of_a_draft_sees_what_was_drafted_before_it(step: int) -> None:
+    slots, prefixes = [consecutive(7, 61), scattered(30, 50)], [60, 49]
+    found, right = forward(slots, prefixes, torch.float32, torch.float32, step=step)
+    close(found, right, torch.float32)
 
 
 def test_a_request_does_not_depend_on_those_beside_it() -> None:
@@ -231,7 +344,26 @@ def test_what_is_not_plain_is_left_to_the_stock_backend(name: str, value: Any, m
         monkeypatch.setattr(stock, method, lambda self, *args, called=method, **kwargs: called)
         monkeypatch.setattr(CpuAttention, "_forward", lambda self, *args: "ours")
         run = getattr(backend, method)
-        assert run(None, None, None, layer(2), None) == "ours"
+        batch: Any = SimpleNamespace(forward_mode=mode("extend"))
+        assert run(None, None, None, layer(2), batch) == "ours"
         other = layer(2)
         setattr(other, name, value)
-        assert run(None, None, None, other, None) == method
+        assert run(None, None, None, other, batch) == method
+
+
+def test_the_stock_backend_verifies_a_chain_as_tokens_that_extend_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = CpuAttention(SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None))
+    found: list[Any] = []
+    stock = CpuAttention.__mro__[1]
+    monkeypatch.setattr(
+        stock, "forward_extend", lambda self, q, k, v, layer, batch, *args, **kwargs: found.append(batch)
+    )
+    other = layer(2)
+    other.v_head_dim = 2 * SIZE
+    batch: Any = SimpleNamespace(
+        forward_mode=mode("verify"), seq_lens=torch.tensor([7, 9]), spec_info=SimpleNamespace(draft_token_num=4)
+    )
+    backend.forward_extend(None, None, None, other, batch)
+    assert [t.tolist() for t in (found[0].extend_prefix_lens, found[0].extend_seq_lens)] == [[7, 9], [4, 4]]
+    assert found[0].seq_lens.tolist() == [11, 13]
+    assert batch.seq_lens.tolist() == [7, 9]

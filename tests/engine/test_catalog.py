@@ -451,6 +451,20 @@ def test_two_engines_of_a_machine_with_directories_of_their_own_leave_each_other
     assert left == {nodes[0]: 128, nodes[1]: 192}
 
 
+def test_what_is_in_the_shared_store_is_listed_although_the_node_has_lost_it(database: Switched, saved: Saved) -> None:
+    with database.write() as connection:
+        manifests.save(connection, replace(manifest("a", 1, 2, 3), shared_tokens=128))
+    stores = Stores()
+    stores.pages[keys(3)[0]] = 0
+    stores.pages[keys(1)[0]] = 0
+    catalog = stores.catalog(database, saved)
+    cut_to(catalog, "a", 2)
+    short = catalog.load("a")
+    assert short is not None
+    assert (short.page_keys(), short.lost_tokens, short.shared_tokens) == (keys(1, 2), 64, 128)
+    catalog.close()
+
+
 def test_what_was_lost_before_the_start_is_cut_too(database: Switched, saved: Saved) -> None:
     with database.write() as connection:
         manifests.save(connection, manifest("a", 1, 2, 3))
@@ -459,6 +473,41 @@ def test_what_was_lost_before_the_start_is_cut_too(database: Switched, saved: Sa
     catalog = stores.catalog(database, saved)
     cut_to(catalog, "a", 2)
     catalog.close()
+
+
+def test_a_rank_that_another_one_writes_for_reads_its_manifests_and_changes_none(
+    database: Switched, saved: Saved
+) -> None:
+    one, told = manifest("a", 1, 2, 3), list[Any]()
+    with database.write() as connection:
+        manifests.save(connection, one)
+    reads = replace(ENGINE, rank=1)
+    # It finds nothing, and says that of the writer's pages.
+    catalog = Catalog(
+        database,
+        reads,
+        HEARTBEAT_S,
+        saved=saved,
+        refused=lambda manifest: None,
+        needed=told.append,
+        stored=lambda keys: 0,
+        held=nothing,
+        losers=lambda: {"a"},
+        dead=list,
+        n_bytes=int,
+        writer=0,
+    )
+    until(lambda: reads.id in [engine.id for engine in registered(database)])
+    # After a round.
+    before = heartbeats(database)
+    until(lambda: heartbeats(database) > before)
+    assert catalog.load("a") == one
+    assert told == []
+    catalog.close()
+
+
+def heartbeats(database: Database) -> int:
+    return max(engine.heartbeat_us for engine in registered(database))
 
 
 def test_what_was_lost_while_sql_is_down_is_cut_when_it_answers(database: Switched, saved: Saved) -> None:

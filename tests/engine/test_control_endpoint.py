@@ -26,12 +26,20 @@ class Rank:
         self.ticks = threading.Semaphore(0)
         self.statistics: Any = {"rank": 0, "store": {"pages": 3}}
 
-    def flush(self, session: str) -> dict[str, Any]:
-        self.asked.release()
-        state = self.states[session]
-        if state == "broken":
-            raise RuntimeError("the database is down")
-        return {"state": state, "tokens": 64, "pages": 1, "bytes": 10}
+    def flush(self, session: str, durability: str) -> Callable[[], dict[str, Any]]:
+        if durability == "shared":
+            raise EngineError("this engine has no shared store")
+
+        def answer() -> dict[str, Any]:
+            self.asked.release()
+            state = self.states[session]
+            if state == "over its quota":
+                raise EngineError("the account has its quota")
+            if state == "broken":
+                raise RuntimeError("the database is down")
+            return {"state": state, "tokens": 64, "pages": 1, "bytes": 10}
+
+        return answer
 
     def prefetch(
         self, session: str, tier: str, keys: bytes | None, due_s: float | None
@@ -117,6 +125,20 @@ def test_a_flush_of_a_settled_session_is_answered(rank: Rank, client: ControlCli
     rank.states["s"] = state
     answer = client.call("flush", WAIT_S, session="s", timeout_ms=WAIT_S * 1000)
     assert answer == {"state": state, "tokens": 64, "pages": 1, "bytes": 10}
+
+
+def test_a_flush_that_cannot_be_done_is_refused_at_once(rank: Rank, client: ControlClient) -> None:
+    with pytest.raises(EngineRefused, match="no shared store"):
+        client.call("flush", WAIT_S, session="s", durability="shared", timeout_ms=WAIT_S * 1000)
+
+
+def test_a_flush_that_will_not_be_done_is_answered_while_it_waits(
+    rank: Rank, client: ControlClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    rank.states["s"] = "over its quota"
+    with pytest.raises(EngineRefused, match="the account has its quota"):
+        client.call("flush", WAIT_S, session="s", timeout_ms=WAIT_S * 1000)
+    assert not caplog.records
 
 
 def test_a_flush_waits_until_the_session_has_settled(rank: Rank, client: ControlClient) -> None:

@@ -62,9 +62,7 @@ def test_other_restores_are_admitted_at_once(preload_bytes: int, runs: bool, sto
     stage = Stage()
     stage.cache._components_tuple = tuple(range(components))
     stage.linker.preload_bytes = preload_bytes
-    stage.deferrals = type(stage.deferrals)(
-        stage.cache, stage.linker, stage.preloads, stage.match, stage.order, stage.served
-    )
+    stage.deferrals = stage.new_deferrals()
     stage.store(key_of(stored))
     engine = scheduler(*([running_request()] if runs else []), waiting=[long_request()])
     assert stage.step(engine) == ["long"]
@@ -358,6 +356,15 @@ def test_memory_is_left_to_those_that_run_and_to_the_request(free: int, evictabl
     assert (stage.cache.evictable, stage.cache.locks) == (left if begins else evictable, begins)
 
 
+def test_memory_that_cannot_be_had_yet_is_waited_for_and_nothing_is_read_meanwhile(stage: Stage) -> None:
+    stage.store(key_of(LONG))
+    engine = scheduler(running_request(), waiting=[long_request()])
+    stage.held_up = True
+    assert stage.step(engine) == ["long"] and stage.linker.loads == stage.linker.read == []
+    stage.held_up = False
+    assert stage.step(engine) == [] and len(stage.linker.loads) == 1
+
+
 def test_memory_is_left_to_those_that_came_before(stage: Stage) -> None:
     first = request(key_of(400, seed=9), "first")
     engine = scheduler(running_request(), waiting=[first, long_request()])
@@ -408,3 +415,86 @@ def test_what_runs(stage: Stage, place: str, ended: bool) -> None:
     engine = scheduler(waiting=[long_request()])
     setattr(engine, place, run if place == "chunked_req" else type("Batch", (), {"reqs": [run]}))
     assert stage.step(engine) == (["long"] if ended else [])
+
+
+# What only a shared store has
+
+
+@pytest.fixture
+def sharing(stage: Stage) -> Stage:
+    """Three pages, which are not long, and as many as of a long restore are in the shared store."""
+    stage.linker.shares = True
+    for key in (key_of(3 * PAGE_SIZE, seed=7), key_of(LONG, seed=8)):
+        stage.store(key)
+        stage.shared.update(pages_of(key))
+    return stage
+
+
+@pytest.mark.parametrize(("tokens", "seed"), [(3 * PAGE_SIZE, 7), (LONG, 8)], ids=["short", "long"])
+@pytest.mark.parametrize("runs", [False, True])
+def test_what_the_shared_store_has_is_preloaded_whatever_runs(
+    sharing: Stage, tokens: int, seed: int, runs: bool
+) -> None:
+    req = request(key_of(tokens + 3, seed), "shared")
+    engine = scheduler(*([running_request()] if runs else []), waiting=[req])
+    assert sharing.step(engine) == []
+    assert sharing.linker.loads == [pages_of(key_of(tokens, seed))]
+    assert sharing.step(engine) == []
+    sharing.linker.has_landed = True
+    assert sharing.step(engine) == ["shared"]
+    assert (req.storage_hit_start, req.storage_hit_length) == (0, tokens)
+    engine.waiting_queue = []
+    sharing.step(engine)
+    assert sharing.left == (0, 0, 0)
+
+
+def test_others_are_not_deferred_on_an_idle_engine_that_shares(sharing: Stage) -> None:
+    engine = scheduler(waiting=[long_request(), request(key_of(LONG + 3, seed=8), "shared")])
+    assert sharing.step(engine) == ["long"]
+    assert len(sharing.linker.loads) == 1
+    # Once something runs, they are.
+    engine = scheduler(running_request(), waiting=[long_request("another", seed=1)])
+    assert sharing.step(engine) == []
+
+
+def test_what_is_partly_in_the_shared_store_is_deferred(sharing: Stage) -> None:
+    whole = key_of(LONG, seed=3)
+    sharing.shared.add(pages_of(whole)[-1])
+    engine = scheduler(waiting=[long_request("partly", seed=3)])
+    assert sharing.step(engine) == []
+    assert sharing.linker.loads == [pages_of(whole)]
+
+
+def test_two_requests_share_a_preload_of_the_shared_store(sharing: Stage) -> None:
+    reqs = [request(key_of(LONG + more, seed=8), rid) for more, rid in ((3, "first"), (2, "second"))]
+    engine = scheduler(waiting=reqs)
+    assert sharing.step(engine) == [] and len(sharing.linker.loads) == 1
+    sharing.linker.has_landed = True
+    assert sharing.step(engine) == ["first", "second"]
+
+
+def test_a_preload_of_the_shared_store_that_fails_is_tried_again_and_then_admitted(sharing: Stage) -> None:
+    """What the failed one needed is not found any more, as a rule; here it is."""
+    engine = scheduler(waiting=[request(key_of(LONG + 3, seed=8), "shared")])
+    sharing.linker.has_landed, sharing.linker.failed_batches = True, {1, 2, 3}
+    seen = [sharing.step(engine) for _ in range(4)]
+    assert seen[0] == [] and seen[-1] == ["shared"]
+    assert len(sharing.linker.loads) == 2
+    engine.waiting_queue = []
+    sharing.step(engine)
+    assert sharing.left == (0, 0, 0)
+
+
+def test_what_the_shared_store_has_is_read_ahead_where_there_is_no_memory(sharing: Stage) -> None:
+    sharing.cache.token_to_kv_pool_allocator.free_slots = 2 * PAGE_SIZE
+    engine = scheduler(waiting=[request(key_of(LONG + 3, seed=8), "shared")])
+    # SGLang decides what is to be done with it.
+    assert sharing.step(engine) == ["shared"]
+    assert sharing.linker.loads == [] and sharing.linker.read == ["shared"]
+
+
+def test_with_preloads_turned_off_nothing_is_deferred_for_the_shared_store(sharing: Stage) -> None:
+    sharing.linker.preload_bytes = 0
+    sharing.deferrals = sharing.new_deferrals()
+    assert not sharing.deferrals.shares
+    assert sharing.step(scheduler(waiting=[request(key_of(LONG + 3, seed=8), "shared")])) == ["shared"]

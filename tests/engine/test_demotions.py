@@ -10,6 +10,7 @@ import pytest
 import torch
 from radix_tree import PAGE_SIZE, PAGES, TREES, Tree, key_of
 
+from agentstate.fleet.quotas import Quota
 from agentstate.lookahead.forecast import Forecast
 from engine_patch import demotions
 from engine_patch.demotions import chain_of, together
@@ -163,11 +164,52 @@ def test_one_chain_is_copied_at_a_time(make_tree: Make) -> None:
     assert sessions(tree) == ["a"] and tree.protected_size() == 20 * PAGE_SIZE
 
 
+def test_who_would_drive_out_what_is_not_copied_waits_for_the_copy(make_tree: Make) -> None:
+    tree = make_tree()
+    for session, seed in (("a", 1), ("b", 2), ("c", 3)):
+        run(tree, key_of(20, seed=seed), session)
+    assert not tree.demotions.holds_up(4 * PAGE_SIZE), "4 are free"
+    assert tree.demotions.holds_up(30 * PAGE_SIZE)
+    tree.demotions.keep_ahead()
+    assert tree.demotions.holds_up(30 * PAGE_SIZE) and sessions(tree) == ["a"]
+    step(tree)
+    assert sessions(tree) == ["a", "b"], "more than a quarter, because it is waited for"
+    assert tree.demotions.holds_up(30 * PAGE_SIZE) and not tree.demotions.holds_up(24 * PAGE_SIZE)
+    step(tree)
+    assert not tree.demotions.holds_up(30 * PAGE_SIZE)
+    step(tree)
+    assert sessions(tree) == ["a", "b"], "nobody waits for more"
+    for _ in range(2):
+        assert tree.demotions.holds_up(65 * PAGE_SIZE)
+        step(tree)
+    assert not tree.demotions.holds_up(65 * PAGE_SIZE), "there is nothing to copy any more"
+
+
+def test_what_is_not_stored_yet_is_copied_later_and_waited_for_then(make_tree: Make) -> None:
+    tree = make_tree()
+    tree.compute(key_of(50, seed=1), "a")
+    tree.demotions.ended(name("a"), key_of(50, seed=1), "a")
+    assert tree.demotions.holds_up(20 * PAGE_SIZE)
+    tree.demotions.keep_ahead()
+    assert sessions(tree) == [] and not tree.demotions.holds_up(20 * PAGE_SIZE), "a drive may take any time"
+    tree.settle()
+    assert tree.demotions.holds_up(20 * PAGE_SIZE)
+    tree.demotions.keep_ahead()
+    assert sessions(tree) == ["a"]
+
+
+def test_nobody_waits_where_nothing_is_copied(make_tree: Make) -> None:
+    tree = make_tree()
+    run(tree, key_of(60), "a")
+    tree.store.demotes = False
+    assert not tree.demotions.holds_up(20 * PAGE_SIZE)
+
+
 @pytest.mark.parametrize(("ranks", "copied"), [(1, "c"), (2, "a")])
 def test_what_is_worth_least_is_copied_first_where_one_rank_decides(
     make_tree: Make, monkeypatch: pytest.MonkeyPatch, ranks: int, copied: str
 ) -> None:
-    parallel = SimpleNamespace(tp_size=ranks, tp_rank=0)
+    parallel = SimpleNamespace(attn_tp_size=ranks, attn_tp_rank=0)
     monkeypatch.setattr("engine_patch.demotions.get_parallel", lambda: parallel)
     tree = make_tree()
     for session, seed in (("a", 1), ("b", 2), ("c", 3)):
@@ -175,6 +217,16 @@ def test_what_is_worth_least_is_copied_first_where_one_rank_decides(
     assert tree.store.waits.foresee("c", Forecast.exactly(50_000.0), 0.0, "person")
     tree.demotions.keep_ahead()
     assert sessions(tree) == [copied]
+
+
+def test_who_has_more_than_its_quota_is_copied_first(make_tree: Make) -> None:
+    tree = make_tree()
+    tree.store.accounts.note("b", "large")
+    for session, seed in (("a", 1), ("b", 2), ("c", 3)):
+        run(tree, key_of(20, seed=seed), session)
+    tree.store.accounts.take({"large": Quota(device_bytes=10)})
+    tree.demotions.keep_ahead()
+    assert sessions(tree) == ["b"]
 
 
 def test_a_chain_that_goes_on_while_it_is_copied_is_not_evicted_next(make_tree: Make) -> None:

@@ -296,7 +296,9 @@ def on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
         said.copy_(torch.minimum(slots[0], slots[1]))
         meeting.wait(10)
 
-    monkeypatch.setattr("engine_patch.eviction.get_parallel", lambda: SimpleNamespace(tp_size=2, tp_rank=ranks.number))
+    monkeypatch.setattr(
+        "engine_patch.eviction.get_parallel", lambda: SimpleNamespace(attn_tp_size=2, attn_tp_rank=ranks.number)
+    )
 
     def run(backend: str, make: Callable[..., Any], *arguments: Any) -> list[Any]:
         def of_rank(number: int) -> Any:

@@ -22,10 +22,31 @@ from engine_patch import flag_report, flags, resolution
 from engine_patch import sglang_api as sgl
 from engine_patch.flags import REFUSED, TESTED, Standing
 
+TLRU = '{"threshold": 4096, "next_prompt_estimate": 64}'
 # Given where any value is tested or refused, and SGLang takes not just any.
-VALUES = {"page_size": 16, "chunked_prefill_size": 1024, "unified_cache_external_linker_config": '{"a": 1}'}
-# Refused, but for programs alone: SGLang's own command line does not take it either.
-NO_CHOICE = {("kv_cache_dtype", "fp4_e2m1")}
+VALUES = {
+    "page_size": 16,
+    "chunked_prefill_size": 1024,
+    "unified_cache_external_linker_config": '{"a": 1}',
+    "speculative_ngram_max_bfs_breadth": 1,
+    "max_loaded_loras": 9,
+    "radix_eviction_policy_config": TLRU,
+    "lora_drain_wait_threshold": 1,
+}
+# Given beside a value: SGLang verifies trees of drafts only in pages of one token, and asks what adapters there may be.
+BESIDE = {
+    ("speculative_algorithm", "NGRAM"): ["--speculative-ngram-max-bfs-breadth", "1"],
+    ("radix_eviction_policy", "tlru"): ["--radix-eviction-policy-config", TLRU],
+    ("attn_dp_size", 2): ["--tp-size", "2"],
+    ("enable_dp_attention", True): ["--tp-size", "2"],
+    ("enable_lora", True): ["--max-lora-rank", "8", "--lora-target-modules", "q_proj"],
+}
+# SGLang itself refuses these together.
+APART = [
+    ({"--enable-lora", "--lora-paths"}, {"STANDALONE"}),
+    ({"--dp-size"}, {"--attn-dp-size"}),
+    ({"--attn-dp-size", "--enable-dp-attention"}, {"NGRAM", "STANDALONE"}),
+]
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -59,16 +80,14 @@ def ways(parser: argparse.ArgumentParser, field: str, values: Any, standing: Sta
     """How a field is given: with each of ``values``, or with any but its default where there are none."""
     (action,) = (action for action in parser._actions if flags.spelling(field) in action.option_strings)
     if action.nargs == 0:
-        yield Given(field, [flags.spelling(field)], standing)
+        yield Given(field, [flags.spelling(field), *BESIDE.get((field, True), [])], standing)
         return
     if values is None:
         choices = [choice for choice in action.choices or () if choice != sgl.flag_defaults(ServerArgs)[field]]
         values = [VALUES.get(field) or next(iter(choices), 2 if action.type is int else "given")]
     for value in sorted(values, key=str):
-        if action.choices and value not in action.choices:
-            assert (field, value) in NO_CHOICE
-        else:
-            yield Given(field, [flags.spelling(field), str(value)], standing)
+        words = [flags.spelling(field), str(value), *BESIDE.get((field, value), [])]
+        yield Given(field, words, standing)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +142,9 @@ def test_two_tested_flags_go_together_in_sglang_too(read: Any, every: list[Given
     tested = [one for one in every if one.standing is Standing.TESTED]
     found = 0
     for one, other in pairs(tested):
+        given = {*one.words, *other.words}
+        if any(given & some and given & others for some, others in APART):
+            continue
         with own_environment():
             arguments = read(one.words + other.words)
             arguments.resolve_once()

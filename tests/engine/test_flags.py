@@ -138,7 +138,7 @@ def test_a_flag_that_an_upgrade_brings_is_unknown_and_keeps_pages_apart() -> Non
     [
         ("kv_cache_dtype", "fp8_e4m3", Standing.TESTED),
         ("kv_cache_dtype", "fp8_e5m2", Standing.UNKNOWN),
-        ("kv_cache_dtype", "nvfp4", Standing.REFUSED),
+        ("kv_cache_dtype", "nvfp4", Standing.UNKNOWN),
         ("load_format", "safetensors", Standing.TESTED),
         ("load_format", "gguf", Standing.UNKNOWN),
         ("load_format", "remote_instance", Standing.REFUSED),
@@ -151,7 +151,7 @@ def test_a_flag_that_an_upgrade_brings_is_unknown_and_keeps_pages_apart() -> Non
         ("cuda_graph_backend_prefill", "full", Standing.UNKNOWN),
         ("enable_mixed_chunk", True, Standing.TESTED),
         ("radix_eviction_policy", "lfu", Standing.TESTED),
-        ("radix_eviction_policy", "tlru", Standing.UNKNOWN),
+        ("radix_eviction_policy", "newest", Standing.UNKNOWN),
     ],
     ids=str,
 )

@@ -67,6 +67,7 @@ class Stage:
             room=lambda: self.room,
             bring=self.bring if bring else None,
             n_bytes=lambda tokens: 10 * tokens,
+            pin=lambda session, for_s: None,
             clock=lambda: self.now_s,
         )
         # In this thread.

@@ -10,7 +10,9 @@ import pytest
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from sglang.srt.entrypoints.openai.protocol import ResponsesRequest
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
-from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
+from sglang.srt.managers import tokenizer_manager_score_mixin
+from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput, TokenizedEmbeddingReqInput
+from sglang.srt.managers.tokenizer_manager_score_mixin import TokenizerManagerScoreMixin
 from starlette.datastructures import Headers
 from turns import turn
 
@@ -92,6 +94,35 @@ def test_embeddings_have_no_turn() -> None:
     obj = requested(EmbeddingReqInput(text="x", rid="mine"), http(Handover(SENT, "salt", "key", "r")))
     assert obj.rid == "mine"
     assert not {"session_id", "cache_salt", "extra_key"} & set(vars(obj))
+
+
+def test_what_a_generating_model_ranks_is_of_the_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang makes a request to generate of each document, with the HTTP request that asked for the ranks."""
+    asked = []
+
+    class Manager(TokenizerManagerScoreMixin):
+        is_generation, tokenizer = True, None
+
+        async def generate_request(self, obj: Any, request: Any = None) -> Any:
+            asked.append(requested(obj, request))
+            raise StopAsyncIteration
+            yield
+
+    one_by_one = SimpleNamespace(features=SimpleNamespace(enable_mis=False))
+    monkeypatch.setattr(tokenizer_manager_score_mixin, "get_exec", lambda: one_by_one)
+    ranking = Manager().score_prompts(["a", "b"], [1, 2], request=http(Handover(None, "salt")))
+    with pytest.raises(RuntimeError, match="StopAsyncIteration"):
+        asyncio.run(ranking)
+    (obj,) = asked
+    assert [obj[number].cache_salt for number in range(2)] == ["salt", "salt"]
+
+
+def test_embeddings_cannot_be_told_apart() -> None:
+    """docs/security.md says what follows. If SGLang learns to keep them apart, a gateway's salt belongs there."""
+    kept_apart = ("salt", "extra_key", "session")
+    assert not [
+        name for name in TokenizedEmbeddingReqInput.__struct_fields__ if any(part in name for part in kept_apart)
+    ]
 
 
 def test_names_that_sglang_gives_its_arguments_may_be_used() -> None:

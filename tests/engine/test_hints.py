@@ -12,9 +12,11 @@ from radix_tree import TREES, Tree, key_of
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.kv_hints import decode_kv_hints_envelope
 
+from agentstate.fleet.turns import Turn, sign
 from agentstate.lookahead.forecast import Forecast
 from engine_patch import hints, plugin
 from engine_patch.flags import BACKEND
+from engine_patch.turns import RequestSession
 
 
 def envelope(*actions: dict[str, Any]) -> dict[str, Any]:
@@ -26,6 +28,10 @@ def action(kind: str, action_id: str = "a", **payload: Any) -> dict[str, Any]:
 
 
 DUE = envelope(action("kv.prefetch", due_ms=5000), action("kv.sing", "b"))
+
+
+def turn_of(session_id: str) -> RequestSession:
+    return RequestSession(sign(b"key", Turn(session_id, 1, "tenant t")))
 
 
 async def outputs(*given: Any) -> AsyncIterator[Any]:
@@ -89,7 +95,27 @@ def test_only_our_engines_answer(backend: str | None, told: bool) -> None:
     assert ("kv_hints" in asyncio.run(first())["meta_info"]) is told
 
 
+def test_who_proves_no_turn_pins_nothing() -> None:
+    pin = envelope(action("kv.pin", duration=60))
+    session = turn_of("s")
+    for sent, answer in ((session, "accepted"), (RequestSession("s"), "clipped"), (None, "clipped")):
+        (told,) = hints.answers(SimpleNamespace(kv_hints=pin, session_id=sent), True)
+        assert told == {"a": answer}
+    (told,) = hints.answers(SimpleNamespace(kv_hints=pin, session_id=session), True, 30.0)
+    assert told == {"a": "clipped"}
+
+
 pytestmark = pytest.mark.usefixtures("parallel")
+
+
+@pytest.mark.parametrize("session", ["s", ""], ids=["of a session", "of nobody"])
+def test_a_pin_is_of_the_session_that_it_came_with(session: str) -> None:
+    tree = Tree("python")
+    tree.compute(key_of(8), session)
+    owner = tree.eviction.ended(session or None, tree.tree_core.match_full_device_prefix(key_of(8))[1])
+    tree.foresight.hinted(owner, hints.of(envelope(action("kv.pin", duration=60)), 30.0))
+    tree.foresight._fetching.shutdown()
+    assert tree.store.pinned == ([("s", 30.0)] if session else [])
 
 
 @pytest.mark.parametrize("backend", TREES)

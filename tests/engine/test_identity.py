@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from sglang.srt.server_args import ServerArgs
 
 from agentstate.errors import SettingsError
-from engine_patch import identity
+from engine_patch import identity, versions
 from engine_patch.sglang_api import PoolName
 
 # Of an engine of this shape at commit 34f7af3. If it changes, no page that is stored today is found again.
@@ -30,14 +31,17 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Any:
     """The fingerprint of an engine that is started with these flags."""
-    monkeypatch.setattr(identity, "SUPPORTED", "0.5.23")
+    monkeypatch.setattr(versions, "installed", lambda: "0.5.23")
     pool = SimpleNamespace(name=PoolName.KV, layout=lambda: ["kv", 64, [0, 1], ["torch.bfloat16"], [[2, 8]], None])
 
     def compute(**given: Any) -> str:
-        parallel = SimpleNamespace(tp_rank=0, tp_size=1, pp_size=1)
+        parallel = SimpleNamespace(
+            attn_tp_rank=0, attn_tp_size=1, tp_size=1, pp_size=1, dp_rank=None, dp_size=1, attn_dp_size=1
+        )
         arguments = ServerArgs(model_path=str(checkpoint), **given)
         monkeypatch.setattr(identity, "get_model", lambda: arguments)
         monkeypatch.setattr(identity, "get_parallel", lambda: parallel)
+        monkeypatch.setattr(identity, "get_spec", lambda: arguments)
         return identity.fingerprints(arguments, 64, [pool])[0][PoolName.KV].hex()
 
     return compute
@@ -45,6 +49,34 @@ def mark(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Any:
 
 def test_what_is_stored_is_found_again_after_an_upgrade_of_ours(mark: Any) -> None:
     assert mark() == GOLDEN
+
+
+def test_an_upgrade_of_sglang_keeps_the_pages_of_what_was_compared(
+    mark: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def marks(architectures: Any) -> list[str]:
+        (checkpoint / "config.json").write_text(json.dumps({"architectures": architectures}))
+        found = []
+        for version in ("0.5.22", "0.5.23", "0.5.99"):
+            monkeypatch.setattr(versions, "installed", lambda version=version: version)
+            found.append(mark())
+        return found
+
+    older, pinned, unknown = marks(["LlamaForCausalLM"])
+    assert older == pinned != unknown
+    for not_compared in (["OtherForCausalLM"], ["LlamaForCausalLM", "OtherForCausalLM"], [], None, "LlamaForCausalLM"):
+        assert len(set(marks(not_compared))) == 3
+
+
+def test_engines_that_embed_have_pages_of_their_own(mark: Any, checkpoint: Path) -> None:
+    """Also what builds without a gate for their forwards have stored is not theirs: it was kept apart by the flag."""
+    embeds = mark(is_embedding=True)
+    assert embeds != GOLDEN
+    assert mark(is_embedding=True, enable_metrics=True) == embeds
+    (checkpoint / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    generates = mark()
+    (checkpoint / "config.json").write_text(json.dumps({"architectures": ["LlamaEmbeddingModel"]}))
+    assert mark() == mark(is_embedding=True) != generates
 
 
 def test_what_does_not_reach_kv_does_not_keep_pages_apart(mark: Any) -> None:
@@ -70,6 +102,25 @@ def test_what_does_not_reach_kv_does_not_keep_pages_apart(mark: Any) -> None:
 )
 def test_what_may_reach_kv_keeps_pages_apart(mark: Any, given: dict[str, Any]) -> None:
     assert len({mark(), mark(**given)}) == 2
+
+
+def test_pages_are_kept_apart_by_their_draft_model(mark: Any, checkpoint: Path, tmp_path: Path) -> None:
+    """Also the target's: a page without the draft model's part is of no use."""
+    draft = shutil.copytree(checkpoint, tmp_path / "draft")
+    eagle = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(draft)}
+    before = mark(**eagle)
+    own = mark(speculative_algorithm="EAGLE")
+    standalone = mark(**eagle | {"speculative_algorithm": "STANDALONE"})
+    quantized = mark(**eagle, speculative_draft_model_quantization="fp8")
+    assert mark(**eagle, speculative_num_steps=5, speculative_num_draft_tokens=6) == before
+    elsewhere = shutil.copytree(draft, tmp_path / "elsewhere")
+    assert mark(**eagle | {"speculative_draft_model_path": str(elsewhere)}) == before
+    weights = draft / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    trained = mark(**eagle)
+    assert len({GOLDEN, before, standalone, quantized, trained}) == 5
+    assert own == before  # here the checkpoints are the same
+    assert mark(speculative_algorithm="NGRAM", speculative_num_draft_tokens=4) == GOLDEN
 
 
 def test_a_flag_that_an_upgrade_brings_keeps_pages_apart_where_it_is_given(mark: Any, monkeypatch: Any) -> None:

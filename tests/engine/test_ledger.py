@@ -32,6 +32,9 @@ def test_a_session_that_was_not_served_is_not_known(ledger: Ledger) -> None:
     assert ledger.standing("s") is None
     ledger.saved(manifest("s", keys(1)))
     assert ledger.standing("s") is None
+    assert ledger.epoch("s") == 0
+    ledger.finished(turn(epoch=3))
+    assert ledger.epoch("s") == 3
 
 
 def test_a_session_is_pending_until_its_pages_are_stored_and_its_manifest_is_saved(ledger: Ledger) -> None:

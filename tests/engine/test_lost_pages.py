@@ -173,7 +173,7 @@ def test_a_flush_ends_what_is_on_offer(make_tree: Callable[..., Tree]) -> None:
 
 def test_ranks_offer_alike_what_one_of_them_has_lost(make_tree: Callable[..., Tree], parallel: SimpleNamespace) -> None:
     """A rank that has lost nothing hears of the other one's loss with the next results, and offers with it."""
-    parallel.tp_size = 2
+    parallel.attn_tp_size = 2
     other: list[list[int]] = []
 
     def agree(said: torch.Tensor) -> None:
@@ -196,7 +196,7 @@ def test_ranks_offer_alike_what_one_of_them_has_lost(make_tree: Callable[..., Tr
 
 
 def test_a_rank_tells_the_others_what_it_has_lost(make_tree: Callable[..., Tree], parallel: SimpleNamespace) -> None:
-    parallel.tp_size = 2
+    parallel.attn_tp_size = 2
     said: list[list[int]] = []
     tree = make_tree(lambda tensor: said.append(tensor.tolist()))
     tree.compute(key_of(4))
@@ -228,7 +228,10 @@ def test_what_was_lost_is_offered_before_the_manifest_that_lists_it(monkeypatch:
     tree.device_tier = SimpleNamespace(remember=telling("remembered"))
     tree.eviction = SimpleNamespace(ended=lambda owner, node, epoch: owner)
     tree.demotions = SimpleNamespace(ended=lambda *of_the_chain: None)
-    tree.agentstate = SimpleNamespace(turn=lambda session: proven, request_finished=telling("manifest"))
+    tree.tree_core = SimpleNamespace(is_eagle=False)
+    tree.agentstate = SimpleNamespace(
+        turn=lambda session: proven, request_finished=telling("manifest"), inserting=lambda rid: None
+    )
     fields = {
         "full_untruncated_fill_ids": [1, 2, 3, 4],
         "kv": SimpleNamespace(cache_inserted_len=3),

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import prometheus_client
 import pytest
+from deployed import labels_of, metrics_of, queries
 
 from agentstate.fleet.engines import Engine
 from engine_patch.feeds import Source
-from engine_patch.metrics import Metrics
+from engine_patch.metrics import _COUNTERS, _GAUGES, Metrics
 from engine_patch.restore import Restored, RestoredRequest
 from engine_patch.served import ServedStats
 
@@ -80,3 +82,35 @@ def test_where_prompts_came_from_and_what_requests_waited_for_is_exported(metric
         0.3,
         None,
     )
+
+
+def test_what_the_alerts_and_the_board_ask_for_moves_and_has_these_labels(metrics: Metrics) -> None:
+    asked = {name: query for query in queries().values() for name in metrics_of(query) if ":" in name}
+    assert len(asked) > 30
+    before = {name: total(name) for name in asked}
+    served = ServedStats()
+    # More than what the tests before have told.
+    served.hits["tool"]["nvme"].update(tokens=10_000, requests=100)
+    metrics.waited("reads", 0.2)
+    metrics.restored(Restored({"a": RestoredRequest(1, 10**9, frozenset({Source.COLD}))}, 1.5, 0.03, (0.03,)))
+    grown: dict[str, Any] = {"served": asdict(served), "pools": {}}
+    for number, place in enumerate((*_COUNTERS, *_GAUGES), 1000):
+        at = grown
+        for part in place[:-1]:
+            at = at.setdefault(part, {})
+        at[place[-1]] = number
+    metrics.update(grown)
+    assert not [name for name in asked if total(name) == before[name]]
+    for name, query in asked.items():
+        known = {label for sample in samples(name) for label in sample.labels}
+        assert labels_of(query) <= known, query
+
+
+def samples(name: str) -> list[Any]:
+    """Of one name, those of this engine's model."""
+    own = (sample for family in prometheus_client.REGISTRY.collect() for sample in family.samples)
+    return [sample for sample in own if sample.name == name and sample.labels["model_name"] == "m"]
+
+
+def total(name: str) -> float:
+    return sum(sample.value for sample in samples(name))

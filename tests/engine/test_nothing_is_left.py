@@ -98,7 +98,11 @@ def test_a_batch_that_is_not_timed_leaves_nothing_of_what_it_restored(
 def test_what_is_locked_is_shown(make_tree: Callable[[], Tree]) -> None:
     tree = make_tree()
     scheduler: Any = SimpleNamespace(
-        is_generation=True, waiting_queue=[], policy=SimpleNamespace(policy="another"), running_batch=SimpleNamespace()
+        is_generation=True,
+        beam_coordinator=None,
+        waiting_queue=[],
+        policy=SimpleNamespace(policy="another"),
+        running_batch=SimpleNamespace(),
     )
     fresh = tree.kept()
     tree.compute(key_of(4))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from sglang.srt.arg_groups import pipeline
 
 from agentstate.errors import PageStoreLocked
-from engine_patch import plugin, resolution
+from engine_patch import contract, plugin, resolution, versions
 from engine_patch import sglang_api as sgl
 from engine_patch.radix_cache import AgentStateRadixCache
 
@@ -64,6 +65,33 @@ def test_flags_are_judged_before_and_after_sglang_has_resolved_them(registered: 
     assert steps.index(named["choose_page_size"]) < steps.index(named["complete"])
     default = rf"run_hook\({named['choose_page_size']}, server_args\)\s+\w+\(server_args, _page_size_default\)"
     assert re.search(default, source), "SGLang's own default must come right after it"
+
+
+@pytest.mark.parametrize("given", [["--radix-cache-backend", "agentstate"], ["--radix-cache-backend=agentstate"], []])
+def test_an_sglang_that_it_cannot_be_registered_with_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: list[str]
+) -> None:
+    def register(name: str) -> None:
+        raise ValueError(f"{name!r} is not an overridable resolution hook: " + 99 * "there is another one\n")
+
+    monkeypatch.setattr(sgl, "register_resolution_hook", register)
+    monkeypatch.setattr(versions, "installed", lambda: "9.9.9")
+    monkeypatch.setattr(sys, "argv", ["launch_server", *given])
+    if given:
+        with pytest.raises(SystemExit) as ended:
+            plugin.register()
+        said = str(ended.value)
+    else:
+        # SGLang was not asked to use it.
+        plugin.register()
+        (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "does not run with SGLang 9.9.9, which lacks: 'handle_deprecated_dp_attention' is not" in said
+    assert "\n" not in said
+    assert len(said) < 400
+    if given:
+        monkeypatch.setattr(contract, "missing", lambda part: ["something"])
+        with pytest.raises(SystemExit, match="which lacks: something. "):
+            plugin.register()
 
 
 def test_an_engine_that_cannot_start_says_why_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +164,26 @@ def test_the_cpu_platform_has_torch_align_the_kv_pool_unless_told_otherwise(monk
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     plugin.platform()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the platform is the GPU's")
+def test_sglang_keeps_its_own_platform_where_ours_does_not_go_with_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "engine_patch.cpu.platform", None)
+    assert plugin.platform() is None
+    assert "no CPU platform for SGLang" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["agentstate", None])
+def test_an_embedding_waits_for_the_pages_of_its_batch(monkeypatch: pytest.MonkeyPatch, backend: str | None) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(sgl, "get_memory", lambda: SimpleNamespace(radix_cache_backend=backend))
+    worker, batch = SimpleNamespace(set_hicache_consumer=said.append), SimpleNamespace(hicache_consumer_index=3)
+
+    def forward(worker: Any, batch: Any) -> str:
+        said.append("forward")
+        return "embeddings"
+
+    assert plugin._around_embedding(forward, worker, batch) == "embeddings"
+    assert said == ([3, "forward"] if backend else ["forward"])

@@ -6,15 +6,19 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
 from sglang.srt.mem_cache import memory_pool
+from sglang.srt.runtime_context import get_parallel
 
 from agentstate.errors import EngineError
+from engine_patch import pools as known
 from engine_patch.pools import DevicePool, device_pools
 from engine_patch.sglang_api import (
     ComponentType,
+    DSATokenToKVPool,
     HybridLinearKVPool,
     HybridReqToTokenPool,
     MHATokenToKVPool,
@@ -77,8 +81,12 @@ def found(kvcache: Any, components: Iterable[ComponentType], requests: Any = Non
         "req_to_token_pool": requests,
         "swa_gates_prefix_match": True,
         "swa_retain_window": None,
+        "mtp_draft_device_pools": (),
+        "mtp_draft_mamba_pools": (),
+        "sidecar_draft_device_pools": (),
     }
-    return device_pools(SimpleNamespace(**given | params), set(components))
+    drafts = params.pop("drafts", False)
+    return device_pools(SimpleNamespace(**given | params), set(components), drafts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,6 +112,98 @@ def test_latent_attention_is_one_pool_of_latents(dtype: torch.dtype) -> None:
 def test_dtypes_of_the_same_size_have_different_layouts() -> None:
     layouts = [str(found(mha(dtype), [FULL])[0].layout()) for dtype in DTYPES]
     assert len(set(layouts)) == len(DTYPES)
+
+
+def scaled(name: str = "a recipe", **buffers: Any) -> Any:
+    """KV in a block-scaled format."""
+    return changed(mha(torch.uint8), quant_method=SimpleNamespace(name=name), **buffers)
+
+
+def test_scales_are_stored_with_what_they_scale() -> None:
+    """Those of a token in its row, and those that a kernel wants in the order of its own in the row of a page."""
+    of_tokens, of_pages = ([torch.rand(rows, HEADS, 2) for _ in range(3)] for rows in (68, 17))
+    buffers = {"k_scale_buffer": of_tokens, "v_scale_buffer": of_tokens}
+    (pool,) = found(scaled(**buffers, native_k_scale_buffer=of_pages, native_v_scale_buffer=of_pages), [FULL])
+    assert pool.of_pages == (False, False, False, False, True, True)
+    n_bytes = pool.device_pages.geometry.component_bytes
+    assert n_bytes[2:4] == (PAGE_SIZE * HEADS * 2 * 4,) * 2 and n_bytes[4:] == (HEADS * 2 * 4,) * 2
+    out = [np.zeros((1, n), dtype=np.uint8) for n in n_bytes]
+    pool.device_pages.gather(1, torch.tensor([3]), out)
+    assert out[2].tobytes() == of_tokens[1][3 * PAGE_SIZE : 4 * PAGE_SIZE].numpy().tobytes()
+    assert out[5].tobytes() == of_pages[1][3].numpy().tobytes()
+    (without,) = found(scaled(**buffers), [FULL])
+    (other,) = found(scaled("another", **buffers), [FULL])
+    assert len({str(one.layout()) for one in (pool, without, other)}) == 3
+
+
+def sparse(pages: int = 3, layers: int = 3, **fields: Any) -> Any:
+    with get_parallel().override(attn_dcp_size=1, dcp_enabled=False):
+        return DSATokenToKVPool(
+            size=64 * pages,
+            page_size=64,
+            kv_lora_rank=16,
+            dtype=torch.bfloat16,
+            qk_rope_head_dim=4,
+            layer_num=layers,
+            device="cpu",
+            index_head_dim=128,
+            enable_memory_saver=False,
+            kv_cache_dim=20,
+            **fields,
+        )
+
+
+def sparse_pools(kvcache: Any, **params: Any) -> list[DevicePool]:
+    allocator = SimpleNamespace(get_kvcache=lambda: kvcache, page_size=64)
+    return found(kvcache, [FULL], page_size=64, token_to_kv_pool_allocator=allocator, **params)
+
+
+@pytest.fixture
+def all_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "_without_index", frozenset())
+
+
+@pytest.mark.usefixtures("all_choose")
+def test_the_keys_of_sparse_attention_are_a_pool_that_follows_its_kv() -> None:
+    kvcache = sparse()
+    full, index = sparse_pools(kvcache)
+    assert (index.name, index.follows, index.model_layers) == (PoolName.INDEXER, PoolName.KV, (0, 1, 2))
+    assert (index.replicas, index.window_pages, index.page_size) == (full.replicas, None, 64)
+    assert len(index.device_pages) == len(full.device_pages) == 4
+    assert index.device_pages.geometry.component_bytes == (64 * (128 + 4),)
+    out = [np.zeros((1, 64 * 132), dtype=np.uint8)]
+    kvcache.index_k_with_scale_buffer[1][2] = torch.arange(64 * 132) % 251
+    index.device_pages.gather(1, index.device_pages.page_numbers(torch.arange(128, 192)), out)
+    assert out[0].tolist() == [(torch.arange(64 * 132) % 251).tolist()]
+
+
+@pytest.mark.usefixtures("all_choose")
+def test_layers_that_go_by_the_choice_of_another_one_have_no_keys() -> None:
+    (_, index) = sparse_pools(sparse(skip_topk_layers=[False, True, False]))
+    assert index.model_layers == (0, 2)
+    # With a linker SGLang has room for them, which is never written.
+    attention = [
+        SimpleNamespace(use_dsa=True, layer_id=layer, indexer=None if layer else object()) for layer in range(2)
+    ]
+    known.look_at(SimpleNamespace(modules=lambda: iter([SimpleNamespace(use_dsa=True), *attention])))
+    (_, index) = sparse_pools(sparse())
+    assert index.model_layers == (0, 2)
+    # A draft model's layers have their own numbers.
+    *_, draft, of_draft = sparse_pools(sparse(), **draft_of(sparse(layers=2), packed=True))
+    assert (draft.name, of_draft.name) == (PoolName.DRAFT, PoolName.DRAFT_INDEXER)
+    assert (of_draft.follows, of_draft.model_layers) == (PoolName.KV, (2, 2))
+
+
+@pytest.mark.parametrize(("field", "value"), [("index_kpool", 2)])
+def test_an_index_that_is_not_known_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(EngineError, match="index of groups"):
+        sparse_pools(changed(sparse(), **{field: value}))
+
+
+def test_keys_in_tiles_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = sparse_pools(sparse())[1].layout()
+    monkeypatch.setattr(known, "index_keys_in_tiles", lambda: True)
+    assert sparse_pools(sparse())[1].layout() != plain
 
 
 @pytest.mark.parametrize(("window", "pages"), [(1, 1), (4, 1), (5, 2), (127, 32)])
@@ -135,12 +235,69 @@ def test_recurrent_state_is_a_pool_of_rows_that_are_states() -> None:
     assert geometry.component_bytes == tuple(t[0].nbytes for t in state.tensors[0])
 
 
+def test_states_of_drafts_that_are_verified_are_not_stored() -> None:
+    pools = requests()
+    cache = pools.mamba_pool.mamba_cache
+    scratch = {"intermediate_ssm": torch.zeros(2, 4, 3, 8), "intermediate_conv_window": [torch.zeros(2, 4, 3, 8)]}
+    pools.mamba_pool.mamba_cache = memory_pool.MambaPool.SpeculativeState(
+        conv=cache.conv, temporal=cache.temporal, **scratch
+    )
+    _, state = found(hybrid(pools), [FULL, MAMBA], pools)
+    assert [tensor.data_ptr() for tensor in state.tensors[1]] == [
+        tensor[1].data_ptr() for tensor in (cache.temporal, *cache.conv)
+    ]
+
+
 def test_state_that_is_empty_is_left_out() -> None:
     pools = requests()
     cache = pools.mamba_pool.mamba_cache
     pools.mamba_pool.mamba_cache = type(cache)(conv=cache.conv, temporal=cache.temporal[..., :0])
     _, state = found(hybrid(pools), [FULL, MAMBA], pools)
     assert [len(layer) for layer in state.tensors] == [1, 1]
+
+
+def draft_of(*kvcaches: Any, packed: bool = False, **params: Any) -> dict[str, Any]:
+    """What SGLang tells of draft models."""
+    return {("mtp" if packed else "sidecar") + "_draft_device_pools": kvcaches, "drafts": True, **params}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("make", [mha, mla])
+def test_what_a_draft_keeps_is_a_pool_that_follows_full_attention(make: Any, packed: bool) -> None:
+    target, draft = mha(), make(torch.bfloat16)
+    allocator = allocator_of(target)
+    full, drafts = found(target, [FULL], token_to_kv_pool_allocator=allocator, **draft_of(draft, packed=packed))
+    assert (drafts.name, drafts.follows, full.follows) == (PoolName.DRAFT, PoolName.KV, None)
+    assert (drafts.allocator, drafts.window_pages, drafts.page_size) == (allocator, None, PAGE_SIZE)
+    # All of it is waited for with the target's last layer.
+    assert drafts.model_layers == (2, 2, 2)
+    assert drafts.dtypes == ("torch.bfloat16",)
+    assert len(drafts.device_pages) == len(full.device_pages)
+    assert drafts.layout() != full.layout()
+
+
+def test_a_draft_of_attention_beside_a_target_with_states_is_known() -> None:
+    pools = requests()
+    full, state, drafts = found(hybrid(pools), [FULL, MAMBA], pools, **draft_of(hybrid(pools), packed=True))
+    assert [pool.name for pool in (full, state, drafts)] == [PoolName.KV, PoolName.MAMBA, PoolName.DRAFT]
+    assert drafts.model_layers == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({"drafts": True}, "where its draft model keeps KV"),
+        ({"sidecar_draft_device_pools": (object(),)}, "where its draft model keeps KV"),
+        (draft_of(object()), "KV of a object is not known"),
+        (lambda: draft_of(sliding()), "KV of a SWAKVPool is not known"),
+        (lambda: draft_of(scaled(k_scale_buffer=[torch.zeros(1)] * 3)), "no 68 tokens"),
+        (lambda: draft_of(MHATokenToKVPool(dtype=torch.float32, layer_num=1, **MHA | {"size": 32})), "no 68 tokens"),
+        (lambda: draft_of(mha(), packed=True, mtp_draft_mamba_pools=(object(),)), "recurrent state of its own"),
+    ],
+)
+def test_a_draft_that_is_not_known_is_refused(params: Any, reason: str) -> None:
+    with pytest.raises(EngineError, match=reason):
+        found(mha(), [FULL], **(params() if callable(params) else params))
 
 
 class AnotherPool(MHATokenToKVPool):
@@ -162,8 +319,8 @@ def without_layers(pool: Any) -> Any:
     [
         (lambda: AnotherPool(dtype=torch.float32, layer_num=1, **MHA), [FULL], "AnotherPool is not known"),
         (lambda: changed(mha(), kv_cache_layout="hnd"), [FULL], "layout 'hnd'"),
-        (lambda: changed(mha(), k_scale_buffer=[torch.zeros(1)]), [FULL], "scales"),
-        (lambda: changed(mha(), native_k_scale_buffer=[torch.zeros(1)]), [FULL], "scales"),
+        (lambda: scaled(k_scale_buffer=[torch.zeros(1)] * 3), [FULL], "no 68 tokens"),
+        (lambda: scaled(k_scale_buffer=[torch.zeros(68), torch.zeros(17), torch.zeros(68)]), [FULL], "no 68 tokens"),
         (lambda: changed(mha(), size=65), [FULL], "no 69 tokens"),
         (lambda: without_layers(mha()), [FULL], "rows"),
         (sliding, [FULL], "SWAKVPool is not known"),

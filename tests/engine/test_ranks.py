@@ -52,6 +52,7 @@ class Rank:
         self.other: list[int] = []
         self.agreements = 0
         self.wrapper = _LinkerWrapper.__new__(_LinkerWrapper)
+        self.wrapper.shared = False
         self.wrapper.cache = SimpleNamespace(_all_reduce_attn_groups=self._agree)
         self.wrapper.cache_linker = self.linker
         self.wrapper.inflight_load_rids, self.wrapper.inflight_load_index = ["a", "b"], 5
@@ -147,6 +148,9 @@ class Stored:
     def staged_for(self, keys: list[bytes]) -> bool:
         return False
 
+    def shared_takes_s(self, keys: list[bytes]) -> float | None:
+        return None
+
     def n_bytes(self, pages: int) -> int:
         return 1000 * pages
 
@@ -162,6 +166,7 @@ class MeasuringRank:
         linker._rank = SimpleNamespace(off=None, break_even=self.break_even, settings=SimpleNamespace(break_even=True))
         linker._pools, linker._cached, linker.page_size = Stored(), 0, PAGE_SIZE
         self.wrapper = _LinkerWrapper.__new__(_LinkerWrapper)
+        self.wrapper.shared = False
         self.wrapper.cache = SimpleNamespace(
             page_size=PAGE_SIZE,
             tree_core=SimpleNamespace(is_eagle=False),

@@ -3,11 +3,15 @@ its requests. That the answer is right in the end is for the acceptance tests, w
 
 from __future__ import annotations
 
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.beam_search.beam_group import BeamGroup
+from sglang.srt.beam_search.coordinator import BeamCoordinator
 
+from engine_patch import radix_cache
 from engine_patch.radix_cache import AgentStateRadixCache
 
 
@@ -22,6 +26,9 @@ class Request(SimpleNamespace):
             "session": None,
             "skip_radix_cache_insert": False,
             "to_finish": None,
+            "grammar": None,
+            "beam_group": None,
+            "output_ids": array("q"),
             "finished_reason": None,
             "finished_len": None,
             "finished_output": None,
@@ -60,10 +67,25 @@ class Scheduler(SimpleNamespace):
         self.aborted.append(abort)
 
 
+def beams() -> BeamCoordinator:
+    """SGLang's, of which the bookkeeping alone is used."""
+    fields = (field for field in BeamCoordinator.__struct_fields__ if not field.startswith("_"))
+    return BeamCoordinator(**dict.fromkeys(fields))
+
+
+def group_of(req: Request, coordinator: BeamCoordinator) -> BeamGroup:
+    """That of a request for beams, once its prompt was computed."""
+    req.beam_group = group = BeamGroup(beam_width=3, stop_token_ids=[7, 2], max_new_tokens=5, num_return=2)
+    group.leader, group.prompt_len, group.num_generated = req, 128, 1
+    req.output_ids.append(0)
+    coordinator._num_live_groups += 1
+    return group
+
+
 @pytest.fixture
 def cache() -> AgentStateRadixCache:
     cache = AgentStateRadixCache.__new__(AgentStateRadixCache)
-    cache._recomputing, cache._generates = [], True
+    cache._recomputing, cache._generates, cache._beams = [], True, beams()
     return cache
 
 
@@ -100,6 +122,33 @@ def test_a_failed_request_is_queued_again_as_if_it_had_never_run(
     assert (req.cached_tokens, req._cache_breakdown_computed) == (0, False)
     cache.requeue_failed(scheduler)
     assert scheduler.waiting_queue == [req]
+
+
+def test_what_sglang_would_spoil_of_it_is_put_away(cache: AgentStateRadixCache, scheduler: Scheduler) -> None:
+    """It frees the media of a request that is finished, and a grammar may have taken an output before anyone knows of
+    the failure."""
+    media, grammar = object(), object()
+    req = Request("r", multimodal_inputs=media, grammar=grammar, skip_radix_cache_insert=True)
+    assert fail(cache, req) == []
+    assert (req.multimodal_inputs, req.grammar) == (None, None)
+    finish(req)
+    cache.requeue_failed(scheduler)
+    assert (req.multimodal_inputs, req.grammar, req.skip_radix_cache_insert) == (media, grammar, True)
+
+
+def test_beams_begin_anew(cache: AgentStateRadixCache, scheduler: Scheduler) -> None:
+    req = Request("r", skip_radix_cache_insert=True)
+    before = group_of(req, cache._beams)
+    assert fail(cache, req) == []
+    # Its next forward is that of any request, whose output is discarded.
+    assert (req.beam_group, list(req.output_ids), before.retired, cache._beams._num_live_groups) == (None, [], True, 0)
+    finish(req)
+    cache.requeue_failed(scheduler)
+    group = req.beam_group
+    assert (group.leader, group.prompt_len, group.num_generated, group.retired) == (req, 128, 0, False)
+    assert (group.beam_width, group.max_new_tokens, group.num_return) == (3, 5, 2)
+    assert group.stop_token_ids.tolist() == [2, 7]
+    assert (cache._beams._num_live_groups, req.skip_radix_cache_insert) == (1, True)
 
 
 @pytest.mark.parametrize("holder", ["running_batch", "last_batch", "result_queue"])
@@ -139,9 +188,7 @@ def test_it_waits_until_its_kv_is_released(cache: AgentStateRadixCache, schedule
 @pytest.mark.parametrize(
     "fields",
     [
-        {"multimodal_inputs": object()},
-        {"session": object()},
-        {"skip_radix_cache_insert": True},
+        {"session": SimpleNamespace(streaming=True)},
         {"to_finish": object()},
     ],
     ids=lambda fields: next(iter(fields)),
@@ -185,13 +232,49 @@ def test_an_abort_of_all_does_not_abort_those_that_came_later(
     assert [(abort.abort_all, abort.rid) for abort in scheduler.aborted] == [(False, "a"), (False, "b")]
 
 
-def test_embeddings_are_aborted_because_they_would_be_sent(cache: AgentStateRadixCache, scheduler: Scheduler) -> None:
+def test_an_embedding_is_withheld(
+    cache: AgentStateRadixCache, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang passes over the result of a request that is marked as retracted, and sends that of one that is
+    finished."""
+    released: list[Any] = []
+
+    def release(req: Any, tree: Any, checkpoint: bool) -> None:
+        released.append((req, checkpoint))
+        req.kv.holds_kv = False
+
+    monkeypatch.setattr(radix_cache, "release_kv_cache", release)
     cache._generates = False
     req = Request("r")
-    assert fail(cache, req) == [req]
-    finish(req)
+    assert fail(cache, req) == []
+    batch = SimpleNamespace(reqs=[req])
+    scheduler.last_batch, scheduler.result_queue = batch, [(batch, None)]
     cache.requeue_failed(scheduler)
-    assert scheduler.waiting_queue == []
+    assert (req.is_retracted, req.finished_reason, released) == (True, None, [])
+    # It is finished when its result was passed over, so that batches let it go.
+    scheduler.result_queue = []
+    cache.requeue_failed(scheduler)
+    assert (req.finished_reason, released) == (req.discard_output_reason, [(req, False)])
+    assert req.finished_reason is not None and scheduler.waiting_queue == []
+    batch.reqs = []
+    cache.requeue_failed(scheduler)
+    assert (req.finished_reason, scheduler.waiting_queue, len(released)) == (None, [req], 1)
+
+
+def test_the_next_chunk_of_an_embedding_does_not_run(
+    cache: AgentStateRadixCache, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(radix_cache, "release_kv_cache", lambda req, *_, **__: setattr(req.kv, "holds_kv", False))
+    cache._generates = False
+    req = Request("r")
+    fail(cache, req)
+    batch = SimpleNamespace(reqs=[req])
+    scheduler.chunked_req, scheduler.result_queue = req, [(batch, None)]
+    cache.requeue_failed(scheduler)
+    assert (scheduler.chunked_req, req.finished_reason, req.kv.holds_kv) == (None, None, True)
+    scheduler.result_queue = []
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == [req]
 
 
 def test_what_a_pause_has_queued_already_is_not_queued_twice(cache: AgentStateRadixCache, scheduler: Scheduler) -> None:

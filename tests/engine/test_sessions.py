@@ -12,15 +12,17 @@ import pytest
 from contents import keys
 from turns import turn
 
+from agentstate.errors import EngineError
 from agentstate.fleet import turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Manifest
-from agentstate.pages import Need, Urgency
+from agentstate.pages import Need, PageKeys, Urgency
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from engine_patch.rank import Rank
 from engine_patch.sessions import Progress, Sessions
 from engine_patch.sglang_api import RadixKey
+from engine_patch.sharing import Publication
 from engine_patch.turns import RequestSession
 
 PAGE_SIZE = 4
@@ -34,10 +36,22 @@ class Pools:
         self.fraction: float | None = None
         self.queued: list[Any] = []
         self.superseded: list[tuple[str, int]] = []
+        self.shared = 0
+        self.shared_known = True
+        self.on_node = 8
         self.prefetched: list[tuple[float, Need]] = []
 
     def durable(self, keys: list[bytes], *, use: bool = False) -> int:
         return min(self.held, len(keys))
+
+    def reachable(self, keys: list[bytes]) -> int:
+        return self.durable(keys)
+
+    def published(self, keys: list[bytes]) -> int:
+        return min(self.shared, len(keys))
+
+    def here(self, keys: list[bytes]) -> bool:
+        return len(keys) <= self.on_node
 
     def held(self, keys: list[bytes]) -> list[bool]:
         return [False] * len(keys)
@@ -71,7 +85,7 @@ class Pools:
 class Stage:
     """Sessions whose catalog is a stand-in that remembers what it was given."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, writer: int | None = None):
         self.off: str | None = None
         self.pools: Any = Pools()
         self.saved: list[str] = []
@@ -85,6 +99,7 @@ class Stage:
             page_size=PAGE_SIZE,
             stores=lambda: self.off is None,
             dead=list,
+            writer=writer,
         )
         self.sessions.close()
         self.catalog = SimpleNamespace(
@@ -126,7 +141,10 @@ def test_an_engine_that_does_not_store_any_more_does_not_speak_for_newer_request
     stage.off = "its weights have changed"
     assert stage.sessions.standing("s")["state"] == "durable"
     stage.sessions.finished(turn(), RadixKey(array("q"), None))
-    assert stage.sessions.standing("s") == {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0}
+    assert stage.sessions.standing("s") == {
+        **{"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0},
+        "epoch": 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -174,6 +192,99 @@ def test_what_waits_for_the_drive_is_one_request_a_session(stage: Stage) -> None
         settle()
     assert stage.saved == ["b", "a"]
     assert not stage.sessions._unsettled
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_what_is_stored_is_published_and_only_what_is_there_is_said_to_be(stage: Stage, through: bool) -> None:
+    """Its manifest does not say so: somebody may have begun to delete it."""
+    told: list[tuple[str, str, int]] = []
+    stage.sessions._sharing = SimpleNamespace(  # type: ignore[assignment]
+        publish=lambda session, keys: told.append(("publish", session, len(keys))),
+        note=lambda session, keys: told.append(("note", session, len(keys))),
+    )
+    stage.sessions._shares_all = through
+    saved: list[Manifest] = []
+    stage.catalog.save = saved.append
+    stage.pools.shared = 1
+    stage.sessions.finished(turn("a"), RadixKey(array("q", range(2 * PAGE_SIZE)), None))
+    for settle in stage.pools.queued:
+        settle()
+    assert [(one.tokens, one.shared_tokens) for one in saved] == [(2 * PAGE_SIZE, 0)]
+    assert told == [("publish", "a", 2)] * through + [("note", "a", 1)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "shared", "on_node", "published", "answers"),
+    [
+        ("suspend", False, 8, 0, [("durable", 0), ("durable", 8)]),
+        ("suspend", True, 8, 0, [("pending", 0), ("durable", 8)]),
+        # A node that has not all of it has no durable copy.
+        ("suspend", False, 7, 7, [("pending", 0), ("durable", 8)]),
+        ("evict", False, 8, 0, [("durable", None), ("durable", None)]),
+        ("evict", True, 8, 0, [("pending", 0), ("durable", 8)]),
+        ("evict", False, 8, 8, [("durable", 0), ("durable", 8)]),
+        ("evict", False, 7, 7, [("pending", 0), ("durable", 8)]),
+    ],
+)
+def test_where_a_session_is_durable_and_what_is_published_of_it(
+    stage: Stage, policy: str, shared: bool, on_node: int, published: int, answers: list[tuple[str, int | None]]
+) -> None:
+    publications: list[Publication] = []
+
+    def publish(session_id: str, chain: list[bytes]) -> Publication:
+        publications.append(Publication(PageKeys.of(chain)))
+        return publications[-1]
+
+    stage.sessions._sharing = SimpleNamespace(  # type: ignore[assignment]
+        publish=publish, refused=lambda publication: None
+    )
+    stage.sessions._shares_suspended = policy != "evict"
+    stage.catalog.load = lambda session: manifest(8, 0)
+    stage.pools.on_node, stage.pools.shared = on_node, published
+    answer = stage.sessions.flush("s", shared=shared)
+    before = answer()
+    for publication in publications:
+        publication.promised = len(publication.keys)
+    after = answer()
+    tokens = [(of["state"], of.get("shared_tokens")) for of in (before, after)]
+    assert tokens == [(state, pages if pages is None else pages * PAGE_SIZE) for state, pages in answers]
+
+
+def test_no_manifest_is_cut_before_it_is_known_what_the_shared_store_has(stage: Stage) -> None:
+    stage.pools.held = 3
+    stage.pools.shared_known = False
+    assert stage.sessions._still_stored(keys(*range(8))) == 8
+    stage.pools.shared_known = True
+    assert stage.sessions._still_stored(keys(*range(8))) == 3
+
+
+def test_a_rank_that_another_one_writes_for_says_what_it_sees_and_nothing_in_sql(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, writer=1)
+    sessions = stage.sessions
+    published: list[str] = []
+    sessions._sharing = SimpleNamespace(  # type: ignore[assignment]
+        publish=lambda session, keys: published.append(session), note=lambda session, keys: published.append(session)
+    )
+    sessions.finished(turn("a"), RadixKey(array("q", range(8 * PAGE_SIZE)), None))
+    # The next turn begins anew.
+    sessions.finished(turn("a", 2), RadixKey(array("q", range(9, 9 + 3 * PAGE_SIZE)), None))
+    answer = sessions.flush("a", shared=True)
+    assert answer()["state"] == "pending"
+    for settle in stage.pools.queued:
+        settle()
+    assert answer() == {
+        "state": "durable",
+        "tokens": 3 * PAGE_SIZE,
+        "pages": 3,
+        "bytes": 300,
+        "epoch": 2,
+        "shared_tokens": 3 * PAGE_SIZE,
+    }
+    assert (stage.saved, stage.abandoned, published) == ([], [], [])
+    assert sessions.erasures == {"waiting": 0, "done": 0}
+    # Of a session of another life SQL has the manifest of the rank that writes.
+    stage.catalog.load = lambda session: manifest(6, 0)
+    assert sessions.standing("s")["state"] == "durable"
 
 
 def test_what_a_turn_stores_that_was_taken_over_is_not_its_sessions_manifest_and_goes_with_it(stage: Stage) -> None:
@@ -228,12 +339,16 @@ def test_manifests_are_written_while_the_stores_can_be_asked() -> None:
         stop_erasing=lambda: log.append("nothing is erased any more"),
         close=lambda: log.append("manifests are written"),
     )
+    rank.sharing = SimpleNamespace(close=lambda: log.append("nothing is published any more"))
+    rank._extents = SimpleNamespace(tier=SimpleNamespace(close=lambda: log.append("the shared store is closed")))
     rank.close()
     assert log == [
         "nobody asks any more",
         "nothing is erased any more",
         "everything is stored",
+        "nothing is published any more",
         "manifests are written",
+        "the shared store is closed",
         "the stores are closed",
     ]
 
@@ -255,3 +370,24 @@ def test_pages_of_a_turn_that_the_next_one_does_not_go_on_from_are_left(stage: S
     assert settle(3, *first) == [("a", 1)]
     assert settle(4, *first[: 2 * PAGE_SIZE]) == [("a", 2)]
     assert settle(5, *first[: 2 * PAGE_SIZE], 9, 9, 9, 9) == []
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_flush_to_the_shared_store_fails_where_nothing_more_is_published(stage: Stage, shared: bool) -> None:
+    """Without that, it would wait until its time is over."""
+    publication = Publication(PageKeys.of([bytes([n]) * 32 for n in range(3)]), promised=1)
+    reasons: list[str | None] = [None, "a has its quota"]
+    stage.sessions._sharing = SimpleNamespace(  # type: ignore[assignment]
+        publish=lambda session, keys: publication, refused=lambda of: reasons[0] if of is publication else None
+    )
+    standing = {"state": "durable", "tokens": 3 * PAGE_SIZE, "pages": 3, "bytes": 300}
+    stage.sessions.standing = lambda session: dict(standing)  # type: ignore[method-assign]
+    stage.sessions._chain = lambda session: keys(1, 2, 3)  # type: ignore[method-assign]
+    answer = stage.sessions.flush("s", shared=shared)
+    assert answer() == {**standing, "state": "pending" if shared else "durable", "shared_tokens": PAGE_SIZE}
+    del reasons[0]
+    if shared:
+        with pytest.raises(EngineError, match="has its quota"):
+            answer()
+        publication.promised = 3
+    assert answer()["state"] == "durable"

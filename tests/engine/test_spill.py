@@ -16,6 +16,7 @@ from contents import drop, key, keys, read, reader_for
 from device import PAGES, Rank, fill
 
 from agentstate.pages import PageKeys, Quota, files
+from agentstate.pages.directory import Told, told
 from agentstate.pages.files import open_direct
 from engine_patch import spill
 from engine_patch.spill import Spiller
@@ -395,6 +396,30 @@ def test_a_drive_that_takes_nothing_locks_nothing(rank: Rank, monkeypatch: pytes
     spiller.close()
 
 
+def test_ranks_that_read_the_store_are_told_which_offers_are_over(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are not stored too; and those that were refused while the drive hung, once it goes on."""
+    fill(rank.tensors)
+    clock, hanging = Clock(monkeypatch), Hanging(rank, monkeypatch)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, timeout_s=1)
+    spiller.offer(keys(1), numbers(1))
+    assert hanging.called.wait(60)
+    clock.now += 2
+    assert answered(spiller, 1) == [False]
+    spiller.offer(keys(2), numbers(2))
+    assert answered(spiller, 2) == [False] * 2
+    assert told(rank.store.directory).offers == 0
+    hanging.goes_on.set()
+    spiller.drain()
+    assert told(rank.store.directory) == Told(True, 2)
+    over: list[int] = []
+    for page in (1, 2, 3):
+        spiller.offer(keys(page), numbers(page))
+        spiller.then(lambda: over.append(told(rank.store.directory).offers))
+    spiller.drain()
+    assert over == [3, 4, 5] and all(rank.store.stored(keys(1, 2, 3)))
+    spiller.close()
+
+
 def test_a_slow_drive_is_waited_for(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as it takes anything: it may take longer for all that waits than it may take for one."""
     fill(rank.tensors)
@@ -580,16 +605,6 @@ def test_an_extent_is_charged_to_whose_request_offered_its_pages_first(rank: Ran
     assert found == [("tenant a", 2), ("tenant b", 1), ("", 1)]
 
 
-def test_a_full_extent_has_room_for_its_owners_name(rank: Rank) -> None:
-    fill(rank.tensors)
-    spiller = Spiller(rank.store, rank.pages, rank.store.draft_bytes(5))
-    everything = list(range(PAGES))
-    spiller.offer(keys(*everything), torch.tensor(everything), owner="tenant " + "a" * 1000)
-    spiller.close()
-    assert list(spiller.results) == [True]
-    assert stored(rank, keys(*everything)) == rank.device_pages(everything)
-
-
 def test_who_is_at_its_limit_is_not_complained_of_at_every_offer(
     rank: Rank, spiller: Spiller, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -603,3 +618,86 @@ def test_who_is_at_its_limit_is_not_complained_of_at_every_offer(
     assert (spiller.stats.pages_failed, spiller.stats.pages_spilled) == (3, 3)
     (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "tenant a are not stored" in said
+
+
+def test_with_one_shots_off_pages_of_nobody_are_written_once_a_second_request_uses_them(rank: Rank) -> None:
+    fill(rank.tensors)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, one_shots=False)
+    spiller.offer(keys(1, 2, 3), numbers(1, 2, 3), rid="first")
+    spiller.offer(keys(1, 2, 3), numbers(1, 2, 3), rid="first")
+    spiller.drain()
+    assert list(spiller.results) == [False, False]
+    assert (rank.store.stats.pages, spiller.stats.pages_one_shot) == (0, 6)
+    spiller.offer(keys(1, 2, 4), numbers(1, 2, 4), rid="second")
+    spiller.offer(keys(5), numbers(5), owner="tenant a", rid="third")
+    spiller.offer(keys(1, 2, 5), numbers(1, 2, 5), rid="fourth")
+    spiller.close()
+    assert list(spiller.results)[2:] == [False, True, True]
+    assert rank.store.stored(keys(1, 2, 3, 4, 5)) == [True, True, False, False, True]
+    stats = spiller.stats
+    assert (stats.pages_spilled, stats.pages_one_shot, stats.pages_known, stats.pages_failed) == (3, 7, 3, 0)
+    assert stored(rank, keys(1, 2, 5)) == rank.device_pages([1, 2, 5])
+
+
+def test_what_the_shared_store_has_is_written_once_a_second_request_uses_it(rank: Rank) -> None:
+    fill(rank.tensors)
+    there = set(keys(1, 2))
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, shared=lambda asked: [key in there for key in asked])
+    # The first two were restored, and the third was computed.
+    spiller.offer(keys(1, 2, 3), numbers(1, 2, 3), rid="first")
+    spiller.offer(keys(1, 2, 3), numbers(1, 2, 3), rid="first")
+    spiller.drain()
+    assert list(spiller.results) == [False, False]
+    assert rank.store.stored(keys(1, 2, 3)) == [False, False, True]
+    assert spiller.stats.pages_one_shot == 4
+    spiller.offer(keys(1, 2, 3), numbers(1, 2, 3), rid="second")
+    spiller.drain()
+    assert spiller.results[2] and all(rank.store.stored(keys(1, 2, 3)))
+    # A session has its own at once.
+    there.update(keys(4))
+    spiller.offer(keys(4), numbers(4), owner="tenant a", rid="third")
+    spiller.close()
+    assert spiller.results[3] and rank.store.stored(keys(4)) == [True]
+
+
+def test_what_is_remembered_of_pages_that_were_seen_once_is_bounded(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "_MOST_SEEN", 4)
+    spiller = Spiller(rank.store, rank.pages, 1 << 20, one_shots=False)
+    for page in range(6):
+        spiller.offer(keys(page), numbers(page), rid=f"of {page}")
+    spiller.drain()
+    assert len(spiller._seen._first) == 4
+    for page in (0, 5):
+        spiller.offer(keys(page), numbers(page), rid="later")
+    spiller.close()
+    assert rank.store.stored(keys(0, 5)) == [False, True]
+
+
+def test_beyond_the_days_budget_only_what_sessions_computed_is_stored(
+    rank: Rank, spiller: Spiller, caplog: pytest.LogCaptureFixture
+) -> None:
+    wear = rank.store.wear
+    wear.budget = rank.store.draft_bytes(1)
+    spiller.offer(keys(1), numbers(1))
+    spiller.drain()
+    for page in range(8):
+        spiller.offer(keys((page, "none")), numbers(page))
+        spiller.offer(keys((page, "a")), numbers(page), owner="tenant a")
+        spiller.drain()
+    assert list(spiller.results) == [True] + [False, True] * 8
+    assert (spiller.stats.pages_over_budget, spiller.stats.pages_spilled) == (8, 9)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "requests without a session" in said and "until 20" in said
+    chain = keys(*((page, "a") for page in range(8)))
+    spiller.merge(chain)
+    spiller.drain()
+    deadline = time.monotonic() + 60
+    while spiller.kept()["chains_to_merge"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert spiller.stats.extents_merged == 0
+    wear.budget = None
+    spiller.offer(keys(2), numbers(2))
+    spiller.drain()
+    assert spiller.results[-1]

@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,19 +26,20 @@ from engine_patch.arrivals import LayerGate
 from engine_patch.pools import DevicePool
 from engine_patch.restore import Source
 from engine_patch.sglang_api import PagedTokenToKVPoolAllocator, PoolName, PoolTransfer
-from engine_patch.stored_pools import OfferBudget, StoredPools
+from engine_patch.stored_pools import OfferBudget, StoredPools, _parts
 
 WINDOW = 2
 
 
 class Stage:
     """A rank with full attention in layers 1, 3 and 5, a window of two pages in 0, 2 and 4, and a state in 6, 7 and
-    8. ``stores`` are what the pools write to."""
+    8. What drafts for it has one layer. ``stores`` are what the pools write to."""
 
     def __init__(self, directory: Path):
         self.full, self.window = kv_tensors(), kv_tensors(components=1)
         self.state = [(torch.zeros(33, 3, 5),) for _ in range(3)]
-        for tensors in (self.full, self.window, self.state):
+        self.draft = kv_tensors()[:1]
+        for tensors in (self.full, self.window, self.state, self.draft):
             fill(tensors)
         self.tensors = {PoolName.KV: self.full, PoolName.SWA: self.window}
         self.stores: dict[PoolName, PageStore] = {}
@@ -56,8 +59,11 @@ class Stage:
             PoolName.KV: DevicePool(PoolName.KV, self.full, PAGE_SIZE, (1, 3, 5), f32),
             PoolName.SWA: DevicePool(PoolName.SWA, self.window, PAGE_SIZE, (0, 2, 4), f32, WINDOW),
             PoolName.MAMBA: DevicePool(PoolName.MAMBA, self.state, 1, (6, 7, 8), f32, 1),
+            PoolName.DRAFT: DevicePool(PoolName.DRAFT, self.draft, PAGE_SIZE, (5,), f32, follows=PoolName.KV),
         }
-        known = {name: replace(pool, allocator=self.allocators.get(name)) for name, pool in known.items()}
+        known = {
+            name: replace(pool, allocator=self.allocators.get(pool.follows or name)) for name, pool in known.items()
+        }
         settings = Settings(
             staging_bytes=1 << 20,
             spill_staging_bytes=1 << 20,
@@ -312,6 +318,155 @@ def test_one_bad_page_in_one_pool_fails_its_request(stage: Stage, opened: Callab
     stat = pools.stat()
     assert stat["restore"]["pages_failed"] == 0
     assert stat["pools"]["swa"]["restore"]["pages_failed"] == 1
+
+
+def spoil(store: PageStore, page: int) -> None:
+    (segment,) = store.pin(keys(page)).segments
+    offset, _ = segment.extent.layout.component_range(store.geometry.layers - 1, 0, segment.slot, 1)
+    with segment.extent.path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_a_page_without_its_drafts_is_no_page(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    pools = opened(PoolName.KV, PoolName.SWA, PoolName.DRAFT)
+    write(stage.stores[PoolName.KV], keys(*range(6)))
+    write(stage.stores[PoolName.SWA], keys(*range(6)))
+    assert pools.restorable(keys(*range(6))) == []
+    write(stage.stores[PoolName.DRAFT], keys(0, 1, 2, 4))
+    assert pools.restorable(keys(*range(6))) == [1, 2, 3]
+    assert pools.durable(keys(*range(6))) == 3
+    assert not pools.here(keys(*range(6)))
+    assert not pools.stored([transfer(PoolName.KV, range(6), slots(*range(6)))])
+
+
+def test_what_a_draft_keeps_of_a_page_goes_and_comes_with_it(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    """SGLang says where the target's pages are, and nothing of the draft's."""
+    pools = opened(PoolName.KV, PoolName.DRAFT)
+    right = [[page_of(tensors, n) for n in (4, 6)] for tensors in (stage.full, stage.draft)]
+    assert offered(pools, transfer(PoolName.KV, [1, 2], slots(4, 6)))
+    assert [held_by(store) for store in stage.stores.values()] == [keys(1, 2)] * 2
+    assert pools.n_bytes(2) == 2 * sum(store.geometry.page_bytes for store in stage.stores.values())
+    assert pools.load("r", [transfer(PoolName.KV, [1, 2], slots(10, 12))])
+    found = pools.finish(pools.start(()))
+    assert found.failed == set()
+    assert [[page_of(tensors, n) for n in (10, 12)] for tensors in (stage.full, stage.draft)] == right
+
+
+def hang_draft(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The drive does not give the draft's part of page 1 before the event is set."""
+    inode = stage.stores[PoolName.DRAFT].pin(keys(1)).segments[0].extent.path.stat().st_ino
+    answers, real = threading.Event(), os.preadv
+
+    def hangs(fd: int, buffers: list[object], offset: int) -> int:
+        if offset and os.fstat(fd).st_ino == inode:
+            assert answers.wait(30)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", hangs)
+    return answers
+
+
+def test_who_waits_for_the_last_layer_waits_for_the_draft(
+    stage: Stage, opened: Callable[..., StoredPools], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It drafts once the forward is over, and nothing in it waits."""
+    pools = opened(PoolName.KV, PoolName.DRAFT)
+    assert offered(pools, transfer(PoolName.KV, [1], slots(4)))
+    answers = hang_draft(stage, monkeypatch)
+    right = page_of(stage.draft, 4)
+    assert pools.load("r", [transfer(PoolName.KV, [1], slots(9))])
+    index = pools.start(())
+    pools.gate.set_consumer(index)
+    for layer in (1, 3):
+        pools.gate.wait_until(layer)
+    waiting = threading.Thread(target=pools.gate.wait_until, args=(5,))
+    waiting.start()
+    pools._pools[0].restorer.drain()
+    assert waiting.is_alive()
+    answers.set()
+    waiting.join(30)
+    assert page_of(stage.draft, 9) == right
+    assert pools.finish(index).failed == set()
+
+
+def test_a_damaged_page_of_a_draft_fails_its_request_and_is_stored_again(
+    stage: Stage, opened: Callable[..., StoredPools]
+) -> None:
+    pools = opened(PoolName.KV, PoolName.DRAFT)
+    node = transfer(PoolName.KV, [1, 2, 3], slots(4, 5, 6))
+    assert offered(pools, node)
+    spoil(stage.stores[PoolName.DRAFT], 2)
+    assert pools.load("r", [transfer(PoolName.KV, [1, 2, 3], slots(9, 10, 11))])
+    assert pools.finish(pools.start(())).failed == {"r"}
+    pools.drain()
+    assert pools.restorable(keys(1, 2, 3)) == [1]
+    stat = pools.stat()
+    assert (stat["restore"]["pages_failed"], stat["pools"]["draft"]["restore"]["pages_failed"]) == (0, 1)
+    assert pools.lost == 1 and not pools.stored([node])
+    assert offered(pools, node)
+    assert pools.restorable(keys(1, 2, 3)) == [1, 2, 3]
+
+
+def test_a_draft_is_preloaded_with_its_pages(
+    stage: Stage, opened: Callable[..., StoredPools], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = opened(PoolName.KV, PoolName.DRAFT)
+    right = [page_of(tensors, 4) for tensors in (stage.full, stage.draft)]
+    assert offered(pools, transfer(PoolName.KV, [1], slots(4)))
+    index = pools.preload("a prefetch", keys(1), slots(9), ())
+    found = pools.finish(index)
+    assert (found.failed, pools.landed(index)) == (set(), True)
+    assert [page_of(tensors, 9) for tensors in (stage.full, stage.draft)] == right
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("of this test")
+
+    # What cannot even begin in one pool fails, and the pools stay in step.
+    monkeypatch.setattr(pools._pools[1].restorer, "_load", fail)
+    assert pools.finish(pools.preload("a prefetch", keys(1), slots(11), ())).failed == {"a prefetch"}
+    monkeypatch.undo()
+    assert pools.finish(pools.preload("a prefetch", keys(1), slots(11), ())).failed == set()
+    assert [page_of(tensors, 11) for tensors in (stage.full, stage.draft)] == right
+    stage.stores[PoolName.DRAFT].drop([*stage.stores[PoolName.DRAFT].pin(keys(1)).copies([0])])
+    assert pools.finish(pools.preload("a prefetch", keys(1), slots(12), ())).failed == {"a prefetch"}
+
+
+def test_pages_that_a_draft_follows_are_withheld_once(
+    stage: Stage, opened: Callable[..., StoredPools], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages that were given back twice would be given out twice."""
+    stage.drive_timeout_s = 0.5
+    stage.full, stage.draft = aligned_kv_tensors(), aligned_kv_tensors()[:1]
+    pools = opened(PoolName.KV, PoolName.DRAFT)
+    for store in stage.stores.values():
+        write(store, keys(1))
+    answers = hang_draft(stage, monkeypatch)
+    allocator = stage.allocators[PoolName.KV]
+    free, device = allocator.available_size(), allocator.alloc(PAGE_SIZE)
+    assert pools.load("r", [transfer(PoolName.KV, [1], device)])
+    index = pools.start(())
+    pools.gate.set_consumer(index)
+    pools.gate.wait_until(5)
+    found = pools.finish(index)
+    assert found.writing
+    pools.quarantine(found.numbers)
+    allocator.free(device)
+    assert allocator.available_size() == free - PAGE_SIZE
+    answers.set()
+    while pools.stuck:
+        time.sleep(0.001)
+    pools.release_quarantine()
+    assert allocator.available_size() == free
+    numbers = allocator.alloc(free)
+    assert numbers is not None and len(set(numbers.tolist())) == free
+    allocator.free(numbers)
+    # Of a preload the same pages are withheld.
+    pools.quarantine([lambda: pools.page_numbers(slots(3))])
+    assert pools.quarantines
+    pools.release_quarantine()
 
 
 @pytest.mark.parametrize("straight", [False, True], ids=["through staging", "straight"])
@@ -989,3 +1144,14 @@ def test_what_is_needed_first_is_read_first_in_every_pool(
     reads = pools.stat()["reads"]
     assert sum(reads.values()) > 0
     assert set(reads) == {"awaited", "demand", "due", "planned"}
+
+
+def test_what_follows_a_pool_has_of_its_memory_what_it_has_of_its_bytes() -> None:
+    def pool(name: PoolName, n_bytes: int, follows: PoolName | None = None) -> Any:
+        geometry = SimpleNamespace(page_bytes=n_bytes)
+        return SimpleNamespace(name=name, follows=follows, device_pages=SimpleNamespace(geometry=geometry))
+
+    pools = [pool(PoolName.KV, 800), pool(PoolName.MAMBA, 5), pool(PoolName.INDEXER, 150, PoolName.KV)]
+    pools.append(pool(PoolName.DRAFT, 50, PoolName.KV))
+    assert _parts(pools) == [Fraction(2, 5), Fraction(1, 2), Fraction(3, 40), Fraction(1, 40)]
+    assert _parts(pools[:1]) == [1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from turns import turn
 
 from agentstate.fleet import turns
-from engine_patch import plugin
+from engine_patch import plugin, sglang_api
 from engine_patch.turns import RequestSession
 
 KEY = turns.signing_key(b"k" * 32)
@@ -83,3 +84,19 @@ def test_a_scheduler_of_ours_takes_the_token_out(monkeypatch: pytest.MonkeyPatch
     found = plugin._as_scheduled(lambda scheduler, request: request.session_id, None, request)
     assert found == ("ses_1" if ours else SENT)
     assert RequestSession(found).sent == SENT
+
+
+@pytest.mark.parametrize(
+    ("named", "chosen", "ranks", "right"),
+    [(None, None, 2, None), (1, None, 2, 1), (0, None, 2, 0), (1, 0, 2, 0), (1, None, 1, None)],
+)
+def test_a_request_goes_to_the_dp_rank_that_its_token_names(
+    monkeypatch: pytest.MonkeyPatch, named: int | None, chosen: int | None, ranks: int, right: int | None
+) -> None:
+    monkeypatch.setattr(sglang_api, "get_parallel", lambda: SimpleNamespace(num_dp_ranks=ranks))
+    sent = turns.sign(KEY, replace(turn("ses_1"), dp_rank=named))
+    request = GenerateReqInput(text=["x", "y"], session_id=sent, routed_dp_rank=chosen)
+    plugin._as_requested(lambda manager, request, http: None, None, request)
+    assert request.routed_dp_rank == right
+    request.normalize_batch_and_arguments()
+    assert [request[0].routed_dp_rank, request[1].routed_dp_rank] == [right, right]

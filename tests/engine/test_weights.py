@@ -16,7 +16,7 @@ from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput, UpdateWe
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 
 from agentstate.errors import PageStoreLocked
-from engine_patch import identity, plugin, rank
+from engine_patch import identity, plugin, radix_cache, rank
 from engine_patch.radix_cache import AgentStateRadixCache, _LinkerWrapper
 from engine_patch.rank import Rank
 from engine_patch.sglang_api import PoolName
@@ -76,6 +76,11 @@ def test_weights_whose_memory_is_released_are_lost_unless_they_are_kept(
     assert are_lost(tags, arguments) is lost
 
 
+@pytest.fixture(autouse=True)
+def one_dp_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(radix_cache, "model_group", lambda: None)
+
+
 class Linker:
     """Says what it is told, and ``reason`` why it cannot reload."""
 
@@ -130,6 +135,20 @@ class Engine:
 
 SUCCEEDED, WRONG_PATH = output(True), output(False, "Failed to get weights iterator: no such directory.")
 HALF_WAY = output(False, "Failed to update weights: x.\nRolling back to original weights.")
+
+
+@pytest.mark.parametrize(("others", "steps"), [([[1], [0, 0]], "retire"), ([[1], [0, 1], [0]], "reload retire")])
+def test_what_a_dp_rank_doubts_that_shares_the_weights_all_doubt(
+    monkeypatch: pytest.MonkeyPatch, others: list[list[int]], steps: str
+) -> None:
+    def agree(tensor: torch.Tensor, op: Any, group: Any) -> None:
+        assert group == "of the model"
+        tensor.copy_(torch.minimum(tensor, torch.tensor(others.pop(0), dtype=tensor.dtype)))
+
+    monkeypatch.setattr(radix_cache, "model_group", lambda: "of the model")
+    monkeypatch.setattr(torch.distributed, "all_reduce", agree)
+    assert Engine().update(SUCCEEDED) == ["suspend", "update", *steps.split()]
+    assert not others
 
 
 def test_an_update_that_touches_no_weights_costs_nothing() -> None:
@@ -317,8 +336,11 @@ def test_a_rank_that_cannot_go_over_says_why(one: Any, what: dict[str, Any], sai
 @pytest.fixture
 def in_the_way(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
     def ask(now: identity.Shape, **model: Any) -> str | None:
-        loaded = SimpleNamespace(**{"model_path": "new", "quantization": None, "load_format": "auto", **model})
+        given = {"model_path": "new", "quantization": None, "load_format": "auto", "speculative_algorithm": None}
+        loaded = SimpleNamespace(**given | {"enable_lora": False} | model)
         monkeypatch.setattr(identity, "get_model", lambda: loaded)
+        monkeypatch.setattr(identity, "get_spec", lambda: loaded)
+        monkeypatch.setattr(identity, "get_lora", lambda: loaded)
         return identity.in_the_way(identity.Shape({"config.json": b"{}"}, frozenset("ab")), now)
 
     return ask
@@ -330,6 +352,9 @@ def test_only_weights_that_make_the_model_what_a_start_makes_it_go_on(in_the_way
     assert in_the_way(alike, load_format=None) is None
     assert "quantized" in in_the_way(alike, quantization="fp8")
     assert "load format" in in_the_way(alike, load_format="remote")
+    assert "the draft model's" in in_the_way(alike, speculative_algorithm="EAGLE")
+    assert in_the_way(alike, speculative_algorithm="NGRAM") is None
+    assert "below those of adapters" in in_the_way(alike, enable_lora=True)
     for other in (
         identity.Shape({"config.json": b"{ }"}, frozenset("ab")),
         identity.Shape({"config.json": b"{}"}, frozenset("a")),

@@ -98,6 +98,7 @@ class Linker:
     restores = True
     reads_ahead = True
     retired = False
+    shares = False
 
     def __init__(self, preload_bytes: int = 0) -> None:
         self.preload_bytes = preload_bytes
@@ -153,13 +154,14 @@ class Linker:
 
 
 class Stage:
-    """One rank without an engine. ``stored`` are the page keys that can be restored; ``other`` makes of what this rank
-    says what all ranks agree on."""
+    """One rank without an engine. ``stored`` are the page keys that can be restored, of which those that are ``shared``
+    are in the shared store alone; ``other`` makes of what this rank says what all ranks agree on."""
 
     def __init__(self, free: int = 1000, evictable: int = 0, preload_bytes: int = 0, aging_s: float = 0):
         self.cache = Cache(free, evictable)
         self.linker = Linker(preload_bytes)
         self.stored: set[bytes] = set()
+        self.shared: set[bytes] = set()
         self.matched: list[str] = []
         self.other: Callable[[Sequence[bool]], Sequence[bool]] = lambda own: own
         self.agreements = 0
@@ -168,9 +170,10 @@ class Stage:
         self.now_s = 0.0
         self.order = Order(aging_s, self.order_stats, self.match, self.agree, lambda: self.now_s)
         self.served = Served(lambda: self.now_s)
-        self.deferrals = Deferrals(self.cache, self.linker, self.preloads, self.match, self.order, self.served)
+        self.held_up = False
+        self.deferrals = self.new_deferrals()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("engine_patch.device_tier.get_parallel", lambda: SimpleNamespace(tp_size=1))
+            patch.setattr("engine_patch.device_tier.get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
             self.brought: list[tuple[str, int]] = []
             self.tier = DeviceTier(
                 self.cache,
@@ -178,6 +181,11 @@ class Stage:
                 self.preloads,
                 lambda session, key, start: self.brought.append((session, start)),
             )
+
+    def new_deferrals(self) -> Deferrals:
+        return Deferrals(
+            self.cache, self.linker, self.preloads, self.match, self.order, self.served, lambda tokens: self.held_up
+        )
 
     def agree(self, own: Sequence[bool]) -> list[bool]:
         self.agreements += 1
@@ -192,7 +200,8 @@ class Stage:
         keys = pages_of(key)[first // PAGE_SIZE :]
         hit = next((place for place, one in enumerate(keys) if one not in self.stored), len(keys))
         self.order.matched(req, first, hit)
-        return StoredHit(key[: first + hit * PAGE_SIZE], first, keys[:hit]) if hit else None
+        shared = not self.shared.isdisjoint(keys[:hit])
+        return StoredHit(key[: first + hit * PAGE_SIZE], first, keys[:hit], shared) if hit else None
 
     def store(self, key: RadixKey) -> None:
         self.stored.update(pages_of(key))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from agentstate.errors import PageStoreFull, PageStoreUnwritable
-from agentstate.pages import Geometry, PageStore, Quota, inventory, merge
+from agentstate.pages import Geometry, PageKeys, PageStore, Quota, inventory, merge
 from agentstate.pages.files import read_header
 from agentstate.pages.space import UNLIMITED
 from agentstate.pages.testing.pages import MARK, content, drop, key, keys, read, reader_for, traces, write
@@ -120,12 +120,25 @@ def older_index(directory: Path) -> None:
     (directory / "partial" / "leftover.ext").write_bytes(b"half of something")
 
 
+def beside(directory: Path) -> None:
+    """Another store has pages 7 and 8."""
+    store = PageStore(directory.with_name("beside"), MARK, GEOMETRY)
+    write(store, keys(7, 8), version=1)
+    store.close()
+
+
+def adopt(store: PageStore) -> None:
+    store.adopt(store.directory.with_name("beside") / "extents" / f"{1:016x}.ext", PageKeys.of(keys(7, 8)))
+
+
 SCENARIOS = {
     "publish": Scenario(lambda store: write(store, keys(7, 8), 1), writes={7, 8}),
     "publish what supersedes": Scenario(lambda store: write(store, keys(3, 4, 7), 1), writes={3, 4, 7}),
     "publish over a spare": Scenario(
         lambda store: write(store, keys(7, 8), 1), writes={7, 8}, may_lose={1, 2}, quota=FULL
     ),
+    "adopt": Scenario(adopt, writes={7, 8}, prepare=beside),
+    "adopt for what is evicted": Scenario(adopt, writes={7, 8}, may_lose={1, 2}, quota=FULL, prepare=beside),
     "merge": Scenario(merged),
     "make room": Scenario(lambda store: store.make_room(20_000), may_lose={1, 2, 3}, quota=FULL),
     "collect": Scenario(

@@ -25,6 +25,8 @@ OPERATIONS = [
     "publish",
     "publish what supersedes",
     "publish over a spare",
+    "adopt",
+    "adopt for what is evicted",
     "merge",
     "make room",
     "collect",

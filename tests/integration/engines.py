@@ -82,7 +82,7 @@ class ScriptedEngine:
             self._start(lambda connection=connection: self._serve(connection))  # type: ignore[misc]
 
     def _serve(self, connection: socket.socket) -> None:
-        buffer = b""
+        buffer = bytearray()
         asked = None
         with connection:
             while True:
@@ -95,18 +95,18 @@ class ScriptedEngine:
                         asked.left.set()
                     return
                 buffer += data
-                while b"\r\n\r\n" in buffer:
-                    head, _, rest = buffer.partition(b"\r\n\r\n")
-                    lines = head.decode("latin-1").split("\r\n")
+                while (end := buffer.find(b"\r\n\r\n")) >= 0:
+                    lines = buffer[:end].decode("latin-1").split("\r\n")
                     headers = {
                         name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])
                     }
                     length = int(headers.get("content-length", 0))
-                    if len(rest) < length:
+                    begin = end + 4
+                    if len(buffer) < begin + length:
                         break
                     method, path, _ = lines[0].split(" ")
-                    asked = Asked(method, path, headers, rest[:length], connection)
-                    buffer = rest[length:]
+                    asked = Asked(method, path, headers, bytes(buffer[begin : begin + length]), connection)
+                    del buffer[: begin + length]
                     self.asked.append(asked)
                     self._start(lambda asked=asked: self._answer(asked))  # type: ignore[misc]
 

@@ -37,8 +37,8 @@ class Service:
 
 
 @contextmanager
-def serving(settings: Settings) -> Iterator[Service]:
-    listener = listen("127.0.0.1", 0)
+def serving(settings: Settings, port: int = 0) -> Iterator[Service]:
+    listener = listen("127.0.0.1", port)
     port = listener.getsockname()[1]
     app = create_app(settings.model_copy(update={"port": port}))
     server = Server(app)
@@ -131,8 +131,12 @@ class Answers:
         return answer
 
 
-def stored(state: str, tokens: int = 128) -> dict[str, Any]:
-    return {"ok": True, "state": state, "tokens": tokens, "pages": tokens // 64, "bytes": tokens * 1000}
+NOTHING = {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0, "durable_on": None, "reason": None}
+"""What a suspend says where no engine could be asked."""
+
+
+def stored(state: str, tokens: int = 128, **more: Any) -> dict[str, Any]:
+    return {"ok": True, "state": state, "tokens": tokens, "pages": tokens // 64, "bytes": tokens * 1000, **more}
 
 
 def register(database: Database, control_address: str, **changes: Any) -> Engine:

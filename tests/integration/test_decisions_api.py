@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from documented import checked
 from stage import MODEL, Service, register
 from test_http_api import assert_problem, created
 from test_tenants import create, key_for
@@ -108,7 +109,7 @@ def test_operators_see_all(service: Service, start_peer: Any, monkeypatch: pytes
     monkeypatch.setenv("AGENTSTATE_DATABASE_URL", service.app.state.service.settings.sqlalchemy_url)
     said = CliRunner().invoke(app, ["engines", "decisions", "--json"])
     assert said.exit_code == 0, said.output
-    rows = json.loads(said.output)
+    rows = checked("engines decisions", json.loads(said.output))
     assert [(row["tenant"], row["name"], row["outcome"]) for row in rows] == [
         ("mine", "of-mine", "begun"),
         ("theirs", "of-theirs", "left"),

@@ -9,12 +9,12 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
-from engines import completion
+from engines import Asked, completion
 from gateways import Gateway
 from stage import PATIENCE_S, Peer, Service, register, serving, stored
 from test_http_api import assert_problem, created, proof, resumed
 
-from agentstate.fleet import manifests, notices
+from agentstate.fleet import engines, manifests, notices, pins
 from agentstate.fleet.manifests import Manifest
 from agentstate.lookahead.durations import PERSON, Durations
 from agentstate.lookahead.forecast import Forecast
@@ -387,6 +387,34 @@ def test_hints_of_a_request_are_told_and_answered(make_gateway: Callable[..., Ga
     assert len(odd.headers["x-agentstate-kv-hints"]) < 100
     assert told(gateway.service, gateway.peer)[-1]["verb"] == "release"
     assert "x-agentstate-kv-hints" not in gateway.chat({"role": "user", "content": "hello"}).headers
+
+
+@pytest.mark.parametrize(("seconds", "answer"), [(60, "accepted"), (1e6, "clipped")])
+def test_a_hint_pins_the_session_of_its_request(
+    make_gateway: Callable[..., Gateway], seconds: float, answer: str
+) -> None:
+    gateway = make_gateway(lambda asked: asked.whole(completion("hi")), pin_max_s=600.0)
+    said = hinted(gateway, [action("kv.pin", duration=seconds)])
+    assert said.headers["x-agentstate-kv-hints"] == f"a={answer}"
+    (asked,) = [request for request in gateway.peer.requests if request["verb"] == "pin"]
+    assert (asked["tier"], asked["ttl_ms"]) == ("device", min(seconds, 600) * 1000)
+    with gateway.service.database.read() as connection:
+        pinned = pins.of_engine(connection, gateway.engine.base_url, 0)
+    assert list(pinned) == [asked["session"]]
+
+
+def test_a_hint_pins_a_session_whose_engine_has_ended(make_gateway: Callable[..., Gateway]) -> None:
+    def engine_ends(asked: Asked) -> None:
+        with gateway.service.database.write() as connection:
+            for engine in engines.registered(connection):
+                engines.unregister(connection, engine.id)
+        asked.whole(completion("hi"))
+
+    gateway = make_gateway(engine_ends)
+    hinted(gateway, [action("kv.pin", duration=60)])
+    assert gateway.peer.requests == []
+    with gateway.service.database.read() as connection:
+        assert len(pins.of_engine(connection, gateway.engine.base_url, 0)) == 1
 
 
 def test_hints_of_a_request_without_a_session_are_ignored(make_gateway: Callable[..., Gateway]) -> None:

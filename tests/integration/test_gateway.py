@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -471,6 +473,36 @@ def test_a_session_of_another_model(make_gateway: Callable[..., Gateway]) -> Non
     assert gateway.engine.asked == []
 
 
+def test_what_an_adapter_says_is_a_session_of_its_own(make_gateway: Callable[..., Gateway]) -> None:
+    """One conversation goes on with one adapter; an engine that has not loaded it says so itself."""
+
+    def answer(asked: Asked) -> Any:
+        if asked.document["model"] == f"{MODEL}:gone":
+            return asked.whole({"message": "never been loaded: gone"}, status=400)
+        return asked.whole(completion("hi"))
+
+    gateway = make_gateway(answer)
+    said = [{"role": "user", "content": "hello"}]
+    sessions = {}
+    for model in (MODEL, f"{MODEL}:one", f"{MODEL}:two"):
+        first = gateway.post("/v1/chat/completions", {"model": model, "messages": said})
+        gateway.ended()
+        more = [*said, first.json()["choices"][0]["message"], {"role": "user", "content": "and then?"}]
+        then = gateway.post("/v1/chat/completions", {"model": model, "messages": more})
+        gateway.ended()
+        assert then.headers["x-agentstate-session"] == first.headers["x-agentstate-session"]
+        sessions[model] = first.headers["x-agentstate-session"]
+    assert len(set(sessions.values())) == 3
+    assert {session.id: session.model for session in gateway.sessions()} == {
+        session: model for model, session in sessions.items()
+    }
+    assert [asked.document["model"] for asked in gateway.engine.asked] == [
+        model for model in sessions for _ in range(2)
+    ]
+    refused = gateway.post("/v1/chat/completions", {"model": f"{MODEL}:gone", "messages": said})
+    assert (refused.status_code, "never been loaded: gone" in refused.text) == (400, True)
+
+
 CALL = {"id": "call_1", "type": "function", "function": {"name": "run", "arguments": '{"command": "ls -l /tmp"}'}}
 
 
@@ -642,3 +674,31 @@ def test_a_session_is_named_in_headers_as_it_was_answered(make_gateway: Callable
     assert gateway.chat(*HELLO["messages"], X_AgentState_Session=told).headers["x-agentstate-session"] == told
     gateway.ended()
     assert [session.id for session in gateway.sessions()] == [name]
+
+
+def test_of_an_ended_turn_nothing_is_left_but_that_its_session_waits(make_gateway: Callable[..., Gateway]) -> None:
+    gateway = make_gateway(lambda asked: asked.whole(completion("hi")))
+    state = gateway.service.app.state.service
+
+    def objects(conversations: Iterable[int]) -> Counter[str]:
+        """How many there are of the service's own types once so many more conversations have had two turns."""
+        for number in conversations:
+            said: list[dict[str, Any]] = [{"role": "system", "content": f"number {number}"}]
+            for turn in ("one", "two"):
+                said.append({"role": "user", "content": turn})
+                gateway.chat(*said)
+                gateway.ended()
+                said.append({"role": "assistant", "content": "hi"})
+        state.waits.settle()
+        while state.operations.telling():
+            threading.Event().wait(0.005)
+        gc.collect()
+        types = [type(one) for one in gc.get_objects()]
+        own = [one.__name__ for one in types if str(one.__module__).partition(".")[0] in ("agentstate", "api")]
+        return Counter(own)
+
+    objects(range(10))
+    more = objects(range(10, 20))
+    grown = objects(range(20, 30))
+    grown.subtract(more)
+    assert {name: number for name, number in grown.items() if number >= 5} == {"_Session": 10, "_Waiting": 10}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,8 @@ from agentstate.fleet import manifests
 from agentstate.fleet.manifests import Manifest
 from agentstate.sessions.rows import Rows
 from agentstate.sessions.verbs import Sessions
-from api.gateway import relay
+from api import heads
+from api.gateway import documents, relay, upstream
 from api.gateway.fleet import Fleet
 
 
@@ -229,6 +231,21 @@ def test_a_conversation_that_outgrew_a_body_is_not_read(make_gateway: Callable[.
     assert gateway.post(path, {"items": [item]}).status_code == 200  # it is not locked
 
 
+def test_a_small_body_that_refers_to_much_is_refused(make_gateway: Callable[..., Gateway]) -> None:
+    gateway = make_gateway(responds([said("hi")], [said("ho")]), gateway_body_bytes=20_000)
+    item = {"type": "message", "role": "user", "content": "x" * 11_000, "id": "msg_1"}
+    assert gateway.post("/v1/conversations", {"items": [item]}).status_code == 200
+    for times, status, code in ((1, 200, None), (2, 413, "context_too_large"), (600, 413, "context_too_large")):
+        body = {"model": MODEL, "input": [{"id": "msg_1"}] * times, "store": False}
+        answer = gateway.post("/v1/responses", body)
+        assert (answer.status_code, (answer.json().get("error") or {}).get("code")) == (status, code), times
+        gateway.ended()
+    many = {"model": MODEL, "input": [{"id": f"msg_{number}"} for number in range(600)], "store": False}
+    refused = gateway.post("/v1/responses", many)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "too_many_items")
+    assert len(gateway.engine.asked) == 1
+
+
 def test_a_session_that_goes_while_it_is_waited_for_is_made_anew(
     make_gateway: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,3 +283,96 @@ def test_headers_beyond_ascii_go_on_as_they_are(make_gateway: Callable[..., Gate
     gateway = make_gateway(says_hi)
     gateway.service.http.post("/v1/chat/completions", json=HELLO, headers=[(b"x-title", "北京".encode())])
     assert gateway.engine.asked[0].headers["x-title"].encode("latin-1") == "北京".encode()
+
+
+def test_a_body_of_too_many_values_is_refused_before_any_is_read(
+    make_gateway: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = make_gateway(says_hi)
+    headers = {"content-type": "application/json"}
+    raw = json.dumps({**HELLO, "metadata": 0}).replace('"metadata": 0', f'"metadata": [{"[],{}," * 600_000}0]')
+
+    def loads(data: bytes) -> Any:
+        assert data != raw.encode()
+        return json.loads(data)
+
+    monkeypatch.setattr(documents, "loads", loads)
+    for path in ("/v1/chat/completions", "/v1/embeddings", "/v1/conversations"):
+        refused = gateway.service.http.post(path, content=raw, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large"), path
+    assert gateway.engine.asked == []
+    text = {"role": "user", "content": '[],{},\\"' * 400_000}  # a text is one value, whatever it says
+    assert gateway.chat(text).status_code == 200
+    assert gateway.engine.asked[-1].document["messages"] == [text]
+    gateway.ended()
+
+
+def test_a_whole_answer_of_any_length_is_not_held(
+    make_gateway: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nobody reads here is passed on as it comes; what has to be read is given up."""
+    monkeypatch.setattr(upstream.Answer.body, "__defaults__", (10_000,))
+    sent = threading.Event()
+
+    def script(asked: Asked) -> None:
+        if asked.path != "/v1/embeddings":
+            asked.whole(completion("x" * 20_000))
+            return
+        asked._socket.sendall(
+            b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 20002\r\n\r\n"' + b"x" * 15_000
+        )
+        sent.wait(PATIENCE_S)
+        asked._socket.sendall(b"x" * 5_000 + b'"')
+
+    gateway = make_gateway(script)
+    with gateway.service.http.stream("POST", "/v1/embeddings", json={"model": MODEL, "input": "a"}) as answer:
+        pieces = answer.iter_raw()
+        first = next(pieces)  # the engine has not sent all of it
+        sent.set()
+        assert answer.headers["content-length"] == "20002"
+        assert first + b"".join(pieces) == b'"' + b"x" * 20_000 + b'"'
+    refused = gateway.chat({"role": "user", "content": "hello"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (502, "answer_too_large")
+    gateway.ended()
+    assert [session.status for session in gateway.sessions()] == ["suspended"]
+
+
+@pytest.mark.parametrize("length", [b"content-length: 1000", b"transfer-encoding: chunked"])
+def test_an_answer_that_breaks_off_while_it_is_passed_on_is_not_whole(
+    make_gateway: Callable[..., Gateway], length: bytes
+) -> None:
+    def script(asked: Asked) -> None:
+        asked._socket.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n" + length + b"\r\n\r\n")
+        asked._socket.sendall(b'5\r\n"half\r\n' if b"chunked" in length else b'"half')
+        asked.cut()
+
+    gateway = make_gateway(script)
+    with pytest.raises(httpx.RemoteProtocolError):
+        gateway.post("/v1/embeddings", {"model": MODEL, "input": "a"})
+
+
+def test_headers_have_a_limit_before_anybody_shows_a_key(make_gateway: Callable[..., Gateway]) -> None:
+    gateway = make_gateway(says_hi)
+    key = gateway.key("acme")
+    large = {"X-Large": "x" * heads.MAX_HEAD_BYTES}
+    for path in ("/v1/chat/completions", "/v1/sessions", "/healthz"):
+        refused = gateway.service.http.post(path, json=HELLO, headers=large)
+        assert refused.status_code == 431, path
+    fits = {"X-Large": "x" * (heads.MAX_HEAD_BYTES - 2000), "Authorization": f"Bearer {key}"}
+    assert gateway.service.http.post("/v1/chat/completions", json=HELLO, headers=fits).status_code == 200
+    gateway.ended()
+
+
+def test_headers_without_end_fill_no_memory(make_gateway: Callable[..., Gateway]) -> None:
+    """Neither one that does not end, nor many."""
+    gateway = make_gateway(says_hi)
+    url = httpx.URL(gateway.service.base_url)
+    for part in (b"x" * 1000, b"x-large: x\r\n" * 100):
+        with socket.create_connection((url.host, url.port), timeout=PATIENCE_S) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nx-large: ")
+            for _ in range(2 * heads.MAX_HEAD_BYTES // 1000):
+                client.sendall(part)
+            with client.makefile("rb") as answer:
+                assert answer.readline() == b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+                assert answer.read().endswith(b"bytes.")  # and the connection is closed
+    assert gateway.engine.asked == []

@@ -462,6 +462,38 @@ def test_the_end_of_a_stream_waits_until_the_response_is_kept(connect: Callable[
                 assert session.status == "suspended"
 
 
+def test_items_that_are_kept_may_be_referred_to(connect: Callable[..., Client]) -> None:
+    """With the type and without, in the session that they were said in, and in others."""
+    answer, call = said("hi", "msg_1"), called("look", "{}", "call_1", "fc_1")
+    client = connect(responds([answer, call], [said("ho", "msg_2")], [said("hu", "msg_3")]))
+    client.create(input="hello")
+    one = client.session
+    client.create(input=[user("hello"), {"id": "msg_1"}, {"type": "item_reference", "id": "fc_1"}, OUTPUT])
+    assert client.given() == [user("hello"), answer, call, OUTPUT]
+    assert client.session == one
+    client.create(input=[user("else"), {"type": "item_reference", "id": "msg_2"}, user("on")])
+    assert client.given() == [user("else"), said("ho", "msg_2"), user("on")]
+    assert client.session != one
+
+
+def test_an_item_that_is_not_kept_cannot_be_referred_to(connect: Callable[..., Client]) -> None:
+    """Because nobody kept it, because it is gone, or because it is another tenant's."""
+    client = connect(responds(*([said("hi", f"msg_{number}")] for number in range(9))))
+    client.create(input="hello", store=False)
+    conversation = client.api.conversations.create().id
+    client.create(input="hello", conversation=conversation)
+    client.api.conversations.items.delete("msg_1", conversation_id=conversation)
+    keys = {tenant: client.gateway.key(tenant) for tenant in ("acme", "other")}
+    client_of(client.gateway, keys["acme"]).responses.create(model=MODEL, input="hello")
+    client.gateway.ended()
+    other = client_of(client.gateway, keys["other"])
+    for item in ("msg_0", "msg_1", "msg_2", "?"):
+        with pytest.raises(openai.BadRequestError) as refused:
+            other.responses.create(model=MODEL, input=[user("on"), {"type": "item_reference", "id": item}])
+        assert code_of(refused) == (400, "item_not_found", "input")
+    assert len(client.gateway.engine.asked) == 3
+
+
 def test_a_response_that_is_not_kept_fails(connect: Callable[..., Client], monkeypatch: pytest.MonkeyPatch) -> None:
     client = connect(responds([said("hi")], [said("hi")], [said("hi")]))
 

@@ -297,6 +297,82 @@ def test_any_gateway_serves_any_session(
     assert len({first.turn(asked) for asked in first.engine.asked}) == 1
 
 
+@pytest.mark.parametrize("harness", [{}, {"X_Session_Id": "s1"}])
+def test_a_guessed_session_whose_turn_another_gateway_is_ending_is_waited_for(
+    tmp_path: Path,
+    database_url: str,
+    make_gateway: Callable[..., Gateway],
+    monkeypatch: pytest.MonkeyPatch,
+    harness: dict[str, str],
+) -> None:
+    first = make_gateway(says_hi)
+    hold, may_end = threading.Event(), threading.Event()
+    begin, end = Sessions.begin, Sessions.end
+
+    def begun(*args: Any, **options: Any) -> Any:
+        found = begin(*args, **options)
+        may_end.set()  # the second gateway has met the first one's lease
+        return found
+
+    def ended(*args: Any, **options: Any) -> Any:
+        if hold.is_set():
+            may_end.wait(PATIENCE_S)
+        return end(*args, **options)
+
+    monkeypatch.setattr(turns, "ENDING_S", PATIENCE_S)
+    with serving(Settings(home=tmp_path, database_url=database_url, engine_timeout_s=3600)) as service:
+        second = Gateway(service, first.engine, first.peer)
+        said: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
+        on = [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "on"}]
+        answers = [first.chat(*said, **harness)]
+        first.ended()
+        monkeypatch.setattr(Sessions, "end", ended)
+        hold.set()
+        answers.append(first.chat(*said, *on, **harness))
+        monkeypatch.setattr(Sessions, "begin", begun)
+        answers.append(second.chat(*said, *on, *on, **harness))
+        first.ended()
+        second.ended()
+    assert len({answer.headers["x-agentstate-session"] for answer in answers}) == 1
+    assert len({first.turn(asked) for asked in first.engine.asked}) == 1
+
+
+@pytest.mark.parametrize("harness", [{}, {"X_Session_Id": "s1"}])
+def test_a_request_beside_the_turn_of_another_gateway_waits_for_nothing(
+    tmp_path: Path,
+    database_url: str,
+    make_gateway: Callable[..., Gateway],
+    monkeypatch: pytest.MonkeyPatch,
+    harness: dict[str, str],
+) -> None:
+    """A retry, or one of several samples."""
+    going, go_on = threading.Event(), threading.Event()
+
+    def script(asked: Asked) -> None:
+        if len(first.engine.asked) == 2:
+            going.set()
+            go_on.wait()
+        says_hi(asked)
+
+    first = make_gateway(script)
+    monkeypatch.setattr(turns, "ENDING_S", 10 * PATIENCE_S)  # longer than the client's patience
+    with serving(Settings(home=tmp_path, database_url=database_url, engine_timeout_s=3600)) as service:
+        second = Gateway(service, first.engine, first.peer)
+        said: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
+        one = first.chat(*said, **harness).headers["x-agentstate-session"]
+        first.ended()
+        said += [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "on"}]
+        running = threading.Thread(target=lambda: first.chat(*said, **harness))
+        running.start()
+        going.wait()
+        beside = second.chat(*said, **harness)
+        go_on.set()
+        running.join()
+        first.ended()
+        second.ended()
+    assert (beside.status_code, beside.headers["x-agentstate-session"] != one) == (200, True)
+
+
 def test_a_named_session_whose_turn_another_gateway_is_ending_is_waited_for(
     tmp_path: Path,
     database_url: str,

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
-from stage import MODEL, Service, register, serving
+from stage import MODEL, NOTHING, Service, register, serving
 
 from agentstate.fleet import manifests, turns
 from agentstate.fleet.manifests import Manifest
@@ -82,6 +82,7 @@ def test_a_turn(service: Service) -> None:
         "valid": False,
         "invalid_reason": "no live engine serves 'm'",
         "upper_bound": False,
+        "durable_on": None,
         "prefetch": None,
     }
 
@@ -117,7 +118,7 @@ def test_a_turn(service: Service) -> None:
         "head_id": entries["last_id"],
         "pending_tool_calls": ["call_1"],
         "operation": None,
-        "kv": {"state": "unknown", "tokens": 0, "pages": 0, "bytes": 0},
+        "kv": NOTHING,
     }
     again = service.http.post("/v1/sessions/my-agent/resume")
     assert again.status_code == 200, "a body is not needed"
@@ -138,6 +139,21 @@ def test_resume_gives_an_openai_client_what_it_needs(service: Service) -> None:
     assert proven(service, sent["session_id"]) == Turn(session_id, 1, "tenant default")
     assert (turn["kv"]["state"], turn["kv"]["tokens"], turn["kv"]["valid"]) == ("durable", 128, True)
     assert (turn["kv"]["invalid_reason"], turn["kv"]["upper_bound"]) == (None, False)
+    assert turn["kv"]["durable_on"] == "node"
+
+
+def test_a_session_whose_node_is_gone_is_restored_from_the_shared_store(service: Service) -> None:
+    register(service.database, "tcp://127.0.0.1:1", node="n2", shared_store="s3://bucket/agents")
+    session_id = created(service)["id"]
+    with service.database.write() as connection:
+        manifests.save(
+            connection, Manifest(session_id, "f1", 0, "n1", "eng_1", 64, 128, b"k" * 64, 1000, shared_tokens=128)
+        )
+    turn = resumed(service, session_id)
+    assert (turn["kv"]["state"], turn["kv"]["tokens"], turn["kv"]["valid"]) == ("durable", 128, True)
+    assert turn["kv"]["durable_on"] == "shared"
+    (engine,) = service.http.get("/v1/engines").json()["data"]
+    assert engine["shared_store"] == "s3://bucket/agents"
 
 
 def proven(service: Service, sent: str) -> Turn | None:
@@ -419,6 +435,7 @@ def test_the_documentation_has_every_route_and_an_example_of_every_body(service:
         "/v1/sessions/{session_id}/activity",
         "/v1/sessions/{session_id}/kv",
         "/v1/sessions/{session_id}/kv/pin",
+        "/v1/sessions/{session_id}/kv/demote",
         "/v1/sessions/{session_id}/tool-calls/{call_id}",
         "/v1/sessions/{session_id}/tool-calls/{call_id}/result",
         "/v1/sessions/{session_id}/events",

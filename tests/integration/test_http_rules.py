@@ -48,6 +48,7 @@ def test_head_of_a_session_tells_its_etag_and_that_of_a_stream_ends(service: Ser
     stream = service.http.head(session.headers["location"] + "/events")
     assert (stream.status_code, stream.content) == (200, b"")
     assert stream.headers["content-type"].startswith("text/event-stream")
+    assert stream.headers["x-accel-buffering"] == "no"
     assert service.http.get(session.headers["location"]).status_code == 200
 
 

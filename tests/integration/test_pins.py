@@ -37,7 +37,7 @@ def pin(service: Service, session: str, **body: Any) -> httpx.Response:
 def pinned(service: Service) -> dict[str, tuple[str, float]]:
     """What an engine reads."""
     with service.database.read() as connection:
-        return pins.of_engine(connection, URL)
+        return pins.of_engine(connection, URL, 0)
 
 
 def session_on_engine(service: Service) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from documented import checked
 from stage import Answers, Service, register
 from test_http_api import assert_problem, created
 from typer.testing import CliRunner
 
 from agentstate.cli.main import app
+from agentstate.fleet import manifests
+from agentstate.fleet.manifests import Manifest
 
 TIERS = {
     "device": {"tokens": 0, "bytes": 0},
@@ -94,6 +98,26 @@ def test_without_an_engine_nothing_is_known(service: Service) -> None:
     assert (found["engine"], found["tiers"], found["next"]) == (None, {}, "no live engine has served it")
 
 
+@pytest.mark.parametrize(("shared_tokens", "on"), [(64, "node"), (128, "shared")])
+def test_where_it_is_durable_is_told_with_an_engine_and_without(
+    service: Service, start_peer: Any, shared_tokens: int, on: str
+) -> None:
+    session_id = created(service)["id"]
+    with service.database.write() as connection:
+        manifests.save(
+            connection,
+            Manifest(session_id, "f1", 0, "n1", "eng_1", 64, 128, b"k" * 64, 1000, shared_tokens=shared_tokens),
+        )
+    found = service.http.get(f"/v1/sessions/{session_id}/kv").json()
+    assert (found["engine"], found["durable_on"]) == (None, on)
+    register(service.database, start_peer(lambda request: {"ok": False, "error": "busy"}).address)
+    assert service.http.get(f"/v1/sessions/{session_id}/kv").json()["durable_on"] == on
+    register(service.database, start_peer(lambda request: {"ok": True, **SAID}).address)
+    assert service.http.get(f"/v1/sessions/{session_id}/kv").json()["durable_on"] == on
+    shown = CliRunner().invoke(app, ["sessions", "kv", session_id, "--url", service.base_url]).stdout
+    assert {"node": "durable on the drive of its node", "shared": "durable in the shared store"}[on] in shown
+
+
 def test_of_a_session_that_nobody_has_there_is_nothing_to_tell(service: Service) -> None:
     assert_problem(service.http.get("/v1/sessions/ses_none/kv"), 404, "session-not-found")
 
@@ -113,7 +137,7 @@ def test_the_command_line_shows_it(service: Service, start_peer: Any) -> None:
     ):
         assert part in shown.output
     as_json = CliRunner().invoke(app, ["sessions", "kv", session_id, "--url", service.base_url, "--json"])
-    assert '"place": 2' in as_json.output
+    assert checked("sessions kv", json.loads(as_json.output))["place"] == 2
 
 
 def test_whom_it_is_charged_to_what_was_left_and_until_when_it_is_pinned_are_told(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 import sqlalchemy as sa
-from stage import PATIENCE_S, Answers, Service, register, stored
+from stage import NOTHING, PATIENCE_S, Answers, Service, register, stored
 from test_http_api import assert_problem, created, proof, resumed
 
 from agentstate.fleet import manifests, operations
@@ -51,6 +52,23 @@ def test_pages_that_are_there_are_told_at_once(service: Service, start_peer: Any
         "tier": "device",
         "keys": b"k" * 64,
     }
+
+
+def test_pages_in_the_shared_store_are_brought_to_another_node(service: Service, start_peer: Any) -> None:
+    peer = start_peer(lambda request: stored("warm"))
+    register(service.database, peer.address, node="n2", shared_store="s3://bucket/agents")
+    session_id: str = created(service)["id"]
+    found = Manifest(session_id, "f1", 0, "n1", "eng_1", 64, 128, b"k" * 32 + b"l" * 32, 1000)
+    for shared_tokens, keys in ((64, b"k" * 32), (128, found.keys)):
+        with service.database.write() as connection:
+            manifests.save(connection, replace(found, shared_tokens=shared_tokens))
+        assert prefetch(service, session_id).status_code == 200
+        assert peer.requests[-1]["keys"] == keys
+    # Where its own node has as much, that is what is meant: it lies nearer.
+    with service.database.write() as connection:
+        manifests.save(connection, replace(found, node="n2", keys=b"m" * 64))
+    assert prefetch(service, session_id).status_code == 200
+    assert peer.requests[-1]["keys"] == b"m" * 64
 
 
 def test_pages_that_come_are_followed(service: Service, start_peer: Any) -> None:
@@ -170,7 +188,7 @@ def test_what_is_released_is_neither_waited_for_nor_kept(service: Service, start
     session_id = with_pages(service)
     body = {"lease": proof(resumed(service, session_id)), "reason": "done", "kv": "release"}
     suspended = service.http.post(f"/v1/sessions/{session_id}/suspend", json=body).json()
-    assert suspended["kv"] == {"state": "lost", "tokens": 0, "pages": 0, "bytes": 0}
+    assert suspended["kv"] == {**NOTHING, "state": "lost"}
     operation = service.client.wait_operation(suspended["operation"], timeout_s=WAIT_S)
     assert operation.state == "done"
     assert [request["verb"] for request in peer.requests] == ["demote"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ from agentstate.errors import DatabaseUnreachable, ServiceUnreachable, SettingsE
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from agentstate.sql.models import OperationState
+from api import server
 from api.server import run
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +106,21 @@ def test_an_operation_of_a_killed_service_has_failed_when_it_is_back(tmp_path: P
         assert operation.result is not None
         assert "the service ended" in operation.result["error"]
         assert client.resume(session.id).lease.epoch == turn.lease.epoch + 1
+
+
+def test_a_full_collection_passes_over_what_a_service_is_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the garbage collector looks through all objects, no request goes on."""
+    left: list[int] = []
+    monkeypatch.setattr(server.Server, "run", lambda *_, **__: left.append(len(gc.get_objects())))
+    before = len(gc.get_objects())
+    monkeypatch.setattr(server, "configure_logging", lambda settings: None)
+    try:
+        run(Settings(home=tmp_path / "home", port=0))
+    finally:
+        gc.unfreeze()
+    assert left[0] < before / 10
 
 
 def test_a_port_in_use_is_named_with_what_to_do(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Full attention, a sliding window and a recurrent state together, as the linker drives them, beside a late forward."""
+"""Full attention with what a draft keeps beside it, a sliding window and a recurrent state together, as the linker
+drives them, beside a late forward."""
 
 from __future__ import annotations
 
@@ -24,11 +25,15 @@ POOLS = {
     PoolName.KV: ((1, 3, 5), (2, 10), PAGE_SIZE, 2),
     PoolName.SWA: ((0, 2, 4), (2, 10), PAGE_SIZE, 1),
     PoolName.MAMBA: ((6, 7, 8), (3, 5), 1, 1),
+    # A draft begins after the forward: its pages are waited for with the last layer of full attention.
+    PoolName.DRAFT: ((5,), (2, 10), PAGE_SIZE, 2),
 }
+FOLLOWS = {PoolName.DRAFT: PoolName.KV}
+PRELOADED = [PoolName.KV, PoolName.DRAFT]
 NODE = ["a", "b", "c"]
 # Which pages of the node each pool has, and where; and where they are restored to.
-FROM = {PoolName.KV: [2, 9, 4], PoolName.SWA: [6, 3], PoolName.MAMBA: [5]}
-TO = {PoolName.KV: [20, 11, 15], PoolName.SWA: [8, 1], PoolName.MAMBA: [7]}
+FROM = {PoolName.KV: [2, 9, 4], PoolName.SWA: [6, 3], PoolName.MAMBA: [5], PoolName.DRAFT: [2, 9, 4]}
+TO = {PoolName.KV: [20, 11, 15], PoolName.SWA: [8, 1], PoolName.MAMBA: [7], PoolName.DRAFT: [20, 11, 15]}
 
 
 class Stage:
@@ -48,8 +53,8 @@ class Stage:
 
     def open(self) -> StoredPools:
         pools = [
-            DevicePool(name, self.tensors[name], rows, layers, ("float32",), window)
-            for (name, (layers, _, rows, _)), window in zip(POOLS.items(), (None, WINDOW, 1), strict=True)
+            DevicePool(name, self.tensors[name], rows, layers, ("float32",), window, follows=FOLLOWS.get(name))
+            for (name, (layers, _, rows, _)), window in zip(POOLS.items(), (None, WINDOW, 1, None), strict=True)
         ]
         settings = Settings(staging_bytes=1 << 20, spill_staging_bytes=1 << 20, read_threads=1)
         return StoredPools(pools, self._open_store, settings)
@@ -116,9 +121,12 @@ def pools(stage: Stage) -> Iterator[StoredPools]:
 
 
 def transfers(places: dict[PoolName, list[int]]) -> list[PoolTransfer]:
-    """As SGLang gives them: its slots are on the device; what has left the window has those of the empty first page."""
+    """As SGLang gives them: its slots are on the device; what has left the window has those of the empty first page. It
+    gives none for what follows another pool."""
     made = []
     for name, pages in places.items():
+        if name in FOLLOWS:
+            continue
         size = POOLS[name][2]
         names = NODE[-len(pages) :]
         slots = torch.cat([torch.arange(page * size, (page + 1) * size) for page in pages])
@@ -155,24 +163,24 @@ def test_what_is_preloaded_is_there_when_it_has_landed(stage: Stage, pools: Stor
     """A session is brought to the device, into slots that were another's, beside a request that is restored."""
     written = stage.compute(FROM, seed=1)
     assert offer(pools, FROM, lambda: written)
-    right = stage.written(PoolName.KV, FROM[PoolName.KV])
+    right = {name: stage.written(name, FROM[name]) for name in PRELOADED}
     ahead_pages = [22, 12, 18]
-    before = stage.compute({**TO, PoolName.KV: [*TO[PoolName.KV], *ahead_pages]}, seed=2)
+    before = stage.compute({**TO, **{name: [*TO[name], *ahead_pages] for name in PRELOADED}}, seed=2)
     slots = torch.cat([torch.arange(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in ahead_pages]).to("cuda")
     ahead = pools.preload("a prefetch", keys(*NODE), slots, before)
     assert pools.finish(ahead).failed == set()
     assert pools.landed(ahead)
-    assert stage.written(PoolName.KV, ahead_pages) == right
+    assert {name: stage.written(name, ahead_pages) for name in PRELOADED} == right
 
 
 def test_preloads_of_every_urgency_are_there_when_they_have_landed(stage: Stage, pools: StoredPools) -> None:
     """They run at once, and share a lane."""
     written = stage.compute(FROM, seed=1)
     assert offer(pools, FROM, lambda: written)
-    right = stage.written(PoolName.KV, FROM[PoolName.KV])
+    right = {name: stage.written(name, FROM[name]) for name in PRELOADED}
     ahead_pages = {DEMAND: [22, 12, 18], Need(Urgency.DUE, 1.0): [14, 20, 16], PLANNED: [8, 23, 11]}
     flat = [page for pages in ahead_pages.values() for page in pages]
-    before = stage.compute({**TO, PoolName.KV: flat}, seed=2)
+    before = stage.compute({**TO, **dict.fromkeys(PRELOADED, flat)}, seed=2)
     begun = {}
     for need, pages in ahead_pages.items():
         slots = torch.cat([torch.arange(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in pages]).to("cuda")
@@ -180,7 +188,7 @@ def test_preloads_of_every_urgency_are_there_when_they_have_landed(stage: Stage,
     pools.hasten(begun[PLANNED], DEMAND)
     for need, ahead in begun.items():
         assert pools.finish(ahead).failed == set()
-        assert stage.written(PoolName.KV, ahead_pages[need]) == right
+        assert {name: stage.written(name, ahead_pages[need]) for name in PRELOADED} == right
 
 
 def test_an_aborted_request_is_aborted_in_all_pools(stage: Stage, pools: StoredPools) -> None:

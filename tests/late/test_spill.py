@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from contents import keys
 
+from agentstate.pages.directory import Told
+from engine_patch import versions
+from engine_patch.following import FollowingSpiller
 from engine_patch.spill import Spiller
 from late.device import LateDevice
 from late.rank import PAGES, Forward, Rank
@@ -112,6 +118,43 @@ def test_an_offer_that_is_abandoned_is_not_stored_with_what_its_pages_become(
         assert not rank.all_stored(name) or rank.stored(name) == [rank.expected(name)]
     assert rank.all_stored(pages[9]) and not rank.all_stored(pages[6])
     spiller.close()
+
+
+def test_what_a_forward_still_writes_is_stored_with_the_events_of_an_older_sglang(
+    rank: Rank, forward: Forward, spiller: Spiller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_device_module", lambda device=None: forward.module)
+    linker = versions.linker_base(object)()
+    linker.forward_stream = forward.stream
+    pages = {number: f"computed {number}" for number in (9, 1, 6)}
+    forward.write(pages)
+    offer(spiller, pages, *linker.record_offload_ready())
+    spiller.drain()
+    assert rank.stored(*pages.values()) == [rank.expected(name) for name in pages.values()]
+
+
+def test_a_rank_that_stores_nothing_compares_what_the_forward_wrote(
+    rank: Rank, forward: Forward, spiller: Spiller, tmp_path: Path
+) -> None:
+    pages = {number: f"computed {number}" for number in (9, 1, 6)}
+    offer(spiller, pages, forward.write(pages))
+    spiller.drain()
+    forward.write(dict.fromkeys(pages, "of another request"))
+    forward.finish()
+    view: Any = SimpleNamespace(
+        told=lambda: Told(True, 1), stored=rank.store.stored, pin=rank.store.pin, look_again=list, directory=tmp_path
+    )
+    following = FollowingSpiller(view, rank.pages, "uint8")
+    following.offer(keys(*pages.values()), torch.tensor(list(pages)), (forward.write(pages),))
+    # Its result is in when nothing reads its pages any more.
+    while not following.answered():
+        pass
+    forward.write(dict.fromkeys(pages, "of another request"))
+    forward.finish()
+    following.drain()
+    assert list(following.results) == [True]
+    assert following._compared == 3 and not following.unlike
+    following.close()
 
 
 def test_no_copy_goes_through_pageable_memory(

@@ -30,6 +30,8 @@ NOT_OF_A_DEVICE = {
     "_linker": "is asked what became of a batch",
     "cache_linker": "is asked what became of a batch",
     "AgentStateLinker": "is asked what became of a batch",
+    "futures": "are of a shared store's answers",
+    "page": "is part of a listing",
 }
 
 # By the name of the wait (`Wait.name`), the tests below tests/ each of which fails without it, under the policy `late`.
@@ -42,6 +44,12 @@ NOTICED_BY = {
     ),
     "agentstate/pages/reading.py Stream._let_go: reading.result().keep_until": (
         "late/test_staging.py::test_the_memory_of_a_stream_that_is_closed_is_kept_until_its_copies_are_over",
+    ),
+    "engine_patch/following.py FollowingSpiller._compare: self._pages.outbound.after": (
+        "late/test_spill.py::test_a_rank_that_stores_nothing_compares_what_the_forward_wrote",
+    ),
+    "engine_patch/following.py FollowingSpiller._compare: self._pages.outbound.finish": (
+        "late/test_spill.py::test_a_rank_that_stores_nothing_compares_what_the_forward_wrote",
     ),
     "engine_patch/host_reading.py HostStream.layer: chunk.keep_until": (
         "late/test_host_tier.py::test_memory_is_not_another_runs_before_it_is_copied_from",
@@ -104,6 +112,9 @@ NOTICED_BY = {
     ),
     "engine_patch/transfer.py PageNumbers._found: self._lane.after": (
         "late/test_pools.py::test_what_is_preloaded_is_there_when_it_has_landed",
+    ),
+    "engine_patch/versions.py linker_base.Linker.record_offload_ready: event.record": (
+        "late/test_spill.py::test_what_a_forward_still_writes_is_stored_with_the_events_of_an_older_sglang",
     ),
 }
 

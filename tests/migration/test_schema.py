@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,17 @@ from alembic.script import ScriptDirectory
 import migrations
 from agentstate.adapters.tables import metadata
 from agentstate.errors import NotABranchPoint, SchemaNewer, SchemaOutdated
-from agentstate.fleet import erasures, manifests
+from agentstate.fleet import engines, erasures, manifests
+from agentstate.fleet.engines import Engine
 from agentstate.fleet.erasures import StoreName
 from agentstate.fleet.manifests import Manifest
+from agentstate.sessions import tenants
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from api.server import migrate, run
+
+ENGINE = Engine("eng_1", "n", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f", "/pages")
 
 
 @pytest.fixture
@@ -79,11 +84,34 @@ def test_manifests_survive_the_new_order(empty: Database) -> None:
     manifest = Manifest("s", "f", 0, "n", "e", 64, 128, b"k" * 64, 1000, lost_tokens=64)
     with empty.write() as connection:
         manifests.save(connection, manifest)
-    for earlier in ("0004", "0008"):
+    for earlier in ("0004", "0008", "0014"):
         downgrade(empty, earlier)
         empty.upgrade()
         with empty.read() as connection:
             assert manifests.load(connection, "s", "f", 0, "n") == manifest
+
+
+def test_a_manifest_of_before_says_that_nothing_is_shared(empty: Database) -> None:
+    empty.upgrade()
+    with empty.write() as connection:
+        manifests.save(connection, Manifest("s", "f", 0, "n", "e", 64, 128, b"k" * 64, 1000, shared_tokens=128))
+        engines.register(connection, replace(ENGINE, shared_store="file:///share"))
+    downgrade(empty, "0014")
+    empty.upgrade()
+    with empty.read() as connection:
+        (found,), (engine,) = manifests.coverage(connection, ["s"]), engines.registered(connection)
+    assert (found.tokens, found.shared_tokens, engine.shared_store) == (128, 0, "")
+
+
+def test_an_engine_of_before_has_one_dp_rank(empty: Database) -> None:
+    empty.upgrade()
+    with empty.write() as connection:
+        engines.register(connection, replace(ENGINE, dp_rank=1, dp_size=2))
+    downgrade(empty, "0017")
+    empty.upgrade()
+    with empty.read() as connection:
+        (engine,) = engines.registered(connection)
+    assert (engine.dp_rank, engine.dp_size) == (0, 1)
 
 
 def test_manifests_that_are_there_get_their_heads(empty: Database) -> None:
@@ -223,6 +251,33 @@ def test_what_is_stored_survives_the_way_up_and_down(empty: Database) -> None:
         assert connection.execute(sa.text("SELECT count(*) FROM entries")).scalar() == 3
         assert connection.execute(sa.text("SELECT count(*) FROM tool_calls")).scalar() == 2
     assert fork.id != "s"
+
+
+def test_turns_that_have_ended_and_keys_that_are_there_keep_what_they_had(empty: Database) -> None:
+    upgrade_to(empty, "0017")
+    with empty.write() as connection:
+        for statement in (
+            "INSERT INTO sessions (id, tenant, name, model, metadata, status, next_seq, revision, created_us, "
+            "updated_us, deleted_us) VALUES ('turned', 'a', 'x', 'm', '{}', 'suspended', 1, 1, 1, 9, NULL), "
+            "('made', 'a', 'y', 'm', '{}', 'idle', 1, 1, 1, 8, NULL), "
+            "('gone', 'a', 'z', 'm', '{}', 'idle', 1, 1, 1, 7, 7)",
+            "INSERT INTO leases (session_id, epoch, expires_us, released_us) VALUES ('turned', 1, 0, 5)",
+            "INSERT INTO tenants (id, created_us) VALUES ('a', 1)",
+        ):
+            connection.execute(sa.text(statement))
+        insert = sa.text(
+            "INSERT INTO api_keys (id, tenant, note, secret_hash, created_us) VALUES ('k', 'a', '', :hash, 1)"
+        )
+        connection.execute(insert, {"hash": b"x"})
+    empty.upgrade()
+    with empty.read() as connection:
+        turns = connection.execute(sa.text("SELECT * FROM session_turns ORDER BY turned_us")).all()
+        assert [tuple(turn) for turn in turns] == [("turned", "a", 5), ("made", "a", 8)]
+        assert [(key.id, key.role) for key in tenants.list_keys(connection)] == [("k", tenants.Role.OPERATOR)]
+    downgrade(empty, "0017")
+    empty.upgrade()
+    with empty.read() as connection:
+        assert connection.execute(sa.text("SELECT count(*) FROM api_keys")).scalar() == 1
 
 
 def test_later_migrations_lock_no_big_table(postgresql: object) -> None:

@@ -25,6 +25,7 @@ def test_problem_types_are_pinned() -> None:
         "operation-not-found": 404,
         "engine-not-found": 404,
         "tool-call-not-found": 404,
+        "key-not-found": 404,
         "unauthenticated": 401,
         "session-exists": 409,
         "session-busy": 409,
@@ -36,6 +37,7 @@ def test_problem_types_are_pinned() -> None:
         "tool-call-reused": 409,
         "idempotency-key-in-use": 409,
         "host-refused": 403,
+        "not-allowed": 403,
         "session-expired": 410,
         "events-trimmed": 410,
         "revision-stale": 412,
@@ -68,6 +70,7 @@ def test_what_may_succeed_later_says_so() -> None:
         "TooManyOperations",
         "IdempotencyKeyInUse",
         "RateLimited",
+        "TierDeleting",
         "TierUnavailable",
     }
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from agentstate import settings as settings_module
 from agentstate.errors import SettingsError
 from agentstate.settings import Settings
 
@@ -48,6 +49,24 @@ def test_all_wrong_variables_are_named_and_no_value_is_shown(monkeypatch: pytest
     assert "AGENTSTATE_PORT" in str(error.value)
     assert "AGENTSTATE_LEASE_TTL_S" in str(error.value)
     assert "hunter2" not in str(error.value)
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_port(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A Service named agentstate; and of what else it sets nothing is a setting."""
+    given = {"PORT": "tcp://10.0.0.1:8700", "PORT_8700_TCP": "tcp://10.0.0.1:8700", "PORT_8700_TCP_PORT": "8700"}
+    given |= {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "8700", "SERVICE_PORT_HTTP": "8700"}
+    for name, value in {**given, "PORT_8700_TCP_ADDR": "10.0.0.1", "PORT_8700_TCP_PROTO": "tcp"}.items():
+        monkeypatch.setenv(f"AGENTSTATE_{name}", value)
+    settings_module._say_once.cache_clear()
+    assert Settings().port == Settings().port == 8700
+    (line,) = caplog.messages
+    assert "enableServiceLinks: false" in line and "tcp://10.0.0.1:8700" in line
+    assert Settings(port=9000).port == 9000
+    monkeypatch.setenv("AGENTSTATE_PORT", "http://10.0.0.1:8700")
+    with pytest.raises(SettingsError, match="AGENTSTATE_PORT"):
+        Settings()
 
 
 def test_a_read_backend_is_one_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:

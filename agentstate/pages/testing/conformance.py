@@ -206,6 +206,19 @@ class PageStoreTests:
         assert store.stats.pages_evicted_needed == 2
         store.close()
 
+    def test_what_is_released_and_then_needed_goes_in_its_turn(self, tmp_path: Path) -> None:
+        store = self.open(tmp_path, MLA)
+        for number in range(3):
+            write(store, keys(number))
+        store.release(keys(1, 2))
+        store.need(keys(1), "session")
+        store.quota = Quota(max_bytes=store.stats.bytes)
+        store.make_room(1)
+        assert store.stored(keys(0, 1, 2)) == [True, True, False]
+        store.make_room(store.stats.bytes)
+        assert store.stored(keys(0, 1, 2)) == [False, True, False]
+        store.close()
+
     def test_merging_keeps_what_is_retained_and_what_is_released(self, tmp_path: Path) -> None:
         store = self.open(tmp_path, MLA)
         for number in range(9):
@@ -219,8 +232,10 @@ class PageStoreTests:
         store.quota = Quota(max_bytes=store.stats.bytes)
         store.make_room(1)
         assert [number for number in range(9) if key(number) in store] == [0, 1, 2, 6, 7, 8]
-        store.make_room(store.draft_bytes(1) * 2 + store.draft_bytes(3))
-        assert [number for number in range(9) if key(number) in store] == [0, 1, 2, 8]
+        store.make_room(store.draft_bytes(1) * 3 + store.draft_bytes(3))
+        assert [number for number in range(9) if key(number) in store] == [0, 1, 2]
+        with pytest.raises(PageStoreFull):
+            store.make_room(store.quota.max_bytes)  # type: ignore[arg-type]
         store.close()
 
     def test_merging_changes_where_pages_lie_and_nothing_else(self, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Random histories of a page store against a model in plain Python.
 
-`PageStoreMachine` writes, pins, reads, merges, evicts, drops, crashes and opens again. `DamagedStoreMachine`
-adds what a disk and its administrator do: flipped bits, lost extents, an index older or newer than the extents.
+`PageStoreMachine` writes, pins, reads, merges, evicts, drops, crashes and opens again. `LinkedStoreMachine` adds a
+store beside it, with which it has files in common. `DamagedStoreMachine` adds what a disk and its administrator do:
+flipped bits, lost extents, an index older or newer than the extents.
 A store of another kind is tested by deriving from the first and overriding `open`.
 
 The model knows which pages must be found (``stored``), what must be read from them (``versions``), and of which nothing
@@ -26,6 +27,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from agentstate.errors import PageStoreFull
 from agentstate.pages import Geometry, PageStore, Pin, Quota, Segment, inventory, merge
+from agentstate.pages.extent import ExtentHeader
+from agentstate.pages.files import read_header
 from agentstate.pages.inventory import ExtentReport
 from agentstate.pages.space import UNLIMITED
 from agentstate.pages.testing.pages import MARK, content, drop, keys, read, reader_for, traces, write
@@ -360,6 +363,87 @@ class PageStoreMachine(RuleBasedStateMachine):
     @invariant()
     def no_extent_is_left_open(self) -> None:
         assert not [target for target in self.descriptors() if target.endswith((".ext", ".spare"))]
+
+
+class LinkedStoreMachine(PageStoreMachine):
+    """What holds while a store ``beside`` this one, with room for one extent, has some of its files in common with
+    it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = self.open_beside()
+        # The version of each page that the store beside may have.
+        self.theirs: dict[bytes, int] = {}
+
+    def open_beside(self) -> PageStore:
+        return self.open(self.root / "beside", Quota(12288))
+
+    def teardown(self) -> None:
+        self.beside.close()
+        super().teardown()
+
+    @rule(pages=_SOME, owner=st.sampled_from(OWNERS))
+    def write_beside(self, pages: list[bytes], owner: str) -> None:
+        version = next(self.numbers)
+        write(self.beside, pages, version, owner)
+        self.theirs |= dict.fromkeys(pages, version)
+
+    @rule(pages=_SOME)
+    def adopt(self, pages: list[bytes]) -> None:
+        for page in pages:
+            if (header := _serving(self.beside, page)) is not None:
+                self.adopt_one(_path(self.beside, page), header)
+
+    def adopt_one(self, path: Path, header: ExtentHeader) -> None:
+        adopted: list[bool] = []
+        failure = self.losing(lambda: adopted.append(self.store.adopt(path, header.keys)), again=header.keys)
+        assert adopted == ([] if isinstance(failure, PageStoreFull) else [True])
+        for key in header.keys if adopted else ():
+            self.written[key].append(self.theirs[key])
+            self.suspect.discard(key)
+            self.stored.add(key)
+            self.owners[key] = header.owner
+
+    @rule(pages=_SOME)
+    def adopt_beside(self, pages: list[bytes]) -> None:
+        for page in pages:
+            if (header := _serving(self.store, page)) is not None:
+                versions = self.versions(header.keys)
+                assert self.beside.adopt(self.path(page), header.keys)
+                self.theirs |= {key: version for key, version in zip(header.keys, versions, strict=True) if version}
+
+    @rule(pages=_SOME)
+    def erase_beside(self, pages: list[bytes]) -> None:
+        assert self.beside.erase(pages)
+        versions = {version for page in pages for version in [*self.written[page], self.theirs.get(page, 0)]}
+        assert traces(self.beside.directory, GEOMETRY, pages, sorted(versions)) == set()
+
+    @rule()
+    def reopen_beside(self) -> None:
+        self.beside.close()
+        self.beside = self.open_beside()
+
+    @invariant()
+    def what_is_beside_is_as_it_was_written(self) -> None:
+        there = [page for page in POOL if page in self.beside]
+        with self.beside.pin(there) as pin:
+            found = read(self.reader, [pin])
+        for at, page in enumerate(there):
+            layers = [[bytes([layer]), *(found[0, layer, at] or [])] for layer in range(GEOMETRY.layers)]
+            assert layers == _layers(page, self.theirs[page])
+
+
+def _path(store: PageStore, page: bytes) -> Path:
+    with store.pin([page]) as pin:
+        return pin.segments[0].extent.path
+
+
+def _serving(store: PageStore, page: bytes) -> ExtentHeader | None:
+    """The header of the extent that a page lies in, if that serves all of its pages."""
+    if page not in store:
+        return None
+    header = read_header(path := _path(store, page))
+    return header if all(key in store and _path(store, key) == path for key in header.keys) else None
 
 
 class DamagedStoreMachine(PageStoreMachine):

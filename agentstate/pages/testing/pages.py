@@ -62,8 +62,16 @@ def traces(directory: Path, geometry: Geometry, pages: Sequence[bytes], versions
     for page, version, layer, component in product(pages, versions, range(geometry.layers), components):
         data = content(geometry, page, layer, component, version)
         ends[data[:64]] = ends[data[-64:]] = page
-    files = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
+    files = [_content(path) for path in directory.rglob("*") if path.is_file()]
     return {page for end, page in ends.items() if any(end in data for data in files)}
+
+
+def _content(path: Path) -> bytes:
+    """Nothing, if the file has been deleted in the meantime."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def reader_for(geometry: Geometry, chunk_bytes: int = 1 << 20) -> LayerwiseReader:

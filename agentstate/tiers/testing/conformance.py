@@ -100,6 +100,25 @@ class TierTests:
         with place.open() as tier:
             yield tier
 
+    def test_a_store_keeps_the_first_mark_that_is_proposed(self, tier: Tier, other: Tier, place: Place) -> None:
+        assert tier.mark().result(PATIENCE_S) is None
+        publish(other, content(1))
+        assert tier.mark("first").result(PATIENCE_S) == "first"
+        assert other.mark("second").result(PATIENCE_S) == "first"
+        # Nor is it an extent.
+        assert names(other) == names(tier) == [name_of(content(1))]
+        with place.open() as later:
+            assert later.mark().result(PATIENCE_S) == "first"
+
+    def test_marks_that_are_proposed_at_once_are_one(self, place: Place) -> None:
+        tiers = [place.open() for _ in range(8)]
+        try:
+            answers = [one.mark(f"mark {number}") for number, one in enumerate(tiers)]
+            assert len({answer.result(PATIENCE_S) for answer in answers}) == 1
+        finally:
+            for one in tiers:
+                one.close()
+
     def test_what_is_published_is_read_from_anywhere(self, tier: Tier, other: Tier) -> None:
         data = content(1)
         name, new = publish(tier, data, trailer=b"behind")

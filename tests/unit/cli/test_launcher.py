@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agentstate.cli import launcher
+from agentstate.cli import launcher, local
 from agentstate.cli.launcher import (
     check_command,
     engine_command,
@@ -45,9 +45,7 @@ def model(tmp_path: Path) -> str:
 
 @pytest.fixture
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return str(local.free_port())
 
 
 @pytest.fixture
@@ -120,6 +118,10 @@ def test_a_core_is_left_free_where_there_is_more_than_one(
         (9, "--tp-size=2", ("4", "0-3|4-7")),
         (8, "--tensor-parallel-size=2", ("3", "0-2|3-5")),
         (4, "--tp=two", ("3", "0-2")),
+        (9, "--dp-size=2", ("4", "0-3|4-7")),
+        (9, "--tp=2 --dp=2", ("2", "0-1|2-3|4-5|6-7")),
+        (9, "--tp=2 --dp=2 --enable-dp-attention", ("4", "0-3|4-7")),
+        (9, "--tp=2 --attn-dp-size=2", ("4", "0-3|4-7")),
     ],
 )
 def test_every_rank_has_cores_of_its_own(
@@ -132,7 +134,8 @@ def test_every_rank_has_cores_of_its_own(
     found: tuple[str, str],
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    _, environment = engine_command(settings, ["--model-path", model, "--port", free_port, flag], os.environ)
+    given = ["--model-path", model, "--port", free_port, *flag.split()]
+    _, environment = engine_command(settings, given, os.environ)
     assert (environment["OMP_NUM_THREADS"], environment["SGLANG_CPU_OMP_THREADS_BIND"]) == found
 
 
@@ -198,11 +201,8 @@ def test_a_host_that_is_not_this_machine_is_named(settings: Settings, model: str
 
 def test_looking_at_a_port_leaves_it_free(free_port: str) -> None:
     require_free_port("127.0.0.1", int(free_port))
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", int(free_port)))
-        server.listen()
-        with pytest.raises(SettingsError):
-            require_free_port("127.0.0.1", int(free_port))
+    with socket.create_server(("127.0.0.1", int(free_port))), pytest.raises(SettingsError):
+        require_free_port("127.0.0.1", int(free_port))
 
 
 @pytest.mark.parametrize("port", ["http", "70000", "-1"])

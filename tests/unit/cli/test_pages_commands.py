@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from contents import MARK, MHA, keys, write
+from documented import checked
 from typer.testing import CliRunner, Result
 
 from agentstate.cli.main import app
@@ -18,6 +19,7 @@ from agentstate.errors import PageStoreLocked, SchemaOutdated, SettingsError
 from agentstate.fleet import manifests
 from agentstate.fleet.manifests import Manifest
 from agentstate.pages import PageStore
+from agentstate.pages.wear import Wear, file_of
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 
@@ -74,7 +76,8 @@ def run(*arguments: str) -> Result:
 def answer(*arguments: str, exit_code: int = 0) -> Any:
     result = run(*arguments, "--json")
     assert result.exit_code == exit_code, result.output
-    return json.loads(result.stdout)
+    shared = " --shared" if "--shared" in arguments else ""
+    return checked(f"pages {arguments[0]}{shared}", json.loads(result.stdout))
 
 
 def extents(store: Path) -> list[int]:
@@ -120,9 +123,18 @@ def test_ls_names_the_largest_owners_only(home: Path, store: Path) -> None:
     assert f"3 others {3 * each:,}" in run("ls").stdout
 
 
+def test_du_says_how_much_is_written_a_day(home: Path, store: Path) -> None:
+    for rank in range(2):
+        wear = Wear(file_of(home / "pages", rank))
+        wear.wrote(1_000_000 + rank)
+        wear.save()
+    assert answer("du")["written_bytes_day"] == 2_000_001
+    assert "2,000,001 bytes" in run("du").stdout
+
+
 def test_an_empty_directory_is_no_error(home: Path) -> None:
     assert answer("ls") == []
-    assert answer("du") == {"stores": [], "disk_free_fraction": None}
+    assert answer("du") == {"stores": [], "disk_free_fraction": None, "written_bytes_day": 0}
     assert "no pages" in run("ls").stdout
     assert answer("check")["extents"] == 0
 

@@ -24,9 +24,10 @@ def age(connection: sa.Connection, engine_id: str, age_s: int) -> None:
 
 def test_a_registered_engine_is_live_and_complete(database: Database) -> None:
     with database.write() as connection:
-        engines.register(connection, replace(ENGINE, control_secret="of this engine"))
+        complete = replace(ENGINE, control_secret="of this engine", shared_store="file:///share", dp_rank=1, dp_size=2)
+        engines.register(connection, complete)
         (found,) = engines.live(connection, 10)
-    assert replace(found, started_us=0, heartbeat_us=0) == replace(ENGINE, control_secret="of this engine")
+    assert replace(found, started_us=0, heartbeat_us=0) == complete
     assert 0 < found.started_us <= found.heartbeat_us
 
 

@@ -24,7 +24,8 @@ def envelope(*actions: Any) -> dict[str, Any]:
         (action("kv.retain", {"duration": 60}), "accepted", 30),
         (action("kv.retain", {"directives": [{"start": 0, "duration": 5}, {"duration": 60.0}]}), "accepted", 30),
         (action("kv.retain", {"duration": 1e9}), "clipped", 43_200),
-        (action("kv.pin", {"duration": 60}), "clipped", 30),
+        (action("kv.pin", {"duration": 60}), "accepted", 30),
+        (action("kv.pin", {"duration": 1e9}), "clipped", 43_200),
         (action("kv.prefetch", {"due_ms": 1500}), "accepted", 1.5),
         (action("kv.prefetch", {"due_ms": 0}), "accepted", 0),
         (action("kv.demote"), "accepted", 3600),
@@ -63,6 +64,19 @@ def test_what_a_hint_expects(given: Any, answer: str, median_s: float) -> None:
 )
 def test_what_cannot_be_carried_out_is_ignored(given: Any) -> None:
     assert hints.read(envelope(given)) == hints.Hints({"a": "ignored"})
+
+
+def test_a_pin_lasts_as_long_as_it_may() -> None:
+    short, long = envelope(action("kv.pin", {"duration": 60})), envelope(action("kv.pin", {"duration": 600}))
+    assert hints.read(short, 100.0).pin_s == 60
+    found = hints.read(long, 100.0)
+    assert (found.pin_s, found.answers) == (100, {"a": "clipped"})
+    assert hints.read(envelope(action("kv.pin", {"duration": 60}), action("kv.deref", id="b"))).pin_s is None
+    assert hints.read(envelope(action("kv.retain", {"duration": 60}))).pin_s is None
+    assert hints.read(envelope(action("kv.pin"))).pin_s is None
+    of_nobody = hints.read(envelope(action("kv.sing", id="b"), action("kv.pin", {"duration": 60}))).unpinned()
+    assert (of_nobody.pin_s, of_nobody.answers) == (None, {"b": "ignored", "a": "clipped"})
+    assert of_nobody.forecast is not None
 
 
 def test_a_release_expects_nobody() -> None:

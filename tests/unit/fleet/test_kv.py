@@ -3,12 +3,27 @@ from __future__ import annotations
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agentstate.fleet.engines import Engine
-from agentstate.fleet.manifests import Coverage, KvState
-from agentstate.fleet.placement import KvOutlook, Stored, choose, outlook, servers
+from agentstate.fleet.manifests import Coverage, Durability, KvState
+from agentstate.fleet.placement import (
+    KvOutlook,
+    Server,
+    Stored,
+    beside,
+    best,
+    choose,
+    durable_on,
+    named,
+    outlook,
+    restorable,
+    servers,
+    source,
+    spread,
+)
 from agentstate.pages.node import node_id
 
 COVERAGE = Coverage(
@@ -28,6 +43,14 @@ def look(model: str, stored: Stored, live: list[Engine]) -> KvOutlook:
     return outlook(model, stored, choose(model, stored, live), live)
 
 
+def on_node(state: KvState, tokens: int, *rest: Any, **more: Any) -> KvOutlook:
+    return KvOutlook(state, tokens, *rest, **more, durable_on=Durability.NODE)
+
+
+def shared(state: KvState, tokens: int, *rest: Any) -> KvOutlook:
+    return KvOutlook(state, tokens, *rest, durable_on=Durability.SHARED)
+
+
 def test_the_engine_that_has_the_pages_is_preferred_among_those_of_the_model() -> None:
     other_weights = replace(ENGINE, id="eng_3", fingerprint="f2", base_url="http://n3/v1")
     assert chosen("m", STORED, [ELSEWHERE, other_weights, ENGINE]) == ENGINE.base_url
@@ -38,8 +61,8 @@ def test_a_session_goes_back_to_the_node_that_has_most_of_it() -> None:
     older = replace(COVERAGE, node="n2", tokens=128, updated_us=4)
     stored = Stored([COVERAGE, older])
     assert chosen("m", stored, [ELSEWHERE, ENGINE]) == ENGINE.base_url
-    assert look("m", stored, [ELSEWHERE, ENGINE]) == KvOutlook(KvState.DURABLE, 640, True)
-    assert look("m", stored, [ELSEWHERE]) == KvOutlook(KvState.PARTIAL, 128, True)
+    assert look("m", stored, [ELSEWHERE, ENGINE]) == on_node(KvState.DURABLE, 640, True)
+    assert look("m", stored, [ELSEWHERE]) == on_node(KvState.PARTIAL, 128, True)
 
 
 def test_the_model_counts_more_than_the_pages() -> None:
@@ -49,8 +72,22 @@ def test_the_model_counts_more_than_the_pages() -> None:
     assert chosen("m", Stored(), [renamed]) is None
 
 
+def test_a_session_with_an_adapter_goes_to_an_engine_of_its_model() -> None:
+    assert chosen("m:adapter", STORED, [ELSEWHERE, ENGINE]) == ENGINE.base_url
+    assert look("m:adapter", STORED, [ENGINE]) == on_node(KvState.DURABLE, 640, True)
+    assert chosen("m:an:adapter", Stored(), [ENGINE]) == ENGINE.base_url
+    # A name that has a colon is not taken for an adapter where there is an engine of that name.
+    tagged = replace(ELSEWHERE, model="m:latest")
+    assert chosen("m:latest", STORED, [ENGINE, tagged]) == tagged.base_url
+    assert chosen("m:latest:adapter", Stored(), [replace(ENGINE, model="x"), tagged]) == tagged.base_url
+    for other in ("mm:adapter", "m-adapter", ":m", "adapter"):
+        assert chosen(other, Stored(), [ENGINE]) is None
+    renamed = replace(ENGINE, model="other")
+    assert "created for 'm:adapter'" in str(look("m:adapter", STORED, [renamed]).invalid_reason)
+
+
 def test_a_restarted_engine_on_the_same_node_has_the_pages() -> None:
-    assert look("m", STORED, [replace(ENGINE, id="eng_9")]) == KvOutlook(KvState.DURABLE, 640, True)
+    assert look("m", STORED, [replace(ENGINE, id="eng_9")]) == on_node(KvState.DURABLE, 640, True)
 
 
 def test_of_a_rank_that_was_restarted_with_other_weights_the_new_self_counts() -> None:
@@ -62,20 +99,80 @@ def test_of_a_rank_that_was_restarted_with_other_weights_the_new_self_counts() -
 def test_a_page_counts_only_where_all_ranks_have_it() -> None:
     second = replace(ENGINE, id="eng_2", rank=1, fingerprint="f1-1")
     more = replace(COVERAGE, rank=1, fingerprint="f1-1", tokens=256, updated_us=6)
-    assert look("m", Stored([more, COVERAGE]), [ENGINE, second]) == KvOutlook(KvState.DURABLE, 256, True)
+    assert look("m", Stored([more, COVERAGE]), [ENGINE, second]) == on_node(KvState.DURABLE, 256, True)
     missing = look("m", STORED, [ENGINE, second])
     assert (missing.state, missing.tokens, missing.valid) == (KvState.LOST, 0, False)
     assert missing.invalid_reason == "rank 1 of the engine has stored no pages"
 
 
+def test_ranks_that_read_what_another_one_writes_have_what_its_manifest_lists() -> None:
+    reader = replace(ENGINE, id="eng_2", rank=1)
+    (server,) = servers([ENGINE, reader])
+    assert restorable(server, STORED) == 640
+    assert look("m", STORED, [ENGINE, reader]) == on_node(KvState.DURABLE, 640, True)
+    assert source(reader, STORED) == (COVERAGE, 640)
+    everywhere = Stored([replace(COVERAGE, shared_tokens=640)])
+    others = [replace(rank, node="n2", shared_store="s3://b") for rank in (ENGINE, reader)]
+    assert look("m", everywhere, others) == shared(KvState.DURABLE, 640, True)
+
+
+DP_RANKS = [
+    replace(ENGINE, id=f"eng_{number}{rank}", node=f"n{number}", rank=rank, dp_rank=number, dp_size=2)
+    for number in (0, 1)
+    for rank in (0, 1)
+]
+
+
+def test_a_dp_rank_has_its_own_pages_and_its_own_ranks() -> None:
+    first, second = servers(DP_RANKS)
+    assert [first.ranks, second.ranks] == [tuple(DP_RANKS[:2]), tuple(DP_RANKS[2:])]
+    assert (first.dp_rank, second.dp_rank) == (0, 1)
+    assert servers([ENGINE])[0].dp_rank is None
+    assert beside(first, [*DP_RANKS, ELSEWHERE]) == [second]
+    assert beside(servers([ENGINE])[0], [ENGINE, ELSEWHERE]) == []
+    # The session is on the second one: nothing of it is lost, wherever it began.
+    older = replace(COVERAGE, node="n0", tokens=128, updated_us=4)
+    for stored in (STORED, Stored([COVERAGE, older])):
+        assert choose("m", stored, DP_RANKS) == second
+        assert look("m", stored, DP_RANKS) == on_node(KvState.DURABLE, 640, True)
+    assert look("m", Stored([COVERAGE, older]), DP_RANKS[:2]) == on_node(KvState.PARTIAL, 128, True)
+
+
+def test_a_dp_rank_is_named_with_its_engine() -> None:
+    first, second = servers(DP_RANKS)
+    assert named(ENGINE.base_url, 1, DP_RANKS) == second
+    assert named(ENGINE.base_url, 0, DP_RANKS) == first
+    assert named(ENGINE.base_url, 2, DP_RANKS) is None
+    assert named(ENGINE.base_url, None, [ENGINE]) == Server((ENGINE,))
+    # It was restarted without data parallelism.
+    assert named(ENGINE.base_url, 1, [ENGINE]) == Server((ENGINE,))
+
+
+def test_of_a_server_that_was_restarted_with_another_number_of_dp_ranks_the_new_self_counts() -> None:
+    assert servers([ENGINE, *DP_RANKS]) == [Server((ENGINE,))]
+    assert [server.dp_rank for server in servers([*DP_RANKS, ENGINE])] == [0, 1]
+
+
+def test_sessions_without_pages_are_shared_out_among_dp_ranks() -> None:
+    equal = best("m", Stored(), [*DP_RANKS, ELSEWHERE])
+    assert [server.dp_rank for server in equal] == [0, 1]
+    assert best("m", STORED, DP_RANKS) == equal[1:]
+    assert spread(equal, "ses_1", {0: 1, 1: 3}) == equal[0]
+    assert spread(equal, "ses_1", {0: 2}) == equal[1]
+    alike = [spread(equal, f"ses_{number}", {}) for number in range(100)]
+    assert alike == [spread(equal[::-1], f"ses_{number}", {}) for number in range(100)]
+    assert 30 < alike.count(equal[0]) < 70
+    assert spread([], "ses_1", {}) is None
+
+
 def test_pages_from_before_a_branch_are_an_upper_bound() -> None:
-    assert look("m", Stored([COVERAGE], inherited=True), [ENGINE]) == KvOutlook(
+    assert look("m", Stored([COVERAGE], inherited=True), [ENGINE]) == on_node(
         KvState.PARTIAL, 640, True, upper_bound=True
     )
 
 
 def test_without_an_engine_nothing_is_known_of_the_pages() -> None:
-    assert look("m", STORED, []) == KvOutlook(KvState.UNKNOWN, 640, False, "no live engine serves 'm'")
+    assert look("m", STORED, []) == on_node(KvState.UNKNOWN, 640, False, "no live engine serves 'm'")
     found = look("m", Stored(), [replace(ENGINE, model="b"), replace(ELSEWHERE, model="a")])
     assert found == KvOutlook(KvState.UNKNOWN, 0, False, "no live engine serves 'm', only 'a', 'b'")
 
@@ -101,7 +198,7 @@ def test_every_reason_why_pages_cannot_be_used_is_named() -> None:
 
 def test_a_session_of_which_pages_were_lost_is_partial() -> None:
     cut = Stored([replace(COVERAGE, tokens=128, lost_tokens=512)])
-    assert look("m", cut, [ENGINE]) == KvOutlook(KvState.PARTIAL, 128, True)
+    assert look("m", cut, [ENGINE]) == on_node(KvState.PARTIAL, 128, True)
     gone = Stored([replace(COVERAGE, tokens=0, lost_tokens=640)])
     assert look("m", gone, [ENGINE]) == KvOutlook(KvState.LOST, 0, True)
 
@@ -113,8 +210,139 @@ def test_a_container_that_is_restarted_under_another_host_name_has_its_pages(
     stored = Stored([replace(COVERAGE, node=node_id(tmp_path))])
     monkeypatch.setattr(socket, "gethostname", lambda: "pod-8a")
     restarted = replace(ENGINE, id="eng_2", node=node_id(tmp_path))
-    assert look("m", stored, [restarted]) == KvOutlook(KvState.DURABLE, 640, True)
+    assert look("m", stored, [restarted]) == on_node(KvState.DURABLE, 640, True)
     # And another directory of the same machine has not.
     beside = replace(ENGINE, id="eng_3", node=node_id(tmp_path / "other"), base_url="http://n3/v1")
     assert not look("m", stored, [beside]).valid
     assert chosen("m", stored, [beside, restarted]) == restarted.base_url
+
+
+STORE = "s3://bucket/agents"
+SHARING, SHARING_ELSEWHERE = replace(ENGINE, shared_store=STORE), replace(ELSEWHERE, shared_store=STORE)
+SHARED = replace(COVERAGE, shared_tokens=640)
+
+
+def server(*ranks: Engine) -> Server:
+    return Server(ranks)
+
+
+def test_what_is_in_the_shared_store_is_restored_by_every_engine_that_uses_it() -> None:
+    """As if the node that stored it had died."""
+    stored = Stored([SHARED])
+    assert look("m", stored, [SHARING_ELSEWHERE]) == shared(KvState.DURABLE, 640, True)
+    assert look("m", stored, [SHARING_ELSEWHERE, SHARING]) == shared(KvState.DURABLE, 640, True)
+    assert look("m", Stored([SHARED], inherited=True), [SHARING_ELSEWHERE]) == KvOutlook(
+        KvState.PARTIAL, 640, True, None, True, Durability.SHARED
+    )
+
+
+def test_an_engine_that_does_not_use_the_shared_store_has_nothing_of_it() -> None:
+    found = look("m", Stored([SHARED]), [ELSEWHERE])
+    assert (found.state, found.tokens, found.valid, found.durable_on) == (KvState.LOST, 0, False, None)
+    assert found.invalid_reason == (
+        "the pages are on node n1 and in a shared store that the engine does not use, the engine is on n2"
+    )
+
+
+def test_what_is_not_in_the_shared_store_is_on_its_node_alone() -> None:
+    found = look("m", STORED, [SHARING_ELSEWHERE])
+    assert (found.state, found.tokens, found.valid, found.durable_on) == (KvState.LOST, 0, False, None)
+    assert found.invalid_reason == "the pages are on node n1 and not in the shared store, the engine is on n2"
+
+
+def test_of_a_session_that_is_shared_in_part_so_much_is_restored_elsewhere() -> None:
+    stored = Stored([replace(COVERAGE, shared_tokens=256)])
+    assert look("m", stored, [SHARING_ELSEWHERE]) == shared(KvState.PARTIAL, 256, True)
+    assert look("m", stored, [SHARING_ELSEWHERE, SHARING]) == on_node(KvState.DURABLE, 640, True)
+
+
+def test_a_rank_restores_from_its_node_or_from_the_shared_store_whichever_has_more() -> None:
+    own = replace(COVERAGE, node="n2", tokens=128, updated_us=4)
+    for mine, theirs, right in ((128, 64, 128), (128, 256, 256), (0, 256, 256)):
+        stored = Stored([replace(COVERAGE, shared_tokens=theirs), replace(own, tokens=mine)])
+        assert restorable(server(SHARING_ELSEWHERE), stored) == right
+        assert restorable(server(ELSEWHERE), stored) == mine
+        found = source(SHARING_ELSEWHERE, stored)
+        assert found is not None
+        assert (found[0].node, found[1]) == ("n2" if mine >= theirs else "n1", right)
+    assert source(ELSEWHERE, Stored([COVERAGE])) is None
+    assert source(SHARING_ELSEWHERE, Stored([COVERAGE])) is None
+    assert source(ELSEWHERE, Stored([replace(own, tokens=0)])) is None
+
+
+def test_of_several_nodes_the_one_that_has_shared_most_counts() -> None:
+    less, most = replace(COVERAGE, shared_tokens=64), replace(COVERAGE, node="n3", shared_tokens=576, updated_us=3)
+    stored = Stored([less, most])
+    assert restorable(server(SHARING_ELSEWHERE), stored) == 576
+    found = source(SHARING_ELSEWHERE, stored)
+    assert found is not None
+    assert found == (most, 576)
+    # Yet it may be of another history than the newest: not all of that is known to be there.
+    assert look("m", stored, [SHARING_ELSEWHERE]) == on_node(KvState.PARTIAL, 576, True)
+
+
+def test_another_fingerprint_has_shared_nothing_for_an_engine() -> None:
+    found = look("m", Stored([SHARED]), [replace(SHARING_ELSEWHERE, fingerprint="f2")])
+    assert (found.tokens, found.valid, found.durable_on) == (640, False, Durability.SHARED)
+    assert found.invalid_reason == "fingerprint: the pages are of f1, the engine is f2"
+    assert restorable(server(replace(SHARING_ELSEWHERE, fingerprint="f2")), Stored([SHARED])) == 0
+
+
+def test_where_all_can_restore_as_much_the_engine_whose_node_has_it_is_preferred() -> None:
+    stored = Stored([SHARED])
+    for live in ([SHARING, SHARING_ELSEWHERE], [SHARING_ELSEWHERE, SHARING]):
+        assert choose("m", stored, live, SHARING_ELSEWHERE.base_url) == server(SHARING)
+    # Where no node has it, the one that was asked for, else the first.
+    others = [SHARING_ELSEWHERE, replace(SHARING, node="n3")]
+    assert choose("m", stored, others) == server(others[0])
+    assert choose("m", stored, others, others[1].base_url) == server(others[1])
+    without = replace(ELSEWHERE, base_url="http://n3/v1")
+    assert choose("m", stored, [without, SHARING_ELSEWHERE]) == server(SHARING_ELSEWHERE)
+
+
+def test_all_ranks_must_have_it_shared_each_for_itself() -> None:
+    second = replace(SHARING_ELSEWHERE, id="eng_3", rank=1, fingerprint="f1-1")
+    of_second = replace(SHARED, rank=1, fingerprint="f1-1")
+    live = [SHARING_ELSEWHERE, second]
+    assert look("m", Stored([SHARED, of_second]), live) == shared(KvState.DURABLE, 640, True)
+    assert look("m", Stored([SHARED, replace(of_second, shared_tokens=128)]), live) == shared(
+        KvState.PARTIAL, 128, True
+    )
+    found = look("m", Stored([SHARED, replace(of_second, shared_tokens=0)]), live)
+    assert (found.state, found.tokens, found.valid, found.durable_on) == (KvState.LOST, 0, False, None)
+    assert found.invalid_reason == "the pages are on node n1 and not in the shared store, the engine is on n2"
+    found = look("m", Stored([SHARED]), live)
+    assert found.invalid_reason == "rank 1 of the engine has stored no pages"
+    # A rank that does not use the store counts like any other.
+    found = look("m", Stored([SHARED, of_second]), [SHARING_ELSEWHERE, replace(second, shared_store="")])
+    assert (found.tokens, found.valid) == (0, False)
+
+
+def test_what_was_lost_on_all_nodes_makes_a_session_partial_elsewhere_too() -> None:
+    stored = Stored([replace(COVERAGE, tokens=256, lost_tokens=384, shared_tokens=256)])
+    assert look("m", stored, [SHARING_ELSEWHERE]) == shared(KvState.PARTIAL, 256, True)
+
+
+def test_a_session_that_went_on_with_other_weights_is_partial_with_the_former_ones() -> None:
+    other = replace(COVERAGE, fingerprint="f2", node="n4", shared_tokens=640, updated_us=9)
+    assert look("m", Stored([other, SHARED]), [SHARING_ELSEWHERE]) == shared(KvState.PARTIAL, 640, True)
+
+
+@pytest.mark.parametrize(
+    ("coverage", "on"),
+    [
+        ([], None),
+        ([replace(COVERAGE, tokens=0)], None),
+        ([COVERAGE], Durability.NODE),
+        ([replace(COVERAGE, shared_tokens=576)], Durability.NODE),
+        ([SHARED], Durability.SHARED),
+        ([SHARED, replace(COVERAGE, rank=1, fingerprint="f1-1")], Durability.NODE),
+        ([SHARED, replace(COVERAGE, node="n2", updated_us=4)], Durability.SHARED),
+        ([COVERAGE, replace(SHARED, node="n2", updated_us=4)], Durability.NODE),
+    ],
+)
+def test_without_an_engine_it_is_durable_where_it_was_stored_last(
+    coverage: list[Coverage], on: Durability | None
+) -> None:
+    assert durable_on(None, Stored(coverage)) is on
+    assert outlook("m", Stored(coverage), None, []).durable_on is on

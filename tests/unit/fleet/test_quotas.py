@@ -29,7 +29,7 @@ def begin(sessions: Sessions, **wanted: object) -> Begun:
 
 
 def test_quotas_are_read_as_they_were_put_and_cleared_ones_are_gone(database: Database) -> None:
-    given = {"tenant a": Quota(1, None, 2**40, 4), "group g": Quota(host_bytes=5), NOBODY: Quota(device_bytes=0)}
+    given = {"tenant a": Quota(1, None, 2**40, 2**50, 4), "group g": Quota(host_bytes=5), NOBODY: Quota(device_bytes=0)}
     with database.write() as connection:
         assert quotas.read(connection) == {}
         for account, quota in given.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -227,6 +229,39 @@ def test_more_than_can_be_followed_is_forgotten(followed: Waits, told: Told, mon
     may_go_on.set()
     followed.settle()
     assert len(told.notices) == 10
+
+
+def test_sessions_that_wait_share_what_is_large(followed: Waits, told: Told) -> None:
+    """A session keeps neither a rank nor a forecast of its own."""
+
+    def wait(sessions: Sequence[int]) -> int:
+        for number in sessions:
+            awaited = [Awaited("search", announced_s=1.0 + number), Awaited("run", age_s=float(number))]
+            # As SQL gives them: equal, and not the same.
+            followed.over(f"s{number}", replace(RANK, heartbeat_us=number))
+            followed.begun("t", f"s{number}", awaited, replace(RANK, heartbeat_us=number))
+            followed.took("t", [Took("search", "", 40.0)])
+            followed.settle()
+        assert len(told.notices) == len(sessions)
+        told.ranks.clear()
+        told.notices.clear()
+        gc.collect()
+        return sum(isinstance(one, Engine | Forecast) for one in gc.get_objects())
+
+    assert wait(range(20)) == wait(range(20, 40))
+
+
+def test_an_engine_beyond_the_bound_is_told_all_the_same(
+    followed: Waits, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waits, "MAX_ENGINES", 2)
+    ranks = [replace(RANK, id=f"eng_{number}") for number in range(4)]
+    for number, rank in enumerate(ranks):
+        followed.over(f"s{number}", rank)
+    for number in range(4):
+        followed.begun("t", f"s{number}", [Awaited("search")])
+    followed.settle()
+    assert told.ranks == ranks
 
 
 def test_tenants_beyond_the_bound_are_in_sql(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from typing import cast
 
 import pytest
 
+from agentstate.fleet import engines
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.placement import Server
 from agentstate.sql.database import Database
@@ -84,3 +86,32 @@ def test_an_engine_that_is_not_known_is_looked_for() -> None:
         await known.close()
 
     asyncio.run(ask())
+
+
+def test_an_adapter_is_asked_of_an_engine_of_its_model() -> None:
+    async def ask() -> None:
+        known = Known("a", "a:b")
+        models = {"a": "a", "a:x": "a", "a:x:y": "a", "a:b": "a:b"}
+        for wanted, served in models.items():
+            assert [server.model for server in await known.serving(wanted)] == [served]
+        with pytest.raises(Refusal):
+            await known.serving("ab:x")
+        # SGLang takes the longer name.
+        assert {server.model for server in await known.serving("a:b:x")} == {"a", "a:b"}
+        await known.close()
+
+    asyncio.run(ask())
+
+
+def test_of_the_dp_ranks_of_an_engine_one_stands_for_it(database: Database) -> None:
+    with database.write() as connection:
+        for dp_rank in (0, 1):
+            rank = replace(server("m").ranks[0], id=f"eng_{dp_rank}", node=f"n{dp_rank}", dp_rank=dp_rank, dp_size=2)
+            engines.register(connection, rank)
+        engines.register(connection, server("other").ranks[0])
+
+    async def ask() -> list[str]:
+        known = Fleet(database, 30)
+        return [one.base_url for one in await known.live()]
+
+    assert sorted(asyncio.run(ask())) == ["http://m/v1", "http://other/v1"]

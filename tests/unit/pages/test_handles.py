@@ -6,6 +6,7 @@ import resource
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from contents import MARK, MHA, expected, keys, read, reader_for, write
 
 from agentstate.errors import BadExtent
 from agentstate.pages import LayerwiseReader, PageStore, PosixBackend, handles, reading
-from agentstate.pages.handles import Handles, most_open
+from agentstate.pages.handles import FileHandle, Handles, most_open
 
 EXTENTS = 20
 
@@ -116,7 +117,7 @@ def test_headers_are_read_again_where_memory_for_them_is_short(
     pin = store.pin(keys(*range(8)))
     extents = [segment.extent for segment in pin.segments]
     read_of = headers_read(monkeypatch)
-    kept = Handles(PosixBackend(), 2, header_bytes=0)
+    kept = Handles(partial(FileHandle, PosixBackend()), 2, header_bytes=0)
     kept.enter(extents)
     for _ in range(2):
         for extent in extents:
@@ -206,7 +207,7 @@ def test_a_read_that_is_cut_short_is_unread_and_a_file_that_is_cut_off_is_wrong(
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, buffers, offset) // 2)
     (segment,) = store.pin(keys(1)).segments
-    kept = Handles(PosixBackend(), 2)
+    kept = Handles(partial(FileHandle, PosixBackend()), 2)
     kept.enter([segment.extent])
     with pytest.raises(OSError, match="bytes were read") as error, kept.reading(segment.extent):
         pass

@@ -10,7 +10,7 @@ import pytest
 from contents import MARK, MLA, keys, write
 
 from agentstate.pages import PageStore, Space
-from agentstate.pages.node import node_id
+from agentstate.pages.node import dp_roots, node_id, of_dp_rank
 
 
 def renamed(patch: pytest.MonkeyPatch, name: str) -> None:
@@ -83,3 +83,14 @@ def test_it_is_made_again_with_a_directory_that_was_deleted(tmp_path: Path) -> N
     assert node_id(root) == "that-of-another-engine"
     store.close()
     assert os.listdir(root)
+
+
+def test_a_dp_rank_has_a_root_in_the_engines(tmp_path: Path) -> None:
+    assert of_dp_rank(tmp_path, 0) == tmp_path
+    for number in (10, 2):
+        node_id(of_dp_rank(tmp_path, number))
+    for other in ("dp", "dp0", "dp01", "dpx", "adp1"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "dp3").write_text("")
+    assert list(dp_roots(tmp_path).items()) == [(0, tmp_path), (2, tmp_path / "dp2"), (10, tmp_path / "dp10")]
+    assert dp_roots(tmp_path / "none") == {0: tmp_path / "none"}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from agentstate.pages.testing.machine import DamagedStoreMachine, PageStoreMachine
+from agentstate.pages.testing.machine import DamagedStoreMachine, LinkedStoreMachine, PageStoreMachine
 from agentstate.pages.testing.sharing import SharedSpaceMachine
 
 EXAMPLES = int(os.environ.get("PAGE_STORE_EXAMPLES", "40"))
@@ -18,7 +18,7 @@ MEMORY = Path("/dev/shm")
 
 
 @pytest.mark.timeout(max(300, 10 * EXAMPLES))
-@pytest.mark.parametrize("machine", [PageStoreMachine, DamagedStoreMachine, SharedSpaceMachine])
+@pytest.mark.parametrize("machine", [PageStoreMachine, LinkedStoreMachine, DamagedStoreMachine, SharedSpaceMachine])
 def test_any_history_ends_with_right_pages(
     machine: type[PageStoreMachine] | type[SharedSpaceMachine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

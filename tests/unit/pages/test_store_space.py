@@ -144,6 +144,25 @@ def test_an_owner_whose_limit_is_below_one_extent_stores_nothing_and_is_told_onc
     assert len([record for record in caplog.records if "tenant a" in record.getMessage()]) == 2
 
 
+def test_what_owners_have_beyond_their_limits_goes_first(store: PageStore) -> None:
+    for number in range(9):
+        write(store, keys(number), owner=("", "tenant a", "tenant b")[number // 3])
+    one = store.draft_bytes(1)
+    store.quota = room_for(store, 9)
+    limits = {"tenant a": 2 * one, "tenant b": one}
+    store._space.limits = limits.get
+    assert left(store) == list(range(9)), "not before there is need"
+    store.make_room(one)
+    assert left(store) == [0, 1, 2, 3, 4, 5, 7, 8], "who has most beyond its limit is the first"
+    store.make_room(3 * one)
+    assert left(store) == [0, 1, 2, 4, 5, 8]
+    store.make_room(4 * one)
+    assert left(store) == [1, 2, 4, 5, 8]
+    store._space.limits = None
+    store.make_room(6 * one)
+    assert left(store) == [4, 5, 8]
+
+
 def test_merging_takes_no_extent_from_an_owner_at_its_limit(store: PageStore) -> None:
     for number in range(6):
         write(store, keys(number), owner="tenant a")
@@ -373,3 +392,78 @@ def test_a_full_store_looks_at_few_extents_to_make_room(
         write(store, keys(f"new {number}"))
     assert left(store, extents) == list(range(10, extents))
     assert len(looked_at) <= 10 * 8
+
+
+def next_(store: PageStore, extents: int) -> list[int]:
+    """The numbers of what is evicted next for so many extents of one page, and needed."""
+    return [one.extent.number for one in store.next_evicted(extents * store.draft_bytes(1))]
+
+
+def test_what_is_evicted_next_is_what_is_evicted_then(store: PageStore) -> None:
+    for number in range(16):
+        write(store, keys(number))
+        store.need(keys(number), f"session {number % 3}")
+    store.quota = room_for(store, 18)
+    store.prefix_length(keys(1))
+    assert next_(store, 2) == [] and next_(store, 3) == [1], "an eighth of the room is looked ahead"
+    store.quota = room_for(store, 16)
+    store.retain(keys(2), time.monotonic() + HOUR_S)
+    assert next_(store, 1) == [1] and next_(store, 2) == next_(store, 99) == [1, 4]
+    assert store.next_evicted(store.draft_bytes(1))[0].sessions == {"session 0"}
+    with store.pin(keys(0)):
+        assert next_(store, 1) == [4]
+    assert left(store, 15) == list(range(16)), "nothing is evicted"
+    write(store, keys(16))
+    store.need(keys(16))
+    write(store, keys(17))
+    assert left(store, 17) == [1, 2, *range(4, 18)]
+
+
+def test_of_what_is_evicted_next_that_is_told_which_somebody_may_come_back_for(
+    store: PageStore, tmp_path: Path
+) -> None:
+    for number in range(16):
+        write(store, keys(number))
+    store.quota = room_for(store, 16)
+    store.need(keys(9))
+    assert next_(store, 2) == []
+    # It was used again, and so was what it is merged into, and it is after the store is opened again.
+    store.prefix_length(keys(0))
+    store.prefix_length(keys(1))
+    for number in range(2, 16):
+        store.need(keys(number))
+    assert next_(store, 2) == [1, 2]
+    store.release(keys(1))
+    assert next_(store, 2) == [1], "nobody goes on from the other"
+    assert [one.extent.number for one in store.needed(keys(0, 1, 2, 77))] == [1, 3]
+    store.close()
+    again = PageStore(tmp_path, MARK, MLA, store.quota)
+    assert {one.extent.number for one in again.needed(keys(*range(16)))} == {1, 2}
+    again.quota = Quota()
+    assert merged(again, keys(0, 3, 5, 6), 4 * MLA.layer_bytes) == 4
+    assert len(again.needed(keys(3, 5))) == 1 and again.needed(keys(4)) == []
+    again.close()
+
+
+def test_an_owner_at_its_limit_is_looked_ahead_of(store: PageStore) -> None:
+    limits = {"a": 8 * store.draft_bytes(1, "a")}
+    store._space.limits = limits.get
+    for number in range(8):
+        write(store, keys(number), owner="a")
+        write(store, keys((number, "none")))
+    store.need(keys(*range(8), *((number, "none") for number in range(8))))
+    assert next_(store, 1) == [1]
+    limits["a"] += store.draft_bytes(1, "a")
+    store._space.limits = dict(limits).get
+    assert next_(store, 1) == []
+
+
+def test_whoever_wants_to_know_is_told_what_is_evicted(store: PageStore) -> None:
+    told: list[tuple[list[bytes], bool]] = []
+    write(store, keys(0, 1))
+    write(store, keys(1, 2))
+    store.need(keys(0))
+    store.evicted = lambda extent, found: told.append((list(found), bool(extent.needed_by)))
+    store.quota = room_for(store, 0)
+    store.make_room(0)
+    assert sorted(told) == sorted([(keys(0), True), (keys(1, 2), False)])

@@ -57,6 +57,17 @@ def test_what_is_written_is_stored_bit_for_bit(store: PageStore, writer: Writer)
     assert holds(store, *range(9))
 
 
+def test_a_full_extent_has_room_for_its_owners_name(store: PageStore) -> None:
+    owner = "tenant " + "a" * 1000
+    writer = Writer(store, 2 * store.draft_bytes(55))
+    assert store.draft_bytes(writer.pages_an_extent, owner) > store.draft_bytes(writer.pages_an_extent)
+    names = list(range(writer.pages_an_extent))
+    for _ in range(2):
+        writer.write(keys(*names), partial(fill, keys(*names)), owner).result()
+    writer.close()
+    assert holds(store, *names)
+
+
 def test_at_the_quota_an_extent_is_written_over_the_blocks_of_the_one_that_goes(
     store: PageStore, writer: Writer
 ) -> None:

@@ -15,6 +15,7 @@ from agentstate.errors import InvalidId, LeaseLost, ModelMismatch, SessionBusy, 
 from agentstate.sessions import conversations
 from agentstate.sessions.belonging import Begun, Origin, Wanted
 from agentstate.sessions.conversations import TELLING_CHARACTERS, Conversation, Said
+from agentstate.sessions.rows import Rows
 from agentstate.sessions.transcript import NewEntry
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.database import Database
@@ -293,3 +294,38 @@ def test_few_tips_are_kept(sessions: Sessions, database: Database, monkeypatch: 
     with database.read() as connection:
         kept = connection.execute(sa.select(conversation_tips.c.messages).order_by(conversation_tips.c.id)).scalars()
         assert list(kept) == [8, 10, 12]
+
+
+def test_a_tip_is_the_newest_until_another_turn_has_ended(sessions: Sessions, database: Database) -> None:
+    """Whoever has found a tip locks its session later, and others may have gone on with it by then."""
+
+    def found() -> conversations.Tip:
+        with database.read() as connection:
+            return next(conversations.find(connection, "default", talk("U:1", "A:1", "U:2")))
+
+    def is_newest(tip: conversations.Tip) -> bool:
+        with database.write() as connection:
+            return conversations.still_newest(connection, Rows("default").lock(connection, tip.session), tip)
+
+    name, _ = turn(sessions, "U:1", "A:1")
+    tip = found()
+    assert tip.session == name
+    assert tip.newest
+    assert is_newest(tip)
+    assert name is not None
+    sessions.update(name, None, metadata={"a": 1})  # no turn
+    assert is_newest(tip)
+    turn(sessions, "U:1", "A:1", "U:2", "A:2")
+    assert not is_newest(tip)
+    assert not found().newest
+
+
+def test_the_last_answers_tip_is_found_first_and_others_after_it(sessions: Sessions, database: Database) -> None:
+    first, _ = turn(sessions, "U:1", "A:1")
+    turn(sessions, "U:1", "A:1", "U:2", "A:2")
+    branch, _ = turn(sessions, "U:1", "A:1", "U:3", "A:3")
+    assert branch != first
+    with database.read() as connection:
+        tips = list(conversations.find(connection, "default", talk("U:1", "A:1", "U:2", "A:2", "U:4")))
+    assert [(tip.session, tip.messages, tip.newest) for tip in tips] == [(first, 4, True), (first, 2, False)]
+    assert len({tip.id for tip in tips}) == 2

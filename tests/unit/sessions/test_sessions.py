@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,15 +20,17 @@ from agentstate.errors import (
     SessionExpired,
     SessionNotFound,
 )
-from agentstate.fleet import engines, manifests
+from agentstate.fleet import engines, manifests, pins, turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import KvState, Manifest
+from agentstate.fleet.pins import PinTier
 from agentstate.sessions import transcript
 from agentstate.sessions.collection import collect
 from agentstate.sessions.leases import LeaseKey
 from agentstate.sessions.outcomes import Order, Resumed, SuspendReason
 from agentstate.sessions.transcript import BLOB_BYTES, NewEntry
 from agentstate.sessions.verbs import Sessions
+from agentstate.sql import secret
 from agentstate.sql.database import Database
 from agentstate.sql.models import EntryKind, SessionStatus
 
@@ -329,6 +332,40 @@ def test_the_engine_that_a_resume_named_is_asked_for_its_barrier(sessions: Sessi
         assert [rank.id for rank in sessions.pages(session.id).ranks] == [named.id]
         suspended = sessions.suspend(session.id, resumed.lease.key, SuspendReason.USER_WAIT)
         assert [rank.id for rank in suspended.ranks] == [named.id]
+
+
+def test_turns_that_run_at_once_are_shared_out_among_dp_ranks(sessions: Sessions, database: Database) -> None:
+    with database.write() as connection:
+        for dp_rank in (0, 1):
+            own = replace(ENGINE, id=f"eng_{dp_rank}", node=f"n{dp_rank}", control_secret="of this rank")
+            engines.register(connection, replace(own, dp_rank=dp_rank, dp_size=2))
+        secret_key = turns.signing_key(secret.read(connection))
+    running = [resume(sessions, sessions.create("m").id) for _ in range(20)]
+    named = [resumed.engine.dp_rank for resumed in running if resumed.engine is not None]
+    assert all({*named[at : at + 2]} == {0, 1} for at in range(0, 20, 2))
+    for resumed, dp_rank in zip(running, named, strict=True):
+        session = resumed.session
+        session_id, token = turns.split(resumed.engine_session)
+        proven = turns.verify(secret_key, session_id, token or "")
+        assert proven is not None
+        assert proven.dp_rank == dp_rank
+        # It is asked where it is, and no other rank is told of its pin.
+        assert [rank.dp_rank for rank in sessions.pages(session.id).ranks] == [dp_rank]
+        assert [rank.dp_rank for rank in sessions.pin(session.id, PinTier.HOST, 60).ranks] == [dp_rank]
+        with database.read() as connection:
+            pinned = [session.uid in pins.of_engine(connection, ENGINE.base_url, other) for other in (0, 1)]
+        assert pinned == [dp_rank == 0, dp_rank == 1]
+        suspended = sessions.suspend(session.id, resumed.lease.key, SuspendReason.USER_WAIT)
+        assert [rank.dp_rank for rank in suspended.ranks] == [dp_rank]
+        assert [[rank.dp_rank for rank in ranks] for ranks in suspended.beside] == [[1 - dp_rank]]
+        assert suspended.epoch == resumed.lease.key.epoch
+    # None of them runs any more, and the pages say where one goes on.
+    session = running[0].session
+    with database.write() as connection:
+        manifests.save(connection, Manifest(session.uid, "f1", 0, "n1", "eng_1", 64, 128, b"k" * 64, 1000))
+    resumed = resume(sessions, session.id)
+    assert resumed.engine is not None
+    assert (resumed.engine.dp_rank, resumed.kv.state) == (1, KvState.DURABLE)
 
 
 def test_nobody_is_asked_for_what_an_engine_served_that_is_gone(sessions: Sessions, database: Database) -> None:

@@ -19,7 +19,7 @@ from agentstate.sessions.items import Item, shown
 from agentstate.sessions.outcomes import Order
 from agentstate.sessions.responses import NewResponse
 from agentstate.sessions.stored import Stored
-from agentstate.sessions.transcript import MAX_PAGE_BYTES, NewEntry
+from agentstate.sessions.transcript import BLOB_BYTES, MAX_PAGE_BYTES, NewEntry
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.database import Database
 from agentstate.sql.models import EntryKind
@@ -194,6 +194,60 @@ def test_items_stay_in_their_places_when_a_history_is_compacted(turns: Turns) ->
     found = turns.stored.items(conversation, after="id_99", limit=100, order=Order.ASCENDING)
     assert found.items == kept[100:]
     assert turns.stored.item(conversation, "id_3") == kept[3]
+
+
+def test_a_reference_means_the_item_of_its_own_session_and_else_the_newest(turns: Turns) -> None:
+    """Clients may give items ids of their own, so several conversations have the same ones."""
+    old, new = (turns.stored.create({}, [message(text, id="msg_1")]).id for text in ("old", "new"))
+    answered = turns.end(turns.begin(State(conversation=old)), [], [message("re old", id="msg_2")])
+
+    def referred(item: str = "msg_1", session: str | None = None, response: str | None = None) -> list[Any]:
+        found = turns.stored.referred({item: 1}, 1 << 20, session=session, response=response)
+        assert found is not None
+        return texts(list(found.values()))
+
+    for name in (None, "nobody", "\0"):
+        assert referred(session=name) == ["new"]
+    assert [referred(session=name) for name in (old, new)] == [["old"], ["new"]]
+    assert referred(response=answered) == ["old"]
+    assert referred("msg_2", session=new) == ["re old"]  # it is said elsewhere
+    turns.stored.remove(new, "msg_1")
+    assert referred() == ["old"]
+    assert referred(session=new) == []
+    turns.sessions.delete(old, None)
+    assert (referred(), referred("msg_2")) == ([], [])
+
+
+def test_an_item_can_be_referred_to_as_long_as_a_session_has_it(turns: Turns) -> None:
+    """Not when it was taken back, nor when its session goes, unless a fork shares it."""
+    one = turns.end(turns.begin(session="s"), [message("a", id="a")], [message("re a", id="re_a")])
+    head = turns.sessions.read("s").head_id
+    turns.end(turns.begin(session="s"), [message("b", id="b")], [message("re b", id="re_b")])
+    turns.end(turns.begin(State(response=one), session="fork"), [message("c", id="c")], [message("re c", id="re_c")])
+    everything = dict.fromkeys(("a", "re_a", "b", "re_b", "c", "re_c"), 1)
+
+    def found() -> set[str]:
+        return set(turns.stored.referred(everything, 1 << 20, session=None, response=None) or ())
+
+    assert found() == everything.keys()
+    turns.sessions.rewind("s", None, at=head)
+    assert found() == {"a", "re_a", "c", "re_c"}
+    turns.end(turns.begin(session="s"), [message("d", id="b")], [message("re d", id="re_d")])
+    assert found() == {"a", "re_a", "b", "c", "re_c"}
+    turns.sessions.delete("s", None)
+    assert found() == {"a", "re_a", "c", "re_c"}
+    with turns.database.write() as connection:
+        connection.execute(sa.update(sessions_table).where(sessions_table.c.name == "fork").values(expires_us=1))
+    assert found() == set()
+
+
+def test_what_is_referred_to_is_bounded(turns: Turns) -> None:
+    """Once for each time, in a row or in a blob."""
+    conversation = turns.stored.create({}, [message("x" * 1000, id="row"), message("x" * BLOB_BYTES, id="blob")]).id
+    for item, size in (("row", 1000), ("blob", BLOB_BYTES)):
+        for times, most, fits in ((1, size + 500, True), (1, size - 1, False), (3, 2 * size + 500, False)):
+            found = turns.stored.referred({item: times}, most, session=conversation, response=None)
+            assert (found is not None) == fits
 
 
 def test_a_conversation_must_be_there(turns: Turns) -> None:

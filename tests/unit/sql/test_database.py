@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,29 @@ def test_a_statement_of_postgresql_that_waits_for_a_lock_gives_up(postgresql: An
         "idle_in_transaction_session_timeout": "1min",
     }
     database.close()
+
+
+@pytest.mark.parametrize("unasked_s", [0.0, 3600.0])
+def test_a_connection_that_broke_while_it_was_idle_is_replaced(
+    postgresql: Any, monkeypatch: pytest.MonkeyPatch, unasked_s: float
+) -> None:
+    monkeypatch.setattr("agentstate.sql.database.UNASKED_S", unasked_s)
+    with closing(Database(postgresql.create_database(postgresql.template))) as database:
+        for attempt in (database.read, database.write):
+            with attempt() as connection:
+                pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+            postgresql.execute(f"SELECT pg_terminate_backend({pid}, 60000)")
+            with attempt() as connection:
+                assert connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one() != pid
+
+
+def test_a_connection_that_was_used_a_moment_ago_is_not_asked(postgresql: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentstate.sql.database.UNASKED_S", 3600.0)
+    with closing(Database(postgresql.create_database(postgresql.template))) as database:
+        pings: list[Any] = []
+        monkeypatch.setattr(database._writer.dialect, "do_ping", pings.append)
+        for _ in range(3):
+            with database.write() as connection:
+                insert_operation(connection)
+        assert pings == []
+        assert count(database) == 3

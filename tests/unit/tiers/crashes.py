@@ -13,7 +13,7 @@ from agentstate.tiers import DirectoryTier, ExtentName, directory
 from agentstate.tiers.source import Source
 from agentstate.tiers.testing.conformance import file_of
 
-CHANGES = ("open", "write", "fsync", "link", "rename", "mkdir", "unlink", "close")
+CHANGES = ("open", "copy_file_range", "write", "fsync", "link", "rename", "mkdir", "unlink", "close")
 
 
 class Death(BaseException):

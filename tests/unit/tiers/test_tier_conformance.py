@@ -8,7 +8,7 @@ import places
 import pytest
 
 from agentstate.tiers import Guard, Tier
-from agentstate.tiers.testing.conformance import Place, TierTests
+from agentstate.tiers.testing.conformance import PATIENCE_S, Place, TierTests
 from agentstate.tiers.testing.seaweedfs import Server
 
 
@@ -38,6 +38,11 @@ class TestSeaweedFS(TierTests):
     @pytest.fixture
     def place(self, s3: Server) -> Place:
         return places.on(s3)
+
+    def test_a_bucket_that_is_made_by_the_first_write_has_no_mark_before(self, s3: Server) -> None:
+        with places.on(s3, "s3://made-by-a-mark/pages").open() as tier:
+            assert tier.mark().result(PATIENCE_S) is None
+            assert tier.mark("mine").result(PATIENCE_S) == "mine"
 
 
 class Guarded(places.Objects):

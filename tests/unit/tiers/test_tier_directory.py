@@ -83,13 +83,13 @@ def test_an_extent_is_synced_before_it_has_its_name_and_its_directories_before_i
     calls, _ = crashes.die(root, NAME, DATA, 10_000)
     # Three directories are made, each is synced in the one above; then the file, and at last its directory.
     assert calls.count("mkdir") == 3 and calls.count("fsync") == 5
-    assert calls.index("write") < calls.index("link") < len(calls) - 3
+    assert calls.index("copy_file_range") < calls.index("link") < len(calls) - 3
 
 
 def test_one_who_finds_it_there_syncs_the_directory_all_the_same(root: Path) -> None:
     crashes.die(root, NAME, DATA, 10_000)
     calls, _ = crashes.die(root, NAME, DATA, 10_000)
-    assert "write" not in calls and calls[-2:] == ["fsync", "close"]
+    assert not {"write", "copy_file_range"} & set(calls) and calls[-2:] == ["fsync", "close"]
 
 
 def test_what_dead_writers_left_is_swept_by_its_age_and_what_live_ones_write_is_written_again(
@@ -145,7 +145,7 @@ def test_without_links_a_file_gets_its_name_by_a_rename(
         (errno.ETIMEDOUT, TierUnavailable, "timed out"),
     ],
 )
-@pytest.mark.parametrize("call", ["mkdir", "write", "fsync", "link"])
+@pytest.mark.parametrize("call", ["mkdir", "copy_file_range and write", "fsync", "link"])
 def test_a_call_that_fails_says_what_to_do_and_leaves_nothing(
     root: Path,
     tier: DirectoryTier,
@@ -163,11 +163,29 @@ def test_a_call_that_fails_says_what_to_do_and_leaves_nothing(
     data = content(3)
     name = name_of(data, bytes([7]) * 32)
     with monkeypatch.context() as failing, file_of(data) as file:
-        failing.setattr(directory.os, call, fail)
+        for one in call.split(" and "):
+            failing.setattr(directory.os, one, fail)
         with pytest.raises(kind, match=word):
             tier.publish(name, file).result(PATIENCE_S)
     assert names(tier) == [name_of(content(2))] and leftovers(root) == []
     assert publish(tier, data, name) == (name, True)
+
+
+def test_what_the_kernel_does_not_copy_is_written(
+    root: Path, tier: DirectoryTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = os.copy_file_range, []
+
+    def copy_file_range(source: int, target: int, count: int, offset: int) -> int:
+        asked.append(offset)
+        if len(asked) > 1:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return real(source, target, 1000, offset)
+
+    monkeypatch.setattr(directory.os, "copy_file_range", copy_file_range)
+    assert publish(tier, DATA, trailer=b"behind it") == (NAME, True)
+    assert asked[:2] == [0, 1000]
+    assert read(tier, NAME, 0, len(DATA) + 9) == DATA + b"behind it"
 
 
 def test_a_file_that_went_stale_is_opened_again_and_missing_if_it_is_gone(
@@ -198,6 +216,10 @@ def test_a_share_that_is_not_mounted_misses_nothing_and_is_not_written_to(tmp_pa
             attempt()
     root.mkdir()
     assert publish(tier, DATA) == (NAME, True)
+    # It may be marked while it is open.
+    with DirectoryTier(root) as other:
+        other.mark("a mark").result(PATIENCE_S)
+    assert names(tier) == [NAME]
     # The mount goes away, and the directory that it was mounted on is seen.
     root.rename(tmp_path / "elsewhere")
     root.mkdir()
@@ -225,6 +247,7 @@ def test_a_share_that_is_mounted_anew_is_the_same(tmp_path: Path) -> None:
     root = tmp_path / "share"
     root.symlink_to(tmp_path / "first")
     with DirectoryTier(root) as tier, tempfile.TemporaryDirectory(dir=memory) as other:
+        tier.mark("a mark").result(PATIENCE_S)
         publish(tier, DATA)
         shutil.copytree(tmp_path / "first", other, dirs_exist_ok=True)
         root.unlink()
@@ -238,6 +261,7 @@ def test_a_share_that_is_mounted_anew_is_the_same(tmp_path: Path) -> None:
 def test_nothing_is_acknowledged_if_the_share_goes_away_while_it_is_published(
     root: Path, tier: DirectoryTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tier.mark("a mark").result(PATIENCE_S)
     publish(tier, content(2))
     real = os.mkdir
 
@@ -316,6 +340,14 @@ def test_a_read_that_is_under_way_when_the_tier_is_closed_writes_nothing_after_i
     for thread in tier._workers._threads:
         thread.join(PATIENCE_S)
     assert into == bytes(len(data))
+    assert not [link for link in map(_open_file, os.listdir("/proc/self/fd")) if link.startswith(str(root))]
+
+
+def _open_file(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""
 
 
 PROCESS = """
@@ -354,19 +386,6 @@ def test_two_processes_share_a_directory(root: Path, tier: DirectoryTier) -> Non
     for number in range(30):
         assert read(tier, name_of(content(number)), 0, 50_000) == content(number)
     assert leftovers(root) == []
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A mount with 2 MiB."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True)
-    if done.returncode:
-        # Not `missing`: CI need not be root.
-        pytest.skip(f"nothing can be mounted here: {done.stderr.decode().strip()}")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
 def test_a_full_mount_refuses_and_keeps_what_it_has(small: Path) -> None:

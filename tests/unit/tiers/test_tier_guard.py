@@ -59,6 +59,9 @@ class ScriptedTier(Tier):
         self.react(self.sent[-1])
         return future
 
+    def mark(self, proposed: str | None = None) -> Future[str | None]:
+        return self._sent("mark", Future())  # type: ignore[no-any-return]
+
     def publish(self, name: str, file: BinaryIO, trailer: bytes = b"") -> Future[bool]:
         os.fstat(file.fileno())  # as one that reads it
         return self._sent("publish", Future())  # type: ignore[no-any-return]
@@ -119,6 +122,15 @@ def fail_open(guard: Guard, tier: ScriptedTier, clock: ManualClock) -> None:
 
 
 # Time-outs and second attempts
+
+
+def test_a_deletion_is_sent_once(guard: Guard, tier: ScriptedTier, clock: ManualClock) -> None:
+    """A second one that succeeded would say nothing of the first, which may still arrive."""
+    dropped = guard.drop(NAME)
+    clock.advance(10)
+    assert isinstance(dropped.exception(0), TierUnavailable)
+    clock.advance(10)
+    assert len(tier.sent) == 1 and clock.waiting() == 0
 
 
 def test_what_was_answered_is_handed_on_and_no_timer_is_left(
@@ -372,20 +384,36 @@ def test_after_failures_in_a_row_every_call_ends_at_once_until_a_probe_succeeds(
     ]
 
 
-def test_probes_come_after_1_2_4_and_at_most_60_seconds_without_any_call(
+def test_probes_come_after_1_2_4_and_at_most_30_seconds_without_any_call(
     guard: Guard, tier: ScriptedTier, clock: ManualClock
 ) -> None:
     fail_open(guard, tier, clock)
-    for wait_s in (1, 2, 4, 8, 16, 32, 60, 60, 60):
+    for wait_s in (1, 2, 4, 8, 16, 30, 30, 30):
         clock.advance(wait_s - 0.01)
         assert tier.sent == []
         clock.advance(0.02)
         (probe,) = tier.sent
         tier.sent.clear()
         probe.fail()
-    clock.advance(60)
+    clock.advance(30)
     tier.sent[-1].answer()
     assert guard.available
+
+
+def test_it_is_said_once_that_a_store_is_not_used_however_often_it_is_tried(
+    guard: Guard, tier: ScriptedTier, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        fail_open(guard, tier, clock)
+        tier.react = lambda sent: sent.fail()
+        clock.advance(300)
+        tier.react = lambda sent: sent.answer()
+        clock.advance(30)
+    assert guard.available and guard.counts()["probes"] > 5 and guard.counts()["opened"] == 1
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "the share is not used until that is over",
+        "the share is used again",
+    ]
 
 
 def test_a_probe_that_hangs_is_a_failure(guard: Guard, tier: ScriptedTier, clock: ManualClock) -> None:
@@ -455,17 +483,95 @@ def test_a_full_store_is_still_read_and_tried_again_after_a_while(
     ]
 
 
-def test_lost_credentials_stop_reads_and_a_read_finds_them_again(
+def test_lost_credentials_stop_reads_and_one_of_the_guards_own_finds_them_again(
     guard: Guard, tier: ScriptedTier, clock: ManualClock
 ) -> None:
     tier.react = lambda sent: sent.fail(TierRefused("no credentials"))
     for _ in range(5):
         assert str(read(guard)[0].exception(0)) == "no credentials"
     assert len(tier.sent) == 3 and not guard.available
+    # Nobody looks for anything there meanwhile, and who may list may not be allowed to read.
+    clock.advance(1)
+    clock.advance(2)
+    assert [sent.what for sent in tier.sent[3:]] == ["read", "read"] and not guard.available
+    tier.react = lambda sent: sent.answer()
+    clock.advance(4)
+    assert guard.available and len(tier.sent) == 6
+    assert guard.counts()["probes"] == 3 and clock.waiting() == 0
+    assert read(guard)[0].exception(0) is None
+
+
+def test_what_is_missing_by_now_may_be_read(guard: Guard, tier: ScriptedTier, clock: ManualClock) -> None:
+    tier.react = lambda sent: sent.fail(TierRefused("no credentials"))
+    for _ in range(3):
+        read(guard)
+    tier.react = lambda sent: sent.fail(GONE)
+    clock.advance(1)
+    assert guard.available
+
+
+def test_refused_listings_alone_are_found_out_about_by_a_listing(
+    guard: Guard, tier: ScriptedTier, clock: ManualClock
+) -> None:
+    tier.react = lambda sent: sent.fail(TierRefused("no credentials"))
+    for _ in range(3):
+        guard.list()
+    assert not guard.available
     tier.react = lambda sent: sent.answer()
     clock.advance(1)
-    assert read(guard)[0].exception(0) is None
-    assert guard.available
+    assert tier.sent[-1].what == "list" and guard.available
+
+
+# What is measured because nobody reads
+
+
+def slow_reads(guard: Guard, tier: ScriptedTier, clock: ManualClock, seconds: float) -> None:
+    for _ in range(10):
+        read(guard, 2_000_000)
+        clock.advance(seconds)
+        tier.sent[0].answer()
+        tier.sent.clear()
+
+
+def test_a_store_that_was_slow_is_read_again_for_who_wants_to_know(
+    guard: Guard, tier: ScriptedTier, clock: ManualClock
+) -> None:
+    guard.measure()  # nothing is known that could be read
+    slow_reads(guard, tier, clock, 1)
+    slow = guard.figures().bytes_per_s
+    assert slow == pytest.approx(2e6, rel=0.1)
+    guard.measure()
+    assert tier.sent == []  # somebody has just read
+    for _ in range(2):
+        clock.advance(10)
+        guard.measure()
+        guard.measure()
+        (sent,) = tier.sent
+        assert sent.what == "read" and [len(into) for _, into in sent.ranges] == [2_000_000]
+        clock.advance(0.01)
+        tier.sent.pop().answer()
+    fast = guard.figures().bytes_per_s
+    assert fast is not None and fast > 20 * 2e6
+    assert guard.counts()["measures"] == 2
+
+
+def test_nothing_is_measured_while_nothing_is_sent(guard: Guard, tier: ScriptedTier, clock: ManualClock) -> None:
+    slow_reads(guard, tier, clock, 1)
+    fail_open(guard, tier, clock)
+    clock._now_s += 100
+    guard.measure()
+    assert tier.sent == []
+
+
+def test_what_was_measured_before_the_store_was_out_of_use_says_nothing_after_it(
+    guard: Guard, tier: ScriptedTier, clock: ManualClock
+) -> None:
+    slow_reads(guard, tier, clock, 1)
+    fail_open(guard, tier, clock)
+    assert guard.figures().bytes_per_s is not None
+    clock.advance(1)
+    tier.sent[-1].answer()
+    assert guard.available and guard.figures() == (None, None)
 
 
 def test_a_cancelled_probe_says_nothing_and_another_one_comes(
@@ -481,6 +587,26 @@ def test_a_cancelled_probe_says_nothing_and_another_one_comes(
     assert [sent.what for sent in tier.sent] == ["read", "list"]
     tier.sent[1].answer()
     assert guard.available
+
+
+def test_close_ends_what_has_not_ended_and_nothing_is_sent_again(
+    guard: Guard, tier: ScriptedTier, clock: ManualClock
+) -> None:
+    reading, into = read(guard)
+    others = [guard.drop(NAME), guard.list(), guard.sweep(60)]
+    fails = read(guard)[0]
+    tier.sent[-1].fail()
+    sent = len(tier.sent)
+    guard.close()
+    for future in (reading, *others, fails):
+        assert isinstance(future.exception(0), TierUnavailable)
+    assert isinstance(guard.drop(NAME).exception(0), TierUnavailable)
+    clock.advance(100)
+    assert len(tier.sent) == sent and clock.waiting() == 0
+    # Nobody writes to the buffers of who was told that it is over.
+    with pytest.raises(CancelledError):
+        tier.sent[0].answer()
+    assert into == bytes(100)
 
 
 def test_a_guard_that_is_closed_sends_nothing_more(guard: Guard, tier: ScriptedTier, clock: ManualClock) -> None:
@@ -524,15 +650,15 @@ class TestMeasured:
         assert measured.figures() == (None, None)
         for _ in range(20):
             # One small, and two large ones at once.
-            measured.began(now)
+            measured.began(now, 100)
             measured.ended(now, now + 0.01, 100)
             now += 0.01
             for _ in range(2):
-                measured.began(now)
+                measured.began(now, 1_000_000)
             for _ in range(2):
                 measured.ended(now, now + 1, 1_000_000)
             now += 1
-            now += 50  # nothing in flight
+            now += 5  # nothing in flight
         latency_s, bytes_per_s = measured.figures()
         assert latency_s == pytest.approx(0.01)
         assert bytes_per_s == pytest.approx(2_000_000, rel=0.02)
@@ -540,18 +666,48 @@ class TestMeasured:
     def test_a_store_that_becomes_slow_is_soon_known_to_be(self) -> None:
         measured, now = Measured(), 0.0
         for seconds in [0.1] * 50 + [10.0] * 6:
-            measured.began(now)
+            measured.began(now, 1_000_000)
             measured.ended(now, now + seconds, 1_000_000)
             now += seconds
         rate = measured.figures().bytes_per_s
         assert rate is not None and rate < 200_000
+
+    def test_a_store_that_was_slow_and_is_not_any_more_is_soon_known_to_be_fast(self) -> None:
+        measured, now = Measured(), 0.0
+        # 16 MB in 8 s again and again, and then, after a minute, in 0.02 s.
+        for seconds in [8.0] * 20 + [0.02] * 2:
+            for n_bytes, part in ((1000, seconds / 100), (16_000_000, seconds)):
+                measured.began(now, n_bytes)
+                measured.ended(now, now + part, n_bytes)
+                now += part
+            now += 60
+        latency_s, bytes_per_s = measured.figures()
+        assert bytes_per_s is not None and bytes_per_s > 400e6
+
+    def test_small_requests_tell_nothing_of_the_rate(self) -> None:
+        measured, now = Measured(), 0.0
+        for n_bytes, seconds, times in ((8_000_000, 0.01, 20), (64_000, 0.01, 1000)):
+            for _ in range(times):
+                measured.began(now, n_bytes)
+                now += seconds
+                measured.ended(now - seconds, now, n_bytes)
+        assert measured.figures().bytes_per_s == pytest.approx(800e6, rel=0.01)
+
+    def test_latency_is_that_of_the_last_minute(self) -> None:
+        measured, now = Measured(), 0.0
+        for seconds, times in ((1.0, 200), (0.01, 12)):
+            for _ in range(times):
+                measured.began(now, 100)
+                measured.ended(now, now + seconds, 100)
+                now += 4 + seconds
+        assert measured.figures().latency_s == pytest.approx(0.01)
 
     def test_a_read_straggles_by_what_reads_of_its_size_take(self) -> None:
         measured = Measured()
         assert measured.straggles_after_s(1000, 0.95) is None
         for number in range(100):
             for size, seconds in ((1_000, 0.01), (1_000_000, 1.0)):
-                measured.began(0)
+                measured.began(0, size)
                 measured.ended(0, seconds * (1 + number / 100), size)
         assert measured.straggles_after_s(1_000, 0.5) == pytest.approx(0.015, rel=0.2)
         assert measured.straggles_after_s(1_000_000, 0.95) == pytest.approx(1.95, rel=0.05)

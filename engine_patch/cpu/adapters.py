@@ -1,0 +1,37 @@
+"""LoRA on a CPU. SGLang's torch backend for it pins small tensors in host memory, which needs a GPU: here they are
+ordinary ones."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+def install() -> None:
+    """Let SGLang's adapted layers and its torch backend do without pinned memory."""
+    from sglang.srt.lora import layers
+    from sglang.srt.lora.backend import torch_backend
+
+    layers.torch = torch_backend.torch = _Unpinned()
+    torch.Tensor.pin_memory = lambda self, device=None: self
+
+
+class _Unpinned(ModuleType):
+    """torch, whose functions do not know ``pin_memory``."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in ("empty", "tensor", "zeros"):
+            return found
+
+        @functools.wraps(found)
+        def unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+            return found(*args, **kwargs)
+
+        return unpinned

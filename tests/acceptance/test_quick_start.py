@@ -1,0 +1,114 @@
+"""The quick start, as a reader types it: its commands, with ports and directories of the test's own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from commands import ROOT, commands
+
+from agentstate.cli.local import ChildProcess, free_port
+from agentstate.client import Client
+from agentstate.settings import Settings
+
+PATIENCE_S = 600
+PAGE = 64
+COMMANDS = commands("quick-start.md")
+
+
+class Reader:
+    """Types commands into terminals."""
+
+    def __init__(self, home: Path, engine_python: Path):
+        self.home = home
+        self._service, self._engine = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self._service}"
+        self.engine_url = f"http://127.0.0.1:{self._engine}"
+        self._changes = {
+            "http://127.0.0.1:8700": self.url,
+            "~/.cache/agentstate/": f"{Settings().cache_dir}/",
+            ".venv/engine/bin/agentstate": str(engine_python.parent / "agentstate"),
+            "agent.json": str(home / "agent.json"),
+        }
+        # Whether an engine restores what it has is for this test to know, and not for its stopwatch to decide.
+        own = {"AGENTSTATE_HOME": str(home / "data"), "AGENTSTATE_PORT": str(self._service)}
+        self.environment = {**os.environ, **own, "AGENTSTATE_BREAK_EVEN": "off", "HF_HUB_OFFLINE": "1"}
+
+    def typed(self, name: str) -> str:
+        command = COMMANDS[name]
+        for theirs, ours in self._changes.items():
+            command = command.replace(theirs, ours)
+        return command.strip() + (f" --port {self._engine}" if name == "engine" else "")
+
+    def runs(self, script: str) -> str:
+        """What commands print that end."""
+        shell = ["bash", "-euo", "pipefail", "-c", script]
+        ran = subprocess.run(shell, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
+
+    def starts(self, name: str, url: str) -> ChildProcess:
+        """A command that goes on, once it answers."""
+        shell = ["bash", "-c", f"exec {self.typed(name)}"]
+        # The commands of a checkout are relative to it.
+        process = ChildProcess(["env", "-C", str(ROOT), *shell], self.environment, self.home / f"{name}.log")
+        process.await_answer(url, PATIENCE_S)
+        return process
+
+
+@pytest.fixture
+def reader(tmp_path: Path, engine_python: Path) -> Reader:
+    return Reader(tmp_path, engine_python)
+
+
+@pytest.fixture
+def ending() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def computed(printed: str) -> tuple[int, int]:
+    """Tokens of the first prompt, and how many of these were computed before."""
+    found = re.search(r"of (\d+) tokens (\d+) were not computed again", printed)
+    assert found is not None, printed
+    return int(found[1]), int(found[2])
+
+
+def test_the_quick_start(reader: Reader, ending: ExitStack, smollm2: Path) -> None:
+    assert list(COMMANDS) == ["install", "service", "engine", "agent", "agent again", "look"]
+    subprocess.run(["make", "--dry-run", *COMMANDS["install"].split()[1:]], cwd=ROOT, check=True, capture_output=True)
+    ending.callback(reader.starts("service", f"{reader.url}/healthz").kill)
+    engine = reader.starts("engine", f"{reader.engine_url}/health")
+    ending.callback(engine.kill)
+    *exports, _ = reader.typed("agent").splitlines()
+    first, _ = computed(reader.runs(reader.typed("agent")))
+    with Client(reader.url) as client:
+        (session,) = client.list_sessions().data
+        # A reader who types the next command has waited for this.
+        deadline = time.monotonic() + PATIENCE_S
+        while client.kv(session.id).tiers["disk"].tokens < first // PAGE * PAGE:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    engine.kill()
+    ending.callback(reader.starts("engine", f"{reader.engine_url}/health").kill)
+    _, restored = computed(reader.runs("\n".join([*exports, reader.typed("agent again")])))
+    assert restored >= first // PAGE * PAGE
+    looked = reader.runs(reader.typed("look"))
+    assert session.id in looked
+    assert "rank0" in looked
+
+
+def test_flags_are_checked_before_a_model_is_loaded(engine_python: Path, tmp_path: Path) -> None:
+    command = commands("troubleshooting.md")["check flags"].replace(
+        "agentstate", str(engine_python.parent / "agentstate"), 1
+    )
+    environment = {**os.environ, "AGENTSTATE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert "--pp-size" in ran.stdout + ran.stderr
+    assert "refused" in ran.stdout + ran.stderr

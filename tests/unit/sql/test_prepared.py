@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from agentstate.errors import DatabaseError, DatabaseUnreachable
+from agentstate.sessions.verbs import Sessions
+from agentstate.sql.database import Database, now_us
+from agentstate.sql.models import sessions, settings
+from agentstate.sql.prepared import Prepared
+
+NAMED = Prepared(sa.select(sessions).where(sessions.c.name == sa.bindparam("called")))
+PUT = Prepared(sa.insert(settings).values(updated_us=now_us()))
+LONGER = Prepared(
+    sa.update(settings)
+    .where(settings.c.name == sa.bindparam("called"))
+    .values(updated_us=settings.c.updated_us + 5)
+    .returning(settings.c.value, settings.c.updated_us)
+)
+COUNT = Prepared(sa.select(sa.func.count().label("settings")).select_from(settings))
+
+
+@pytest.fixture
+def made(database: Database) -> Database:
+    Sessions(database, 30.0).create("m", session_id="a", metadata={"of": ["two", 2]}, cache_salt="é")
+    return database
+
+
+def test_rows_are_what_sqlalchemy_makes_of_them(made: Database) -> None:
+    with made.read() as connection:
+        (found,) = NAMED.all(connection, {"called": "a"})
+        row = connection.execute(sa.select(sessions)).one()
+        assert found._mapping == dict(row._mapping)
+        assert tuple(found) == tuple(row)
+        assert {name: type(value) for name, value in found._mapping.items()} == {
+            name: type(value) for name, value in row._mapping.items()
+        }
+        assert (found.cache_salt, found._mapping["metadata"]) == ("é", {"of": ["two", 2]})
+
+
+def test_nothing_found_is_none(made: Database) -> None:
+    with made.read() as connection:
+        assert NAMED.all(connection, {"called": "b"}) == []
+        assert NAMED.first(connection, {"called": "b"}) is None
+        assert NAMED.scalar(connection, {"called": "b"}) is None
+
+
+def test_it_writes_in_the_connections_transaction(database: Database) -> None:
+    with pytest.raises(RuntimeError, match="broken"), database.write() as connection:
+        assert PUT.all(connection, {"name": "x", "value": b"\0"}) == []
+        assert COUNT.scalar(connection, {}) == 1
+        raise RuntimeError("broken")
+    with database.write() as connection:
+        assert COUNT.scalar(connection, {}) == 0
+        PUT.all(connection, {"name": "x", "value": b"\0"})
+        before = connection.execute(sa.select(settings.c.updated_us)).scalar_one()
+        assert LONGER.first(connection, {"called": "x"}) == (b"\0", before + 5)
+    with database.read() as connection:
+        assert COUNT.scalar(connection, {}) == 1
+
+
+def test_its_errors_are_sqlalchemys_and_the_databases(database: Database) -> None:
+    with pytest.raises(sa.exc.IntegrityError), database.write() as connection:
+        PUT.all(connection, {"name": "x", "value": b"\0"})
+        PUT.all(connection, {"name": "x", "value": b"\0"})
+    # A reader cannot write, which is an error of the database's; the connection is good for the next.
+    with pytest.raises(DatabaseError), database.read() as connection:
+        PUT.all(connection, {"name": "x", "value": b"\0"})
+    with database.write() as connection:
+        assert COUNT.scalar(connection, {}) == 0
+
+
+def test_a_broken_connection_is_not_used_again(postgresql: Any) -> None:
+    with closing(Database(postgresql.create_database(postgresql.template))) as database:
+        with pytest.raises(DatabaseUnreachable), database.write() as connection:
+            pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+            postgresql.execute(f"SELECT pg_terminate_backend({pid}, 60000)")
+            COUNT.scalar(connection, {})
+        with database.write() as connection:
+            assert COUNT.scalar(connection, {}) == 0
+
+
+def test_who_watches_statements_sees_it(database: Database) -> None:
+    seen: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        seen.append(statement)
+
+    with database.write() as connection:
+        COUNT.all(connection, {})
+        sa.event.listen(sa.Engine, "before_cursor_execute", note)
+        try:
+            assert COUNT.scalar(connection, {}) == 0
+            PUT.all(connection, {"name": "x", "value": b"\0"})
+            assert LONGER.first(connection, {"called": "x"}).value == b"\0"
+        finally:
+            sa.event.remove(sa.Engine, "before_cursor_execute", note)
+        assert [statement.split()[0] for statement in seen] == ["SELECT", "INSERT", "UPDATE"]
+
+
+def test_a_list_is_refused(database: Database) -> None:
+    several = Prepared(sa.select(settings).where(settings.c.name.in_(sa.bindparam("names", expanding=True))))
+    with database.read() as connection, pytest.raises(ValueError, match="list"):
+        several.all(connection, {"names": ["x"]})

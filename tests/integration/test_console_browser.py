@@ -261,11 +261,19 @@ def test_a_transcript_does_not_move_under_who_reads_it(chromium: Any, live: Serv
     append(live, "nightly-report", *long)
     with tab(chromium, live) as page:
         page.goto("/sessions/nightly-report")
+        page.locator(".transcript > li").nth(2).scroll_into_view_if_needed()
+        there = page.evaluate("scrollY")
         append(live, "nightly-report", {"kind": "note", "payload": {"x": "something new"}})
         page.get_by_role("button", name="Show 1 new").wait_for()
         assert page.get_by_text("something new").count() == 0
+        assert page.evaluate("scrollY") == there
         page.get_by_role("button", name="Show 1 new").click()
         page.get_by_text("something new").wait_for()
+        page.wait_for_function(
+            "() => document.querySelector('.transcript').lastElementChild.getBoundingClientRect().top < innerHeight"
+        )
+        append(live, "nightly-report", {"kind": "note", "payload": {"x": "at the end"}})
+        page.get_by_text("at the end").wait_for()
 
 
 def test_a_page_of_what_is_gone_says_so(chromium: Any, live: Service) -> None:

@@ -131,12 +131,12 @@
   const transcript = () => document.getElementById("transcript");
   const newest = () => Number(document.getElementById("newest")?.dataset.newest || 0);
 
-  // A transcript grows only while its end is seen: otherwise it would move under who reads it.
+  // A transcript grows only while its end is seen, or when asked: otherwise it would move under who reads it.
+  let asked = false;
   document.addEventListener("htmx:before:swap", () => {
     const list = transcript();
     if (!list || !Number(list.dataset.newest)) return;
-    const end = document.getElementById("newest").getBoundingClientRect();
-    list.toggleAttribute("hx-morph-skip", end.top > innerHeight);
+    list.toggleAttribute("hx-morph-skip", !asked && list.getBoundingClientRect().bottom > innerHeight);
   });
   document.addEventListener("htmx:after:swap", () => {
     fresh();
@@ -146,9 +146,13 @@
     const more = newest() - Number(list.dataset.newest);
     button.hidden = !(list.hasAttribute("hx-morph-skip") && more > 0);
     button.textContent = `Show ${more} new`;
+    if (asked) list.lastElementChild?.scrollIntoView();
+    asked = false;
   });
   document.addEventListener("click", (event) => {
-    if (event.target.id === "follow") location.reload();
+    if (event.target.id !== "follow") return;
+    asked = true;
+    refresh();
   });
 
   // An error never takes the place of a part of a page. What is gone says so; after any other error the page grows old.

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from commands import DOCUMENTS, commands
 from stage import MODEL, Service
-from tools import tool
 
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
@@ -48,7 +47,6 @@ def test_every_command_is_run_here_or_by_an_acceptance_test() -> None:
 
 
 def test_the_database_is_migrated_and_backed_up(tmp_path: Path) -> None:
-    tool("sqlite3")
     told = commands("operations.md")
     shell(told["migrate"], tmp_path)
     original = tmp_path / ".local/share/agentstate/agentstate.db"

@@ -4,6 +4,7 @@ each has its class, each that is refused one sentence, and nothing ends in a tra
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -61,6 +62,11 @@ LLAMA = {
 }
 
 
+# Neither changes within a process, and both take longer than all the rest of a pair.
+judge_version_once = functools.cache(resolution.judge_version)
+record_fields_once = functools.cache(sgl.record_fields)
+
+
 class Given(NamedTuple):
     field: str
     words: list[str]
@@ -106,6 +112,8 @@ def read(
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     monkeypatch.setattr(server_args, "argparse", SimpleNamespace(ArgumentParser=lambda **_: parser))
     monkeypatch.setattr(ServerArgs, "add_cli_args", lambda _: None)
+    monkeypatch.setattr(resolution, "judge_version", judge_version_once)
+    monkeypatch.setattr(sgl, "record_fields", record_fields_once)
     monkeypatch.setattr(resolution_hooks, "_HOOKS", {})
     sgl.register_resolution_hook("handle_deprecated_dp_attention")(resolution.judge_flags)
     sgl.register_resolution_hook("handle_mxfp8_kv_cache_compatibility")(resolution.choose_page_size)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from stage import Service, register
+import pytest
+from stage import PATIENCE_S, Service, register
 from test_tenants import key_for
 
 from agentstate.cli import doctor_parts
 from agentstate.cli.findings import Level, exit_status
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_parts, "_ANSWER_S", PATIENCE_S)
+
+
 def test_an_engine_that_stores_nothing_says_why(service: Service, start_peer: Any) -> None:
-    settings = service.app.state.service.settings
+    settings = service.app.state.service.settings.model_copy(update={"engine_timeout_s": 3600})
     off = {"ok": True, "off": "weights were updated from another process"}
     register(service.database, start_peer(lambda request: off).address)
     (found,) = doctor_parts.engines(settings)

@@ -1,13 +1,15 @@
-"""Tiny checkpoints of models that draft for others, and of those that they draft for. See models.py, which saves them.
+"""Tiny checkpoints of models that draft for others, and of those that they draft for.
 
-Weights are random, so that no model would ever foresee another one's tokens. Here they do so most of the time, because
-the targets' first layer decides what they say: the layers above it add little, and a draft is that first layer. What it
-attends to decides as well, so that a draft whose KV is missing foresees nothing.
+Run in the engine's environment: ``python -m benchmarks.drafting KIND DIRECTORY``. Weights are random, so that no model
+would ever foresee another one's tokens. Here they do so most of the time, because the targets' first layer decides what
+they say: the layers above it add little, and a draft is that first layer. What it attends to decides as well, so that a
+draft whose KV is missing foresees nothing. There is no tokenizer: requests are sent as token ids.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,21 @@ DRAFT_OF = {"draft": "target", "eagle": "target", "eagle3": "target"}
 """Which model each of the others drafts for; ``mtp``, ``sparse`` and ``linear`` have drafts in their own
 checkpoints."""
 KINDS = ("target", *DRAFT_OF, "mtp", "sparse", "linear")
+VOCABULARY = 1024
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
+"""What the configurations of all tiny models have."""
 CHOSEN = 64
 """How many tokens a token of ``sparse`` attends to."""
 _LAYERS = 4
@@ -27,7 +44,7 @@ _ADDED = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_
 Tensors = dict[str, Any]
 
 
-def save(kind: str, directory: Path, common: Mapping[str, Any]) -> None:
+def save(kind: str, directory: Path, common: Mapping[str, Any] = COMMON) -> None:
     """Write a checkpoint of one of `KINDS`, of a configuration with the ``common`` fields."""
     directory.mkdir(parents=True, exist_ok=True)
     match kind:
@@ -260,3 +277,7 @@ def _each_expert(tensors: Tensors) -> Tensors:
                 split[f"{before}.experts.{number}.gate_proj.weight"] = gate
                 split[f"{before}.experts.{number}.up_proj.weight"] = up
     return split
+
+
+if __name__ == "__main__":
+    save(sys.argv[1], Path(sys.argv[2]))

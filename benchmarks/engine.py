@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,8 @@ class Answer:
     """``tokens`` are the output's ids. Of the prompt, ``device_tokens`` were found on the device and
     ``restored_tokens`` came from elsewhere. Times are the client's: to the first token, and to the end; of the former,
     ``before_match_s`` had passed when the scheduler had the request and looked for its prefix. Only an engine with
-    ``--enable-metrics`` on the same machine reports that."""
+    ``--enable-metrics`` on the same machine reports that. Drafts were verified in so many ``steps``; None without
+    drafts."""
 
     tokens: tuple[int, ...]
     device_tokens: int
@@ -30,6 +31,7 @@ class Answer:
     ttft_s: float
     total_s: float
     before_match_s: float | None = None
+    steps: int | None = None
 
 
 class Engine:
@@ -55,9 +57,11 @@ class Engine:
         session_id: str | None = None,
         cache_salt: str | None = None,
         times: list[float] | None = None,
+        fields: Mapping[str, Any] | None = None,
     ) -> Answer:
         """Exactly ``output_tokens`` greedy tokens after ``prompt``. The time at which each arrived is added to
-        ``times``, by the event loop's clock; once for tokens that arrive together."""
+        ``times``, by the event loop's clock; once for tokens that arrive together. ``fields`` are further ones of
+        the request."""
         body: dict[str, Any] = {
             "input_ids": list(prompt),
             "sampling_params": {"max_new_tokens": output_tokens, "temperature": 0, "ignore_eos": True},
@@ -67,6 +71,7 @@ class Engine:
             body["session_id"] = session_id
         if cache_salt is not None:
             body["cache_salt"] = cache_salt
+        body |= fields or {}
         started_s, sent_at = time.perf_counter(), time.time()
         first_s, last = None, None
         try:
@@ -98,7 +103,15 @@ class Engine:
         begun_at, waited_s = meta.get("forward_entry_time"), meta.get("queue_time")
         before_match_s = None if begun_at is None or waited_s is None else begun_at - waited_s - sent_at
         device_tokens = meta["cached_tokens"] - restored
-        return Answer(tuple(last["output_ids"]), device_tokens, restored, first_s, total_s, before_match_s)
+        return Answer(
+            tuple(last["output_ids"]),
+            device_tokens,
+            restored,
+            first_s,
+            total_s,
+            before_match_s,
+            meta.get("spec_verify_ct"),
+        )
 
     async def flush(self) -> None:
         """Empty the device's cache; what is stored stays. The engine refuses it while it works."""

@@ -341,11 +341,12 @@ def _soak(found: Sequence[Result], pictures: Path) -> list[str]:
     for result in found[-1:]:
         for row in result["rows"]:
             points = ", ".join(f"{count} {name}" for name, count in row["points"].items())
+            mode = f"{row['mode']}: " if "mode" in row else ""
             lines += [
                 "",
                 _provenance(result),
                 "",
-                f"{sum(row['points'].values())} turns ({points}), {row['restored_tokens']:,} tokens restored: "
+                f"{mode}{sum(row['points'].values())} turns ({points}), {row['restored_tokens']:,} tokens restored: "
                 f"{len(row['different'])} answers differ.",
             ]
     return lines

@@ -1,8 +1,9 @@
 """An agent that is suspended and resumed again and again must say what it would have said: greedy tokens, compared one
 by one.
 
-Conversations are run twice: once never suspended, each turn finding the last one on the device, and once with an event
-before every turn. The prompts are the same, so every difference is the store's doing.
+Conversations are run twice: once never suspended, while nothing is stored, and once with an event before every turn.
+The prompts are the same, so every difference is the store's doing. With drafts, verifications are counted as well: a
+draft model without its KV says nothing wrong, and is hardly ever accepted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -18,9 +19,51 @@ from typing import Any
 import httpx
 
 from agentstate.cli.local import LocalStack
+from agentstate.errors import EngineError
 from agentstate.sessions.outcomes import Resumed
+from agentstate.settings import Settings
+from benchmarks import drafting
 from benchmarks.engine import Answer, Engine
 from benchmarks.replay import VOCABULARY
+from benchmarks.speculation import ALGORITHMS
+from benchmarks.stacks import SMOLLM2, controls, settle
+
+# In bfloat16, which CPUs with AMX compute in, a token in another batch or chunk may round to another answer.
+_EXACT = ("--dtype", "float32", "--chunked-prefill-size", "512")
+_TINY = (*_EXACT, "--skip-tokenizer-init")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A kind of engine: its ``model``, of the token ids ``vocabulary``, and SGLang's ``flags``, with those of an
+    ``algorithm`` of `ALGORITHMS` if it drafts. ``dp_size`` is how many DP ranks it has;
+    ``longest`` after how many tokens a conversation is not gone on with."""
+
+    model: str
+    flags: tuple[str, ...]
+    vocabulary: Sequence[int] = range(100, drafting.VOCABULARY)
+    algorithm: str | None = None
+    dp_size: int = 1
+    longest: int = 1500
+
+    def arguments(self, settings: Settings) -> tuple[str, ...]:
+        """SGLang's, with the checkpoint of a draft model, which is made if it does not exist."""
+        return self.flags if self.algorithm is None else (*self.flags, *ALGORITHMS[self.algorithm].arguments(settings))
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether equal tokens take equally many verifications. What NGRAM drafts follows from all that the engine has
+        said, and not from the conversation alone."""
+        return self.algorithm is not None and ALGORITHMS[self.algorithm].keeps
+
+
+MODES = {
+    "plain": Mode(SMOLLM2, _EXACT, VOCABULARY, longest=3000),
+    **{name: Mode(of.model, _TINY, algorithm=name) for name, of in ALGORITHMS.items()},
+    "dp": Mode("tiny-target", (*_TINY, "--dp-size", "2"), dp_size=2),
+    "dp-attention": Mode("tiny-mtp", (*_TINY, "--tp-size", "2", "--attn-dp-size", "2"), dp_size=2),
+}
+"""By their names on the command line."""
 
 
 class Event(StrEnum):
@@ -33,6 +76,7 @@ class Event(StrEnum):
     CROWD = "crowd"  # other conversations restore at the same time
     STOP = "restart"  # the engine is told to end, and restarted
     KILL = "kill -9"  # the engine is killed, and restarted
+    MOVE = "move"  # after a flush another DP rank is asked
 
 
 _WEIGHTS = {Event.FLUSH: 5, Event.HOST: 3, Event.DEVICE: 3, Event.CANCEL: 3, Event.CROWD: 2}
@@ -51,7 +95,7 @@ class Turn:
 @dataclass
 class Outcome:
     """``points`` of each event, ``restored_tokens`` in all, and the turns whose tokens were not those of the
-    reference."""
+    reference, or were verified in more or fewer steps."""
 
     points: Counter[str] = field(default_factory=Counter)
     restored_tokens: int = 0
@@ -60,12 +104,22 @@ class Outcome:
 
 class Soak:
     """``turns`` in all, over conversations that begin anew, share a beginning with an earlier one or fork from it.
-    Everything follows from ``seed``. ``restarts`` of the events restart the engine, half of them after SIGKILL."""
+    Everything follows from ``seed``. ``restarts`` of the events restart the engine, half of them after SIGKILL. The
+    stack's engine is one of ``mode``."""
 
     def __init__(
-        self, stack: LocalStack, *, turns: int, restarts: int, seed: int, longest: int, step: Callable[[], None]
+        self,
+        stack: LocalStack,
+        mode: Mode = MODES["plain"],
+        *,
+        turns: int,
+        restarts: int,
+        seed: int,
+        longest: int,
+        step: Callable[[], None],
     ):
         self._stack = stack
+        self._mode = mode
         self._turns = turns
         self._restarts = restarts
         self._random = random.Random(seed)
@@ -74,12 +128,21 @@ class Soak:
         self._salt = f"soak-{seed}-{time.time_ns()}"
 
     async def run(self) -> Outcome:
+        """Raises EngineError if something is restored for the conversations that are never suspended."""
+        self._store(False)
         reference = await self._reference()
+        self._store(True)
+        self._stack.flush_device()
         return await self._suspended(reference)
 
-    async def _reference(self) -> list[tuple[Turn, tuple[int, ...]]]:
-        """The conversations as they go when nothing happens."""
-        found: list[tuple[Turn, tuple[int, ...]]] = []
+    def _store(self, on: bool) -> None:
+        """Have the engine store what it computes from now on, or not."""
+        for rank in controls(self._stack, self._mode.dp_size):
+            rank.call("spill", 60, on=on)
+
+    async def _reference(self) -> list[tuple[Turn, Answer]]:
+        """The conversations as they go when nothing happens. Each stays with one DP rank."""
+        found: list[tuple[Turn, Answer]] = []
         contexts: list[list[int]] = []
         async with Engine(self._stack.engine_url) as engine:
             while len(found) < self._turns:
@@ -87,8 +150,12 @@ class Soak:
                 context = contexts[conversation]
                 context += self._tokens(self._random.randrange(5, 180))
                 turn = Turn(conversation, tuple(context), self._random.choice((1, 4, 12)))
-                answer = await engine.ask(context, turn.output_tokens, cache_salt=f"{self._salt}-reference")
-                found.append((turn, answer.tokens))
+                at = self._on(conversation)
+                salt = f"{self._salt}-reference"
+                answer = await engine.ask(context, turn.output_tokens, cache_salt=salt, fields=at)
+                if answer.restored_tokens:
+                    raise EngineError("an engine that stores nothing has restored something")
+                found.append((turn, answer))
                 context += answer.tokens
                 self._step()
         return found
@@ -106,7 +173,7 @@ class Soak:
             return self._random.choice(going_on)
         return len(contexts) - 1
 
-    async def _suspended(self, reference: list[tuple[Turn, tuple[int, ...]]]) -> Outcome:
+    async def _suspended(self, reference: list[tuple[Turn, Answer]]) -> Outcome:
         outcome, sessions = Outcome(), dict[int, Resumed]()
         restarts = set(self._random.sample(range(1, len(reference)), min(self._restarts, len(reference) - 1)))
         for number, (turn, right) in enumerate(reference):
@@ -114,50 +181,58 @@ class Soak:
             if turn.conversation not in sessions:
                 sessions[turn.conversation] = self._stack.begin_turn()
             session = sessions[turn.conversation]
-            await self._happen(event, session, turn, reference[:number])
+            await self._happen(event, session, turn, [before for before, _ in reference[:number]])
+            elsewhere = self._on(self._random.randrange(self._mode.dp_size)) if event is Event.MOVE else None
             async with Engine(self._stack.engine_url) as engine:
                 answer = await engine.ask(
-                    turn.prompt, turn.output_tokens, session.engine_session, cache_salt=self._salt
+                    turn.prompt,
+                    turn.output_tokens,
+                    session.engine_session,
+                    cache_salt=self._salt,
+                    fields=elsewhere,
                 )
             outcome.points[event] += 1
             outcome.restored_tokens += answer.restored_tokens
-            if answer.tokens != right:
+            if answer.tokens != right.tokens or (self._mode.counts_steps and answer.steps != right.steps):
                 outcome.different.append(_difference(number, event, turn, right, answer))
             self._step()
         return outcome
 
+    def _on(self, number: int) -> dict[str, int]:
+        """The fields of a request that is served by one of the DP ranks."""
+        return {"routed_dp_rank": number % self._mode.dp_size} if self._mode.dp_size > 1 else {}
+
     def _event(self, restart: bool) -> Event:
         if restart:
             return self._random.choice((Event.STOP, Event.KILL))
-        return self._random.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+        weights = _WEIGHTS | ({Event.MOVE: 5} if self._mode.dp_size > 1 else {})
+        return self._random.choices(list(weights), list(weights.values()))[0]
 
-    async def _happen(
-        self, event: Event, session: Resumed, turn: Turn, before: list[tuple[Turn, tuple[int, ...]]]
-    ) -> None:
+    async def _happen(self, event: Event, session: Resumed, turn: Turn, before: Sequence[Turn]) -> None:
         if event is Event.KILL:
             self._stack.kill_engine()
             self._stack.start_engine(*self._stack.engine_arguments)
             return
-        self._stack.settle()
+        settle(self._stack, self._mode.dp_size)
         if event is Event.STOP:
             self._stack.stop_engine()
             self._stack.start_engine(*self._stack.engine_arguments)
             return
         self._stack.flush_device()
-        rank = self._stack.control()
         if event in (Event.HOST, Event.DEVICE):
-            rank.call("prefetch", 70, session=session.session.uid, tier=event.split()[0], timeout_ms=60_000)
+            for rank in controls(self._stack, self._mode.dp_size):
+                rank.call("prefetch", 70, session=session.session.uid, tier=event.split()[0], timeout_ms=60_000)
         elif event is Event.CANCEL:
             self._break_off(session, turn)
         elif event is Event.CROWD and before:
             others = self._random.sample(before, min(3, len(before)))
             body = {
-                "input_ids": [list(other.prompt) for other, _ in others],
+                "input_ids": [list(other.prompt) for other in others],
                 "sampling_params": {"max_new_tokens": 2, "temperature": 0, "ignore_eos": True},
                 "cache_salt": self._salt,
             }
             httpx.post(f"{self._stack.engine_url}/generate", json=body, timeout=600).raise_for_status()
-            self._stack.settle()
+            settle(self._stack, self._mode.dp_size)
             self._stack.flush_device()
 
     def _break_off(self, session: Resumed, turn: Turn) -> None:
@@ -176,16 +251,18 @@ class Soak:
             return
 
     def _tokens(self, count: int) -> list[int]:
-        return self._random.choices(VOCABULARY, k=count)
+        return self._random.choices(self._mode.vocabulary, k=count)
 
 
-def _difference(number: int, event: Event, turn: Turn, right: tuple[int, ...], answer: Answer) -> dict[str, Any]:
+def _difference(number: int, event: Event, turn: Turn, right: Answer, answer: Answer) -> dict[str, Any]:
     return {
         "turn": number,
         "event": str(event),
         "conversation": turn.conversation,
         "prompt_tokens": len(turn.prompt),
         "restored_tokens": answer.restored_tokens,
-        "expected": list(right),
+        "expected": list(right.tokens),
         "found": list(answer.tokens),
+        "expected_steps": right.steps,
+        "found_steps": answer.steps,
     }

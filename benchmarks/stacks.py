@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -13,12 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from agentstate.cli import launcher
 from agentstate.cli.local import LocalStack, free_port
-from agentstate.errors import EngineError, SettingsError
+from agentstate.errors import EngineError, EngineUnreachable, SettingsError
+from agentstate.fleet.control import ControlClient
 from agentstate.settings import Settings
+from benchmarks import drafting
 from benchmarks.models import GEOMETRIES
 from benchmarks.terminal import console
 
 SMOLLM2 = "smollm2-135m-instruct"
+TINY = {f"tiny-{kind}": kind for kind in drafting.KINDS}
+"""The tiny models by their names."""
 
 
 @contextmanager
@@ -59,6 +64,24 @@ def running(
             yield stack
 
 
+def controls(stack: LocalStack, ranks: int) -> list[ControlClient]:
+    """The control endpoints of an engine of so many ranks, once all answer. What a killed one has left is replaced when
+    its successor registers."""
+    while True:
+        found = [ControlClient(rank.control_address, rank.control_secret) for rank in stack.ranks()]
+        with suppress(EngineUnreachable):
+            if len(found) == ranks and all(rank.call("stat", 10) for rank in found):
+                return found
+        time.sleep(0.1)
+
+
+def settle(stack: LocalStack, ranks: int) -> None:
+    """Wait until each rank has stored what it was offered."""
+    for rank in controls(stack, ranks):
+        while rank.call("stat", 60)["spill"]["waiting"]:
+            time.sleep(0.02)
+
+
 def extents_of(stack: LocalStack) -> list[Path]:
     """The files that the KV of a stack's engine lies in."""
     return sorted(stack.home.glob("pages/*/rank0/extents/*.ext"))
@@ -74,6 +97,8 @@ def checkpoint_of(settings: Settings, model: str) -> Path:
         command = [python, "-m", "engine_patch.cpu.smollm2", str(checkpoint)]
     elif model in GEOMETRIES:
         command = [python, "-m", "benchmarks.models", model, str(checkpoint)]
+    elif model in TINY:
+        command = [python, "-m", "benchmarks.drafting", TINY[model], str(checkpoint)]
     else:
         raise SettingsError(f"there is no model {model}: choose {', '.join([SMOLLM2, *GEOMETRIES])}")
     console.print(f"preparing {model} (once)")

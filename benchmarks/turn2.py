@@ -16,8 +16,8 @@ from benchmarks import results
 from benchmarks.models import GEOMETRIES
 from benchmarks.peers.comparison import PeerTurns, compare
 from benchmarks.peers.servers import SERVERS, LMCache
-from benchmarks.soak import Soak
-from benchmarks.stacks import SMOLLM2, checkpoint_of, running, steps
+from benchmarks.soak import MODES, Soak
+from benchmarks.stacks import checkpoint_of, running, steps
 from benchmarks.terminal import console
 from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, compared, floor_of
 
@@ -95,21 +95,48 @@ def ttft_with_peers(
     _say_where(report)
 
 
-def soak(settings: Settings, turns: int, restarts: int, seed: int, report: Path | None) -> None:
-    """Run conversations twice and compare every token. Raises EngineError if one differs."""
-    # In bfloat16, which CPUs with AMX compute in, a token in another batch or chunk may round to another answer.
-    arguments = ("--dtype", "float32", "--chunked-prefill-size", "512")
-    with running(settings, SMOLLM2, arguments) as stack, steps(2 * turns) as (say, step):
-        say("conversations that are never suspended, and the same ones suspended before every turn")
-        outcome = asyncio.run(Soak(stack, turns=turns, restarts=restarts, seed=seed, longest=3000, step=step).run())
-    happened = ", ".join(f"{count} × {event}" for event, count in outcome.points.most_common())
-    console.print(f"{sum(outcome.points.values())} turns ({happened}); {outcome.restored_tokens:,} tokens restored")
-    row = {"points": dict(outcome.points), "restored_tokens": outcome.restored_tokens, "different": outcome.different}
-    if report is not None:
-        results.write(report, results.record("soak", {"turns": turns, "restarts": restarts, "seed": seed}, [row]))
-    if outcome.different:
-        raise EngineError(f"{len(outcome.different)} turns differ, the first: {outcome.different[0]}")
+def soak(settings: Settings, modes: Sequence[str], turns: int, restarts: int, seed: int, report: Path | None) -> None:
+    """Run conversations twice, ``turns`` of them and ``restarts`` shared out among the ``modes``, and compare every
+    token. Raises SettingsError for a mode that is none of `soak.MODES` or has no turn, and EngineError if a token
+    differs."""
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        raise SettingsError(f"there is no mode {unknown[0]}: choose {', '.join(MODES)}")
+    if turns < len(modes):
+        raise SettingsError(f"{turns} turns are too few for {len(modes)} modes")
+    rows: list[dict[str, Any]] = []
+    for number, name in enumerate(modes):
+        mode = MODES[name]
+        of_turns, of_restarts = (_share(count, len(modes), number) for count in (turns, restarts))
+        arguments = mode.arguments(settings)
+        with running(settings, mode.model, arguments) as stack, steps(2 * of_turns) as (say, step):
+            say(f"{name}: never suspended, and suspended before every turn")
+            soaking = Soak(
+                stack, mode, turns=of_turns, restarts=of_restarts, seed=seed, longest=mode.longest, step=step
+            )
+            found = asyncio.run(soaking.run())
+        happened = ", ".join(f"{count} × {event}" for event, count in found.points.most_common())
+        total = sum(found.points.values())
+        console.print(f"{name}: {total} turns ({happened}); {found.restored_tokens:,} tokens restored")
+        rows.append(
+            {
+                "mode": name,
+                "points": dict(found.points),
+                "restored_tokens": found.restored_tokens,
+                "different": found.different,
+            }
+        )
+        if report is not None:
+            asked = {"modes": list(modes), "turns": turns, "restarts": restarts, "seed": seed}
+            results.write(report, results.record("soak", asked, rows, [Path(launcher.engine_python(settings))]))
+    different = [{"mode": row["mode"], **one} for row in rows for one in row["different"]]
+    if different:
+        raise EngineError(f"{len(different)} turns differ, the first: {different[0]}")
     console.print("every token is that of the agent that was never suspended")
+
+
+def _share(count: int, parts: int, number: int) -> int:
+    """How many of ``count`` things the part with this number gets."""
+    return count // parts + (number < count % parts)
 
 
 async def _measure(

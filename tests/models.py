@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import drafting
+from benchmarks import drafting
+from benchmarks.drafting import COMMON, VOCABULARY
 
 KINDS = ("llama", "mla", "sliding", "all_sliding", "conv", *drafting.KINDS)
-VOCABULARY = 1024
 WINDOW = 128  # tokens that a sliding layer sees: two pages
 _SEED = 20
 
@@ -27,26 +27,13 @@ def save(kind: str, directory: Path) -> None:
     import torch
     import transformers as hf
 
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 8192,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.2,
-    }
     if kind in drafting.KINDS:
-        drafting.save(kind, directory, common)
+        drafting.save(kind, directory)
         return
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     match kind:
         case "llama":
-            config = hf.LlamaConfig(num_hidden_layers=4, head_dim=32, **common)
+            config = hf.LlamaConfig(num_hidden_layers=4, head_dim=32, **COMMON)
         case "mla":
             latent = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
             routed = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_layer_freq": 1}
@@ -61,16 +48,16 @@ def save(kind: str, directory: Path) -> None:
                 **latent,
                 **routed,
                 **routing,
-                **common | {"num_key_value_heads": 4},
+                **COMMON | {"num_key_value_heads": 4},
             )
         case "sliding" | "all_sliding":
             layers = ["sliding_attention"] * 3 + ["full_attention" if kind == "sliding" else "sliding_attention"]
             config = hf.MellumConfig(
-                num_hidden_layers=4, head_dim=32, sliding_window=WINDOW, layer_types=layers, **experts, **common
+                num_hidden_layers=4, head_dim=32, sliding_window=WINDOW, layer_types=layers, **experts, **COMMON
             )
         case "conv":
             layers = ["conv", "conv", "full_attention", "conv"]
-            config = hf.Lfm2Config(num_hidden_layers=4, layer_types=layers, conv_L_cache=3, **common)
+            config = hf.Lfm2Config(num_hidden_layers=4, layer_types=layers, conv_L_cache=3, **COMMON)
         case _:
             raise SystemExit(f"{kind!r} is none of {', '.join(KINDS)}")
     torch.manual_seed(_SEED)

@@ -158,13 +158,33 @@ def ttft(
 
 @app.command()
 def soak(
-    turns: Annotated[int, typer.Option(min=2, help="How many turns to suspend and resume.")] = 200,
+    modes: Annotated[
+        str,
+        typer.Option(help="Kinds of engines: plain, dp, dp-attention, or an algorithm of `bench speculation`."),
+    ] = "plain,eagle,dp",
+    turns: Annotated[int, typer.Option(min=2, help="How many turns to suspend and resume, in all modes.")] = 200,
     restarts: Annotated[int, typer.Option(min=0, help="How many of them restart the engine.")] = 6,
     seed: Annotated[int, typer.Option(help="Seed that determines all events.")] = 0,
     report: JsonPath = None,
 ) -> None:
     """Suspend and resume agents again and again, and compare every token with those of agents that never were."""
-    _benchmark("benchmarks.turn2").soak(loading.settings(), turns, restarts, seed, report)
+    _benchmark("benchmarks.turn2").soak(loading.settings(), modes.split(","), turns, restarts, seed, report)
+
+
+@app.command()
+def speculation(
+    algorithms: Annotated[
+        str, typer.Option(help="eagle, eagle3, standalone, ngram, mtp, mtp-sparse, mtp-linear: some of them.")
+    ] = "eagle,eagle3,standalone,ngram,mtp,mtp-sparse,mtp-linear",
+    peers: Annotated[str, typer.Option(help="Beside these: file-linker,hicache, or one of them.")] = "",
+    agents: Annotated[int, typer.Option(min=1, help="How many agents go on after each event.")] = 4,
+    report: JsonPath = None,
+) -> None:
+    """Count how many drafts are accepted after a restore, against agents that never were suspended: tiny models, exact
+    tokens."""
+    _benchmark("benchmarks.speculation").speculation(
+        loading.settings(), algorithms.split(","), peers.split(",") if peers else [], agents, report
+    )
 
 
 @app.command("service")

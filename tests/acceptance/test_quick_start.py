@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from commands import ROOT, commands
+from stacks import PATIENCE_S, until
 
 from agentstate.cli.local import ChildProcess, free_port
 from agentstate.client import Client
 from agentstate.settings import Settings
 
-PATIENCE_S = 600
 PAGE = 64
 COMMANDS = commands("quick-start.md")
 
@@ -87,14 +86,13 @@ def test_the_quick_start(reader: Reader, ending: ExitStack, smollm2: Path) -> No
     engine = reader.starts("engine", f"{reader.engine_url}/health")
     ending.callback(engine.kill)
     *exports, _ = reader.typed("agent").splitlines()
-    first, _ = computed(reader.runs(reader.typed("agent")))
-    with Client(reader.url) as client:
+    with Client(reader.url, timeout_s=PATIENCE_S) as client:
+        # A reader who types the next command has waited for this: an engine answers before the service knows it.
+        until(lambda: any(engine.live for engine in client.engines().data))
+        first, _ = computed(reader.runs(reader.typed("agent")))
         (session,) = client.list_sessions().data
-        # A reader who types the next command has waited for this.
-        deadline = time.monotonic() + PATIENCE_S
-        while client.kv(session.id).tiers["disk"].tokens < first // PAGE * PAGE:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        # And for this.
+        until(lambda: client.kv(session.id).tiers["disk"].tokens >= first // PAGE * PAGE)
     engine.kill()
     ending.callback(reader.starts("engine", f"{reader.engine_url}/health").kill)
     _, restored = computed(reader.runs("\n".join([*exports, reader.typed("agent again")])))

@@ -199,7 +199,7 @@ class Node:
             clock=lambda: self.now_s,
             writer=0,
         )
-        self.sharing._identify()
+        self.sharing._access.identify()
 
     def round(self, after_s: float = 0.0) -> None:
         self.now_s += after_s
@@ -246,8 +246,8 @@ class Node:
     @property
     def store_id(self) -> str:
         """Of the shared store."""
-        assert self.sharing._rows is not None
-        return self.sharing._rows.store
+        assert self.sharing._access.rows is not None
+        return self.sharing._access.rows.store
 
     @property
     def store(self) -> StoreName:

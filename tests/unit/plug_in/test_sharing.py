@@ -24,15 +24,15 @@ from agentstate.fleet import extents as catalogue
 from agentstate.fleet.erasures import Chain
 from agentstate.pages import Quota, merge
 from agentstate.sql import models
-from agentstate.tiers.extents import Published
 from agentstate.tiers.interface import MARK
 from agentstate.tiers.testing.conformance import names
-from engine_patch import sharing
+from engine_patch.sharing import access, deletions, feed, promises, publisher, thread, uploads
+from engine_patch.sharing.context import FOLLOW_S, OVERLAP_US
 
 WAIT_S = 60
 # More than any of the times that a node waits for.
 LATER_S = 100_000.0
-ERASED_S = sharing._ERASE_S + sharing._MARGIN_S
+ERASED_S = deletions.ERASE_S + deletions.MARGIN_S
 MakeNode = Callable[..., Node]
 
 
@@ -160,14 +160,14 @@ def test_others_are_followed_and_promises_made_while_much_is_published(
     for number in range(10, 40, 3):
         node.stores.write(keys(number, number + 1, number + 2))
     seen: list[tuple[int, int, int]] = []
-    await_some = node.sharing._await
+    wait = node.sharing._uploads.wait
 
-    def slowly(under_way: dict[Future[Published], object]) -> None:
+    def slowly() -> None:
         node.now_s += 2.0
-        await_some(under_way)  # type: ignore[arg-type]
+        wait()
         seen.append((node.finds(901, 902), publication.promised, node.sharing.stats.published))
 
-    monkeypatch.setattr(node.sharing, "_await", slowly)
+    monkeypatch.setattr(node.sharing._uploads, "wait", slowly)
     node.round()
     # Long before everything is published.
     assert any((found, promised) == (2, 3) and published <= 18 for found, promised, published in seen)
@@ -211,7 +211,7 @@ def test_what_two_nodes_publish_at_once_is_one_object(node: Node, other: Node) -
     # It does not know of the others' yet.
     other.tier.fault = lambda what, name: None
     other.now_s += LATER_S
-    other.sharing._publish_all()
+    other.sharing._publisher.publish()
     assert other.tier.sent["publish"] > 1 and len(rows(node.database)) == len(there(node)) == 2
     other.round()
     assert_all_shared(other, "t", 1, 2, 3)
@@ -258,7 +258,7 @@ def test_sql_is_told_of_a_manifest_that_comes_later(node: Node) -> None:
 def test_what_is_told_of_a_session_that_is_gone_is_given_up(node: Node) -> None:
     node.stores.write(keys(1, 2))
     node.sharing.publish("s", keys(1, 2))
-    for _ in range(sharing._TELLINGS):
+    for _ in range(promises.TELLINGS):
         assert node.sharing.stats.waiting == 1 or not node.finds(1)
         node.round()
     assert node.sharing.stats.waiting == 0
@@ -320,15 +320,15 @@ def test_what_was_stored_before_takes_half_of_the_time_of_one_upload(
     node = make_node(through=through)
     for n in range(12):
         node.serve(f"s{n}", n)
-    published = takes(node, 0.6 * sharing._BEHIND_S)
+    published = takes(node, 0.6 * publisher.BEHIND_S)
     node.round()
     assert len(published) == 2, "an upload is not broken off"
-    node.round(0.9 * sharing._BEHIND_S)
+    node.round(0.9 * publisher.BEHIND_S)
     assert len(published) == 2
-    node.round(0.4 * sharing._BEHIND_S)
+    node.round(0.4 * publisher.BEHIND_S)
     assert len(published) == 4
     for _ in range(20):
-        node.round(2 * sharing._BEHIND_S)
+        node.round(2 * publisher.BEHIND_S)
     other.round()
     assert all(other.restores(n) for n in range(12)) and len(published) == 24
     assert {node.shared_tokens(f"s{n}") for n in range(12)} == {PAGE_SIZE}
@@ -340,9 +340,9 @@ def test_what_is_new_goes_before_what_was_stored_before_and_of_that_the_newest_f
     node = make_node()
     for n in range(4):
         node.serve(f"s{n}", n)
-    takes(node, sharing._BEHIND_S)
+    takes(node, publisher.BEHIND_S)
     node.round()
-    node.round(2 * sharing._BEHIND_S)
+    node.round(2 * publisher.BEHIND_S)
     assert [node.finds(n) for n in range(4)] == [0, 0, 0, 1]
     node.publish("new", 10)
     assert_all_shared(node, "new", 10)
@@ -351,17 +351,17 @@ def test_what_is_new_goes_before_what_was_stored_before_and_of_that_the_newest_f
     node.publish("s0", 0, 11)
     assert_all_shared(node, "s0", 0, 11)
     for _ in range(8):
-        node.round(2 * sharing._BEHIND_S)
+        node.round(2 * publisher.BEHIND_S)
     assert [node.finds(n) for n in range(4)] == [1, 1, 1, 1]
 
 
 def test_what_cannot_be_published_does_not_keep_what_is_older_waiting_for_good(node: Node) -> None:
     node.serve("older", 100)
-    for n in range(sharing._MOST_BEHIND):
+    for n in range(promises.MOST_BEHIND):
         node.serve(f"s{n}", n)
         for store in node.stores.stores:
             store.extents()[-1].path.unlink()
-    for _ in range(sharing._TELLINGS + 2):
+    for _ in range(promises.TELLINGS + 2):
         node.round()
     assert_all_shared(node, "older", 100)
     assert node.sharing.stats.waiting == 0
@@ -454,7 +454,7 @@ def test_eviction_does_not_wait_for_a_store_that_fails(
     node.tier.fault = lambda what, name: TierUnavailable("down")
     for n in range(2 * EXTENTS):
         serve(node, n)
-        node.round(sharing._PAUSE_S / 2)
+        node.round(access.PAUSE_S / 2)
     assert [here(node, n) for n in range(2 * EXTENTS)] == [False] * EXTENTS + [True] * EXTENTS
     assert node.sharing.stats.evicted == 2 * 2 * EXTENTS
     assert len([record for record in caplog.records if "before they are published" in record.message]) == 1
@@ -501,7 +501,7 @@ def test_what_the_store_does_not_take_is_published_once_it_does(
 ) -> None:
     node = make_node(through=through)
     # More than are under way at once.
-    chains = {f"s{n}": (3 * n, 3 * n + 1, 3 * n + 2) for n in range(3 * sharing._MOST_UPLOADS)}
+    chains = {f"s{n}": (3 * n, 3 * n + 1, 3 * n + 2) for n in range(3 * uploads.MOST_UPLOADS)}
     node.tier.fault = lambda what, name: error if what == "publish" else None
     for session_id, pages in chains.items():
         if through:
@@ -551,10 +551,10 @@ def test_after_a_failure_nothing_is_sent_for_a_while(node: Node) -> None:
         node.sharing.publish(f"s{n}", keys(n))
     node.round()
     sent = node.tier.sent["publish"]
-    assert 1 <= sent <= sharing._MOST_UPLOADS
-    node.round(sharing._PAUSE_S / 2)
+    assert 1 <= sent <= uploads.MOST_UPLOADS
+    node.round(access.PAUSE_S / 2)
     assert node.tier.sent["publish"] == sent
-    node.round(sharing._PAUSE_S)
+    node.round(access.PAUSE_S)
     assert node.tier.sent["publish"] > sent
 
 
@@ -641,7 +641,7 @@ def test_what_a_second_publisher_does_not_find_is_promised_no_more_or_stays(
         return None
 
     other.tier.fault = fault
-    other.sharing._publish_all()
+    other.sharing._publisher.publish()
     other.tier.fault = lambda what, name: None
     assert not any(row.doomed_us for row in rows(node.database)) or not node.shared_tokens("s")
     for _ in range(3):
@@ -741,12 +741,12 @@ def test_an_extent_with_wrong_pages_is_not_used_and_not_published_in_every_round
     node.publish("s", 1, 2)
     sent = node.tier.sent["publish"]
     for _ in range(10):
-        node.round(2 * sharing._PAUSE_S)
+        node.round(2 * access.PAUSE_S)
     assert node.tier.sent["publish"] == sent
     assert node.sharing.stats.waiting == 0
     # It may have been the way here: later it is used again.
     assert node.finds(1, 2) == 0
-    node.round(sharing._WHOLE_S)
+    node.round(feed.WHOLE_S)
     assert node.finds(1, 2) == 2 and node.restores(1, 2)
 
 
@@ -874,21 +874,20 @@ def test_what_was_erased_for_another_node_is_not_erased_again_and_again(
     for n in range(4):
         node.publish(f"s{n}", n)
     erased_now: list[int] = []
-    erase = other.sharing.erase
+    deleting = other.sharing._deletions
+    erase = deleting.erase
     monkeypatch.setattr(
-        other.sharing, "erase", lambda chains: (erased_now.append(len(chains)), erase(chains)) if chains else None
+        deleting, "erase", lambda chains: (erased_now.append(len(chains)), erase(chains)) if chains else None
     )
     for n in range(4):
         gone(node, f"s{n}", n)
         with node.database.write() as connection:
             columns = models.erasures.c
-            connection.execute(
-                sa.update(models.erasures).values(created_us=columns.created_us - sharing._OVERLAP_US // 2)
-            )
+            connection.execute(sa.update(models.erasures).values(created_us=columns.created_us - OVERLAP_US // 2))
         for _ in range(3):
             other.round()
     assert erased_now == [1, 1, 1, 1]
-    assert len(other.sharing._erased_lately) < 4
+    assert len(other.sharing._deletions._erased_lately) < 4
 
 
 @pytest.mark.parametrize("through", [True, False])
@@ -1027,7 +1026,7 @@ def test_objects_without_a_row_are_deleted_after_a_grace(
     place.put("of somebody else", b"anything")
     other.round(LATER_S)
     assert there(other) and rows(other.database) == [], "they are young"
-    monkeypatch.setattr(sharing, "_GRACE_S", -1.0)
+    monkeypatch.setattr(deletions, "GRACE_S", -1.0)
     other.round(LATER_S)
     assert all(row.doomed_us is not None for row in rows(other.database))
     other.round(LATER_S)
@@ -1043,20 +1042,20 @@ def test_an_object_that_is_listed_as_another_stores_is_left_alone(
     node.publish("s", 1, 2)
     with node.database.write() as connection:
         connection.execute(sa.update(models.shared_extents).values(store="file:///mounted/elsewhere"))
-    monkeypatch.setattr(sharing, "_GRACE_S", -1.0)
+    monkeypatch.setattr(deletions, "GRACE_S", -1.0)
     for _ in range(2):
         other.round(LATER_S)
     assert len(there(node)) == 2 and not any(row.doomed_us for row in rows(other.database))
 
 
 def test_an_orphan_that_is_published_again_stays(node: Node, other: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "_GRACE_S", -1.0)
+    monkeypatch.setattr(deletions, "GRACE_S", -1.0)
     node.serve("s", 1, 2)
     node.sharing.publish("s", keys(1, 2))
     node.database.left = 3
     with pytest.raises(DatabaseError):
         node.round()
-    monkeypatch.setattr(other.sharing, "_delete", lambda after_s: True)
+    monkeypatch.setattr(other.sharing._deletions, "_delete", lambda after_s: True)
     other.round(LATER_S)
     assert all(row.doomed_us is not None for row in rows(other.database)) and rows(other.database)
     node.database.left, node.database.down = None, False
@@ -1140,7 +1139,7 @@ def test_what_a_collector_cannot_delete_is_deleted_once_its_requests_have_ended(
         node.round(ERASED_S)
     assert node.tier.sent["drop"] == sent == len(there(node)) == 2
     age(node.database, catalogue.RETAKE_S)
-    node.round(catalogue.RETAKE_S + sharing._MARGIN_S)
+    node.round(catalogue.RETAKE_S + deletions.MARGIN_S)
     assert there(node) == set() and rows(node.database) == []
 
 
@@ -1152,7 +1151,7 @@ def test_nothing_is_deleted_where_the_database_answers_too_late(node: Node) -> N
     age(node.database, LATER_S)
     times = iter((0.0, 1000.0))
     with pytest.raises(TierUnavailable):
-        list(replace(node.sharing._rows, clock=lambda: next(times)).delete_doomed())
+        list(replace(node.sharing._access.rows, clock=lambda: next(times)).delete_doomed())
     assert len(there(node)) == len(rows(node.database)) == 2
 
 
@@ -1169,7 +1168,7 @@ def test_an_account_has_no_more_than_its_quota_and_others_are_not_touched(node: 
     node.publish("u", 7, 8, owner="b")
     node.limits = {"a": held(node, "a")}
     before = held(node, "b")
-    node.now_s += sharing._FOLLOW_S
+    node.now_s += FOLLOW_S
     refused = node.publish("t", 3, 4, owner="a")
     reason = node.sharing.refused(refused)
     assert reason and "a has" in reason and node.sharing.stats.over_quota
@@ -1186,7 +1185,7 @@ def test_an_account_has_no_more_than_its_quota_and_others_are_not_touched(node: 
 def test_what_of_a_chain_is_within_the_quota_is_promised(node: Node) -> None:
     node.publish("s", 1, 2, 3, owner="a")
     node.limits = {"a": held(node, "a")}
-    node.now_s += sharing._FOLLOW_S
+    node.now_s += FOLLOW_S
     refused = node.publish("s", 1, 2, 3, 4, 5, owner="a")
     assert node.sharing.refused(refused) and refused.promised == 3
     assert node.sharing.stats.waiting == 0
@@ -1201,7 +1200,7 @@ def test_what_nobody_needs_makes_room_the_least_recently_used_first(node: Node, 
     for session in ("old", "newer", "of another"):
         forget(node, session)
     node.limits = {"a": held(node, "a")}
-    node.now_s += sharing._FOLLOW_S
+    node.now_s += FOLLOW_S
     node.publish("s", 50, owner="a")
     assert_all_shared(node, "s", 50)
     node.round()
@@ -1247,7 +1246,7 @@ def test_nothing_of_another_installation_is_deleted(
     node: Node, stranger: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     node.publish("s", 1, 2)
-    monkeypatch.setattr(sharing, "_GRACE_S", -1.0)
+    monkeypatch.setattr(deletions, "GRACE_S", -1.0)
     stranger.serve("t", 3, 4)
     with caplog.at_level(logging.ERROR):
         for _ in range(4):
@@ -1259,7 +1258,7 @@ def test_nothing_of_another_installation_is_deleted(
     assert node.restores(1, 2)
     stores.claim(stranger.database, stranger.guard, URL)
     stranger.round(LATER_S)
-    assert stranger.sharing._refusal is None
+    assert stranger.sharing._access.refusal is None
     stranger.round()
     assert stranger.restores(3, 4)
 
@@ -1274,11 +1273,11 @@ def test_a_share_that_is_not_mounted_is_not_used(node: Node, make_node: MakeNode
     node = restarted(node, make_node)
     for _ in range(2):
         node.round(LATER_S)
-        assert node.finds(1, 2) == 0 and node.sharing._refusal and not node.tier.sent["publish"]
+        assert node.finds(1, 2) == 0 and node.sharing._access.refusal and not node.tier.sent["publish"]
     assert node.shared_tokens("s") == 2 * PAGE_SIZE and not any(row.doomed_us for row in rows(node.database))
     place.put(MARK, marked.encode())
     node.round(LATER_S)
-    assert node.sharing._refusal is None and node.finds(1, 2) == 2
+    assert node.sharing._access.refusal is None and node.finds(1, 2) == 2
 
 
 def test_what_is_erased_while_the_store_does_not_answer_at_a_start_goes_later(
@@ -1337,7 +1336,7 @@ def test_close_does_not_wait_for_a_store_that_hangs(node: Node, what: str, monke
 
 
 def test_the_thread_outlasts_what_fails(node: Node, other: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "_FOLLOW_S", 0.01)
+    monkeypatch.setattr(thread, "FOLLOW_S", 0.01)
     node.database.down = True
     node.sharing.start()
     node.stores.write(keys(1, 2))

@@ -34,8 +34,7 @@ from agentstate.tiers.interface import settle
 from agentstate.tiers.pages import SharedPages
 from agentstate.tiers.testing.conformance import PATIENCE_S, names
 from agentstate.tiers.testing.conformance import read as read_bytes
-from engine_patch import sharing
-from engine_patch.sharing import Sharing
+from engine_patch.sharing import Sharing, deletions
 
 FAULTS = int(os.environ.get("AGENTSTATE_FAULTS", "300"))
 # The first publishes what it is asked for, the second everything, and the third what it is about to evict.
@@ -408,7 +407,7 @@ def test_no_wrong_page_no_broken_promise_and_nothing_left(
     kind: str, directory: Path, migrated_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Objects are as young as they are.
-    monkeypatch.setattr(sharing, "_GRACE_S", -1.0)
+    monkeypatch.setattr(deletions, "GRACE_S", -1.0)
     shutil.copy(migrated_file, directory / "agentstate.db")
     (directory / "share").mkdir()
     place = places.in_memory() if kind == "objects" else places.Directory(directory / "share")

@@ -44,7 +44,8 @@ class Catalog:
     are the stores that have been evicted as a whole, by the first digits of their fingerprints and their ranks: their
     manifests go. ``writer`` is the rank whose stores these are, if it is another than the engine's: that one writes the
     manifests, and this one only reads them. ``told`` is given the quotas of all accounts with every heartbeat, and the
-    pins of the sessions whose newest turn was given to this engine: their tiers, and for how many seconds."""
+    pins of the sessions whose newest turn was given to this engine: their tiers, and for how many seconds. ``reads``
+    are the other nodes whose pages this rank can read now, which SQL is told."""
 
     def __init__(
         self,
@@ -61,9 +62,11 @@ class Catalog:
         dead: Callable[[], list[tuple[str, int]]],
         n_bytes: Callable[[int], int],
         told: Callable[[Mapping[str, Quota], Mapping[str, tuple[str, float]]], None] = lambda quotas, pins: None,
+        reads: Callable[[], frozenset[str]] = frozenset,
         writer: int | None = None,
     ):
         self._told = told
+        self._reads = reads
         self._rank = engine.rank if writer is None else writer
         self._speaks = self._rank == engine.rank
         self._database = database
@@ -144,12 +147,21 @@ class Catalog:
         return manifests.load(connection, session_id, engine.fingerprint, self._rank, engine.node)
 
     def elsewhere(self, session_id: str) -> Manifest | None:
-        """What other nodes have published of a session in the shared store, if this engine has one."""
-        engine = self._engine
-        if not engine.shared_store:
+        """What other nodes have of a session that this rank can restore: those of its machine, or what any of them has
+        published in the shared store, if this engine has one. Raises DatabaseError."""
+        engine, reads = self._engine, self._reads()
+        if not reads and not engine.shared_store:
             return None
         with self._database.read() as connection:
-            return manifests.elsewhere(connection, session_id, engine.fingerprint, self._rank, engine.node)
+            return manifests.elsewhere(
+                connection,
+                session_id,
+                engine.fingerprint,
+                self._rank,
+                engine.node,
+                reads=reads,
+                shared=bool(engine.shared_store),
+            )
 
     def close(self) -> None:
         """Write what waits, if the database answers, and take the engine off the list."""
@@ -287,11 +299,12 @@ class Catalog:
         if not self._schema_checked:
             self._database.check_schema()
             self._schema_checked = True
+        reads = self._reads()
         with self._database.write() as connection:
             if closing:
                 engines.unregister(connection, self._engine.id)
-            elif not engines.heartbeat(connection, self._engine.id):
-                engines.register(connection, self._engine)
+            elif not engines.heartbeat(connection, self._engine.id, reads):
+                engines.register(connection, replace(self._engine, reads=reads))
             # It may have been renewed.
             self.signing_key = turns.signing_key(secret.read(connection))
             of_accounts, pinned = (

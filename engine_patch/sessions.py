@@ -107,6 +107,7 @@ class Sessions:
             dead=dead,
             n_bytes=pools.n_bytes,
             told=take,
+            reads=pools.reads,
             writer=writer,
         )
 

@@ -569,6 +569,11 @@ class StoredPools:
             if pool.replicas is not None:
                 pool.replicas.look()
 
+    def reads(self) -> frozenset[str]:
+        """The ids of the other page directories that all pools can read from now."""
+        of_pools = [pool.replicas.nodes() for pool in self._pools if pool.replicas is not None]
+        return frozenset.intersection(*of_pools) if of_pools else frozenset()
+
     def merge(self, keys: Sequence[bytes]) -> None:
         """Merge the small extents of a stored chain when there is nothing else to do. A window's pages stay as they
         were written: they are read few at a time."""

@@ -6,7 +6,9 @@ says that an engine runs, and a live engine may have died a moment ago.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -24,8 +26,9 @@ class Engine:
     ``control_address`` the rank's own ZeroMQ endpoint and ``control_secret`` what it answers to (`fleet.control`), None
     for an engine of an earlier release; ``model`` the name it is served under; ``fingerprint`` that of the pages which
     it reads: ranks that hold the same pages have one, and one of them writes manifests; ``pages_dir`` the root of its
-    page store, and ``shared_store`` the URL of the store that it shares with other engines, empty for none. The times
-    are microseconds of the database's clock, 0 before the engine is registered.
+    page store, and ``shared_store`` the URL of the store that it shares with other engines, empty for none. It
+    ``reads`` what these other nodes have stored too, since they are page directories of its machine. The times are
+    microseconds of the database's clock, 0 before the engine is registered.
 
     With data parallelism a server has ``dp_size`` DP ranks. Each serves requests of its own from pages of its own, with
     a ``node`` of their own. ``dp_rank`` is the one that this rank belongs to, ``rank`` its number within that one.
@@ -45,6 +48,7 @@ class Engine:
     shared_store: str = ""
     dp_rank: int = 0
     dp_size: int = 1
+    reads: frozenset[str] = frozenset()
 
 
 def register(connection: Connection, engine: Engine) -> None:
@@ -75,16 +79,22 @@ def register(connection: Connection, engine: Engine) -> None:
             shared_store=engine.shared_store,
             dp_rank=engine.dp_rank,
             dp_size=engine.dp_size,
+            reads=_packed(engine.reads),
             started_us=now_us(),
             heartbeat_us=now_us(),
         )
     )
 
 
-def heartbeat(connection: Connection, engine_id: str) -> bool:
-    """Record that an engine is alive now. False if it is not registered (any more): it must register again."""
-    result = connection.execute(sa.update(engines).where(engines.c.id == engine_id).values(heartbeat_us=now_us()))
-    return result.rowcount == 1
+def heartbeat(connection: Connection, engine_id: str, reads: Collection[str] = ()) -> bool:
+    """Record that an engine is alive now, and ``reads`` what these other nodes have. False if it is not registered (any
+    more): it must register again."""
+    alive = {"heartbeat_us": now_us(), "reads": _packed(reads)}
+    return connection.execute(sa.update(engines).where(engines.c.id == engine_id).values(alive)).rowcount == 1
+
+
+def _packed(nodes: Collection[str]) -> str:
+    return " ".join(sorted(nodes))
 
 
 def unregister(connection: Connection, engine_id: str) -> None:
@@ -95,13 +105,17 @@ def unregister(connection: Connection, engine_id: str) -> None:
 def live(connection: Connection, timeout_s: float, model: str | None = None) -> list[Engine]:
     """The engines whose last heartbeat is at most ``timeout_s`` old, the youngest heartbeat first."""
     rows = _LIVE.all(connection, {"timeout_us": round(timeout_s * 1_000_000)})
-    return [engine for row in rows if (engine := Engine(*row)) and model in (None, engine.model)]
+    return [engine for row in rows if (engine := _engine(row)) and model in (None, engine.model)]
 
 
 def registered(connection: Connection) -> list[Engine]:
     """Every engine that registered and did not unregister, live or not, the oldest first."""
     query = _SELECT.order_by(engines.c.started_us, engines.c.id)
-    return [Engine(*row) for row in connection.execute(query)]
+    return [_engine(row) for row in connection.execute(query)]
+
+
+def _engine(row: Any) -> Engine:
+    return Engine(*(*row[:-1], frozenset(row[-1].split())))
 
 
 _SELECT = sa.select(*(engines.c[name] for name in Engine.__dataclass_fields__))

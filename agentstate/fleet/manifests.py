@@ -300,9 +300,22 @@ def keys_of(connection: Connection, coverage: Coverage, tokens: int) -> bytes:
     return b"" if found is None else found.keys[: tokens // found.page_size * KEY_BYTES]
 
 
-def elsewhere(connection: Connection, session_id: str, fingerprint: str, rank: int, node: str) -> Manifest | None:
-    """Of what other nodes have stored of a session for one fingerprint and rank, that of which most is in the shared
-    store, the newest of equals; None where nothing is."""
+def elsewhere(
+    connection: Connection,
+    session_id: str,
+    fingerprint: str,
+    rank: int,
+    node: str,
+    *,
+    reads: Collection[str] = (),
+    shared: bool,
+) -> Manifest | None:
+    """Of what other nodes have stored of a session for one fingerprint and rank, that of which most can be restored on
+    ``node``: what ``reads`` have, which are other nodes of its machine, and, if it is ``shared``, what is in the shared
+    store. Of equals, that of its machine, and then the newest; None where nothing can be."""
+    here = manifests.c.node.in_(reads)
+    of_store = manifests.c.shared_tokens if shared else sa.literal(0)
+    tokens = sa.case((here, manifests.c.tokens), else_=of_store)
     row = connection.execute(
         sa.select(*(manifests.c[name] for name in Manifest.__dataclass_fields__))
         .where(
@@ -310,9 +323,9 @@ def elsewhere(connection: Connection, session_id: str, fingerprint: str, rank: i
             manifests.c.fingerprint == fingerprint,
             manifests.c.rank == rank,
             manifests.c.node != node,
-            manifests.c.shared_tokens > 0,
+            tokens > 0,
         )
-        .order_by(manifests.c.shared_tokens.desc(), manifests.c.updated_us.desc(), manifests.c.node)
+        .order_by(tokens.desc(), here.desc(), manifests.c.updated_us.desc(), manifests.c.node)
         .limit(1)
     ).one_or_none()
     return None if row is None else Manifest(**row._mapping)

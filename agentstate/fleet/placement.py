@@ -3,8 +3,8 @@
 Nothing here asks an engine. A manifest lists what was durable when it was written, and every page is verified when
 it is restored, so ``valid`` promises that the pages fit the engine, not that none of them has been lost since.
 
-A rank can restore what its own node has stored, and what any node has put into the shared store, if it uses one: all
-engines are taken to share the same store.
+A rank can restore what its own node has stored, what other nodes of its machine have that it says it reads, and what
+any node has put into the shared store, if it uses one: all engines are taken to share the same store.
 
 With data parallelism an engine has several DP ranks, each of which serves requests of its own from pages of its own. A
 session goes to one of them, which is a `Server` of its own here: its ranks are those that must have a page each.
@@ -97,14 +97,15 @@ def choose(model: str, stored: Stored, live: Sequence[Engine], preferred: str | 
 def best(model: str, stored: Stored, live: Sequence[Engine], preferred: str | None = None) -> list[Server]:
     """The engine for a session of ``model``: of those that serve the model (by its whole name before those of which it
     names an adapter), the one that can restore most; otherwise one that has the pages although it serves them under
-    another name. Of equals, the one that has most of it on its own node; of these, the one with the base URL
-    ``preferred``, else the first. With data parallelism, all of its DP ranks that are equal in this. Empty where there
-    is none."""
+    another name. Of equals, the one that has most of it on its machine, and then on its own node; of these, the one
+    with the base URL ``preferred``, else the first. With data parallelism, all of its DP ranks that are equal in this.
+    Empty where there is none."""
 
-    def rank(server: Server) -> tuple[bool, bool, int, int, bool]:
+    def rank(server: Server) -> tuple[bool, bool, int, int, int, bool]:
+        near = min(_on_machine(of_rank, stored) for of_rank in server.ranks)
         nearest = min(_on_node(of_rank, stored) for of_rank in server.ranks)
         exact = server.model == model
-        return exact, serves(server, model), restorable(server, stored), nearest, server.base_url == preferred
+        return exact, serves(server, model), restorable(server, stored), near, nearest, server.base_url == preferred
 
     all_of_them = servers(live)
     first = max(all_of_them, key=rank, default=None)
@@ -138,17 +139,16 @@ def beside(server: Server, live: Sequence[Engine]) -> list[Server]:
 
 def restorable(server: Server, stored: Stored) -> int:
     """Tokens that every rank of ``server`` can restore: a page counts only where all ranks have it."""
-    return min(max(_on_node(rank, stored), _shared(rank, stored)) for rank in server.ranks)
+    return min(max(_on_machine(rank, stored), _shared(rank, stored)) for rank in server.ranks)
 
 
 def source(rank: Engine, stored: Stored) -> tuple[Coverage, int] | None:
-    """The manifest that lists most of what ``rank`` can restore, that of its own node if it can, and how many of its
-    tokens those are; None where it can restore nothing."""
-    own = _own(rank, stored)
-    if own is not None and own.tokens > 0 and own.tokens >= _shared(rank, stored):
-        return own, own.tokens
-    shared = max(_of_shared(rank, stored), key=lambda found: found.shared_tokens, default=None)
-    return None if shared is None else (shared, shared.shared_tokens)
+    """The manifest that lists most of what ``rank`` can restore, and how many of its tokens those are; of equals that
+    of its own node, and then one of its machine. None where it can restore nothing."""
+    found = [(near, near.tokens) for near in _of_machine(rank, stored)]
+    found += [(shared, shared.shared_tokens) for shared in _of_shared(rank, stored)]
+    most = max(found, key=lambda one: one[1], default=None)
+    return most if most is not None and most[1] > 0 else None
 
 
 def durable_on(server: Server | None, stored: Stored) -> Durability | None:
@@ -186,7 +186,7 @@ def outlook(model: str, stored: Stored, server: Server | None, live: Sequence[En
     state = KvState.DURABLE
     if not serves(server, model):
         reasons.append(f"the session was created for {model!r}, the engine serves {server.model!r}")
-    missing = [rank for rank in server.ranks if _own(rank, stored) is None and _shared(rank, stored) == 0]
+    missing = [rank for rank in server.ranks if not _of_machine(rank, stored) and _shared(rank, stored) == 0]
     if not missing:
         tokens, on = restorable(server, stored), durable_on(server, stored)
         of_newest = any(newest.fingerprint == rank.fingerprint for rank in server.ranks)
@@ -226,16 +226,19 @@ def _newest(rank: Engine, stored: Stored) -> Coverage | None:
     return next((found for found in stored.coverage if found.fingerprint == rank.fingerprint), None)
 
 
-def _own(rank: Engine, stored: Stored) -> Coverage | None:
-    """What a rank's own node has stored."""
-    return next(
-        (found for found in stored.coverage if (found.fingerprint, found.node) == (rank.fingerprint, rank.node)), None
-    )
+def _of_machine(rank: Engine, stored: Stored) -> list[Coverage]:
+    """What a rank's own node has stored, and then what the others have that it reads, the newest first."""
+    of_rank = [found for found in stored.coverage if found.fingerprint == rank.fingerprint]
+    own = [found for found in of_rank if found.node == rank.node]
+    return own + [found for found in of_rank if found.node != rank.node and found.node in rank.reads]
+
+
+def _on_machine(rank: Engine, stored: Stored) -> int:
+    return max((found.tokens for found in _of_machine(rank, stored)), default=0)
 
 
 def _on_node(rank: Engine, stored: Stored) -> int:
-    own = _own(rank, stored)
-    return 0 if own is None else own.tokens
+    return max((found.tokens for found in _of_machine(rank, stored) if found.node == rank.node), default=0)
 
 
 def _of_shared(rank: Engine, stored: Stored) -> list[Coverage]:
@@ -254,4 +257,6 @@ def _is_whole(rank: Engine, stored: Stored) -> bool:
     newest = _newest(rank, stored)
     if newest is None or newest.lost_tokens:
         return False
-    return newest.node == rank.node or (bool(rank.shared_store) and newest.shared_tokens >= newest.tokens)
+    if newest.node == rank.node or newest.node in rank.reads:
+        return True
+    return bool(rank.shared_store) and newest.shared_tokens >= newest.tokens

@@ -71,9 +71,14 @@ def dp_roots(root: Path) -> dict[int, Path]:
     return {0: root, **dict(sorted(found.items()))}
 
 
+def known_id(root: Path) -> str | None:
+    """The id of ``root`` if it has one. Changes nothing. Raises OSError if it cannot be read."""
+    return _read(root / "node")
+
+
 def kept_id(root: Path) -> str | None:
-    """The id of ``root`` if it has one that no other root has. Changes nothing."""
-    known = _read(root / "node")
+    """`known_id`, if no other root has it."""
+    known = known_id(root)
     return known if known is not None and "_" in known else None
 
 

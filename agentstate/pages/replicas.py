@@ -16,6 +16,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from agentstate.pages.backends import ReadBackend
 from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.handles import FileHandle, Handle
 from agentstate.pages.keys import PageKeys
-from agentstate.pages.node import dp_roots
+from agentstate.pages.node import dp_roots, known_id
 from agentstate.pages.pins import Pin, Segment, StoredExtent
 from agentstate.pages.store import PageStore
 from agentstate.pages.view import StoreView
@@ -89,6 +90,15 @@ class Replicas:
         self._views = {} if self._closed else views
         for view in [*gone, *(views.values() if self._closed else ())]:
             view.close()
+
+    def nodes(self) -> frozenset[str]:
+        """The ids of the page directories of the other stores that can be read now (`agentstate.pages.node`)."""
+        found = set[str]()
+        for view in self._views.values():
+            if view.readable:
+                with suppress(OSError):
+                    found.add(known_id(view.directory.parents[1]) or "")
+        return frozenset(found - {""})
 
     def prefix_length(self, keys: Sequence[bytes], *, use: bool = True) -> int:
         """How many of ``keys``, from the first on, are stored here or there. From memory, like

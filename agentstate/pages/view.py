@@ -150,6 +150,12 @@ class StoreView:
     def __contains__(self, key: bytes) -> bool:
         return bool(self._found([key]))
 
+    @property
+    def readable(self) -> bool:
+        """Whether anything can be found now. A store that is opened here stays readable when its process ends, as long
+        as its files stay."""
+        return self._current() is not None
+
     def prefix_length(self, keys: Sequence[bytes], *, use: bool = True) -> int:
         """How many of ``keys``, from the first on, are stored. From memory, like `PageStore.prefix_length`."""
         runs = self._found(keys)

@@ -438,6 +438,8 @@ engines = Table(
     Column("shared_store", Text, nullable=False, server_default=text("''")),  # its URL; empty: it uses none
     Column("dp_rank", Integer, nullable=False, server_default="0"),  # which one of its server's
     Column("dp_size", Integer, nullable=False, server_default="1"),  # how many those are
+    # The ids of the other nodes of its machine whose pages it reads, with blanks between them.
+    Column("reads", Text, nullable=False, server_default=text("''")),
 )
 
 operations = Table(

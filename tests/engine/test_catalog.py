@@ -680,6 +680,25 @@ def test_what_a_manifest_lists_that_another_replaces_unwritten_goes_with_the_ses
     assert listed >= set(keys(2, 3, 4, 5))
 
 
+def test_whose_pages_the_rank_can_read_is_told_and_counts(database: Switched, saved: Saved) -> None:
+    nodes = frozenset({"n2"})
+    catalog = started(database, HEARTBEAT_S, saved, reads=lambda: nodes)
+
+    def told() -> list[frozenset[str]]:
+        with database.read() as connection:
+            return [engine.reads for engine in engines.registered(connection)]
+
+    until(lambda: told() == [frozenset({"n2"})])
+    with database.write() as connection:
+        for node in ("n2", "n3"):
+            manifests.save(connection, replace(manifest("s", 1, 2), node=node))
+    assert catalog.elsewhere("s") == replace(manifest("s", 1, 2), node="n2")
+    nodes = frozenset()
+    until(lambda: told() == [frozenset()])
+    assert catalog.elsewhere("s") is None
+    catalog.close()
+
+
 def test_quotas_and_pins_are_told_with_every_heartbeat(database: Switched, saved: Saved) -> None:
     told: list[Any] = []
 

@@ -4,8 +4,11 @@ processes."""
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +17,18 @@ from device import PAGE_SIZE, fill, kv_tensors, page_of
 from owning import StoreOwner
 from shares import PATIENCE_S, Share
 
+from agentstate.fleet import engines, manifests
+from agentstate.fleet.engines import Engine
+from agentstate.fleet.manifests import Manifest
 from agentstate.pages import PageStore, Replicas, fingerprint, stores_beside
+from agentstate.pages.node import node_id
+from agentstate.sessions.outcomes import SuspendReason
+from agentstate.sessions.verbs import Sessions as Service
 from agentstate.settings import Settings
+from agentstate.sql.database import Database
 from agentstate.tiers.pages import SharedPages
 from engine_patch.pools import DevicePool
+from engine_patch.sessions import Sessions
 from engine_patch.sglang_api import PoolName, PoolTransfer
 from engine_patch.stored_pools import Share as Sharing
 from engine_patch.stored_pools import Store, StoredPools
@@ -30,7 +41,7 @@ class Stage:
     """A rank with full attention in layers 1, 3 and 5, and, if it is ``windowed``, a window of two pages in 0, 2 and 4;
     a share; and other engines."""
 
-    def __init__(self, directory: Path, *, windowed: bool = False):
+    def __init__(self, directory: Path, *, windowed: bool = False, **options: Any):
         self.directory = directory
         self.tensors = {FULL: kv_tensors(), SWA: kv_tensors(components=1)}
         for tensors in self.tensors.values():
@@ -41,7 +52,8 @@ class Stage:
             self.known.append(DevicePool(SWA, self.tensors[SWA], PAGE_SIZE, (0, 2, 4), ("float32",), WINDOW))
         self.share = Share(directory / "share")
         self.others: list[StoreOwner] = []
-        settings = Settings(staging_bytes=1 << 26, spill_staging_bytes=1 << 20, read_threads=1, shared_reads=2)
+        small = {"staging_bytes": 1 << 26, "spill_staging_bytes": 1 << 20, "host_bytes": 0}
+        settings = Settings(**{**small, "read_threads": 1, "shared_reads": 2, **options})
         self.pools = StoredPools(
             self.known,
             self.open,
@@ -109,6 +121,11 @@ class Stage:
         self.pools.drain()
         return self.pools.pop_result()
 
+    def reads(self) -> list[dict[str, int]]:
+        """The bytes that each pool has read, by how."""
+        stat = self.pools.stat()
+        return [stat["reads"], *(of_pool["reads"] for of_pool in stat["pools"].values())]
+
     def spilled(self) -> tuple[int, int, int]:
         spill = self.pools.stat()["spill"]
         return spill["pages_spilled"], spill["pages_linked"], spill["pages_known"]
@@ -125,7 +142,7 @@ class Stage:
 def make(tmp_path: Path) -> Iterator[Callable[..., Stage]]:
     made: list[Stage] = []
 
-    def make(**options: bool) -> Stage:
+    def make(**options: Any) -> Stage:
         made.append(Stage(tmp_path, **options))
         return made[-1]
 
@@ -159,6 +176,77 @@ def test_what_another_engine_has_is_restored_and_counts_as_durable_once_it_is_ou
     shutil.rmtree(stage.directory / "theirs-a")
     assert stage.load("b", range(5))
     assert not any(stage.pools.kept().values())
+
+
+@pytest.fixture
+def database(tmp_path: Path, migrated_file: Path) -> Iterator[Database]:
+    shutil.copy(migrated_file, tmp_path / "agentstate.db")
+    database = Database(f"sqlite:///{tmp_path / 'agentstate.db'}")
+    yield database
+    database.close()
+
+
+@pytest.mark.parametrize("host_bytes", [0, 1 << 26], ids=["to staging", "beside a host tier"])
+def test_a_session_that_only_another_engine_of_the_machine_has_served_is_resumed_and_prefetched_here(
+    make: Callable[..., Stage], database: Database, host_bytes: int
+) -> None:
+    stage = make(windowed=True, staging_bytes=1 << 28, host_bytes=host_bytes)
+    other, windows = stage.other(), stage.other(pool=1)
+    other("write(store, keys(0, 1, 2, 3))")
+    windows("write(store, keys(2, 3))")
+    theirs, ours = node_id(stage.directory / "theirs-a", "theirs"), node_id(stage.directory / "ours", "ours")
+    mark = stage.mark(stage.known[0]).hex()
+    engine = Engine("eng_ours", ours, 0, "tcp://127.0.0.1:1", "http://ours/v1", "m", mark, "/ours", control_secret="-")
+    far = replace(engine, id="eng_far", node="far", base_url="http://far/v1", pages_dir="/far", shared_store="s3://b")
+    service = Service(database, 3600)
+    session = service.create("m")
+    chain = b"".join(keys(0, 1, 2, 3))
+    found = Manifest(session.uid, mark, 0, theirs, "eng_theirs", PAGE_SIZE, 4 * PAGE_SIZE, chain, 1)
+    with database.write() as connection:
+        manifests.save(connection, replace(found, shared_tokens=4 * PAGE_SIZE))
+        engines.register(connection, far)
+    options = {"home": stage.directory, "heartbeat_interval_s": 0.05}
+    sessions = Sessions(
+        stage.pools,
+        engine,
+        database,
+        Settings(**options),  # type: ignore[arg-type]
+        page_size=PAGE_SIZE,
+        stores=lambda: True,
+        dead=list,
+    )
+    try:
+        until(lambda: service.pages(session.id).ranks[0].id == "eng_ours")
+        pages = service.pages(session.id)
+        assert (pages.ranks[0].reads, pages.keys) == ({theirs}, [chain])
+        resumed = service.resume(session.id, lease_ttl_s=60, tail=0)
+        assert resumed.engine is not None and resumed.engine.base_url == "http://ours/v1"
+        assert (resumed.kv.state, resumed.kv.tokens, resumed.kv.valid) == ("durable", 4 * PAGE_SIZE, True)
+
+        for packed in (None, chain):
+            ask = sessions.prefetch(session.uid, "host", packed, planned=packed is None)
+            until(lambda ask=ask: ask()["state"] != "pending")
+            answer = ask()
+            assert (answer["state"], answer["pages"], answer["tokens"]) == ("warm", 4, 4 * PAGE_SIZE)
+        reads = sum(sum(of_pool.values()) for of_pool in stage.reads())
+        assert reads and stage.load("a", range(4))
+        assert sum(sum(of_pool.values()) for of_pool in stage.reads()) == reads, "it was there"
+        # What is not found any more is not promised.
+        other.kill()
+        shutil.rmtree(stage.directory / "theirs-a")
+        until(lambda: service.whereabouts(session.id).ranks[0].base_url == "http://ours/v1")
+        service.suspend(session.id, resumed.lease.key, reason=SuspendReason.USER_WAIT)
+        until(lambda: service.whereabouts(session.id).ranks[0].id == "eng_far")
+        assert sessions.prefetch(session.uid, "host", chain)()["state"] == "cold"
+    finally:
+        sessions.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 def test_what_both_have_computed_is_written_by_one_of_them(stage: Stage) -> None:

@@ -68,6 +68,9 @@ class Pools:
     def take_losers(self) -> set[str]:
         return set()
 
+    def reads(self) -> frozenset[str]:
+        return frozenset()
+
     def merge(self, chain: list[bytes]) -> None:
         pass
 

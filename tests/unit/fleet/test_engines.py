@@ -25,6 +25,7 @@ def age(connection: sa.Connection, engine_id: str, age_s: int) -> None:
 def test_a_registered_engine_is_live_and_complete(database: Database) -> None:
     with database.write() as connection:
         complete = replace(ENGINE, control_secret="of this engine", shared_store="file:///share", dp_rank=1, dp_size=2)
+        complete = replace(complete, reads=frozenset({"n2", "n3"}))
         engines.register(connection, complete)
         (found,) = engines.live(connection, 10)
     assert replace(found, started_us=0, heartbeat_us=0) == complete
@@ -39,6 +40,15 @@ def test_an_engine_without_heartbeats_is_not_live_until_it_sends_one(database: D
         assert names(engines.registered(connection)) == ["eng_1"]
         assert engines.heartbeat(connection, "eng_1")
         assert names(engines.live(connection, 10)) == ["eng_1"]
+
+
+def test_a_heartbeat_says_what_an_engine_reads_by_then(database: Database) -> None:
+    with database.write() as connection:
+        engines.register(connection, ENGINE)
+        for reads in ({"n3", "n2"}, {"n2"}, frozenset[str]()):
+            assert engines.heartbeat(connection, "eng_1", reads)
+            assert [found.reads for found in engines.live(connection, 10)] == [reads]
+            assert [found.reads for found in engines.registered(connection)] == [reads]
 
 
 def test_a_heartbeat_of_an_unknown_engine_tells_it_to_register(database: Database) -> None:

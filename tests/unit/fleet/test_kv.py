@@ -300,6 +300,63 @@ def test_where_all_can_restore_as_much_the_engine_whose_node_has_it_is_preferred
     assert choose("m", stored, [without, SHARING_ELSEWHERE]) == server(SHARING_ELSEWHERE)
 
 
+BESIDE = replace(ELSEWHERE, reads=frozenset({"n1"}))
+SHARING_BESIDE = replace(BESIDE, shared_store=STORE)
+
+
+def test_what_another_node_of_its_machine_has_is_restored_by_an_engine_that_reads_it() -> None:
+    assert look("m", STORED, [BESIDE]) == on_node(KvState.DURABLE, 640, True)
+    assert look("m", STORED, [replace(BESIDE, reads=frozenset({"n3"}))]).state is KvState.LOST
+    assert look("m", STORED, [replace(BESIDE, fingerprint="f2")]).tokens == 640
+    assert restorable(server(replace(BESIDE, fingerprint="f2")), STORED) == 0
+    assert source(BESIDE, STORED) == (COVERAGE, 640)
+    older = replace(COVERAGE, node="n3", tokens=128, updated_us=4)
+    found = look("m", Stored([COVERAGE, older]), [replace(ELSEWHERE, reads=frozenset({"n3"}))])
+    assert found == on_node(KvState.PARTIAL, 128, True)
+
+
+def test_all_ranks_must_read_it() -> None:
+    second = replace(BESIDE, id="eng_3", rank=1, fingerprint="f1-1")
+    of_second = replace(COVERAGE, rank=1, fingerprint="f1-1", tokens=256)
+    assert look("m", Stored([COVERAGE, of_second]), [BESIDE, second]) == on_node(KvState.DURABLE, 256, True)
+    found = look("m", Stored([COVERAGE, of_second]), [BESIDE, replace(second, reads=frozenset())])
+    assert (found.state, found.tokens, found.valid) == (KvState.LOST, 0, False)
+
+
+def test_of_what_a_rank_can_restore_that_of_its_own_node_is_meant_and_then_that_of_its_machine() -> None:
+    for own, beside_it, in_store, node in (
+        (640, 640, 640, "n2"),
+        (576, 640, 640, "n1"),
+        (576, 576, 640, "n3"),
+        (0, 64, 64, "n1"),
+    ):
+        stored = Stored(
+            [
+                replace(COVERAGE, node="n3", shared_tokens=in_store),
+                replace(COVERAGE, tokens=beside_it),
+                replace(COVERAGE, node="n2", tokens=own),
+            ]
+        )
+        found = source(SHARING_BESIDE, stored)
+        assert found is not None
+        assert (found[0].node, found[1]) == (node, max(own, beside_it, in_store))
+        assert restorable(server(SHARING_BESIDE), stored) == max(own, beside_it, in_store)
+
+
+def test_an_engine_whose_machine_has_it_is_preferred_to_one_that_must_read_the_shared_store() -> None:
+    stored = Stored([SHARED])
+    far = replace(SHARING_ELSEWHERE, node="n3", base_url="http://n3/v1")
+    for live in ([SHARING_BESIDE, far], [far, SHARING_BESIDE]):
+        assert choose("m", stored, live, far.base_url) == server(SHARING_BESIDE)
+        assert choose("m", stored, [SHARING, *live], far.base_url) == server(SHARING), "it has it itself"
+    # More of it counts more than nearer.
+    less = Stored([replace(COVERAGE, node="n5", shared_tokens=640), replace(COVERAGE, tokens=576)])
+    assert choose("m", less, [BESIDE, far]) == server(far)
+    # Of nodes that have a part, the machine counts that has more.
+    parts = Stored([SHARED, replace(COVERAGE, node="n3", tokens=576)])
+    assert choose("m", parts, [far, SHARING_BESIDE]) == server(SHARING_BESIDE)
+
+
 def test_all_ranks_must_have_it_shared_each_for_itself() -> None:
     second = replace(SHARING_ELSEWHERE, id="eng_3", rank=1, fingerprint="f1-1")
     of_second = replace(SHARED, rank=1, fingerprint="f1-1")

@@ -287,7 +287,8 @@ def test_what_left_the_shared_store_is_said_of_no_manifest_that_lists_it(
 def test_elsewhere_most_of_a_session_is_shared_by_one_of_the_other_nodes(database: Database) -> None:
     def elsewhere() -> Manifest | None:
         with database.read() as connection:
-            return manifests.elsewhere(connection, "ses_1", "f1", 0, "n1")
+            assert manifests.elsewhere(connection, "ses_1", "f1", 0, "n1", shared=False) is None
+            return manifests.elsewhere(connection, "ses_1", "f1", 0, "n1", shared=True)
 
     def save(manifest: Manifest) -> None:
         with database.write() as connection:
@@ -306,6 +307,24 @@ def test_elsewhere_most_of_a_session_is_shared_by_one_of_the_other_nodes(databas
     newest = replace(manifest(pages=5), node="n5", shared_tokens=192)
     save(newest)
     assert elsewhere() == newest
+
+
+def test_elsewhere_all_that_a_node_of_the_machine_has_can_be_restored(database: Database) -> None:
+    def elsewhere(*reads: str, shared: bool = False) -> str | None:
+        with database.read() as connection:
+            found = manifests.elsewhere(connection, "ses_1", "f1", 0, "n1", reads=reads, shared=shared)
+        return None if found is None else found.node
+
+    with database.write() as connection:
+        for node, pages, shared_tokens in (("n1", 9, 576), ("n2", 4, 128), ("n3", 3, 0), ("n4", 9, 256)):
+            manifests.save(connection, replace(manifest(pages=pages), node=node, shared_tokens=shared_tokens))
+        manifests.save(connection, replace(manifest("ses_2", pages=9), node="n2"))
+    assert elsewhere() is None
+    assert elsewhere("n3") == "n3" and elsewhere("n2", "n3") == "n2"
+    assert elsewhere(shared=True) == "n4"
+    assert elsewhere("n3", shared=True) == "n4", "that is more"
+    assert elsewhere("n2", shared=True) == "n2", "that is nearer"
+    assert elsewhere("n1", "n9") is None
 
 
 def test_the_keys_of_sessions_are_those_of_all_their_manifests(database: Database) -> None:

@@ -21,6 +21,7 @@ from agentstate.pages import (
     fingerprint,
     stores_beside,
 )
+from agentstate.pages.node import node_id
 
 Own = Callable[[str], Owner]
 
@@ -229,6 +230,28 @@ def test_engines_come_and_go(own: Own, replicas: Replicas, tmp_path: Path) -> No
     replicas.close()
     replicas.look()
     assert replicas.stored(keys(1)) == [False]
+
+
+def test_whose_pages_can_be_read_is_told(own: Own, replicas: Replicas, tmp_path: Path) -> None:
+    ids = {name: node_id(tmp_path / name) for name in ("ours", "a", "b")}
+    own("a")
+    b = own("b")
+    assert replicas.nodes() == frozenset()
+    replicas.look()
+    assert replicas.nodes() == {ids["a"], ids["b"]}
+    b.kill()
+    assert replicas.nodes() == {ids["a"], ids["b"]}, "its files are there"
+    shutil.rmtree(tmp_path / "b")
+    assert replicas.nodes() == {ids["a"]}
+    (tmp_path / "a" / "node").unlink()
+    assert replicas.nodes() == frozenset(), "nobody knows whose they are"
+
+
+def test_a_store_that_nobody_has_opened_yet_cannot_be_read(own: Own, replicas: Replicas, tmp_path: Path) -> None:
+    node_id(tmp_path / "a")
+    own("a").kill()
+    replicas.look()
+    assert replicas.nodes() == frozenset()
 
 
 def test_a_store_of_another_process_may_have_others_beside_it(own: Own, tmp_path: Path) -> None:

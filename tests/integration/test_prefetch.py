@@ -71,6 +71,18 @@ def test_pages_in_the_shared_store_are_brought_to_another_node(service: Service,
     assert peer.requests[-1]["keys"] == b"m" * 64
 
 
+def test_pages_that_another_node_of_its_machine_has_are_brought(service: Service, start_peer: Any) -> None:
+    peer = start_peer(lambda request: stored("warm"))
+    session_id = with_pages(service)
+    register(service.database, peer.address, node="n2")
+    assert prefetch(service, session_id).json()["state"] == "failed" and not peer.requests
+    register(service.database, peer.address, node="n2", reads=frozenset({"n1"}))
+    assert prefetch(service, session_id).json()["result"]["tokens"] == 128
+    assert peer.requests[-1]["keys"] == b"k" * 64
+    resumed_there = service.client.resume(session_id)
+    assert (resumed_there.kv.valid, resumed_there.kv.tokens) == (True, 128)
+
+
 def test_pages_that_come_are_followed(service: Service, start_peer: Any) -> None:
     answers = iter([stored("pending", 0), stored("pending", 64)])
     register(service.database, start_peer(lambda request: next(answers, stored("warm"))).address)

@@ -692,6 +692,23 @@ def test_a_doomed_extent_leaves_the_index_of_all_within_a_round(node: Node, othe
         assert one.finds(1, 2) == 0
 
 
+def test_what_left_just_before_sql_failed_is_published_again(node: Node) -> None:
+    node.publish("s", 1, 2)
+    full = node.stores.stores[0].fingerprint.hex()
+    with node.database.write() as connection:
+        (first,) = (row.id for row in rows(node.database) if row.name.startswith(full))
+        catalogue.doom(connection, [first])
+        manifests.unshare_listing(connection, node.engine.fingerprint, 0, set(keys(1, 2)))
+    node.database.left = 1
+    with pytest.raises(DatabaseError):
+        node.round()
+    assert node.finds(1) == 0
+    node.database.left, node.database.down = None, False
+    for _ in range(2):
+        node.round()
+    assert_all_shared(node, "s", 1, 2)
+
+
 def test_what_is_missing_is_doomed_for_all_and_published_again(node: Node, other: Node, place: places.Place) -> None:
     node.publish("s", 1, 2)
     other.round()

@@ -85,7 +85,7 @@ setup-lmcache: .venv/lmcache/complete
 model: $(ENGINE_SET_UP)
 	@$(RUN) $(ENGINE) -m engine_patch.cpu.smollm2 $(CACHE)/smollm2-135m-instruct
 
-.venv/%/complete: locks/%.txt pyproject.toml
+.venv/%/complete: locks/%.txt pyproject.toml $(wildcard agentstate/pages/native/*.[ch])
 	@$(PYTHON) .ci/environment.py $* $(CACHE)
 
 clean:

@@ -44,6 +44,7 @@ ENGINE_LIMITS = (
     "host_bytes",
     "spill_queue_bytes",
     "read_backend",
+    "native",
     "read_threads",
     "drive_timeout_s",
     "break_even",
@@ -219,6 +220,11 @@ class Settings(BaseSettings):
     read_backend: Literal["posix", "kvikio"] = Field(
         "posix",
         description="Backend that reads pages: posix into host memory, or kvikio (GPUDirect Storage) into GPU memory.",
+    )
+    native: bool = Field(
+        True,
+        description="Whether pages are read and verified by the native extension, where it is built; off: by Python, "
+        "which is slower.",
     )
     break_even: bool = Field(
         True,

@@ -40,7 +40,7 @@ import lmdb
 import numpy as np
 import torch
 
-from agentstate.pages import PageStore, extent, files, fingerprint
+from agentstate.pages import PageStore, extent, files, fingerprint, native
 from agentstate.pages.extent import PREFIX
 from agentstate.settings import Settings
 from engine_patch import stored_pools, transfer
@@ -107,6 +107,7 @@ class Counts(Counter[str]):
             _NoCopy.__setitem__.__code__: "copies",
             _NoCopy.__array_function__.__code__: "copies",
             _NoIO.preadv.__code__: "reads",
+            _NoVerifier.read.__code__: "reads",
         }
 
         def event(frame: Any, kind: str, what: Any) -> None:
@@ -127,6 +128,19 @@ class Counts(Counter[str]):
 
 def _checksum(*_: Any, **__: Any) -> int:
     return 0
+
+
+class _NoVerifier:
+    """Takes the native extension's place: reads and verifies nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def read(self, fd: int, fills: Sequence[Any], *_: Any) -> tuple[list[int], list[int]]:
+        return [wanted for _, _, wanted in fills], []
+
+    def wrong_slots(self, *_: Any) -> list[int]:
+        return []
 
 
 class _NoIO:
@@ -164,6 +178,7 @@ class _NoIO:
         with (
             patch.object(os, "preadv", self.preadv),
             patch.object(extent, "xxhash", sums),
+            patch.object(native, "library", native.library and SimpleNamespace(Verifier=_NoVerifier)),
             patch.object(files, "publish", self.publish),
             patch.object(transfer, "_page_rows", no_rows),
         ):

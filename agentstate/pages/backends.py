@@ -47,7 +47,10 @@ def staging_memory(n_bytes: int) -> np.ndarray:
 
 
 class OpenFile(ABC):
-    """A file that a backend reads."""
+    """A file that a backend reads. ``fd`` is the descriptor that `preadv` reads the same bytes from, into the same
+    memory; None if that would be another way than the backend's."""
+
+    fd: int | None = None
 
     @abstractmethod
     def read(self, into: Buffer, offset: int) -> int:
@@ -95,10 +98,10 @@ class PosixBackend(ReadBackend):
 
 class _PosixFile(OpenFile):
     def __init__(self, fd: int):
-        self._fd = fd
+        self.fd: int = fd
 
     def read(self, into: Buffer, offset: int) -> int:
-        return os.preadv(self._fd, [into], offset)
+        return os.preadv(self.fd, [into], offset)
 
     def close(self) -> None:
         pass

@@ -38,6 +38,7 @@ import numpy as np
 import xxhash
 
 from agentstate.errors import BadExtent, UnknownFormat
+from agentstate.pages import native
 from agentstate.pages.keys import KEY_BYTES, PageKeys
 
 ALIGNMENT = 4096
@@ -249,6 +250,18 @@ class ExtentHeader:
         sums: list[list[int]] = self.block_checksums.tolist()
         return sums
 
+    @cached_property
+    def verifier(self) -> Any:
+        """The header's `native.Verifier`, where there are any."""
+        return native.library.Verifier(
+            self.fingerprint,
+            self.keys.packed,
+            self.geometry.component_bytes,
+            self.geometry.block_pages,
+            self.checksums,
+            self.block_checksums,
+        )
+
     def blocks(self) -> list[range]:
         """The slots of each block: all have the same number of them, except the last."""
         pages, most = len(self.keys), self.geometry.block_pages
@@ -271,7 +284,11 @@ class ExtentHeader:
 
         ``components`` are the bytes found: for each component, consecutive arrays of shape (pages, component bytes).
         """
-        wrong: list[int] = []
+        wrong: list[int]
+        if native.library is not None:
+            wrong = self.verifier.wrong_slots(layer, slot, components)
+            return wrong
+        wrong = []
         pages, size = len(self.keys), self.geometry.block_pages
         rows = [_Rows(arrays) for arrays in components]
         seeds, sums = self._block_seeds, self._block_sums[layer]

@@ -13,9 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from agentstate.errors import BadExtent
+from agentstate.pages import native
 from agentstate.pages.backends import Buffer, OpenFile, ReadBackend
 from agentstate.pages.extent import ALIGNMENT, ExtentHeader, ExtentLayout, align
 from agentstate.pages.files import hold, open_direct
@@ -188,6 +189,34 @@ class _Entry:
             self.readers -= 1
 
 
+class Fill(NamedTuple):
+    """Consecutive bytes of an extent, from ``offset`` on, that are read to ``arrays``: ``wanted`` are needed."""
+
+    arrays: Sequence[Buffer]
+    offset: int
+    wanted: int
+
+
+class Extract(NamedTuple):
+    """What of an extent is read: pages of ``layer``, from ``slot`` on, by ``fills``. Their ``components`` are then
+    consecutive arrays each, which lie in those of the fills."""
+
+    layer: int
+    slot: int
+    fills: Sequence[Fill]
+    components: Sequence[Sequence[Buffer]]
+
+
+class Found(NamedTuple):
+    """Pages as they were read: ``n_bytes`` bytes of their extent, and for each of their ``components`` consecutive
+    arrays of shape (pages, component bytes). ``wrong`` are the slots whose bytes are not those that were written; None
+    if nobody has looked."""
+
+    components: Sequence[Sequence[Buffer]]
+    n_bytes: int
+    wrong: list[int] | None
+
+
 class Handle(ABC):
     """An extent that can be read, wherever it lies, and its ``header``, which has been checked.
 
@@ -196,48 +225,42 @@ class Handle(ABC):
 
     header: ExtentHeader
 
-    def read(self, segment: Segment, layer: int, buffer: Buffer, position: int) -> tuple[list[Buffer], int, int]:
-        """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned. Returns an
-        array a component, the next free position, and how many bytes were read."""
-        arrays, n_bytes = [], 0
+    def read(self, segment: Segment, layer: int, buffer: Buffer, position: int) -> tuple[Found, int]:
+        """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned. Returns it, with
+        one array a component, and the next free position."""
+        arrays, fills = [], []
         extent, slot, pages, _ = segment
         offset = extent.layout.layer_offset(layer)
         for start, end, members in extent.layout.ranges(slot, pages):
             skew = start % ALIGNMENT
-            wanted = align(skew + end - start)
-            n_bytes += self._fill(buffer[position : position + wanted], offset + start - skew, skew + end - start)
+            room = align(skew + end - start)
+            fills.append(Fill([buffer[position : position + room]], offset + start - skew, skew + end - start))
             for begin, length in members:
                 first = position + skew + begin - start
-                arrays.append(buffer[first : first + length].reshape(pages, length // pages))
-            position += wanted
-        return arrays, position, n_bytes
+                arrays.append([buffer[first : first + length].reshape(pages, length // pages)])
+            position += room
+        return self._read(Extract(layer, slot, fills, arrays), whole_blocks=True), position
 
-    def read_to(self, components: Sequence[Sequence[Buffer]], segment: Segment, layer: int) -> int:
-        """Read one layer of a segment to where its ``components`` belong, each of them consecutive arrays. Returns the
-        number of bytes. Raises ValueError for arrays of another size."""
-        n_bytes, arrays_of = 0, iter(components)
+    def read_to(self, components: Sequence[Sequence[Buffer]], segment: Segment, layer: int) -> Found:
+        """Read one layer of a segment to where its ``components`` belong, each of them consecutive arrays. Raises
+        ValueError for arrays of another size."""
+        fills, arrays_of = [], iter(components)
         offset = segment.extent.layout.layer_offset(layer)
         for begin, end, members in segment.extent.layout.ranges(segment.slot, segment.pages):
             start, end = offset + begin, offset + end
             into = [array for _ in members for array in next(arrays_of)]
             for i in range(0, len(into), _MOST_ARRAYS):
                 some = into[i : i + _MOST_ARRAYS]
-                wanted = sum(array.nbytes for array in some)
-                self._fill_all(some, start, wanted)
-                start += wanted
-                n_bytes += wanted
+                fills.append(Fill(some, start, sum(array.nbytes for array in some)))
+                start += fills[-1].wanted
             if start != end:
                 raise ValueError(f"{start - end:+,} bytes of memory for pages of {segment.extent.path.name}")
-        return n_bytes
+        return self._read(Extract(layer, segment.slot, fills, components), whole_blocks=False)
 
     @abstractmethod
-    def _fill(self, into: Buffer, offset: int, wanted: int) -> int:
-        """Read to ``into``, whole blocks of it from a block's beginning on, but for what is beyond the file's end.
-        ``wanted`` bytes are needed. Returns how many were read."""
-
-    @abstractmethod
-    def _fill_all(self, arrays: Sequence[Buffer], offset: int, wanted: int) -> None:
-        """Read ``wanted`` bytes to ``arrays``, which have as many."""
+    def _read(self, extract: Extract, *, whole_blocks: bool) -> Found:
+        """Read it. With ``whole_blocks`` each fill has one array of whole blocks, from a block's beginning on, which
+        the file's end may cut short; without, the arrays have as many bytes as are wanted."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -279,13 +302,25 @@ class FileHandle(Handle):
             raise BadExtent(f"{self._name}: the header is of another extent")
         return header
 
-    def _fill(self, into: Buffer, offset: int, wanted: int) -> int:
-        got = self._file.read(into, offset)
-        self._require(got, wanted, offset + wanted)
-        return got
+    def _read(self, extract: Extract, *, whole_blocks: bool) -> Found:
+        # Whole blocks are the backend's to read.
+        fd = self._file.fd if whole_blocks else self._fd
+        wrong: list[int] | None = None
+        if native.library is not None and fd is not None:
+            counts, wrong = self.header.verifier.read(
+                fd, extract.fills, extract.layer, extract.slot, extract.components, native.replaced_preadv()
+            )
+            n_bytes = sum(map(self._whole, counts, extract.fills))
+        elif whole_blocks:
+            n_bytes = sum(self._whole(self._file.read(fill.arrays[0], fill.offset), fill) for fill in extract.fills)
+        else:
+            n_bytes = sum(self._whole(os.preadv(self._fd, fill.arrays, fill.offset), fill) for fill in extract.fills)
+        return Found(extract.components, n_bytes, wrong)
 
-    def _fill_all(self, arrays: Sequence[Buffer], offset: int, wanted: int) -> None:
-        self._require(os.preadv(self._fd, arrays, offset), wanted, offset + wanted)
+    def _whole(self, got: int, fill: Fill) -> int:
+        """``got``, if that is as much as was wanted."""
+        self._require(got, fill.wanted, fill.offset + fill.wanted)
+        return got
 
     def _require(self, got: int, wanted: int, end: int) -> None:
         """Tell a file that ends before ``end`` from a read that was cut short."""

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 from agentstate.errors import BadExtent
 from agentstate.pages.backends import Buffer, PosixBackend, ReadBackend
 from agentstate.pages.extent import ALIGNMENT, ExtentHeader, Geometry, align
-from agentstate.pages.handles import FileHandle, Handles, OpenExtent, most_open, patiently
+from agentstate.pages.handles import FileHandle, Found, Handles, OpenExtent, most_open, patiently
 from agentstate.pages.keys import PageKeys
 from agentstate.pages.pins import Pin, Segment
 
@@ -440,10 +440,14 @@ class Stream:
         for segment in run if self._wanted is None else _within(run, self._wanted):
             try:
                 with handles.reading(segment.extent) as handle:
-                    arrays, position, n_bytes = patiently(partial(handle.read, segment, chunk.layer, buffer, position))
-                    chunk.n_bytes += n_bytes
-                    on_host = self._reader._backend.on_host(arrays)
-                    self._verify(chunk, segment, handle.header, [[array] for array in on_host])
+                    read = partial(handle.read, segment, chunk.layer, buffer, position)
+                    found, position = patiently(read)
+                    chunk.n_bytes += found.n_bytes
+                    arrays = [array for (array,) in found.components]
+                    if found.wrong is None:
+                        on_host = self._reader._backend.on_host(arrays)
+                        found = found._replace(components=[[array] for array in on_host])
+                    self._verify(chunk, segment, handle.header, found)
                     chunk.parts.append(Part(segment, arrays))
             except (BadExtent, OSError) as error:
                 _report(chunk, segment, error)
@@ -456,19 +460,19 @@ class Stream:
                 rows = destination.rows(chunk.layer, range(segment.first, segment.first + segment.pages))
                 try:
                     with handles.reading(segment.extent) as handle:
-                        chunk.n_bytes += patiently(partial(handle.read_to, rows, segment, chunk.layer))
-                        self._verify(chunk, segment, handle.header, rows)
+                        found = patiently(partial(handle.read_to, rows, segment, chunk.layer))
+                        chunk.n_bytes += found.n_bytes
+                        self._verify(chunk, segment, handle.header, found)
                 except (BadExtent, OSError) as error:
                     _report(chunk, segment, error)
         return chunk
 
-    def _verify(
-        self, chunk: Chunk, segment: Segment, header: ExtentHeader, components: Sequence[Sequence[Buffer]]
-    ) -> None:
+    def _verify(self, chunk: Chunk, segment: Segment, header: ExtentHeader, found: Found) -> None:
         """Enter in ``chunk`` the pages of ``segment`` whose bytes are not those that were written for them."""
-        wrong = {
-            segment.first + slot - segment.slot for slot in header.wrong_slots(chunk.layer, segment.slot, components)
-        }
+        slots = found.wrong
+        if slots is None:
+            slots = header.wrong_slots(chunk.layer, segment.slot, found.components)
+        wrong = {segment.first + slot - segment.slot for slot in slots}
         if not self._has(segment, header):
             # The index says where they lie, and may be wrong.
             written = header.keys[segment.slot : segment.slot + segment.pages]

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from agentstate.errors import BadExtent, TierError, TierMissing, TierShort
-from agentstate.pages.backends import Buffer
 from agentstate.pages.changes import Changes
 from agentstate.pages.extent import ExtentHeader, ExtentLayout, Geometry
-from agentstate.pages.handles import Handle
+from agentstate.pages.handles import Extract, Found, Handle
 from agentstate.pages.index import ExtentRecord, PageIndex, Run
 from agentstate.pages.keys import PageKeys
 from agentstate.pages.pins import Pin, Segment, StoredExtent
@@ -294,17 +293,15 @@ class _SharedHandle(Handle):
         if not self.header.layout.agrees(extent.layout):
             raise BadExtent(f"{self._name}: the header is of another extent")
 
-    def _fill(self, into: Buffer, offset: int, wanted: int) -> int:
-        # No block has to be read whole.
-        self._fill_all([into[:wanted]], offset, wanted)
-        return wanted
-
-    def _fill_all(self, arrays: Sequence[Buffer], offset: int, wanted: int) -> None:
-        ranges = []
-        for array in arrays:
-            ranges.append(Range(offset, memoryview(array.reshape(-1))))
-            offset += array.nbytes
-        self._wait(self._tier.read(self._name, ranges))
+    def _read(self, extract: Extract, *, whole_blocks: bool) -> Found:
+        for arrays, offset, wanted in extract.fills:
+            ranges = []
+            # No block has to be read whole.
+            for array in [arrays[0][:wanted]] if whole_blocks else arrays:
+                ranges.append(Range(offset, memoryview(array.reshape(-1))))
+                offset += array.nbytes
+            self._wait(self._tier.read(self._name, ranges))
+        return Found(extract.components, sum(fill.wanted for fill in extract.fills), None)
 
     def _wait(self, future: Future[Any]) -> Any:
         try:

@@ -90,8 +90,12 @@ def test_publishing_tells_a_full_disk_from_one_that_cannot_be_written(mode: str,
     assert set(outcome["raised"]) == ({"PageStoreFull"} if name == "EDQUOT" else {"OSError"})
 
 
-@pytest.mark.parametrize("operation", READING)
-def test_what_the_disk_does_not_give_back_now_is_not_lost(operation: str, inject: Inject) -> None:
+@pytest.mark.parametrize("operation, native", [*((name, "on") for name in READING), ("merge", "off"), ("read", "off")])
+def test_what_the_disk_does_not_give_back_now_is_not_lost(
+    operation: str, native: str, inject: Inject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What reads pages does so by the native extension, where there is one, or by Python.
+    monkeypatch.setenv("AGENTSTATE_NATIVE", native)
     outcome = inject(operation, "fail once", "reads", errno.EIO)
     assert outcome["wrong"] == 0
     # A header that could not be read when a store was opened is read when it is opened next.

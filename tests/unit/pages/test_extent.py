@@ -157,6 +157,7 @@ def test_a_block_has_a_sum_of_its_own_that_covers_which_pages_it_has() -> None:
     assert len({int(value) for value in header.block_checksums.flatten()}) == 6
 
 
+@pytest.mark.usefixtures("read_by")
 @pytest.mark.parametrize("first, last", [(0, 11), (0, 4), (3, 9), (5, 6), (8, 11), (1, 12)])
 @pytest.mark.parametrize("cut", [[], [1], [2, 3, 4]])
 def test_the_pages_that_are_wrong_are_found_in_blocks_and_in_parts_of_them(
@@ -249,6 +250,7 @@ def test_no_bytes_make_decoding_fail_otherwise(raw: bytes) -> None:
             ExtentHeader.decode(header, "x")
 
 
+@pytest.mark.usefixtures("read_by")
 def test_no_flipped_byte_yields_a_wrong_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte of the file in turn: the extent is refused when it is opened, or the page is found to be wrong, or
     the byte was padding and the pages are right. What is served is never wrong."""
@@ -293,6 +295,7 @@ def test_no_flipped_byte_of_a_header_gets_into_the_index(tmp_path: Path) -> None
         damaged.close()
 
 
+@pytest.mark.usefixtures("read_by")
 def test_bytes_of_another_page_or_layer_are_found_to_be_wrong(tmp_path: Path) -> None:
     store = PageStore(tmp_path, MARK, WIDE)
     write(store, keys(1, 2))

@@ -17,6 +17,8 @@ from agentstate.errors import BadExtent
 from agentstate.pages import LayerwiseReader, PageStore, PosixBackend, handles, reading
 from agentstate.pages.handles import FileHandle, Handles, most_open
 
+pytestmark = pytest.mark.usefixtures("read_by")
+
 EXTENTS = 20
 
 

@@ -34,6 +34,8 @@ from agentstate.pages import (
 )
 from agentstate.pages.backends import OpenFile
 
+pytestmark = pytest.mark.usefixtures("read_by")
+
 GEOMETRIES = {"MHA": MHA, "MLA": MLA, "WIDE": WIDE}
 
 

@@ -1,0 +1,59 @@
+"""Reading and verifying in C: a range of an extent to its destination and its checksums, in one call without Python's
+interpreter lock.
+
+The extension `_native` is optional. It is built with the package where there is a C compiler; where it is missing, or
+`AGENTSTATE_NATIVE=off` says so, Python does the same, call by call. It knows no policy: what is read, in which order,
+and what becomes of an error is decided by its callers, in Python, and both ways are held to the same tests.
+
+::
+
+    Verifier(fingerprint, keys, component_bytes, block_pages, page_sums, block_sums)
+        What an extent's header says of its pages, kept for as long as the object lives. ``fingerprint`` has 32 bytes
+        and ``keys`` 32 a page. ``component_bytes`` are the bytes of a page's components in one layer. ``page_sums`` and
+        ``block_sums`` are contiguous uint64 of shapes (layers, pages) and (layers, blocks). Raises ValueError if they
+        do not fit each other.
+
+    Verifier.wrong_slots(layer, slot, components) -> list[int]
+        What `ExtentHeader.wrong_slots` returns.
+
+    Verifier.read(fd, ranges, layer, slot, components, preadv=None) -> (counts, wrong)
+        Carry out ``ranges``, each (arrays, offset, wanted): read consecutive bytes of the file ``fd`` from ``offset``
+        on to ``arrays``, at least ``wanted`` of them. Then look for wrong slots in ``components``, which lie in those
+        arrays. ``counts`` are the bytes of each range; it ends with the first range that has fewer than ``wanted``, and
+        ``wrong`` is None then. Raises OSError like `os.preadv`. ``preadv`` is called for each range in place of the
+        system's, holding the lock.
+
+    xxh3_64(data, seed=0) -> int
+        The XXH3 checksum of 64 bits.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+_INTERFACE = 1
+# Not of Settings: there is nobody to pass them to an import.
+_OFF = os.environ.get("AGENTSTATE_NATIVE", "").lower() in ("off", "0", "false", "no", "n", "f")
+_preadv = os.preadv
+
+
+def _load() -> Any:
+    if _OFF:
+        return None
+    try:
+        from agentstate.pages.native import _native  # type: ignore[attr-defined]
+    except ImportError:
+        return None
+    # A checkout may have been updated without being built again.
+    return _native if _native.INTERFACE == _INTERFACE else None
+
+
+library: Any = _load()
+"""The extension; None where Python takes its place."""
+
+
+def replaced_preadv() -> Any:
+    """What has taken the place of `os.preadv`, which is how tests make a drive fail: it is called in place of the
+    system's. None as a rule."""
+    return None if os.preadv is _preadv else os.preadv

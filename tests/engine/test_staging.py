@@ -10,6 +10,8 @@ from device import PAGE_SIZE, kv_tensors, page_of
 
 from agentstate.errors import SettingsError
 from agentstate.pages import LayerwiseReader, PageStore, PosixBackend
+from agentstate.pages.backends import OpenFile
+from agentstate.pages.backends import OpenFile
 from engine_patch.staging import HostCopies, PinnedMemory, device_memory, read_backend
 from engine_patch.transfer import DevicePages
 
@@ -39,7 +41,7 @@ class TensorBackend(PosixBackend):
         return ArrayFile(super().open(fd, path))
 
 
-class ArrayFile:
+class ArrayFile(OpenFile):
     def __init__(self, file) -> None:
         self._file = file
 

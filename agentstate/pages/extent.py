@@ -269,6 +269,10 @@ class ExtentHeader:
 
     def sum_up(self, layer: int, components: Sequence[np.ndarray]) -> None:
         """Enter the checksums of a layer. ``components`` are the bytes of all pages, each of shape (pages, bytes)."""
+        if native.library is not None:
+            arrays = [[rows] for rows in components]
+            self.verifier.sum_up(layer, arrays, self.checksums[layer], self.block_checksums[layer])
+            return
         # `checksum` of all pages at once: with small pages, calls take longer than bytes.
         sums = [(seed + layer) & _MASK for seed in self._page_seeds]
         for rows in components:

@@ -11,7 +11,6 @@ from device import PAGE_SIZE, kv_tensors, page_of
 from agentstate.errors import SettingsError
 from agentstate.pages import LayerwiseReader, PageStore, PosixBackend
 from agentstate.pages.backends import OpenFile
-from agentstate.pages.backends import OpenFile
 from engine_patch.staging import HostCopies, PinnedMemory, device_memory, read_backend
 from engine_patch.transfer import DevicePages
 

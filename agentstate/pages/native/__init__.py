@@ -1,5 +1,5 @@
-"""Reading and verifying in C: a range of an extent to its destination and its checksums, in one call without Python's
-interpreter lock.
+"""Reading, verifying and summing up pages in C: each of these is one call for all pages of a run in one layer, without
+Python's interpreter lock.
 
 The extension `_native` is optional. It is built with the package where there is a C compiler; where it is missing, or
 `AGENTSTATE_NATIVE=off` says so, Python does the same, call by call. It knows no policy: what is read, in which order,
@@ -23,6 +23,10 @@ and what becomes of an error is decided by its callers, in Python, and both ways
         ``wrong`` is None then. Raises OSError like `os.preadv`. ``preadv`` is called for each range in place of the
         system's, holding the lock.
 
+    Verifier.sum_up(layer, components, page_sums, block_sums)
+        What `ExtentHeader.sum_up` does, of all pages: ``page_sums`` and ``block_sums``, contiguous uint64 of shapes
+        (pages,) and (blocks,), are filled. ``components`` are as for `wrong_slots`.
+
     xxh3_64(data, seed=0) -> int
         The XXH3 checksum of 64 bits.
 """
@@ -32,7 +36,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-_INTERFACE = 1
+_INTERFACE = 2
 # Not of Settings: there is nobody to pass them to an import.
 _OFF = os.environ.get("AGENTSTATE_NATIVE", "").lower() in ("off", "0", "false", "no", "n", "f")
 _preadv = os.preadv

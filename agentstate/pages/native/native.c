@@ -13,7 +13,7 @@
 #include "xxh3.h"
 
 /* Raised with every change of what is called from Python: an older build of a checkout is then not used. */
-enum { INTERFACE = 1 };
+enum { INTERFACE = 2 };
 
 enum { KEY = 32 };
 
@@ -194,7 +194,7 @@ static int describe(struct rows *rows, const Verifier *of, struct views *views, 
     return fit;
 }
 
-/* The checksum of `count` rows from `first` on; `first` is never less than in a call before. */
+/* The checksum of `count` rows from `first` on; ``first` is never less than in a call before. */
 static uint64_t sum(struct rows *rows, size_t first, size_t count, uint64_t seed) {
     uint64_t value = seed + rows->layer;
     for (size_t c = 0; c < rows->of->components; c++) {
@@ -265,6 +265,56 @@ static PyObject *verifier_wrong_slots(PyObject *self, PyObject *arguments) {
     forget(&rows);
     release(&views);
     return wrong;
+}
+
+/* ---- checksums of new pages ---- */
+
+/* Writes the checksums of all pages and blocks of a layer. */
+static void sum_all(struct rows *rows, struct found *before, uint8_t *page_sums, uint8_t *block_sums) {
+    const Verifier *of = rows->of;
+    size_t cursors = of->components * sizeof *before;
+    for (size_t block = 0, first = 0; block < of->blocks; block++, first += of->block_pages) {
+        size_t last = first + of->block_pages < of->pages ? first + of->block_pages : of->pages;
+        memcpy(before, rows->components, cursors);
+        for (size_t page = first; page < last; page++) {
+            uint64_t value = sum(rows, page, 1, seed_of(of, page, 1));
+            memcpy(page_sums + 8 * page, &value, sizeof value);
+        }
+        /* A block is gone through again while the processor still has it. */
+        memcpy(rows->components, before, cursors);
+        uint64_t value = sum(rows, first, last - first, of->block_seeds[block]);
+        memcpy(block_sums + 8 * block, &value, sizeof value);
+    }
+}
+
+static PyObject *verifier_sum_up(PyObject *object, PyObject *arguments) {
+    Verifier *self = (Verifier *)object;
+    Py_ssize_t layer;
+    PyObject *components, *result = NULL;
+    Py_buffer page_sums, block_sums;
+    if (!PyArg_ParseTuple(arguments, "nOw*w*", &layer, &components, &page_sums, &block_sums)) return NULL;
+    struct views views = {0};
+    struct rows rows = {0};
+    struct found *before = PyMem_Calloc(self->components, sizeof *before);
+    if (before == NULL) {
+        PyErr_NoMemory();
+    } else if (describe(&rows, self, &views, layer, 0, components)) {
+        if (rows.count != self->pages || (size_t)page_sums.len != 8 * self->pages ||
+            (size_t)block_sums.len != 8 * self->blocks) {
+            PyErr_SetString(PyExc_ValueError, "not all pages, or not room for as many checksums");
+        } else {
+            Py_BEGIN_ALLOW_THREADS
+            sum_all(&rows, before, page_sums.buf, block_sums.buf);
+            Py_END_ALLOW_THREADS
+            result = Py_NewRef(Py_None);
+        }
+    }
+    PyMem_Free(before);
+    forget(&rows);
+    release(&views);
+    PyBuffer_Release(&page_sums);
+    PyBuffer_Release(&block_sums);
+    return result;
 }
 
 /* ---- reading ---- */
@@ -386,6 +436,7 @@ static PyObject *verifier_read(PyObject *self, PyObject *arguments) {
 static PyMethodDef verifier_methods[] = {
     {"wrong_slots", verifier_wrong_slots, METH_VARARGS, NULL},
     {"read", verifier_read, METH_VARARGS, NULL},
+    {"sum_up", verifier_sum_up, METH_VARARGS, NULL},
     {0},
 };
 

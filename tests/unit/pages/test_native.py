@@ -95,6 +95,36 @@ def test_the_wrong_slots_are_those_that_python_finds(sizes: list[int], pages: in
     assert found == in_python(header, layer, first, components)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.one_of(st.integers(1, 300), st.integers(1000, 200_000)), min_size=1, max_size=3),
+    pages=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
+def test_the_sums_of_new_pages_are_those_of_python(sizes: list[int], pages: int, seed: int) -> None:
+    geometry = Geometry(2, 4, tuple(sizes))
+    header, layers = header_of(geometry, pages, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", None)
+        other, _ = header_of(geometry, pages, seed)
+    assert (header.checksums == other.checksums).all() and (header.block_checksums == other.block_checksums).all()
+    assert all(header.wrong_slots(layer, 0, [[rows] for rows in layers[layer]]) == [] for layer in range(2))
+
+
+def test_sums_need_all_pages_and_room() -> None:
+    header, ((rows,),) = header_of(Geometry(1, 4, (100,)), 3)
+    sums, blocks = header.checksums[0], header.block_checksums[0]
+    for components, pages, of_blocks in (
+        ([[rows[:2]]], sums, blocks),
+        ([[rows]], sums[:2], blocks),
+        ([[rows]], sums, np.zeros(2, dtype=np.uint64)),
+    ):
+        with pytest.raises(ValueError, match="not all pages"):
+            header.verifier.sum_up(0, components, pages, of_blocks)
+    with pytest.raises((TypeError, BufferError)):
+        header.verifier.sum_up(0, [[rows]], bytes(24), blocks)
+
+
 def test_a_block_is_verified_by_its_own_sum() -> None:
     """As in Python, which looks at the sums of pages only where that of their block does not match."""
     geometry = Geometry(1, 4, (1 << 20, 1 << 20))

@@ -59,8 +59,8 @@ class Deferrals:
     its memory, and what `Preloads` has agreed on.
 
     ``match`` tells what a request can restore, and ``held_up`` whether so many tokens of the device cannot be had yet.
-    With ``preload_bytes`` 0, and for a model with more than full attention, nothing is preloaded for requests, be it of
-    a shared store; they join what is under way for others all the same.
+    With ``preload_bytes`` 0, and for a model with recurrent states, nothing is preloaded for requests, be it of a
+    shared store; they join what is under way for others all the same.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Deferrals:
         self._preloads = preloads
         self._match = match
         self._order = order
-        self._least_bytes = linker.preload_bytes if len(cache._components_tuple) == 1 else 0
+        self._least_bytes = linker.preload_bytes if preloads.possible else 0
         self._queued: dict[str, _Queued] = {}
 
     @property

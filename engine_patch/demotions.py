@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from engine_patch.linker import AgentStateLinker
+from engine_patch.ranks import Ranks
 from engine_patch.sglang_api import (
     ComponentType,
     PoolName,
     PoolTransfer,
     RadixKey,
     UnifiedRadixCache,
-    get_parallel,
 )
 from engine_patch.turns import RequestSession
 
@@ -53,32 +53,30 @@ class _UnderWay(NamedTuple):
 
 class Demotions:
     """Every method is for the scheduler's thread, between two batches, at the same step on every rank: locks decide
-    what is evicted, and ranks evict alike. ``agree`` tells which of some answers is yes on all ranks; ``unlocked`` is
-    called when device pages have become evictable.
+    what is evicted, and ranks evict alike. ``unlocked`` is called when device pages have become evictable.
 
     `keep_ahead` follows a simple rule: of the device's pages, a quarter are free, or have been copied and are evicted
     next; more of them if a request that is held up needs more (`holds_up`). What is evicted next is what is ``giving``,
-    then what is worth least or, with several ranks, what was used longest ago: they would have to agree on the former.
+    then what is worth least: the first rank decides for all.
     """
 
     def __init__(
         self,
         cache: UnifiedRadixCache,
         linker: AgentStateLinker,
-        agree: Callable[[Sequence[bool]], list[bool]],
+        ranks: Ranks,
         unlocked: Callable[[], None],
         giving: Callable[[], Sequence[Hashable]] = tuple,
     ):
         self._cache = cache
         self._linker = linker
-        self._agree = agree
+        self._ranks = ranks
         self._unlocked = unlocked
         self._giving = giving
         self._under_way: list[_UnderWay] = []
         # What requests ended with, and the session that they proved, the one that was used longest ago first.
         self._ended: OrderedDict[Chain, tuple[RadixKey, str | None]] = OrderedDict()
         self._tokens = 0
-        self._alone = get_parallel().attn_tp_size == 1
         # Of what was copied, how many tokens are supposed to be still on the device.
         self._ahead: OrderedDict[Chain, int] = OrderedDict()
         # What requests that are held up need, and whether some of what has ended may be copied.
@@ -126,7 +124,7 @@ class Demotions:
         if not self._under_way:
             return
         done = self._linker.num_demoted()
-        over = self._agree([number < done for number in range(len(self._under_way))]).count(True)
+        over = self._ranks.on_all([number < done for number in range(len(self._under_way))]).count(True)
         for name, node, lock, tokens, session_id in self._under_way[:over]:
             copied = self._linker.pop_demoted()
             self._linker.decisions.add(session_id, "demote", "copied" if copied else "failed", tokens)
@@ -148,15 +146,19 @@ class Demotions:
 
     def _least(self) -> Chain:
         """The chain that is to leave first of those that were used longest ago."""
-        waits = self._linker.waits
-        giving = set(self._giving()) if self._alone else set()
-        some = islice(self._ended, _COMPARED if self._alone and (giving or waits.foreseen) else 1)
+        # Ranks have the same chains in the same order, but a turn may be proven to one of them only.
+        (place,) = self._ranks.of_first([self._place_of_least() if self._ranks.decides else 0], 1)
+        return next(islice(self._ended, place, None))
 
-        def order(name: Chain) -> tuple[bool, float]:
-            session_id = self._ended[name][1]
+    def _place_of_least(self) -> int:
+        waits, giving = self._linker.waits, set(self._giving())
+        some = list(islice(self._ended.values(), _COMPARED if giving or waits.foreseen else 1))
+
+        def order(place: int) -> tuple[bool, float]:
+            _, session_id = some[place]
             return session_id not in giving, waits.index(session_id)
 
-        return min(some, key=order)
+        return min(range(len(some)), key=order)
 
     def _take(self, name: Chain) -> tuple[Chain, RadixKey, str | None]:
         key, session_id = self._ended.pop(name)

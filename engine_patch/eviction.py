@@ -24,17 +24,14 @@ from itertools import chain, count, islice
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-import torch
-
 from engine_patch.accounts import Accounts
-from engine_patch.sglang_api import get_parallel
+from engine_patch.ranks import Ranks
 from engine_patch.waits import Waits
 
 # Of the contexts on the device, so many that were used least recently are compared. What is newer goes after them.
 _COMPARED = 512
 # How many nodes several ranks pass over in a walk at most; those of who is worth most.
 _AGREED = 1024
-_MOST = torch.iinfo(torch.int64).max
 
 
 class _End(NamedTuple):
@@ -62,15 +59,14 @@ class Superseded(NamedTuple):
 class EvictionOrder:
     """The contexts of ``waits`` that are on the device, in the tree ``core``. For the scheduler's thread.
 
-    ``accounts`` tells whose they are and what those may have, ``n_bytes`` what so many tokens take. ``least`` makes of
-    a tensor the least that any rank has.
+    ``accounts`` tells whose they are and what those may have, ``n_bytes`` what so many tokens take.
     """
 
     def __init__(
         self,
         core: Any,
         waits: Waits,
-        least: Callable[[torch.Tensor], None],
+        ranks: Ranks,
         accounts: Accounts | None = None,
         n_bytes: Callable[[int], int] = int,
     ):
@@ -80,9 +76,7 @@ class EvictionOrder:
         self._n_bytes = n_bytes
         # The tokens that are charged to each account.
         self._held: Counter[str] = Counter()
-        self._least = least
-        self._alone, self._rank = get_parallel().attn_tp_size == 1, get_parallel().attn_tp_rank
-        self._decides: bool | None = None
+        self._ranks = ranks
         # By their owners, from the least recently used on; and the owners by the node.
         self._ends: OrderedDict[Hashable, _End] = OrderedDict()
         self._at: dict[int, set[Hashable]] = {}
@@ -231,11 +225,15 @@ class EvictionOrder:
         """The nodes that an eviction of ``tokens`` passes over, walk by walk, each time fewer. No walk where nothing is
         known that the order in which contexts were used does not tell. The same on all ranks."""
         own = self._rounds(tokens)
-        if self._alone:
+        if self._ranks.alone:
             yield from ({end.node for end in passed} for passed in own)
             return
-        while names := self._agreed([end.name for end in next(own, ())]):
+        while names := self._ranks.list_of_first(self._passed_over(own)):
             yield {self._named[name] for name in names if name in self._named}
+
+    def _passed_over(self, own: Iterator[list[_End]]) -> list[int]:
+        """What this rank would pass over next, if it decides."""
+        return [end.name for end in next(own, ())][:_AGREED] if self._ranks.decides else []
 
     def _rounds(self, tokens: int) -> Iterator[list[_End]]:
         """What this rank alone would pass over, who is worth most first."""
@@ -274,23 +272,6 @@ class EvictionOrder:
         shared = max((node.path_end for node in path[:-1] if node.num_children > 1), default=0)
         return end.tokens - shared
 
-    def _agreed(self, own: list[int]) -> list[int]:
-        """What the first rank passes over."""
-        if self._decides is None:
-            first = torch.tensor([self._rank])
-            self._least(first)
-            self._decides = int(first[0]) == self._rank
-        names = own[:_AGREED] if self._decides else []
-        many = torch.tensor([len(names) if self._decides else _MOST])
-        self._least(many)
-        agreed = torch.full((int(many[0]),), _MOST, dtype=torch.int64)
-        if len(agreed):
-            if self._decides:
-                agreed[:] = torch.tensor(names)
-            self._least(agreed)
-        found: list[int] = agreed.tolist()
-        return found
-
     def _move(self, owner: Hashable, path: Sequence[Any], charged: int | None = None, epoch: int | None = None) -> None:
         """The owner's context ends with the last node of ``path``, of which ``charged`` tokens are charged to it."""
         charged = self._charged(owner, path) if charged is None else charged
@@ -299,12 +280,12 @@ class EvictionOrder:
         if owner in self._ends:
             self._leave(owner)
         last = path[-1]
-        name = 0 if self._alone else int(self._core.get_last_hash_value(last.node_id)[:15], 16)
+        name = 0 if self._ranks.alone else int(self._core.get_last_hash_value(last.node_id)[:15], 16)
         account = self._accounts.of(owner.session_id if isinstance(owner, Superseded) else owner)
         self._ends[owner] = _End(last.node_id, last.path_end, name, charged, account, epoch)
         self._held[account] += charged
         self._at.setdefault(last.node_id, set()).add(owner)
-        if not self._alone:
+        if not self._ranks.alone:
             self._named[name] = last.node_id
 
     def _charged(self, owner: Hashable, path: Sequence[Any]) -> int:

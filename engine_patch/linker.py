@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from engine_patch.stored_pools import keys_of
 from engine_patch.turns import RequestSession
 
 logger = logging.getLogger(__name__)
+
+_QUARANTINED = "agentstate: device pages that a drive may still write to are quarantined until it answers"
 
 
 class AgentStateLinker(UnifiedCacheLinker):
@@ -53,6 +54,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self.pin_max_s = self._rank.settings.pin_max_s
         self.layer_done_counter = self._pools.gate
         self.pools = self._pools.device_pages
+        self.window_pages = self._pools.window_pages
         if PoolName.MAMBA in self.pools:
             # The state has readers of its own, which do not pass through the KV pool.
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
@@ -166,7 +168,7 @@ class AgentStateLinker(UnifiedCacheLinker):
     def quarantine(self, found: Finished) -> None:
         """Quarantine a batch's device pages until `release_quarantine`: a pending read on some rank may still write to
         them."""
-        logger.warning("agentstate: device pages that a drive may still write to are quarantined until it answers")
+        logger.warning(_QUARANTINED)
         self._pools.quarantine(found.numbers)
 
     def release_quarantine(self) -> None:
@@ -265,10 +267,16 @@ class AgentStateLinker(UnifiedCacheLinker):
         """Whether device pages are in quarantine."""
         return self._pools.quarantines
 
-    def preload(self, rid: str, keys: Sequence[bytes], slots: torch.Tensor, need: Need = DEMAND) -> int:
-        """Load pages for no request that runs, into slots that the caller owns. Returns the number of a batch, for
-        `landed` and `finish`."""
+    def preload(
+        self, rid: str, keys: Sequence[bytes], slots: Mapping[PoolName, torch.Tensor], need: Need = DEMAND
+    ) -> int:
+        """Load pages for no request that runs, into slots that the caller owns, of each pool of the tree. Returns the
+        number of a batch, for `landed` and `finish`."""
         return self._pools.preload(rid, keys, slots, self._device_events(), need)
+
+    def can_restore(self, keys: Sequence[bytes]) -> bool:
+        """Whether all of ``keys`` can be restored now, after the pages before them."""
+        return self._pools.restorable(keys)[-1:] == [len(keys)]
 
     def hasten(self, batch: int, need: Need) -> None:
         """Let a preload be as urgent as ``need``, if it is less so."""
@@ -290,9 +298,10 @@ class AgentStateLinker(UnifiedCacheLinker):
         """Let nobody wait for a batch any more: `finish` returns at once, and the batch has failed."""
         self._pools.abandon(batch)
 
-    def quarantine_slots(self, slots: torch.Tensor) -> None:
+    def quarantine_slots(self, slots: Mapping[PoolName, torch.Tensor]) -> None:
         """Like `quarantine`, for the slots of a preload that some rank may still write to."""
-        self.quarantine(Finished(set(), numbers=(partial(self._pools.page_numbers, slots),)))
+        logger.warning(_QUARANTINED)
+        self._pools.quarantine_slots(slots)
 
     def bring(self, session_id: str) -> Callable[[], dict[str, Any]]:
         """Begin to bring a session to the device: what tells how far that is. From any thread."""

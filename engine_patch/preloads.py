@@ -13,9 +13,10 @@ import torch
 
 from agentstate.pages import DEMAND, Need
 from engine_patch.linker import AgentStateLinker
+from engine_patch.private_slots import KEPT, PrivateSlots, Slots
 from engine_patch.restore import Finished
 from engine_patch.sessions import Progress
-from engine_patch.sglang_api import EvictParams, InsertParams, RadixKey, UnifiedRadixCache
+from engine_patch.sglang_api import RadixKey, UnifiedRadixCache
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -36,7 +37,7 @@ class Preload:
     keys: Sequence[bytes]
     batch: int | None
     prefix: torch.Tensor
-    slots: torch.Tensor
+    slots: Slots
     node: Any
     lock: Any
     progress_s: float
@@ -96,11 +97,17 @@ class Preloads:
         self._linker = linker
         self._agree = agree
         self._unlocked = unlocked
+        self._slots = PrivateSlots(cache, linker.window_pages)
         self._stats = linker.preload_stats
         self._under_way: list[Preload] = []
 
     def __iter__(self) -> Iterator[Preload]:
         return iter(self._under_way)
+
+    @property
+    def possible(self) -> bool:
+        """Whether everything that the model keeps can be preloaded."""
+        return KEPT.issuperset(self._cache.components)
 
     def __len__(self) -> int:
         """How many are on their way, and have slots that are neither free nor in the tree."""
@@ -108,9 +115,7 @@ class Preloads:
 
     def fits(self, pages: int, reserved: int) -> bool:
         """Whether so many pages fit into memory that is free or evictable, besides ``reserved`` tokens."""
-        cache = self._cache
-        room = cache.token_to_kv_pool_allocator.available_size() + cache.evictable_size()
-        return bool(room >= pages * cache.page_size + reserved)
+        return self._slots.fits(pages * self._cache.page_size, reserved)
 
     def start(
         self,
@@ -126,15 +131,11 @@ class Preloads:
         """Begin to load ``keys``, the part of ``key`` after the match ``found``. Returns None, and changes nothing, if
         too little memory is free or evictable besides the ``reserved`` tokens. The log calls the preload ``name``."""
         cache = self._cache
-        tokens = len(keys) * cache.page_size
-        allocator = cache.token_to_kv_pool_allocator
         lock = cache.inc_lock_ref(found.last_device_node).to_dec_params()
         slots = preload = None
         try:
             if self.fits(len(keys), reserved):
-                if (free := allocator.available_size()) < tokens:
-                    cache.evict(EvictParams(num_tokens=tokens - free))
-                slots = allocator.alloc(tokens)
+                slots = self._slots.take(len(keys) * cache.page_size)
             if slots is not None:
                 root = cache.root_node_handle(key.extra_key)
                 indices = cache.tree_core.collect_full_device_indices(found.last_device_node, root)
@@ -145,7 +146,7 @@ class Preloads:
         finally:
             if preload is None:
                 if slots is not None:
-                    allocator.free(slots)
+                    self._slots.give(slots)
                 cache.dec_lock_ref(found.last_device_node, lock)
         return preload
 
@@ -154,9 +155,9 @@ class Preloads:
         if preload.batch is not None:
             self._linker.hasten(preload.batch, need)
 
-    def _load(self, name: str, keys: Sequence[bytes], slots: torch.Tensor, need: Need) -> int | None:
+    def _load(self, name: str, keys: Sequence[bytes], slots: Slots, need: Need) -> int | None:
         try:
-            return self._linker.preload(name, keys, slots, need)
+            return self._linker.preload(name, keys, slots.of_pools, need)
         except Exception:
             # The other ranks may have begun: this one reports its failure when they agree on the outcome.
             logger.exception("agentstate: pages could not be loaded ahead for %s", name)
@@ -182,7 +183,7 @@ class Preloads:
         for (preload, _), good_on_all, over_on_all in zip(over, agreed[: len(over)], agreed[len(over) :], strict=True):
             self._keep([other for other in self._under_way if other is not preload])
             if not over_on_all:
-                self._linker.quarantine_slots(preload.slots)
+                self._linker.quarantine_slots(preload.slots.of_pools)
             self._settle(preload, good_on_all)
 
     def _landed(self, preload: Preload) -> bool:
@@ -209,16 +210,9 @@ class Preloads:
 
     def _settle(self, preload: Preload, good: bool) -> None:
         if good:
-            # The tree frees the slots of pages that it got from elsewhere in the meantime.
-            self._cache.insert(
-                InsertParams(
-                    key=preload.key,
-                    value=torch.cat([preload.prefix.to(preload.slots.dtype), preload.slots]).to(torch.int64),
-                    prev_prefix_len=len(preload.prefix),
-                )
-            )
+            self._slots.insert(preload.key, preload.prefix, preload.slots)
         else:
-            self._cache.token_to_kv_pool_allocator.free(preload.slots)
+            self._slots.give(preload.slots)
         self._cache.dec_lock_ref(preload.node, preload.lock)
         self._unlocked()
         self._end(preload, good)

@@ -14,7 +14,8 @@ owns, is aborted with 503, as stock SGLang aborts every request whose load faile
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +38,7 @@ from engine_patch.linker import AgentStateLinker
 from engine_patch.lost_pages import LostPages
 from engine_patch.order import Order
 from engine_patch.preloads import Preloads
+from engine_patch.ranks import Ranks
 from engine_patch.restore import Restored
 from engine_patch.sglang_api import (
     FINISH_ABORT,
@@ -264,16 +266,13 @@ class AgentStateRadixCache(UnifiedRadixCache):
         def n_bytes(tokens: int) -> int:
             return cache_linker.n_bytes(tokens // self.page_size)
 
-        self.eviction = EvictionOrder(
-            self.tree_core, cache_linker.waits, self.least_on_ranks, cache_linker.accounts, n_bytes
-        )
-        self.demotions = Demotions(
-            self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked, self.eviction.giving
-        )
+        ranks = Ranks(self.least_on_ranks)
+        self.eviction = EvictionOrder(self.tree_core, cache_linker.waits, ranks, cache_linker.accounts, n_bytes)
+        self.demotions = Demotions(self, cache_linker, ranks, self.linker.note_unlocked, self.eviction.giving)
         self.deferrals = Deferrals(
             self, cache_linker, self.preloads, self._stored_hit, self.order, self.served, self.demotions.holds_up
         )
-        self.device_tier = DeviceTier(self, cache_linker, self.preloads, self._brought)
+        self.device_tier = DeviceTier(self, cache_linker, self.preloads, ranks, self._brought)
         self.foresight = Foresight(
             cache_linker.waits,
             self.eviction,
@@ -281,7 +280,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             cache_linker.decisions,
             length=self.device_tier.tokens,
             room=self.token_to_kv_pool_allocator.available_size,
-            bring=cache_linker.bring if self.device_tier.moves else None,
+            bring=cache_linker.bring if self.device_tier.moves and ranks.decides else None,
             n_bytes=n_bytes,
             pin=cache_linker.pin,
         )
@@ -360,15 +359,15 @@ class AgentStateRadixCache(UnifiedRadixCache):
         """As stock, but that what is worth least goes first (`EvictionOrder`)."""
         walk = partial(super()._evict, available_size_targets=available_size_targets, **further)
         total = EvictResult()
-        for passed_over in self.eviction.rounds(params.num_tokens):
-            self._passed_over = passed_over
-            missing = EvictParams(num_tokens=params.num_tokens - total.num_tokens_evicted)
-            try:
-                _add(total, walk(missing))
-            finally:
-                self._passed_over = set()
-            if total.num_tokens_evicted >= params.num_tokens:
+        for spared in self.eviction.rounds(max(params.num_tokens, params.swa_num_tokens)):
+            missing = EvictParams(
+                num_tokens=max(0, params.num_tokens - total.num_tokens_evicted),
+                swa_num_tokens=max(0, params.swa_num_tokens - total.swa_num_tokens_evicted),
+            )
+            if missing == EvictParams():
                 break
+            with self._sparing(spared, windows=missing.swa_num_tokens > 0):
+                _add(total, walk(missing))
         rest = EvictParams(
             max(0, params.num_tokens - total.num_tokens_evicted),
             max(0, params.swa_num_tokens - total.swa_num_tokens_evicted),
@@ -379,6 +378,19 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.demotions.evicted(total.num_tokens_evicted)
         self.foresight.evicted(self.eviction.taken())
         return total
+
+    @contextmanager
+    def _sparing(self, nodes: Collection[int], *, windows: bool) -> Iterator[None]:
+        """Walks within it take nothing from the contexts that end with these nodes, which are leaves. Of ``windows``
+        they also take those of inner nodes, without showing them: they are locked."""
+        self._passed_over = set(nodes)
+        locks = [(node, self.inc_lock_ref(node).to_dec_params()) for node in nodes] if windows else []
+        try:
+            yield
+        finally:
+            self._passed_over = set()
+            for node, lock in locks:
+                self.dec_lock_ref(node, lock)
 
     @property
     def lora_names(self) -> Any:

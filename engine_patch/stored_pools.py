@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from itertools import chain
@@ -329,8 +329,6 @@ class StoredPools:
                 routes.setdefault(layer, []).append((pool.restorer.arrivals, position))
         self.gate = LayerGate(routes)
         self.device_pages = {pool.name: pool.device_pages for pool in self._pools}
-        # Full attention and what follows it: what a preload brings.
-        self._preloaded = [pool for pool in self._pools if pool.source is self._pools[0].name]
         self._budget = OfferBudget([pool.most_offered for pool in self._pools])
         self._pages_refused = 0
         # When losers were taken last: how many pages had left the shared store, and whether it was known what it has.
@@ -598,27 +596,27 @@ class StoredPools:
         self,
         rid: str,
         keys: Sequence[bytes],
-        slots: torch.Tensor,
+        slots: Mapping[PoolName, torch.Tensor],
         ready: Sequence[torch.Event],
         need: Need = DEMAND,
     ) -> int:
-        """Load pages of full attention, and of what follows it, for no request that runs, into slots that the caller
-        owns: the number of a batch of its own."""
+        """Load what is needed of a chain for no request that runs, into slots that the caller owns, of each pool of
+        the tree: the number of a batch of its own."""
         indices = {
             pool.restorer.preload(
                 rid,
-                keys,
-                pool.device_pages.numbers_in(slots, pool.device_pages.background),
+                pool.needed(keys),
+                pool.device_pages.numbers_in(slots[pool.source], pool.device_pages.background),
                 ready,
                 self._ranked(need),
             )
-            for pool in self._preloaded
+            for pool in self._pools
         }
         return _in_step(indices)
 
     def hasten(self, index: int, need: Need) -> None:
         """Let a preload be as urgent as ``need``, if it is less so."""
-        for pool in self._preloaded:
+        for pool in self._pools:
             pool.restorer.hasten(index, self._ranked(need))
 
     def _ranked(self, need: Need) -> Need:
@@ -626,24 +624,25 @@ class StoredPools:
 
     def is_queued(self, index: int) -> bool:
         """Whether a preload has not begun, because others before it have not ended."""
-        return any(pool.restorer.is_queued(index) for pool in self._preloaded)
+        return any(pool.restorer.is_queued(index) for pool in self._pools)
 
     def landed(self, index: int) -> bool:
         """Whether a preload has stopped writing to the device."""
-        return all(pool.restorer.landed(index) for pool in self._preloaded)
+        return all(pool.restorer.landed(index) for pool in self._pools)
 
     def layers_landed(self, index: int) -> int:
         """How many layers of a preload have stopped writing to the device."""
-        return sum(pool.restorer.arrivals.layers_landed(index) for pool in self._preloaded)
+        return sum(pool.restorer.arrivals.layers_landed(index) for pool in self._pools)
 
     def abandon(self, index: int) -> None:
         """Nobody waits for a preload any more."""
-        for pool in self._preloaded:
+        for pool in self._pools:
             pool.restorer.arrivals.abandon(index)
 
-    def page_numbers(self, slots: torch.Tensor) -> torch.Tensor:
-        """The full-attention pages that are in ``slots``."""
-        return self._pools[0].device_pages.page_numbers(slots)
+    @property
+    def window_pages(self) -> int:
+        """How many pages before its end a prefix needs of sliding windows, 0 where there are none."""
+        return next((pool.window_pages or 0 for pool in self._pools if pool.name is PoolName.SWA), 0)
 
     @property
     def stuck(self) -> bool:
@@ -651,11 +650,16 @@ class StoredPools:
         return any(pool.restorer.arrivals.stuck for pool in self._pools)
 
     def quarantine(self, numbers: Sequence[Callable[[], torch.Tensor]]) -> None:
-        """Quarantine those device pages, a tensor a pool, for which that works; of a preload they are those of full
-        attention alone."""
-        for pool, of_pool in zip(self._pools, numbers, strict=False):
+        """Quarantine those device pages, a tensor a pool, for which that works."""
+        for pool, of_pool in zip(self._pools, numbers, strict=True):
             if pool.quarantine is not None:
                 pool.quarantine.add(of_pool())
+
+    def quarantine_slots(self, slots: Mapping[PoolName, torch.Tensor]) -> None:
+        """Quarantine the device pages that these slots are, for which that works."""
+        for pool in self._pools:
+            if pool.quarantine is not None:
+                pool.quarantine.add(pool.device_pages.page_numbers(slots[pool.source]))
 
     def release_quarantine(self) -> None:
         """End the quarantine of device pages."""

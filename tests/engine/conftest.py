@@ -24,7 +24,7 @@ else:
     def parallel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         """What SGLang says of ranks to those that work on its tree: there is one."""
         parallel = SimpleNamespace(attn_tp_size=1, attn_tp_rank=0)
-        for module in ("demotions", "device_tier", "eviction", "lost_pages"):
+        for module in ("lost_pages", "ranks"):
             monkeypatch.setattr(f"engine_patch.{module}.get_parallel", lambda: parallel)
         monkeypatch.setattr("engine_patch.radix_cache.model_group", lambda: None)
         return parallel

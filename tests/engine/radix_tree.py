@@ -4,22 +4,24 @@ the requests are stand-ins."""
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
 from agentstate.fleet.turns import Turn
 from agentstate.lookahead import policies
+from agentstate.pages import Need
 from engine_patch.accounts import Accounts
 from engine_patch.break_even import Word
 from engine_patch.decisions import Decisions
 from engine_patch.foresight import ForesightStats
 from engine_patch.order import OrderStats
 from engine_patch.radix_cache import AgentStateRadixCache
-from engine_patch.restore import PreloadStats
+from engine_patch.restore import Finished, PreloadStats
 from engine_patch.served import Served
 from engine_patch.sglang_api import (
     ComponentType,
@@ -29,6 +31,7 @@ from engine_patch.sglang_api import (
     PoolName,
     PoolTransfer,
     RadixKey,
+    SWAKVPool,
 )
 from engine_patch.turns import RequestSession
 from engine_patch.waits import Waits
@@ -42,10 +45,12 @@ class Linker:
     """What of a linker the tree asks: ``stores`` are the keys that its rank has, ``offers`` those that it was offered
     and has not answered, ``demoted`` what it was to copy to host memory, of which so many are ``copied``."""
 
-    pools = {PoolName.KV: None}
+    pools: Mapping[PoolName, Any] = {PoolName.KV: None}
     word = Word.RESTORE
     restores = reads_ahead = True
-    preload_bytes = 0
+    preload_bytes = window_pages = 0
+    retired = False
+    drive_timeout_s = 3600.0
     preload_stats = PreloadStats()
     quarantines_pages = stuck = demotes = False
     queue_aging_s = 10.0
@@ -65,6 +70,10 @@ class Linker:
         self.demoted: list[tuple[list[str], list[int], str | None]] = []
         self.copied = 0
         self.pinned: list[tuple[str, float]] = []
+        # What is being loaded ahead, of which so many have ``landed_batches``, and of these some ``failed_batches``.
+        self.loads: list[tuple[list[bytes], Mapping[PoolName, torch.Tensor]]] = []
+        self.landed_batches = 0
+        self.failed_batches: set[int] = set()
         self._answers: list[bool] = []
 
     bring = None
@@ -96,9 +105,28 @@ class Linker:
         return not self.refuses
 
     def demote(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        (full,) = transfers
+        full, *_ = transfers
         self.demoted.append((full.keys, full.device_indices.tolist(), session_id))
         return not self.refuses
+
+    def can_restore(self, keys: Sequence[bytes]) -> bool:
+        return self.stores.issuperset(key.hex() for key in keys)
+
+    def preload(self, rid: str, keys: list[bytes], slots: Mapping[PoolName, torch.Tensor], need: Need) -> int:
+        self.loads.append((keys, slots))
+        return len(self.loads) - 1
+
+    def landed(self, batch: int) -> bool:
+        return batch < self.landed_batches
+
+    def layers_landed(self, batch: int) -> int:
+        return 0
+
+    def is_queued(self, batch: int) -> bool:
+        return False
+
+    def finish(self, batch: int) -> Finished:
+        return Finished({"a prefetch"} if batch in self.failed_batches else set())
 
     def num_demoted(self) -> int:
         return self.copied
@@ -152,16 +180,18 @@ class Tree(AgentStateRadixCache):
         **parameters: Any,
     ):
         kv: Any = SimpleNamespace()
+        of_full_attention = {
+            "token_to_kv_pool_allocator": PagedTokenToKVPoolAllocator(
+                PAGES * PAGE_SIZE, PAGE_SIZE, torch.float32, "cpu", kv, need_sort=False
+            ),
+            "tree_components": (ComponentType.FULL,),
+        }
         params: Any = CacheInitParams(
             disable=False,
             req_to_token_pool=None,
-            token_to_kv_pool_allocator=PagedTokenToKVPoolAllocator(
-                PAGES * PAGE_SIZE, PAGE_SIZE, torch.float32, "cpu", kv, need_sort=False
-            ),
             page_size=PAGE_SIZE,
-            tree_components=(ComponentType.FULL,),
             tree_core_backend=backend,
-            **parameters,
+            **{**of_full_attention, **parameters},
         )
         super().__init__(params)
         self.agree = agree
@@ -176,7 +206,7 @@ class Tree(AgentStateRadixCache):
     def compute(self, key: RadixKey, session_id: str = "s", epoch: int = 0) -> None:
         """A request of a session, in a turn of that number, computes what of ``key`` is not there, and ends."""
         there = self.match_prefix(MatchPrefixParams(key=key))
-        slots = self.token_to_kv_pool_allocator.alloc(len(key) - there.device_prefix_len)
+        slots = self.take(len(key) - there.device_prefix_len)
         root = self.root_node_handle(key.extra_key)
         prefix = self.tree_core.collect_full_device_indices(there.last_device_node, root)
         value, known = torch.cat([prefix, slots]), there.device_prefix_len
@@ -185,10 +215,60 @@ class Tree(AgentStateRadixCache):
         self.linker.lost_pages.finished(session, key)
         self.eviction.ended(session_id or None, self.tree_core.match_full_device_prefix(key)[1], epoch)
 
+    def take(self, tokens: int) -> torch.Tensor:
+        """Slots for a request."""
+        return self.token_to_kv_pool_allocator.alloc(tokens)
+
     def settle(self, stored: bool = True) -> None:
         """Everything that was offered is stored, or nothing, and the tree knows."""
         self.store.answer(stored)
         self.check_hicache_events()
+
+
+class WindowTree(Tree):
+    """Of a model with sliding windows of so many pages, whose pool has room for ``window_room`` pages."""
+
+    def __init__(self, backend: str, window_pages: int = 2, window_room: int = PAGES, **parameters: Any):
+        def linker(clock: Callable[[], float]) -> Linker:
+            made = Linker(clock)
+            made.pools = {PoolName.KV: None, PoolName.SWA: None}
+            made.window_pages = window_pages
+            return made
+
+        sizes = {"size": PAGES * PAGE_SIZE, "size_swa": window_room * PAGE_SIZE, "page_size": PAGE_SIZE}
+        kv = SWAKVPool(
+            **sizes,
+            dtype=torch.float32,
+            device="cpu",
+            head_num=1,
+            head_dim=1,
+            enable_memory_saver=False,
+            swa_attention_layer_ids=[0],
+            full_attention_layer_ids=[1],
+        )
+        allocator = SWATokenToKVPoolAllocator(**sizes, dtype=torch.float32, device="cpu", kvcache=kv, need_sort=False)
+        super().__init__(
+            backend,
+            linker=linker,
+            token_to_kv_pool_allocator=allocator,
+            tree_components=(ComponentType.FULL, ComponentType.SWA),
+            sliding_window_size=window_pages * PAGE_SIZE,
+            **parameters,
+        )
+
+    def take(self, tokens: int) -> torch.Tensor:
+        allocator = self.token_to_kv_pool_allocator
+        full, window = allocator.full_attn_allocator.alloc(tokens), allocator.swa_attn_allocator.alloc(tokens)
+        allocator.set_full_to_swa_mapping(full, window)
+        return full
+
+    @property
+    def missing(self) -> tuple[int, int]:
+        """How many tokens of both pools are neither free nor the tree's."""
+        allocator = self.token_to_kv_pool_allocator
+        full = allocator.full_available_size() + self.full_evictable_size() + self.full_protected_size()
+        window = allocator.swa_available_size() + self.swa_evictable_size() + self.swa_protected_size()
+        return allocator.size_full - full, allocator.size_swa - window
 
 
 def key_of(pages: int, seed: int = 0, shared: int = 0) -> RadixKey:

@@ -12,7 +12,7 @@ from tree import PAGE_SIZE, Stage, key_of, pages_of, request, running_request, s
 
 from agentstate.pages import DEMAND, PLANNED
 from engine_patch.sessions import Progress
-from engine_patch.sglang_api import RadixKey
+from engine_patch.sglang_api import ComponentType, PoolName, RadixKey
 
 LONG = 40  # tokens of a restore that is long on these stages: ten pages
 
@@ -54,13 +54,15 @@ def test_a_long_restore_is_preloaded_beside_running_requests(stage: Stage) -> No
 
 
 @pytest.mark.parametrize(
-    ("preload_bytes", "runs", "stored", "components"),
-    [(4, False, LONG, 1), (4, True, 3 * PAGE_SIZE, 1), (0, True, LONG, 1), (4, True, LONG, 2)],
-    ids=["an idle engine", "a short restore", "turned off", "a window beside"],
+    ("preload_bytes", "runs", "stored", "beside"),
+    [(4, False, LONG, ()), (4, True, 3 * PAGE_SIZE, ()), (0, True, LONG, ()), (4, True, LONG, (ComponentType.MAMBA,))],
+    ids=["an idle engine", "a short restore", "turned off", "a state beside"],
 )
-def test_other_restores_are_admitted_at_once(preload_bytes: int, runs: bool, stored: int, components: int) -> None:
+def test_other_restores_are_admitted_at_once(
+    preload_bytes: int, runs: bool, stored: int, beside: tuple[ComponentType, ...]
+) -> None:
     stage = Stage()
-    stage.cache._components_tuple = tuple(range(components))
+    stage.cache.components.update(beside)
     stage.linker.preload_bytes = preload_bytes
     stage.deferrals = stage.new_deferrals()
     stage.store(key_of(stored))
@@ -267,7 +269,7 @@ def test_a_drive_that_does_not_answer_is_waited_for_by_nobody(
     assert stage.step(engine) == ["long"]
     assert stage.linker.abandoned == [1]
     # Some rank's drive may still write to its pages: all ranks keep theirs from others.
-    assert [len(slots) for slots in stage.linker.quarantined] == [LONG]
+    assert [len(slots[PoolName.KV]) for slots in stage.linker.quarantined] == [LONG]
     assert stage.cache.inserted == []
     assert stage.cache.locks == 0
 

@@ -205,13 +205,19 @@ def test_nobody_waits_where_nothing_is_copied(make_tree: Make) -> None:
     assert not tree.demotions.holds_up(20 * PAGE_SIZE)
 
 
-@pytest.mark.parametrize(("ranks", "copied"), [(1, "c"), (2, "a")])
-def test_what_is_worth_least_is_copied_first_where_one_rank_decides(
-    make_tree: Make, monkeypatch: pytest.MonkeyPatch, ranks: int, copied: str
+@pytest.mark.parametrize(
+    ("ranks", "number", "copied"), [(1, 0, "c"), (2, 0, "c"), (2, 1, "b")], ids=["alone", "the first", "another"]
+)
+def test_what_is_worth_least_to_the_first_rank_is_copied_first(
+    make_tree: Make, parallel: SimpleNamespace, ranks: int, number: int, copied: str
 ) -> None:
-    parallel = SimpleNamespace(attn_tp_size=ranks, attn_tp_rank=0)
-    monkeypatch.setattr("engine_patch.demotions.get_parallel", lambda: parallel)
-    tree = make_tree()
+    parallel.attn_tp_size, parallel.attn_tp_rank = ranks, number
+
+    def least(said: torch.Tensor) -> None:
+        """The first rank, if it is another one, says that the second chain is to go."""
+        said.clamp_(max=1 if number else None, min=0)
+
+    tree = make_tree(least)
     for session, seed in (("a", 1), ("b", 2), ("c", 3)):
         run(tree, key_of(20, seed=seed), session)
     assert tree.store.waits.foresee("c", Forecast.exactly(50_000.0), 0.0, "person")
@@ -249,7 +255,8 @@ def test_what_was_evicted_long_ago_is_passed_over(make_tree: Make) -> None:
     assert sessions(tree) == ["b"]
 
 
-def test_a_rank_whose_copies_are_slower_holds_up_all(make_tree: Make) -> None:
+def test_a_rank_whose_copies_are_slower_holds_up_all(make_tree: Make, parallel: SimpleNamespace) -> None:
+    parallel.attn_tp_size = 2
     others = [False]
 
     def agree(said: torch.Tensor) -> None:

@@ -297,7 +297,7 @@ def on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
         meeting.wait(10)
 
     monkeypatch.setattr(
-        "engine_patch.eviction.get_parallel", lambda: SimpleNamespace(attn_tp_size=2, attn_tp_rank=ranks.number)
+        "engine_patch.ranks.get_parallel", lambda: SimpleNamespace(attn_tp_size=2, attn_tp_rank=ranks.number)
     )
 
     def run(backend: str, make: Callable[..., Any], *arguments: Any) -> list[Any]:

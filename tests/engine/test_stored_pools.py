@@ -416,7 +416,7 @@ def test_a_draft_is_preloaded_with_its_pages(
     pools = opened(PoolName.KV, PoolName.DRAFT)
     right = [page_of(tensors, 4) for tensors in (stage.full, stage.draft)]
     assert offered(pools, transfer(PoolName.KV, [1], slots(4)))
-    index = pools.preload("a prefetch", keys(1), slots(9), ())
+    index = pools.preload("a prefetch", keys(1), {PoolName.KV: slots(9)}, ())
     found = pools.finish(index)
     assert (found.failed, pools.landed(index)) == (set(), True)
     assert [page_of(tensors, 9) for tensors in (stage.full, stage.draft)] == right
@@ -426,12 +426,37 @@ def test_a_draft_is_preloaded_with_its_pages(
 
     # What cannot even begin in one pool fails, and the pools stay in step.
     monkeypatch.setattr(pools._pools[1].restorer, "_load", fail)
-    assert pools.finish(pools.preload("a prefetch", keys(1), slots(11), ())).failed == {"a prefetch"}
+    assert pools.finish(pools.preload("a prefetch", keys(1), {PoolName.KV: slots(11)}, ())).failed == {"a prefetch"}
     monkeypatch.undo()
-    assert pools.finish(pools.preload("a prefetch", keys(1), slots(11), ())).failed == set()
+    assert pools.finish(pools.preload("a prefetch", keys(1), {PoolName.KV: slots(11)}, ())).failed == set()
     assert [page_of(tensors, 11) for tensors in (stage.full, stage.draft)] == right
     stage.stores[PoolName.DRAFT].drop([*stage.stores[PoolName.DRAFT].pin(keys(1)).copies([0])])
-    assert pools.finish(pools.preload("a prefetch", keys(1), slots(12), ())).failed == {"a prefetch"}
+    assert pools.finish(pools.preload("a prefetch", keys(1), {PoolName.KV: slots(12)}, ())).failed == {"a prefetch"}
+
+
+def test_of_a_window_what_is_needed_is_preloaded(stage: Stage, opened: Callable[..., StoredPools]) -> None:
+    pools = opened(PoolName.KV, PoolName.SWA)
+    assert pools.window_pages == WINDOW
+    node = [transfer(PoolName.KV, [1, 2, 3], slots(4, 5, 6)), transfer(PoolName.SWA, [2, 3], slots(7, 8))]
+    right = [page_of(stage.full, number) for number in (4, 5, 6)], [page_of(stage.window, number) for number in (7, 8)]
+    assert offered(pools, *node)
+    to = {PoolName.KV: slots(14, 15, 16), PoolName.SWA: slots(12, 11)}
+    index = pools.preload("a prefetch", keys(1, 2, 3), to, ())
+    assert pools.finish(index).failed == set() and pools.landed(index)
+    found = [page_of(stage.full, number) for number in (14, 15, 16)], [page_of(stage.window, n) for n in (12, 11)]
+    assert found == right
+    # A request's batch is the next one in all pools.
+    assert pools.load(
+        "r", [transfer(PoolName.KV, [1, 2, 3], slots(17, 18, 19)), transfer(PoolName.SWA, [2, 3], slots(1, 2))]
+    )
+    assert pools.finish(pools.start(())).failed == set()
+    # A wrong page of the window fails all of it.
+    spoil(stage.stores[PoolName.SWA], 3)
+    assert pools.finish(pools.preload("a prefetch", keys(1, 2, 3), to, ())).failed == {"a prefetch"}
+    # Slots of both are withheld.
+    pools.quarantine_slots(to)
+    assert pools.kept()["quarantined_pages"] == 5
+    pools.release_quarantine()
 
 
 def test_pages_that_a_draft_follows_are_withheld_once(
@@ -464,7 +489,7 @@ def test_pages_that_a_draft_follows_are_withheld_once(
     assert numbers is not None and len(set(numbers.tolist())) == free
     allocator.free(numbers)
     # Of a preload the same pages are withheld.
-    pools.quarantine([lambda: pools.page_numbers(slots(3))])
+    pools.quarantine_slots({PoolName.KV: slots(3)})
     assert pools.quarantines
     pools.release_quarantine()
 
@@ -558,8 +583,7 @@ def test_pages_are_preloaded_into_slots_of_their_own(
 ) -> None:
     pools = opened(PoolName.KV)
     write(stage.stores[PoolName.KV], keys(1, 2))
-    assert pools.page_numbers(slots(3, 7)).tolist() == [3, 7]
-    index = pools.preload("r", [key(1), key(2)], slots(3, 7), ())
+    index = pools.preload("r", [key(1), key(2)], {PoolName.KV: slots(3, 7)}, ())
     if abandoned:
         pools.abandon(index)
         assert pools.finish(index).failed == {"r"}
@@ -1138,7 +1162,8 @@ def test_what_is_needed_first_is_read_first_in_every_pool(
     pools.prefetch("s", keys(*range(4)), 60, need)
     streams = [reading.stream for pool in pools._pools for reading in pool.restorer.prefetches._readings]
     assert [stream.needed for stream in streams] == [need if priorities else PLANNED] * len(names)
-    index = pools.preload("r", keys(0), torch.arange(PAGE_SIZE, 2 * PAGE_SIZE), (), DEMAND)
+    to = {PoolName.KV: slots(1), PoolName.SWA: slots(2), PoolName.MAMBA: torch.tensor([1])}
+    index = pools.preload("r", keys(0), to, (), DEMAND)
     assert streams[0].needed == (DEMAND if priorities else PLANNED)
     assert pools.finish(index).failed == set()
     reads = pools.stat()["reads"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +15,10 @@ from engine_patch.deferrals import Deferrals, StoredHit
 from engine_patch.device_tier import DeviceTier
 from engine_patch.order import Order, OrderStats
 from engine_patch.preloads import Preloads
+from engine_patch.ranks import Ranks
 from engine_patch.restore import Finished, PreloadStats
 from engine_patch.served import Served
-from engine_patch.sglang_api import CacheAgnosticPolicy, RadixKey, get_storage_hash_str
+from engine_patch.sglang_api import CacheAgnosticPolicy, ComponentType, PoolName, RadixKey, get_storage_hash_str
 
 PAGE_SIZE = 4
 FCFS = SimpleNamespace(policy=CacheAgnosticPolicy.FCFS, enable_priority_scheduling=False, priority_sign=-1)
@@ -52,7 +53,7 @@ class Cache:
         self.unlocked = False
         self.inserted: list[Any] = []
         self.tree_core = SimpleNamespace(collect_full_device_indices=lambda node, root: torch.empty(0))
-        self._components_tuple = (0,)
+        self.components: set[ComponentType] = {ComponentType.FULL}
 
     def has(self, key: RadixKey) -> int:
         """How many tokens of ``key`` are on the device."""
@@ -99,6 +100,7 @@ class Linker:
     reads_ahead = True
     retired = False
     shares = False
+    window_pages = 0
 
     def __init__(self, preload_bytes: int = 0) -> None:
         self.preload_bytes = preload_bytes
@@ -111,7 +113,7 @@ class Linker:
         self.failed_batches: set[int] = set()
         self.waiting: set[int] = set()
         self.abandoned: list[int] = []
-        self.quarantined: list[torch.Tensor] = []
+        self.quarantined: list[Mapping[PoolName, torch.Tensor]] = []
         self.writing = False
         self.layers = 0
         self.breaks = False
@@ -125,10 +127,10 @@ class Linker:
     def hasten(self, batch: int, need: Need) -> None:
         self.needs[batch - 1] = min(self.needs[batch - 1], need)
 
-    def preload(self, rid: str, keys: list[bytes], slots: torch.Tensor, need: Need) -> int:
+    def preload(self, rid: str, keys: list[bytes], slots: Mapping[PoolName, torch.Tensor], need: Need) -> int:
         if self.breaks:
             raise OSError("of this test")
-        assert len(slots) == len(keys) * PAGE_SIZE
+        assert {name: len(own) for name, own in slots.items()} == {PoolName.KV: len(keys) * PAGE_SIZE}
         self.loads.append(keys)
         self.needs.append(need)
         return len(self.loads)
@@ -149,15 +151,28 @@ class Linker:
         failed = batch in self.failed_batches or batch in self.abandoned
         return Finished({"r"} if failed else set(), writing=self.writing)
 
-    def quarantine_slots(self, slots: torch.Tensor) -> None:
+    def quarantine_slots(self, slots: Mapping[PoolName, torch.Tensor]) -> None:
         self.quarantined.append(slots)
+
+
+def one_rank() -> Ranks:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine_patch.ranks.get_parallel", lambda: SimpleNamespace(attn_tp_size=1, attn_tp_rank=0))
+        return Ranks(lambda tensor: None)
 
 
 class Stage:
     """One rank without an engine. ``stored`` are the page keys that can be restored, of which those that are ``shared``
     are in the shared store alone; ``other`` makes of what this rank says what all ranks agree on."""
 
-    def __init__(self, free: int = 1000, evictable: int = 0, preload_bytes: int = 0, aging_s: float = 0):
+    def __init__(
+        self,
+        free: int = 1000,
+        evictable: int = 0,
+        preload_bytes: int = 0,
+        aging_s: float = 0,
+        ranks: Ranks | None = None,
+    ):
         self.cache = Cache(free, evictable)
         self.linker = Linker(preload_bytes)
         self.stored: set[bytes] = set()
@@ -172,15 +187,15 @@ class Stage:
         self.served = Served(lambda: self.now_s)
         self.held_up = False
         self.deferrals = self.new_deferrals()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("engine_patch.device_tier.get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
-            self.brought: list[tuple[str, int]] = []
-            self.tier = DeviceTier(
-                self.cache,
-                self.linker,
-                self.preloads,
-                lambda session, key, start: self.brought.append((session, start)),
-            )
+        self.brought: list[tuple[str, int]] = []
+        self.tier = DeviceTier(
+            self.cache,
+            self.linker,
+            self.preloads,
+            ranks or one_rank(),
+            lambda session, key, start: self.brought.append((session, start)),
+            lambda: self.now_s,
+        )
 
     def new_deferrals(self) -> Deferrals:
         return Deferrals(

@@ -29,7 +29,6 @@ POOLS = {
     PoolName.DRAFT: ((5,), (2, 10), PAGE_SIZE, 2),
 }
 FOLLOWS = {PoolName.DRAFT: PoolName.KV}
-PRELOADED = [PoolName.KV, PoolName.DRAFT]
 NODE = ["a", "b", "c"]
 # Which pages of the node each pool has, and where; and where they are restored to.
 FROM = {PoolName.KV: [2, 9, 4], PoolName.SWA: [6, 3], PoolName.MAMBA: [5], PoolName.DRAFT: [2, 9, 4]}
@@ -159,36 +158,49 @@ def test_a_node_comes_back_in_all_pools_to_a_forward_that_is_late(stage: Stage, 
             assert seen == right[name]
 
 
+def needed(pages: list[int]) -> dict[PoolName, list[int]]:
+    """Which of the pages that the node is preloaded to each pool needs, all of them at the same places."""
+    return {name: pages[-len(FROM[name]) :] for name in POOLS}
+
+
+def slots(pages: dict[PoolName, list[int]]) -> dict[PoolName, torch.Tensor]:
+    """The same as slots, of the pools of the tree."""
+
+    def of_pool(name: PoolName) -> torch.Tensor:
+        size = POOLS[name][2]
+        return torch.cat([torch.arange(page * size, (page + 1) * size) for page in pages[name]]).to("cuda")
+
+    return {name: of_pool(name) for name in POOLS if name not in FOLLOWS}
+
+
 def test_what_is_preloaded_is_there_when_it_has_landed(stage: Stage, pools: StoredPools) -> None:
     """A session is brought to the device, into slots that were another's, beside a request that is restored."""
     written = stage.compute(FROM, seed=1)
     assert offer(pools, FROM, lambda: written)
-    right = {name: stage.written(name, FROM[name]) for name in PRELOADED}
-    ahead_pages = [22, 12, 18]
-    before = stage.compute({**TO, **{name: [*TO[name], *ahead_pages] for name in PRELOADED}}, seed=2)
-    slots = torch.cat([torch.arange(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in ahead_pages]).to("cuda")
-    ahead = pools.preload("a prefetch", keys(*NODE), slots, before)
+    right = {name: stage.written(name, FROM[name]) for name in POOLS}
+    ahead_pages = needed([22, 12, 18])
+    before = stage.compute({name: [*TO[name], *ahead_pages[name]] for name in POOLS}, seed=2)
+    ahead = pools.preload("a prefetch", keys(*NODE), slots(ahead_pages), before)
     assert pools.finish(ahead).failed == set()
     assert pools.landed(ahead)
-    assert {name: stage.written(name, ahead_pages) for name in PRELOADED} == right
+    assert {name: stage.written(name, ahead_pages[name]) for name in POOLS} == right
 
 
 def test_preloads_of_every_urgency_are_there_when_they_have_landed(stage: Stage, pools: StoredPools) -> None:
     """They run at once, and share a lane."""
     written = stage.compute(FROM, seed=1)
     assert offer(pools, FROM, lambda: written)
-    right = {name: stage.written(name, FROM[name]) for name in PRELOADED}
-    ahead_pages = {DEMAND: [22, 12, 18], Need(Urgency.DUE, 1.0): [14, 20, 16], PLANNED: [8, 23, 11]}
-    flat = [page for pages in ahead_pages.values() for page in pages]
-    before = stage.compute({**TO, **dict.fromkeys(PRELOADED, flat)}, seed=2)
+    right = {name: stage.written(name, FROM[name]) for name in POOLS}
+    places = {DEMAND: [22, 12, 18], Need(Urgency.DUE, 1.0): [14, 20, 16], PLANNED: [8, 23, 11]}
+    ahead_pages = {need: needed(pages) for need, pages in places.items()}
+    before = stage.compute({name: [page for of in ahead_pages.values() for page in of[name]] for name in POOLS}, seed=2)
     begun = {}
     for need, pages in ahead_pages.items():
-        slots = torch.cat([torch.arange(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in pages]).to("cuda")
-        begun[need] = pools.preload("a prefetch", keys(*NODE), slots, before, need)
+        begun[need] = pools.preload("a prefetch", keys(*NODE), slots(pages), before, need)
     pools.hasten(begun[PLANNED], DEMAND)
     for need, ahead in begun.items():
         assert pools.finish(ahead).failed == set()
-        assert {name: stage.written(name, ahead_pages[need]) for name in PRELOADED} == right
+        assert {name: stage.written(name, ahead_pages[need][name]) for name in POOLS} == right
 
 
 def test_an_aborted_request_is_aborted_in_all_pools(stage: Stage, pools: StoredPools) -> None:

@@ -1,0 +1,229 @@
+"""Sessions of models with sliding windows, brought to the device, kept there and copied to host memory, in both of
+SGLang's own trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from radix_tree import PAGE_SIZE, PAGES, TREES, WindowTree, key_of
+
+from agentstate.lookahead.forecast import Forecast
+from engine_patch.preloads import Preload
+from engine_patch.sessions import Progress
+from engine_patch.sglang_api import EvictParams, MatchPrefixParams, PoolName, RadixKey, get_storage_hash_str
+
+pytestmark = pytest.mark.usefixtures("parallel")
+
+WINDOW = 2
+IDLE: Any = SimpleNamespace(running_batch=None, last_batch=None, chunked_req=None, page_size=PAGE_SIZE)
+SOON = Forecast.exactly(5.0)
+Make = Callable[..., WindowTree]
+
+
+@pytest.fixture(params=TREES)
+def make_tree(request: pytest.FixtureRequest) -> Make:
+    return lambda **room: WindowTree(request.param, WINDOW, **room)
+
+
+def pages_of(key: RadixKey) -> list[bytes]:
+    return [bytes.fromhex(page) for page in get_storage_hash_str(key, page_size=PAGE_SIZE)]
+
+
+def run(tree: WindowTree, key: RadixKey, session: str = "s") -> None:
+    tree.compute(key, session)
+    tree.settle()
+    tree.device_tier.remember(session, key)
+
+
+def empty(tree: WindowTree) -> None:
+    tree.evict(EvictParams(num_tokens=PAGES * PAGE_SIZE, swa_num_tokens=PAGES * PAGE_SIZE))
+
+
+def step(tree: WindowTree) -> None:
+    tree.device_tier.run(IDLE)
+    tree.preloads.land()
+    tree.device_tier.land()
+
+
+def there(tree: WindowTree, key: RadixKey) -> int:
+    """How many pages a request finds."""
+    return int(tree.match_prefix(MatchPrefixParams(key=key)).device_prefix_len) // PAGE_SIZE
+
+
+def begin(tree: WindowTree, key: RadixKey, session: str = "s") -> Callable[[], Progress]:
+    progress = tree.device_tier.prefetch(session, pages_of(key))
+    assert progress is not None
+    step(tree)
+    return progress
+
+
+def land(tree: WindowTree, *failed: int) -> None:
+    tree.store.failed_batches.update(failed)
+    tree.store.landed_batches = len(tree.store.loads)
+    step(tree)
+    tree.settle()  # what is brought is offered, and stored
+    assert tree.missing == (0, 0) and tree.full_protected_size() == tree.swa_protected_size() == 0
+    assert not any(tree.kept().values())
+
+
+def loaded(tree: WindowTree) -> list[tuple[int, dict[PoolName, int]]]:
+    """How many pages were loaded each time, and to how many pages of each pool."""
+    return [
+        (len(keys), {name: len(own) // PAGE_SIZE for name, own in slots.items()}) for keys, slots in tree.store.loads
+    ]
+
+
+def test_a_session_is_brought_back_with_its_window(make_tree: Make) -> None:
+    tree, key = make_tree(), key_of(10)
+    run(tree, key)
+    empty(tree)
+    assert there(tree, key) == 0
+    progress = begin(tree, key)
+    assert progress() is Progress.RUNNING and tree.missing == (10 * PAGE_SIZE, WINDOW * PAGE_SIZE)
+    land(tree)
+    assert (progress(), there(tree, key)) == (Progress.DONE, 10)
+    assert loaded(tree) == [(10, {PoolName.KV: 10, PoolName.SWA: WINDOW})]
+    # A request reads the window where it was loaded to.
+    (_, slots), *_ = tree.store.loads
+    found = tree.tree_core.collect_full_device_indices(
+        tree.match_prefix(MatchPrefixParams(key=key)).last_device_node, tree.root_node_handle()
+    )
+    windows = tree.token_to_kv_pool_allocator.translate_loc_from_full_to_swa(found)
+    assert found.tolist() == slots[PoolName.KV].tolist()
+    assert windows[-WINDOW * PAGE_SIZE :].tolist() == slots[PoolName.SWA].tolist()
+    assert not windows[: -WINDOW * PAGE_SIZE].any()
+    # It leaves like any other.
+    empty(tree)
+    assert tree.missing == (0, 0) and there(tree, key) == 0
+
+
+@pytest.mark.parametrize("more", [1, 2, 5])
+def test_what_follows_is_brought_after_what_is_there(make_tree: Make, more: int) -> None:
+    """Of one page more the window begins in what is there."""
+    tree, key = make_tree(), key_of(6 + more)
+    run(tree, key)
+    empty(tree)
+    run(tree, key[: 6 * PAGE_SIZE], "other")
+    progress = begin(tree, key)
+    land(tree)
+    assert (progress(), there(tree, key)) == (Progress.DONE, 6 + more)
+    assert loaded(tree) == [(more, {PoolName.KV: more, PoolName.SWA: min(more, WINDOW)})]
+
+
+def test_what_does_not_come_leaves_nothing(make_tree: Make) -> None:
+    tree, key = make_tree(), key_of(10)
+    run(tree, key)
+    empty(tree)
+    progress = begin(tree, key)
+    land(tree, 0)
+    assert (progress(), there(tree, key)) == (Progress.FAILED, 0)
+    assert tree.token_to_kv_pool_allocator.available_size() == PAGES * PAGE_SIZE
+
+
+@pytest.mark.parametrize("without_window", [False, True])
+def test_what_others_have_computed_meanwhile_is_kept_once(make_tree: Make, without_window: bool) -> None:
+    tree, key = make_tree(), key_of(10)
+    run(tree, key)
+    empty(tree)
+    progress = begin(tree, key)
+    run(tree, key_of(12), "other")
+    if without_window:
+        tree.evict(EvictParams(swa_num_tokens=7 * PAGE_SIZE))
+    land(tree)
+    assert (progress(), there(tree, key)) == (Progress.DONE, 10)
+    empty(tree)
+    assert tree.missing == (0, 0)
+
+
+@pytest.mark.parametrize(("room", "begins"), [(3, True), (1, False)])
+def test_nothing_is_taken_where_one_pool_has_too_little(make_tree: Make, room: int, begins: bool) -> None:
+    tree, key = make_tree(window_room=20), key_of(10)
+    run(tree, key)
+    empty(tree)
+    held = tree.token_to_kv_pool_allocator.swa_attn_allocator.alloc((20 - room) * PAGE_SIZE)
+    progress = begin(tree, key)
+    assert progress() is (Progress.RUNNING if begins else Progress.FAILED)
+    tree.token_to_kv_pool_allocator.swa_attn_allocator.free(held)
+    land(tree)
+
+
+def test_windows_of_who_waits_are_evicted_for_a_preload(make_tree: Make) -> None:
+    tree, key = make_tree(window_room=12), key_of(10)
+    run(tree, key)
+    empty(tree)
+    run(tree, key_of(12, seed=5), "other")
+    progress = begin(tree, key)
+    land(tree)
+    assert (progress(), there(tree, key)) == (Progress.DONE, 10)
+
+
+def test_a_flush_drops_what_is_under_way(make_tree: Make) -> None:
+    tree, key = make_tree(), key_of(10)
+    run(tree, key)
+    empty(tree)
+    progress = begin(tree, key)
+    tree.token_to_kv_pool_allocator.clear()
+    tree.reset()
+    assert progress() is Progress.FAILED and tree.missing == (0, 0)
+
+
+@pytest.mark.parametrize("foreseen", ["a", "b", "c"])
+def test_a_window_leaves_when_its_context_is_worth_least(make_tree: Make, foreseen: str) -> None:
+    """Contexts of several nodes, each of them shorter than a window: if one part of a window is gone, all of the
+    context has to be computed."""
+    tree = make_tree()
+    keys = {session: key_of(9, seed=seed) for seed, session in enumerate("abc")}
+    for session, key in keys.items():
+        for pages in range(1, 10):
+            run(tree, key[: pages * PAGE_SIZE], session)
+        tree.now_s += 1.0
+    assert tree.store.waits.foresee(foreseen, SOON, 0.0, "tool")
+    assert tree.evict(EvictParams(swa_num_tokens=17 * PAGE_SIZE)).swa_num_tokens_evicted >= 17 * PAGE_SIZE
+    found = {session: there(tree, key) for session, key in keys.items()}
+    # Of the others the one that was used least recently.
+    assert found == {session: 0 if session == ("b" if foreseen == "a" else "a") else 9 for session in keys}
+    assert tree.missing == (0, 0) and tree.full_protected_size() == tree.swa_protected_size() == 0
+
+
+def test_where_nothing_is_foreseen_windows_leave_in_the_order_of_use(make_tree: Make) -> None:
+    tree = make_tree()
+    keys = {session: key_of(9, seed=seed) for seed, session in enumerate("abc")}
+    for session, key in keys.items():
+        run(tree, key, session)
+    tree.match_prefix(MatchPrefixParams(key=keys["a"]))
+    tree.evict(EvictParams(swa_num_tokens=16 * PAGE_SIZE))
+    assert there(tree, keys["a"]) == 9
+
+
+def test_a_window_is_copied_with_its_context(make_tree: Make) -> None:
+    tree, key = make_tree(), key_of(10)
+    run(tree, key)
+    tree.store.demotes = True
+    copied: list[dict[PoolName, list[str]]] = []
+
+    def demote(transfers: Any, session_id: str | None) -> bool:
+        copied.append({transfer.name: list(transfer.keys) for transfer in transfers})
+        return True
+
+    tree.store.demote = demote  # type: ignore[method-assign]
+    assert tree.demotions.demote(("s", None, None), key, "s") == 10 * PAGE_SIZE
+    (of_pools,) = copied
+    pages = [page.hex() for page in pages_of(key)]
+    assert of_pools[PoolName.KV] == pages and of_pools[PoolName.SWA][-WINDOW:] == pages[-WINDOW:]
+    assert tree.swa_protected_size() == WINDOW * PAGE_SIZE
+    tree.store.copied = 1
+    tree.demotions.land()
+    assert tree.full_protected_size() == tree.swa_protected_size() == 0
+
+
+def test_a_preload_is_known_to_requests_by_its_tokens(make_tree: Make) -> None:
+    tree, key = make_tree(), key_of(10)
+    run(tree, key)
+    empty(tree)
+    begin(tree, key)
+    (preload,) = tree.preloads
+    assert isinstance(preload, Preload) and preload.common(pages_of(key_of(12)), 0, PAGE_SIZE) == 10
+    land(tree)

@@ -231,6 +231,10 @@ class DeviceTier:
         if together:
             if prefetch in self._waiting:
                 self._waiting.remove(prefetch)
+            else:
+                # Who is asked for it from now on goes on with it.
+                with self._prefetching:
+                    self._prefetches[prefetch.session_id] = prefetch
             self._start(prefetch, scheduler)
         elif self._ranks.decides:
             # Others are tried before it is tried again.
@@ -263,12 +267,7 @@ class DeviceTier:
             return None
         keys = [bytes.fromhex(one) for one in get_storage_hash_str(key, page_size=self._cache.page_size)]
         prefetch = _Prefetch(session_id, key, keys, PLANNED)
-        if _last(prefetch) != proposal.last:
-            return None
-        with self._prefetching:
-            # Who is asked for it from now on goes on with it.
-            self._prefetches[session_id] = prefetch
-        return prefetch
+        return prefetch if _last(prefetch) == proposal.last else None
 
     def _is_stored(self, prefetch: _Prefetch) -> bool:
         """Whether this rank can restore what it misses. It looks without a trace: not all ranks do."""

@@ -16,6 +16,7 @@ from stacks import MakeStack, ask_ranks, stats_at_rest
 from agentstate import Client
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
+from agentstate.sessions import Resumed
 
 # The device has 128 pages.
 AGENTS = 6
@@ -54,10 +55,20 @@ def pools(stat: dict[str, Any]) -> list[dict[str, Any]]:
 STATES = ("--max-mamba-cache-size", "64")
 
 
-def play(stack: LocalStack) -> tuple[list[Generated], list[Generated]]:
-    """Each agent has a turn, and then each has another one with the same tokens."""
+DRAFTS = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "3", "--speculative-eagle-topk", "1")
+DRAFTS += ("--speculative-num-draft-tokens", "4")
+
+
+def told(*answers: Generated) -> list[tuple[tuple[int, ...], int | None]]:
+    """Their tokens, and in how many steps drafts of these were verified: without the draft's KV in more."""
+    return [(answer.tokens, answer.steps) for answer in answers]
+
+
+def play(stack: LocalStack, turns: list[Resumed] | None = None) -> tuple[list[Generated], list[Generated]]:
+    """Each agent has a turn, one of ``turns`` if these are given, and then each has another one with the same
+    tokens."""
     generate = Generator(stack.engine_url)
-    turns = [stack.begin_turn() for _ in range(AGENTS)]
+    turns = turns or [stack.begin_turn() for _ in range(AGENTS)]
     rounds: list[list[Generated]] = []
     for _ in range(2):
         rounds.append([])
@@ -69,13 +80,17 @@ def play(stack: LocalStack) -> tuple[list[Generated], list[Generated]]:
 
 @pytest.mark.parametrize(
     ("kind", "flags"),
-    [("llama", ()), ("mla", ()), ("sliding", ()), ("conv", STATES), ("llama", ("--tp", "2"))],
-    ids=["llama", "mla", "sliding", "conv", "two ranks"],
+    [("llama", ()), ("mla", ()), ("sliding", ()), ("conv", STATES), ("llama", ("--tp", "2")), ("target", DRAFTS)],
+    ids=["llama", "mla", "sliding", "conv", "two ranks", "drafts"],
 )
-def test_what_left_the_device_comes_back_from_host_memory(start: Start, kind: str, flags: tuple[str, ...]) -> None:
+def test_what_left_the_device_comes_back(start: Start, checkpoints: Path, kind: str, flags: tuple[str, ...]) -> None:
+    """From host memory when its agent goes on, and to the device before that, where it is asked for."""
+    if flags == DRAFTS:
+        flags = (*DRAFTS, "--speculative-draft-model-path", str(checkpoints / "eagle"))
     stack = start(kind, *flags)
-    computed, restored = play(stack)
-    assert [answer.tokens for answer in restored] == [answer.tokens for answer in computed]
+    turns = [stack.begin_turn() for _ in range(AGENTS)]
+    computed, restored = play(stack, turns)
+    assert told(*restored) == told(*computed)
     # A recurrent state is kept where a chunk of 1,024 tokens ends.
     assert all(answer.restored >= 16 * PAGE for answer in restored)
     stats = stats_at_rest(stack)
@@ -86,6 +101,22 @@ def test_what_left_the_device_comes_back_from_host_memory(start: Start, kind: st
             assert pool["restore"]["pages_host"] == pool["restore"]["pages_restored"] > 0
             assert pool["host"]["pages_wrong"] == pool["host"]["pages_refused"] == 0
         assert 0 < stat["host"]["used"] <= stat["host"]["bound"] == 256 << 20
+    brings_it_to_the_device(stack, turns[0], computed[0], "host" if kind == "conv" else "device")
+
+
+def brings_it_to_the_device(stack: LocalStack, turn: Resumed, computed: Generated, tier: str) -> None:
+    """The first agent's context is asked for before its next turn, from every rank. Recurrent states come as far as
+    host memory."""
+    stack.flush_device()
+    answers = ask_ranks(stack, "prefetch", session=turn.session.uid, tier="device", timeout_ms=60_000)
+    assert {(answer["state"], answer["tier"]) for answer in answers} == {("warm", tier)}
+    preloads = [stat["preload"] for stat in stats_at_rest(stack)]
+    assert [(one["preloads"], one["failed"]) for one in preloads] == [(int(tier == "device"), 0)] * len(preloads)
+    hit = Generator(stack.engine_url)(prompt(500, CONTEXT), session_id=turn.engine_session)
+    assert told(hit) == told(computed)
+    if tier == "device":
+        assert (hit.cached, hit.restored) == (30 * PAGE, 0)
+    stats_at_rest(stack)
 
 
 def test_a_tier_that_is_too_small_for_all_of_it_is_never_larger_than_its_bound(start: Start) -> None:

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from radix_tree import PAGE_SIZE, TREES, Tree
+from radix_tree import PAGE_SIZE, PAGES, TREES, Tree
+from tree import scheduler
 from turns import turn
 
 from engine_patch import sglang_api as sgl
 from engine_patch.preloads import Preload
 from engine_patch.radix_cache import AgentStateRadixCache, stored_hit
-from engine_patch.sessions import _goes_on
-from engine_patch.sglang_api import MatchPrefixParams, RadixKey, get_storage_hash_str
+from engine_patch.sessions import Progress, _goes_on
+from engine_patch.sglang_api import EvictParams, MatchPrefixParams, PoolName, RadixKey, get_storage_hash_str
 
 pytestmark = pytest.mark.usefixtures("parallel")
 
@@ -114,3 +115,40 @@ def test_a_session_goes_on_from_pairs_that_its_next_request_has() -> None:
     assert _goes_on(of_pages(2), of_pages(3))
     other = another_last(TOKENS[: 2 * PAGE_SIZE + 1])
     assert not _goes_on(of_pages(2, other), of_pages(3))
+
+
+@pytest.mark.parametrize("backend", TREES)
+def test_a_session_of_pairs_is_copied_to_host_memory_and_brought_back(backend: str) -> None:
+    """The draft's pages follow the target's."""
+    tree, idle = Tree(backend, is_eagle=True), scheduler()
+    key = of_pages(6)
+    tree.compute(key)
+    tree.settle()
+    tree.device_tier.remember("s", key)
+    tree.store.demotes = True
+    assert tree.demotions.demote(("s", None, None), key, "s") == 6 * PAGE_SIZE
+    ((copied, _, _),) = tree.store.demoted
+    assert copied == pages_of(key)
+    tree.store.copied = 1
+    tree.demotions.land()
+    tree.evict(EvictParams(num_tokens=PAGES * PAGE_SIZE))
+    # Of what is asked for the last pair has the token after it.
+    keys = [bytes.fromhex(page) for page in pages_of(key)[:5]]
+    progress = tree.device_tier.prefetch("s", keys)
+    assert progress is not None
+    tree.device_tier.run(idle)
+    (preload,) = tree.preloads
+    other = request(another_last(TOKENS[: 5 * PAGE_SIZE + 1]))
+    other.rid = "other"
+    assert preload.brings(request()) and not preload.brings(other)
+    ((loaded, slots),) = tree.store.loads
+    assert loaded == keys and len(slots[PoolName.KV]) == 5 * PAGE_SIZE
+    tree.store.landed_batches = 1
+    tree.preloads.land()
+    tree.device_tier.land()
+    tree.settle()
+    assert progress() is Progress.DONE
+    assert tree.match_prefix(MatchPrefixParams(key=RadixKey(TOKENS))).device_prefix_len == 5 * PAGE_SIZE
+    assert tree.protected_size() == 0 and not any(tree.kept().values())
+    free = tree.token_to_kv_pool_allocator.available_size()
+    assert free + tree.evictable_size() == PAGES * PAGE_SIZE

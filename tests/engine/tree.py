@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -52,7 +53,10 @@ class Cache:
         self.locks = 0
         self.unlocked = False
         self.inserted: list[Any] = []
-        self.tree_core = SimpleNamespace(collect_full_device_indices=lambda node, root: torch.empty(0))
+        self.tree_core = SimpleNamespace(
+            collect_full_device_indices=lambda node, root: torch.empty(0),
+            match_full_device_prefix=lambda key: (self.has(key), 0, None),
+        )
         self.components: set[ComponentType] = {ComponentType.FULL}
 
     def has(self, key: RadixKey) -> int:
@@ -117,6 +121,11 @@ class Linker:
         self.writing = False
         self.layers = 0
         self.breaks = False
+        # What cannot be restored on this rank.
+        self.missing: set[bytes] = set()
+
+    def can_restore(self, keys: Sequence[bytes]) -> bool:
+        return self.missing.isdisjoint(keys)
 
     def n_bytes(self, pages: int) -> int:
         return pages
@@ -156,9 +165,31 @@ class Linker:
 
 
 def one_rank() -> Ranks:
+    return _ranks(1, 0, lambda tensor: None)
+
+
+def _ranks(count: int, number: int, least: Callable[[torch.Tensor], None]) -> Ranks:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine_patch.ranks.get_parallel", lambda: SimpleNamespace(attn_tp_size=1, attn_tp_rank=0))
-        return Ranks(lambda tensor: None)
+        patch.setattr(
+            "engine_patch.ranks.get_parallel", lambda: SimpleNamespace(attn_tp_size=count, attn_tp_rank=number)
+        )
+        return Ranks(least)
+
+
+def meeting_ranks(count: int) -> list[Ranks]:
+    """Ranks that meet in all that they agree on, each on a thread of its own."""
+    meeting, said = threading.Barrier(count, timeout=60), [torch.empty(0)] * count
+
+    def of_rank(number: int) -> Ranks:
+        def least(tensor: torch.Tensor) -> None:
+            said[number] = tensor.clone()
+            meeting.wait()
+            tensor.copy_(torch.stack(said).amin(dim=0))
+            meeting.wait()
+
+        return _ranks(count, number, least)
+
+    return [of_rank(number) for number in range(count)]
 
 
 class Stage:
@@ -172,8 +203,10 @@ class Stage:
         preload_bytes: int = 0,
         aging_s: float = 0,
         ranks: Ranks | None = None,
+        beside: ComponentType = ComponentType.FULL,
     ):
         self.cache = Cache(free, evictable)
+        self.cache.components.add(beside)
         self.linker = Linker(preload_bytes)
         self.stored: set[bytes] = set()
         self.shared: set[bytes] = set()

@@ -1,4 +1,4 @@
-"""On SGLang's Python tree: sessions that are let go of first, and pages offered again that the store has lost."""
+"""On both of SGLang's trees: sessions that are let go of first, and pages offered again that the store has lost."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ QUOTA_PAGES = 50
 PAGE_BYTES = PAGE * 2_048  # of the tiny Llama
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, checkpoints: Path) -> Iterator[LocalStack]:
-    with closing(make_stack(tmp_path_factory.mktemp("python_tree"), checkpoints / "llama")) as stack:
+@pytest.fixture(scope="module", params=["python", "rust"])
+def stack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, checkpoints: Path
+) -> Iterator[LocalStack]:
+    with closing(make_stack(tmp_path_factory.mktemp(request.param), checkpoints / "llama")) as stack:
         stack.environment = {
             **stack.environment,
-            "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
+            "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": request.param,
             "AGENTSTATE_PAGES_QUOTA": str(QUOTA_PAGES * PAGE_BYTES),
         }
         stack.create_database()

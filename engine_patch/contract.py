@@ -111,6 +111,12 @@ ENGINE = Contract(
         "mem_cache.allocator.paged:PagedTokenToKVPoolAllocator._release_page_ids": "self page_ids",
         "mem_cache.allocator.token:TokenToKVPoolAllocator.free": "self free_index",
         "mem_cache.unified_radix_cache:UnifiedRadixCache.evictable_size": "self",
+        "mem_cache.unified_radix_cache:UnifiedRadixCache.full_evictable_size": "self",
+        "mem_cache.unified_radix_cache:UnifiedRadixCache.swa_evictable_size": "self",
+        "mem_cache.allocator.swa:SWATokenToKVPoolAllocator.full_available_size": "self",
+        "mem_cache.allocator.swa:SWATokenToKVPoolAllocator.swa_available_size": "self",
+        "mem_cache.allocator.swa:SWATokenToKVPoolAllocator.set_full_to_swa_mapping": "self full_indices swa_indices",
+        "mem_cache.base_prefix_cache:InsertParams.set_evicted_seqlen": "self component_type length",
         "managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.release_memory_occupation": (
             "self recv_req"
         ),

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from engine_patch.accounts import Accounts
 from engine_patch.ranks import Ranks
+from engine_patch.sglang_api import ComponentType
 from engine_patch.waits import Waits
 
 # Of the contexts on the device, so many that were used least recently are compared. What is newer goes after them.
@@ -59,7 +60,8 @@ class Superseded(NamedTuple):
 class EvictionOrder:
     """The contexts of ``waits`` that are on the device, in the tree ``core``. For the scheduler's thread.
 
-    ``accounts`` tells whose they are and what those may have, ``n_bytes`` what so many tokens take.
+    ``accounts`` tells whose they are and what those may have, ``n_bytes`` what so many tokens take. To go on from the
+    end of one needs sliding windows of ``window_tokens`` before it.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class EvictionOrder:
         ranks: Ranks,
         accounts: Accounts | None = None,
         n_bytes: Callable[[int], int] = int,
+        window_tokens: int = 0,
     ):
         self._core = core
+        self._window_tokens = window_tokens
         self._waits = waits
         self._accounts = accounts or Accounts()
         self._n_bytes = n_bytes
@@ -204,6 +208,17 @@ class EvictionOrder:
     def tokens(self, owner: Hashable) -> int:
         """How many tokens of the owner's context are on the device."""
         return self._ends[owner].tokens if owner in self._ends else 0
+
+    def has_window(self, owner: Hashable) -> bool:
+        """Whether the owner's context can be gone on from: of the windows before its end, all is on the device. Without
+        sliding windows it can."""
+        if not self._window_tokens or owner not in self._ends:
+            return True
+        (path,) = self._core.collect_path_info([self._ends[owner].node])
+        first = path[-1].path_end - self._window_tokens
+        in_window = (node for node in path if node.path_end > first)
+        values = (self._core.get_component_device_value(node.node_id, ComponentType.SWA) for node in in_window)
+        return all(value is not None for value in values)
 
     def standing(self) -> list[tuple[Hashable, float, int]]:
         """Every context on the device: its owner, what a byte of it is worth, and its tokens. From any thread."""

@@ -188,7 +188,8 @@ class Foresight:
         asked_s = [*([wait.foreseen_s] if wait is not None else []), *([pin.since_s] if pin is not None else [])]
         if tried_s >= max(asked_s, default=-math.inf):
             return False
-        return self._order.tokens(session_id) < self._length(session_id)
+        there = self._order.tokens(session_id) >= self._length(session_id)
+        return not there or not self._order.has_window(session_id)
 
     def _due_s(self, session_id: str) -> float:
         """When nine in ten that wait like this one would be back."""

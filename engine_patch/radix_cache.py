@@ -267,7 +267,14 @@ class AgentStateRadixCache(UnifiedRadixCache):
             return cache_linker.n_bytes(tokens // self.page_size)
 
         ranks = Ranks(self.least_on_ranks)
-        self.eviction = EvictionOrder(self.tree_core, cache_linker.waits, ranks, cache_linker.accounts, n_bytes)
+        self.eviction = EvictionOrder(
+            self.tree_core,
+            cache_linker.waits,
+            ranks,
+            cache_linker.accounts,
+            n_bytes,
+            cache_linker.window_pages * self.page_size,
+        )
         self.demotions = Demotions(self, cache_linker, ranks, self.linker.note_unlocked, self.eviction.giving)
         self.deferrals = Deferrals(
             self, cache_linker, self.preloads, self._stored_hit, self.order, self.served, self.demotions.holds_up
@@ -360,20 +367,13 @@ class AgentStateRadixCache(UnifiedRadixCache):
         walk = partial(super()._evict, available_size_targets=available_size_targets, **further)
         total = EvictResult()
         for spared in self.eviction.rounds(max(params.num_tokens, params.swa_num_tokens)):
-            missing = EvictParams(
-                num_tokens=max(0, params.num_tokens - total.num_tokens_evicted),
-                swa_num_tokens=max(0, params.swa_num_tokens - total.swa_num_tokens_evicted),
-            )
-            if missing == EvictParams():
-                break
+            missing = replace(_missing(params, total), mamba_num=0)
             with self._sparing(spared, windows=missing.swa_num_tokens > 0):
                 _add(total, walk(missing))
-        rest = EvictParams(
-            max(0, params.num_tokens - total.num_tokens_evicted),
-            max(0, params.swa_num_tokens - total.swa_num_tokens_evicted),
-            max(0, params.mamba_num - total.mamba_num_evicted),
-        )
-        if rest != EvictParams():
+            rest = _missing(params, total)
+            if not (rest.num_tokens or rest.swa_num_tokens):
+                break
+        if (rest := _missing(params, total)) != EvictParams():
             _add(total, walk(rest))
         self.demotions.evicted(total.num_tokens_evicted)
         self.foresight.evicted(self.eviction.taken())
@@ -544,6 +544,15 @@ class AgentStateRadixCache(UnifiedRadixCache):
                 # Of this request alone: others that come until then are not meant.
                 item.abort = copy(abort)
                 item.abort.rid, item.abort.abort_all = item.req.rid, False
+
+
+def _missing(params: EvictParams, total: EvictResult) -> EvictParams:
+    """What is to be evicted besides what has been."""
+    return EvictParams(
+        max(0, params.num_tokens - total.num_tokens_evicted),
+        max(0, params.swa_num_tokens - total.swa_num_tokens_evicted),
+        max(0, params.mamba_num - total.mamba_num_evicted),
+    )
 
 
 def _add(total: EvictResult, found: EvictResult) -> None:

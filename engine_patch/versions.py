@@ -61,11 +61,18 @@ SUPPLIED = frozenset(
         "CacheInitParams.swa_gates_prefix_match",
         "CacheInitParams.swa_retain_window",
         "CacheInitParams.sidecar_draft_device_pools",
+        "SWATokenToKVPoolAllocator.full_available_size",
+        "SWATokenToKVPoolAllocator.swa_available_size",
+        "SWATokenToKVPoolAllocator.set_full_to_swa_mapping",
+        "UnifiedRadixCache.full_evictable_size",
+        "UnifiedRadixCache.swa_evictable_size",
+        "InsertParams.set_evicted_seqlen",
         "ServerArgs.unified_cache_external_linker_config",
     }
 )
 """What may be missing, because `link` and `linker_base` do without it or supply it, or because what it is for does
-without: ranks that hold the same pages, and draft models that are not of the checkpoint."""
+without: ranks that hold the same pages, draft models that are not of the checkpoint, and sliding windows, which are not
+stored where SGLang does not say how much of them it keeps."""
 
 
 def installed() -> str:

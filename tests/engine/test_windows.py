@@ -185,7 +185,25 @@ def test_a_window_leaves_when_its_context_is_worth_least(make_tree: Make, forese
     assert tree.evict(EvictParams(swa_num_tokens=17 * PAGE_SIZE)).swa_num_tokens_evicted >= 17 * PAGE_SIZE
     found = {session: there(tree, key) for session, key in keys.items()}
     assert found == {session: 0 if session in left else 9 for session in keys}
+    assert {session for session in keys if not tree.eviction.has_window(session)} == left
     assert tree.missing == (0, 0) and tree.full_protected_size() == tree.swa_protected_size() == 0
+
+
+def test_a_session_whose_window_has_left_is_fetched(make_tree: Make) -> None:
+    """Its other pages are still on the device."""
+    tree, key = make_tree(), key_of(9)
+    run(tree, key)
+    tree.compute(key_of(12), "longer")
+    tree.settle()
+    tree.evict(EvictParams(swa_num_tokens=9 * PAGE_SIZE))
+    assert tree.eviction.tokens("s") == 9 * PAGE_SIZE and there(tree, key) == 0
+    tree.now_s += 1.0
+    assert tree.store.waits.foresee("s", SOON, 0.0, "tool")
+    assert tree.foresight._misses("s")
+    progress = begin(tree, key)
+    land(tree)
+    assert (progress(), there(tree, key)) == (Progress.DONE, 9)
+    assert tree.eviction.has_window("s")
 
 
 def test_where_nothing_is_foreseen_windows_leave_in_the_order_of_use(make_tree: Make) -> None:

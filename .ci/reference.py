@@ -204,7 +204,7 @@ class _Nothing:
 
 def metrics() -> str:
     """Every metric of the service and of an engine."""
-    of_service = Metrics(_Nothing(), _Nothing(), _Nothing()).registry.collect()  # type: ignore[arg-type]
+    of_service = Metrics(_Nothing()).registry.collect()  # type: ignore[arg-type]
     return "\n".join(
         [
             "# Metrics",

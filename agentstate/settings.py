@@ -89,6 +89,9 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address that the HTTP service listens on.")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="Port of the HTTP service; 0 takes a free one.")
+    workers: int = Field(
+        1, ge=1, le=64, description="Processes of the service that answer requests: about as many as it has cores."
+    )
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error.")
     log_format: str = Field("text", pattern="^(text|json)$", description="text, or json: one object per line.")
     otlp_endpoint: str = Field(

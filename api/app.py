@@ -10,8 +10,9 @@ from fastapi import FastAPI
 
 import agentstate
 from agentstate.fleet.decisions import Decisions
-from agentstate.fleet.operations import Operations
-from agentstate.fleet.waits import Waits
+from agentstate.fleet.operations import Operations, fail_abandoned, part_of
+from agentstate.fleet.passing import Passed, Passing
+from agentstate.fleet.waits import Hearing, Waits
 from agentstate.sessions.collection import Collector
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
@@ -43,14 +44,22 @@ from api.gate import Gate
 from api.gateway import described
 from api.gateway.app import Gateway, GatewayRoutes
 from api.guard import Guard
-from api.metrics import Metrics
+from api.limits import Limits
+from api.metrics import CountedCalibration, Metrics
 from api.observation import Observation, tracing
 from api.paths import EncodedSlashes
 from api.service import Service
+from api.workers import Worker
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The service as an ASGI application. It expects an up-to-date schema: see `api.server.migrate`.
+def owner_of(settings: Settings) -> str:
+    """How SQL knows what this service carries out, also after a restart."""
+    return f"{socket.gethostname()}:{settings.port}"
+
+
+def create_app(settings: Settings, worker: Worker | None = None) -> FastAPI:
+    """The service as an ASGI application: all of it, or one ``worker`` of several. It expects an up-to-date schema: see
+    `api.server.migrate`.
 
     Opens nothing before it starts. Several services may share one PostgreSQL; node and port distinguish their
     operations. Raises SettingsError.
@@ -60,21 +69,32 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        following = Operations(database, owner=f"{socket.gethostname()}:{settings.port}")
-        following.fail_abandoned()
-        collector = None
-        if settings.collect_interval_s > 0:
+        owner = owner_of(settings) if worker is None else part_of(owner_of(settings), worker.number)
+        fail_abandoned(database, owner)
+        metrics = Metrics(database, None if worker is None else worker.metrics_dir)
+        following = Operations(database, owner, lambda state: metrics.notices.labels(state).inc())
+        limits = Limits() if worker is None else worker.limits
+        waits = passed = collector = None
+        hearing: Hearing | None = None
+        if settings.foresight:
+            if worker is None or worker.is_first:
+                counted = CountedCalibration(metrics)
+                hearing = waits = Waits(database, following, settings.engine_timeout_s, calibration=counted)
+            if worker is not None:
+                hearing = Passing(worker.notes_in)
+                passed = None if waits is None else Passed(worker.notes_out, waits)
+        if settings.collect_interval_s > 0 and (worker is None or worker.is_first):
             collector = Collector(database, settings.collect_interval_s, settings.expired_retention_s)
-        waits = Waits(database, following, settings.engine_timeout_s) if settings.foresight else None
         app.state.service = service = Service(
             settings=settings,
             database=database,
-            sessions=Sessions(database, settings.engine_timeout_s, waits=waits),
+            sessions=Sessions(database, settings.engine_timeout_s, waits=hearing),
             operations=following,
             changes=Changes(database),
-            gate=Gate(database, settings.requests_per_s),
-            metrics=Metrics(database, following, waits),
-            waits=waits,
+            gate=Gate(database, limits, settings.requests_per_s),
+            limits=limits,
+            metrics=metrics,
+            waits=hearing,
             decisions=Decisions(lambda rank, after: following.decisions(rank, after, engines.TIMEOUT_S)),
         )
         app.state.gateway = gateway = Gateway(service)
@@ -87,6 +107,8 @@ def create_app(settings: Settings) -> FastAPI:
             await gateway.close()
             if collector is not None:
                 collector.close()
+            if passed is not None:
+                passed.close()
             if waits is not None:
                 waits.close()
             following.close()

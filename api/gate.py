@@ -1,14 +1,14 @@
 """Authenticate callers, and limit their request rates.
 
 Until the first API key is created, every caller is the tenant ``default``; such a service listens on loopback only (see
-`api.server`). Look-ups of keys are cached for ``TRUST_S``, so a revoked key works that much longer.
+`api.server`). Each worker caches look-ups of keys for ``TRUST_S``, so a revoked key works that much longer, whichever
+worker it comes to.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
 
 from starlette.concurrency import run_in_threadpool
 
@@ -17,30 +17,23 @@ from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Caller, Role, Tenant
 from agentstate.settings import DEFAULT_TENANT
 from agentstate.sql.database import Database
+from api.limits import Limits, Rate
 
 TRUST_S = 5.0
 MAX_REMEMBERED = 10_000
 HINTS_PER_S = 200.0  # of a tenant: what its sessions are going to do
-BURST_S = 2.0  # a tenant that was quiet may send this many seconds' worth at once
-
-
-@dataclass
-class _Bucket:
-    tokens: float
-    filled_s: float
 
 
 class Gate:
     """Admits requests. Used on one event loop."""
 
-    def __init__(self, database: Database, requests_per_s: float):
+    def __init__(self, database: Database, limits: Limits, requests_per_s: float):
         self._database = database
+        self._limits = limits
         self._requests_per_s = requests_per_s
         # By the digest of a key, so that nobody without one can fill the memory with what is none.
         self._known: dict[bytes | None, tuple[float, Caller | None, bool]] = {}
         self._keyed = False  # whether there is known to be a key
-        self._buckets: dict[str, _Bucket] = {}
-        self._hints: dict[str, _Bucket] = {}
 
     async def admit(self, authorization: str | None, *, remembered_s: float = 0) -> tuple[Caller, bool]:
         """The caller of a request with this ``Authorization``, and whether everybody is admitted, for want of any
@@ -75,7 +68,10 @@ class Gate:
                 if key
                 else "send an API key as Authorization: Bearer, see `agentstate keys create`"
             )
-        self._take(caller.tenant)
+        tenant = caller.tenant
+        per_s = self._requests_per_s if tenant.requests_per_s is None else tenant.requests_per_s
+        if per_s > 0:
+            self._take(tenant, Rate.REQUESTS, per_s)
         return caller, open_to_all
 
     def _look_up(self, key: str | None) -> tuple[Caller | None, bool]:
@@ -88,21 +84,10 @@ class Gate:
 
     def take_hint(self, tenant: Tenant) -> None:
         """Admit a hint: a request that changes nothing of a session. Raises RateLimited."""
-        _take(self._hints, tenant, HINTS_PER_S, "hints")
+        self._take(tenant, Rate.HINTS, HINTS_PER_S)
 
-    def _take(self, tenant: Tenant) -> None:
-        rate = self._requests_per_s if tenant.requests_per_s is None else tenant.requests_per_s
-        if rate > 0:
-            _take(self._buckets, tenant, rate, "requests")
-
-
-def _take(buckets: dict[str, _Bucket], tenant: Tenant, rate: float, what: str) -> None:
-    now_s, burst = time.monotonic(), max(1.0, rate * BURST_S)
-    bucket = buckets.setdefault(tenant.id, _Bucket(burst, now_s))
-    bucket.tokens = min(burst, bucket.tokens + (now_s - bucket.filled_s) * rate)
-    bucket.filled_s = now_s
-    if bucket.tokens < 1:
-        raise RateLimited(
-            f"tenant {tenant.id} may send {rate:g} {what} a second", retry_after_s=(1 - bucket.tokens) / rate
-        )
-    bucket.tokens -= 1
+    def _take(self, tenant: Tenant, what: Rate, per_s: float) -> None:
+        if wait_s := self._limits.take(tenant.id, what, per_s):
+            raise RateLimited(
+                f"tenant {tenant.id} may send {per_s:g} {what.name.lower()} a second", retry_after_s=wait_s
+            )

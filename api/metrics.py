@@ -1,21 +1,32 @@
-"""``/metrics``, for Prometheus.
+"""``/metrics``, for Prometheus: of all workers of the service, whichever of them answers.
 
-Rows are counted at most every ``COUNT_S``, so that frequent scrapes cost nothing.
+With several workers each counts in a file of its own, which outlives it: no counter falls when a worker dies. Rows are
+counted in SQL at most every ``COUNT_S``, so that frequent scrapes cost nothing.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+    values,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from agentstate.fleet.operations import Operations
-from agentstate.fleet.waits import Waits
+from agentstate.lookahead.calibration import Calibration
+from agentstate.lookahead.forecast import Forecast
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import SessionStatus, leases, sessions
 
@@ -25,12 +36,18 @@ BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 
 router = APIRouter(tags=["health"])
 
 
-class Metrics:
-    """The metrics of one application."""
+def count_in(directory: Path, worker: int) -> None:
+    """From now on this process counts in files of a directory that all workers share. One that is started again goes
+    on with what the worker before it has counted."""
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
+    # The library chooses this when it is imported, which the parent of the workers has done.
+    values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call]
 
-    def __init__(self, database: Database, operations: Operations, waits: Waits | None):
-        self._database = database
-        self._counted_s = float("-inf")
+
+class Metrics:
+    """The metrics of one service. ``directory`` is where its workers count, if there are several."""
+
+    def __init__(self, database: Database, directory: Path | None = None):
         self.registry = CollectorRegistry()
         self.request_seconds = Histogram(
             "agentstate_request_seconds",
@@ -66,84 +83,93 @@ class Metrics:
             ["api"],
             registry=self.registry,
         )
-        self.registry.register(_Notices(operations))
-        if waits is not None:
-            self.registry.register(_Forecasts(waits))
-        self._sessions = Gauge("agentstate_sessions", "Sessions, by status.", ["status"], registry=self.registry)
-        self._leases = Gauge("agentstate_leases", "Leases that are valid now.", registry=self.registry)
+        self.notices = Counter(
+            "agentstate_notices",
+            "Messages to engines about sessions that wait, by what became of them: what the engine answered; unknown, "
+            "if it does not know them; unreachable; refused; dropped, if too many waited.",
+            ["state"],
+            registry=self.registry,
+        )
+        # Of all tenants together: no label tells one from another.
+        self.forecast_waits = Counter(
+            "agentstate_forecast_waits",
+            "Waits that have ended, by the decile of their forecast that they fell into: a tenth each if forecasts are "
+            "right.",
+            ["kind", "decile"],
+            registry=self.registry,
+        )
+        self.forecast_log_loss = Counter(
+            "agentstate_forecast_log_loss",
+            "Of waits that had been announced: the sum of the negative logarithms of the probabilities that were given "
+            "to what happened, by announcements and by what had been learned without them. Smaller is better.",
+            ["kind", "by"],
+            registry=self.registry,
+        )
+        self.announced_waits = Counter("agentstate_announced_waits", "Such waits.", ["kind"], registry=self.registry)
+        self._exposed = self.registry
+        if directory is not None:
+            self._exposed = CollectorRegistry()
+            MultiProcessCollector(self._exposed, str(directory))  # type: ignore[no-untyped-call]
+        self._rows = _Rows(database)
+        for registry in {self.registry, self._exposed}:
+            registry.register(self._rows)
 
     def exposition(self) -> bytes:
         """The metrics in Prometheus' text format. Raises DatabaseError."""
-        if time.monotonic() - self._counted_s > COUNT_S:
-            self._count()
-        return generate_latest(self.registry)
+        self._rows.count()
+        return generate_latest(self._exposed)
 
-    def _count(self) -> None:
+
+class CountedCalibration(Calibration):
+    """Counts how true forecasts come in the metrics, too."""
+
+    def __init__(self, metrics: Metrics):
+        super().__init__()
+        self._metrics = metrics
+
+    def ended(self, kind: str, forecast: Forecast, seconds: float | None, waited_s: float = 0.0) -> int:
+        found = super().ended(kind, forecast, seconds, waited_s)
+        self._metrics.forecast_waits.labels(kind, str(found + 1)).inc()
+        return found
+
+    def scored(self, kind: str, announced: float, learned: float) -> None:
+        super().scored(kind, announced, learned)
+        self._metrics.forecast_log_loss.labels(kind, "announced")
+        self._metrics.forecast_log_loss.labels(kind, "learned").inc(max(0.0, -learned))
+        self._metrics.announced_waits.labels(kind).inc()
+
+
+class _Rows(Collector):
+    """What SQL had when it was counted last."""
+
+    def __init__(self, database: Database):
+        self._database = database
+        self._counted_s = float("-inf")
+        self._by_status: dict[str, int] = {}
+        self._valid = 0
+
+    def count(self) -> None:
+        """Count, unless that was done a moment ago. Raises DatabaseError."""
+        if time.monotonic() - self._counted_s <= COUNT_S:
+            return
         with self._database.read() as connection:
             counted = connection.execute(
                 sa.select(sessions.c.status, sa.func.count().label("number"))
                 .where(sessions.c.deleted_us.is_(None))
                 .group_by(sessions.c.status)
             )
-            by_status = {row.status: row.number for row in counted}
-            valid = connection.execute(
+            self._by_status = {row.status: row.number for row in counted}
+            self._valid = connection.execute(
                 sa.select(sa.func.count()).select_from(leases).where(leases.c.expires_us > now_us())
             ).scalar_one()
-        for status in SessionStatus:
-            self._sessions.labels(status).set(by_status.get(status, 0))
-        self._leases.set(valid)
         self._counted_s = time.monotonic()
 
-
-class _Notices(Collector):
-    """What became of notices to engines."""
-
-    def __init__(self, operations: Operations):
-        self._operations = operations
-
     def collect(self) -> Iterator[Metric]:
-        told = CounterMetricFamily(
-            "agentstate_notices",
-            "Messages to engines about sessions that wait, by what became of them: what the engine answered; unknown, "
-            "if it does not know them; unreachable; refused; dropped, if too many waited.",
-            labels=["state"],
-        )
-        for state, number in sorted(self._operations.told.items()):
-            told.add_metric([state], number)
-        yield told
-
-
-class _Forecasts(Collector):
-    """How true forecasts came. Of all tenants together: no label tells one from another."""
-
-    def __init__(self, waits: Waits):
-        self._waits = waits
-
-    def collect(self) -> Iterator[Metric]:
-        calibration = self._waits.calibration
-        ended = CounterMetricFamily(
-            "agentstate_forecast_waits",
-            "Waits that have ended, by the decile of their forecast that they fell into: a tenth each if forecasts are "
-            "right.",
-            labels=["kind", "decile"],
-        )
-        for kind, deciles in sorted(calibration.deciles.copy().items()):
-            for number, count in enumerate(deciles, 1):
-                ended.add_metric([kind, str(number)], count)
-        yield ended
-        loss = CounterMetricFamily(
-            "agentstate_forecast_log_loss",
-            "Of waits that had been announced: the sum of the negative logarithms of the probabilities that were given "
-            "to what happened, by announcements and by what had been learned without them. Smaller is better.",
-            labels=["kind", "by"],
-        )
-        announced = CounterMetricFamily("agentstate_announced_waits", "Such waits.", labels=["kind"])
-        for kind, losses in sorted(calibration.losses.copy().items()):
-            loss.add_metric([kind, "announced"], losses.announced)
-            loss.add_metric([kind, "learned"], losses.learned)
-            announced.add_metric([kind], losses.waits)
-        yield loss
-        yield announced
+        by_status = GaugeMetricFamily("agentstate_sessions", "Sessions, by status.", labels=["status"])
+        for status in SessionStatus:
+            by_status.add_metric([status], self._by_status.get(status, 0))
+        yield by_status
+        yield GaugeMetricFamily("agentstate_leases", "Leases that are valid now.", self._valid)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

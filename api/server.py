@@ -7,17 +7,20 @@ import gc
 import ipaddress
 import logging
 import socket
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
 
 from agentstate.errors import SchemaOutdated, SettingsError
+from agentstate.fleet.operations import fail_abandoned
 from agentstate.sessions import tenants
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from api.app import create_app
+from api.app import create_app, owner_of
 from api.heads import BoundedHeads
 from api.observation import configure_logging
+from api.workers import Supervisor, Worker
 
 # How long running requests may take after the service is told to stop.
 SHUTDOWN_S = 30
@@ -81,27 +84,46 @@ def run(settings: Settings) -> None:
                 f"AGENTSTATE_HOST {settings.host} can be reached from elsewhere, and there is no API key: make one "
                 "with `agentstate keys create`, or listen on 127.0.0.1"
             )
-        app = create_app(settings.model_copy(update={"port": port}))
+        settings = settings.model_copy(update={"port": port})
         shown = f"[{host}]" if ":" in host else host
         logger.info(
-            "AgentState listens on http://%s:%d, database %s, pages in %s, %s",
+            "AgentState listens on http://%s:%d, database %s, pages in %s, %s%s",
             shown,
             port,
             url,
             settings.pages_path,
             "API keys are required" if guarded else "loopback only, because there is no API key",
+            f", {settings.workers} workers" if settings.workers > 1 else "",
         )
-        # What is there by now stays. A full collection that looked through it would stop all requests for 50 ms.
-        gc.collect()
-        gc.freeze()
-        gc.collect()  # of next to nothing: the next full one waits until a quarter as much is new
-        Server(app, log_level=library_level).run(sockets=[listener])
+        if settings.workers == 1:
+            _serve(settings, listener, library_level)
+        else:
+            # Also of workers that are not started any more.
+            fail_abandoned(database, owner_of(settings))
+            database.close()
+            _freeze()
+            Supervisor(settings.workers, lambda worker: _serve(settings, listener, library_level, worker)).run()
+
+
+def _serve(settings: Settings, listener: socket.socket, library_level: str, worker: Worker | None = None) -> None:
+    app = create_app(settings, worker)
+    _freeze()
+    Server(app, library_level, None if worker is None else worker.started).run(sockets=[listener])
+
+
+def _freeze() -> None:
+    """What is there by now stays. A full collection that looked through it would stop all requests for 50 ms, and make
+    workers copy what they share."""
+    gc.collect()
+    gc.freeze()
+    gc.collect()  # of next to nothing: the next full one waits until a quarter as much is new
 
 
 class Server(uvicorn.Server):
-    """Serves ``app``. On shutdown it ends the streams first, so that other requests can finish."""
+    """Serves ``app``, and calls ``on_started`` once it does. On shutdown it ends the streams first, so that other
+    requests can finish."""
 
-    def __init__(self, app: FastAPI, log_level: str = "warning"):
+    def __init__(self, app: FastAPI, log_level: str = "warning", on_started: Callable[[], None] | None = None):
         config = uvicorn.Config(
             app,
             http=BoundedHeads,
@@ -113,6 +135,12 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._app = app
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self._on_started is not None:
+            self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.service.changes.close()

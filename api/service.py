@@ -9,7 +9,7 @@ from fastapi import Depends, Header, Request
 
 from agentstate.fleet.decisions import Decisions
 from agentstate.fleet.operations import Operations
-from agentstate.fleet.waits import Waits
+from agentstate.fleet.waits import Hearing
 from agentstate.sessions.rows import Seen
 from agentstate.sessions.tenants import Tenant
 from agentstate.sessions.verbs import Sessions
@@ -17,6 +17,7 @@ from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from api.changes import Changes
 from api.gate import Gate
+from api.limits import Limits
 from api.metrics import Metrics
 from api.problems import PreconditionRequired
 
@@ -29,8 +30,9 @@ class Service:
     operations: Operations
     changes: Changes
     gate: Gate
+    limits: Limits
     metrics: Metrics
-    waits: Waits | None
+    waits: Hearing | None
     decisions: Decisions
 
 

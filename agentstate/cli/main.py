@@ -67,9 +67,11 @@ def settings(as_json: AsJson = False) -> None:
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on. [AGENTSTATE_HOST]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. [AGENTSTATE_PORT]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that answer requests. [AGENTSTATE_WORKERS]")] = None,
 ) -> None:
     """Run the session service."""
-    given = {name: value for name, value in {"host": host, "port": port}.items() if value is not None}
+    asked = {"host": host, "port": port, "workers": workers}
+    given = {name: value for name, value in asked.items() if value is not None}
     loading.room("api.server").run(loading.settings(**given))
 
 

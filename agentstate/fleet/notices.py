@@ -42,11 +42,12 @@ class Notice:
 class Notices:
     """Sends with ``call``: address, secret, verb, timeout in seconds, arguments. Used on one event loop. ``told``
     counts what became of notices: the state that an engine answered with, ``unknown`` (it does not know the verb),
-    ``refused``, ``unreachable``, or ``dropped`` (too many waited)."""
+    ``refused``, ``unreachable``, or ``dropped`` (too many waited); ``on_told`` is called with each of these."""
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, on_told: Callable[[str], None] = lambda state: None):
         self.told: Counter[str] = Counter()
         self._call = call
+        self._on_told = on_told
         self._waiting: OrderedDict[str, OrderedDict[str, Notice]] = OrderedDict()
         self._tenant_of: dict[str, str] = {}
         self._senders: set[asyncio.Task[None]] = set()
@@ -61,7 +62,7 @@ class Notices:
         if len(of_tenant) >= MAX_OF_TENANT:
             dropped, _ = of_tenant.popitem(last=False)
             del self._tenant_of[dropped]
-            self.told["dropped"] += 1
+            self._count("dropped")
         of_tenant[session] = notice
         self._tenant_of[session] = tenant
         if len(self._senders) < SENDERS:
@@ -89,6 +90,10 @@ class Notices:
         """How many notices have not been answered."""
         return len(self._tenant_of) + len(self._senders)
 
+    def _count(self, state: str) -> None:
+        self.told[state] += 1
+        self._on_told(state)
+
     async def _send(self) -> None:
         while self._waiting:
             tenant, of_tenant = next(iter(self._waiting.items()))
@@ -97,7 +102,7 @@ class Notices:
             if tenant in self._waiting:
                 self._waiting.move_to_end(tenant)
             try:
-                self.told[await self._tell(notice)] += 1
+                self._count(await self._tell(notice))
             except Exception:
                 logger.exception("an engine is not told of a session")
 

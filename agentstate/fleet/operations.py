@@ -182,11 +182,40 @@ def load(connection: Connection, operation_id: str, tenant: str) -> Operation:
     return Operation(**{**row._mapping, "state": OperationState(row.state)})
 
 
-class Operations:
-    """The operations of one service. ``owner`` names it, the same after a restart. Close it to end its threads."""
+def fail_abandoned(database: Database, owner: str) -> None:
+    """Fail the operations that ``owner``, and whatever `part_of` it, left unfinished when it ended, and those older
+    than any that runs."""
+    with database.write() as connection:
+        connection.execute(
+            sa.update(operations)
+            .where(
+                operations.c.state.in_((OperationState.PENDING, OperationState.RUNNING)),
+                sa.or_(
+                    operations.c.owner == owner,
+                    operations.c.owner.startswith(part_of(owner, ""), autoescape=True),
+                    operations.c.created_us < now_us() - round(ABANDONED_S * 1_000_000),
+                ),
+            )
+            .values(
+                state=OperationState.FAILED,
+                result={"error": "the service ended before the operation did"},
+                finished_us=now_us(),
+            )
+        )
 
-    def __init__(self, database: Database, owner: str):
+
+def part_of(owner: str, part: object) -> str:
+    """The name of one of several processes that are an owner together."""
+    return f"{owner}/{part}"
+
+
+class Operations:
+    """The operations of one process of a service. ``owner`` names it, the same after a restart; ``on_told`` is called
+    with what became of each notice (`Notices`). Close it to end its threads."""
+
+    def __init__(self, database: Database, owner: str, on_told: Callable[[str], None] = lambda state: None):
         self._database = database
+        self._on_told = on_told
         self.owner = owner
         self._closing = threading.Event()
         self._writers = ThreadPoolExecutor(2, thread_name_prefix="agentstate-operations-sql")
@@ -197,25 +226,6 @@ class Operations:
         self._thread = threading.Thread(target=self._run, args=(started,), name="agentstate-operations", daemon=True)
         self._thread.start()
         started.wait()
-
-    def fail_abandoned(self) -> None:
-        """Fail the operations that this service left unfinished when it ended, and those older than any that runs."""
-        with self._database.write() as connection:
-            connection.execute(
-                sa.update(operations)
-                .where(
-                    operations.c.state.in_((OperationState.PENDING, OperationState.RUNNING)),
-                    sa.or_(
-                        operations.c.owner == self.owner,
-                        operations.c.created_us < now_us() - round(ABANDONED_S * 1_000_000),
-                    ),
-                )
-                .values(
-                    state=OperationState.FAILED,
-                    result={"error": "the service ended before the operation did"},
-                    finished_us=now_us(),
-                )
-            )
 
     def announce(self, connection: Connection, tenant: str, kind: Kind, session_id: str) -> str:
         """Record an operation that is about to start, in the caller's transaction, and return its id.
@@ -352,7 +362,8 @@ class Operations:
         self._notices = Notices(
             lambda address, secret, verb, timeout_s, arguments: connections.call(
                 address, secret, verb, timeout_s, **arguments
-            )
+            ),
+            self._on_told,
         )
         started.set()
         await self._stop.wait()

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 
@@ -91,6 +91,26 @@ class Awaited:
     age_s: float = 0.0
 
 
+class Hearing(Protocol):
+    """Whoever is told what happens to sessions: ``session`` is the uid, ``rank`` the engine's rank 0 if it is known.
+    Nobody waits for what becomes of it, and nothing is raised."""
+
+    def begun(self, tenant: str, session: str, awaited: Sequence[Awaited], rank: Engine | None = None) -> None:
+        """The session waits until all of ``awaited`` are there; for its next request alone if that is empty."""
+
+    def expected(self, tenant: str, session: str, forecast: Forecast, kind: str, rank: Engine | None = None) -> None:
+        """The session's next request is expected like this, whatever has been learned."""
+
+    def released(self, tenant: str, session: str, rank: Engine | None = None) -> None:
+        """Nobody comes back to the session."""
+
+    def over(self, session: str, rank: Engine | None) -> None:
+        """The session's next request has come, and goes to this engine."""
+
+    def took(self, tenant: str, waits: Sequence[Took]) -> None:
+        """Learn from waits that are over."""
+
+
 @dataclass
 class _Learned:
     """What is known of a tenant's waits: as of ``version`` in SQL, and what came since."""
@@ -133,9 +153,9 @@ class _Session:
 
 
 class Waits:
-    """The waits of all sessions, as one service sees them. Thread-safe; no method waits for SQL or an engine, and none
-    raises. An engine is live while its heartbeat is at most ``engine_timeout_s`` old. Close it to end its thread; what
-    was learned is in SQL then.
+    """The waits of all sessions, as one service sees them: a `Hearing`. Thread-safe; no method waits for SQL or an
+    engine, and none raises. An engine is live while its heartbeat is at most ``engine_timeout_s`` old. Close it to end
+    its thread; what was learned is in SQL then.
     """
 
     def __init__(
@@ -144,6 +164,7 @@ class Waits:
         operations: Operations,
         engine_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        calibration: Calibration | None = None,
     ):
         self._database = database
         self._operations = operations
@@ -157,34 +178,29 @@ class Waits:
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._engines: OrderedDict[str, Engine] = OrderedDict()  # each rank once, by its id
         # How true forecasts came: of all tenants together, so that none learns of another's.
-        self.calibration = Calibration()
+        self.calibration = Calibration() if calibration is None else calibration
         self._saved_s = self._swept_s = clock()
         self._thread = threading.Thread(target=self._run, name="agentstate-waits", daemon=True)
         self._thread.start()
 
-    # --- what happens to sessions: ``session`` is the uid, ``rank`` the engine's rank 0 if it is known
+    # --- what happens to sessions (`Hearing`)
 
     def begun(self, tenant: str, session: str, awaited: Sequence[Awaited], rank: Engine | None = None) -> None:
-        """The session waits until all of ``awaited`` are there; for its next request alone if that is empty."""
         since_s = self._clock()
         self._note(lambda: self._begin(tenant, session, awaited, rank, since_s))
 
     def expected(self, tenant: str, session: str, forecast: Forecast, kind: str, rank: Engine | None = None) -> None:
-        """The session's next request is expected like this, whatever has been learned."""
         since_s = self._clock()
         self._note(lambda: self._foresee(tenant, session, forecast, 0.0, kind, rank, since_s))
 
     def released(self, tenant: str, session: str, rank: Engine | None = None) -> None:
-        """Nobody comes back to the session."""
         self._note(lambda: self._release(tenant, session, rank))
 
     def over(self, session: str, rank: Engine | None) -> None:
-        """The session's next request has come, and goes to this engine."""
         ended_s = self._clock()
         self._note(lambda: self._end(session, rank, ended_s))
 
     def took(self, tenant: str, waits: Sequence[Took]) -> None:
-        """Learn from waits that are over."""
         self._note(lambda: self._learn(tenant, waits))
 
     def settle(self) -> None:

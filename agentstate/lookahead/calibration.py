@@ -43,9 +43,12 @@ class Calibration:
     deciles: dict[str, list[int]] = field(default_factory=dict)
     losses: dict[str, Losses] = field(default_factory=dict)
 
-    def ended(self, kind: str, forecast: Forecast, seconds: float | None, waited_s: float = 0.0) -> None:
-        """A wait has ended for which this was forecast, once ``waited_s`` of it had passed; None: nobody came back."""
-        self.deciles.setdefault(kind, [0] * DECILES)[decile(forecast, seconds, waited_s)] += 1
+    def ended(self, kind: str, forecast: Forecast, seconds: float | None, waited_s: float = 0.0) -> int:
+        """A wait has ended for which this was forecast, once ``waited_s`` of it had passed; None: nobody came back.
+        Returns its `decile`."""
+        found = decile(forecast, seconds, waited_s)
+        self.deciles.setdefault(kind, [0] * DECILES)[found] += 1
+        return found
 
     def scored(self, kind: str, announced: float, learned: float) -> None:
         """A wait had been announced. These are the logarithms of the probabilities that the announcement, and the waits

@@ -34,7 +34,7 @@ from agentstate.fleet.engines import Engine
 from agentstate.fleet.pins import PinTier
 from agentstate.fleet.placement import Server, beside, best, choose, durable_on, named, outlook, source, spread
 from agentstate.fleet.turns import Turn
-from agentstate.fleet.waits import NEVER, Awaited, Took, Waits
+from agentstate.fleet.waits import NEVER, Awaited, Hearing, Took
 from agentstate.lookahead.durations import OTHER, PERSON
 from agentstate.lookahead.forecast import Forecast
 from agentstate.sessions import (
@@ -97,7 +97,7 @@ class Sessions:
         database: Database,
         engine_timeout_s: float,
         tenant: str = DEFAULT_TENANT,
-        waits: Waits | None = None,
+        waits: Hearing | None = None,
     ):
         self._database = database
         self._engine_timeout_s = engine_timeout_s
@@ -544,7 +544,7 @@ class Sessions:
     def _took(self, waits_over: Sequence[Took]) -> None:
         self._tell(lambda waits: waits.took(self._tenant, waits_over))
 
-    def _tell(self, act: Callable[[Waits], None]) -> None:
+    def _tell(self, act: Callable[[Hearing], None]) -> None:
         """Tell who follows waits, once it is committed."""
         if (waits := self._waits) is not None:
             self._database.once_committed(lambda: act(waits))

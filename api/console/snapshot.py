@@ -28,7 +28,8 @@ from api.service import Service
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 2.0
-# Of one that is older, a page waits for the next.
+# Of one that is older, a page waits for the next. With several workers, of one that is older than ``PERIOD_S``: the
+# page before may have been another worker's.
 STALE_S = 10.0
 # An engine that is overloaded is not waited for.
 ASK_S = 1.0
@@ -134,6 +135,7 @@ class Snapshots:
 
     def __init__(self, service: Service):
         self._service = service
+        self._stale_s = STALE_S if service.settings.workers == 1 else PERIOD_S
         self._newest: Snapshot | None = None
         self._taken_s = float("-inf")
         self._taking: asyncio.Task[Snapshot] | None = None
@@ -144,12 +146,12 @@ class Snapshots:
         self.closing = False
 
     async def newest(self) -> Snapshot:
-        """A snapshot that is at most ``STALE_S`` old. Raises DatabaseError."""
+        """A snapshot that is at most ``STALE_S`` old, or ``PERIOD_S`` beside other workers. Raises DatabaseError."""
         age_s = asyncio.get_running_loop().time() - self._taken_s
         if self._newest is not None and age_s < PERIOD_S:
             return self._newest
         taking = self._take()
-        if self._newest is not None and age_s < STALE_S:
+        if self._newest is not None and age_s < self._stale_s:
             return self._newest
         return await asyncio.shield(taking)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +86,6 @@ class Gateway:
         self.fleet = Fleet(service.database, settings.engine_timeout_s)
         self.turns = Turns(service)
         self.upstream = Upstream(settings.engine_api_key.get_secret_value(), settings.gateway_silence_s)
-        self.streams: Counter[str] = Counter()
 
     def abort(self, base_url: str, request_id: str) -> None:
         """End a request at an engine, in the background."""
@@ -126,7 +124,7 @@ class Gateway:
             await Passage(self, exchange, path).run()
             return
         limit = self.settings.gateway_streams
-        if limit and self.streams[exchange.tenant.id] >= limit:
+        if (running := self.service.limits.begin(exchange.tenant.id, limit)) is None:
             raise Refusal(
                 429,
                 "too_many_streams",
@@ -134,22 +132,18 @@ class Gateway:
                 retryable=True,
                 headers=[(b"retry-after", b"1")],
             )
-        with self._counted(exchange):
+        with self._until_over(exchange, running):
             await route.relay(self, exchange, path, route.dialect).run()
 
     @contextmanager
-    def _counted(self, exchange: Exchange) -> Iterator[None]:
-        """Counts a request of its tenant, until its answer ends."""
-        running = {exchange.tenant.id}
+    def _until_over(self, exchange: Exchange, running: int) -> Iterator[None]:
+        """A request counts as running until its answer ends."""
+        counted = {running}
 
         def over() -> None:
-            for tenant in running:
-                self.streams[tenant] -= 1
-                if not self.streams[tenant]:
-                    del self.streams[tenant]
-            running.clear()
+            while counted:
+                self.service.limits.end(counted.pop())
 
-        self.streams[exchange.tenant.id] += 1
         exchange.before_end = over
         try:
             yield

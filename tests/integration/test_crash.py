@@ -3,7 +3,9 @@ nothing is there half."""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ import httpx
 import pytest
 from postgres import PgBouncer, server
 from stage import MODEL, PATIENCE_S
-from test_server import process
+from test_server import await_end, process, workers_of
 
 from agentstate.cli.local import free_port
 from agentstate.settings import Settings
@@ -86,6 +88,11 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(database_url: st
     killed_again_and_again(database_url, tmp_path, [free_port()], lambda round_number: None)
 
 
+@pytest.mark.timeout(600)
+def test_nor_where_one_of_two_workers_is_killed(database_url: str, tmp_path: Path) -> None:
+    killed_again_and_again(database_url, tmp_path, [free_port()], lambda round_number: None, workers=2)
+
+
 @pytest.mark.timeout(1200)
 def test_nor_with_two_services_behind_a_pgbouncer_over_a_failover(tmp_path: Path) -> None:
     with (
@@ -110,14 +117,16 @@ def test_nor_with_two_services_behind_a_pgbouncer_over_a_failover(tmp_path: Path
 
 
 def killed_again_and_again(
-    database_url: str, tmp_path: Path, ports: Sequence[int], then: Callable[[int], None]
+    database_url: str, tmp_path: Path, ports: Sequence[int], then: Callable[[int], None], workers: int = 1
 ) -> None:
-    """In each round services at ``ports`` are killed in the middle of what agents do; ``then`` something happens."""
+    """In each round services at ``ports`` are killed in the middle of what agents do; ``then`` something happens. Of
+    several ``workers`` of a service one is killed before: what the others acknowledge is there as well."""
     log = tmp_path / "log"
     variables = {
         "AGENTSTATE_HOME": str(tmp_path),
         "AGENTSTATE_DATABASE_URL": database_url,
         "AGENTSTATE_COLLECT_INTERVAL_S": "0.2",
+        "AGENTSTATE_WORKERS": str(workers),
     }
     agents: list[Agent] = []
     dice = random.Random(11)
@@ -135,10 +144,27 @@ def killed_again_and_again(
                 assert all(thread.is_alive() for thread in threads)
                 time.sleep(0.01)
             time.sleep(dice.random())
+            killed = [dice.choice(workers_of(service)) for service in services] if workers > 1 else []
+            for worker in killed:
+                os.kill(worker, signal.SIGKILL)
+            if killed:
+                late = Agent(f"http://127.0.0.1:{ports[0]}", f"r{round_number}late")
+                threads.append(threading.Thread(target=late.run))
+                threads[-1].start()
+                crew.append(late)
+                while len(late.notes) < 2:
+                    assert threads[-1].is_alive(), "a worker that lives, or the successor, goes on"
+                    time.sleep(0.01)
+            left = [worker for service in services for worker in workers_of(service)] if workers > 1 else []
             for service in services:
                 service.kill()
+            for worker in left:
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
             for service in services:
                 service.wait()
+            for worker in left:
+                await_end(worker)
             for thread in threads:
                 thread.join()
             agents += crew

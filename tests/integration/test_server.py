@@ -55,6 +55,19 @@ def process(log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
         started.wait()
 
 
+def workers_of(service: subprocess.Popen[bytes]) -> list[int]:
+    """The processes of a service's workers, the oldest first."""
+    return [int(pid) for pid in Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()]
+
+
+def await_end(pid: int) -> None:
+    """Wait until a process that is not this one's child has ended."""
+    deadline = time.monotonic() + START_S
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, f"process {pid} goes on"
+        time.sleep(0.02)
+
+
 def test_a_service_starts_from_nothing_says_where_it_is_and_stops_when_told(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "log"
     home = tmp_path / "new" / "home"

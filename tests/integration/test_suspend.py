@@ -341,7 +341,7 @@ def test_a_service_that_starts_fails_what_its_former_self_left(service: Service)
                     created_us=operations.now_us() - age_s * 1_000_000,
                 )
             )
-    following.fail_abandoned()
+    operations.fail_abandoned(service.database, following.owner)
     states = {
         name: service.client.operation(f"op_{name}").state for name in ("mine", "queued", "other", "ancient", "done")
     }

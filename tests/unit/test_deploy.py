@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,8 +189,7 @@ def test_units_run_commands_and_set_settings_that_there_are(path: Path) -> None:
 
 def service_metrics() -> Iterator[tuple[set[str], set[str]]]:
     """Of each metric of the service: its series and its labels."""
-    calibration = SimpleNamespace(deciles={}, losses={})
-    metrics = Metrics(None, SimpleNamespace(told={}), SimpleNamespace(calibration=calibration))  # type: ignore[arg-type]
+    metrics = Metrics(None)  # type: ignore[arg-type]
     own = {one._name: set(one._labelnames) for one in vars(metrics).values() if hasattr(one, "_labelnames")}
     for family in metrics.registry.collect():
         labels = own[family.name] if family.name in own else set(family._labelnames)  # type: ignore[attr-defined]

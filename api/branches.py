@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response, status
 
 from agentstate import answers
+from api.direct import DirectRoute
 from api.entries import proof
 from api.problems import COMMON, responses
 from api.schemas import ForkSession, PathId, RewindSession
@@ -12,7 +13,12 @@ from api.service import SeenDep, SessionsDep
 from api.sessions import CONDITIONAL, GONE, LINKS, changed, created
 from api.writes import WriteDep
 
-router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["branches"], responses={**COMMON, **GONE, **CONDITIONAL})
+router = APIRouter(
+    prefix="/v1/sessions/{session_id}",
+    tags=["branches"],
+    responses={**COMMON, **GONE, **CONDITIONAL},
+    route_class=DirectRoute,
+)
 
 
 @router.post(
@@ -25,10 +31,12 @@ router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["branches"], respon
         **responses(_409="The id is taken, or the Idempotency-Key in use"),
     },
 )
-def fork(session_id: PathId, body: ForkSession, revision: SeenDep, write: WriteDep, sessions: SessionsDep) -> Response:
+async def fork(
+    session_id: PathId, body: ForkSession, revision: SeenDep, write: WriteDep, sessions: SessionsDep
+) -> Response:
     """Create a session that shares this one's history up to an entry. It has no lease, and has pending tool calls only
     if it branches at the head."""
-    return write.run(
+    answer = await write.carry_out(
         lambda _: created(
             sessions.fork(
                 session_id,
@@ -39,7 +47,8 @@ def fork(session_id: PathId, body: ForkSession, revision: SeenDep, write: WriteD
                 expires_in_s=body.expires_in_s,
             )
         )
-    ).response()
+    )
+    return answer.response()
 
 
 @router.post(

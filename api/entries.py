@@ -11,13 +11,19 @@ from agentstate import answers
 from agentstate.sessions.leases import LeaseKey
 from agentstate.sessions.outcomes import Order
 from agentstate.sessions.transcript import EntryPage, NewEntry
+from api.direct import DirectRoute
 from api.problems import COMMON, responses
 from api.schemas import MAX_ENTRIES, AppendEntries, LeaseProof, Name, PathId
 from api.service import SessionsDep
 from api.sessions import GONE
 from api.writes import Answer, WriteDep, entry
 
-router = APIRouter(prefix="/v1/sessions/{session_id}/entries", tags=["entries"], responses={**COMMON, **GONE})
+router = APIRouter(
+    prefix="/v1/sessions/{session_id}/entries",
+    tags=["entries"],
+    responses={**COMMON, **GONE},
+    route_class=DirectRoute,
+)
 
 
 @router.get("", response_model=answers.EntryList, operation_id="list_entries")
@@ -39,7 +45,7 @@ def read(
     operation_id="append_entries",
     responses=responses(_409="The lease is lost, or the Idempotency-Key in use"),
 )
-def append(session_id: PathId, body: AppendEntries, write: WriteDep, sessions: SessionsDep) -> Response:
+async def append(session_id: PathId, body: AppendEntries, write: WriteDep, sessions: SessionsDep) -> Response:
     """Append one or many entries, all or none, under the lease."""
 
     def act(_: Connection) -> Answer:
@@ -49,7 +55,7 @@ def append(session_id: PathId, body: AppendEntries, write: WriteDep, sessions: S
         answer = answers.AppendedEntries(**vars(shown), revision=str(appended.session.revision))
         return Answer(answer, status.HTTP_201_CREATED)
 
-    return write.run(act).response()
+    return (await write.carry_out(act)).response()
 
 
 def page(page: EntryPage) -> answers.EntryList:

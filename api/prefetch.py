@@ -79,7 +79,7 @@ async def prefetch(
             return view(operations.load(connection, ids[0], caller.id))
 
     answer = Answer(await run_in_threadpool(load), status.HTTP_200_OK if warm is not None else status.HTTP_202_ACCEPTED)
-    await run_in_threadpool(write.finish, answer)
+    await write.finish(answer)
     return answer.response()
 
 

@@ -28,6 +28,7 @@ from agentstate.fleet.operations import Kind, Outcome, Question, Tier
 from agentstate.sessions.leases import Lease
 from agentstate.sessions.outcomes import Resumed, Suspended
 from agentstate.sql.database import instant
+from api.direct import DirectRoute
 from api.entries import page, proof
 from api.prefetch import start_later
 from api.problems import COMMON, responses
@@ -38,7 +39,9 @@ from api.writes import Answer, WriteDep
 
 logger = logging.getLogger(__name__)
 
-router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["turns"], responses={**COMMON, **GONE})
+router = APIRouter(
+    prefix="/v1/sessions/{session_id}", tags=["turns"], responses={**COMMON, **GONE}, route_class=DirectRoute
+)
 
 _WAIT = re.compile(r"(?:^|[,;])\s*wait=(\d{1,9})", re.ASCII)  # RFC 7240
 _LEASE = {"token": "$response.body#/lease/token", "epoch": "$response.body#/lease/epoch"}
@@ -115,14 +118,14 @@ async def resume(
         return Answer(_resumed(resumed, operation_id), then=then)
 
     if wanted.on_busy == "reject":
-        return (await run_in_threadpool(write.run, act)).response()
+        return (await write.carry_out(act)).response()
     preferred = _WAIT.search(prefer or "")
     deadline = time.monotonic() + min(wanted.busy_timeout_ms / 1000, int(preferred[1]) if preferred else math.inf)
     uid = (await run_in_threadpool(sessions.read, session_id)).uid
     with service.changes.watch(uid) as watch:
         while True:
             try:
-                return (await run_in_threadpool(write.run, act)).response()
+                return (await write.carry_out(act)).response()
             except SessionBusy as busy:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0 or watch.closing:
@@ -175,7 +178,7 @@ async def suspend(
         done.append((suspended, announce(connection, Kind.DEMOTE) if demoting else None))
         return Answer(_suspended(*done[-1], outcome), final=body.kv == "release" or not suspended.ranks)
 
-    answer = await run_in_threadpool(write.run, act)
+    answer = await write.carry_out(act)
     if answer.replayed:
         return answer.response()
     suspended, operation_id = done[-1]
@@ -223,7 +226,7 @@ async def suspend(
                     return announce(connection, Kind.FLUSH)
 
             try:
-                operation_id = await run_in_threadpool(write_down)
+                operation_id = await asyncio.wrap_future(service.database.submit(write_down))
             except DatabaseError as error:
                 # The suspend itself is committed: the answer must not be an error.
                 logger.error("the flush of session %s cannot be followed: %s", session_id, error)
@@ -231,7 +234,7 @@ async def suspend(
                 service.operations.follow(operation_id, [flush])
         answer = Answer(_suspended(suspended, operation_id, outcome, reason))
         try:
-            await run_in_threadpool(write.finish, answer)
+            await write.finish(answer)
         except DatabaseError as error:
             logger.error("the answer to the suspend of session %s is not stored whole: %s", session_id, error)
     service.metrics.suspends.labels(outcome.state).inc()

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 # A worker that has lived for less than this is not started again at once, but after a time that doubles.
 SHORT_S = 10.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 5.0
+# How the parent, and it its workers, are told to stop.
+_TOLD = (signal.SIGTERM, signal.SIGINT)
 # The exit status of a worker that could not start.
 FAILED = 3
 
@@ -84,7 +86,7 @@ class Supervisor:
         woken, wake = socket.socketpair()
         for end in (woken, wake):
             end.setblocking(False)
-        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {number: signal.signal(number, self._stop) for number in _TOLD}
         before = signal.set_wakeup_fd(wake.fileno())
         try:
             self._due_s = dict.fromkeys(range(1, self._count + 1), 0.0)
@@ -115,7 +117,6 @@ class Supervisor:
             with suppress(BlockingIOError):
                 woken.recv(1024)
             if self._stopping:
-                # One that was forked while the signal came has not been told.
                 self._tell_all(signal.SIGTERM)
             for number, process in list(self._running.items()):
                 if process.exitcode is not None:
@@ -125,7 +126,12 @@ class Supervisor:
         del self._due_s[number]
         process = self._fork.Process(target=self._work, args=(number,), name=f"agentstate-worker-{number}")
         self._begun_s[number] = time.monotonic()
-        process.start()
+        # A signal that comes meanwhile waits until the worker has handlers of its own.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _TOLD)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _TOLD)
         self._running[number] = process
 
     def _over(self, number: int) -> None:
@@ -164,6 +170,7 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _TOLD)
         os.close(self._alive_in)
         threading.Thread(target=_end_after, args=(self._alive_out,), name="agentstate-parent", daemon=True).start()
         count_in(self._metrics_dir, number)

@@ -6,6 +6,7 @@ lease, which is derived from the client's key).
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -78,11 +79,21 @@ class Write:
             idempotency.store(connection, self.once, _without_entries(answer), final=answer.final)
             return answer
 
-    def finish(self, answer: Answer) -> None:
-        """Store the answer of a write that was not final."""
-        if self.once is not None:
+    async def carry_out(self, act: Callable[[Connection], Answer]) -> Answer:
+        """`run`, on a thread for writing."""
+        return await asyncio.wrap_future(self.database.submit(lambda: self.run(act)))
+
+    async def finish(self, answer: Answer) -> None:
+        """Store the answer of a write that was not final. Raises DatabaseError."""
+        once = self.once
+        if once is None:
+            return
+
+        def store() -> None:
             with self.database.write() as connection:
-                idempotency.store(connection, self.once, _without_entries(answer))
+                idempotency.store(connection, once, _without_entries(answer))
+
+        await asyncio.wrap_future(self.database.submit(store))
 
     def lease_secret(self) -> str | None:
         """The secret for a lease that this request takes; None: any."""

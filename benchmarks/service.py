@@ -31,6 +31,7 @@ from agentstate.cli.local import LocalService, free_port
 from agentstate.client import AsyncClient, Client
 from agentstate.client import message as message_entry
 from agentstate.fleet.manifests import KvState
+from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from benchmarks import conversations, databases, results, stand_in
 from benchmarks.databases import Server
@@ -231,6 +232,7 @@ def run(plan: Plan, chosen: Sequence[str], report: Path | None) -> None:
     settings: dict[str, Any] = {
         "sessions": {str(length): count for length, count in plan.sessions.items()},
         "rounds": plan.rounds,
+        "workers": Settings().workers,
         "engine": "a stand-in that answers every flush with durable at once",
         "filesystem": databases.filesystem(tempfile.gettempdir()),
         "durability": {},

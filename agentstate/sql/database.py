@@ -27,10 +27,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -60,6 +62,8 @@ from agentstate.errors import (
 )
 from agentstate.private import close_to_others, make_directory, make_file
 from agentstate.sql import address, prepared
+
+T = TypeVar("T")
 
 BUSY_TIMEOUT_S = 10
 CONNECT_TIMEOUT_S = 5
@@ -126,6 +130,7 @@ class Database:
         self._url = self._address.url
         self.is_sqlite = self._address.is_sqlite
         self._thread = threading.local()  # the transaction that the thread has begun
+        self._threads: ThreadPoolExecutor | None = None
         self.url = self._address.shown  # safe to log
         if self.is_sqlite:
             if self._url.database in (None, "", ":memory:"):
@@ -191,6 +196,22 @@ class Database:
                 self._thread.connection, then = None, self._thread.then
         for act in then:
             act()
+
+    def submit(self, act: Callable[[], T]) -> Future[T]:
+        """Have ``act``, which writes, run on a thread for that, in the caller's context. On SQLite there is one: who
+        waits for another writer of this process waits in its queue, without a thread. The future raises what ``act``
+        raises, and DatabaseError if its turn has not come within ``BUSY_TIMEOUT_S``."""
+        if self._threads is None:
+            threads = 1 if self.is_sqlite else 2 * POOL_SIZE
+            self._threads = ThreadPoolExecutor(threads, thread_name_prefix="agentstate-write")
+        submitted_s = time.monotonic()
+
+        def run() -> T:
+            if time.monotonic() - submitted_s > BUSY_TIMEOUT_S:
+                raise DatabaseError(f"{self.url}: no connection became free in time; try again")
+            return act()
+
+        return self._threads.submit(copy_context().run, run)
 
     def once_committed(self, act: Callable[[], None]) -> None:
         """In a block of `write`: call ``act`` on this thread once the transaction has committed, if it does. It must
@@ -263,7 +284,10 @@ class Database:
             return connection.execute(sa.select(_VERSIONS.c.version_num)).scalar()
 
     def close(self) -> None:
-        """Close the idle connections. The object opens new ones if it is used again."""
+        """Close the idle connections, after what was submitted. The object opens new ones if it is used again."""
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown()
         self._writer.dispose()
         self._reader.dispose()
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -160,15 +161,14 @@ class Turns:
         began_s = time.monotonic()
         deadline_s = began_s + max(wait_s, ENDING_S)
         while True:
-            beginning = asyncio.ensure_future(
-                run_in_threadpool(
-                    sessions.begin,
-                    wanted,
-                    lease_ttl_s=settings.lease_ttl_s,
-                    expires_in_s=settings.gateway_expires_s,
-                    patient=time.monotonic() < began_s + ENDING_S,
-                )
+            begin = partial(
+                sessions.begin,
+                wanted,
+                lease_ttl_s=settings.lease_ttl_s,
+                expires_in_s=settings.gateway_expires_s,
+                patient=time.monotonic() < began_s + ENDING_S,
             )
+            beginning = asyncio.wrap_future(self.service.database.submit(begin))
             try:
                 begun = await asyncio.shield(beginning)
                 if begun.ending is None:
@@ -214,7 +214,7 @@ class Turns:
         resumed = turn.begun.resumed
         assert resumed is not None
         named = turn.begun.origin is Origin.NAMED
-        suspended = await run_in_threadpool(
+        end = partial(
             self.service.sessions.of(turn.tenant.id).end,
             resumed.session.id,
             resumed.lease.key,
@@ -223,6 +223,7 @@ class Turns:
             response=kept.response,
             expires_in_s=None if named else self.service.settings.gateway_expires_s,
         )
+        suspended = await asyncio.wrap_future(self.service.database.submit(end))
         if turn.hints.pin_s is not None:
             # Also without an engine: the next one reads of it.
             self.keep(self._pin(turn, resumed.session.id, turn.hints.pin_s))

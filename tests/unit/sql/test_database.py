@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import closing
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import sqlalchemy as sa
 
 from agentstate import ids
 from agentstate.errors import DatabaseError, DatabaseUnreachable, SettingsError
+from agentstate.sql import database as sql_database
 from agentstate.sql.database import Database, instant, now_us
 from agentstate.sql.models import operations
 
@@ -54,6 +56,44 @@ def test_what_is_to_be_done_once_it_is_committed_is_done_then_and_only_then(data
     with database.write():
         pass
     assert done == [1]
+
+
+def test_what_is_submitted_runs_in_the_callers_context_and_raises_there(database: Database) -> None:
+    asked = ContextVar("asked", default="")
+
+    def write() -> str:
+        with database.write() as connection:
+            insert_operation(connection)
+        return asked.get()
+
+    asked.set("me")
+    assert database.submit(write).result(60) == "me"
+    assert count(database) == 1
+
+    def broken() -> None:
+        with database.write() as connection:
+            insert_operation(connection)
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        database.submit(broken).result(60)
+    assert count(database) == 1
+    last = database.submit(write)
+    database.close()
+    assert last.done() and count(database) == 2, "what was submitted is done before it is closed"
+    assert database.submit(write).result(60) == "me", "it opens again"
+
+
+def test_what_waits_for_too_long_to_write_is_not_written(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    threads = 1 if database.is_sqlite else 2 * sql_database.POOL_SIZE
+    before = [database.submit(lambda: gate.wait(60)) for _ in range(threads)]
+    monkeypatch.setattr(sql_database, "BUSY_TIMEOUT_S", -1)
+    late = database.submit(lambda: pytest.fail("it ran"))
+    gate.set()
+    with pytest.raises(DatabaseError, match="try again"):
+        late.result(60)
+    assert all(one.result(60) for one in before)
 
 
 def test_the_clock_is_the_databases_in_whole_microseconds(database: Database) -> None:

@@ -4,8 +4,8 @@ interpreter that has SGLang.
 First `tests/gpu`, the pieces below SGLang. Then an engine for each of `CASES`, on tiny random models, four at a time:
 agents whose KV has left the device must go on with the tokens, and the verifications of drafts, of agents that were
 never suspended, and all of their KV must have been restored. It takes ten minutes at most: what has not begun after
-nine is not run, and the table says so. Two GPUs are needed for tensor parallelism, data parallel attention and PD
-disaggregation: they are not here.
+nine is not run, and the table says so. Tensor and data parallelism and PD disaggregation
+need two GPUs: they are not here.
 
 Without a GPU, `tests/gpu` runs on the late device and nothing else does; `--on-cpu` runs the cases that a CPU can
 serve, which tells whether this program works. It has not been run on a GPU yet.
@@ -35,7 +35,7 @@ from agentstate.settings import Settings
 from benchmarks import results
 from benchmarks.models import GEOMETRIES
 from benchmarks.resumed import Event, Ours, resume
-from benchmarks.speculation import ALGORITHMS, EXACT, STATES
+from benchmarks.speculation import ALGORITHMS, POOLS, STATES
 from benchmarks.stacks import TINY, checkpoint_of
 from benchmarks.terminal import console
 
@@ -54,16 +54,15 @@ _ONCE, _TWICE = (Event.FLUSH,), (Event.FLUSH, Event.KILL)
 class Case:
     """An engine: its ``model``, one of `stacks.checkpoint_of` or a kind of tests/models.py, SGLang's ``flags`` and an
     ``algorithm`` of `ALGORITHMS` if it drafts. ``on_gpu`` are flags for a GPU alone, ``on_a_cpu`` those for a CPU; one
-    that no CPU can serve has ``on_cpu`` unset. It has so many DP ranks (``dp_size``). ``fields`` are of each request.
+    that no CPU can serve has ``on_cpu`` unset. ``fields`` are of each request.
     ``rare`` is what most GPUs lack: without it the case is not a failure."""
 
     model: str
-    flags: tuple[str, ...] = EXACT
+    flags: tuple[str, ...] = ()
     algorithm: str | None = None
     on_gpu: tuple[str, ...] = (*_TRITON, *_QUICK)
     on_cpu: bool = True
     on_a_cpu: tuple[str, ...] = ()
-    dp_size: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     events: tuple[Event, ...] = _ONCE
@@ -72,37 +71,29 @@ class Case:
 
 _ADAPTER, _LOADED = "adapter-1", "one={adapter}"
 _LORA = ("--enable-lora", "--lora-paths", _LOADED, "--max-loras-per-batch", "2")
-_BFLOAT16 = ("--dtype", "bfloat16", *EXACT[2:])
 CASES = {
     # As an operator starts it: SGLang's own attention, and graphs.
-    "as it comes": Case("qwen2.5-7b", _BFLOAT16, on_gpu=(), events=_TWICE, on_cpu=False),
+    "as it comes": Case("qwen2.5-7b", on_gpu=(), events=_TWICE, on_cpu=False),
     "GQA": Case("llama", events=_TWICE),
-    **{f"pages of {size}": Case("llama", (*EXACT, "--page-size", str(size))) for size in (1, 16, 32, 128)},
-    "fp8": Case("llama", (*EXACT, "--kv-cache-dtype", "fp8_e4m3")),
-    "fp4": Case(
-        "qwen2.5-7b", (*_BFLOAT16, "--kv-cache-dtype", "fp4_e2m1"), on_gpu=_QUICK, on_cpu=False, rare="Blackwell"
-    ),
+    **{f"pages of {size}": Case("llama", ("--page-size", str(size))) for size in (1, 16, 32, 128)},
+    "fp8": Case("llama", ("--kv-cache-dtype", "fp8_e4m3")),
+    **{
+        name: Case("qwen2.5-7b", ("--kv-cache-dtype", dtype), on_gpu=_QUICK, on_cpu=False, rare="Blackwell")
+        for name, dtype in {"fp4": "nvfp4", "mxfp8": "mxfp8"}.items()
+    },
     "MLA": Case("mla"),
     "sparse attention": Case("tiny-sparse", on_gpu=_QUICK, rare="kernels for DeepSeek-V3.2"),
     "sliding windows": Case("sliding"),
-    "convolutions": Case("conv", (*EXACT, *STATES)),
-    "recurrent states": Case("tiny-linear", (*EXACT, *STATES)),
+    "convolutions": Case("conv", STATES),
+    "recurrent states": Case("tiny-linear", STATES),
     **{name: Case(of.model, algorithm=name, events=_TWICE) for name, of in ALGORITHMS.items() if name != "mtp-sparse"},
     "mtp-sparse": Case("tiny-sparse", algorithm="mtp-sparse", on_gpu=_QUICK, rare="kernels for DeepSeek-V3.2"),
-    "LoRA": Case("llama", (*EXACT, *_LORA), on_a_cpu=("--lora-backend", "torch_native"), fields={"lora_path": "one"}),
+    "LoRA": Case("llama", _LORA, on_a_cpu=("--lora-backend", "torch_native"), fields={"lora_path": "one"}),
     "host memory": Case("llama", environment={"AGENTSTATE_HOST_BYTES": "256MiB"}),
     "preloads": Case("llama", environment={"AGENTSTATE_PRELOAD_BYTES": "1"}),
-    "overlap off": Case("llama", (*EXACT, "--disable-overlap-schedule")),
-    "priorities": Case("llama", (*EXACT, "--enable-priority-scheduling", "--radix-eviction-policy", "priority")),
+    "overlap off": Case("llama", ("--disable-overlap-schedule",)),
+    "priorities": Case("llama", ("--enable-priority-scheduling", "--radix-eviction-policy", "priority")),
     "GPUDirect Storage": Case("llama", environment={"AGENTSTATE_READ_BACKEND": "kvikio"}, on_cpu=False, rare="KvikIO"),
-    # Two replicas on one GPU.
-    "DP": Case(
-        "llama",
-        (*EXACT, "--dp-size", "2"),
-        on_gpu=(*_TRITON, *_QUICK, "--gpu-id-step", "0"),
-        dp_size=2,
-        fields={"routed_dp_rank": 1},
-    ),
 }
 
 
@@ -137,8 +128,8 @@ def run(
         stack.environment = {**stack.environment, **own}
         with closing(stack), ExitStack() as ending:
             stack.create_database()
-            stack.engine_arguments = _flags(case, checkpoints, settings, on_gpu)
-            engine = Ours(stack, case.dp_size)
+            stack.engine_arguments = flags_of(case, checkpoints, settings, on_gpu)
+            engine = Ours(stack)
             limit = Timer(limit_s, stack.kill_engine)
             limit.daemon = True
             limit.start()
@@ -169,7 +160,7 @@ def make(cases: Iterable[Case], checkpoints: Path) -> None:
         )
     for case in chosen:
         _checkpoint(case.model, checkpoints, settings)
-        _flags(case, checkpoints, settings, on_gpu=False)
+        flags_of(case, checkpoints, settings, on_gpu=False)
 
 
 def _is_cached(model: str) -> bool:
@@ -180,12 +171,15 @@ def _checkpoint(model: str, checkpoints: Path, settings: Settings) -> Path:
     return checkpoint_of(settings, model) if _is_cached(model) else checkpoints / model
 
 
-def _flags(case: Case, checkpoints: Path, settings: Settings, on_gpu: bool) -> tuple[str, ...]:
+def flags_of(case: Case, checkpoints: Path, settings: Settings, on_gpu: bool) -> tuple[str, ...]:
+    """SGLang's, with the checkpoints of an adapter and of a draft model, which is made if it does not exist."""
     flags = tuple(flag.format(adapter=checkpoints / _ADAPTER) if flag == _LOADED else flag for flag in case.flags)
     if case.algorithm is not None:
         flags += ALGORITHMS[case.algorithm].arguments(settings)
-    # Several engines share the GPU, and their pools are small.
-    return (*flags, *case.on_gpu, "--mem-fraction-static", "0.5") if on_gpu else (*flags, *case.on_a_cpu)
+    if not on_gpu:
+        return ("--dtype", "float32", *POOLS, *flags, *case.on_a_cpu)
+    # A GPU's kernels are made for bfloat16, and round alike for equally many tokens. Several engines share it.
+    return ("--dtype", "bfloat16", *POOLS, "--mem-fraction-static", "0.5", *flags, *case.on_gpu)
 
 
 def below_sglang(limit_s: float) -> dict[str, Any]:

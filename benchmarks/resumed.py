@@ -18,7 +18,6 @@ from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
 from benchmarks.drafting import VOCABULARY
 from benchmarks.engine import Answer, Engine
-from benchmarks.stacks import settle
 
 _QUESTION, _ANSWER, _NEXT, _OUTPUT = 300, 64, 30, 64
 
@@ -51,10 +50,9 @@ class Contender(Protocol):
 
 @dataclass
 class Ours:
-    """A stack of ours, ready to be started, whose engine has so many DP ranks."""
+    """A stack of ours, ready to be started."""
 
     stack: LocalStack
-    dp_size: int = 1
     name: str = "agentstate"
 
     @property
@@ -65,7 +63,7 @@ class Ours:
         self.stack.start_engine(*self.stack.engine_arguments)
 
     def settle(self) -> object:
-        return settle(self.stack, self.dp_size)
+        return self.stack.settle()
 
     def flush(self) -> None:
         self.stack.flush_device()

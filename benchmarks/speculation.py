@@ -29,7 +29,9 @@ from benchmarks.terminal import console
 
 PEERS: dict[str, type[Server]] = {"file-linker": FileLinkerServer, "hicache": HiCache}
 """Other ways to keep KV, by their names on the command line."""
-EXACT = ("--dtype", "float32", "--skip-tokenizer-init", "--max-total-tokens", "16384", "--chunked-prefill-size", "256")
+POOLS = ("--skip-tokenizer-init", "--max-total-tokens", "16384", "--chunked-prefill-size", "256")
+"""What tiny models are served with."""
+_EXACT = ("--dtype", "float32", *POOLS)
 """Tokens and drafts are compared: in bfloat16 those of another batch or chunk may differ, with a store or without."""
 _CHAIN = ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
 # As many states as SGLang would have fill most of a machine's memory.
@@ -149,7 +151,7 @@ _NOTHING = dict.fromkeys(
 
 @contextmanager
 def _contenders(settings: Settings, algorithm: Algorithm, peers: Sequence[str]) -> Iterator[list[Contender]]:
-    arguments = (*EXACT, *algorithm.arguments(settings))
+    arguments = (*_EXACT, *algorithm.arguments(settings))
     with running(settings, algorithm.model, arguments, start=False, AGENTSTATE_BREAK_EVEN="off") as stack:
         python, checkpoint = Path(launcher.engine_python(settings)), checkpoint_of(settings, algorithm.model)
         yield [Ours(stack), *(PEERS[name](stack.home / name, checkpoint, python, arguments) for name in peers)]

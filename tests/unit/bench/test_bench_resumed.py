@@ -210,13 +210,13 @@ def test_a_case_fails_unless_it_needs_what_most_gpus_lack() -> None:
     found = {
         "GQA": "same",
         "MLA": "recomputed",
-        "DP": "did not run",
+        "LoRA": "did not run",
         "fp4": "did not run",
         "sparse attention": "OTHER TOKENS",
         "tests/gpu": "FAILED",
     }
     rows = [{"case": name, "found": each} for name, each in found.items()]
-    assert gpu_matrix.failed(rows, gpu_matrix.CASES) == ["MLA", "DP", "sparse attention", "tests/gpu"]
+    assert gpu_matrix.failed(rows, gpu_matrix.CASES) == ["MLA", "LoRA", "sparse attention", "tests/gpu"]
     assert gpu_matrix.failed([{"case": "tests/gpu", "found": "passed"}], gpu_matrix.CASES) == []
 
 

@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from types import CodeType
 from typing import Any
 
@@ -404,12 +405,17 @@ def has(owner: type, name: str) -> bool:
     if hasattr(owner, name) or any(name in vars(cls).get("__annotations__", ()) for cls in owner.__mro__):
         return True
     return any(
-        name in code.co_names
-        and any(step.opname == "STORE_ATTR" and step.argval == name for step in dis.Bytecode(code))
+        name in code.co_names and name in _set_by(code)
         for cls in owner.__mro__
         for member in vars(cls).values()
         for code in _codes(member)
     )
+
+
+@cache
+def _set_by(code: CodeType) -> frozenset[str]:
+    """The attributes that code sets."""
+    return frozenset(step.argval for step in dis.Bytecode(code) if step.opname == "STORE_ATTR")
 
 
 def _codes(member: Any) -> Iterator[CodeType]:

@@ -51,7 +51,6 @@ class Linker:
     preload_bytes = window_pages = 0
     retired = False
     drive_timeout_s = 3600.0
-    preload_stats = PreloadStats()
     quarantines_pages = stuck = demotes = False
     queue_aging_s = 10.0
 
@@ -62,6 +61,7 @@ class Linker:
         self.served = Served(clock)
         self.decisions = Decisions()
         self.order_stats = OrderStats()
+        self.preload_stats = PreloadStats()
         self.stores: set[str] = set()
         self.offers: list[list[str]] = []
         self.lost = 0
@@ -115,6 +115,8 @@ class Linker:
     def preload(self, rid: str, keys: list[bytes], slots: Mapping[PoolName, torch.Tensor], need: Need) -> int:
         self.loads.append((keys, slots))
         return len(self.loads) - 1
+
+    def hasten(self, batch: int, need: Need) -> None: ...
 
     def landed(self, batch: int) -> bool:
         return batch < self.landed_batches

@@ -283,7 +283,8 @@ class DeviceTier:
         missing = prefetch.keys[found.device_prefix_len // self._cache.page_size :]
         if not missing:
             return Progress.DONE
-        if self._linker.restores:
+        # What several ranks have agreed on all of them begin: one whose drive does not answer by now fails it for all.
+        if self._linker.restores or not self._ranks.alone:
             prefetch.preload = self._preloads.start("a prefetch", prefetch.key, found, missing, reserved, prefetch.need)
         return Progress.FAILED if prefetch.preload is None else Progress.RUNNING
 

@@ -16,7 +16,7 @@ from stacks import MakeStack, ask_ranks, stats_at_rest
 from agentstate import Client
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
-from agentstate.sessions import Resumed
+from agentstate.sessions.outcomes import Resumed
 
 # The device has 128 pages.
 AGENTS = 6

@@ -248,6 +248,24 @@ def test_a_rank_that_stores_a_page_later_is_waited_for() -> None:
     assert progress() is Progress.DONE
 
 
+def test_ranks_begin_what_they_have_agreed_on_though_a_drive_does_not_answer_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together = Together()
+    linker = together.other.linker
+
+    def can_restore(keys: list[bytes]) -> bool:
+        linker.restores = False
+        return True
+
+    monkeypatch.setattr(linker, "can_restore", can_restore)
+    progress = together.ask(together.first, "a")
+    together.step()
+    assert together.loads == [[pages_of(together.keys["a"])]] * 2
+    together.land()
+    assert progress() is Progress.DONE
+
+
 def test_a_rank_gives_up_what_the_first_one_was_not_asked_for() -> None:
     together = Together()
     progress = together.ask(together.other, "a")

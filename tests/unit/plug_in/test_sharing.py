@@ -18,7 +18,15 @@ import sqlalchemy as sa
 from contents import MHA, keys, reader_for
 from nodes import PAGE_SIZE, URL, Fragile, Node, age, rows
 
-from agentstate.errors import BadExtent, DatabaseError, TierDeleting, TierMissing, TierRefused, TierUnavailable
+from agentstate.errors import (
+    BadExtent,
+    DatabaseError,
+    DatabaseUnreachable,
+    TierDeleting,
+    TierMissing,
+    TierRefused,
+    TierUnavailable,
+)
 from agentstate.fleet import erasures, manifests, stores
 from agentstate.fleet import extents as catalogue
 from agentstate.fleet.erasures import Chain
@@ -419,6 +427,24 @@ def test_what_is_about_to_be_evicted_is_published_and_what_is_not_stays(small: N
     sent = node.tier.sent["publish"]
     node.round(LATER_S)
     assert node.tier.sent["publish"] == sent
+
+
+def test_sql_is_told_of_what_was_published_when_it_failed(small: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = small
+    serve(node, *range(EXTENTS - 1))
+    load = manifests.load
+
+    def fails(*arguments: object) -> None:
+        monkeypatch.setattr(manifests, "load", load)
+        raise DatabaseUnreachable("of this test")
+
+    monkeypatch.setattr(manifests, "load", fails)
+    with pytest.raises(DatabaseError):
+        node.round()
+    assert shared(node, 0) == [True] and node.shared_tokens("s0") == 0
+    for _ in range(2):
+        node.round()
+    assert node.shared_tokens("s0") == 2 * PAGE_SIZE
 
 
 def test_what_nobody_comes_back_for_is_evicted_unpublished(small: Node) -> None:

@@ -25,7 +25,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from agentstate.lookahead.calibration import Calibration
+from agentstate.lookahead.calibration import DECILES, Calibration
 from agentstate.lookahead.forecast import Forecast
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import SessionStatus, leases, sessions
@@ -128,13 +128,17 @@ class CountedCalibration(Calibration):
         self._metrics = metrics
 
     def ended(self, kind: str, forecast: Forecast, seconds: float | None, waited_s: float = 0.0) -> int:
+        if kind not in self.deciles:
+            # Also those that none has fallen into yet: a share needs all of them.
+            for number in range(DECILES):
+                self._metrics.forecast_waits.labels(kind, str(number + 1))
         found = super().ended(kind, forecast, seconds, waited_s)
         self._metrics.forecast_waits.labels(kind, str(found + 1)).inc()
         return found
 
     def scored(self, kind: str, announced: float, learned: float) -> None:
         super().scored(kind, announced, learned)
-        self._metrics.forecast_log_loss.labels(kind, "announced")
+        self._metrics.forecast_log_loss.labels(kind, "announced").inc(max(0.0, -announced))
         self._metrics.forecast_log_loss.labels(kind, "learned").inc(max(0.0, -learned))
         self._metrics.announced_waits.labels(kind).inc()
 

@@ -102,7 +102,9 @@ def run(settings: Settings) -> None:
             fail_abandoned(database, owner_of(settings))
             database.close()
             _freeze()
-            Supervisor(settings.workers, lambda worker: _serve(settings, listener, library_level, worker)).run()
+            Supervisor(
+                settings.workers, lambda worker: _serve(settings, listener, library_level, worker), listener
+            ).run()
 
 
 def _serve(settings: Settings, listener: socket.socket, library_level: str, worker: Worker | None = None) -> None:

@@ -63,11 +63,13 @@ class Worker:
 
 
 class Supervisor:
-    """Runs ``serve`` in ``count`` processes. It is to return when the process is told to stop (SIGTERM, SIGINT)."""
+    """Runs ``serve`` in ``count`` processes. It is to return when the process is told to stop (SIGTERM, SIGINT).
+    ``listener`` is what they accept from: once they stop, nobody is kept waiting there."""
 
-    def __init__(self, count: int, serve: Callable[[Worker], None]):
+    def __init__(self, count: int, serve: Callable[[Worker], None], listener: socket.socket):
         self._count = count
         self._serve = serve
+        self._listener = listener
         self._fork = multiprocessing.get_context("fork")
         self._starts = self._fork.RawArray("b", count)
         self._limits = Limits(count)
@@ -117,6 +119,7 @@ class Supervisor:
             with suppress(BlockingIOError):
                 woken.recv(1024)
             if self._stopping:
+                self._listener.close()
                 self._tell_all(signal.SIGTERM)
             for number, process in list(self._running.items()):
                 if process.exitcode is not None:

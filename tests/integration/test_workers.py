@@ -227,16 +227,47 @@ def test_workers_end_with_a_process_that_is_killed(two: Two) -> None:
 
 def test_a_service_whose_workers_cannot_start_ends_and_says_so() -> None:
     program = """
+import socket
 from agentstate.errors import SettingsError
 from api.workers import Supervisor
 def serve(worker): raise SettingsError("there is no such place")
-Supervisor(2, serve).run()
+Supervisor(2, serve, socket.socket()).run()
 """
     ended = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert ended.returncode != 0
     assert "there is no such place" in ended.stderr and "no worker of the service could start" in ended.stderr
+
+
+def test_a_worker_that_goes_on_dying_is_started_again_and_again(tmp_path: Path) -> None:
+    """Its third life has the service stopped."""
+    program = """
+import os, signal, socket, sys, time
+from pathlib import Path
+from api.workers import Supervisor
+lives = Path(sys.argv[1])
+def serve(worker):
+    worker.started()
+    if not worker.is_first:
+        time.sleep(3600)  # until it is told to stop
+    with lives.open("a") as written:
+        written.write(f"{worker.number}\\n")
+    if len(lives.read_text().split()) == 3:
+        os.kill(os.getppid(), signal.SIGTERM)
+    os._exit(7)
+Supervisor(2, serve, socket.socket()).run()
+"""
+    lives = tmp_path / "lives"
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(lives)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert lives.read_text().split()[:3] == ["1"] * 3
+    assert "ended with status 7 and is started again" in ended.stderr
 
 
 def test_what_a_dead_worker_followed_has_failed_and_what_others_follow_has_not(two: Two, start_peer: Any) -> None:

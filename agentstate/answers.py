@@ -466,6 +466,133 @@ class Engine(BaseModel):
     heartbeat_at: datetime
 
 
+class SessionCounts(BaseModel):
+    """How many sessions there are. Counting ends: 10,001 means more than 10,000, and 1,001 of ``lapsed`` more than
+    1,000."""
+
+    all: int
+    running: int = Field(description="A turn of theirs runs.")
+    lapsed: int = Field(description="A turn ran until its lease lapsed, and nobody has resumed them since.")
+
+
+class Held(BaseModel):
+    """What an account has on a tier."""
+
+    bytes: int | None = Field(description="On all engines that answer; null where none says.")
+    limit: int | None = Field(description="What it may have there on one engine; null: no limit.")
+
+
+class EngineOverview(BaseModel):
+    """An engine: all ranks that answer under one base URL."""
+
+    id: str = Field(description="The id of its first rank.")
+    base_url: str
+    model: str
+    ranks: int
+    live: bool = Field(description="Whether all ranks send heartbeats.")
+    off: str | None = Field(description="Why it stores nothing; null if it does.")
+    silent: str | None = Field(description="Why it does not answer; null if it does.")
+    stored_bytes: int | None = Field(description="Its page stores, of all tenants. Null but for administrators.")
+    restores_per_s: float | None = Field(description="Since the snapshot before. Null but for administrators.")
+    restored_bytes_per_s: float | None = Field(description="Since the snapshot before. Null but for administrators.")
+
+
+class TenantOverview(BaseModel):
+    id: str
+    kv_group: str | None = Field(description="The group that its KV is charged to; null: it is charged itself.")
+    sessions: int = Field(description="1,001 means more than 1,000.")
+    session_limit: int | None = Field(description="How many it may have; null: no limit.")
+    tiers: dict[Literal["device", "host", "nvme"], Held] = Field(description="Of the account it is charged to.")
+
+
+class Overview(BaseModel):
+    """What there is and what is wrong, as of one moment."""
+
+    model_config = _example(
+        {
+            "taken_at": "2026-01-05T09:31:13Z",
+            "tenant": "acme",
+            "sessions": {"all": 214, "running": 3, "lapsed": 0},
+            "tiers": {
+                "device": {"bytes": 424673280, "limit": None},
+                "host": {"bytes": 0, "limit": None},
+                "nvme": {"bytes": 8589934592, "limit": 10737418240},
+            },
+            "engines": [
+                {
+                    "id": "eng_1",
+                    "base_url": "http://127.0.0.1:30000/v1",
+                    "model": "smollm2",
+                    "ranks": 1,
+                    "live": True,
+                    "off": None,
+                    "silent": None,
+                    "stored_bytes": 8589934592,
+                    "restores_per_s": 1.5,
+                    "restored_bytes_per_s": 636e6,
+                }
+            ],
+            "prompt_tokens": {"device": 51200, "fetched": 18432, "host": 0, "nvme": 18432, "recomputed": 9216},
+            "alarms": [],
+            "tenants": None,
+            "more_tenants": False,
+        }
+    )
+
+    taken_at: datetime = Field(description="By the database's clock. A snapshot is at most ten seconds old.")
+    tenant: str = Field(description="The caller's.")
+    sessions: SessionCounts
+    tiers: dict[Literal["device", "host", "nvme"], Held] = Field(description="Of the caller's account.")
+    engines: list[EngineOverview]
+    prompt_tokens: dict[str, int] | None = Field(
+        description="Tokens of prompts since the engines started, by where they came from: device, fetched, host, "
+        "nvme, recomputed. Of all tenants: null but for administrators."
+    )
+    alarms: list[str] = Field(description="What is wrong, in sentences that say what to do.")
+    tenants: list[TenantOverview] | None = Field(description="By name, at most 50. Null but for administrators.")
+    more_tenants: bool = Field(description="Whether there are more tenants than those.")
+
+
+class SessionOverview(BaseModel):
+    id: str
+    model: str
+    state: Literal["running", "lapsed", "suspended", "idle"] = Field(
+        description="lapsed: a turn ran until its lease lapsed; suspended: between turns; idle: before the first."
+    )
+    turned_at: datetime = Field(description="When its newest turn ended, or it was made.")
+    waits_for: str | None = Field(description="What a suspended one waits for, as its suspend has said.")
+    open_calls: int = Field(description="Tool calls without a result.")
+    tokens: int = Field(description="Tokens from its head that are stored on a node.")
+    bytes: int = Field(description="Their bytes, on all nodes and ranks.")
+    expires_at: datetime | None
+
+
+class SessionOverviewList(BaseModel):
+    model_config = _example(
+        {
+            "object": "list",
+            "data": [
+                {
+                    "id": _SESSION["id"],
+                    "model": "smollm2",
+                    "state": "suspended",
+                    "turned_at": "2026-01-05T09:31:12.512000Z",
+                    "waits_for": "tool",
+                    "open_calls": 1,
+                    "tokens": 18432,
+                    "bytes": 424673280,
+                    "expires_at": None,
+                }
+            ],
+            "next": None,
+        }
+    )
+
+    object: Literal["list"] = "list"
+    data: list[SessionOverview]
+    next: str | None = Field(description="Goes on after this list, as `after`; null at the end.")
+
+
 class DecisionList(BaseModel):
     model_config = _example(
         {

@@ -65,7 +65,7 @@ class Guard:
                 refused = gateway.answer_to(error, scope["path"]) if to_gateway else answer_to(error)
                 await refused(scope, receive, send)
                 return
-            scope.setdefault("state", {})["tenant"] = caller.tenant
+            scope.setdefault("state", {}).update(tenant=caller.tenant, role=caller.role)
         encoding = given.get(b"content-encoding", "").strip().lower()
         if encoding not in ("", "identity"):
             detail = f"a body with Content-Encoding {encoding[:40]!r} is not read: send it as it is"

@@ -11,7 +11,7 @@ from agentstate.fleet.decisions import Decisions
 from agentstate.fleet.operations import Operations
 from agentstate.fleet.waits import Hearing
 from agentstate.sessions.rows import Seen
-from agentstate.sessions.tenants import Tenant
+from agentstate.sessions.tenants import Role, Tenant
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
@@ -52,6 +52,14 @@ async def _caller(request: Request) -> Tenant:
 
 
 CallerDep = Annotated[Tenant, Depends(_caller)]
+
+
+async def _role(request: Request) -> Role:
+    role: Role = request.state.role  # set by `Guard`
+    return role
+
+
+RoleDep = Annotated[Role, Depends(_role)]
 
 
 async def _sessions(request: Request, caller: CallerDep) -> Sessions:

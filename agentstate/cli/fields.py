@@ -108,6 +108,18 @@ FIELDS: dict[str, Fields] = {
         "event": ("string", "`entry`, `session` or `rewind`; a line each. The other fields are those of the API."),
     },
     "engines ls[]": _ENGINE,
+    "top": {
+        "overview": ("object", "What [`GET /v1/overview`](http-api.md#what-there-is) answers."),
+        "sessions[].id": ("string", "A session's id."),
+        "sessions[].model": ("string", "Its model."),
+        "sessions[].state": ("string", "`running`, `lapsed`, `suspended` or `idle`."),
+        "sessions[].turned_at": ("string", "When its newest turn ended, or it was made, in UTC."),
+        "sessions[].waits_for": ("string or null", "What a suspended one waits for."),
+        "sessions[].open_calls": ("integer", "Tool calls without a result."),
+        "sessions[].tokens": ("integer", "Tokens that are stored on a node."),
+        "sessions[].bytes": ("integer", "Their bytes, on all nodes and ranks."),
+        "sessions[].expires_at": ("string or null", "Null: it does not expire."),
+    },
     "engines show": {
         **_ENGINE,
         "stat": ("object or null", "Its counters; `off` says why it stores nothing. Null: it does not answer."),

@@ -147,6 +147,31 @@ def doctor(
 
 
 @app.command()
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Print it once, as tables. Needs no Textual.")] = False,
+    state: Annotated[
+        str | None, typer.Option(help="Only sessions that are running, lapsed, suspended or idle.")
+    ] = None,
+    sort: Annotated[str, typer.Option(help="Order of sessions: newest or oldest turn first, id, or -id.")] = "newest",
+    search: Annotated[str, typer.Option(help="Only sessions whose ids begin with this.")] = "",
+    every: Annotated[float, typer.Option(min=2.0, help="Seconds between two looks.")] = 2.0,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Offer nothing that changes something.")] = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show sessions, engines, tiers and, to administrators, tenants, live in this terminal. Keys are at its foot.
+    `--once`, and `--json`, print it once, with 50 sessions."""
+    from agentstate.cli import top as shown
+    from agentstate.cli.top_rows import Choice
+
+    here = loading.settings()
+    choice = Choice(state, sort, search)
+    where = url or f"http://{here.host}:{here.port}"
+    shown.run(where, api_key, choice, once=once or as_json, as_json=as_json, every_s=every, read_only=read_only)
+
+
+@app.command()
 def demo(
     nodes: Annotated[
         int, typer.Option(min=1, max=2, help="2: the agent's node dies with its drive, and it resumes on another.")

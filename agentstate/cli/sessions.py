@@ -215,7 +215,7 @@ def rewind_session(
     with _client(url, api_key) as client:
         revision = client.read(session_id).revision
         rows = [
-            {"id": one.id, "seq": one.seq, "kind": one.kind.value, "text": _text(one)}
+            {"id": one.id, "seq": one.seq, "kind": one.kind.value, "text": entry_text(one)}
             for one in _entries(client, session_id, after=at)
         ]
         if not as_json:
@@ -245,7 +245,7 @@ def show_kv(
     if found.tiers:
         rows = [(name, tier.tokens, f"{tier.bytes / 1e6:,.1f}") for name, tier in found.tiers.items()]
         show_table(("tier", "tokens", "MB"), rows, right=("tokens", "MB"))
-    for line in _lines(found):
+    for line in placement_lines(found):
         show_line(line)
 
 
@@ -332,14 +332,14 @@ def _print_event(event: Event, as_json: bool) -> None:
         print(json.dumps({"event": kind, **event.model_dump(mode="json")}), flush=True)
     elif isinstance(event, Entry):
         call = f" {event.call_id}" if event.call_id else ""
-        print(visible(f"{event.seq:>6}  {event.id}  {event.kind.value}{call}  {_text(event)}"), flush=True)
+        print(visible(f"{event.seq:>6}  {event.id}  {event.kind.value}{call}  {entry_text(event)}"), flush=True)
     elif isinstance(event, Rewound):
         print(f"        rewound: the entries after {event.seq} are taken back", flush=True)
     else:
         print(visible(f"        {event.status.value}, revision {event.revision}"), flush=True)
 
 
-def _text(entry: Entry) -> str:
+def entry_text(entry: Entry) -> str:
     """What an entry says, in one line."""
     payload = entry.payload
     content = payload.get("content")
@@ -438,7 +438,7 @@ def _seconds(text: str) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-def _lines(found: Placement) -> list[str]:
+def placement_lines(found: Placement) -> list[str]:
     lines = [f"engine: {found.engine or 'none'}"]
     if (wait := found.wait) is not None:
         kind = f" for a {wait.kind}" if wait.kind in ("tool", "person") else ""

@@ -139,6 +139,8 @@ class Client(_Connection):
     finish_tool_call = _now(routes.finish_tool_call)
     operation = _now(routes.operation)
     engines = _now(routes.engines)
+    overview = _now(routes.overview)
+    session_overviews = _now(routes.session_overviews)
     decisions = _now(routes.decisions)
 
     def ensure_session(self, session_id: str, model: str, **options: Unpack[SessionOptions]) -> Session:
@@ -269,6 +271,8 @@ class AsyncClient(_Connection):
     finish_tool_call = _awaited(routes.finish_tool_call)
     operation = _awaited(routes.operation)
     engines = _awaited(routes.engines)
+    overview = _awaited(routes.overview)
+    session_overviews = _awaited(routes.session_overviews)
     decisions = _awaited(routes.decisions)
 
     async def ensure_session(self, session_id: str, model: str, **options: Unpack[SessionOptions]) -> Session:

@@ -24,11 +24,13 @@ from agentstate.answers import (
     EntryList,
     Lease,
     Operation,
+    Overview,
     Pinned,
     Placement,
     Resumed,
     Session,
     SessionList,
+    SessionOverviewList,
     Signalled,
     Suspended,
     ToolCall,
@@ -306,6 +308,25 @@ def operation(operation_id: str) -> Call[Operation]:
 def engines() -> Call[EngineList]:
     """The registered engine ranks, and which of them are live."""
     return _get(EngineList, "/v1/engines")
+
+
+def overview() -> Call[Overview]:
+    """What there is and what is wrong: how many sessions, the account's KV by tier, the engines; the tenants, for
+    administrators."""
+    return _get(Overview, "/v1/overview")
+
+
+def session_overviews(
+    *, state: str | None = None, sort: str = "newest", search: str = "", after: str | None = None
+) -> Call[SessionOverviewList]:
+    """At most 50 sessions with what they do and what is stored of them; continue with ``after=page.next``.
+
+    ``sort`` is by when the newest turn ended, ``newest`` or ``oldest`` first, or by ``id`` or ``-id``. Those of a
+    ``search`` have ids that begin with it, and are ordered by id. A ``state`` leaves the others out: a page may have
+    few, or none, and still continue.
+    """
+    params = {"state": state, "sort": sort, "search": search, "after": after}
+    return _get(SessionOverviewList, "/v1/overview/sessions", {name: value for name, value in params.items() if value})
 
 
 def decisions(engine_id: str, *, after: str | None = None, limit: int = 100) -> Call[DecisionList]:

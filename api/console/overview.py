@@ -15,7 +15,7 @@ from agentstate.sessions import salts
 from agentstate.sessions.tenants import Tenant
 from api.console import reading
 from api.console.access import Viewer, ViewerDep
-from api.console.reading import Counts, Sort, State
+from api.console.reading import Counts, Sort, State, TenantRow
 from api.console.render import ConsoleRoute, page
 from api.console.room import Console, ConsoleDep
 from api.console.snapshot import Snapshot
@@ -87,7 +87,7 @@ async def seen(console: Console, viewer: Viewer) -> Snapshot:
     return newest if viewer.administers else newest.seen_by(account_of(viewer.tenant))
 
 
-def account_of(tenant: Tenant) -> str:
+def account_of(tenant: Tenant | TenantRow) -> str:
     """Whom a tenant's KV is charged to."""
     if tenant.kv_group in (None, "*"):
         return salts.scope_of_tenant(tenant.id)

@@ -442,6 +442,8 @@ def test_the_documentation_has_every_route_and_an_example_of_every_body(service:
         "/v1/operations/{operation_id}",
         "/v1/engines",
         "/v1/engines/{engine_id}/decisions",
+        "/v1/overview",
+        "/v1/overview/sessions",
         "/healthz",
         "/readyz",
         "/metrics",

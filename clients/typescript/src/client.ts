@@ -12,6 +12,7 @@ import type {
   Lease,
   NewEntry,
   Operation,
+  Overview,
   Pinned,
   PinKv,
   Placement,
@@ -19,6 +20,7 @@ import type {
   Resumed,
   Session,
   SessionList,
+  SessionOverviewList,
   Signal,
   Signalled,
   Suspended,
@@ -196,6 +198,16 @@ export class Client {
   /** The registered engine ranks, and which of them are live. */
   engines(options?: CallOptions): Promise<EngineList> {
     return this.#transport.json(routes.engines(), options);
+  }
+
+  /** What there is and what is wrong: how many sessions, the account's KV by tier, the engines. */
+  overview(options?: CallOptions): Promise<Overview> {
+    return this.#transport.json(routes.overview(), options);
+  }
+
+  /** At most 50 sessions with what they do and what is stored of them; continue with `after: list.next`. */
+  sessionOverviews(choice: routes.Choice = {}, options?: CallOptions): Promise<SessionOverviewList> {
+    return this.#transport.json(routes.sessionOverviews(choice), options);
   }
 
   /** One page of what an engine has decided lately about the caller's sessions, the oldest first. */

@@ -139,6 +139,21 @@ export function engines(): Call {
   return { method: "GET", path: "/v1/engines", repeat: Repeat.Read };
 }
 
+export function overview(): Call {
+  return { method: "GET", path: "/v1/overview", repeat: Repeat.Read };
+}
+
+export interface Choice {
+  state?: "running" | "lapsed" | "suspended" | "idle";
+  sort?: "newest" | "oldest" | "id" | "-id";
+  search?: string;
+  after?: string;
+}
+
+export function sessionOverviews(choice: Choice): Call {
+  return { method: "GET", path: "/v1/overview/sessions", repeat: Repeat.Read, query: { ...choice } };
+}
+
 export function decisions(engineId: string, page: Pick<Page, "after" | "limit">): Call {
   return { method: "GET", path: `/v1/engines/${segment(engineId)}/decisions`, repeat: Repeat.Read, query: { ...page } };
 }

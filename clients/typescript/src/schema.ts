@@ -126,6 +126,27 @@ export interface EngineList {
   has_more?: false;
 }
 
+/** An engine: all ranks that answer under one base URL. */
+export interface EngineOverview {
+  /** The id of its first rank. */
+  id: string;
+  base_url: string;
+  model: string;
+  ranks: number;
+  /** Whether all ranks send heartbeats. */
+  live: boolean;
+  /** Why it stores nothing; null if it does. */
+  off: string | null;
+  /** Why it does not answer; null if it does. */
+  silent: string | null;
+  /** Its page stores, of all tenants. Null but for administrators. */
+  stored_bytes: number | null;
+  /** Since the snapshot before. Null but for administrators. */
+  restores_per_s: number | null;
+  /** Since the snapshot before. Null but for administrators. */
+  restored_bytes_per_s: number | null;
+}
+
 export interface Entry {
   id: string;
   session_id: string;
@@ -189,6 +210,14 @@ export interface ForkSession {
   metadata?: Record<string, unknown> | null;
   /** Seconds from now. */
   expires_in_s?: number | null;
+}
+
+/** What an account has on a tier. */
+export interface Held {
+  /** On all engines that answer; null where none says. */
+  bytes: number | null;
+  /** What it may have there on one engine; null: no limit. */
+  limit: number | null;
 }
 
 export interface HeldUntil {
@@ -261,6 +290,29 @@ export interface Outlook {
   durable_on?: Durability | null;
   /** The operation that brings the pages back, if asked for. */
   prefetch?: string | null;
+}
+
+/** What there is and what is wrong, as of one moment. */
+export interface Overview {
+  /** By the database's clock. A snapshot is at most ten seconds old. */
+  taken_at: string;
+  /** The caller's. */
+  tenant: string;
+  sessions: SessionCounts;
+  /** Of the caller's account. */
+  tiers: Partial<Record<"device" | "host" | "nvme", Held>>;
+  engines: EngineOverview[];
+  /**
+   * Tokens of prompts since the engines started, by where they came from: device, fetched, host, nvme, recomputed.
+   * Of all tenants: null but for administrators.
+   */
+  prompt_tokens: Record<string, number> | null;
+  /** What is wrong, in sentences that say what to do. */
+  alarms: string[];
+  /** By name, at most 50. Null but for administrators. */
+  tenants: TenantOverview[] | null;
+  /** Whether there are more tenants than those. */
+  more_tenants: boolean;
 }
 
 export interface PinKv {
@@ -391,12 +443,49 @@ export interface Session {
   expires_at: string | null;
 }
 
+/**
+ * How many sessions there are. Counting ends: 10,001 means more than 10,000, and 1,001 of `lapsed` more than
+ * 1,000.
+ */
+export interface SessionCounts {
+  all: number;
+  /** A turn of theirs runs. */
+  running: number;
+  /** A turn ran until its lease lapsed, and nobody has resumed them since. */
+  lapsed: number;
+}
+
 export interface SessionList {
   object?: "list";
   data: Session[];
   first_id: string | null;
   last_id: string | null;
   has_more: boolean;
+}
+
+export interface SessionOverview {
+  id: string;
+  model: string;
+  /** lapsed: a turn ran until its lease lapsed; suspended: between turns; idle: before the first. */
+  state: "running" | "lapsed" | "suspended" | "idle";
+  /** When its newest turn ended, or it was made. */
+  turned_at: string;
+  /** What a suspended one waits for, as its suspend has said. */
+  waits_for: string | null;
+  /** Tool calls without a result. */
+  open_calls: number;
+  /** Tokens from its head that are stored on a node. */
+  tokens: number;
+  /** Their bytes, on all nodes and ranks. */
+  bytes: number;
+  expires_at: string | null;
+}
+
+export interface SessionOverviewList {
+  object?: "list";
+  data: SessionOverview[];
+  /** Goes on after this list, as `after`; null at the end. */
+  next: string | null;
 }
 
 export type SessionStatus = "idle" | "running" | "suspended";
@@ -411,6 +500,11 @@ export interface Signalled {
   /** ignored: the session is being run, no live engine has had it, or foresight is off. */
   state: "accepted" | "ignored";
 }
+
+export type Sort = "newest" | "oldest" | "id" | "-id";
+
+/** What a session does, as people see it. */
+export type State = "running" | "lapsed" | "suspended" | "idle";
 
 export interface StoredKv {
   state: KvState;
@@ -458,6 +552,18 @@ export interface Suspended {
   /** The flush or demotion to follow, if one is in progress. */
   operation: string | null;
   kv: StoredKv;
+}
+
+export interface TenantOverview {
+  id: string;
+  /** The group that its KV is charged to; null: it is charged itself. */
+  kv_group: string | null;
+  /** 1,001 means more than 1,000. */
+  sessions: number;
+  /** How many it may have; null: no limit. */
+  session_limit: number | null;
+  /** Of the account it is charged to. */
+  tiers: Partial<Record<"device" | "host" | "nvme", Held>>;
 }
 
 export type Tier = "host" | "device";

@@ -93,6 +93,8 @@ test("where its KV is, its pins, its operations and engines are told", async () 
   const [engine] = (await client.engines()).data;
   assert.ok(engine?.live);
   assert.equal((await client.decisions(engine.id)).object, "list");
+  assert.ok((await client.overview()).engines.some((one) => one.id === engine.id));
+  assert.equal((await client.sessionOverviews({ search: id })).data[0]?.id, id);
   await assert.rejects(client.operation("op_none"), { code: "operation-not-found", status: 404 });
 });
 

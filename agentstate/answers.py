@@ -325,6 +325,33 @@ class Decision(BaseModel):
     displaced: float | None = Field(description="Of a fetch: the largest index of what had to leave for it.")
 
 
+class Restore(BaseModel):
+    """That a session's pages were restored to the device."""
+
+    at: datetime = Field(description="When that had ended.")
+    why: str = Field(
+        description="request: under its request's forward; queued: for a queued one, before its forward; prefetch: "
+        "before there was one."
+    )
+    tokens: dict[str, int] = Field(
+        description="How many came from the host tier (host), the drive (nvme) and the shared store (shared)."
+    )
+    bytes: int = Field(description="As they were read, on the engine's first rank.")
+    seconds: float = Field(description="From begin to end, with what else was restored in the same batch.")
+    waited_s: float = Field(description="How long of that a forward waited for pages.")
+
+
+class PagesPart(BaseModel):
+    """Tokens of a session's context that follow each other and are in the same places."""
+
+    first: int = Field(description="The number of its first token, from 0.")
+    tokens: int
+    device: bool
+    host: bool
+    extent: str | None = Field(description="The file on the drive that they are read from; null: they are not there.")
+    shared_extent: str | None = Field(description="The extent in the shared store; null: they are not there.")
+
+
 class AccountTier(BaseModel):
     bytes: int | None = Field(description="What the account has there, on the rank that answers; null where unknown.")
     limit: int | None = Field(description="What it may have there before it gives first; null: no limit.")
@@ -365,6 +392,27 @@ class Placement(BaseModel):
             "place": 3,
             "fetch": None,
             "decisions": [_DECISION],
+            "restores": [
+                {
+                    "at": "2026-01-05T09:31:12.512000Z",
+                    "why": "request",
+                    "tokens": {"nvme": 18432},
+                    "bytes": 424673280,
+                    "seconds": 0.19,
+                    "waited_s": 0.02,
+                }
+            ],
+            "page_map": [
+                {
+                    "first": 0,
+                    "tokens": 18432,
+                    "device": True,
+                    "host": False,
+                    "extent": "000000000000002a.ext",
+                    "shared_extent": None,
+                }
+            ],
+            "more_tokens": 0,
             "durable_on": "node",
             "next": "leaves the device after 61,440 tokens of others",
         }
@@ -382,6 +430,13 @@ class Placement(BaseModel):
     decisions: list[Decision] = Field(
         default_factory=list, description="What was decided about it lately, and what became of that; the newest last."
     )
+    restores: list[Restore] = Field(
+        default_factory=list, description="What was restored of it lately, at most 20; the newest last."
+    )
+    page_map: list[PagesPart] = Field(
+        default_factory=list, description="Where its tokens are on the engine's first rank, at most 256 parts."
+    )
+    more_tokens: int = Field(default=0, description="Tokens beyond these parts.")
     pin: HeldUntil | None = Field(default=None, description="Null if it is not pinned.")
     left_tokens: int = Field(
         default=0, description="Tokens on the device that its last turns have left: they are the first to leave."

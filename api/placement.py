@@ -13,6 +13,7 @@ from agentstate import answers
 from agentstate.errors import EngineError
 from agentstate.fleet.decisions import decision
 from agentstate.sessions.verbs import Sessions
+from agentstate.sql.database import instant
 from api.engines import TIMEOUT_S, view
 from api.problems import COMMON
 from api.schemas import PathId
@@ -64,9 +65,17 @@ def _placement(known: dict[str, Any], said: Sequence[dict[str, Any]]) -> answers
             **{name: first.get(name) for name in ("wait", "index", "place", "fetch", "pin", "account")},
             "left_tokens": first.get("left_tokens", 0),
             "decisions": [view(decision(one), known["session_id"]) for one in first.get("decisions") or ()],
+            "restores": [_restore(one) for one in first.get("restores") or ()],
+            "page_map": first.get("page_map") or (),
+            "more_tokens": first.get("more_tokens", 0),
             "next": _next(first),
         }
     )
+
+
+def _restore(said: dict[str, Any]) -> dict[str, Any]:
+    named = ("why", "tokens", "bytes", "seconds", "waited_s")
+    return {"at": instant(int(said["id"])), **{name: said[name] for name in named}}
 
 
 def _next(said: dict[str, Any]) -> str:

@@ -169,6 +169,8 @@ class Deferrals:
         known.times += 1
         done, page_size = preload.progress is Progress.DONE, self._cache.page_size
         late = len(preload.keys) * page_size if done and not preload.restores else 0
+        if done:
+            self._served.preloaded(req.rid, preload.restored, preload.name, page_size)
         self._served.back(req.rid, host_tokens=preload.host_pages * page_size if done else 0, late_tokens=late)
         if done and preload.restores:
             self._linker.preload_stats.requests += 1

@@ -17,6 +17,7 @@ from engine_patch.deferrals import needed_by_running
 from engine_patch.linker import AgentStateLinker
 from engine_patch.preloads import Preload, Preloads
 from engine_patch.ranks import Ranks
+from engine_patch.restores import Restores
 from engine_patch.sessions import Progress
 from engine_patch.sglang_api import (
     MatchPrefixParams,
@@ -74,7 +75,8 @@ class DeviceTier:
     """Work on the radix tree. Whoever asks for it, it is done on the scheduler's thread, between two batches.
 
     It ``moves`` sessions unless the model keeps what cannot be preloaded. ``brought`` is told of each session that has
-    been brought, with its key in the tree and the number of the first token that was not there before.
+    been brought, with its key in the tree and the number of the first token that was not there before; ``restores``
+    notes what that took.
 
     Messages reach ranks at different times, and their trees must change alike. So the first rank says once in a while
     what it would begin, in the order in which it was asked, and all begin it, or none: each has to know the session's
@@ -88,10 +90,12 @@ class DeviceTier:
         preloads: Preloads,
         ranks: Ranks,
         brought: Callable[[str, RadixKey, int], None] = lambda session_id, key, start: None,
+        restores: Restores | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._cache = cache
         self._brought = brought
+        self._restores = restores or Restores()
         # Those that have begun.
         self._begun: list[_Prefetch] = []
         self._linker = linker
@@ -125,6 +129,10 @@ class DeviceTier:
         self._begun = [prefetch for prefetch in self._begun if prefetch.progress is Progress.RUNNING]
         for prefetch in over:
             if prefetch.progress is Progress.DONE:
+                if (preload := prefetch.preload) is not None and preload.restored is not None:
+                    self._restores.add(
+                        prefetch.session_id, "prefetch", preload.restored, preload.name, self._cache.page_size
+                    )
                 self._brought(prefetch.session_id, prefetch.key, prefetch.start)
 
     def remember(self, session_id: str, key: RadixKey) -> None:

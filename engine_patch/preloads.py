@@ -14,7 +14,7 @@ import torch
 from agentstate.pages import DEMAND, Need
 from engine_patch.linker import AgentStateLinker
 from engine_patch.private_slots import KEPT, PrivateSlots, Slots
-from engine_patch.restore import Finished
+from engine_patch.restore import Finished, Restored
 from engine_patch.sessions import Progress
 from engine_patch.sglang_api import RadixKey, UnifiedRadixCache
 
@@ -30,8 +30,8 @@ class Preload:
     """The pages ``keys``, the last ones of ``key``, on their way to ``slots``, which belong to them until the tree
     takes them. ``prefix`` are the slots of what precedes them in the tree; ``node``, the end of that, is locked until
     then. ``batch`` is None if this rank could not begin to load. ``layers`` have arrived, the last one at
-    ``progress_s`` by the monotonic clock. It ``restores`` for a request, or is a prefetch. Once it is over, so many
-    ``host_pages`` have come from the host tier."""
+    ``progress_s`` by the monotonic clock. It ``restores`` for a request, or is a prefetch, and is called ``name``.
+    Once it is over, ``restored`` tells what has come, of which so many ``host_pages`` from the host tier."""
 
     key: RadixKey
     keys: Sequence[bytes]
@@ -42,8 +42,10 @@ class Preload:
     lock: Any
     progress_s: float
     restores: bool
+    name: str = ""
     layers: int = 0
     host_pages: int = 0
+    restored: Restored | None = None
     progress: Progress = Progress.RUNNING
     _brought: dict[str, bool] = field(default_factory=dict)
 
@@ -141,7 +143,7 @@ class Preloads:
                 indices = cache.tree_core.collect_full_device_indices(found.last_device_node, root)
                 prefix = indices[: found.device_prefix_len]
                 batch, node = self._load(name, keys, slots, need), found.last_device_node
-                preload = Preload(key, keys, batch, prefix, slots, node, lock, time.monotonic(), restores)
+                preload = Preload(key, keys, batch, prefix, slots, node, lock, time.monotonic(), restores, name)
                 self._keep([*self._under_way, preload])
         finally:
             if preload is None:
@@ -205,6 +207,7 @@ class Preloads:
             self._linker.abandon(preload.batch)
         found = self._linker.finish(preload.batch)
         if found.restored is not None:
+            preload.restored = found.restored
             preload.host_pages = sum(of_request.host_pages for of_request in found.restored.requests.values())
         return found
 

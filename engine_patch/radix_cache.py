@@ -62,6 +62,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# How many of a session's newest restores are told.
+_RESTORES = 20
+
 
 class _LinkerWrapper(UnifiedCacheLinkerWrapper):
     """Stock, but that a load's verdict is one a request instead of one a batch, that ranks agree on what is worth
@@ -279,7 +282,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.deferrals = Deferrals(
             self, cache_linker, self.preloads, self._stored_hit, self.order, self.served, self.demotions.holds_up
         )
-        self.device_tier = DeviceTier(self, cache_linker, self.preloads, ranks, self._brought)
+        self.device_tier = DeviceTier(self, cache_linker, self.preloads, ranks, self._brought, self.served.restores)
         self.foresight = Foresight(
             cache_linker.waits,
             self.eviction,
@@ -294,8 +297,13 @@ class AgentStateRadixCache(UnifiedRadixCache):
         cache_linker.attach(self.device_tier, self._explain, self.kept, self.eviction.held_by)
 
     def _explain(self, session_id: str) -> dict[str, Any]:
-        """Where a session is, what it waits for, and what of it was left. From any thread."""
-        return {**self.foresight.explain(session_id), "left_tokens": self.eviction.superseded(session_id)}
+        """Where a session is, what it waits for, what of it was left, and what was restored of it lately. From any
+        thread."""
+        return {
+            **self.foresight.explain(session_id),
+            "left_tokens": self.eviction.superseded(session_id),
+            "restores": self.served.restores.of(session_id, _RESTORES),
+        }
 
     def _brought(self, session_id: str, key: RadixKey, start: int = 0) -> None:
         self.eviction.brought(session_id, self.tree_core.match_full_device_prefix(key)[1])

@@ -327,14 +327,16 @@ class Rank:
         """Where the session's context is, what it waits for, and what a byte of it is worth on the device; whom it is
         charged to, what that account has, and may have."""
         said = self.explain_device(session_id)
-        pages = {"device": said.pop("device_tokens", 0) // self.page_size, **self.sessions.places(session_id)}
+        on_device = said.pop("device_tokens", 0) // self.page_size
+        pages = {"device": on_device, **self.sessions.places(session_id)}
         tiers = {
             name: {"tokens": count * self.page_size, "bytes": self.pools.n_bytes(count)}
             for name, count in pages.items()
         }
         account = self.accounts.of(session_id)
         standing = self._standing_of(account, self._held())
-        return {"tiers": tiers, **said, "account": {"name": shown(account), "tiers": standing}}
+        where = self.sessions.page_map(session_id, on_device)
+        return {"tiers": tiers, **said, **where, "account": {"name": shown(account), "tiers": standing}}
 
     def _held(self) -> dict[str, Counter[str]]:
         """The bytes that accounts have on this rank, by tier."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from agentstate.fleet.control import CAUSES, GAPS, TIERS
+from engine_patch.restores import Restores
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -69,11 +70,13 @@ class ServedStats:
 class Served:
     """For the scheduler's thread; `stats` is read from any. Clocks of ranks differ, and nothing is decided here.
 
-    ``observed`` is told of each request's wait, by its cause.
+    ``observed`` is told of each request's wait, by its cause. ``restores`` are the newest, of requests that prove a
+    session.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.stats = ServedStats()
+        self.restores = Restores()
         self.observed: Callable[[str, float], None] = lambda cause, seconds: None
         self._clock = clock
         self._open: dict[str, _Request] = {}
@@ -113,6 +116,11 @@ class Served:
             request.late_tokens += late_tokens
             if request.deferred:
                 self._end_deferral(request, self._clock())
+
+    def preloaded(self, rid: str, restored: Restored | None, name: str, page_size: int) -> None:
+        """A preload called ``name`` has restored what the request, which has waited for it, begins with."""
+        if restored is not None and (request := self._open.get(rid)) is not None:
+            self.restores.add(request.session_id, "queued", restored, name, page_size)
 
     @staticmethod
     def _end_deferral(request: _Request, now_s: float) -> None:
@@ -161,6 +169,8 @@ class Served:
             if not request.counted:
                 request.counted = True
                 of_request = landed[0].requests.get(req.rid) if landed else None
+                if landed:
+                    self.restores.add(request.session_id, "request", landed[0], req.rid, page_size)
                 host = 0 if of_request is None else of_request.host_pages * page_size
                 self._count(req, request, request.host_tokens + host)
             if before + new >= len(req.origin_input_ids):

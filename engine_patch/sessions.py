@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum, auto
+from itertools import groupby
 from typing import Any, Protocol
 
 from agentstate.errors import EngineError
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # A later due time counts as this one: what has been read is kept until then.
 _LATEST_DUE_S = 600.0
+# Of a map of pages.
+_PARTS = 256
 
 
 class Progress(Enum):
@@ -319,6 +322,30 @@ class Sessions:
         chain = self._chain(session_id)
         in_memory = self._pools.in_host_memory(chain)
         return {"disk": self._pools.on_node(chain), "host": [*in_memory, False].index(False)}
+
+    def page_map(self, session_id: str, on_device: int) -> dict[str, Any]:
+        """Where each page of the session's context is, of which so many from its head are ``on_device``: in the order
+        of its tokens, a part for as many as are in the same places. Parts beyond `_PARTS` are left out; ``more_tokens``
+        says how many tokens these have."""
+        chain = self._chain(session_id)
+        length = max(len(chain), on_device)
+        rest: list[Any] = [None] * (length - len(chain))
+        extents = [*self._pools.extent_names(chain), *((None, None) for _ in rest)]
+        in_memory = [*self._pools.in_host_memory(chain), *(False for _ in rest)]
+        places = [
+            (page < on_device, host, *of_page)
+            for page, (host, of_page) in enumerate(zip(in_memory, extents, strict=True))
+        ]
+        parts: list[dict[str, Any]] = []
+        first = 0
+        for place, alike in groupby(places):
+            if len(parts) == _PARTS:
+                break
+            pages = sum(1 for _ in alike)
+            where = dict(zip(("device", "host", "extent", "shared_extent"), place, strict=True))
+            parts.append({"first": first * self._page_size, "tokens": pages * self._page_size, **where})
+            first += pages
+        return {"page_map": parts, "more_tokens": (length - first) * self._page_size}
 
     def demoted(self, session_id: str) -> dict[str, Any]:
         """The answer for a session whose pages are the first that the device evicts."""

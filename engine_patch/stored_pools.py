@@ -452,6 +452,15 @@ class StoredPools:
         there = [False] * len(keys) if full.shared is None else full.shared.pages.stored(keys)
         return list(zip(here, there, strict=True))
 
+    def extent_names(self, keys: Sequence[bytes]) -> list[tuple[str | None, str | None]]:
+        """Of each of ``keys`` the extents from which full attention reads it, in this rank's store and in the shared
+        one; None where it has none."""
+        if not self._pools:
+            return [(None, None)] * len(keys)
+        full = self._pools[0]
+        there = [None] * len(keys) if full.shared is None else full.shared.pages.extent_names(keys)
+        return list(zip(full.store.extent_names(keys), there, strict=True))
+
     def n_bytes(self, pages: int) -> int:
         """What restoring a prefix of so many pages reads."""
         return sum(min(pages, pool.window_pages or pages) * pool.page_bytes for pool in self._pools)

@@ -469,4 +469,8 @@ def placement_lines(found: Placement) -> list[str]:
         lines.append(f"charged to {found.account.name}: {', '.join(held)}")
     for made in found.decisions[-_DECISIONS:]:
         lines.append(f"{made.at:%H:%M:%S} {made.decision}, {made.tokens:,} tokens: {made.outcome}")
+    for one in found.restores[-_DECISIONS:]:
+        tiers = " and ".join(f"{tokens:,} tokens from {tier}" for tier, tokens in one.tokens.items())
+        rate = f", {one.bytes / one.seconds / 1e9:.2f} GB/s" if one.seconds else ""
+        lines.append(f"{one.at:%H:%M:%S} restored {tiers} in {1000 * one.seconds:,.1f} ms{rate} ({one.why})")
     return [*lines, found.next] if found.next else lines

@@ -26,8 +26,9 @@ Verbs::
     pin(session, tier, ttl_ms)                -> state, tier, tokens, pages,    let the session stay on "device", "host"
                                                  bytes                           or "nvme" for so long; 0 ends that
     explain(session)                          -> tiers, wait, index, place,     where the session's context is, what it
-                                                 fetch, decisions               waits for, what its bytes are worth, and
-                                                                                 what was decided about it lately
+                                                 fetch, decisions, restores,    waits for, what its bytes are worth,
+                                                 page_map, more_tokens          what was decided and restored of it
+                                                                                lately, and which extents have it
     decisions(after)                          -> decisions, more, missed        the oldest decisions about sessions that
                                                                                  came after the one with this id, 0 for
                                                                                  all that are kept
@@ -94,6 +95,9 @@ DECISIONS = {
     "release": ("accepted", "ignored"),
     "foresee": ("ignored",),
 }
+# Why a session's pages are restored to the device: for a request, under its forward; for a request that is queued,
+# before its forward; and before there is a request.
+RESTORES = ("request", "queued", "prefetch")
 # What a request waits for at an engine before its first token, besides other requests.
 CAUSES = ("reads", "memory")
 

@@ -436,6 +436,15 @@ class PageStore:
                 stored[run.first : run.first + run.pages] = [True] * run.pages
         return stored
 
+    def extent_names(self, keys: Sequence[bytes]) -> list[str | None]:
+        """Of each of ``keys`` the name of the extent file that it is read from; None where it is not stored. Like
+        `stored`."""
+        names: list[str | None] = [None] * len(keys)
+        for run in self._runs(PageKeys.of(keys), gaps=True):
+            if run.number in self._extents:
+                names[run.first : run.first + run.pages] = [self._directory.extent(run.number).name] * run.pages
+        return names
+
     def pin(self, keys: Sequence[bytes]) -> Pin:
         """Find ``keys`` and keep them where they are. Raises KeyError, with the key, where one is not stored (any
         more)."""

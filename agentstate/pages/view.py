@@ -168,6 +168,13 @@ class StoreView:
             stored[run.first : run.first + run.pages] = [True] * run.pages
         return stored
 
+    def extent_names(self, keys: Sequence[bytes]) -> list[str | None]:
+        """Of each of ``keys`` the name of the extent file that it is read from; None where it is not stored."""
+        names: list[str | None] = [None] * len(keys)
+        for run in self._found(keys, gaps=True):
+            names[run.first : run.first + run.pages] = [self._files.extent(run.number).name] * run.pages
+        return names
+
     def pin(self, keys: Sequence[bytes]) -> Pin:
         """Find ``keys``. They may leave all the same. Raises KeyError, with the key, where one is not stored."""
         keys = PageKeys.of(keys)

@@ -182,6 +182,14 @@ class SharedPages:
                 stored[run.first : run.first + run.pages] = [True] * run.pages
         return stored
 
+    def extent_names(self, keys: Sequence[bytes]) -> list[str | None]:
+        """Of each of ``keys`` the name of the extent that it is read from; None where it is not there."""
+        names: list[str | None] = [None] * len(keys)
+        for run in self._runs(PageKeys.of(keys), gaps=True):
+            if (shared := self._shared.get(run.number)) is not None:
+                names[run.first : run.first + run.pages] = [shared.name] * run.pages
+        return names
+
     def _runs(self, keys: PageKeys, *, gaps: bool = False) -> list[Run]:
         if not self._shared or self._closed:
             return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import quote
@@ -40,6 +40,8 @@ DONE = {
     "demote": "The engine was asked to let the KV leave the device first.",
 }
 
+RESTORED_FROM = {"host": "the host tier", "nvme": "the drive", "shared": "the shared store"}
+
 Before = Annotated[int | None, Query(ge=1, lt=2**63, description="Show the entries before this one.")]
 
 
@@ -68,6 +70,8 @@ async def read(
             told=told,
             placed=placed,
             timeline=timeline(told),
+            restores=restores(placed),
+            drawn=page_map(placed),
             cut=reading.PREVIEW,
             most=reading.ENTRIES,
             done=DONE.get(done),
@@ -137,6 +141,54 @@ class Bar:
     expected: float | None
     state: str
     label: str
+
+
+def restores(placed: answers.Placement) -> list[tuple[answers.Restore, str, float | None]]:
+    """What was restored, the newest first: with the tiers in words, and bytes per second."""
+    return [
+        (
+            one,
+            ", ".join(f"{tokens:,} from {RESTORED_FROM.get(tier, tier)}" for tier, tokens in one.tokens.items()),
+            one.bytes / one.seconds if one.seconds > 0 else None,
+        )
+        for one in reversed(placed.restores)
+    ]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A tier in the drawing of the page map: its name, its place from above, and the parts that it has: place, width,
+    and the extent."""
+
+    tier: str
+    y: int
+    parts: Sequence[tuple[float, float, str]]
+
+
+def page_map(placed: answers.Placement) -> tuple[int, int, Sequence[Lane]] | None:
+    """The tokens, the height and the lanes of the page map; None where there is none. Tokens are to scale."""
+    length = sum(part.tokens for part in placed.page_map)
+    if not length:
+        return None
+    scale = WIDTH / length
+    lanes = []
+    for number, (tier, of) in enumerate(_LANES):
+        has = [(part, of(part)) for part in placed.page_map]
+        parts = [
+            (round(part.first * scale, 1), max(1.0, round(part.tokens * scale, 1)), extent)
+            for part, extent in has
+            if extent is not None
+        ]
+        lanes.append(Lane(tier, number * ROW, parts))
+    return length, len(lanes) * ROW, lanes
+
+
+_LANES: Sequence[tuple[str, Callable[[answers.PagesPart], str | None]]] = (
+    ("device", lambda part: "" if part.device else None),
+    ("host", lambda part: "" if part.host else None),
+    ("drive", lambda part: part.extent),
+    ("shared store", lambda part: part.shared_extent),
+)
 
 
 @dataclass(frozen=True)

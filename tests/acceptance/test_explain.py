@@ -82,7 +82,17 @@ def test_each_request_tells_where_its_prompt_came_from_and_what_its_session_had_
     assert [(one["decision"], one["outcome"], one["tokens"]) for one in made] == [
         ("fetch", outcome, 10 * PAGE) for outcome in ("begun", "there", "used")
     ]
-    assert rank.call("explain", 60, session=session)["decisions"] == made
+    explained = rank.call("explain", 60, session=session)
+    assert explained["decisions"] == made
+    restores = explained["restores"]
+    assert [(one["why"], one["tokens"]) for one in restores] == [
+        ("request", {"nvme": 10 * PAGE}),
+        ("prefetch", {"nvme": 10 * PAGE}),
+    ]
+    assert all(one["session"] == session and one["bytes"] > 0 and one["seconds"] > 0 for one in restores)
+    assert explained["page_map"][0]["device"] and explained["more_tokens"] == 0
+    stored = [part for part in explained["page_map"] if part["extent"] is not None]
+    assert sum(part["tokens"] for part in stored) >= 10 * PAGE, "the prompt is stored"
     stat = engine.stat()["foresight"]
     assert stat["fetched_bytes"] == stat["used_bytes"] > 0
     # A request that proves no session.

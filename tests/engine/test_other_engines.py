@@ -264,6 +264,8 @@ def test_what_lies_beside_another_session_s_pages_is_written_here(stage: Stage) 
     assert stage.offer(range(2))
     assert stage.spilled() == (2, 0, 0)
     assert stage.store().stored(keys(0, 1, "of another session")) == [True, True, False]
+    named = stage.store().extent_names(keys(0, 1, "of another session"))
+    assert [name is not None for name in named] == [True, True, False]
 
 
 def test_what_has_left_the_other_engine_meanwhile_is_computed_and_written_here(stage: Stage) -> None:

@@ -19,6 +19,7 @@ from agentstate.fleet.manifests import Manifest
 from agentstate.pages import Need, PageKeys, Urgency
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
+from engine_patch import sessions
 from engine_patch.rank import Rank
 from engine_patch.sessions import Progress, Sessions
 from engine_patch.sglang_api import RadixKey
@@ -58,6 +59,14 @@ class Pools:
 
     def n_bytes(self, pages: int) -> int:
         return 100 * pages
+
+    def extent_names(self, keys: list[bytes]) -> list[tuple[str | None, str | None]]:
+        """Three pages an extent; none of the last one."""
+        names: list[str | None] = [f"{number // 3}.ext" for number in range(len(keys) - 1)]
+        return [(name, None) for name in [*names, None][: len(keys)]]
+
+    def in_host_memory(self, keys: list[bytes]) -> list[bool]:
+        return [number == 3 for number in range(len(keys))]
 
     def need(self, session_id: str, keys: list[bytes]) -> None:
         pass
@@ -184,6 +193,26 @@ def test_what_is_due_is_read_by_its_time_and_kept_until_then(
     assert need == Need(Urgency.DUE, 1000.0 + counts)
     assert needs == ([need] if tier == "device" else [])
     assert kept_s == counts + Settings().prefetch_ttl_s
+
+
+def test_a_map_has_a_part_for_pages_that_are_in_the_same_places(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage.sessions, "_chain", lambda session_id: [bytes([page]) * 32 for page in range(6)])
+
+    def parts(on_device: int) -> list[tuple[int, int, bool, bool, str | None]]:
+        found = stage.sessions.page_map("s", on_device)
+        assert all(part["shared_extent"] is None for part in found["page_map"]) and found["more_tokens"] == 0
+        return [
+            (part["first"] // PAGE_SIZE, part["tokens"] // PAGE_SIZE, part["device"], part["host"], part["extent"])
+            for part in found["page_map"]
+        ]
+
+    stored = [(3, 1, False, True, "1.ext"), (4, 1, False, False, "1.ext"), (5, 1, False, False, None)]
+    assert parts(0) == [(0, 3, False, False, "0.ext"), *stored]
+    assert parts(2) == [(0, 2, True, False, "0.ext"), (2, 1, False, False, "0.ext"), *stored]
+    assert parts(8)[-1] == (5, 3, True, False, None), "the device has tokens that are not stored yet"
+    monkeypatch.setattr(sessions, "_PARTS", 2)
+    found = stage.sessions.page_map("s", 0)
+    assert (len(found["page_map"]), found["more_tokens"]) == (2, 2 * PAGE_SIZE)
 
 
 def test_what_waits_for_the_drive_is_one_request_a_session(stage: Stage) -> None:

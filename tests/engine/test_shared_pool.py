@@ -215,6 +215,8 @@ def test_wrong_pages_fail_their_requests_alone_and_are_not_asked_for_again(
     assert all(found.unusable[rid] for rid in found.failed), "they come back, and must end before it"
     assert all(keys_ <= frozenset(keys(6, 7)) for keys_ in found.unusable.values())
     assert stage.pages.stored(keys(4, 5, 6, 7, 8, 9)) == [True, True, False, False, False, True]
+    named = [name is not None for name in stage.pages.extent_names(keys(4, 5, 6, 7, 8, 9))]
+    assert named == [True, True, False, False, False, True]
     assert stage.pool.stat().extents_rejected == 1
     stage.share.tier.read_from.clear()
     again = stage.restore(a={3: 4, 4: 5}, d={11: 6})

@@ -634,6 +634,9 @@ def test_with_one_shots_off_pages_of_nobody_are_written_once_a_second_request_us
     spiller.close()
     assert list(spiller.results)[2:] == [False, True, True]
     assert rank.store.stored(keys(1, 2, 3, 4, 5)) == [True, True, False, False, True]
+    named = rank.store.extent_names(keys(1, 2, 3, 4, 5))
+    assert [name is not None for name in named] == [True, True, False, False, True]
+    assert {name for name in named if name} <= {extent.path.name for extent in rank.store.extents()}
     stats = spiller.stats
     assert (stats.pages_spilled, stats.pages_one_shot, stats.pages_known, stats.pages_failed) == (3, 7, 3, 0)
     assert stored(rank, keys(1, 2, 5)) == rank.device_pages([1, 2, 5])

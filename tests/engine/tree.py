@@ -17,7 +17,7 @@ from engine_patch.device_tier import DeviceTier
 from engine_patch.order import Order, OrderStats
 from engine_patch.preloads import Preloads
 from engine_patch.ranks import Ranks
-from engine_patch.restore import Finished, PreloadStats
+from engine_patch.restore import Finished, PreloadStats, Restored
 from engine_patch.served import Served
 from engine_patch.sglang_api import CacheAgnosticPolicy, ComponentType, PoolName, RadixKey, get_storage_hash_str
 
@@ -121,6 +121,7 @@ class Linker:
         self.writing = False
         self.layers = 0
         self.breaks = False
+        self.restored: Restored | None = None
         # What cannot be restored on this rank.
         self.missing: set[bytes] = set()
 
@@ -158,7 +159,7 @@ class Linker:
 
     def finish(self, batch: int) -> Finished:
         failed = batch in self.failed_batches or batch in self.abandoned
-        return Finished({"r"} if failed else set(), writing=self.writing)
+        return Finished({"r"} if failed else set(), None if failed else self.restored, writing=self.writing)
 
     def quarantine_slots(self, slots: Mapping[PoolName, torch.Tensor]) -> None:
         self.quarantined.append(slots)
@@ -227,6 +228,7 @@ class Stage:
             self.preloads,
             ranks or one_rank(),
             lambda session, key, start: self.brought.append((session, start)),
+            self.served.restores,
             lambda: self.now_s,
         )
 

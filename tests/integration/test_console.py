@@ -53,6 +53,22 @@ EXPLAINED = {
     "wait": {"state": "waits", "kind": "tool", "waited_s": 4.0, "rest_p50_s": 3.0, "rest_p90_s": None},
     "index": 0.25,
     "place": 2,
+    "restores": [
+        {
+            "id": 1_767_605_472_512_000,
+            "session": "uid",
+            "why": "request",
+            "tokens": {"host": 64, "nvme": 128},
+            "bytes": 3_000_000,
+            "seconds": 0.002,
+            "waited_s": 0.0005,
+        }
+    ],
+    "page_map": [
+        {"first": 0, "tokens": 128, "device": True, "host": True, "extent": "0a.ext", "shared_extent": "<i>s"},
+        {"first": 128, "tokens": 64, "device": False, "host": False, "extent": "0b.ext", "shared_extent": None},
+    ],
+    "more_tokens": 7,
 }
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'>{{ 7*7 }}"
 
@@ -587,6 +603,8 @@ def test_a_session_tells_its_calls_its_kv_and_its_relatives(service: Service, st
     page = service.http.get("/sessions/s").text
     assert "<strong>failed</strong>" in page and "2.0 s" in page and '<rect class="call failed"' in page
     assert "It waits for a tool since 4.0 s." in page and "place 2" in page
+    assert "64 from the host tier, 128 from the drive" in page and ">1.50<" in page, "GB/s of 3 MB in 2 ms"
+    assert "0b.ext" in page and "&lt;i&gt;s" in page and "7 more are not shown" in page
     assert "agentstate sessions export s<" in page
     assert 'href="/sessions/f"' in page
     fork = service.http.get("/sessions/f").text

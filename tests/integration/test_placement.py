@@ -49,6 +49,19 @@ def test_what_was_decided_about_it_is_told(service: Service, start_peer: Any) ->
     (told,) = found["decisions"]
     assert (told["session_id"], told["decision"], told["outcome"]) == (found["session_id"], "evict", "waited_for")
     assert told["at"] == "2026-01-05T09:31:12.512000Z"
+    assert (found["restores"], found["page_map"], found["more_tokens"]) == ([], [], 0), "from an earlier release"
+
+
+def test_what_was_restored_of_it_and_where_its_pages_are_is_told(service: Service, start_peer: Any) -> None:
+    restore = {"id": 1_767_605_472_512_000, "session": "the engine's name", "why": "request", "tokens": {"nvme": 128}}
+    restore |= {"bytes": 2000, "seconds": 0.5, "waited_s": 0.25}
+    part = {"first": 0, "tokens": 128, "device": True, "host": False, "extent": "0a.ext", "shared_extent": None}
+    more = {"restores": [restore], "page_map": [part], "more_tokens": 64}
+    found = explained(service, start_peer, {**SAID, **more})
+    assert (found["page_map"], found["more_tokens"]) == ([part], 64)
+    (told,) = found["restores"]
+    assert told.pop("at") == "2026-01-05T09:31:12.512000Z"
+    assert told == {name: restore[name] for name in ("why", "tokens", "bytes", "seconds", "waited_s")}
 
 
 @pytest.mark.parametrize(

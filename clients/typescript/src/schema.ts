@@ -315,6 +315,19 @@ export interface Overview {
   more_tenants: boolean;
 }
 
+/** Tokens of a session's context that follow each other and are in the same places. */
+export interface PagesPart {
+  /** The number of its first token, from 0. */
+  first: number;
+  tokens: number;
+  device: boolean;
+  host: boolean;
+  /** The file on the drive that they are read from; null: they are not there. */
+  extent: string | null;
+  /** The extent in the shared store; null: they are not there. */
+  shared_extent: string | null;
+}
+
 export interface PinKv {
   /** What stays on a tier stays on those below it, too. */
   tier?: PinTier;
@@ -357,6 +370,12 @@ export interface Placement {
   fetch?: Fetch | null;
   /** What was decided about it lately, and what became of that; the newest last. */
   decisions?: Decision[];
+  /** What was restored of it lately, at most 20; the newest last. */
+  restores?: Restore[];
+  /** Where its tokens are on the engine's first rank, at most 256 parts. */
+  page_map?: PagesPart[];
+  /** Tokens beyond these parts. */
+  more_tokens?: number;
   /** Null if it is not pinned. */
   pin?: HeldUntil | null;
   /** Tokens on the device that its last turns have left: they are the first to leave. */
@@ -394,6 +413,25 @@ export interface RenewLease {
   lease: LeaseProof;
   /** The default is the service's lease_ttl_s. */
   lease_ttl_s?: number | null;
+}
+
+/** That a session's pages were restored to the device. */
+export interface Restore {
+  /** When that had ended. */
+  at: string;
+  /**
+   * request: under its request's forward; queued: for a queued one, before its forward; prefetch: before there was
+   * one.
+   */
+  why: string;
+  /** How many came from the host tier (host), the drive (nvme) and the shared store (shared). */
+  tokens: Record<string, number>;
+  /** As they were read, on the engine's first rank. */
+  bytes: number;
+  /** From begin to end, with what else was restored in the same batch. */
+  seconds: number;
+  /** How long of that a forward waited for pages. */
+  waited_s: number;
 }
 
 export interface ResumeSession {

@@ -122,6 +122,21 @@ def said(request: dict[str, Any]) -> dict[str, Any]:
             "index": 0.21,
             "place": 3,
             "fetched_from_index": 0.5,
+            "restores": [
+                {
+                    "id": 1_767_605_472_512_000,
+                    "why": "request",
+                    "tokens": {"host": 6_144, "nvme": 12_288},
+                    "bytes": 18_432 * 23_040,
+                    "seconds": 0.187,
+                    "waited_s": 0.021,
+                }
+            ],
+            "page_map": [
+                {"first": first, "tokens": 6_144, "device": False, "host": first < 12_288, "extent": extent}
+                | {"shared_extent": None if first else "9c41d07be2a55f03/7e.ext"}
+                for first, extent in ((0, "00000000000002a1.ext"), (6_144, "00000000000002a7.ext"), (12_288, None))
+            ],
         },
         "decisions": {"decisions": [], "more": False},
     }

@@ -422,7 +422,8 @@ class Top(App[None]):
         *,
         read_only: bool = False,
     ):
-        super().__init__()
+        # From the beginning: by this Textual decides what NO_COLOR means.
+        super().__init__(ansi_color=True)
         self.theme = "ansi-dark"
         self.animation_level = "none"
         self._connect = connect

@@ -6,13 +6,18 @@ With ``AGENTSTATE_TEST_PICTURES=DIRECTORY`` the pictures of the documentation ar
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
+import pty
 import re
+import struct
+import subprocess
 import sys
+import termios
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -337,20 +342,30 @@ def test_what_is_wrong_is_on_top(service: Service) -> None:
     play(service.base_url, script)
 
 
-def test_it_has_no_colours_of_its_own(fleet: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What matters is said in words: with NO_COLOR the same is shown."""
-
-    shown: list[str] = []
-
-    async def script(screens: Top, pilot: Pilot[None]) -> None:
-        await until(pilot, lambda: len(ids(screens)) == 4)
-        assert screens.no_color == (len(shown) == 1)
-        shown.append("\n".join(",".join(row) for row in rows(screens)))
-
-    play(fleet.base_url, script)
-    monkeypatch.setenv("NO_COLOR", "1")
-    play(fleet.base_url, script)
-    assert len(shown) == 2
+@pytest.mark.parametrize("colours", [True, False])
+def test_a_terminal_gets_its_own_colours_and_nothing_of_users(fleet: Service, colours: bool) -> None:
+    fleet.client.create_session(HOSTILE, id="hostile")
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    environment |= {"TERM": "xterm-256color", **({} if colours else {"NO_COLOR": "1"})}
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [sys.executable, "-m", "agentstate.cli", "top", "--url", fleet.base_url]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as running:
+        os.close(theirs)
+        said, asked = b"", False
+        with suppress(OSError):  # once it has ended
+            while chunk := os.read(ours, 1 << 16):
+                said += chunk
+                if not asked and b"hostile" in said and b"[bold]evil" in said:
+                    asked = bool(os.write(ours, b"q"))
+        assert running.wait(PATIENCE_S) == 0
+    os.close(ours)
+    assert asked and b"\\x1b[2J\\u202e" in said and "\u202e".encode() not in said
+    assert b"\x1b[?1000h" not in said, "the mouse is the terminal's"
+    codes = {int(code) for found in re.findall(rb"\x1b\[([0-9;]*)m", said) for code in found.split(b";") if code}
+    assert not codes & {38, 48}, "only what the terminal calls its colours"
+    painted = {code for code in codes if 30 <= code <= 47 or 90 <= code <= 107} - {39}
+    assert bool(painted) == colours
 
 
 # --- once, for scripts

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from agentstate.fleet.engines import Phase
 from agentstate.fleet.manifests import Durability, KvState
 from agentstate.sql.models import EntryKind, OperationState, SessionStatus, ToolCallState
 
@@ -516,6 +517,10 @@ class Engine(BaseModel):
     shared_store: str = Field(default="", description="The URL of the store that it shares with others; empty: none.")
     dp_rank: int = Field(default=0, description="Its DP rank; `rank` is its number within that one.")
     dp_size: int = Field(default=1, description="How many DP ranks its server has.")
+    phase: Phase = Field(
+        default=Phase.BOTH,
+        description="What it does of a request where prefill and decode are apart: `prefill` or `decode`; empty: both.",
+    )
     live: bool
     started_at: datetime
     heartbeat_at: datetime

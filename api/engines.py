@@ -39,6 +39,7 @@ def read(service: ServiceDep, caller: CallerDep) -> answers.EngineList:
             shared_store=engine.shared_store,
             dp_rank=engine.dp_rank,
             dp_size=engine.dp_size,
+            phase=engine.phase,
             live=engine.id in live,
             started_at=instant(engine.started_us),
             heartbeat_at=instant(engine.heartbeat_us),

@@ -189,6 +189,7 @@ async def suspend(
         ranks,
         durability=Durability(body.durability),
         beside=suspended.beside,
+        decoding=suspended.decoding,
         epoch=suspended.epoch,
     )
     demote = Question(Kind.DEMOTE, uid, ranks)

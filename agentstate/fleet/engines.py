@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,6 +17,14 @@ from sqlalchemy.engine import Connection
 from agentstate.sql.database import now_us
 from agentstate.sql.models import engines
 from agentstate.sql.prepared import Prepared
+
+
+class Phase(StrEnum):
+    """``prefill`` computes and restores prompts, and sends their KV to an engine that does ``decode``."""
+
+    BOTH = ""
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,8 @@ class Engine:
 
     With data parallelism a server has ``dp_size`` DP ranks. Each serves requests of its own from pages of its own, with
     a ``node`` of their own. ``dp_rank`` is the one that this rank belongs to, ``rank`` its number within that one.
+
+    ``phase`` is what it does of a request, where prefill and decode are apart.
     """
 
     id: str
@@ -49,6 +60,7 @@ class Engine:
     dp_rank: int = 0
     dp_size: int = 1
     reads: frozenset[str] = frozenset()
+    phase: Phase = Phase.BOTH
 
 
 def register(connection: Connection, engine: Engine) -> None:
@@ -80,6 +92,7 @@ def register(connection: Connection, engine: Engine) -> None:
             dp_rank=engine.dp_rank,
             dp_size=engine.dp_size,
             reads=_packed(engine.reads),
+            phase=engine.phase,
             started_us=now_us(),
             heartbeat_us=now_us(),
         )
@@ -115,7 +128,8 @@ def registered(connection: Connection) -> list[Engine]:
 
 
 def _engine(row: Any) -> Engine:
-    return Engine(*(*row[:-1], frozenset(row[-1].split())))
+    *fields, reads, phase = row
+    return Engine(*fields, reads=frozenset(reads.split()), phase=Phase(phase))
 
 
 _SELECT = sa.select(*(engines.c[name] for name in Engine.__dataclass_fields__))

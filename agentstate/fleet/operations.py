@@ -144,7 +144,10 @@ class Question:
 
     With data parallelism the ``ranks`` are those of the DP rank that the session's turn was given to. A flush after the
     turn ``epoch`` asks those of the other ones ``beside`` it too if that one has served no request of the turn: the
-    client, or a router before the engine, may have sent it elsewhere."""
+    client, or a router before the engine, may have sent it elsewhere.
+
+    Where prefill and decode are apart, a flush asks those of the engines that decode as well (``decoding``). What one
+    of them says of the turn counts before what the engine that prefills says, which has the turn's prompts alone."""
 
     kind: Kind
     session_id: str
@@ -154,6 +157,7 @@ class Question:
     due_s: float | None = None
     durability: Durability = Durability.NODE
     beside: Sequence[Sequence[Engine]] = ()
+    decoding: Sequence[Sequence[Engine]] = ()
     epoch: int = 0
 
     def arguments(self, number: int) -> dict[str, Any]:
@@ -168,6 +172,11 @@ class Question:
 def _epoch(answers: Sequence[_Answer]) -> int:
     """The turn that all ranks have served a request of."""
     return min((answer.epoch for answer in answers), default=0)
+
+
+def _tokens(answers: Sequence[_Answer]) -> int:
+    """The tokens that all ranks answer for."""
+    return min((answer.tokens for answer in answers), default=0)
 
 
 def load(connection: Connection, operation_id: str, tenant: str) -> Operation:
@@ -419,11 +428,13 @@ class Operations:
         deadline = time.monotonic() + timeout_ms / 1000
         answers = await self._answers(question, deadline)
         if question.beside and _epoch(answers) < question.epoch:
-            others = [replace(question, ranks=ranks, beside=()) for ranks in question.beside]
-            found = await asyncio.gather(*(self._answers_if_any(one, deadline) for one in others))
-            answers = max([answers, *found], key=_epoch)
+            answers = max([answers, *await self._of_others(question, question.beside, deadline)], key=_epoch)
+        if question.decoding:
+            decoded = await self._of_others(question, question.decoding, deadline)
+            # Of equals, the first.
+            answers = max([*sorted(decoded, key=_tokens, reverse=True), answers], key=_epoch)
         worst_first = _STATES[question.kind]
-        tokens = min((answer.tokens for answer in answers), default=0)
+        tokens = _tokens(answers)
         durable_on = None
         if question.kind is Kind.FLUSH and tokens > 0:
             shared = all(answer.shared_tokens >= tokens for answer in answers)
@@ -445,6 +456,12 @@ class Operations:
             return await asyncio.gather(
                 *(self._ask_rank(question, number, deadline) for number in range(len(question.ranks)))
             )
+
+    async def _of_others(
+        self, question: Question, others: Sequence[Sequence[Engine]], deadline: float
+    ) -> list[list[_Answer]]:
+        questions = [replace(question, ranks=ranks, beside=(), decoding=()) for ranks in others]
+        return await asyncio.gather(*(self._answers_if_any(one, deadline) for one in questions))
 
     async def _answers_if_any(self, question: Question, deadline: float) -> list[_Answer]:
         try:

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgpack
 
-from agentstate.fleet.engines import Engine
+from agentstate.fleet.engines import Engine, Phase
 from agentstate.fleet.waits import Awaited, Hearing, Took
 from agentstate.lookahead.forecast import Forecast
 
@@ -115,8 +115,10 @@ def hear(note: bytes, hearing: Hearing) -> None:
 
 
 def _packed(rank: Engine | None) -> dict[str, Any] | None:
-    return None if rank is None else asdict(rank)
+    return None if rank is None else {**asdict(rank), "reads": sorted(rank.reads)}
 
 
 def _unpacked(rank: dict[str, Any] | None) -> Engine | None:
-    return None if rank is None else Engine(**rank)
+    if rank is None:
+        return None
+    return Engine(**{**rank, "reads": frozenset(rank["reads"]), "phase": Phase(rank["phase"])})

@@ -8,6 +8,9 @@ any node has put into the shared store, if it uses one: all engines are taken to
 
 With data parallelism an engine has several DP ranks, each of which serves requests of its own from pages of its own. A
 session goes to one of them, which is a `Server` of its own here: its ranks are those that must have a page each.
+
+Where prefill and decode are apart, a session goes to an engine that prefills: that is where its pages are restored. An
+engine that decodes is no `Server`; it is asked too whether what it has decoded is stored (`decoders`).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from agentstate.fleet.engines import Engine
+from agentstate.fleet.engines import Engine, Phase
 from agentstate.fleet.manifests import Coverage, Durability, KvState
 
 
@@ -73,7 +76,21 @@ class KvOutlook:
 
 def servers(live: Sequence[Engine]) -> list[Server]:
     """The engines that live ranks belong to, DP rank by DP rank, in the order of their first rank; ``live`` has the
-    youngest heartbeat first, so a restarted rank counts as its new self."""
+    youngest heartbeat first, so a restarted rank counts as its new self. Without those that only decode."""
+    return _servers([engine for engine in live if engine.phase is not Phase.DECODE])
+
+
+def decoders(server: Server | None, live: Sequence[Engine]) -> list[Server]:
+    """The engines that may decode what ``server`` prefills: those whose pages it could restore. None for one that
+    decodes itself."""
+    if server is None or server.ranks[0].phase is not Phase.PREFILL:
+        return []
+    wanted = {rank.fingerprint for rank in server.ranks}
+    found = _servers([engine for engine in live if engine.phase is Phase.DECODE])
+    return [other for other in found if wanted & {rank.fingerprint for rank in other.ranks}]
+
+
+def _servers(live: Sequence[Engine]) -> list[Server]:
     dp_sizes: dict[str, int] = {}
     found: dict[tuple[str, int], dict[int, Engine]] = {}
     for engine in live:

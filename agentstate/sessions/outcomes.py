@@ -85,12 +85,13 @@ class Appended:
 class Suspended:
     """``ranks`` are the live ranks of the engine that has the session's KV: who to ask whether it is durable.
     ``beside`` are those of its other DP ranks, where a request of the turn, which was of that ``epoch``, may have gone
-    all the same."""
+    all the same, ``decoding`` those of the engines that may have decoded what it has prefilled."""
 
     session: Session
     pending_tool_calls: list[str]
     ranks: list[Engine]
     beside: Sequence[Sequence[Engine]] = ()
+    decoding: Sequence[Sequence[Engine]] = ()
     epoch: int = 0
 
 

@@ -32,7 +32,18 @@ from agentstate.errors import (
 from agentstate.fleet import engines, manifests, pins, turns
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.pins import PinTier
-from agentstate.fleet.placement import Server, beside, best, choose, durable_on, named, outlook, source, spread
+from agentstate.fleet.placement import (
+    Server,
+    beside,
+    best,
+    choose,
+    decoders,
+    durable_on,
+    named,
+    outlook,
+    source,
+    spread,
+)
 from agentstate.fleet.turns import Turn
 from agentstate.fleet.waits import NEVER, Awaited, Hearing, Took
 from agentstate.lookahead.durations import OTHER, PERSON
@@ -511,6 +522,7 @@ class Sessions:
             pending_tool_calls=[call.call_id for call in pending],
             ranks=list(server.ranks) if server else [],
             beside=[other.ranks for other in beside(server, live)] if server else [],
+            decoding=[other.ranks for other in decoders(server, live)],
             epoch=key.epoch,
         )
 

@@ -440,6 +440,7 @@ engines = Table(
     Column("dp_size", Integer, nullable=False, server_default="1"),  # how many those are
     # The ids of the other nodes of its machine whose pages it reads, with blanks between them.
     Column("reads", Text, nullable=False, server_default=text("''")),
+    Column("phase", Text, nullable=False, server_default=text("''")),  # 'prefill', 'decode'; empty: it does both
 )
 
 operations = Table(

@@ -234,6 +234,7 @@ class Turns:
                 resumed.session.uid,
                 suspended.ranks,
                 beside=suspended.beside,
+                decoding=suspended.decoding,
                 epoch=suspended.epoch,
             )
             self.keep(self._ask(resumed.session.id, question))

@@ -13,6 +13,7 @@ from stage import MODEL, NOTHING, PATIENCE_S, Answers, Service, register, stored
 from agentstate.answers import Lease
 from agentstate.errors import OperationNotFound
 from agentstate.fleet import manifests, operations
+from agentstate.fleet.engines import Phase
 from agentstate.fleet.manifests import Durability, KvState, Manifest
 from agentstate.sql.models import OperationState, SessionStatus
 
@@ -165,6 +166,31 @@ def test_a_dp_rank_that_served_no_request_of_the_turn_does_not_speak_for_it(
     kv = service.client.suspend(session.id, resumed.lease).kv
     assert (kv.state, kv.tokens) == (KvState.DURABLE, tokens)
     assert [len(here.requests), len(there.requests), len(silent.requests)] == [1, asked, asked]
+
+
+@pytest.mark.parametrize(
+    ("decoded", "state", "tokens"),
+    [
+        (stored("durable", 640, epoch=1), KvState.DURABLE, 640),
+        (stored("pending", 0, epoch=1), KvState.PENDING, 0),
+        (stored("durable", 640, epoch=0), KvState.DURABLE, 128),  # of another turn
+        ({"ok": False, "error": "no such session"}, KvState.DURABLE, 128),
+    ],
+)
+def test_an_engine_that_has_decoded_in_the_turn_speaks_for_it(
+    service: Service, start_peer: Any, decoded: dict[str, Any], state: KvState, tokens: int
+) -> None:
+    prefills = start_peer(lambda request: stored("durable", 128, epoch=1))
+    decodes = start_peer(lambda request: decoded)
+    register(service.database, prefills.address, phase=Phase.PREFILL)
+    elsewhere = {"node": "n2", "base_url": "http://127.0.0.1:31000/v1"}
+    register(service.database, decodes.address, **elsewhere, phase=Phase.DECODE)
+    session = service.client.create_session(MODEL)
+    resumed = service.client.resume(session.id)
+    assert resumed.engine is not None
+    kv = service.client.suspend(session.id, resumed.lease, durable_timeout_ms=0).kv
+    assert (kv.state, kv.tokens) == (state, tokens)
+    assert prefills.requests and decodes.requests
 
 
 def test_only_the_engine_of_the_session_is_asked(service: Service, running: tuple[str, Lease], start_peer: Any) -> None:

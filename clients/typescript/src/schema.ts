@@ -103,6 +103,8 @@ export interface Engine {
   dp_rank?: number;
   /** How many DP ranks its server has. */
   dp_size?: number;
+  /** What it does of a request where prefill and decode are apart: `prefill` or `decode`; empty: both. */
+  phase?: Phase;
   live: boolean;
   started_at: string;
   heartbeat_at: string;
@@ -327,6 +329,8 @@ export interface PagesPart {
   /** The extent in the shared store; null: they are not there. */
   shared_extent: string | null;
 }
+/** `prefill` computes and restores prompts, and sends their KV to an engine that does `decode`. */
+export type Phase = "" | "prefill" | "decode";
 
 export interface PinKv {
   /** What stays on a tier stays on those below it, too. */

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agentstate.fleet.engines import Engine
+from agentstate.fleet.engines import Engine, Phase
 from agentstate.fleet.manifests import Coverage, Durability, KvState
 from agentstate.fleet.placement import (
     KvOutlook,
@@ -16,6 +16,7 @@ from agentstate.fleet.placement import (
     beside,
     best,
     choose,
+    decoders,
     durable_on,
     named,
     outlook,
@@ -151,6 +152,28 @@ def test_a_dp_rank_is_named_with_its_engine() -> None:
 def test_of_a_server_that_was_restarted_with_another_number_of_dp_ranks_the_new_self_counts() -> None:
     assert servers([ENGINE, *DP_RANKS]) == [Server((ENGINE,))]
     assert [server.dp_rank for server in servers([*DP_RANKS, ENGINE])] == [0, 1]
+
+
+def test_a_session_goes_to_an_engine_that_prefills() -> None:
+    """The one that decodes has most of it, and restores nothing."""
+    prefills = replace(ENGINE, phase=Phase.PREFILL)
+    decodes = replace(ELSEWHERE, phase=Phase.DECODE)
+    other_weights = replace(decodes, id="eng_3", node="n3", base_url="http://n3/v1", fingerprint="f2")
+    stored = Stored([replace(COVERAGE, node="n2", tokens=1280), COVERAGE])
+    live = [decodes, other_weights, prefills]
+    assert servers(live) == [Server((prefills,))]
+    assert chosen("m", stored, live) == prefills.base_url
+    assert named(decodes.base_url, None, live) is None
+    assert chosen("m", stored, [decodes]) is None
+    assert decoders(Server((prefills,)), live) == [Server((decodes,))]
+    assert decoders(Server((ENGINE,)), live) == decoders(None, live) == []
+
+
+def test_of_a_session_whose_answers_are_in_the_shared_store_all_is_restored_where_prompts_are() -> None:
+    prefills = replace(ENGINE, phase=Phase.PREFILL, shared_store="s3://b")
+    decodes = replace(ELSEWHERE, phase=Phase.DECODE, shared_store="s3://b")
+    answered = replace(COVERAGE, node="n2", tokens=1280, shared_tokens=1280, updated_us=6)
+    assert look("m", Stored([answered, COVERAGE]), [decodes, prefills]) == shared(KvState.DURABLE, 1280, True)
 
 
 def test_sessions_without_pages_are_shared_out_among_dp_ranks() -> None:

@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 
 from agentstate.fleet import passing
-from agentstate.fleet.engines import Engine
+from agentstate.fleet.engines import Engine, Phase
 from agentstate.fleet.passing import Passed, Passing
 from agentstate.fleet.waits import Awaited, Took
 from agentstate.lookahead.forecast import Forecast
 
-RANK = Engine("eng_1", "n1", 0, "tcp://1", "http://127.0.0.1:30000/v1", "m", "f1", "/pages", control_secret="s")
+RANK = Engine(
+    *("eng_1", "n1", 0, "tcp://1", "http://127.0.0.1:30000/v1", "m", "f1", "/pages"),
+    control_secret="s",
+    reads=frozenset({"n2", "n3"}),
+    phase=Phase.PREFILL,
+)
 SOON = Forecast.exactly(5.0)
 NOTES: list[tuple[Any, ...]] = [
     ("begun", "t", "s", [Awaited("search", "cd", 2.0, 0.5), Awaited("")], RANK),

@@ -48,7 +48,9 @@ ENGINE = Contract(
         "mem_cache.events:KVCacheEventRecorder.record_store": "self node",
         "mem_cache.events:KVCacheEventRecorder.enqueue": "self event",
         "mem_cache.events:KVCacheEventRecorder.take": "self",
-        "managers.io_struct:GenerateReqInput": "* input_ids sampling_params bootstrap_host routed_dp_rank",
+        "managers.io_struct:GenerateReqInput": (
+            "* input_ids sampling_params bootstrap_host bootstrap_room routed_dp_rank"
+        ),
         "managers.io_struct:UpdateWeightFromDiskReqOutput": "* success message num_paused_requests",
         "plugins.hook_registry:HookRegistry.register": "target hook hook_type",
         "mem_cache.memory_pool:HybridReqToTokenPool.register_layer_transfer_counter": "self layer_transfer_counter",
@@ -62,6 +64,7 @@ ENGINE = Contract(
         "mem_cache.unified_radix_cache:UnifiedRadixCache._all_reduce_attn_groups": "self tensor op",
         "mem_cache.registry:create_unified_radix_cache": "ctx * cache_class",
         "arg_groups.overrides:declare_resolution": "server_args source * fields",
+        "runtime_context:get_disagg": "",
         "runtime_context:get_lora": "",
         "runtime_context:get_memory": "",
         "runtime_context:get_model": "",
@@ -146,6 +149,11 @@ ENGINE = Contract(
         "managers.schedule_batch:Req.reset_for_retract": "self",
         "managers.scheduler:Scheduler._add_request_to_queue": "self req is_retracted",
         "managers.scheduler:Scheduler.get_next_batch_to_run": "self running_batch last_batch",
+        "managers.scheduler:Scheduler.get_next_disagg_prefill_batch_to_run": "self running_batch last_batch",
+        "managers.scheduler:Scheduler.get_next_disagg_decode_batch_to_run": "self running_batch",
+        "managers.scheduler:Scheduler.send_kv_chunk": "self req last_chunk end_idx",
+        "managers.scheduler:Scheduler._retire_aborted_prefill_result": "self req",
+        "managers.scheduler:Scheduler._process_hicache_events": "self",
         "managers.schedule_policy:SchedulePolicy.calc_priority": "self waiting_queue",
         "managers.schedule_policy:PrefillAdder.add_one_req": "self req has_chunked_req truncation_align_size",
         "managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager._observe_weight_load": (
@@ -216,12 +224,13 @@ ENGINE = Contract(
             "retracted_stain retraction_count cached_tokens cached_tokens_device cached_tokens_host "
             "cached_tokens_storage _cache_breakdown_computed origin_input_ids output_ids sampling_params "
             "multimodal_inputs session storage_hit_start storage_hit_length priority prefix_len last_node "
-            "kv_hints extend_len grammar extra_key lora_id beam_group"
+            "kv_hints extend_len grammar extra_key lora_id beam_group start_send_idx disagg_decode_prefix_len"
         ),
         "managers.schedule_batch:ReqKvInfo": "holds_kv cache_inserted_len kv_allocated_len",
         "managers.scheduler:Scheduler": (
             "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us result_queue "
-            "is_generation page_size server_args policy beam_coordinator"
+            "is_generation page_size server_args policy beam_coordinator "
+            "disagg_prefill_bootstrap_queue"
         ),
         "managers.io_struct:AbortReq": "rid abort_all",
         "session.session_controller:Session": "streaming",

@@ -182,7 +182,7 @@ REFUSED = {
     ),
     "decoupled_spec_role": Refusal("the draft model's KV is on another engine, which does not store it", _LEAVE_OUT),
     "disaggregation_mode": Refusal(
-        "KV could be sent on before it is verified", "let one engine prefill and decode, and leave it out"
+        "it has not been run with two engines yet", "let one engine prefill and decode, and leave it out"
     ),
     "enable_pdmux": Refusal("two streams would use pages that a restore still fills", _LEAVE_OUT),
     "enable_streaming_session": Refusal(

@@ -12,7 +12,7 @@ from typing import Any
 
 from agentstate import ids
 from agentstate.errors import SettingsError
-from agentstate.fleet.engines import Engine
+from agentstate.fleet.engines import Engine, Phase
 from agentstate.pages import Quota, Space, configuration, fingerprint, stores_beside, tensor_names, weights_digest
 from agentstate.pages.node import dp_roots, of_dp_rank
 from agentstate.settings import Settings
@@ -21,6 +21,7 @@ from engine_patch.pools import DevicePool
 from engine_patch.sglang_api import (
     PoolName,
     generates,
+    get_disagg,
     get_lora,
     get_model,
     get_parallel,
@@ -160,7 +161,11 @@ def engine(
         control_secret=control_secret,
         dp_rank=dp.number,
         dp_size=dp.size,
+        phase=_PHASES.get(get_disagg().disaggregation_mode, Phase.BOTH),
     )
+
+
+_PHASES = {"prefill": Phase.PREFILL, "decode": Phase.DECODE}
 
 
 def _reachable(host: str) -> str:

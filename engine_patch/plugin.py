@@ -50,6 +50,7 @@ def _register() -> None:
 
     # In the order in which SGLang takes these steps.
     sgl.register_resolution_hook("handle_deprecated_dp_attention")(resolution.judge_flags)
+    sgl.register_resolution_hook("handle_pd_disaggregation")(resolution.keep_what_is_decoded)
     sgl.register_resolution_hook("handle_mxfp8_kv_cache_compatibility")(resolution.choose_page_size)
     sgl.register_resolution_hook("handle_hicache")(resolution.complete)
     sgl.register_resolution_hook("validate_deepep_v2_dispatch_token_budget")(resolution.conclude)
@@ -84,6 +85,24 @@ def _register() -> None:
     )
     sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run", _around_next_batch, sgl.HookType.AROUND
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.get_next_disagg_prefill_batch_to_run",
+        _around_next_prefill_batch,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.get_next_disagg_decode_batch_to_run",
+        _around_next_decode_batch,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler.send_kv_chunk", _around_kv_send, sgl.HookType.AROUND
+    )
+    sgl.HookRegistry.register(
+        "sglang.srt.managers.scheduler.Scheduler._retire_aborted_prefill_result",
+        _around_retired_prefill,
+        sgl.HookType.AROUND,
     )
     sgl.HookRegistry.register(
         "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority", _around_priorities, sgl.HookType.AROUND
@@ -183,6 +202,7 @@ def _create_cache(ctx: Any) -> Any:
         cache = sgl.create_cache(ctx, _cache_class(), AgentStateLinker)
     except AgentStateError as error:
         raise CannotStart(f"AgentState: {error}") from None
+    cache.disaggregate(sgl.get_disagg().disaggregation_mode)
     manager = getattr(ctx.tp_worker.model_runner, "lora_manager", None)
     adapters.LOADED.agree(manager, [] if manager is None else list(manager.lora_refs), cache)
     return cache
@@ -426,6 +446,40 @@ def _around_next_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any)
         plan = original(scheduler, *args, **kwargs)
     cache.served.step(plan.running_batch.batch_is_full)
     return plan
+
+
+def _around_next_prefill_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of an engine that prefills for another one, which decodes."""
+    return _around_next_batch(original, scheduler, *args, **kwargs)
+
+
+def _around_next_decode_batch(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of an engine that decodes what others have prefilled."""
+    if (cache := _ours(scheduler)) is not None:
+        # SGLang does this between the batches of every other scheduler: without it, what is stored stays locked.
+        scheduler._process_hicache_events()
+        cache.before_next_decode_batch(scheduler)
+    return original(scheduler, *args, **kwargs)
+
+
+def _around_kv_send(
+    original: Any, scheduler: Any, req: Any, last_chunk: bool = False, *args: Any, **kwargs: Any
+) -> Any:
+    """The one place from which KV goes to an engine that decodes."""
+    if (cache := _ours(scheduler)) is not None and not cache.may_send(req):
+        if last_chunk:
+            raise RuntimeError(f"KV of request {req.rid} would be sent that was not restored")
+        # The next send begins where the last one ended.
+        return None
+    return original(scheduler, req, last_chunk, *args, **kwargs)
+
+
+def _around_retired_prefill(original: Any, scheduler: Any, req: Any) -> Any:
+    """SGLang tells the engine that decodes to give a request up whose result is passed over. One that is recomputed
+    goes on: nothing of it was sent."""
+    if (cache := _ours(scheduler)) is not None and cache.recomputes(req):
+        return False
+    return original(scheduler, req)
 
 
 def _around_admission(original: Any, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

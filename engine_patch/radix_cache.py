@@ -72,6 +72,8 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
     of the same request has replaced."""
 
     cache_linker: AgentStateLinker
+    # Whether the engine is sent what it lacks, and loads nothing.
+    receives = False
     # Tells routers what is stored, if they are to be told anything.
     kv_events: KvEvents | None = None
 
@@ -130,6 +132,8 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         self.unlocked = True
 
     def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
+        if self.receives:
+            return result
         # An earlier match may have found what is on the device by now: nothing would take its marker then.
         self.hit_markers.pop(req.rid, None)
         self._rid, self.shared = req.rid, False
@@ -181,6 +185,10 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         for rid in failed:
             self.entering.pop(rid, None)
         return failed
+
+    def loads(self, rid: str) -> bool:
+        """Whether a request's load has not been concluded by `finish_loads`."""
+        return rid in self.private_load_indices or rid in self.inflight_load_rids
 
     def tidy(self, queued: Callable[[], Collection[str]]) -> None:
         """Let go of what was read for requests that are not ``queued`` any more, and of the device pages to which no
@@ -242,6 +250,8 @@ class AgentStateRadixCache(UnifiedRadixCache):
 
     linker: _LinkerWrapper
     agentstate: AgentStateLinker
+    # Whether it prefills for another engine, which decodes.
+    _hands_over = False
 
     def __init__(self, params: Any):
         super().__init__(params)
@@ -295,6 +305,11 @@ class AgentStateRadixCache(UnifiedRadixCache):
             pin=cache_linker.pin,
         )
         cache_linker.attach(self.device_tier, self._explain, self.kept, self.eviction.held_by)
+
+    def disaggregate(self, mode: str) -> None:
+        """Take a part where prefill and decode are apart: ``mode`` is SGLang's, ``prefill``, ``decode`` or ``null``."""
+        self._hands_over = mode == "prefill"
+        self.linker.receives = mode == "decode"
 
     def _explain(self, session_id: str) -> dict[str, Any]:
         """Where a session is, what it waits for, what of it was left, and what was restored of it lately. From any
@@ -485,9 +500,23 @@ class AgentStateRadixCache(UnifiedRadixCache):
         self.served.tidy(lambda: self._queued(scheduler) | {req.rid for req in running(scheduler)})
         self._locked_tokens = self.protected_size()
 
+    def before_next_decode_batch(self, scheduler: Scheduler) -> None:
+        """The same of an engine that decodes what others have prefilled: no request of its queues restores anything."""
+        self.foresight.step()
+        self.device_tier.run(scheduler)
+        self.preloads.land()
+        self.device_tier.land()
+        self.demotions.land()
+        self.linker.unlocked = False
+        self.demotions.keep_ahead()
+        self.linker.tidy(set)
+        self._locked_tokens = self.protected_size()
+
     def _queued(self, scheduler: Scheduler) -> set[str]:
         """The requests that are queued, or about to be queued again."""
-        return {req.rid for req in (*scheduler.waiting_queue, *(item.req for item in self._recomputing))}
+        handshakes = scheduler.disagg_prefill_bootstrap_queue.queue if self._hands_over else ()
+        waiting = (*scheduler.waiting_queue, *handshakes, *(item.req for item in self._recomputing))
+        return {req.rid for req in waiting}
 
     @property
     def misses_memory(self) -> bool:
@@ -500,12 +529,24 @@ class AgentStateRadixCache(UnifiedRadixCache):
         rids = set(self.linker.finish_loads())
         failed = [req for req in reqs if req.rid in rids]
         renewed = [req for req in failed if _can_be_renewed(req)]
-        withheld = not self._generates
+        withheld = not self._generates or self._hands_over
         self._recomputing += [_Recomputation.of(req, self._beams, withheld=withheld) for req in renewed]
         for req in failed:
             req.skip_radix_cache_insert = True
             req.discard_output_reason = FINISH_ABORT("KV restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
+            if self._hands_over:
+                # In the middle of a prompt, nothing else says that its KV is not to be sent.
+                req.to_finish = req.discard_output_reason
         return [req for req in failed if req not in renewed]
+
+    def may_send(self, req: Req) -> bool:
+        """Whether all of a request's KV is verified or computed from what is, so that it may go to the engine that
+        decodes: its load, if it had one, is over, and every rank has found all of it good."""
+        return req.discard_output_reason is None and not self.linker.loads(req.rid)
+
+    def recomputes(self, req: Req) -> bool:
+        """Whether a request is on its way back to the queue."""
+        return any(item.req is req for item in self._recomputing)
 
     def stepped(self, batch: ScheduleBatch, seconds: float) -> None:
         """A batch is over. It took ``seconds`` if it was one of prompts, or of parts of them; 0 when that is not
@@ -541,7 +582,12 @@ class AgentStateRadixCache(UnifiedRadixCache):
             item.renew(self._beams)
             if not queued:
                 logger.warning("agentstate: request %s is recomputed from its last good page", req.rid)
-                scheduler._add_request_to_queue(req, is_retracted=True)
+                if self._hands_over:
+                    # Not to the queue of those that look for an engine that decodes: it waits for this one already.
+                    scheduler._prefetch_kvcache(req)
+                    scheduler.waiting_queue.append(req)
+                else:
+                    scheduler._add_request_to_queue(req, is_retracted=True)
             if item.abort is not None:
                 scheduler.abort_request(item.abort)
 
@@ -648,8 +694,10 @@ class _Recomputation:
 
 
 def _can_be_renewed(req: Req) -> bool:
-    """A streaming session keeps its requests' KV; an abort that is already under way is let happen."""
-    return req.to_finish is None and (req.session is None or not req.session.streaming)
+    """A streaming session keeps its requests' KV; an abort that is already under way is let happen. So is one of what
+    has been sent in part: a transfer that is under way may still read the slots that would be released."""
+    unsent = req.start_send_idx <= req.disagg_decode_prefix_len
+    return unsent and req.to_finish is None and (req.session is None or not req.session.streaming)
 
 
 def _has_result(scheduler: Scheduler, req: Req) -> bool:

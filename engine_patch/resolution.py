@@ -68,6 +68,17 @@ def refuse_resolved(server_args: Any, *, but: set[str] = _OURS) -> None:
         raise FlagRefused(refusal)
 
 
+def keep_what_is_decoded(server_args: Any, previous: Any) -> None:
+    """Have an engine that decodes what others have prefilled keep a radix tree, out of which pages are stored. SGLang's
+    default is none."""
+    from engine_patch import sglang_api as sgl
+
+    cfg = sgl.resolving_view(server_args)
+    if cfg.radix_cache_backend == flags.BACKEND and cfg.disaggregation_mode == "decode":
+        sgl.declare_resolution(server_args, "agentstate", disaggregation_decode_enable_radix_cache=True)
+    previous(server_args)
+
+
 def complete(server_args: Any, previous: Any) -> None:
     """Turn on SGLang's external linker, with ours, and have the warm-up run."""
     from engine_patch import sglang_api as sgl

@@ -51,6 +51,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import (
+    get_disagg,
     get_lora,
     get_memory,
     get_model,
@@ -198,6 +199,7 @@ __all__ = [
     "declare_resolution",
     "flag_defaults",
     "generates",
+    "get_disagg",
     "get_lora",
     "get_memory",
     "get_model",

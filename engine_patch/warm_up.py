@@ -26,15 +26,21 @@ async def warm_up(disaggregation_mode: str, tokenizer_manager: Any) -> None:
     dp_ranks = sgl.get_parallel().num_dp_ranks
     async with anyio.create_task_group() as together:
         for dp_rank in range(dp_ranks) if dp_ranks > 1 else [None]:
-            together.start_soon(_compute, tokenizer_manager, ids, dp_rank)
+            together.start_soon(_compute, tokenizer_manager, ids, dp_rank, _room(disaggregation_mode, dp_rank or 0))
 
 
-async def _compute(tokenizer_manager: Any, ids: list[int], dp_rank: int | None) -> None:
+def _room(disaggregation_mode: str, dp_rank: int) -> int | None:
+    """What SGLang asks for of every request of an engine that only prefills, or only decodes."""
+    return None if disaggregation_mode == "null" else dp_rank
+
+
+async def _compute(tokenizer_manager: Any, ids: list[int], dp_rank: int | None, room: int | None) -> None:
     request = sgl.GenerateReqInput(
         input_ids=ids,
         sampling_params={"max_new_tokens": 2, "temperature": 0, "ignore_eos": True},
         # Marks a request that SGLang keeps out of its radix tree, and means nothing else here.
         bootstrap_host=sgl.FAKE_BOOTSTRAP_HOST,
+        bootstrap_room=room,
         routed_dp_rank=dp_rank,
     )
     async for _ in tokenizer_manager.generate_request(request, None):

@@ -1,13 +1,10 @@
-"""LoRA on a CPU. SGLang's torch backend for it pins small tensors in host memory, which needs a GPU: here they are
-ordinary ones."""
+"""LoRA on a CPU: SGLang's torch backend for it pins small tensors."""
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
-from typing import Any
-
 import torch
+
+from engine_patch.cpu.unpinned import Unpinned
 
 
 def install() -> None:
@@ -15,23 +12,5 @@ def install() -> None:
     from sglang.srt.lora import layers
     from sglang.srt.lora.backend import torch_backend
 
-    layers.torch = torch_backend.torch = _Unpinned()
+    layers.torch = torch_backend.torch = Unpinned()
     torch.Tensor.pin_memory = lambda self, device=None: self
-
-
-class _Unpinned(ModuleType):
-    """torch, whose functions do not know ``pin_memory``."""
-
-    def __init__(self) -> None:
-        super().__init__("torch")
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(torch, name)
-        if name not in ("empty", "tensor", "zeros"):
-            return found
-
-        @functools.wraps(found)
-        def unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
-            return found(*args, **kwargs)
-
-        return unpinned

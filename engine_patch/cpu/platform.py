@@ -50,7 +50,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
         from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
-        from engine_patch.cpu import adapters, convolution, data_parallel, linear, sparse, speculation
+        from engine_patch.cpu import adapters, convolution, data_parallel, disaggregation, linear, sparse, speculation
         from engine_patch.cpu.attention import CpuAttention
 
         register_attention_backend(CPU_ATTENTION)(CpuAttention)
@@ -64,6 +64,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         sparse.install()
         adapters.install()
         data_parallel.install()
+        disaggregation.install()
         # DeepSeek's and Qwen3-Next's models ask CUDA for these, whichever device there is.
         torch.cuda.synchronize = lambda device=None: None
         torch.cuda.current_device = torch.cpu.current_device

@@ -62,7 +62,7 @@ def opened(tmp_path: Path, database: Database, monkeypatch: pytest.MonkeyPatch) 
     arguments = ServerArgs(model_path=str(checkpoint))
     parallel = SimpleNamespace(pp_size=1, dp_rank=None, dp_size=1, attn_dp_rank=0, attn_dp_size=1)
     for module, names in (
-        (identity, ("get_model", "get_serving", "get_spec", "get_parallel")),
+        (identity, ("get_disagg", "get_model", "get_serving", "get_spec", "get_parallel")),
         (rank, ("get_parallel",)),
     ):
         for name in names:

@@ -41,6 +41,8 @@ class Request(SimpleNamespace):
             "cached_tokens_host": 64,
             "cached_tokens_storage": 0,
             "_cache_breakdown_computed": True,
+            "start_send_idx": 0,
+            "disagg_decode_prefix_len": 0,
         }
         super().__init__(**{**defaults, **fields})
 

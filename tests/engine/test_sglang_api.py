@@ -224,7 +224,7 @@ def test_an_engine_looks_for_what_is_hooked_into() -> None:
 def test_the_resolution_steps_may_be_overridden() -> None:
     hooks = importlib.import_module("sglang.srt.arg_groups.resolution_hooks")
     steps = re.findall(r'register_resolution_hook\("(\w+)"\)', (ROOT / "engine_patch" / "plugin.py").read_text())
-    assert len(steps) == 4
+    assert len(steps) == 5
     assert set(steps) <= set(hooks._OVERRIDABLE_HOOKS)
 
 

@@ -1,0 +1,261 @@
+"""What an engine that prefills hands over to one that decodes: SGLang's own processing of results, on stand-ins, with
+an adversary that fails restores. Nothing of a request is sent before its load is over and good, and the engine that
+decodes does not hear of a request that is recomputed."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from sglang.srt.disaggregation import prefill
+from sglang.srt.disaggregation.prefill import SchedulerDisaggregationPrefillMixin
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from engine_patch import plugin, radix_cache
+from engine_patch.radix_cache import AgentStateRadixCache
+
+PAGE, CHUNK = 64, 256
+
+
+class Sender:
+    """SGLang's, as far as it is told anything."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, int, bool]] = []
+        self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class Request(SimpleNamespace):
+    """What of SGLang's `Req` is touched. ``bad`` is how many of its restores are yet to fail."""
+
+    def __init__(self, rid: str, length: int, bad: int, **fields: Any):
+        super().__init__(
+            rid=rid,
+            bad=bad,
+            origin_input_ids=array("q", range(length)),
+            output_ids=array("q"),
+            kv=SimpleNamespace(holds_kv=True, holds_mamba=False),
+            disagg_kv_sender=Sender(),
+            **{
+                **dict.fromkeys(["start_send_idx", "disagg_decode_prefix_len", "inflight_middle_chunks"], 0),
+                **dict.fromkeys(["retraction_count", "cached_tokens", "cached_tokens_device", "cached_tokens_host"], 0),
+                **dict.fromkeys(["cached_tokens_storage", "metadata_buffer_index"], 0),
+                **dict.fromkeys(["multimodal_inputs", "session", "to_finish", "grammar", "beam_group"]),
+                **dict.fromkeys(["finished_reason", "finished_len", "finished_output", "discard_output_reason"]),
+                **dict.fromkeys(["extend_end", "cache_request_handle"]),
+                **dict.fromkeys(["skip_radix_cache_insert", "retracted_stain", "is_retracted"], False),
+                **dict.fromkeys(["pending_bootstrap", "return_logprob", "return_sampling_mask"], False),
+                "tmp_end_idx": -1,
+                "_cache_breakdown_computed": True,
+                "time_stats": MagicMock(),
+                **fields,
+            },
+        )
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+    def finished(self) -> bool:
+        return self.finished_reason is not None
+
+    def reset_for_retract(self) -> None:
+        assert not self.kv.holds_kv
+        self.is_retracted = self.retracted_stain = True
+        self.retraction_count += 1
+        self.inflight_middle_chunks, self.extend_end = 0, None
+
+
+class Scheduler(SchedulerDisaggregationPrefillMixin):
+    """SGLang's processing of prefills, with the plug-in's hooks around it, and nothing else of a scheduler."""
+
+    def __init__(self, cache: AgentStateRadixCache, *, overlap: bool) -> None:
+        self.tree_cache, self.enable_overlap = cache, overlap
+        self.chunked_req: Any = None
+        self.running_batch = self.last_batch = None
+        self.result_queue: list[Any] = []
+        self.waiting_queue: list[Any] = []
+        self.disagg_prefill_inflight_queue: list[Any] = []
+        self.disagg_prefill_pending_chunk_rids: set[str] = set()
+        self.disagg_prefill_bootstrap_queue = SimpleNamespace(queue=[])
+        self.req_to_metadata_buffer_idx_allocator = MagicMock()
+        self.batch_result_processor = self.output_streamer = self.metrics_reporter = MagicMock()
+        self.maybe_send_health_check_signal = MagicMock()
+        self.spec_algorithm = SimpleNamespace(is_eagle=lambda: False)
+        self.prefetched: list[Any] = []
+
+    def checkpoint_disagg_prefill(self, req: Any) -> None: ...
+
+    def _prefetch_kvcache(self, req: Any) -> None:
+        self.prefetched.append(req)
+
+    def _add_request_to_queue(self, req: Any, is_retracted: bool) -> None:
+        raise AssertionError("it would look for an engine that decodes once more")
+
+    def send_kv_chunk(self, req: Any, last_chunk: bool = False, end_idx: int | None = None) -> None:
+        def send(_: Any, req: Any, last_chunk: bool, end_idx: int | None = None) -> None:
+            end = len(req.origin_input_ids) if last_chunk else end_idx
+            req.disagg_kv_sender.sent.append((req.start_send_idx, end, last_chunk))
+            req.start_send_idx = end
+
+        plugin._around_kv_send(send, self, req, last_chunk, end_idx=end_idx)
+
+    def _retire_aborted_prefill_result(self, req: Any) -> Any:
+        stock = SchedulerDisaggregationPrefillMixin._retire_aborted_prefill_result
+        return plugin._around_retired_prefill(stock, self, req)
+
+    def run(self, reqs: list[Any]) -> None:
+        """A batch of the next chunk of each: its forward, what SGLang does after one, and the processing of its
+        result."""
+        self.tree_cache.requeue_failed(self)
+        self.tree_cache.linker.loading = {req.rid for req in reqs if not req.extend_end}
+        for req in reqs:
+            # A prefix that is on the device goes out before the forward, unless the request loads.
+            self.send_kv_chunk(req, end_idx=req.start_send_idx)
+            req.extend_end = min((req.extend_end or 0) + CHUNK, len(req.origin_input_ids))
+            if req.extend_end < len(req.origin_input_ids):
+                req.inflight_middle_chunks += 1
+                self.chunked_req = req
+                req.tmp_end_idx = req.extend_end
+            elif self.chunked_req is req:
+                self.chunked_req = None
+        refused = self.tree_cache.finish_external_linker_loads(reqs)
+        assert not refused
+        batch = SimpleNamespace(reqs=reqs, spec_info=None, prefill_stats=None, dp_cooperation_info=None)
+        result = SimpleNamespace(
+            logits_output=None,
+            next_token_ids=SimpleNamespace(tolist=lambda: [7] * len(reqs)),
+            extend_input_len_per_req=None,
+            extend_logprob_start_len_per_req=None,
+            copy_done=None,
+            auxiliary_host_output=None,
+            routed_experts_output=None,
+            indexer_topk_output=None,
+            next_draft_input=None,
+            can_run_cuda_graph=False,
+        )
+        if self.enable_overlap:
+            # The next batch is made before this one's result is processed.
+            self.result_queue.append((batch, result))
+            self.tree_cache.requeue_failed(self)
+            self.result_queue.pop()
+        self.process_batch_result_disagg_prefill(batch, result)
+        if not self.enable_overlap and self.chunked_req in reqs:
+            # As SGLang does before the next batch, after the plug-in has looked for what failed.
+            self.tree_cache.requeue_failed(self)
+            if self.chunked_req is not None:
+                self.send_kv_chunk(self.chunked_req, end_idx=self.chunked_req.extend_end)
+
+
+class Linker:
+    """Fails the loads of requests that are ``bad``."""
+
+    def __init__(self, reqs: list[Any]):
+        self._reqs = {req.rid: req for req in reqs}
+        self.loading: set[str] = set()
+
+    def loads(self, rid: str) -> bool:
+        return rid in self.loading
+
+    def finish_loads(self) -> list[str]:
+        loaded, self.loading = self.loading, set()
+        failed = [self._reqs[rid] for rid in loaded if self._reqs[rid].bad]
+        for req in failed:
+            req.bad -= 1
+        return [req.rid for req in failed]
+
+
+def cache_of(reqs: list[Any]) -> AgentStateRadixCache:
+    cache = AgentStateRadixCache.__new__(AgentStateRadixCache)
+    cache._recomputing, cache._generates, cache._beams, cache._hands_over = [], True, None, True
+    cache.linker = Linker(reqs)
+    return cache
+
+
+@pytest.fixture(autouse=True)
+def releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    def release(req: Any, tree: Any, checkpoint: bool) -> None:
+        assert not checkpoint
+        req.kv.holds_kv = False
+
+    monkeypatch.setattr(radix_cache, "release_kv_cache", release)
+    monkeypatch.setattr(prefill, "get_disagg", lambda: SimpleNamespace(disaggregation_decode_allocation_policy="x"))
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "plain"])
+@pytest.mark.parametrize("seed", range(40))
+def test_nothing_is_sent_that_was_not_restored(seed: int, overlap: bool) -> None:
+    numbers = random.Random(seed)
+    reqs = [
+        Request(f"r{number}", numbers.randrange(1, 5) * CHUNK - numbers.randrange(CHUNK), numbers.choice([0, 0, 1, 2]))
+        for number in range(8)
+    ]
+    failures = {req.rid: req.bad for req in reqs}
+    scheduler = Scheduler(cache_of(reqs), overlap=overlap)
+    scheduler.waiting_queue = list(reqs)
+    for _ in range(200):
+        scheduler.tree_cache.requeue_failed(scheduler)
+        batch = [scheduler.chunked_req] if scheduler.chunked_req else []
+        while scheduler.waiting_queue and len(batch) < numbers.randrange(1, 5):
+            req = scheduler.waiting_queue.pop(0)
+            req.kv.holds_kv, req.is_retracted = True, False
+            batch.append(req)
+            if len(req.origin_input_ids) > CHUNK and scheduler.chunked_req is None:
+                break
+        long = [req for req in batch if (req.extend_end or 0) + CHUNK < len(req.origin_input_ids)]
+        # SGLang has one request at a time in chunks.
+        for req in long[1:]:
+            batch.remove(req)
+            scheduler.waiting_queue.insert(0, req)
+        if batch:
+            for req in batch:
+                if req.bad and not req.extend_end:
+                    assert req.disagg_kv_sender.sent in ([], [(0, 0, False)])
+            scheduler.run(batch)
+    assert set(scheduler.disagg_prefill_inflight_queue) == set(reqs)
+    for req in reqs:
+        sent = [part for part in req.disagg_kv_sender.sent if part[0] < part[1] or part[2]]
+        assert [start for start, _, _ in sent] == [0, *(end for _, end, _ in sent[:-1])]
+        assert [last for _, _, last in sent] == [False] * (len(sent) - 1) + [True]
+        assert sent[-1][1] == len(req.origin_input_ids)
+        assert not req.disagg_kv_sender.aborted
+        assert (req.bad, req.to_finish, req.finished_reason, list(req.output_ids)) == (0, None, None, [7])
+        assert scheduler.prefetched.count(req) == failures[req.rid]
+
+
+def test_what_loads_is_not_sent() -> None:
+    req = Request("r", CHUNK, 1)
+    scheduler = Scheduler(cache_of([req]), overlap=True)
+    scheduler.tree_cache.linker.loading = {"r"}
+    scheduler.send_kv_chunk(req, end_idx=PAGE)
+    assert req.disagg_kv_sender.sent == []
+    with pytest.raises(RuntimeError, match="KV of request r would be sent that was not restored"):
+        scheduler.send_kv_chunk(req, last_chunk=True)
+    assert req.disagg_kv_sender.sent == []
+
+
+def test_what_was_sent_in_part_is_given_up_with_the_engine_that_decodes() -> None:
+    """The transfer may still read the slots that a recomputation would release."""
+    req = Request("r", CHUNK, 1, start_send_idx=2 * PAGE, disagg_decode_prefix_len=PAGE)
+    cache = cache_of([req])
+    cache.linker.loading = {"r"}
+    assert cache.finish_external_linker_loads([req]) == [req]
+    scheduler = Scheduler(cache, overlap=True)
+    with pytest.raises(RuntimeError, match="not restored"):
+        scheduler.send_kv_chunk(req, last_chunk=True)
+    assert isinstance(req.discard_output_reason, FINISH_ABORT)
+    assert not cache.recomputes(req)
+
+
+def test_requests_that_look_for_an_engine_count_as_queued() -> None:
+    """What is read ahead for them is kept."""
+    req = Request("r", CHUNK, 0)
+    scheduler = Scheduler(cache_of([req]), overlap=True)
+    scheduler.disagg_prefill_bootstrap_queue.queue = [req]
+    assert scheduler.tree_cache._queued(scheduler) == {"r"}

@@ -128,8 +128,9 @@ def registered(connection: Connection) -> list[Engine]:
 
 
 def _engine(row: Any) -> Engine:
-    *fields, reads, phase = row
-    return Engine(*fields, reads=frozenset(reads.split()), phase=Phase(phase))
+    values = dict(zip(Engine.__dataclass_fields__, row, strict=True))
+    reads, phase = frozenset(values["reads"].split()), Phase(values["phase"])
+    return Engine(**{**values, "reads": reads, "phase": phase})
 
 
 _SELECT = sa.select(*(engines.c[name] for name in Engine.__dataclass_fields__))

@@ -329,6 +329,7 @@ export interface PagesPart {
   /** The extent in the shared store; null: they are not there. */
   shared_extent: string | null;
 }
+
 /** `prefill` computes and restores prompts, and sends their KV to an engine that does `decode`. */
 export type Phase = "" | "prefill" | "decode";
 

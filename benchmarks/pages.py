@@ -42,6 +42,8 @@ GEOMETRIES = {
 }
 CASES = ("idle", "staged", "busy", "recycled", "turns", "merged")
 TURNS, PAGES_A_TURN = 100, 13
+# What an engine on a CPU reads at a time.
+CHUNK_BYTES = 8 << 20
 # The device's memory: far more than any cache of the processor, and no burden for a small machine.
 DEVICE_BYTES = 512 << 20
 # Both processors of a small machine, as a forward takes them.
@@ -91,7 +93,12 @@ class Measurement:
         self.growth_bytes: list[int] = []
         self.samples: defaultdict[str, list[Sample]] = defaultdict(list)
         self._staging_bytes = int(settings.staging_bytes)
-        self._reader = LayerwiseReader(self.geometry, staging_bytes=self._staging_bytes, threads=_threads(settings))
+        self._reader = LayerwiseReader(
+            self.geometry,
+            staging_bytes=self._staging_bytes,
+            threads=_threads(settings),
+            chunk_bytes=CHUNK_BYTES,
+        )
         self._store = AgentStateStore(
             # A level deeper than in a page directory: no engine's store may be mistaken for it.
             root / "store" / "rank0",

@@ -515,6 +515,7 @@ class Engine(BaseModel):
     fingerprint: str
     pages_dir: str
     shared_store: str = Field(default="", description="The URL of the store that it shares with others; empty: none.")
+    reads: list[str] = Field(default=[], description="The other nodes of its machine whose pages it can restore too.")
     dp_rank: int = Field(default=0, description="Its DP rank; `rank` is its number within that one.")
     dp_size: int = Field(default=1, description="How many DP ranks its server has.")
     phase: Phase = Field(

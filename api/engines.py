@@ -37,6 +37,7 @@ def read(service: ServiceDep, caller: CallerDep) -> answers.EngineList:
             fingerprint=engine.fingerprint,
             pages_dir=engine.pages_dir,
             shared_store=engine.shared_store,
+            reads=sorted(engine.reads),
             dp_rank=engine.dp_rank,
             dp_size=engine.dp_size,
             phase=engine.phase,

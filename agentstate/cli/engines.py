@@ -96,6 +96,7 @@ def _rows() -> list[dict[str, Any]]:
             "control_address": rank.control_address,
             "pages_dir": rank.pages_dir,
             "shared_store": rank.shared_store,
+            "reads": sorted(rank.reads),
             "fingerprint": rank.fingerprint,
             "started_at": instant(rank.started_us).isoformat(timespec="seconds"),
         }

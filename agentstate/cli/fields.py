@@ -50,6 +50,7 @@ _ENGINE: Fields = {
     "control_address": ("string", "Where its control endpoint listens."),
     "pages_dir": ("string", "Its page directory."),
     "shared_store": ("string", "The store that it shares with others; empty: none."),
+    "reads": ("list", "The other nodes of its machine whose pages it can restore too."),
     "fingerprint": ("string", "Of the weights, the dtype and the layout of its pages."),
     "started_at": ("string", "When it registered, in UTC."),
 }

@@ -79,6 +79,7 @@ def test_pages_that_another_node_of_its_machine_has_are_brought(service: Service
     register(service.database, peer.address, node="n2", reads=frozenset({"n1"}))
     assert prefetch(service, session_id).json()["result"]["tokens"] == 128
     assert peer.requests[-1]["keys"] == b"k" * 64
+    assert [engine["reads"] for engine in service.http.get("/v1/engines").json()["data"]] == [["n1"]]
     resumed_there = service.client.resume(session_id)
     assert (resumed_there.kv.valid, resumed_there.kv.tokens) == (True, 128)
 

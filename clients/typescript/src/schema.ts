@@ -99,6 +99,8 @@ export interface Engine {
   pages_dir: string;
   /** The URL of the store that it shares with others; empty: none. */
   shared_store?: string;
+  /** The other nodes of its machine whose pages it can restore too. */
+  reads?: string[];
   /** Its DP rank; `rank` is its number within that one. */
   dp_rank?: number;
   /** How many DP ranks its server has. */

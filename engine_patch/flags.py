@@ -86,11 +86,13 @@ NO_EFFECT = {
         stat_loggers weight_version""",
     "time limits, processes and devices": """
         watchdog_timeout soft_watchdog_timeout base_gpu_id gpu_id_step numa_node gc_threshold custom_sigquit_handler
-        nccl_port dist_timeout dist_init_addr enable_p2p_check pre_warm_nccl load_balance_method""",
+        nccl_port dist_timeout dist_init_addr enable_p2p_check pre_warm_nccl load_balance_method
+        disaggregation_bootstrap_port""",
     "how much runs and how much memory it has": """
         mem_fraction_static max_running_requests max_queued_requests max_total_tokens max_prefill_tokens
         prefill_max_requests schedule_conservativeness scheduler_recv_interval context_length max_mamba_cache_size
-        mamba_full_memory_ratio""",
+        mamba_full_memory_ratio num_reserved_decode_tokens disaggregation_decode_extra_slots
+        disaggregation_decode_polling_interval""",
     "how the checkpoint's files are read": """
         download_dir model_checksum weight_loader_disable_mmap weight_loader_prefetch_checkpoints
         weight_loader_prefetch_num_threads weight_loader_drop_cache_after_load""",
@@ -144,6 +146,13 @@ TESTED = {
     "lora_eviction_policy": Tested("KV is the same"),
     "lora_strict_loading": Tested("KV is the same"),
     "lora_drain_wait_threshold": Tested("requests are admitted in another order"),
+    "disaggregation_mode": Tested(
+        "one engine prefills and restores, another one decodes; both store; tested on a CPU",
+        frozenset({"prefill", "decode"}),
+    ),
+    "disaggregation_transfer_backend": Tested("KV is sent once it is verified", frozenset({"mooncake_tcp"})),
+    "disaggregation_decode_enable_radix_cache": Tested("AgentState sets it where KV is decoded"),
+    "disaggregation_decode_retraction_backup": Tested("KV is the same", frozenset({"cpu_tensor"})),
     "speculative_algorithm": Tested(
         "the draft model's KV is stored and restored with the target's",
         frozenset({"EAGLE", "EAGLE3", "NEXTN", "NGRAM", "STANDALONE"}),
@@ -181,9 +190,19 @@ REFUSED = {
         "several draft layers keep state of requests, which is not stored", "leave it out: one layer drafts all steps"
     ),
     "decoupled_spec_role": Refusal("the draft model's KV is on another engine, which does not store it", _LEAVE_OUT),
-    "disaggregation_mode": Refusal(
-        "it has not been run with two engines yet", "let one engine prefill and decode, and leave it out"
+    "disaggregation_decode_enable_offload_kvcache": Refusal(
+        _OTHER_CACHE, "leave it out: AgentState stores what is decoded"
     ),
+    "disaggregation_decode_retraction_backup": Refusal(
+        "a host pool takes the place of the external linker", "use cpu_tensor", frozenset({"host_pool"})
+    ),
+    "disaggregation_decode_host_receive_threshold": Refusal(
+        "a host pool takes the place of the external linker", _LEAVE_OUT
+    ),
+    "disaggregation_decode_allocation_policy": Refusal(
+        "prefill_complete goes without a radix cache where KV is decoded", _LEAVE_OUT
+    ),
+    "enable_pd_role_switch": Refusal("the service would not know which engine prefills", _LEAVE_OUT),
     "enable_pdmux": Refusal("two streams would use pages that a restore still fills", _LEAVE_OUT),
     "enable_streaming_session": Refusal(
         "its KV belongs to requests and not to the radix cache", "send the top-level session_id with requests instead"
@@ -233,12 +252,6 @@ INERT = {
     "kt_weight_path": """
         kt_method kt_cpuinfer kt_threadpool_count kt_num_gpu_experts kt_max_deferred_experts_per_token""",
     "weight_cache_mode": "weight_cache_socket weight_cache_timeout",
-    "disaggregation_mode": """
-        disaggregation_transfer_backend disaggregation_bootstrap_port disaggregation_ib_device
-        disaggregation_decode_enable_radix_cache disaggregation_decode_enable_offload_kvcache
-        disaggregation_decode_retraction_backup num_reserved_decode_tokens disaggregation_decode_extra_slots
-        disaggregation_decode_polling_interval optimistic_prefill_attempts disaggregation_enable_kv_checksum
-        enable_pd_role_switch disaggregation_decode_host_receive_threshold disaggregation_decode_allocation_policy""",
     "decoupled_spec_role": "decoupled_spec_bind_endpoint decoupled_spec_connect_endpoints decoupled_spec_rank",
 }
 """They do nothing unless a flag is given that is refused."""
@@ -283,7 +296,8 @@ SAME_KV = """
     enable_broadcast_mm_inputs_process mm_enable_dp_encoder mm_feature_transport enable_mm_global_cache
     mm_global_cache_backend enable_prefix_mm_cache language_only language_model_only encoder_transfer_backend
     encoder_urls encoder_bootstrap_port encoder_register_urls enable_adaptive_dispatch_to_encoder
-    engine_info_bootstrap_port kv_cache_dtype load_format
+    engine_info_bootstrap_port kv_cache_dtype load_format disaggregation_transfer_backend disaggregation_ib_device
+    optimistic_prefill_attempts disaggregation_enable_kv_checksum
     speculative_eagle_topk speculative_accept_threshold_single speculative_accept_threshold_acc
     speculative_use_rejection_sampling speculative_use_block_verification speculative_token_map
     speculative_attention_mode speculative_draft_attention_backend speculative_dsa_topk_backend

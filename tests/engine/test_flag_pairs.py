@@ -33,6 +33,7 @@ VALUES = {
     "max_loaded_loras": 9,
     "radix_eviction_policy_config": TLRU,
     "lora_drain_wait_threshold": 1,
+    "disaggregation_decode_host_receive_threshold": 0.5,
 }
 # Given beside a value: SGLang verifies trees of drafts only in pages of one token, and asks what adapters there may be.
 BESIDE = {

@@ -230,9 +230,16 @@ class Tree(AgentStateRadixCache):
 class WindowTree(Tree):
     """Of a model with sliding windows of so many pages, whose pool has room for ``window_room`` pages."""
 
-    def __init__(self, backend: str, window_pages: int = 2, window_room: int = PAGES, **parameters: Any):
+    def __init__(
+        self,
+        backend: str,
+        window_pages: int = 2,
+        window_room: int = PAGES,
+        kind: type[Linker] = Linker,
+        **parameters: Any,
+    ):
         def linker(clock: Callable[[], float]) -> Linker:
-            made = Linker(clock)
+            made = kind(clock)
             made.pools = {PoolName.KV: None, PoolName.SWA: None}
             made.window_pages = window_pages
             return made

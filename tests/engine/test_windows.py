@@ -3,17 +3,32 @@ SGLang's own trees."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from radix_tree import PAGE_SIZE, PAGES, TREES, WindowTree, key_of
+import torch
+from radix_tree import PAGE_SIZE, PAGES, TREES, Linker, WindowTree, key_of
 
 from agentstate.lookahead.forecast import Forecast
+from agentstate.pages import Need, PageStore, fingerprint
+from agentstate.settings import Settings
+from engine_patch.pools import DevicePool, device_pools
 from engine_patch.preloads import Preload
+from engine_patch.restore import Finished
 from engine_patch.sessions import Progress
-from engine_patch.sglang_api import EvictParams, MatchPrefixParams, PoolName, RadixKey, get_storage_hash_str
+from engine_patch.sglang_api import (
+    EvictParams,
+    MatchPrefixParams,
+    PoolName,
+    PoolTransfer,
+    RadixKey,
+    get_storage_hash_str,
+)
+from engine_patch.stored_pools import StoredPools
 
 pytestmark = pytest.mark.usefixtures("parallel")
 
@@ -158,6 +173,119 @@ def test_windows_of_who_waits_are_evicted_for_a_preload(make_tree: Make) -> None
     progress = begin(tree, key)
     land(tree)
     assert (progress(), there(tree, key)) == (Progress.DONE, 10)
+
+
+class Storing(Linker):
+    """One over real stores, once they are ``opened``."""
+
+    opened: StoredPools
+
+    def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        return self.opened.offer(transfers, list)
+
+    def num_completed_offloads(self) -> int:
+        return self.opened.results
+
+    def pop_completed_offload(self) -> bool:
+        return self.opened.pop_result()
+
+    def demote(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        return self.opened.demote(transfers, list, session_id)
+
+    def num_demoted(self) -> int:
+        return self.opened.demoted
+
+    def pop_demoted(self) -> bool:
+        return self.opened.pop_demoted()
+
+    def preload(self, rid: str, keys: list[bytes], slots: Mapping[PoolName, torch.Tensor], need: Need) -> int:
+        return self.opened.preload(rid, keys, slots, (), need)
+
+    def landed(self, batch: int) -> bool:
+        return self.opened.landed(batch)
+
+    def finish(self, batch: int) -> Finished:
+        return self.opened.finish(batch)
+
+
+def until(reached: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.001)
+
+
+def buffers(tree: WindowTree) -> list[list[torch.Tensor]]:
+    """Those of full attention, and those of windows."""
+    kv = tree.token_to_kv_pool_allocator.get_kvcache()
+    return [[*pool.k_buffer, *pool.v_buffer] for pool in (kv.full_kv_pool, kv.swa_kv_pool)]
+
+
+def content(tree: WindowTree, key: RadixKey) -> list[torch.Tensor]:
+    """What a request that goes on from the end of ``key`` reads."""
+    found = tree.match_prefix(MatchPrefixParams(key=key))
+    assert found.device_prefix_len == len(key)
+    full = tree.tree_core.collect_full_device_indices(found.last_device_node, tree.root_node_handle())
+    window = tree.token_to_kv_pool_allocator.translate_loc_from_full_to_swa(full[-WINDOW * PAGE_SIZE :])
+    return [part[slots].clone() for slots, own in zip((full, window), buffers(tree), strict=True) for part in own]
+
+
+@pytest.mark.parametrize("there", [0, 6], ids=["all of it", "the end of it"])
+@pytest.mark.parametrize("host_bytes", [0, 8 << 20], ids=["from the drive", "from host memory"])
+@pytest.mark.parametrize("backend", TREES)
+def test_what_is_brought_is_what_was_computed(backend: str, host_bytes: int, there: int, tmp_path: Path) -> None:
+    tree, key = WindowTree(backend, WINDOW, kind=Storing), key_of(10)
+    for of_pool in buffers(tree):
+        for part in of_pool:
+            part.copy_(torch.rand(part.shape, generator=torch.Generator().manual_seed(len(part))))
+    pools = device_pools(tree._params, set(tree.components))
+
+    def open_store(pool: DevicePool) -> PageStore:
+        mark = fingerprint(pool=pool.name.value)
+        return PageStore(tmp_path / pool.name.value, mark, pool.device_pages.geometry)
+
+    settings = Settings(staging_bytes=1 << 20, spill_staging_bytes=1 << 20, read_threads=1, host_bytes=host_bytes)
+    tree.store.opened = opened = StoredPools(pools, open_store, settings)
+    assert opened.window_pages == WINDOW
+    tree.compute(key, "s")
+
+    def stored() -> bool:
+        tree.check_hicache_events()
+        return not tree.linker.pending_offloads
+
+    until(stored)
+    tree.device_tier.remember("s", key)
+    right = content(tree, key)
+    tree.store.demotes = host_bytes > 0
+    if tree.store.demotes:
+        tree.demotions.demote(("s", None, None), key, "s")
+        until(lambda: opened.demoted)
+        tree.demotions.land()
+    empty(tree)
+    if there:
+        tree.compute(key[: there * PAGE_SIZE], "other")
+        until(stored)
+        before = tree.tree_core.match_full_device_prefix(key)[1]
+        held = tree.tree_core.collect_full_device_indices(before, tree.root_node_handle())
+        full, _ = buffers(tree)
+        for part, value in zip(full, right, strict=False):
+            part[held] = value[: len(held)]
+    progress = begin(tree, key)
+
+    def landed() -> bool:
+        step(tree)
+        return progress() is not Progress.RUNNING
+
+    until(landed)
+    until(stored)
+    assert progress() is Progress.DONE
+    assert [part.tolist() for part in content(tree, key)] == [part.tolist() for part in right]
+    stat = opened.stat()
+    read = [stat["restore"]["bytes_read"], *(pool["restore"]["bytes_read"] for pool in stat["pools"].values())]
+    assert all(read) is not tree.store.demotes
+    assert tree.missing == (0, 0) and tree.full_protected_size() == 0
+    opened.finish_spilling(60)
+    opened.close()
 
 
 def test_a_flush_drops_what_is_under_way(make_tree: Make) -> None:

@@ -130,8 +130,10 @@ class Soak:
     async def run(self) -> Outcome:
         """Raises EngineError if something is restored for the conversations that are never suspended."""
         self._store(False)
-        reference = await self._reference()
-        self._store(True)
+        try:
+            reference = await self._reference()
+        finally:
+            self._store(True)
         self._stack.flush_device()
         return await self._suspended(reference)
 

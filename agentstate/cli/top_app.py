@@ -158,6 +158,8 @@ class Details(Screen[None]):
 
     async def fetch(self, client: AsyncClient) -> None:
         lines = await self._ask(client)
+        if not self.is_attached:
+            return  # the user has gone back
         self.query_one("#told", Static).update(Text("\n".join(visible(line) for line in lines)))
 
     def action_back(self) -> None:
@@ -227,7 +229,7 @@ class Lists(Screen[None]):
                 search=self.choice.search,
                 after=self._places[-1],
             )
-        if asked != (self.view, self.choice, self._places[-1]):
+        if asked != (self.view, self.choice, self._places[-1]) or not self.is_attached:
             return  # the user has gone on, and what that needs has been asked for
         self._overview = overview
         if page is not None:
@@ -317,6 +319,8 @@ class Lists(Screen[None]):
     @property
     def row(self) -> str | None:
         """The key of the row that the cursor is on."""
+        if not self._shown:
+            return None
         at = self.query_one("#table", DataTable).cursor_row
         return self._shown[at] if 0 <= at < len(self._shown) else None
 
@@ -459,8 +463,8 @@ class Top(App[None]):
 
     async def _look(self) -> None:
         # Under a question, the screen that has asked it stays as it is.
-        shown = self.screen
-        if self._client is None or not isinstance(shown, Lists | Details):
+        shown = self.shown
+        if self._client is None or shown is None:
             return
         try:
             await shown.fetch(self._client)
@@ -475,9 +479,14 @@ class Top(App[None]):
         """Whether what is shown may be out of date: then nothing is done to it."""
         return self._error is not None
 
-    def _head(self) -> None:
+    @property
+    def shown(self) -> Lists | Details | None:
+        """The screen that is in front; None while that is a question, or has not been drawn yet."""
         shown = self.screen
-        if not isinstance(shown, Lists | Details):
+        return shown if isinstance(shown, Lists | Details) and shown.is_mounted and shown.is_attached else None
+
+    def _head(self) -> None:
+        if (shown := self.shown) is None:
             return
         told = Text(visible(self._where))
         if isinstance(shown, Lists):
@@ -499,20 +508,18 @@ class Top(App[None]):
     def say(self, text: str) -> None:
         """A line below what is shown."""
         for screen in self.screen_stack:
-            if isinstance(screen, Lists | Details):
+            if isinstance(screen, Lists | Details) and screen.is_mounted:
                 screen.query_one("#note", Static).update(Text(visible(text)))
 
     def action_copy(self) -> None:
-        shown = self.screen
-        if isinstance(shown, Lists | Details) and (chosen := shown.chosen):
+        if (shown := self.shown) is not None and (chosen := shown.chosen):
             # By OSC 52: the terminal takes it, not what runs here.
             self.copy_to_clipboard(chosen)
             self.say(f"copied: {chosen}")
 
     def action_do(self, name: str) -> None:
         """Do something to a session, once the user has said that it is meant."""
-        shown = self.screen
-        if not isinstance(shown, Lists | Details) or (session_id := shown.session_id) is None:
+        if (shown := self.shown) is None or (session_id := shown.session_id) is None:
             return
         if self._read_only:
             self.say("nothing is changed with --read-only")

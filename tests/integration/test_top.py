@@ -248,6 +248,7 @@ def test_a_session_is_shown_and_its_text_steers_nothing(fleet: Service) -> None:
         await picture(screens, pilot, "top-sessions")
         await pilot.press("enter")
         await until(pilot, lambda: "Review it." in text(screens, "#told"))
+        assert "p Prefetch" in drawn(screens)
         await picture(screens, pilot, "top-session")
         await pilot.press("c")
         assert screens.clipboard == NAMES[3]

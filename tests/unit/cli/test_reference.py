@@ -14,7 +14,7 @@ from agentstate.cli.fields import FIELDS
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs/cli.md"
-HEAVY = {"sqlalchemy", "numpy", "httpx", "fastapi", "textual", "torch", "rich", "lmdb", "zmq", "aiohttp"}
+HEAVY = {"textual", "sqlalchemy", "numpy", "httpx", "fastapi", "torch", "rich", "lmdb", "zmq", "aiohttp"}
 COMMANDS = dict(reference.commands())
 GROUPS = sorted({name.partition(" ")[0] for name in COMMANDS if " " in name})
 
@@ -39,7 +39,7 @@ def test_every_command_and_option_says_what_it_is() -> None:
     assert not bare
 
 
-@pytest.mark.parametrize("asked", ["", *GROUPS, "sessions kv"])
+@pytest.mark.parametrize("asked", ["", *GROUPS, "sessions kv", "top"])
 def test_help_imports_nothing_heavy(asked: str) -> None:
     """Nor does a press of TAB: it imports the same. (Typer needs pydantic for an option that has a range.)"""
     heavy = HEAVY | (set() if asked else {"pydantic"})

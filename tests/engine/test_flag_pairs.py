@@ -48,6 +48,7 @@ APART = [
     ({"--enable-lora", "--lora-paths"}, {"STANDALONE"}),
     ({"--dp-size"}, {"--attn-dp-size"}),
     ({"--attn-dp-size", "--enable-dp-attention"}, {"NGRAM", "STANDALONE"}),
+    ({"decode"}, {"NGRAM", "STANDALONE"}),
 ]
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -188,7 +188,8 @@ def project(
 def path(settings: Settings, tokens: str, page_sizes: str, report: Path | None) -> None:
     """Measure the interpreter's part of a match, a restore and a spill, where SGLang is, and print it."""
     python = launcher.engine_python(settings)
-    command = [python, "-W", "ignore", "-m", "benchmarks.path", "--tokens", tokens, "--page-sizes", page_sizes]
+    program = [python, "-W", "ignore", "-m", "benchmarks.path"]
+    command = [*program, "--tokens", tokens, "--page-sizes", page_sizes]
     rows: list[dict[str, Any]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as measuring:
         assert measuring.stdout is not None

@@ -1,16 +1,19 @@
-"""The quick start, as a reader types it: its commands, with ports and directories of the test's own."""
+"""The quick start, as a reader types it: its commands, with ports and directories of the test's own, in the checkout
+and with the wheel, installed elsewhere."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from commands import ROOT, commands
+from installed import installed, outside, published
 from stacks import PATIENCE_S, until
 
 from agentstate.cli.local import ChildProcess, free_port
@@ -22,22 +25,23 @@ COMMANDS = commands("quick-start.md")
 
 
 class Reader:
-    """Types commands into terminals."""
+    """Types commands into terminals, in the directory ``where``. ``changes`` says what of them is named otherwise."""
 
-    def __init__(self, home: Path, engine_python: Path):
+    def __init__(self, home: Path, where: Path, changes: Mapping[str, str]):
         self.home = home
+        self._where = where
         self._service, self._engine = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self._service}"
         self.engine_url = f"http://127.0.0.1:{self._engine}"
         self._changes = {
             "http://127.0.0.1:8700": self.url,
             "~/.cache/agentstate/": f"{Settings().cache_dir}/",
-            ".venv/engine/bin/agentstate": str(engine_python.parent / "agentstate"),
             "agent.json": str(home / "agent.json"),
+            **changes,
         }
         # Whether an engine restores what it has is for this test to know, and not for its stopwatch to decide.
         own = {"AGENTSTATE_HOME": str(home / "data"), "AGENTSTATE_PORT": str(self._service)}
-        self.environment = {**os.environ, **own, "AGENTSTATE_BREAK_EVEN": "off", "HF_HUB_OFFLINE": "1"}
+        self.environment = outside(**own, AGENTSTATE_BREAK_EVEN="off", HF_HUB_OFFLINE="1")
 
     def typed(self, name: str) -> str:
         command = COMMANDS[name]
@@ -48,22 +52,28 @@ class Reader:
     def runs(self, script: str) -> str:
         """What commands print that end."""
         shell = ["bash", "-euo", "pipefail", "-c", script]
-        ran = subprocess.run(shell, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+        ran = subprocess.run(shell, cwd=self._where, env=self.environment, capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran.stdout
 
     def starts(self, name: str, url: str) -> ChildProcess:
         """A command that goes on, once it answers."""
         shell = ["bash", "-c", f"exec {self.typed(name)}"]
-        # The commands of a checkout are relative to it.
-        process = ChildProcess(["env", "-C", str(ROOT), *shell], self.environment, self.home / f"{name}.log")
+        # Commands of a checkout are relative to it, and no other may find it in its directory.
+        process = ChildProcess(["env", "-C", str(self._where), *shell], self.environment, self.home / f"{name}.log")
         process.await_answer(url, PATIENCE_S)
         return process
 
 
-@pytest.fixture
-def reader(tmp_path: Path, engine_python: Path) -> Reader:
-    return Reader(tmp_path, engine_python)
+@pytest.fixture(params=["checkout", "wheel"])
+def reader(request: pytest.FixtureRequest, tmp_path: Path, engine_python: Path) -> Reader:
+    if request.param == "checkout":
+        return Reader(tmp_path, ROOT, {".venv/engine/bin/agentstate": str(engine_python.parent / "agentstate")})
+    wheel = published(tmp_path)
+    service = installed(wheel, tmp_path / "service", like=Path(sys.executable))
+    engine = installed(wheel, tmp_path / "engine", like=engine_python)
+    changes = {".venv/service/bin": str(service), ".venv/engine/bin": str(engine), "examples/": f"{ROOT}/examples/"}
+    return Reader(tmp_path, tmp_path, changes)
 
 
 @pytest.fixture

@@ -694,7 +694,7 @@ def test_of_an_ended_turn_nothing_is_left_but_that_its_session_waits(make_gatewa
             threading.Event().wait(0.005)
         gc.collect()
         types = [type(one) for one in gc.get_objects()]
-        own = [one.__name__ for one in types if str(one.__module__).partition(".")[0] in ("agentstate", "api")]
+        own = [one.__name__ for one in types if str(one.__module__).partition(".")[0] == "agentstate"]
         return Counter(own)
 
     objects(range(10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,21 +14,25 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+SERVICE, BENCHMARKS = "agentstate.api", "agentstate.benchmarks"
 FORBIDDEN = {
-    "agentstate": {"torch", "sglang", "fastapi", "starlette", "uvicorn", "api", "engine_patch", "benchmarks"},
-    "api": {"torch", "sglang", "engine_patch", "benchmarks"},
-    "engine_patch": {"api", "fastapi", "starlette", "uvicorn", "benchmarks"},
-    "migrations": {"torch", "sglang", "fastapi", "api", "engine_patch", "benchmarks"},
+    "agentstate": {"torch", "sglang", "fastapi", "starlette", "uvicorn", SERVICE, "engine_patch", BENCHMARKS},
+    "api": {"torch", "sglang", "engine_patch", BENCHMARKS},
+    "engine_patch": {SERVICE, "fastapi", "starlette", "uvicorn", BENCHMARKS},
+    "migrations": {"torch", "sglang", "fastapi", SERVICE, "engine_patch", BENCHMARKS},
 }
+LINKED = ("api", "benchmarks", "migrations")
+"""Folders of the checkout that are imported as parts of `agentstate`, through links in it."""
 
 
-def imported(source: str) -> Iterator[str]:
-    """The top-level packages that a module imports, anywhere in it: also inside of functions."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (name.name.partition(".")[0] for name in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module.partition(".")[0]
+def imported(source: str) -> set[str]:
+    """The packages that a module imports something of, anywhere in it, also inside of functions: all of their names,
+    ``a``, ``a.b`` and ``a.b.c`` for ``from a.b import c``."""
+    found = set()
+    for name in imported_modules(source):
+        parts = name.split(".")
+        found |= {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    return found
 
 
 @pytest.mark.parametrize("room", FORBIDDEN)
@@ -37,20 +42,40 @@ def test_a_room_imports_only_what_it_may(room: str) -> None:
     broken = {
         f"{path.relative_to(ROOT)} imports {name}"
         for path in files
-        for name in imported(path.read_text())
-        if name in FORBIDDEN[room]
+        for name in imported(path.read_text()) & FORBIDDEN[room]
     }
     assert not broken
+
+
+def test_what_is_linked_is_imported_by_the_name_that_it_is_installed_under() -> None:
+    """In a checkout, its own name would do too, and make a second module of it."""
+    assert {path.name for path in (ROOT / "agentstate").iterdir() if path.is_symlink()} == set(LINKED)
+    folders = (".ci", "agentstate", "clients", "engine_patch", "examples", "tests", *LINKED)
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 500
+    bare = re.compile(rf"({'|'.join(LINKED)})(\.(?!md\b)[a-z_]\w*)*(:\w+)?")
+    wrong = {f"{path.relative_to(ROOT)}: {name}" for path in files for name in named(path) if bare.fullmatch(name)}
+    assert not wrong
+
+
+def named(path: Path) -> Iterator[str]:
+    """What a file imports, and every text in it with a dot."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        yield from modules_of(node)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+            yield node.value
 
 
 @pytest.mark.parametrize("package", ["agentstate", "engine_patch"])
 def test_files_and_folders_import_no_circle(package: str) -> None:
     """Also what is imported for its types alone: who names another's type leans on it."""
-    files = modules(package)
+    files, linked = modules(package), tuple(f"agentstate.{name}" for name in LINKED)
     files_lean_on: dict[str, set[str]] = {name: set() for name in files}
     folders_lean_on: dict[str, set[str]] = {}
     for name, path in files.items():
         for other in imported_modules(path.read_text()):
+            if other.startswith(linked):  # rooms of their own
+                continue
             while other not in files and "." in other:
                 other = other.rpartition(".")[0]
             if other not in files or other == name:
@@ -81,10 +106,14 @@ def folder(module: str) -> str:
 def imported_modules(source: str) -> Iterator[str]:
     """The modules that one imports, anywhere in it: ``a.b`` and ``a.b.c`` for ``from a.b import c``."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield from (f"{node.module}.{name.name}" for name in node.names)
+        yield from modules_of(node)
+
+
+def modules_of(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (name.name for name in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
 def test_only_the_command_line_names_other_rooms() -> None:
@@ -101,7 +130,7 @@ def test_only_the_command_line_names_other_rooms() -> None:
 
 def test_the_service_needs_no_torch_and_no_sglang() -> None:
     program = (
-        "import sys, agentstate, agentstate.client, agentstate.sessions.verbs, api.app\n"
+        "import sys, agentstate, agentstate.client, agentstate.sessions.verbs, agentstate.api.app\n"
         "sys.exit(', '.join({'torch', 'sglang'} & set(sys.modules)) or None)"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -111,7 +140,7 @@ def test_the_service_needs_no_torch_and_no_sglang() -> None:
 def test_the_core_needs_no_web_framework() -> None:
     program = (
         "import sys, agentstate.client, agentstate.sessions.verbs, agentstate.fleet.operations\n"
-        "sys.exit(', '.join({'fastapi', 'starlette', 'uvicorn', 'api', 'engine_patch'} & set(sys.modules)) or None)"
+        f"sys.exit(', '.join({FORBIDDEN['agentstate']!r} & set(sys.modules)) or None)"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -126,7 +155,7 @@ def test_what_the_tests_on_a_gpu_use_needs_no_sglang() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("engine_patch."):
                 files |= {ROOT / (str(node.module).replace(".", "/") + ".py")} - seen
     assert ROOT / "engine_patch" / "arrivals.py" in seen
-    assert not {path.name for path in seen if "sglang" in set(imported(path.read_text()))}
+    assert not {path.name for path in seen if "sglang" in imported(path.read_text())}
 
 
 @pytest.mark.parametrize("package", ["agentstate", "api", "engine_patch"])

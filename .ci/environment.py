@@ -29,9 +29,9 @@ SITE_PACKAGES = Path("lib", f"python{VERSION}", "site-packages")
 SIZES = {"engine": " (SGLang, 11 GB)"}
 # Imported once at the end, so that later starts find them compiled. To compile all packages would take far longer.
 FIRST_IMPORTS = {
-    "service": "agentstate.cli.main, api.app, openai, pytest",
-    "adapters": "agentstate.cli.main, api.app, agents, langgraph.graph, pytest",
-    "adk": "agentstate.cli.main, api.app, google.adk.runners, pytest",
+    "service": "agentstate.cli.main, agentstate.api.app, openai, pytest",
+    "adapters": "agentstate.cli.main, agentstate.api.app, agents, langgraph.graph, pytest",
+    "adk": "agentstate.cli.main, agentstate.api.app, google.adk.runners, pytest",
     "engine": "sglang.launch_server, sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler",
 }
 FIRST_LINE_S, NEXT_LINE_S = 2, 30

@@ -16,13 +16,13 @@ from prometheus_client.core import Metric
 from pydantic import ByteSize, SecretStr
 
 from agentstate import errors
+from agentstate.api import problems
+from agentstate.api.app import create_app
+from agentstate.api.metrics import Metrics
 from agentstate.cli.main import app
 from agentstate.errors import AgentStateError
 from agentstate.fleet.engines import Engine
 from agentstate.settings import Settings
-from api import problems
-from api.app import create_app
-from api.metrics import Metrics
 from engine_patch.metrics import Metrics as EngineMetrics
 
 

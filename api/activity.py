@@ -6,11 +6,11 @@ from fastapi import APIRouter, status
 from starlette.concurrency import run_in_threadpool
 
 from agentstate import answers
+from agentstate.api.problems import COMMON
+from agentstate.api.schemas import PathId, Signal
+from agentstate.api.service import CallerDep, ServiceDep, SessionsDep
+from agentstate.api.sessions import GONE
 from agentstate.fleet.waits import FORECASTS
-from api.problems import COMMON
-from api.schemas import PathId, Signal
-from api.service import CallerDep, ServiceDep, SessionsDep
-from api.sessions import GONE
 
 router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["turns"], responses={**COMMON, **GONE})
 

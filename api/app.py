@@ -9,15 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 import agentstate
-from agentstate.fleet.decisions import Decisions
-from agentstate.fleet.operations import Operations, fail_abandoned, part_of
-from agentstate.fleet.passing import Passed, Passing
-from agentstate.fleet.waits import Hearing, Waits
-from agentstate.sessions.collection import Collector
-from agentstate.sessions.verbs import Sessions
-from agentstate.settings import Settings
-from agentstate.sql.database import Database
-from api import (
+from agentstate.api import (
     activity,
     branches,
     demotion,
@@ -37,20 +29,28 @@ from api import (
     toolcalls,
     turns,
 )
-from api.bodies import BodyLimit
-from api.changes import Changes
-from api.console import routes as console_routes
-from api.console.room import Console
-from api.gate import Gate
-from api.gateway import described
-from api.gateway.app import Gateway, GatewayRoutes
-from api.guard import Guard
-from api.limits import Limits
-from api.metrics import CountedCalibration, Metrics
-from api.observation import Observation, tracing
-from api.paths import EncodedSlashes
-from api.service import Service
-from api.workers import Worker
+from agentstate.api.bodies import BodyLimit
+from agentstate.api.changes import Changes
+from agentstate.api.console import routes as console_routes
+from agentstate.api.console.room import Console
+from agentstate.api.gate import Gate
+from agentstate.api.gateway import described
+from agentstate.api.gateway.app import Gateway, GatewayRoutes
+from agentstate.api.guard import Guard
+from agentstate.api.limits import Limits
+from agentstate.api.metrics import CountedCalibration, Metrics
+from agentstate.api.observation import Observation, tracing
+from agentstate.api.paths import EncodedSlashes
+from agentstate.api.service import Service
+from agentstate.api.workers import Worker
+from agentstate.fleet.decisions import Decisions
+from agentstate.fleet.operations import Operations, fail_abandoned, part_of
+from agentstate.fleet.passing import Passed, Passing
+from agentstate.fleet.waits import Hearing, Waits
+from agentstate.sessions.collection import Collector
+from agentstate.sessions.verbs import Sessions
+from agentstate.settings import Settings
+from agentstate.sql.database import Database
 
 
 def owner_of(settings: Settings) -> str:
@@ -60,7 +60,7 @@ def owner_of(settings: Settings) -> str:
 
 def create_app(settings: Settings, worker: Worker | None = None) -> FastAPI:
     """The service as an ASGI application: all of it, or one ``worker`` of several. It expects an up-to-date schema: see
-    `api.server.migrate`.
+    `agentstate.api.server.migrate`.
 
     Opens nothing before it starts. Several services may share one PostgreSQL; node and port distinguish their
     operations. Raises SettingsError.

@@ -7,7 +7,7 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.problems import problem
+from agentstate.api.problems import problem
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 # How much of an oversized body to read and discard: a client that is cut off while it sends sees a broken connection

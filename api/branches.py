@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter, Response, status
 
 from agentstate import answers
-from api.direct import DirectRoute
-from api.entries import proof
-from api.problems import COMMON, responses
-from api.schemas import ForkSession, PathId, RewindSession
-from api.service import SeenDep, SessionsDep
-from api.sessions import CONDITIONAL, GONE, LINKS, changed, created
-from api.writes import WriteDep
+from agentstate.api.direct import DirectRoute
+from agentstate.api.entries import proof
+from agentstate.api.problems import COMMON, responses
+from agentstate.api.schemas import ForkSession, PathId, RewindSession
+from agentstate.api.service import SeenDep, SessionsDep
+from agentstate.api.sessions import CONDITIONAL, GONE, LINKS, changed, created
+from agentstate.api.writes import WriteDep
 
 router = APIRouter(
     prefix="/v1/sessions/{session_id}",

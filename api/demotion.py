@@ -7,15 +7,15 @@ from sqlalchemy.engine import Connection
 from starlette.concurrency import run_in_threadpool
 
 from agentstate import answers
+from agentstate.api.operations import view
+from agentstate.api.problems import COMMON
+from agentstate.api.schemas import PathId
+from agentstate.api.service import CallerDep, Service, ServiceDep, SessionsDep
+from agentstate.api.sessions import GONE
+from agentstate.api.writes import Answer, WriteDep
 from agentstate.fleet import operations
 from agentstate.fleet.operations import Kind, Question
 from agentstate.sessions.outcomes import PagesOfSession
-from api.operations import view
-from api.problems import COMMON
-from api.schemas import PathId
-from api.service import CallerDep, Service, ServiceDep, SessionsDep
-from api.sessions import GONE
-from api.writes import Answer, WriteDep
 
 router = APIRouter(prefix="/v1/sessions/{session_id}/kv", tags=["sessions"], responses={**COMMON, **GONE})
 

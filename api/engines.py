@@ -7,13 +7,13 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from agentstate import answers
+from agentstate.api.problems import COMMON, responses
+from agentstate.api.schemas import MAX_LIST, MAX_NUMBER, Name
+from agentstate.api.service import CallerDep, ServiceDep
 from agentstate.errors import EngineNotFound
 from agentstate.fleet import decisions, engines
 from agentstate.fleet.decisions import Decision
 from agentstate.sql.database import instant
-from api.problems import COMMON, responses
-from api.schemas import MAX_LIST, MAX_NUMBER, Name
-from api.service import CallerDep, ServiceDep
 
 # An engine answers between two messages; one that is overloaded is not waited for.
 TIMEOUT_S = 2.0

@@ -8,15 +8,15 @@ from fastapi import APIRouter, Query, Response, status
 from sqlalchemy.engine import Connection
 
 from agentstate import answers
+from agentstate.api.direct import DirectRoute
+from agentstate.api.problems import COMMON, responses
+from agentstate.api.schemas import MAX_ENTRIES, AppendEntries, LeaseProof, Name, PathId
+from agentstate.api.service import SessionsDep
+from agentstate.api.sessions import GONE
+from agentstate.api.writes import Answer, WriteDep, entry
 from agentstate.sessions.leases import LeaseKey
 from agentstate.sessions.outcomes import Order
 from agentstate.sessions.transcript import EntryPage, NewEntry
-from api.direct import DirectRoute
-from api.problems import COMMON, responses
-from api.schemas import MAX_ENTRIES, AppendEntries, LeaseProof, Name, PathId
-from api.service import SessionsDep
-from api.sessions import GONE
-from api.writes import Answer, WriteDep, entry
 
 router = APIRouter(
     prefix="/v1/sessions/{session_id}/entries",

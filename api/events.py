@@ -20,13 +20,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from agentstate import answers, documents
+from agentstate.api.problems import COMMON, responses
+from agentstate.api.schemas import MAX_NUMBER, PathId
+from agentstate.api.service import Service, ServiceDep, SessionsDep
+from agentstate.api.sessions import view
+from agentstate.api.writes import entry
 from agentstate.errors import AgentStateError, DatabaseError
 from agentstate.sessions.verbs import Sessions
-from api.problems import COMMON, responses
-from api.schemas import MAX_NUMBER, PathId
-from api.service import Service, ServiceDep, SessionsDep
-from api.sessions import view
-from api.writes import entry
 
 KEEP_ALIVE_S = 15.0
 RETRY_S = 1.0

@@ -1,8 +1,8 @@
 """Authenticate callers, and limit their request rates.
 
 Until the first API key is created, every caller is the tenant ``default``; such a service listens on loopback only (see
-`api.server`). Each worker caches look-ups of keys for ``TRUST_S``, so a revoked key works that much longer, whichever
-worker it comes to.
+`agentstate.api.server`). Each worker caches look-ups of keys for ``TRUST_S``, so a revoked key works that much longer,
+whichever worker it comes to.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import time
 
 from starlette.concurrency import run_in_threadpool
 
+from agentstate.api.limits import Limits, Rate
 from agentstate.errors import DatabaseError, RateLimited, Unauthenticated
 from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Caller, Role, Tenant
 from agentstate.settings import DEFAULT_TENANT
 from agentstate.sql.database import Database
-from api.limits import Limits, Rate
 
 TRUST_S = 5.0
 MAX_REMEMBERED = 10_000

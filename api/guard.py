@@ -11,12 +11,12 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from agentstate.api.gateway import app as gateway
+from agentstate.api.gateway.errors import Refusal
+from agentstate.api.heads import MAX_HEAD_BYTES
+from agentstate.api.problems import answer_to, problem
 from agentstate.errors import AgentStateError, HostRefused, NotAllowed
 from agentstate.loopback import is_loopback
-from api.gateway import app as gateway
-from api.gateway.errors import Refusal
-from api.heads import MAX_HEAD_BYTES
-from api.problems import answer_to, problem
 
 READING = ("GET", "HEAD", "OPTIONS")
 

@@ -22,7 +22,7 @@ _ANSWER = (
 
 class BoundedHeads(HttpToolsProtocol):
     """Answers 431 to a head that is incomplete after ``MAX_HEAD_BYTES``, and closes the connection. One that is
-    complete by then is in memory already: `api.guard` judges that."""
+    complete by then is in memory already: `agentstate.api.guard` judges that."""
 
     _head_bytes = 0
     _in_head = True

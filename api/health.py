@@ -8,9 +8,9 @@ from typing import Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
+from agentstate.api.service import ServiceDep
 from agentstate.errors import DatabaseError, DatabaseFull, DatabaseUnreachable
 from agentstate.fleet import engines
-from api.service import ServiceDep
 
 router = APIRouter(tags=["health"])
 

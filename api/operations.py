@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from agentstate import answers
+from agentstate.api.problems import COMMON, responses
+from agentstate.api.schemas import Name
+from agentstate.api.service import CallerDep, ServiceDep
 from agentstate.fleet import operations
 from agentstate.fleet.operations import Operation
 from agentstate.sql.database import instant
-from api.problems import COMMON, responses
-from api.schemas import Name
-from api.service import CallerDep, ServiceDep
 
 router = APIRouter(prefix="/v1/operations", tags=["operations"], responses=COMMON)
 

@@ -8,17 +8,17 @@ from fastapi import APIRouter, Query
 from starlette.concurrency import run_in_threadpool
 
 from agentstate import answers
+from agentstate.api.console import overview, reading
+from agentstate.api.console.reading import Counts, Listed, Sort, State
+from agentstate.api.console.room import ConsoleDep
+from agentstate.api.console.snapshot import Server, Snapshot
+from agentstate.api.problems import COMMON
+from agentstate.api.service import CallerDep, RoleDep, Service, ServiceDep
 from agentstate.fleet import quotas
 from agentstate.fleet.quotas import UNLIMITED, Quota
 from agentstate.sessions import salts
 from agentstate.sessions.tenants import Role, Tenant
 from agentstate.sql.database import instant
-from api.console import overview, reading
-from api.console.reading import Counts, Listed, Sort, State
-from api.console.room import ConsoleDep
-from api.console.snapshot import Server, Snapshot
-from api.problems import COMMON
-from api.service import CallerDep, RoleDep, Service, ServiceDep
 
 router = APIRouter(prefix="/v1/overview", tags=["overview"], responses=COMMON)
 

@@ -10,15 +10,15 @@ from fastapi import APIRouter, Response, status
 from starlette.concurrency import run_in_threadpool
 
 from agentstate import answers
+from agentstate.api.engines import TIMEOUT_S
+from agentstate.api.problems import COMMON
+from agentstate.api.schemas import PathId, PinKv
+from agentstate.api.service import CallerDep, Service, ServiceDep, SessionsDep
+from agentstate.api.sessions import GONE
 from agentstate.errors import EngineError, EngineRefused
 from agentstate.fleet.pins import PinTier
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.database import instant
-from api.engines import TIMEOUT_S
-from api.problems import COMMON
-from api.schemas import PathId, PinKv
-from api.service import CallerDep, Service, ServiceDep, SessionsDep
-from api.sessions import GONE
 
 logger = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 
 from agentstate import answers
+from agentstate.api.engines import TIMEOUT_S, view
+from agentstate.api.problems import COMMON
+from agentstate.api.schemas import PathId
+from agentstate.api.service import Service, ServiceDep, SessionsDep
+from agentstate.api.sessions import GONE
 from agentstate.errors import EngineError
 from agentstate.fleet.decisions import decision
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.database import instant
-from api.engines import TIMEOUT_S, view
-from api.problems import COMMON
-from api.schemas import PathId
-from api.service import Service, ServiceDep, SessionsDep
-from api.sessions import GONE
 
 router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["sessions"], responses={**COMMON, **GONE})
 

@@ -11,6 +11,12 @@ from sqlalchemy.engine import Connection
 from starlette.concurrency import run_in_threadpool
 
 from agentstate import answers
+from agentstate.api.operations import view
+from agentstate.api.problems import COMMON
+from agentstate.api.schemas import PathId, PrefetchPages
+from agentstate.api.service import CallerDep, Service, ServiceDep, SessionsDep
+from agentstate.api.sessions import GONE
+from agentstate.api.writes import Answer, WriteDep
 from agentstate.errors import AgentStateError, EngineError, EngineUnreachable
 from agentstate.fleet import operations
 from agentstate.fleet.operations import Kind, Outcome, PrefetchState, Question, Tier
@@ -18,12 +24,6 @@ from agentstate.lookahead.forecast import Forecast
 from agentstate.sessions.outcomes import PagesOfSession
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.models import SessionStatus
-from api.operations import view
-from api.problems import COMMON
-from api.schemas import PathId, PrefetchPages
-from api.service import CallerDep, Service, ServiceDep, SessionsDep
-from api.sessions import GONE
-from api.writes import Answer, WriteDep
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from agentstate import ids
+from agentstate.api.paths import decoded
 from agentstate.errors import InvalidId
 from agentstate.fleet.operations import Tier
 from agentstate.fleet.pins import PinTier
 from agentstate.fleet.waits import Activity
 from agentstate.sessions.outcomes import SuspendReason
 from agentstate.sql.models import EntryKind
-from api.paths import decoded
 
 MAX_ENTRIES = 1000
 MAX_TAIL = 1000

@@ -12,15 +12,15 @@ from collections.abc import Callable
 import uvicorn
 from fastapi import FastAPI
 
+from agentstate.api.app import create_app, owner_of
+from agentstate.api.heads import BoundedHeads
+from agentstate.api.observation import configure_logging
+from agentstate.api.workers import Supervisor, Worker
 from agentstate.errors import SchemaOutdated, SettingsError
 from agentstate.fleet.operations import fail_abandoned
 from agentstate.sessions import tenants
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from api.app import create_app, owner_of
-from api.heads import BoundedHeads
-from api.observation import configure_logging
-from api.workers import Supervisor, Worker
 
 # How long running requests may take after the service is told to stop.
 SHUTDOWN_S = 30

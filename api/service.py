@@ -7,6 +7,11 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
+from agentstate.api.changes import Changes
+from agentstate.api.gate import Gate
+from agentstate.api.limits import Limits
+from agentstate.api.metrics import Metrics
+from agentstate.api.problems import PreconditionRequired
 from agentstate.fleet.decisions import Decisions
 from agentstate.fleet.operations import Operations
 from agentstate.fleet.waits import Hearing
@@ -15,11 +20,6 @@ from agentstate.sessions.tenants import Role, Tenant
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from api.changes import Changes
-from api.gate import Gate
-from api.limits import Limits
-from api.metrics import Metrics
-from api.problems import PreconditionRequired
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from urllib.parse import quote
 from fastapi import APIRouter, Header, Query, Response, status
 
 from agentstate import answers
+from agentstate.api.problems import COMMON, responses
+from agentstate.api.schemas import MAX_LIST, CreateSession, Id, PathId, UpdateSession
+from agentstate.api.service import SeenDep, SessionsDep, etag
+from agentstate.api.writes import Answer, WriteDep
 from agentstate.sessions.outcomes import Keep, Order, Session
 from agentstate.sql.database import instant
-from api.problems import COMMON, responses
-from api.schemas import MAX_LIST, CreateSession, Id, PathId, UpdateSession
-from api.service import SeenDep, SessionsDep, etag
-from api.writes import Answer, WriteDep
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], responses=COMMON)
 

@@ -11,14 +11,14 @@ from fastapi import APIRouter, Response, status
 from sqlalchemy.engine import Connection
 
 from agentstate import answers
+from agentstate.api.entries import proof
+from agentstate.api.problems import COMMON, responses
+from agentstate.api.schemas import ClaimToolCall, FinishToolCall, PathId
+from agentstate.api.service import SessionsDep
+from agentstate.api.sessions import GONE
+from agentstate.api.writes import Answer, WriteDep
 from agentstate.sessions.outcomes import ToolCall
 from agentstate.sql.database import instant
-from api.entries import proof
-from api.problems import COMMON, responses
-from api.schemas import ClaimToolCall, FinishToolCall, PathId
-from api.service import SessionsDep
-from api.sessions import GONE
-from api.writes import Answer, WriteDep
 
 # The model makes up the id, which may contain slashes.
 router = APIRouter(

@@ -21,6 +21,14 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from agentstate import answers
+from agentstate.api.direct import DirectRoute
+from agentstate.api.entries import page, proof
+from agentstate.api.prefetch import start_later
+from agentstate.api.problems import COMMON, responses
+from agentstate.api.schemas import PathId, RenewLease, ResumeSession, SuspendSession
+from agentstate.api.service import CallerDep, MaybeSeenDep, ServiceDep, SessionsDep
+from agentstate.api.sessions import GONE, view
+from agentstate.api.writes import Answer, WriteDep
 from agentstate.errors import DatabaseError, EngineError, EngineRefused, SessionBusy, TooManyOperations
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.manifests import Durability, KvState
@@ -28,14 +36,6 @@ from agentstate.fleet.operations import Kind, Outcome, Question, Tier
 from agentstate.sessions.leases import Lease
 from agentstate.sessions.outcomes import Resumed, Suspended
 from agentstate.sql.database import instant
-from api.direct import DirectRoute
-from api.entries import page, proof
-from api.prefetch import start_later
-from api.problems import COMMON, responses
-from api.schemas import PathId, RenewLease, ResumeSession, SuspendSession
-from api.service import CallerDep, MaybeSeenDep, ServiceDep, SessionsDep
-from api.sessions import GONE, view
-from api.writes import Answer, WriteDep
 
 logger = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from agentstate.api.limits import Limits
+from agentstate.api.metrics import count_in
 from agentstate.errors import AgentStateError, SettingsError
 from agentstate.fleet import passing
-from api.limits import Limits
-from api.metrics import count_in
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from sqlalchemy.engine import Connection
 from starlette.background import BackgroundTask
 
 from agentstate import answers, documents
+from agentstate.api.service import CallerDep, service_of
 from agentstate.sessions import idempotency, transcript
 from agentstate.sessions.idempotency import Once
 from agentstate.sessions.transcript import Entry
 from agentstate.sql.database import Database, instant
-from api.service import CallerDep, service_of
 
 
 @dataclass

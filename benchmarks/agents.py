@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
-from benchmarks.traces import (
+from agentstate.benchmarks.traces import (
     APPEND_TOKENS,
     DATA,
     HUMAN_S,

@@ -15,16 +15,16 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from agentstate.benchmarks import device, results
+from agentstate.benchmarks.engine import Answer, Engine
+from agentstate.benchmarks.models import GEOMETRIES
+from agentstate.benchmarks.replay import unseen
+from agentstate.benchmarks.stacks import extents_of, running, steps
+from agentstate.benchmarks.terminal import console
+from agentstate.benchmarks.ttft import TAIL, interval, paired_ratio
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
 from agentstate.settings import Settings
-from benchmarks import device, results
-from benchmarks.engine import Answer, Engine
-from benchmarks.models import GEOMETRIES
-from benchmarks.replay import unseen
-from benchmarks.stacks import extents_of, running, steps
-from benchmarks.terminal import console
-from benchmarks.ttft import TAIL, interval, paired_ratio
 
 _OUTPUT = 4
 

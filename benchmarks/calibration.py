@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from agentstate.errors import SettingsError
 
-DATA = resources.files("benchmarks") / "data"
+DATA = resources.files("agentstate.benchmarks") / "data"
 
 
 @dataclass(frozen=True)

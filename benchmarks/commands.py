@@ -16,22 +16,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from agentstate.benchmarks import foresight, foresight_tables, projection, results, traces
+from agentstate.benchmarks.calibration import Calibration
+from agentstate.benchmarks.fleet import Fleet
+from agentstate.benchmarks.probe import probe
+from agentstate.benchmarks.replay import replay as replay_against
+from agentstate.benchmarks.replay import validation
+from agentstate.benchmarks.simulator import Simulation
+from agentstate.benchmarks.study import POLICIES, study, summary
+from agentstate.benchmarks.terminal import console
+from agentstate.benchmarks.traces import Workload
 from agentstate.cli import launcher
 from agentstate.errors import EngineError, EngineUnreachable, SettingsError
 from agentstate.fleet import engines
 from agentstate.fleet.control import ControlClient
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from benchmarks import foresight, foresight_tables, projection, results, traces
-from benchmarks.calibration import Calibration
-from benchmarks.fleet import Fleet
-from benchmarks.probe import probe
-from benchmarks.replay import replay as replay_against
-from benchmarks.replay import validation
-from benchmarks.simulator import Simulation
-from benchmarks.study import POLICIES, study, summary
-from benchmarks.terminal import console
-from benchmarks.traces import Workload
 
 STORE = POLICIES[3]
 """The policy that is like an engine with AgentState today, with which `replay` compares an engine."""
@@ -188,7 +188,7 @@ def project(
 def path(settings: Settings, tokens: str, page_sizes: str, report: Path | None) -> None:
     """Measure the interpreter's part of a match, a restore and a spill, where SGLang is, and print it."""
     python = launcher.engine_python(settings)
-    program = [python, "-W", "ignore", "-m", "benchmarks.path"]
+    program = [python, "-W", "ignore", "-m", "agentstate.benchmarks.path"]
     command = [*program, "--tokens", tokens, "--page-sizes", page_sizes]
     rows: list[dict[str, Any]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as measuring:

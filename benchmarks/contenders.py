@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from agentstate.benchmarks import device
 from agentstate.pages import (
     Destination,
     ExtentDraft,
@@ -34,7 +35,6 @@ from agentstate.pages import (
     staging_memory,
 )
 from agentstate.pages.files import open_direct
-from benchmarks import device
 
 MARK = fingerprint(benchmark="pages")
 

@@ -1,9 +1,9 @@
 """Tiny checkpoints of models that draft for others, and of those that they draft for.
 
-Run in the engine's environment: ``python -m benchmarks.drafting KIND DIRECTORY``. Weights are random, so that no model
-would ever foresee another one's tokens. Here they do so most of the time, because the targets' first layer decides what
-they say: the layers above it add little, and a draft is that first layer. What it attends to decides as well, so that a
-draft whose KV is missing foresees nothing. There is no tokenizer: requests are sent as token ids.
+Run in the engine's environment: ``python -m agentstate.benchmarks.drafting KIND DIRECTORY``. Weights are random, so
+that no model would ever foresee another one's tokens. Here they do so most of the time, because the targets' first
+layer decides what they say: the layers above it add little, and a draft is that first layer. What it attends to decides
+as well, so that a draft whose KV is missing foresees nothing. There is no tokenizer: requests are sent as token ids.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from agentstate.benchmarks.traces import Gap
 from agentstate.lookahead.policies import Policy as Ordering
-from benchmarks.traces import Gap
 
 
 class Prefetch(enum.Enum):

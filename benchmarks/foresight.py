@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
+from agentstate.benchmarks import agents
+from agentstate.benchmarks.agents import Drift, Make
+from agentstate.benchmarks.calibration import Calibration
+from agentstate.benchmarks.fleet import Fleet, Foresight, Outcome, Policy
+from agentstate.benchmarks.simulator import Simulation
+from agentstate.benchmarks.study import SHARES, hits, quantile
 from agentstate.lookahead.planner import MARGIN
 from agentstate.lookahead.policies import lru, planner, ttl
-from benchmarks import agents
-from benchmarks.agents import Drift, Make
-from benchmarks.calibration import Calibration
-from benchmarks.fleet import Fleet, Foresight, Outcome, Policy
-from benchmarks.simulator import Simulation
-from benchmarks.study import SHARES, hits, quantile
 
 AGENTS = 64
 RECORDED_AGENTS = 24  # their contexts are longer, and they wait less

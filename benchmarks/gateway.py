@@ -1,8 +1,8 @@
 """`agentstate bench gateway`: what the gateway adds to a request and to each chunk of its answer.
 
-A process stands in for the engine (`benchmarks.stand_in`). The same requests go there directly, through the gateway,
-and through what else only forwards (`benchmarks.forwarders`), in turn, over connections that are kept. Times to the
-first token are also measured with SGLang itself.
+A process stands in for the engine (`agentstate.benchmarks.stand_in`). The same requests go there directly, through the
+gateway, and through what else only forwards (`agentstate.benchmarks.forwarders`), in turn, over connections that are
+kept. Times to the first token are also measured with SGLang itself.
 
 - *Time to first token*: agents with a conversation each, of which every turn sends all. All agents ask one target at
   the same time, then the next one. What a target adds is the difference to the engine asked directly, turn by turn.
@@ -29,17 +29,17 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from agentstate.benchmarks import databases, forwarders, results, stacks, stand_in
+from agentstate.benchmarks.conversations import message
+from agentstate.benchmarks.forwarders import Forwarder
+from agentstate.benchmarks.streams import Answer, Connection
+from agentstate.benchmarks.study import quantile
+from agentstate.benchmarks.terminal import console
 from agentstate.cli.local import LocalService, free_port
 from agentstate.errors import EngineError
 from agentstate.fleet import engines
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from benchmarks import databases, forwarders, results, stacks, stand_in
-from benchmarks.conversations import message
-from benchmarks.forwarders import Forwarder
-from benchmarks.streams import Answer, Connection
-from benchmarks.study import quantile
-from benchmarks.terminal import console
 
 DIRECT, OURS = "engine", "gateway"
 AT_ONCE, PACED = "bench", "bench-paced"

@@ -1,5 +1,5 @@
-"""Everything that one GPU can show: `python -m benchmarks.gpu_matrix DIRECTORY [--json PATH]`, in a checkout, with the
-interpreter that has SGLang.
+"""Everything that one GPU can show: `python -m agentstate.benchmarks.gpu_matrix DIRECTORY [--json PATH]`, in a
+checkout, with the interpreter that has SGLang.
 
 First `tests/gpu`, the pieces below SGLang. Then an engine for each of `CASES`, on tiny random models, four at a time:
 agents whose KV has left the device must go on with the tokens, and the verifications of drafts, of agents that were
@@ -29,15 +29,15 @@ from typing import Any
 
 from rich.table import Table
 
+from agentstate.benchmarks import results
+from agentstate.benchmarks.models import GEOMETRIES
+from agentstate.benchmarks.resumed import Event, Ours, resume
+from agentstate.benchmarks.speculation import ALGORITHMS, POOLS, STATES
+from agentstate.benchmarks.stacks import TINY, checkpoint_of
+from agentstate.benchmarks.terminal import console
 from agentstate.cli import launcher
 from agentstate.cli.local import LocalStack, Spawn, free_port, spawn
 from agentstate.settings import Settings
-from benchmarks import results
-from benchmarks.models import GEOMETRIES
-from benchmarks.resumed import Event, Ours, resume
-from benchmarks.speculation import ALGORITHMS, POOLS, STATES
-from benchmarks.stacks import TINY, checkpoint_of
-from benchmarks.terminal import console
 
 _ROOT = Path(__file__).parents[1]
 _AGENTS = 2
@@ -247,7 +247,9 @@ def _print(rows: Sequence[Mapping[str, Any]], cases: Mapping[str, Case]) -> None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_matrix", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m agentstate.benchmarks.gpu_matrix", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("directory", type=Path, help="an existing directory on the drive that pages are stored on")
     parser.add_argument("--only", help="some of the cases, separated by commas")
     parser.add_argument("--at-once", type=int, default=4, help="engines at a time (default: 4; 1 on a CPU)")

@@ -1,4 +1,4 @@
-"""Restore bandwidth into device memory: `python -m benchmarks.gpu_restore DIRECTORY [--json PATH]`.
+"""Restore bandwidth into device memory: `python -m agentstate.benchmarks.gpu_restore DIRECTORY [--json PATH]`.
 
 For each case, pages of random bits are spilled from the GPU to DIRECTORY, restored to the GPU with each backend, and
 compared with the machine's limits: direct reads of the same files, and copies from pinned host memory. Needs torch
@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from agentstate.benchmarks import results
+from agentstate.benchmarks.device import read_limit
 from agentstate.errors import SettingsError
 from agentstate.pages import LayerwiseReader, PageStore, fingerprint
-from benchmarks import results
-from benchmarks.device import read_limit
 from engine_patch.restore import Restorer
 from engine_patch.spill import Spiller
 from engine_patch.staging import PinnedMemory, read_backend
@@ -175,7 +175,9 @@ def _pinned_limit(device: torch.device, n_bytes: int = 256 << 20, repeats: int =
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_restore", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m agentstate.benchmarks.gpu_restore", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("directory", type=Path, help="an existing directory on the drive to measure")
     parser.add_argument("--threads", type=int, default=4, help="threads that read (default: 4)")
     parser.add_argument("--staging-mib", type=int, default=512, help="memory to stage in (default: 512)")

@@ -17,18 +17,18 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from agentstate.benchmarks import results
+from agentstate.benchmarks.engine import Answer, Engine
+from agentstate.benchmarks.replay import unseen
+from agentstate.benchmarks.stacks import running, steps
+from agentstate.benchmarks.terminal import console
+from agentstate.benchmarks.ttft import TAIL, interval, paired_ratio
 from agentstate.cli.local import LocalStack
 from agentstate.client import Client
 from agentstate.errors import EngineError
 from agentstate.sessions import tenants
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from benchmarks import results
-from benchmarks.engine import Answer, Engine
-from benchmarks.replay import unseen
-from benchmarks.stacks import running, steps
-from benchmarks.terminal import console
-from benchmarks.ttft import TAIL, interval, paired_ratio
 
 
 class Guess(StrEnum):

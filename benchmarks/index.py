@@ -1,6 +1,6 @@
 """The index of a page store with many pages: how long it takes to open, its memory, and what a look-up costs.
 
-    python -m benchmarks.index [--pages 1000000] [--pages-per-extent 16] [--directory DIR] [--json PATH]
+    python -m agentstate.benchmarks.index [--pages 1000000] [--pages-per-extent 16] [--directory DIR] [--json PATH]
 
 The extents are sparse files with headers that nobody reads, because the index knows them already. Opening, looking up
 and counting memory happen in a process of their own, which has nothing else in memory. CPU seconds stand beside those
@@ -104,7 +104,7 @@ def main() -> None:
         store = Path(directory) / "rank0"
         pages = arguments.pages // arguments.pages_per_extent * arguments.pages_per_extent
         fill(store, pages, arguments.pages_per_extent)
-        child = [sys.executable, "-m", "benchmarks.index", "--pages", str(pages), "--measure", str(store)]
+        child = [sys.executable, "-m", "agentstate.benchmarks.index", "--pages", str(pages), "--measure", str(store)]
         result = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
     for name, value in result.items():
         print(f"{name:26} {value:14,.2f}")

@@ -1,8 +1,8 @@
 """Models with the KV geometry of a published one and almost no weights, so that bytes and not arithmetic dominate.
 
-Run in the engine's environment: ``python -m benchmarks.models NAME DIRECTORY``. The weights are random, from a fixed
-seed, and drawn wider than a model is initialised with, so that attention decides the next token. There is no tokenizer,
-since requests are sent as token ids.
+Run in the engine's environment: ``python -m agentstate.benchmarks.models NAME DIRECTORY``. The weights are random, from
+a fixed seed, and drawn wider than a model is initialised with, so that attention decides the next token. There is no
+tokenizer, since requests are sent as token ids.
 """
 
 from __future__ import annotations

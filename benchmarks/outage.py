@@ -29,20 +29,20 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from agentstate.benchmarks import results
+from agentstate.benchmarks.engine import Answer, Engine
+from agentstate.benchmarks.link import Link, link
+from agentstate.benchmarks.models import GEOMETRIES
+from agentstate.benchmarks.replay import unseen
+from agentstate.benchmarks.shared import await_published
+from agentstate.benchmarks.stacks import running, steps
+from agentstate.benchmarks.terminal import console
+from agentstate.benchmarks.ttft import TAIL, interval
 from agentstate.cli.local import LocalStack
 from agentstate.errors import AgentStateError, EngineError, SettingsError
 from agentstate.settings import Settings
 from agentstate.tiers.testing import proxy
 from agentstate.tiers.testing.seaweedfs import Server, program, seaweedfs
-from benchmarks import results
-from benchmarks.engine import Answer, Engine
-from benchmarks.link import Link, link
-from benchmarks.models import GEOMETRIES
-from benchmarks.replay import unseen
-from benchmarks.shared import await_published
-from benchmarks.stacks import running, steps
-from benchmarks.terminal import console
-from benchmarks.ttft import TAIL, interval
 
 _OUTPUT = 8
 _LOCAL = 8

@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from agentstate.benchmarks import results
+from agentstate.benchmarks.contenders import AgentStateStore, Contender, Device, DeviceMemory, alternatives
+from agentstate.benchmarks.terminal import console
 from agentstate.pages import READ_THREADS, Geometry, LayerwiseReader, Quota
 from agentstate.settings import Settings
-from benchmarks import results
-from benchmarks.contenders import AgentStateStore, Contender, Device, DeviceMemory, alternatives
-from benchmarks.terminal import console
 
 PAGE_SIZE = 64
 GEOMETRIES = {

@@ -1,6 +1,6 @@
 """What Python does for a match, a restore and a spill, without I/O. In the engine's environment:
 
-    python -m benchmarks.path [--tokens 131072,409600,1010000] [--page-sizes 1,64]
+    python -m agentstate.benchmarks.path [--tokens 131072,409600,1010000] [--page-sizes 1,64]
 
 `agentstate bench path` runs it, and has the table. It prints a JSON object a row.
 
@@ -331,7 +331,9 @@ def counted(page_size: int) -> dict[str, dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.path", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m agentstate.benchmarks.path", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--tokens", default=",".join(map(str, LENGTHS)), help="lengths of the context")
     parser.add_argument("--page-sizes", default=",".join(map(str, PAGE_SIZES)), help="tokens a page")
     given = parser.parse_args(arguments)

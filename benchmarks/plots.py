@@ -14,7 +14,7 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
 
-from benchmarks.study import SHARES  # noqa: E402
+from agentstate.benchmarks.study import SHARES  # noqa: E402
 
 Rows = Sequence[dict[str, Any]]
 

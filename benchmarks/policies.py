@@ -24,20 +24,20 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from agentstate.benchmarks import results
+from agentstate.benchmarks.engine import Answer, Engine
+from agentstate.benchmarks.replay import VOCABULARY, unseen
+from agentstate.benchmarks.slow_drive import Drive
+from agentstate.benchmarks.stacks import running, steps
+from agentstate.benchmarks.study import quantile
+from agentstate.benchmarks.terminal import console
+from agentstate.benchmarks.traces import TOOL_S
+from agentstate.benchmarks.ttft import interval, paired_ratio
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
 from agentstate.fleet.control import ControlClient
 from agentstate.lookahead.forecast import Forecast
 from agentstate.settings import Settings
-from benchmarks import results
-from benchmarks.engine import Answer, Engine
-from benchmarks.replay import VOCABULARY, unseen
-from benchmarks.slow_drive import Drive
-from benchmarks.stacks import running, steps
-from benchmarks.study import quantile
-from benchmarks.terminal import console
-from benchmarks.traces import TOOL_S
-from benchmarks.ttft import interval, paired_ratio
 
 # An announcement is wrong by a log-normal factor.
 _SIGMA = 0.2

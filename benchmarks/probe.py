@@ -1,4 +1,4 @@
-"""A running engine's calibration record: what `benchmarks.calibration` fits and the simulator runs on."""
+"""A running engine's calibration record: what `agentstate.benchmarks.calibration` fits and the simulator runs on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.engine import Answer, Engine
-from benchmarks.replay import unseen
+from agentstate.benchmarks.engine import Answer, Engine
+from agentstate.benchmarks.replay import unseen
 
 DECODED = 17  # tokens; the first comes from the prefill
 CROWD = (2, 4)

@@ -2,8 +2,8 @@
 
 A prefill is bound by arithmetic: two operations a parameter and token, and causal attention, divided by the rate that
 the engine reaches. A restore is bound by the slowest of drives, PCIe and memory; its layers run while later ones are
-read, as in `benchmarks.simulator`. A decoding step, and a forward of a few tokens, is bound by reading weights and KV
-from device memory.
+read, as in `agentstate.benchmarks.simulator`. A decoding step, and a forward of a few tokens, is bound by reading
+weights and KV from device memory.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.clock import Clock
+from agentstate.benchmarks.clock import Clock
 
 
 class Urgency(enum.IntEnum):

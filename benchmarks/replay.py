@@ -9,10 +9,10 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.engine import Engine
-from benchmarks.fleet import Outcome, Served
-from benchmarks.study import quantile
-from benchmarks.traces import Turn, Workload
+from agentstate.benchmarks.engine import Engine
+from agentstate.benchmarks.fleet import Outcome, Served
+from agentstate.benchmarks.study import quantile
+from agentstate.benchmarks.traces import Turn, Workload
 
 VOCABULARY = range(1000, 40_000)
 """Token ids that are ordinary words in every model of today."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import foresight_tables, plots, results
-from benchmarks.ttft import compared, floor_of, interval
+from agentstate.benchmarks import foresight_tables, plots, results
+from agentstate.benchmarks.ttft import compared, floor_of, interval
 
 Result = dict[str, Any]
 _CONTENTS = {

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
+from agentstate.benchmarks.drafting import VOCABULARY
+from agentstate.benchmarks.engine import Answer, Engine
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
-from benchmarks.drafting import VOCABULARY
-from benchmarks.engine import Answer, Engine
 
 _QUESTION, _ANSWER, _NEXT, _OUTPUT = 300, 64, 30, 64
 

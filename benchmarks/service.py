@@ -27,17 +27,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from agentstate.benchmarks import conversations, databases, results, stand_in
+from agentstate.benchmarks.databases import Server
+from agentstate.benchmarks.session_peers import ADDED, Peer, alternatives
+from agentstate.benchmarks.study import quantile
+from agentstate.benchmarks.terminal import console
 from agentstate.cli.local import LocalService, free_port
 from agentstate.client import AsyncClient, Client
 from agentstate.client import message as message_entry
 from agentstate.fleet.manifests import KvState
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from benchmarks import conversations, databases, results, stand_in
-from benchmarks.databases import Server
-from benchmarks.session_peers import ADDED, Peer, alternatives
-from benchmarks.study import quantile
-from benchmarks.terminal import console
 
 SESSIONS = {10: 10_000, 1_000: 100, 5_000: 32, 100_000: 3}
 OURS = "agentstate"

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 
-from benchmarks.conversations import BATCH, message, names
+from agentstate.benchmarks.conversations import BATCH, message, names
 
 ADDED = 2  # messages that a turn adds: what was asked, and what was answered
 POOL = 20  # as many connections as the service may have

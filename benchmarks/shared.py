@@ -26,22 +26,22 @@ from unittest.mock import patch
 
 from rich.table import Column, Table
 
+from agentstate.benchmarks import results
+from agentstate.benchmarks.engine import Answer, Engine
+from agentstate.benchmarks.juicefs import mounted
+from agentstate.benchmarks.link import Link, link
+from agentstate.benchmarks.models import GEOMETRIES
+from agentstate.benchmarks.replay import unseen
+from agentstate.benchmarks.stacks import running, steps
+from agentstate.benchmarks.terminal import console
+from agentstate.benchmarks.tiers import Read, by_obstore, forget
+from agentstate.benchmarks.ttft import TAIL, interval, paired_ratio
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError, SettingsError
 from agentstate.settings import Settings
 from agentstate.tiers import tier
 from agentstate.tiers.objects import open_store
 from agentstate.tiers.testing.seaweedfs import program, seaweedfs
-from benchmarks import results
-from benchmarks.engine import Answer, Engine
-from benchmarks.juicefs import mounted
-from benchmarks.link import Link, link
-from benchmarks.models import GEOMETRIES
-from benchmarks.replay import unseen
-from benchmarks.stacks import running, steps
-from benchmarks.terminal import console
-from benchmarks.tiers import Read, by_obstore, forget
-from benchmarks.ttft import TAIL, interval, paired_ratio
 
 _OUTPUT = 8
 # As an engine reads it.

@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks.caches import ROOT, SegmentCache
-from benchmarks.clock import Clock
-from benchmarks.fleet import Fleet, Policy
-from benchmarks.reads import Read, ReadQueue
-from benchmarks.traces import Turn
-from benchmarks.waits import Waits
+from agentstate.benchmarks.caches import ROOT, SegmentCache
+from agentstate.benchmarks.clock import Clock
+from agentstate.benchmarks.fleet import Fleet, Policy
+from agentstate.benchmarks.reads import Read, ReadQueue
+from agentstate.benchmarks.traces import Turn
+from agentstate.benchmarks.waits import Waits
 
 
 class Source(enum.Enum):

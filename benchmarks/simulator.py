@@ -24,14 +24,14 @@ import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
+from agentstate.benchmarks.calibration import Calibration
+from agentstate.benchmarks.clock import Clock
+from agentstate.benchmarks.fleet import AGING_S, Fleet, Foresight, Outcome, Policy, Prefetch, Served
+from agentstate.benchmarks.reads import Read, Urgency
+from agentstate.benchmarks.simulated import Engine, Fetch, Request, Source
+from agentstate.benchmarks.traces import ROOT, Gap, Turn, Workload
+from agentstate.benchmarks.waits import Waits
 from agentstate.errors import SettingsError
-from benchmarks.calibration import Calibration
-from benchmarks.clock import Clock
-from benchmarks.fleet import AGING_S, Fleet, Foresight, Outcome, Policy, Prefetch, Served
-from benchmarks.reads import Read, Urgency
-from benchmarks.simulated import Engine, Fetch, Request, Source
-from benchmarks.traces import ROOT, Gap, Turn, Workload
-from benchmarks.waits import Waits
 
 PLAN_EVERY_S = 1.0
 PLANNED_AT_ONCE = 2

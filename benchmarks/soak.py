@@ -18,15 +18,15 @@ from typing import Any
 
 import httpx
 
+from agentstate.benchmarks import drafting
+from agentstate.benchmarks.engine import Answer, Engine
+from agentstate.benchmarks.replay import VOCABULARY
+from agentstate.benchmarks.speculation import ALGORITHMS
+from agentstate.benchmarks.stacks import SMOLLM2, controls, settle
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
 from agentstate.sessions.outcomes import Resumed
 from agentstate.settings import Settings
-from benchmarks import drafting
-from benchmarks.engine import Answer, Engine
-from benchmarks.replay import VOCABULARY
-from benchmarks.speculation import ALGORITHMS
-from benchmarks.stacks import SMOLLM2, controls, settle
 
 # In bfloat16, which CPUs with AMX compute in, a token in another batch or chunk may round to another answer.
 _EXACT = ("--dtype", "float32", "--chunked-prefill-size", "512")

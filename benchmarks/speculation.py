@@ -17,15 +17,15 @@ from typing import Any
 import httpx
 from rich.table import Column, Table
 
+from agentstate.benchmarks import results
+from agentstate.benchmarks.engine import Answer
+from agentstate.benchmarks.peers.servers import FileLinkerServer, HiCache, Server
+from agentstate.benchmarks.resumed import Contender, Event, Ours, Pair, resume
+from agentstate.benchmarks.stacks import checkpoint_of, running, steps
+from agentstate.benchmarks.terminal import console
 from agentstate.cli import launcher
 from agentstate.errors import AgentStateError, EngineError, SettingsError
 from agentstate.settings import Settings
-from benchmarks import results
-from benchmarks.engine import Answer
-from benchmarks.peers.servers import FileLinkerServer, HiCache, Server
-from benchmarks.resumed import Contender, Event, Ours, Pair, resume
-from benchmarks.stacks import checkpoint_of, running, steps
-from benchmarks.terminal import console
 
 PEERS: dict[str, type[Server]] = {"file-linker": FileLinkerServer, "hicache": HiCache}
 """Other ways to keep KV, by their names on the command line."""
@@ -42,8 +42,8 @@ _WHAT_PEERS_RAISE = (AgentStateError, httpx.HTTPError, OSError)
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One of SGLang's, on tiny models of `benchmarks.drafting`: a ``target``, and a ``draft`` of a checkpoint of its
-    own or none. ``keeps`` is whether drafts have KV."""
+    """One of SGLang's, on tiny models of `agentstate.benchmarks.drafting`: a ``target``, and a ``draft`` of a
+    checkpoint of its own or none. ``keeps`` is whether drafts have KV."""
 
     algorithm: str
     target: str = "target"

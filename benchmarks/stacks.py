@@ -12,14 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from agentstate.benchmarks import drafting
+from agentstate.benchmarks.models import GEOMETRIES
+from agentstate.benchmarks.terminal import console
 from agentstate.cli import launcher
 from agentstate.cli.local import LocalStack, free_port
 from agentstate.errors import EngineError, EngineUnreachable, SettingsError
 from agentstate.fleet.control import ControlClient
 from agentstate.settings import Settings
-from benchmarks import drafting
-from benchmarks.models import GEOMETRIES
-from benchmarks.terminal import console
 
 SMOLLM2 = "smollm2-135m-instruct"
 TINY = {f"tiny-{kind}": kind for kind in drafting.KINDS}
@@ -96,9 +96,9 @@ def checkpoint_of(settings: Settings, model: str) -> Path:
     if model == SMOLLM2:
         command = [python, "-m", "engine_patch.cpu.smollm2", str(checkpoint)]
     elif model in GEOMETRIES:
-        command = [python, "-m", "benchmarks.models", model, str(checkpoint)]
+        command = [python, "-m", "agentstate.benchmarks.models", model, str(checkpoint)]
     elif model in TINY:
-        command = [python, "-m", "benchmarks.drafting", TINY[model], str(checkpoint)]
+        command = [python, "-m", "agentstate.benchmarks.drafting", TINY[model], str(checkpoint)]
     else:
         raise SettingsError(f"there is no model {model}: choose {', '.join([SMOLLM2, *GEOMETRIES])}")
     console.print(f"preparing {model} (once)")

@@ -30,7 +30,7 @@ class Answer:
     said: str = ""
     """Its text, if that was to be heard."""
     late_ms: list[float] = field(default_factory=list)
-    """How late each paced chunk was, against the schedule of `benchmarks.stand_in`."""
+    """How late each paced chunk was, against the schedule of `agentstate.benchmarks.stand_in`."""
 
     @property
     def server_ms(self) -> dict[str, float]:

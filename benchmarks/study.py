@@ -8,11 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from agentstate.benchmarks.calibration import Calibration
+from agentstate.benchmarks.fleet import Fleet, Outcome, Policy, Prefetch, Served
+from agentstate.benchmarks.simulator import Simulation
+from agentstate.benchmarks.traces import Workload
 from agentstate.fleet.control import TIERS
-from benchmarks.calibration import Calibration
-from benchmarks.fleet import Fleet, Outcome, Policy, Prefetch, Served
-from benchmarks.simulator import Simulation
-from benchmarks.traces import Workload
 
 _READING = Policy("+ read at arrival", store=True, overlap=True, read_at_arrival=True)
 _HOLDING = replace(_READING, name="+ hold", hold=True)

@@ -25,15 +25,15 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from agentstate.benchmarks import results
+from agentstate.benchmarks.engine import Engine
+from agentstate.benchmarks.replay import unseen
+from agentstate.benchmarks.stacks import running, steps
+from agentstate.benchmarks.terminal import console
+from agentstate.benchmarks.ttft import interval, paired_ratio
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
 from agentstate.settings import Settings
-from benchmarks import results
-from benchmarks.engine import Engine
-from benchmarks.replay import unseen
-from benchmarks.stacks import running, steps
-from benchmarks.terminal import console
-from benchmarks.ttft import interval, paired_ratio
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,14 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Column, Table
 
+from agentstate.benchmarks import results
+from agentstate.benchmarks.terminal import console
+from agentstate.benchmarks.ttft import interval, paired_ratio
 from agentstate.errors import SettingsError
 from agentstate.pages import staging_memory
 from agentstate.tiers import ExtentName, Range, Tier, tier
 from agentstate.tiers.objects import open_store
 from agentstate.tiers.testing.seaweedfs import program, seaweedfs
-from benchmarks import results
-from benchmarks.terminal import console
-from benchmarks.ttft import interval, paired_ratio
 
 MIB = 1 << 20
 EXTENT_BYTES = 64 * MIB

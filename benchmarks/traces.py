@@ -19,7 +19,7 @@ from importlib import resources
 from statistics import NormalDist
 from typing import Any
 
-DATA = resources.files("benchmarks") / "data"
+DATA = resources.files("agentstate.benchmarks") / "data"
 BLOCK_TOKENS = 512  # of a Mooncake hash id
 ROOT = -1
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentstate.answers import Resumed
+from agentstate.benchmarks import device
+from agentstate.benchmarks.engine import Answer, Engine
+from agentstate.benchmarks.replay import unseen
+from agentstate.benchmarks.stacks import extents_of
 from agentstate.cli.local import LocalStack
 from agentstate.client import Client
 from agentstate.errors import EngineError
-from benchmarks import device
-from benchmarks.engine import Answer, Engine
-from benchmarks.replay import unseen
-from benchmarks.stacks import extents_of
 
 OUTPUT = 33  # the first comes from the prefill: 32 are decoded
 HITS_AFTER_RESTART = 5

@@ -9,17 +9,17 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from agentstate.benchmarks import results
+from agentstate.benchmarks.models import GEOMETRIES
+from agentstate.benchmarks.peers.comparison import PeerTurns, compare
+from agentstate.benchmarks.peers.servers import SERVERS, LMCache
+from agentstate.benchmarks.soak import MODES, Soak
+from agentstate.benchmarks.stacks import checkpoint_of, running, steps
+from agentstate.benchmarks.terminal import console
+from agentstate.benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, compared, floor_of
 from agentstate.cli import launcher
 from agentstate.errors import EngineError, SettingsError
 from agentstate.settings import Settings
-from benchmarks import results
-from benchmarks.models import GEOMETRIES
-from benchmarks.peers.comparison import PeerTurns, compare
-from benchmarks.peers.servers import SERVERS, LMCache
-from benchmarks.soak import MODES, Soak
-from benchmarks.stacks import checkpoint_of, running, steps
-from benchmarks.terminal import console
-from benchmarks.ttft import HITS_AFTER_RESTART, VARIANTS, Prompts, Turn2, compared, floor_of
 
 PEERS = {server.name.replace("_", "-"): server for server in SERVERS}
 """The peers by their names on the command line."""

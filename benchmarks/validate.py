@@ -8,20 +8,20 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
+from agentstate.benchmarks import results, traces
+from agentstate.benchmarks.calibration import Calibration
+from agentstate.benchmarks.engine import Engine
+from agentstate.benchmarks.fleet import Fleet
+from agentstate.benchmarks.probe import merged, probe
+from agentstate.benchmarks.replay import replay, unseen, validation
+from agentstate.benchmarks.simulator import Simulation
+from agentstate.benchmarks.stacks import SMOLLM2, running, steps
+from agentstate.benchmarks.study import POLICIES, summary
+from agentstate.benchmarks.terminal import console
 from agentstate.cli.local import LocalStack
 from agentstate.errors import EngineError
 from agentstate.pages import Geometry, inventory
 from agentstate.settings import Settings
-from benchmarks import results, traces
-from benchmarks.calibration import Calibration
-from benchmarks.engine import Engine
-from benchmarks.fleet import Fleet
-from benchmarks.probe import merged, probe
-from benchmarks.replay import replay, unseen, validation
-from benchmarks.simulator import Simulation
-from benchmarks.stacks import SMOLLM2, running, steps
-from benchmarks.study import POLICIES, summary
-from benchmarks.terminal import console
 
 _EVERY_S = 8.0
 """The time between two sessions' starts, before times are scaled. The device then cannot hold all sessions that are

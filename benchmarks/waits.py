@@ -7,13 +7,13 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from agentstate.benchmarks.clock import Clock
+from agentstate.benchmarks.fleet import Foresight, Outcome, Policy
+from agentstate.benchmarks.traces import ROOT, Gap, Turn, Workload
 from agentstate.lookahead.durations import OTHER, PERSON, Durations
 from agentstate.lookahead.forecast import Forecast
 from agentstate.lookahead.policies import Policy as Ordering
 from agentstate.lookahead.policies import Wait
-from benchmarks.clock import Clock
-from benchmarks.fleet import Foresight, Outcome, Policy
-from benchmarks.traces import ROOT, Gap, Turn, Workload
 
 _LEARNING = (Foresight.LEARNED, Foresight.ANNOUNCED, Foresight.TOOLS)
 _NEVER = Forecast.exactly(math.inf)

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import drafting
-from benchmarks.drafting import COMMON, VOCABULARY
+from agentstate.benchmarks import drafting
+from agentstate.benchmarks.drafting import COMMON, VOCABULARY
 
 KINDS = ("llama", "mla", "sliding", "all_sliding", "conv", *drafting.KINDS)
 WINDOW = 128  # tokens that a sliding layer sees: two pages

@@ -58,7 +58,7 @@ def replay(
 ) -> None:
     """Replay agents: simulated (--simulate; --fleet for a workload of your choice), against a running engine
     (--engine), or both, to compare them."""
-    room = _benchmark("benchmarks.commands")
+    room = _benchmark("agentstate.benchmarks.commands")
     if simulate and not of_fleet and engine_url is None:
         own = {"simulate", "full", "seeds", "seed", "report"}
         given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
@@ -84,7 +84,9 @@ def validate(
     report: JsonPath = None,
 ) -> None:
     """Replay agents against an engine that it starts, and against the simulation of that engine."""
-    _benchmark("benchmarks.validate").validate(loading.settings(), sessions, tokens, time, device_tokens, seed, report)
+    _benchmark("agentstate.benchmarks.validate").validate(
+        loading.settings(), sessions, tokens, time, device_tokens, seed, report
+    )
 
 
 @app.command()
@@ -97,7 +99,7 @@ def calibrate(
     longest: Annotated[int, typer.Option(help="The longest prompt, in tokens.")] = 6144,
 ) -> None:
     """Measure a running engine's costs, for `replay --simulate --calibration`."""
-    room, settings = _benchmark("benchmarks.commands"), loading.settings()
+    room, settings = _benchmark("agentstate.benchmarks.commands"), loading.settings()
     with opened(settings) as database:
         control = room.control_of(database, engine_url, settings.engine_timeout_s)
     room.calibrate(engine_url, control, output, name, layers, token_bytes, longest)
@@ -131,7 +133,7 @@ def ttft(
 ) -> None:
     """Turn 2 on this machine: a memory hit, restored cold, after prefetches and over the API, and recomputed."""
     lengths = [int(length) for length in tokens.split(",")]
-    room = _benchmark("benchmarks.turn2")
+    room = _benchmark("agentstate.benchmarks.turn2")
     if not peers:
         room.ttft(
             loading.settings(),
@@ -168,7 +170,7 @@ def soak(
     report: JsonPath = None,
 ) -> None:
     """Suspend and resume agents again and again, and compare every token with those of agents that never were."""
-    _benchmark("benchmarks.turn2").soak(loading.settings(), modes.split(","), turns, restarts, seed, report)
+    _benchmark("agentstate.benchmarks.turn2").soak(loading.settings(), modes.split(","), turns, restarts, seed, report)
 
 
 @app.command()
@@ -182,7 +184,7 @@ def speculation(
 ) -> None:
     """Count how many drafts are accepted after a restore, against agents that never were suspended: tiny models, exact
     tokens."""
-    _benchmark("benchmarks.speculation").speculation(
+    _benchmark("agentstate.benchmarks.speculation").speculation(
         loading.settings(), algorithms.split(","), peers.split(",") if peers else [], agents, report
     )
 
@@ -201,7 +203,7 @@ def bench_service(
 ) -> None:
     """Resume, append, suspend and fork over HTTP on both databases, beside today's usual stores of conversations. Peers
     are compared if they are installed (extra service-peers)."""
-    room = _benchmark("benchmarks.service")
+    room = _benchmark("agentstate.benchmarks.service")
     try:
         counts = [part.split("x") for part in sessions.split(",")]
         plan = room.Plan(
@@ -226,7 +228,7 @@ def bench_tiers(
     report: JsonPath = None,
 ) -> None:
     """Read extents through a shared store's tier, and the same ranges without it: by obstore, or by preads."""
-    room, url = _benchmark("benchmarks.tiers"), store or loading.settings().shared_store
+    room, url = _benchmark("agentstate.benchmarks.tiers"), store or loading.settings().shared_store
     room.run(url, directory, mib=mib, at_once=at_once, rounds=rounds, report=report)
 
 
@@ -239,7 +241,7 @@ def throughput(
 ) -> None:
     """Measure output throughput of an engine with spilling on, with spilling off, and of plain SGLang: decode and
     prefill."""
-    _benchmark("benchmarks.throughput").throughput(
+    _benchmark("agentstate.benchmarks.throughput").throughput(
         loading.settings(), models.split(","), rounds, report, through=through
     )
 
@@ -253,7 +255,9 @@ def burst(
     report: JsonPath = None,
 ) -> None:
     """Resume many agents at once: the wait of the last one, against what the drive and the model need for all."""
-    _benchmark("benchmarks.burst").burst(loading.settings(), models.split(","), sessions, tokens, rounds, report)
+    _benchmark("agentstate.benchmarks.burst").burst(
+        loading.settings(), models.split(","), sessions, tokens, rounds, report
+    )
 
 
 @app.command()
@@ -264,7 +268,7 @@ def path(
 ) -> None:
     """Measure Python's share of a match, a restore and a spill of Qwen2.5-7B's KV, without I/O: needs neither memory
     nor a drive."""
-    _benchmark("benchmarks.commands").path(loading.settings(), tokens, page_sizes, report)
+    _benchmark("agentstate.benchmarks.commands").path(loading.settings(), tokens, page_sizes, report)
 
 
 @app.command()
@@ -277,7 +281,7 @@ def beside(
     report: JsonPath = None,
 ) -> None:
     """Run a long restore beside requests that decode: how long those wait between two tokens."""
-    _benchmark("benchmarks.beside").beside(
+    _benchmark("agentstate.benchmarks.beside").beside(
         loading.settings(), models.split(","), tokens, requests, output, rounds, report
     )
 
@@ -298,7 +302,7 @@ def shared(
     if store not in ("s3", "directory"):
         raise SettingsError(f"--store {store}: s3 or directory")
     rates = [float(rate) * 1e9 or None for rate in gbit.split(",")]
-    _benchmark("benchmarks.shared").shared(
+    _benchmark("agentstate.benchmarks.shared").shared(
         loading.settings(),
         model,
         [int(length) for length in tokens.split(",")],
@@ -322,7 +326,7 @@ def outage(
     report: JsonPath = None,
 ) -> None:
     """Serve agents from a shared store that fails (as root): wrong answers, waits, and when it is in use again."""
-    room = _benchmark("benchmarks.outage")
+    room = _benchmark("agentstate.benchmarks.outage")
     try:
         chosen = tuple(room.Fault(name.strip()) for name in faults.split(",")) if faults else room.Plan.faults
     except ValueError as error:
@@ -342,7 +346,7 @@ def policies(
     report: JsonPath = None,
 ) -> None:
     """Serve agents whose KV is four times the device's pool, by LRU, without prediction, and with announcements."""
-    room = _benchmark("benchmarks.policies")
+    room = _benchmark("agentstate.benchmarks.policies")
     room.policies(loading.settings(), model, rounds, forwards, room.Plan(agents=agents, turns=turns), report)
 
 
@@ -354,7 +358,7 @@ def guesses(
     report: JsonPath = None,
 ) -> None:
     """Measure whether a tenant can guess another tenant's prompt from the time of an answer."""
-    _benchmark("benchmarks.guesses").guesses(loading.settings(), model, tokens, rounds, report)
+    _benchmark("agentstate.benchmarks.guesses").guesses(loading.settings(), model, tokens, rounds, report)
 
 
 @app.command("gateway")
@@ -375,7 +379,7 @@ def bench_gateway(
 ) -> None:
     """Measure what the gateway adds to a request and to each chunk of its answer, beside LiteLLM's proxy and SGLang's
     router, if they are installed."""
-    room, forwarders = _benchmark("benchmarks.gateway"), _benchmark("benchmarks.forwarders")
+    room, forwarders = _benchmark("agentstate.benchmarks.gateway"), _benchmark("agentstate.benchmarks.forwarders")
     try:
         at_once = [int(part) for part in agents.split(",")]
     except ValueError as error:
@@ -402,7 +406,7 @@ def project(
     hardware = {"prefill_tflops": prefill_tflops, "memory_gb_per_s": memory_gb_per_s}
     hardware |= {"pcie_gb_per_s": pcie_gb_per_s, "drives_gb_per_s": drives_gb_per_s}
     measured = (prefill_tokens_per_s, prefill_tokens) if prefill_tokens_per_s is not None else None
-    _benchmark("benchmarks.commands").project(hardware, measured, cases, report)
+    _benchmark("agentstate.benchmarks.commands").project(hardware, measured, cases, report)
 
 
 @app.command("report")
@@ -413,7 +417,7 @@ def performance(
     ),
 ) -> None:
     """Write docs/performance.md and its plots from raw results."""
-    _benchmark("benchmarks.report").write(results, output)
+    _benchmark("agentstate.benchmarks.report").write(results, output)
     print(f"{output} is written")
 
 

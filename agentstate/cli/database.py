@@ -24,7 +24,7 @@ def opened(settings: Settings) -> Iterator[Database]:
     """The database, with this version's schema; a missing SQLite database is created."""
     from agentstate.sql.database import Database
 
-    loading.room("api.server").prepare(settings)
+    loading.room("agentstate.api.server").prepare(settings)
     database = Database(settings.sqlalchemy_url)
     try:
         yield database
@@ -35,7 +35,7 @@ def opened(settings: Settings) -> Iterator[Database]:
 @app.command()
 def upgrade() -> None:
     """Bring the database to this version's schema."""
-    loading.room("api.server").migrate(loading.settings())
+    loading.room("agentstate.api.server").migrate(loading.settings())
 
 
 @app.command("gc")

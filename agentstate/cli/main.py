@@ -72,7 +72,7 @@ def serve(
     """Run the session service."""
     asked = {"host": host, "port": port, "workers": workers}
     given = {name: value for name, value in asked.items() if value is not None}
-    loading.room("api.server").run(loading.settings(**given))
+    loading.room("agentstate.api.server").run(loading.settings(**given))
 
 
 class _Engine(TyperCommand):

@@ -257,7 +257,7 @@ def bench_pages(context: typer.Context) -> None:
         if settings.engine_python is not None:
             raise
         python = sys.executable
-    os.execve(python, [python, "-m", "benchmarks.pages", *context.args], dict(os.environ))
+    os.execve(python, [python, "-m", "agentstate.benchmarks.pages", *context.args], dict(os.environ))
 
 
 @app.command()

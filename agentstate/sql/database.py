@@ -51,7 +51,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
 
-import migrations
+from agentstate import migrations
 from agentstate.errors import (
     DatabaseError,
     DatabaseFull,

@@ -23,14 +23,14 @@ from sqlalchemy.engine import Connection
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from agentstate.api import gate
+from agentstate.api.guard import READING, require_local
+from agentstate.api.service import service_of
 from agentstate.errors import NotAllowed, Unauthenticated
 from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Caller, Role, Tenant
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import console_sessions
-from api import gate
-from api.guard import READING, require_local
-from api.service import service_of
 
 SESSION_S = 12 * 3600
 _COOKIE = "agentstate_console"

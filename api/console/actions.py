@@ -14,19 +14,19 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from agentstate.api import demotion, prefetch
+from agentstate.api.console import commands, reading
+from agentstate.api.console.access import ActorDep, Viewer, form_of
+from agentstate.api.console.render import ConsoleRoute, page, query, see, segment
+from agentstate.api.console.room import Console, ConsoleDep
+from agentstate.api.pins import end_pin, pin_for
+from agentstate.api.schemas import PathId
+from agentstate.api.service import Service, ServiceDep
 from agentstate.errors import NotAllowed, SessionNotFound
 from agentstate.fleet import operations
 from agentstate.fleet.operations import Kind, Tier
 from agentstate.fleet.pins import PinTier
 from agentstate.sessions.verbs import Sessions
-from api import demotion, prefetch
-from api.console import commands, reading
-from api.console.access import ActorDep, Viewer, form_of
-from api.console.render import ConsoleRoute, page, query, see, segment
-from api.console.room import Console, ConsoleDep
-from api.pins import end_pin, pin_for
-from api.schemas import PathId
-from api.service import Service, ServiceDep
 
 router = APIRouter(prefix="/sessions/{session_id}/do", include_in_schema=False, route_class=ConsoleRoute)
 

@@ -9,17 +9,17 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from agentstate.api.console import reading
+from agentstate.api.console.access import Viewer, ViewerDep
+from agentstate.api.console.overview import account_of, seen
+from agentstate.api.console.render import ConsoleRoute, page
+from agentstate.api.console.room import ConsoleDep
+from agentstate.api.console.snapshot import Server
+from agentstate.api.schemas import Name
+from agentstate.api.service import Service, ServiceDep
 from agentstate.errors import EngineNotFound
 from agentstate.fleet import decisions
 from agentstate.fleet.decisions import Decision
-from api.console import reading
-from api.console.access import Viewer, ViewerDep
-from api.console.overview import account_of, seen
-from api.console.render import ConsoleRoute, page
-from api.console.room import ConsoleDep
-from api.console.snapshot import Server
-from api.schemas import Name
-from api.service import Service, ServiceDep
 
 router = APIRouter(include_in_schema=False, route_class=ConsoleRoute)
 

@@ -9,17 +9,17 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from agentstate.api.console import reading
+from agentstate.api.console.access import Viewer, ViewerDep
+from agentstate.api.console.reading import Counts, Sort, State, TenantRow
+from agentstate.api.console.render import ConsoleRoute, page
+from agentstate.api.console.room import Console, ConsoleDep
+from agentstate.api.console.snapshot import Snapshot
+from agentstate.api.service import Service, ServiceDep
 from agentstate.fleet import quotas
 from agentstate.fleet.quotas import Quota
 from agentstate.sessions import salts
 from agentstate.sessions.tenants import Tenant
-from api.console import reading
-from api.console.access import Viewer, ViewerDep
-from api.console.reading import Counts, Sort, State, TenantRow
-from api.console.render import ConsoleRoute, page
-from api.console.room import Console, ConsoleDep
-from api.console.snapshot import Snapshot
-from api.service import Service, ServiceDep
 
 router = APIRouter(include_in_schema=False, route_class=ConsoleRoute)
 

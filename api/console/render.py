@@ -23,11 +23,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 import agentstate
+from agentstate.api.console.access import NotSignedIn, Viewer, give_cookie
+from agentstate.api.console.assets import ASSETS, BUILD, HTMX, ROOM
+from agentstate.api.problems import answer_to
 from agentstate.errors import AgentStateError
 from agentstate.sql.database import instant
-from api.console.access import NotSignedIn, Viewer, give_cookie
-from api.console.assets import ASSETS, BUILD, HTMX, ROOM
-from api.problems import answer_to
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "

@@ -9,11 +9,11 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from agentstate import answers
+from agentstate.api.console import snapshot
+from agentstate.api.console.access import SignedIn
+from agentstate.api.placement import placement
+from agentstate.api.service import Service
 from agentstate.sessions.verbs import Sessions
-from api.console import snapshot
-from api.console.access import SignedIn
-from api.placement import placement
-from api.service import Service
 
 _MAX_PLACED = 500
 

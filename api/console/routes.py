@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from api.console import actions, assets, fleet, overview, session, sessions, signing, stream, tenants
+from agentstate.api.console import actions, assets, fleet, overview, session, sessions, signing, stream, tenants
 
 PARTS = (assets, stream, signing, overview, sessions, actions, session, fleet, tenants)
 

@@ -13,19 +13,19 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
 from agentstate import answers, documents
+from agentstate.api.console import commands, reading
+from agentstate.api.console.access import Viewer, ViewerDep
+from agentstate.api.console.reading import Told
+from agentstate.api.console.render import HEADERS, ConsoleRoute, page
+from agentstate.api.console.room import ConsoleDep
+from agentstate.api.operations import view as operation_view
+from agentstate.api.schemas import PathId
+from agentstate.api.service import Service, ServiceDep
+from agentstate.api.writes import entry as entry_view
 from agentstate.errors import OperationNotFound
 from agentstate.fleet import operations
 from agentstate.sessions.outcomes import Order
 from agentstate.sessions.verbs import Sessions
-from api.console import commands, reading
-from api.console.access import Viewer, ViewerDep
-from api.console.reading import Told
-from api.console.render import HEADERS, ConsoleRoute, page
-from api.console.room import ConsoleDep
-from api.operations import view as operation_view
-from api.schemas import PathId
-from api.service import Service, ServiceDep
-from api.writes import entry as entry_view
 
 router = APIRouter(prefix="/sessions/{session_id}", include_in_schema=False, route_class=ConsoleRoute)
 

@@ -12,13 +12,13 @@ from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from agentstate.api.console import reading
+from agentstate.api.console.access import Viewer, ViewerDep
+from agentstate.api.console.reading import Listed, ListPage, Sort, State
+from agentstate.api.console.render import HEADERS, ConsoleRoute, page
+from agentstate.api.console.room import ConsoleDep
+from agentstate.api.service import Service, ServiceDep
 from agentstate.sql.database import instant
-from api.console import reading
-from api.console.access import Viewer, ViewerDep
-from api.console.reading import Listed, ListPage, Sort, State
-from api.console.render import HEADERS, ConsoleRoute, page
-from api.console.room import ConsoleDep
-from api.service import Service, ServiceDep
 
 router = APIRouter(include_in_schema=False, route_class=ConsoleRoute)
 

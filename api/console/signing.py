@@ -8,8 +8,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from agentstate.errors import Unauthenticated
-from api.console.access import (
+from agentstate.api.console.access import (
     NotSignedIn,
     cookie_of,
     form_of,
@@ -20,9 +19,10 @@ from api.console.access import (
     token_of,
     viewer_of,
 )
-from api.console.render import ConsoleRoute, page, query, see
-from api.console.room import ConsoleDep
-from api.service import ServiceDep
+from agentstate.api.console.render import ConsoleRoute, page, query, see
+from agentstate.api.console.room import ConsoleDep
+from agentstate.api.service import ServiceDep
+from agentstate.errors import Unauthenticated
 
 _MAX_KEY = 200
 

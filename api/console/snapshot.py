@@ -17,13 +17,13 @@ from typing import Any
 import sqlalchemy as sa
 from starlette.concurrency import run_in_threadpool
 
+from agentstate.api.console import reading
+from agentstate.api.console.reading import Counts, SharedStore
+from agentstate.api.service import Service
 from agentstate.errors import DatabaseError, EngineError
 from agentstate.fleet import engines
 from agentstate.fleet.engines import Engine
 from agentstate.sql.database import instant, now_us
-from api.console import reading
-from api.console.reading import Counts, SharedStore
-from api.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from contextlib import suppress
 from fastapi import APIRouter, Request
 from starlette.responses import StreamingResponse
 
+from agentstate.api.console.access import NotSignedIn, Viewer, ViewerDep, viewer_of
+from agentstate.api.console.assets import BUILD
+from agentstate.api.console.render import ConsoleRoute
 from agentstate.errors import AgentStateError, DatabaseError
-from api.console.access import NotSignedIn, Viewer, ViewerDep, viewer_of
-from api.console.assets import BUILD
-from api.console.render import ConsoleRoute
 
 # Silence that a browser takes for a broken stream is longer.
 HEARTBEAT_S = 5.0

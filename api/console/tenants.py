@@ -8,15 +8,15 @@ from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from agentstate.api.console import commands, reading
+from agentstate.api.console.access import AdministratorDep, form_of
+from agentstate.api.console.render import ConsoleRoute, page, see
+from agentstate.api.schemas import Name
+from agentstate.api.service import ServiceDep
 from agentstate.errors import NotAllowed, SettingsError
 from agentstate.fleet import quotas
 from agentstate.sessions import salts, tenants
 from agentstate.sessions.tenants import NewKey, Role
-from api.console import commands, reading
-from api.console.access import AdministratorDep, form_of
-from api.console.render import ConsoleRoute, page, see
-from api.schemas import Name
-from api.service import ServiceDep
 
 router = APIRouter(prefix="/tenants", include_in_schema=False, route_class=ConsoleRoute)
 

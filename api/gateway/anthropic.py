@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from api.gateway import documents
-from api.gateway.heard import Message, call, hear, objects, text_or_none
-from api.gateway.recording import Answer, Stream, count, error_of
+from agentstate.api.gateway import documents
+from agentstate.api.gateway.heard import Message, call, hear, objects, text_or_none
+from agentstate.api.gateway.recording import Answer, Stream, count, error_of
 
 # What a delta of each type adds to, and under which key it has it. A call's input is JSON in pieces.
 _DELTAS = {

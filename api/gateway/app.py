@@ -11,17 +11,17 @@ from typing import NamedTuple
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from agentstate.api.gateway import conversations, dialects, resources, stored
+from agentstate.api.gateway.errors import Refusal, refusal
+from agentstate.api.gateway.exchange import Exchange, Gone
+from agentstate.api.gateway.fleet import REMEMBERED_S, Fleet
+from agentstate.api.gateway.relay import Passage, Relay
+from agentstate.api.gateway.stored import StoredRelay
+from agentstate.api.gateway.turns import Turns
+from agentstate.api.gateway.upstream import Upstream
+from agentstate.api.service import Service
 from agentstate.errors import AgentStateError
 from agentstate.sessions.tenants import Caller
-from api.gateway import conversations, dialects, resources, stored
-from api.gateway.errors import Refusal, refusal
-from api.gateway.exchange import Exchange, Gone
-from api.gateway.fleet import REMEMBERED_S, Fleet
-from api.gateway.relay import Passage, Relay
-from api.gateway.stored import StoredRelay
-from api.gateway.turns import Turns
-from api.gateway.upstream import Upstream
-from api.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from api.gateway import completions
-from api.gateway.completions import CompletionStream
-from api.gateway.heard import Call, Message, call, hear, objects, text_or_none
-from api.gateway.recording import Answer
+from agentstate.api.gateway import completions
+from agentstate.api.gateway.completions import CompletionStream
+from agentstate.api.gateway.heard import Call, Message, call, hear, objects, text_or_none
+from agentstate.api.gateway.recording import Answer
 
 _ROLES = {"developer": "system", "function": "tool"}
 

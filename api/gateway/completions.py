@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from api.gateway import documents
-from api.gateway.heard import Message
-from api.gateway.recording import Answer, Stream, count, error_of
+from agentstate.api.gateway import documents
+from agentstate.api.gateway.heard import Message
+from agentstate.api.gateway.recording import Answer, Stream, count, error_of
 
 
 def messages(body: dict[str, Any]) -> list[Message]:

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 
+from agentstate.api.gateway import resources, responses
+from agentstate.api.gateway.errors import Refusal
+from agentstate.api.gateway.exchange import Exchange
+from agentstate.api.gateway.stored import locked, no_conversation
 from agentstate.errors import EntryNotFound, SessionBusy, SessionExpired, SessionNotFound
 from agentstate.sessions import belonging, items
 from agentstate.sessions.items import Item, ItemPage
 from agentstate.sessions.outcomes import Session
 from agentstate.sessions.stored import Stored
-from api.gateway import resources, responses
-from api.gateway.errors import Refusal
-from api.gateway.exchange import Exchange
-from api.gateway.stored import locked, no_conversation
 
 if TYPE_CHECKING:
-    from api.gateway.app import Gateway
+    from agentstate.api.gateway.app import Gateway
 
 MAX_ITEMS = 20
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from api.gateway import anthropic, chat, completions, responses
-from api.gateway.heard import Message
-from api.gateway.recording import Answer, Recorder, Stream, Whole
+from agentstate.api.gateway import anthropic, chat, completions, responses
+from agentstate.api.gateway.heard import Message
+from agentstate.api.gateway.recording import Answer, Recorder, Stream, Whole
 
 __all__ = ["CHAT", "COMPLETIONS", "DIALECTS", "MESSAGES", "RESPONSES", "Answer", "Dialect", "Recorder"]
 

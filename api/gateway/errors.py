@@ -11,8 +11,8 @@ from http import HTTPStatus
 from typing import Any
 
 from agentstate import errors
-from api.gateway import documents
-from api.problems import STATUS
+from agentstate.api.gateway import documents
+from agentstate.api.problems import STATUS
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 413: "request_too_large", 503: "overloaded_error", 529: "overloaded_error"}

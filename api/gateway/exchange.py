@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
+from agentstate.api.bodies import BODY_TIMEOUT_S
+from agentstate.api.gateway import documents
+from agentstate.api.gateway.errors import Refusal
 from agentstate.sessions.tenants import Tenant
-from api.bodies import BODY_TIMEOUT_S
-from api.gateway import documents
-from api.gateway.errors import Refusal
 
 T = TypeVar("T")
 JSON = (b"content-type", b"application/json")

@@ -11,11 +11,11 @@ from contextlib import contextmanager, suppress
 
 from starlette.concurrency import run_in_threadpool
 
+from agentstate.api.gateway.errors import Refusal
 from agentstate.errors import DatabaseError
 from agentstate.fleet import engines
 from agentstate.fleet.placement import Server, servers, serves
 from agentstate.sql.database import Database
-from api.gateway.errors import Refusal
 
 FRESH_S = 1.0
 # What is older is not used while SQL answers.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from api.gateway import documents
+from agentstate.api.gateway import documents
 
 _ID = re.compile(r"(?! )[\x20-\x7e]{1,200}(?<! )")
 _VENDOR = re.compile(rb"x-([a-z0-9]{1,40})-session-id")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from api.gateway import documents
+from agentstate.api.gateway import documents
 
 TEXTS = frozenset({"text", "input_text", "output_text"})
 # What a model thinks is not what it says: most clients do not send it back.

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from api.gateway import documents
-from api.gateway.heard import Message
+from agentstate.api.gateway import documents
+from agentstate.api.gateway.heard import Message
 
 # What reading a document raises that is not in the form it should be in.
 UNKNOWN_FORM = (AttributeError, KeyError, IndexError, TypeError, ValueError)

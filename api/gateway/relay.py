@@ -13,6 +13,15 @@ from urllib.parse import quote
 
 from starlette.concurrency import run_in_threadpool
 
+from agentstate.api.gateway import documents, harnesses
+from agentstate.api.gateway.dialects import Dialect
+from agentstate.api.gateway.errors import Refusal, refusal, reshaped
+from agentstate.api.gateway.exchange import JSON, LONG_BYTES, Exchange
+from agentstate.api.gateway.heard import Call, Message
+from agentstate.api.gateway.recording import Answer, Stream
+from agentstate.api.gateway.turns import NOTHING, Kept, Turn
+from agentstate.api.gateway.upstream import HOP_BY_HOP, Unreachable
+from agentstate.api.gateway.upstream import Answer as Answered
 from agentstate.errors import AgentStateError
 from agentstate.fleet import hints
 from agentstate.fleet.hints import Hints
@@ -22,18 +31,9 @@ from agentstate.sessions.belonging import Wanted
 from agentstate.sessions.conversations import Conversation, Said
 from agentstate.sessions.transcript import NewEntry
 from agentstate.sql.models import EntryKind
-from api.gateway import documents, harnesses
-from api.gateway.dialects import Dialect
-from api.gateway.errors import Refusal, refusal, reshaped
-from api.gateway.exchange import JSON, LONG_BYTES, Exchange
-from api.gateway.heard import Call, Message
-from api.gateway.recording import Answer, Stream
-from api.gateway.turns import NOTHING, Kept, Turn
-from api.gateway.upstream import HOP_BY_HOP, Unreachable
-from api.gateway.upstream import Answer as Answered
 
 if TYPE_CHECKING:
-    from api.gateway.app import Gateway
+    from agentstate.api.gateway.app import Gateway
 
 logger = logging.getLogger(__name__)
 

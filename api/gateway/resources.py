@@ -8,10 +8,10 @@ from urllib.parse import parse_qs, unquote
 
 from starlette.concurrency import run_in_threadpool
 
+from agentstate.api.gateway.errors import Refusal
+from agentstate.api.gateway.exchange import Exchange
 from agentstate.sessions.items import ItemPage, shown
 from agentstate.sessions.outcomes import Order
-from api.gateway.errors import Refusal
-from api.gateway.exchange import Exchange
 
 T = TypeVar("T")
 DEFAULT_LIMIT, MAX_LIMIT = 20, 100

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from api.gateway import documents
-from api.gateway.heard import DECORATIONS, Message, call, hear, objects, text_or_none
-from api.gateway.recording import Answer, Stream, count, error_of
+from agentstate.api.gateway import documents
+from agentstate.api.gateway.heard import DECORATIONS, Message, call, hear, objects, text_or_none
+from agentstate.api.gateway.recording import Answer, Stream, count, error_of
 
 TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed", "response.cancelled"})
 # All others, such as deltas, say nothing that one of these does not say again.

@@ -16,6 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 
+from agentstate.api.gateway import documents, resources
+from agentstate.api.gateway.errors import Refusal
+from agentstate.api.gateway.exchange import LONG_BYTES, Exchange
+from agentstate.api.gateway.recording import UNKNOWN_FORM, Answer, Events, Stream
+from agentstate.api.gateway.relay import Relay
+from agentstate.api.gateway.responses import TERMINAL
+from agentstate.api.gateway.turns import NOTHING, Kept, Turn
 from agentstate.errors import (
     EntryNotFound,
     ResponseNotFound,
@@ -28,16 +35,9 @@ from agentstate.sessions.belonging import State, Wanted
 from agentstate.sessions.items import Item, kind_of
 from agentstate.sessions.responses import NewResponse
 from agentstate.sessions.stored import Stored
-from api.gateway import documents, resources
-from api.gateway.errors import Refusal
-from api.gateway.exchange import LONG_BYTES, Exchange
-from api.gateway.recording import UNKNOWN_FORM, Answer, Events, Stream
-from api.gateway.relay import Relay
-from api.gateway.responses import TERMINAL
-from api.gateway.turns import NOTHING, Kept, Turn
 
 if TYPE_CHECKING:
-    from api.gateway.app import Gateway
+    from agentstate.api.gateway.app import Gateway
 
 _OPENING = frozenset({"response.created", "response.in_progress"})
 _BLANK_LINE = re.compile(rb"(?<=\n\n)|(?<=\r\n\r\n)")

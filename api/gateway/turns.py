@@ -14,6 +14,8 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
+from agentstate.api.gateway.fleet import REMEMBERED_S
+from agentstate.api.service import Service
 from agentstate.errors import (
     AgentStateError,
     DatabaseError,
@@ -35,8 +37,6 @@ from agentstate.sessions.conversations import Conversation
 from agentstate.sessions.responses import NewResponse
 from agentstate.sessions.tenants import Tenant
 from agentstate.sessions.transcript import NewEntry
-from api.gateway.fleet import REMEMBERED_S
-from api.service import Service
 
 logger = logging.getLogger(__name__)
 

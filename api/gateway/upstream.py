@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 
-from api.gateway.errors import Refusal
+from agentstate.api.gateway.errors import Refusal
 
 # Below the time after which SGLang closes an idle connection, 5 s: a request must not meet one that is being closed.
 KEEP_ALIVE_S = 4.0

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import httpx
 
+from agentstate.benchmarks.engine import Engine
+from agentstate.benchmarks.peers.servers import Server
+from agentstate.benchmarks.replay import unseen
+from agentstate.benchmarks.ttft import OUTPUT, Prompts, Samples
 from agentstate.errors import AgentStateError, EngineError
-from benchmarks.engine import Engine
-from benchmarks.peers.servers import Server
-from benchmarks.replay import unseen
-from benchmarks.ttft import OUTPUT, Prompts, Samples
 
 RESTORES = ("warm", "cold", "restart", "restart_cold")
 _WHAT_PEERS_RAISE = (AgentStateError, httpx.HTTPError, OSError)

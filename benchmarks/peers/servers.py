@@ -16,10 +16,10 @@ from typing import ClassVar
 
 import httpx
 
+from agentstate.benchmarks import device
 from agentstate.cli import launcher
 from agentstate.cli.local import ChildProcess, flush_device, free_port
 from agentstate.errors import EngineError
-from benchmarks import device
 
 _STILL_S = 2.0
 _SETTLE_S = 60.0
@@ -131,14 +131,14 @@ class RadixCache(Server):
 
 
 class FileLinkerServer(Server):
-    """`benchmarks.peers.file_linker`."""
+    """`agentstate.benchmarks.peers.file_linker`."""
 
     name = "file_linker"
 
     def _flags(self) -> list[str]:
         config = {
             "linker": "FileLinker",
-            "linker_module_path": "benchmarks.peers.file_linker",
+            "linker_module_path": "agentstate.benchmarks.peers.file_linker",
             "linker_extra_config": {"directory": str(self.stored)},
         }
         flags = ["--enable-unified-cache-external-linker", "--unified-cache-external-linker-backend", "dynamic"]
@@ -162,7 +162,7 @@ class HiCache(Server):
         environment = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(self.stored)}
         if not launcher.has_cuda():
             plugins = self.home / "plugins"
-            _install_plugin(plugins, "benchmarks.peers.hicache_on_cpu:register")
+            _install_plugin(plugins, "agentstate.benchmarks.peers.hicache_on_cpu:register")
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(plugins), os.environ.get("PYTHONPATH"))))
         return environment
 

@@ -21,9 +21,9 @@ if str(ROOT) not in sys.path:  # as a program, it runs without an installed serv
     sys.path.insert(0, str(ROOT))
 
 from agentstate import errors  # noqa: E402
+from agentstate.api.app import create_app  # noqa: E402
+from agentstate.api.problems import STATUS  # noqa: E402
 from agentstate.settings import Settings  # noqa: E402
-from api.app import create_app  # noqa: E402
-from api.problems import STATUS  # noqa: E402
 
 HEADER = "// Written by generate.py from the service. Do not edit.\n"
 # The client speaks of sessions. A program calls the gateway's routes with a client of OpenAI's or Anthropic's.

@@ -14,9 +14,9 @@ from prompts import EXACT, Generator
 from stacks import MakeStack
 from zygote import Zygotes
 
+from agentstate.benchmarks.slow_drive import Drive
 from agentstate.cli.local import LocalService, LocalStack, Spawn, free_port
 from agentstate.settings import Settings
-from benchmarks.slow_drive import Drive
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

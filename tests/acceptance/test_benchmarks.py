@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+from agentstate.benchmarks.burst import Burst
+from agentstate.benchmarks.policies import Comparison, Plan
+from agentstate.benchmarks.policies import Variant as Policy
+from agentstate.benchmarks.slow_drive import Drive
+from agentstate.benchmarks.throughput import Load, Throughput, Variant
+from agentstate.benchmarks.ttft import VARIANTS, Prompts, Turn2
 from agentstate.cli.local import LocalStack
-from benchmarks.burst import Burst
-from benchmarks.policies import Comparison, Plan
-from benchmarks.policies import Variant as Policy
-from benchmarks.slow_drive import Drive
-from benchmarks.throughput import Load, Throughput, Variant
-from benchmarks.ttft import VARIANTS, Prompts, Turn2
 
 
 def test_throughput_is_measured_while_pages_are_written(stack: LocalStack) -> None:

@@ -11,9 +11,9 @@ import pytest
 from prompts import PAGE, TINY, Generator, Stream, prompt
 from stacks import MakeStack, until
 
+from agentstate.benchmarks.slow_drive import Drive
 from agentstate.cli.local import LocalStack
 from agentstate.lookahead.forecast import Forecast
-from benchmarks.slow_drive import Drive
 
 READS = "extents"
 

@@ -16,8 +16,8 @@ from prompts import EXACT, TINY
 from stacks import MakeStack, stats_at_rest
 from test_models import PAGE, QUESTION, Start, damage, start, suspend, tokens  # noqa: F401
 
+from agentstate.benchmarks.slow_drive import Drive
 from agentstate.cli.local import LocalStack
-from benchmarks.slow_drive import Drive
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 # What of a prompt's pages the chain goes on from, in the extent of a request.

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from agentstate.benchmarks import gpu_matrix
+from agentstate.benchmarks.gpu_matrix import CASES, Case
 from agentstate.cli.local import Spawn
-from benchmarks import gpu_matrix
-from benchmarks.gpu_matrix import CASES, Case
 
 Run = Callable[[Case], dict[str, Any]]
 

@@ -15,9 +15,9 @@ import pytest
 from prompts import PAGE, TINY, Generator, Stream, prompt
 from stacks import MakeStack, suspend, until
 
+from agentstate.benchmarks.beside import Beside, Variant
+from agentstate.benchmarks.slow_drive import Drive
 from agentstate.cli.local import LocalStack
-from benchmarks.beside import Beside, Variant
-from benchmarks.slow_drive import Drive
 
 READS = "extents"
 _EIGHT = [prompt(500 + number, 30) for number in range(8)]
@@ -137,7 +137,7 @@ def test_a_client_that_leaves_while_its_pages_are_read(beside: LocalStack, drive
 
 def test_its_cost_is_measured(beside: LocalStack, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = count(700)
-    monkeypatch.setattr("benchmarks.beside.unseen", lambda tokens: prompt(next(seeds), tokens))
+    monkeypatch.setattr("agentstate.benchmarks.beside.unseen", lambda tokens: prompt(next(seeds), tokens))
     variants = (Variant.NONE, Variant.HIT, Variant.PRELOADED)
     told: list[str] = []
     step = partial(told.append, "step")

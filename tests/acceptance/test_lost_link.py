@@ -16,13 +16,13 @@ from prompts import PAGE, TINY, Generator, Stream, prompt
 from stacks import MakeStack, all_shared, until
 from tools import missing
 
+from agentstate.benchmarks.link import Link, link
 from agentstate.cli.local import LocalService, LocalStack, free_port
 from agentstate.client import Client
 from agentstate.errors import SettingsError
 from agentstate.sql.database import Database
 from agentstate.sql.models import shared_extents
 from agentstate.tiers.testing import seaweedfs
-from benchmarks.link import Link, link
 
 # Tokens that an engine generates while its link fails.
 _LONG = 600

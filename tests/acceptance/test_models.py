@@ -16,11 +16,11 @@ from models import VOCABULARY
 from prompts import TINY, Generated, Generator, Stream
 from stacks import MakeStack, ask_ranks, stat_at_rest, stats_at_rest, suspend, until
 
+from agentstate.benchmarks.slow_drive import Drive
 from agentstate.cli.local import LocalStack
 from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.files import read_header
 from agentstate.pages.inventory import store_directories
-from benchmarks.slow_drive import Drive
 
 PAGE = 64
 QUESTION = 7 * PAGE + 20

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from agentstate.benchmarks.peers import servers
+from agentstate.benchmarks.peers.comparison import PeerTurns, compare
+from agentstate.benchmarks.peers.servers import FileLinkerServer
+from agentstate.benchmarks.ttft import Prompts
 from agentstate.cli.local import ChildProcess, Spawn
-from benchmarks.peers import servers
-from benchmarks.peers.comparison import PeerTurns, compare
-from benchmarks.peers.servers import FileLinkerServer
-from benchmarks.ttft import Prompts
 
 TOKENS = 512
 

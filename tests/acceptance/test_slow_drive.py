@@ -15,8 +15,8 @@ import pytest
 from prompts import PAGE, TINY, Generator, Stream, prompt
 from stacks import MakeStack, suspend
 
+from agentstate.benchmarks.slow_drive import Drive
 from agentstate.cli.local import LocalStack
-from benchmarks.slow_drive import Drive
 
 READS = "extents"
 

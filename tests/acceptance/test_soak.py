@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from stacks import MakeStack
 
+from agentstate.benchmarks.soak import MODES, Event, Mode, Outcome, Soak
+from agentstate.benchmarks.stacks import TINY
 from agentstate.cli.local import LocalStack
 from agentstate.settings import Settings
-from benchmarks.soak import MODES, Event, Mode, Outcome, Soak
-from benchmarks.stacks import TINY
 
 
 def soak(stack: LocalStack, mode: Mode, turns: int, seed: int) -> Outcome:

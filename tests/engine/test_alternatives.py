@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from agentstate.benchmarks.contenders import DeviceMemory, alternatives
 from agentstate.pages import Geometry
-from benchmarks.contenders import DeviceMemory, alternatives
 
 GEOMETRY = Geometry(layers=3, page_size=4, component_bytes=(4096, 4096))
 

@@ -12,9 +12,9 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from benchmarks.peers import file_linker
-from benchmarks.peers.file_linker import FileLinker
-from benchmarks.peers.hicache_on_cpu import transfer_kv_direct
+from agentstate.benchmarks.peers import file_linker
+from agentstate.benchmarks.peers.file_linker import FileLinker
+from agentstate.benchmarks.peers.hicache_on_cpu import transfer_kv_direct
 
 LAYERS, PAGE_SIZE, PAGES = 3, 4, 6
 

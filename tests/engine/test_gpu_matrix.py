@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from sglang.srt.server_args import ServerArgs
 
+from agentstate.benchmarks.gpu_matrix import CASES, flags_of
+from agentstate.benchmarks.stacks import TINY
 from agentstate.settings import Settings
-from benchmarks.gpu_matrix import CASES, flags_of
-from benchmarks.stacks import TINY
 from engine_patch import flags
 from engine_patch import sglang_api as sgl
 from engine_patch.flags import Standing

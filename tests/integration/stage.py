@@ -13,14 +13,14 @@ import msgpack
 import zmq
 
 from agentstate import ids
+from agentstate.api.app import create_app
+from agentstate.api.server import Server, listen
 from agentstate.client import Client
 from agentstate.fleet import engines, operations
 from agentstate.fleet.control import new_secret, protect
 from agentstate.fleet.engines import Engine
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from api.app import create_app
-from api.server import Server, listen
 
 MODEL = "m"
 PATIENCE_S = 300

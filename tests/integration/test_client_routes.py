@@ -324,7 +324,7 @@ def test_a_follower_outlasts_an_outage(
 
     monkeypatch.setattr(Sessions, "since", failing("since", since))
     monkeypatch.setattr(Sessions, "seen", failing("seen", seen))
-    monkeypatch.setattr("api.events.RETRY_S", 0.01)
+    monkeypatch.setattr("agentstate.api.events.RETRY_S", 0.01)
 
     def outage(count: int) -> None:
         if count == 4:

@@ -21,6 +21,9 @@ from fastapi.routing import APIRoute
 from stage import MODEL, PATIENCE_S, Peer, Service, register, serving, stored
 from test_http_api import assert_problem
 
+from agentstate.api import gate
+from agentstate.api.console import assets, commands, reading, render, routes, sessions, snapshot
+from agentstate.api.console.render import POLICY
 from agentstate.cli.main import app
 from agentstate.fleet import manifests
 from agentstate.fleet.manifests import Manifest
@@ -28,9 +31,6 @@ from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Role
 from agentstate.settings import Settings
 from agentstate.sql.models import leases
-from api import gate
-from api.console import assets, commands, reading, render, routes, sessions, snapshot
-from api.console.render import POLICY
 
 STAT = {
     "ok": True,

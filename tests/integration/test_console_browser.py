@@ -17,14 +17,14 @@ import pytest
 from stage import PATIENCE_S, Peer, Service, register, serving, stored
 from tools import missing, tool
 
+from agentstate.api import gate
+from agentstate.api.console import snapshot
 from agentstate.cli.local import free_port
 from agentstate.fleet import manifests
 from agentstate.fleet.manifests import Manifest
 from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Role
 from agentstate.settings import Settings
-from api import gate
-from api.console import snapshot
 
 PICTURES = os.environ.get("AGENTSTATE_TEST_PICTURES")
 PATIENCE_MS = 60_000

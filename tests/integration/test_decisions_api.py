@@ -14,11 +14,11 @@ from test_http_api import assert_problem, created
 from test_tenants import create, key_for
 from typer.testing import CliRunner
 
+from agentstate.api import gate
 from agentstate.cli.main import app
 from agentstate.errors import EngineNotFound
 from agentstate.fleet import decisions
 from agentstate.sql.models import sessions
-from api import gate
 
 T_US = 1_767_605_472_512_000
 

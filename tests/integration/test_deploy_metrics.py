@@ -11,8 +11,8 @@ from engines import Asked, completion
 from gateways import Gateway
 from prometheus_client.parser import text_string_to_metric_families
 
+from agentstate.api import metrics
 from agentstate.client import message
-from api import metrics
 
 # It ends with an engine that breaks off, and with waits that were announced: tests of these count them.
 ELSEWHERE = {"agentstate_gateway_broken_streams_total", "agentstate_forecast_waits_total", "agentstate_notices_total"}

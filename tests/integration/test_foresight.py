@@ -14,13 +14,13 @@ from gateways import Gateway
 from stage import PATIENCE_S, Peer, Service, register, serving, stored
 from test_http_api import assert_problem, created, proof, resumed
 
+from agentstate.api import gate
 from agentstate.fleet import engines, manifests, notices, pins
 from agentstate.fleet.manifests import Manifest
 from agentstate.lookahead.durations import PERSON, Durations
 from agentstate.lookahead.forecast import Forecast
 from agentstate.settings import Settings
 from agentstate.sql.models import durations
-from api import gate
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from stage import Service, register
 
-from benchmarks import stand_in
-from benchmarks.gateway import ANSWER_CHUNKS, AT_ONCE, FIRST_MESSAGES, OURS, PACED, Agent, Target
-from benchmarks.streams import Connection
+from agentstate.benchmarks import stand_in
+from agentstate.benchmarks.gateway import ANSWER_CHUNKS, AT_ONCE, FIRST_MESSAGES, OURS, PACED, Agent, Target
+from agentstate.benchmarks.streams import Connection
 
 COMMAND = [sys.executable, "-m", "agentstate.cli", "bench", "gateway"]
 

@@ -14,13 +14,13 @@ from engines import Asked, chunk, completion, responds, said, scripted
 from gateways import HELLO, Gateway
 from stage import MODEL, PATIENCE_S, register
 
+from agentstate.api import heads
+from agentstate.api.gateway import documents, relay, upstream
+from agentstate.api.gateway.fleet import Fleet
 from agentstate.fleet import manifests
 from agentstate.fleet.manifests import Manifest
 from agentstate.sessions.rows import Rows
 from agentstate.sessions.verbs import Sessions
-from api import heads
-from api.gateway import documents, relay, upstream
-from api.gateway.fleet import Fleet
 
 
 def says_hi(asked: Asked) -> None:

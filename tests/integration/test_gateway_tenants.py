@@ -16,14 +16,14 @@ from postgres import server
 from prometheus_client import generate_latest
 from stage import MODEL, PATIENCE_S, Peer, register, serving, stored
 
+from agentstate.api import gate
+from agentstate.api.gateway import turns
 from agentstate.errors import SessionBusy
 from agentstate.fleet import quotas
 from agentstate.fleet.quotas import Quota
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from api import gate
-from api.gateway import turns
 
 
 def says_hi(asked: Asked) -> None:

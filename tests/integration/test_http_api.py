@@ -12,13 +12,13 @@ import pytest
 import sqlalchemy as sa
 from stage import MODEL, NOTHING, Service, register, serving
 
+from agentstate.api.gateway import described
 from agentstate.fleet import manifests, turns
 from agentstate.fleet.manifests import Manifest
 from agentstate.fleet.turns import Turn
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 from agentstate.sql import secret
-from api.gateway import described
 
 
 def created(service: Service, **body: Any) -> dict[str, Any]:

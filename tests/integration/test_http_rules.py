@@ -14,10 +14,10 @@ import pytest
 import sqlalchemy as sa
 from stage import MODEL, PATIENCE_S, Service, serving
 
+from agentstate.api import bodies, server
 from agentstate.client import AsyncClient, Client, transport
 from agentstate.sessions import tenants
 from agentstate.settings import Settings
-from api import bodies, server
 
 
 def created(service: Service) -> httpx.Response:

@@ -9,11 +9,11 @@ from stage import MODEL, Service, register
 from test_console import STAT, answering, append, key, make, message, suspend
 from test_http_api import assert_problem
 
+from agentstate.api import gate
+from agentstate.api.console import reading, snapshot
 from agentstate.fleet import quotas
 from agentstate.fleet.quotas import Quota
 from agentstate.sessions.tenants import Role
-from api import gate
-from api.console import reading, snapshot
 
 
 @pytest.fixture(autouse=True)

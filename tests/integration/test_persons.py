@@ -11,8 +11,8 @@ from engines import responds, scripted
 from engines import said as message
 from stage import MODEL, Service, register
 
+from agentstate.api import gate
 from agentstate.sessions import tenants
-from api import gate
 
 NAMES = ("operation_id", "conversation_id", "item_id", "response_id")
 NO_ENGINE = "eng_none"

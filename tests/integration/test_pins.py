@@ -13,12 +13,12 @@ from stage import Peer, Service, register
 from test_http_api import assert_problem, created, resumed
 from typer.testing import CliRunner
 
+from agentstate.api import pins as routes
 from agentstate.cli.main import app
 from agentstate.fleet import pins
 from agentstate.sessions import tenants
 from agentstate.sessions.collection import collect
 from agentstate.sql.models import kv_pins
-from api import pins as routes
 
 URL = "http://127.0.0.1:30000/v1"
 ACCEPTED = {"ok": True, "state": "accepted", "tier": "device", "tokens": 128, "pages": 2, "bytes": 2000}

@@ -10,11 +10,11 @@ from stage import MODEL, Service
 from test_http_api import assert_problem
 from typer.testing import CliRunner
 
+from agentstate.api import gate
 from agentstate.cli.main import app
 from agentstate.errors import KeyNotFound, SettingsError
 from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Role
-from api import gate
 
 
 @pytest.fixture(autouse=True)

@@ -20,17 +20,17 @@ import httpx
 import pytest
 from stage import MODEL, register, stored
 
+from agentstate.api import server
+from agentstate.api.server import run
 from agentstate.cli.local import free_port
 from agentstate.client import Client
 from agentstate.errors import DatabaseUnreachable, ServiceUnreachable, SettingsError
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from agentstate.sql.models import OperationState
-from api import server
-from api.server import run
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = "from agentstate.settings import Settings; from api.server import run; run(Settings())"
+PROGRAM = "from agentstate.settings import Settings; from agentstate.api.server import run; run(Settings())"
 START_S = 300
 
 

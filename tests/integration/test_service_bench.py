@@ -12,10 +12,10 @@ import pytest
 import sqlalchemy as sa
 from stage import Service, register
 
+from agentstate.benchmarks import conversations
+from agentstate.benchmarks.databases import SERVERS
 from agentstate.fleet.manifests import KvState
 from agentstate.sql.models import entries, leases
-from benchmarks import conversations
-from benchmarks.databases import SERVERS
 
 
 def test_sessions_that_are_filled_in_bulk_are_the_services_own(service: Service) -> None:

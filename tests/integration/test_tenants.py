@@ -9,14 +9,14 @@ import pytest
 from stage import MODEL, Service
 from test_http_api import assert_problem
 
+from agentstate.api import gate
+from agentstate.api.server import run
 from agentstate.errors import SettingsError
 from agentstate.fleet import quotas
 from agentstate.fleet.quotas import Quota
 from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Tenant
 from agentstate.settings import Settings
-from api import gate
-from api.server import run
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,8 @@ from textual.pilot import Pilot
 from textual.widgets import DataTable, Static
 from typer.testing import CliRunner
 
+from agentstate.api import gate
+from agentstate.api.console import snapshot
 from agentstate.cli import top, top_rows
 from agentstate.cli.main import app
 from agentstate.cli.top_app import Confirm, Lists, Top
@@ -39,8 +41,6 @@ from agentstate.fleet.manifests import Manifest
 from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Role
 from agentstate.settings import Settings
-from api import gate
-from api.console import snapshot
 
 PICTURES = os.environ.get("AGENTSTATE_TEST_PICTURES")
 HOSTILE = "\x1b[2J\u202e[bold]evil[/bold]"
@@ -193,7 +193,7 @@ def test_sessions_are_listed_ordered_and_filtered(fleet: Service) -> None:
 
 
 def test_lists_go_on(fleet: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    from api.console import reading
+    from agentstate.api.console import reading
 
     monkeypatch.setattr(reading, "PAGE", 3)
 

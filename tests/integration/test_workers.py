@@ -229,7 +229,7 @@ def test_a_service_whose_workers_cannot_start_ends_and_says_so() -> None:
     program = """
 import socket
 from agentstate.errors import SettingsError
-from api.workers import Supervisor
+from agentstate.api.workers import Supervisor
 def serve(worker): raise SettingsError("there is no such place")
 Supervisor(2, serve, socket.socket()).run()
 """
@@ -245,7 +245,7 @@ def test_a_worker_that_goes_on_dying_is_started_again_and_again(tmp_path: Path) 
     program = """
 import os, signal, socket, sys, time
 from pathlib import Path
-from api.workers import Supervisor
+from agentstate.api.workers import Supervisor
 lives = Path(sys.argv[1])
 def serve(worker):
     worker.started()

@@ -17,8 +17,9 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-import migrations
+from agentstate import migrations
 from agentstate.adapters.tables import metadata
+from agentstate.api.server import migrate, run
 from agentstate.errors import NotABranchPoint, SchemaNewer, SchemaOutdated
 from agentstate.fleet import engines, erasures, manifests
 from agentstate.fleet.engines import Engine
@@ -28,7 +29,6 @@ from agentstate.sessions import tenants
 from agentstate.sessions.verbs import Sessions
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
-from api.server import migrate, run
 
 ENGINE = Engine("eng_1", "n", 0, "tcp://127.0.0.1:5000", "http://127.0.0.1:30000/v1", "m", "f", "/pages")
 

@@ -18,11 +18,11 @@ from deployed import BOARD, DEPLOY, exposed, labels_of, metrics_of, queries
 from tools import missing, tool
 from typer.main import get_command
 
+from agentstate.api.metrics import Metrics
+from agentstate.api.server import SHUTDOWN_S
 from agentstate.cli.main import app
 from agentstate.cli.up import _ENGINE_END_S
 from agentstate.settings import Settings
-from api.metrics import Metrics
-from api.server import SHUTDOWN_S
 
 ROOT = DEPLOY.parent
 KUBERNETES = DEPLOY / "kubernetes"
@@ -116,7 +116,7 @@ def test_nobody_is_ended_before_it_has_finished() -> None:
 
 
 def test_probes_restart_no_engine_and_ask_what_is_there() -> None:
-    from api.app import create_app
+    from agentstate.api.app import create_app
 
     paths = create_app(Settings(database_url="sqlite:////none")).openapi()["paths"].keys()
     service, engine = container("agentstate-service"), container("agentstate-engine")

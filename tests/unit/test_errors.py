@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from agentstate import errors
+from agentstate.api.problems import STATUS
 from agentstate.errors import AgentStateError, LeaseLost, SessionBusy
-from api.problems import STATUS
 
 
 def tree(root: type[AgentStateError]) -> list[type[AgentStateError]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.calibration import Calibration
+from agentstate.benchmarks.calibration import Calibration
 
 GB = 10**9
 COST = Calibration(

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from benchmarks.caches import ROOT, SegmentCache
+from agentstate.benchmarks.caches import ROOT, SegmentCache
 
 
 def chain(length: int, capacity: int) -> SegmentCache:

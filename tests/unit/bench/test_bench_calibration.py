@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentstate.benchmarks.calibration import Calibration
+from agentstate.benchmarks.commands import control_of
 from agentstate.errors import EngineUnreachable, SettingsError
 from agentstate.fleet import engines
 from agentstate.fleet.engines import Engine
 from agentstate.sql.database import Database
-from benchmarks.calibration import Calibration
-from benchmarks.commands import control_of
 
 FIXED = {
     "name": "x",

@@ -10,11 +10,11 @@ from statistics import median
 import pytest
 from by_hand import COST, GB
 
+from agentstate.benchmarks import agents, foresight, foresight_tables, report, results
+from agentstate.benchmarks.fleet import Fleet, Foresight, Outcome, Policy, Served
+from agentstate.benchmarks.simulator import Simulation
+from agentstate.benchmarks.traces import ROOT, Announcements, Gap, Turn, Workload
 from agentstate.lookahead.policies import lru, planner, ttl
-from benchmarks import agents, foresight, foresight_tables, report, results
-from benchmarks.fleet import Fleet, Foresight, Outcome, Policy, Served
-from benchmarks.simulator import Simulation
-from benchmarks.traces import ROOT, Announcements, Gap, Turn, Workload
 
 FLEET = Fleet(engines=1, device_tokens=250, staging_bytes=100 * GB, host_bytes=0, quota_bytes=1000 * GB)
 HELD = Policy("held", store=True, overlap=True, read_at_arrival=True, hold=True, ordering=lru)

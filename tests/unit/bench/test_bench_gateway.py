@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from agentstate.benchmarks import gateway
+from agentstate.benchmarks.forwarders import LITELLM, ROUTER
+from agentstate.benchmarks.gateway import DIRECT, OURS, Paced, Turns
+from agentstate.benchmarks.streams import Answer, Connection
 from agentstate.errors import EngineRefused, SettingsError
-from benchmarks import gateway
-from benchmarks.forwarders import LITELLM, ROUTER
-from benchmarks.gateway import DIRECT, OURS, Paced, Turns
-from benchmarks.streams import Answer, Connection
 
 HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from tools import missing
 
+from agentstate.benchmarks import juicefs
 from agentstate.errors import SettingsError
 from agentstate.tiers import DirectoryTier
 from agentstate.tiers.testing import seaweedfs
 from agentstate.tiers.testing.conformance import content, name_of, publish, read
-from benchmarks import juicefs
 
 KEYS = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 

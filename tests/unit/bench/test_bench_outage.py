@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from benchmarks import results
-from benchmarks.outage import Fault, Phase, Plan, Round, quantile, quantile_ratio
+from agentstate.benchmarks import results
+from agentstate.benchmarks.outage import Fault, Phase, Plan, Round, quantile, quantile_ratio
 
 
 def rounds(*availables: bool, with_s: float = 2.0, without_s: float = 1.0) -> list[Round]:

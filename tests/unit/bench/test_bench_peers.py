@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from agentstate.benchmarks import device, report, results
+from agentstate.benchmarks.engine import Answer
+from agentstate.benchmarks.peers.comparison import PeerTurns, absent, compare
+from agentstate.benchmarks.peers.servers import SERVERS, HiCache, LMCache, RadixCache, Server
+from agentstate.benchmarks.ttft import Prompts, Samples, floor_of
 from agentstate.cli.local import ChildProcess
 from agentstate.errors import EngineError
-from benchmarks import device, report, results
-from benchmarks.engine import Answer
-from benchmarks.peers.comparison import PeerTurns, absent, compare
-from benchmarks.peers.servers import SERVERS, HiCache, LMCache, RadixCache, Server
-from benchmarks.ttft import Prompts, Samples, floor_of
 
 PYTHON = Path(sys.executable)
 PROMPTS = Prompts(context=list(range(200)), tails=[[1], [2], [3]])
@@ -133,8 +133,8 @@ def test_every_restore_is_measured_against_the_hit_of_its_own_engine() -> None:
 
 
 def test_a_server_settles_when_nothing_is_written_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.peers.servers._STILL_S", 0.0)
-    monkeypatch.setattr("benchmarks.peers.servers._SETTLE_S", 0.5)
+    monkeypatch.setattr("agentstate.benchmarks.peers.servers._STILL_S", 0.0)
+    monkeypatch.setattr("agentstate.benchmarks.peers.servers._SETTLE_S", 0.5)
     server = Scripted(tmp_path / "home", tmp_path, PYTHON, [])
     with pytest.raises(EngineError, match="scripted has stored 0 bytes"):
         server.settle()
@@ -158,7 +158,7 @@ def test_hicache_on_a_cpu_has_a_plug_in_that_sglang_finds(tmp_path: Path, monkey
         "print([p.value for p in entry_points(group='sglang.srt.plugins') if p.name == 'agentstate_benchmark'])"
     )
     run = subprocess.run([PYTHON, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True)
-    assert run.stdout.strip() == "['benchmarks.peers.hicache_on_cpu:register']"
+    assert run.stdout.strip() == "['agentstate.benchmarks.peers.hicache_on_cpu:register']"
 
 
 def test_bytes_read_are_those_of_the_drive_and_of_the_whole_group(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from agentstate.benchmarks.engine import Answer
+from agentstate.benchmarks.policies import Agents, Plan, Variant, _compare, _engines, _figures, _rows
 from agentstate.errors import EngineError
-from benchmarks.engine import Answer
-from benchmarks.policies import Agents, Plan, Variant, _compare, _engines, _figures, _rows
 
 
 def answer(ttft_s: float, device: int = 10, restored: int = 0, tokens: tuple[int, ...] = (1, 2)) -> Answer:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from agentstate.benchmarks import projection
+from agentstate.benchmarks.projection import PUBLISHED, Case, Hardware, Model, project
 from agentstate.errors import SettingsError
-from benchmarks import projection
-from benchmarks.projection import PUBLISHED, Case, Hardware, Model, project
 
 SMALL = Model(
     name="small",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.clock import Clock
-from benchmarks.reads import Read, ReadQueue, Urgency
+from agentstate.benchmarks.clock import Clock
+from agentstate.benchmarks.reads import Read, ReadQueue, Urgency
 
 
 class Drive:

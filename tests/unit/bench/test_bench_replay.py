@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from agentstate.benchmarks.calibration import Calibration
+from agentstate.benchmarks.engine import Answer, Engine
+from agentstate.benchmarks.fleet import Outcome, Served
+from agentstate.benchmarks.probe import merged, probe
+from agentstate.benchmarks.replay import replay, validation
+from agentstate.benchmarks.traces import ROOT, Gap, Turn, Workload, tracelab
 from agentstate.errors import EngineRefused, EngineUnreachable
-from benchmarks.calibration import Calibration
-from benchmarks.engine import Answer, Engine
-from benchmarks.fleet import Outcome, Served
-from benchmarks.probe import merged, probe
-from benchmarks.replay import replay, validation
-from benchmarks.traces import ROOT, Gap, Turn, Workload, tracelab
 
 PAGE = 4
 

@@ -12,12 +12,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from agentstate.benchmarks import report, results
+from agentstate.benchmarks.fleet import Fleet, Outcome, Served
+from agentstate.benchmarks.study import quantile, summary
+from agentstate.benchmarks.traces import Gap
+from agentstate.benchmarks.ttft import quotient
 from agentstate.errors import SettingsError
-from benchmarks import report, results
-from benchmarks.fleet import Fleet, Outcome, Served
-from benchmarks.study import quantile, summary
-from benchmarks.traces import Gap
-from benchmarks.ttft import quotient
 
 
 def ttft_rows(model: str = "Small Model/1B") -> list[dict[str, Any]]:

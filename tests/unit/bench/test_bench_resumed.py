@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from agentstate.benchmarks import gpu_matrix, speculation, turn2
+from agentstate.benchmarks.engine import Answer
+from agentstate.benchmarks.resumed import Event, Pair, resume
+from agentstate.benchmarks.soak import MODES
+from agentstate.benchmarks.speculation import ALGORITHMS, row_of
 from agentstate.errors import EngineError, EngineUnreachable, SettingsError
 from agentstate.settings import Settings
-from benchmarks import gpu_matrix, speculation, turn2
-from benchmarks.engine import Answer
-from benchmarks.resumed import Event, Pair, resume
-from benchmarks.soak import MODES
-from benchmarks.speculation import ALGORITHMS, row_of
 
 PAGE = 64
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from by_hand import COST, GB
 
+from agentstate.benchmarks.calibration import Calibration
+from agentstate.benchmarks.fleet import Fleet, Outcome, Policy, Prefetch
+from agentstate.benchmarks.simulator import Simulation
+from agentstate.benchmarks.study import POLICIES, hits
+from agentstate.benchmarks.traces import ROOT, Gap, Turn, Workload, generated
 from agentstate.errors import SettingsError
-from benchmarks.calibration import Calibration
-from benchmarks.fleet import Fleet, Outcome, Policy, Prefetch
-from benchmarks.simulator import Simulation
-from benchmarks.study import POLICIES, hits
-from benchmarks.traces import ROOT, Gap, Turn, Workload, generated
 
 FLEET = Fleet(engines=1, device_tokens=250, staging_bytes=100 * GB, host_bytes=100 * GB, quota_bytes=1000 * GB)
 STORE = Policy("store", store=True)

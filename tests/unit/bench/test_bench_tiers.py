@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from agentstate.benchmarks import tiers
 from agentstate.errors import SettingsError
 from agentstate.tiers import DirectoryTier
 from agentstate.tiers.testing.conformance import names
-from benchmarks import tiers
 
 
 @pytest.fixture(autouse=True)

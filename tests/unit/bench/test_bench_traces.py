@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import traces
-from benchmarks.traces import ROOT, Gap, Quantiles, Turn, Workload
+from agentstate.benchmarks import traces
+from agentstate.benchmarks.traces import ROOT, Gap, Quantiles, Turn, Workload
 
 
 def check(workload: Workload) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from contents import WIDE
 
+from agentstate.benchmarks.contenders import AgentStateStore, Device, DeviceMemory
+from agentstate.benchmarks.pages import GEOMETRIES, main, suite
 from agentstate.pages import Geometry, LayerwiseReader, Quota
-from benchmarks.contenders import AgentStateStore, Device, DeviceMemory
-from benchmarks.pages import GEOMETRIES, main, suite
 
 SPILL_BYTES = 4 << 20
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from api.gateway.dialects import Answer, Dialect
+from agentstate.api.gateway.dialects import Answer, Dialect
 
 DONE = b"data: [DONE]\n\n"
 ARGUMENTS = '{"city": "Zürich", "days": 1.0, "units": null}'

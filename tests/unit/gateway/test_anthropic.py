@@ -7,8 +7,8 @@ import pytest
 import recorded_streams as recorded
 from recorded_streams import record, typed
 
-from api.gateway.dialects import MESSAGES
-from api.gateway.heard import Call, Message
+from agentstate.api.gateway.dialects import MESSAGES
+from agentstate.api.gateway.heard import Call, Message
 
 
 def request(*messages: dict[str, Any], **body: Any) -> list[Message]:

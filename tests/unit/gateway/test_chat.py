@@ -8,8 +8,8 @@ import recorded_streams as recorded
 from openai.types.chat import ChatCompletion
 from recorded_streams import DONE, called, chunk, event, record, usage
 
-from api.gateway.dialects import CHAT
-from api.gateway.heard import Call, Message
+from agentstate.api.gateway.dialects import CHAT
+from agentstate.api.gateway.heard import Call, Message
 
 
 def said(*chunks: bytes) -> tuple[Message, ...]:

@@ -5,7 +5,7 @@ import json
 import recorded_streams as recorded
 from recorded_streams import record
 
-from api.gateway.dialects import COMPLETIONS
+from agentstate.api.gateway.dialects import COMPLETIONS
 
 
 def test_a_completion_has_no_messages_and_tells_how_it_ended() -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from api.gateway import documents
+from agentstate.api.gateway import documents
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from typing import cast
 
 import pytest
 
+from agentstate.api.gateway import fleet
+from agentstate.api.gateway.errors import Refusal
+from agentstate.api.gateway.fleet import Fleet
 from agentstate.fleet import engines
 from agentstate.fleet.engines import Engine
 from agentstate.fleet.placement import Server
 from agentstate.sql.database import Database
-from api.gateway import fleet
-from api.gateway.errors import Refusal
-from api.gateway.fleet import Fleet
 
 
 def server(model: str) -> Server:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from api.gateway.harnesses import RESERVED, Identity, identify, sanitize, strip_volatile
+from agentstate.api.gateway.harnesses import RESERVED, Identity, identify, sanitize, strip_volatile
 
 UUID = "0f3c9a52-7a8e-4b0e-9d0e-5b1f6f0c2a11"
 

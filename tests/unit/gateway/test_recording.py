@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recorded_streams import record
 
-from api.gateway.dialects import CHAT, COMPLETIONS, DIALECTS, MESSAGES, RESPONSES, Answer, Dialect
-from api.gateway.recording import Events
+from agentstate.api.gateway.dialects import CHAT, COMPLETIONS, DIALECTS, MESSAGES, RESPONSES, Answer, Dialect
+from agentstate.api.gateway.recording import Events
 
 STREAMS = {
     "chat": (CHAT, recorded.CHAT_STREAM),

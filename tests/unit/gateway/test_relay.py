@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from api.gateway import dialects
-from api.gateway.chat import ChatStream
-from api.gateway.relay import Relay
+from agentstate.api.gateway import dialects
+from agentstate.api.gateway.chat import ChatStream
+from agentstate.api.gateway.relay import Relay
 
 EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\n'
 END = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'

@@ -8,8 +8,8 @@ import recorded_streams as recorded
 from openai.types.responses import Response
 from recorded_streams import record, response, responses_stream, typed
 
-from api.gateway.dialects import RESPONSES
-from api.gateway.heard import Call, Message
+from agentstate.api.gateway.dialects import RESPONSES
+from agentstate.api.gateway.heard import Call, Message
 
 
 def request(*items: dict[str, Any], **body: Any) -> list[Message]:

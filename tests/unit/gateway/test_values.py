@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from api.gateway import documents
+from agentstate.api.gateway import documents
 
 TEXTS = ["", "a", 'say "[1, 2]"', "\\", '\\"', "\\\\", 'a\\"[{,', "é{", '"', "\n,"]
 

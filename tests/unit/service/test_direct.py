@@ -10,10 +10,10 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, Field
 
+from agentstate.api import branches, entries, problems, turns
+from agentstate.api.app import create_app
+from agentstate.api.direct import DirectRoute
 from agentstate.settings import Settings
-from api import branches, entries, problems, turns
-from api.app import create_app
-from api.direct import DirectRoute
 
 HOT = (
     "resume_session",

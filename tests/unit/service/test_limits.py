@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from api import limits
-from api.limits import Limits, Rate
+from agentstate.api import limits
+from agentstate.api.limits import Limits, Rate
 
 SELDOM = 0.001  # a second: nobody waits for the next one
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from api.observation import JsonFormatter, RequestContext, TextFormatter
+from agentstate.api.observation import JsonFormatter, RequestContext, TextFormatter
 
 
 def record(message: str, *arguments: object, failed: str | None = None) -> logging.LogRecord:

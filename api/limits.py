@@ -84,6 +84,12 @@ class Limits:
         with self._locked(begun // self._row_bytes // _ROWS):
             self._set_running(begun, max(0, self._running(begun) - 1))
 
+    def running(self, tenant: str) -> int:
+        """How many turns of a tenant run, at all workers."""
+        key = _key(tenant)
+        with self._locked(key[0]):
+            return self._all_running(self._row_of(key))
+
     # --- rows, by where they begin
 
     def _rows(self, group: int) -> range:

@@ -92,8 +92,8 @@ def test_a_request_that_follows_at_once_is_the_same_session(
     answers: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: answers.append(gateway.chat(*going_on)))
     thread.start()
-    streams = gateway.service.app.state.gateway.streams
-    while not streams:
+    limits = gateway.service.app.state.service.limits
+    while not limits.running("default"):
         threading.Event().wait(0.005)
     may_end.release(2)
     thread.join()
@@ -337,11 +337,11 @@ def test_a_client_that_leaves_while_the_lease_is_taken_does_not_keep_it(
         return begin(*args, **options)
 
     monkeypatch.setattr(Sessions, "begin", slow)
-    streams = gateway.service.app.state.gateway.streams
+    limits = gateway.service.app.state.service.limits
     with httpx.Client(base_url=gateway.service.base_url) as client, pytest.raises(httpx.ReadTimeout):
         client.post("/v1/chat/completions", json=HELLO, headers={"X-AgentState-Session": "mine"}, timeout=0.5)
     assert taking.wait(PATIENCE_S)
-    while streams:
+    while limits.running("default"):
         threading.Event().wait(0.005)
     left.set()
     monkeypatch.setattr(Sessions, "begin", begin)

@@ -363,10 +363,13 @@ class ExtentHeader:
                 np.frombuffer(fields[name], dtype="<u8").reshape(geometry.layers, count)
                 for name, count in (("checksums", len(keys)), ("block_checksums", geometry.blocks(len(keys))))
             )
+            fingerprint = fields["fingerprint"]
+            if not isinstance(fingerprint, bytes) or len(fingerprint) != KEY_BYTES:
+                raise ValueError(fingerprint)
             owner = fields.get("owner", "")
             if not isinstance(owner, str) or len(owner.encode()) > MOST_OWNER_BYTES:
                 raise ValueError(owner)
-            header = cls(fields["fingerprint"], geometry, keys, sums, block_sums, owner)
+            header = cls(fingerprint, geometry, keys, sums, block_sums, owner)
             layout = header.layout
             if align(PREFIX.size + length) != layout.data_offset or (version == _SHIFTED_VERSION) != layout.shifted:
                 raise BadExtent(f"{name}: the header has {length} bytes, which its fields do not add up to")

@@ -212,6 +212,8 @@ def test_a_header_with_a_field_of_another_type_is_refused(name: str, value: obje
     "changes",
     [
         {"layers": 3},
+        {"fingerprint": MARK[:-1]},
+        {"fingerprint": "f" * 32},
         {"keys": b"".join(keys(1, 2, 3))},
         {"checksums": bytes(31)},
         {"block_checksums": bytes(32)},
@@ -226,6 +228,8 @@ def test_a_header_with_a_field_of_another_type_is_refused(name: str, value: obje
     ],
     ids=[
         "layers",
+        "short fingerprint",
+        "fingerprint",
         "keys",
         "checksums",
         "block_checksums",

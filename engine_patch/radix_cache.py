@@ -673,6 +673,8 @@ class _Recomputation:
         req = self.req
         req.finished_reason = req.to_finish = req.finished_len = req.finished_output = None
         req.discard_output_reason = None
+        # What was on the device before that forward, and could be sent at once, may have been evicted since.
+        req.early_send_prefix_end = None
         req.skip_radix_cache_insert = self.barred
         req.multimodal_inputs, req.grammar = self.media, self.grammar
         if (group := self.beams) is not None:

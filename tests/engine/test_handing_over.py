@@ -49,7 +49,7 @@ class Request(SimpleNamespace):
                 **dict.fromkeys(["cached_tokens_storage", "metadata_buffer_index"], 0),
                 **dict.fromkeys(["multimodal_inputs", "session", "to_finish", "grammar", "beam_group"]),
                 **dict.fromkeys(["finished_reason", "finished_len", "finished_output", "discard_output_reason"]),
-                **dict.fromkeys(["extend_end", "cache_request_handle"]),
+                **dict.fromkeys(["extend_end", "cache_request_handle", "early_send_prefix_end"]),
                 **dict.fromkeys(["skip_radix_cache_insert", "retracted_stain", "is_retracted"], False),
                 **dict.fromkeys(["pending_bootstrap", "return_logprob", "return_sampling_mask"], False),
                 "tmp_end_idx": -1,
@@ -238,6 +238,25 @@ def test_what_loads_is_not_sent() -> None:
     with pytest.raises(RuntimeError, match="KV of request r would be sent that was not restored"):
         scheduler.send_kv_chunk(req, last_chunk=True)
     assert req.disagg_kv_sender.sent == []
+
+
+def test_what_is_sent_before_a_forward_is_what_is_on_the_device_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With staging, SGLang remembers how much that was at the first try. Of a request that is recomputed, some of it may
+    have been evicted since."""
+    monkeypatch.setenv("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX", "1")
+    req = Request("r", 4 * PAGE, 1, prefix_len=3 * PAGE, host_hit_length=PAGE)
+    scheduler = Scheduler(cache_of([req]), overlap=False)
+    scheduler.enable_staging = True
+    scheduler.token_to_kv_pool_allocator = SimpleNamespace(page_size=PAGE)
+    scheduler.tree_cache.linker.loading = {"r"}
+    scheduler.maybe_send_cached_prefix_chunk(req)
+    assert req.disagg_kv_sender.sent == []
+    scheduler.tree_cache.finish_external_linker_loads([req])
+    scheduler.tree_cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == [req]
+    req.prefix_len, req.host_hit_length = PAGE, 0
+    scheduler.maybe_send_cached_prefix_chunk(req)
+    assert req.disagg_kv_sender.sent == [(0, PAGE, False)]
 
 
 def test_what_was_sent_in_part_is_given_up_with_the_engine_that_decodes() -> None:

@@ -179,6 +179,11 @@ def _tokens(answers: Sequence[_Answer]) -> int:
     return min((answer.tokens for answer in answers), default=0)
 
 
+def _is_pending(answers: Sequence[_Answer]) -> bool:
+    """Whether some rank has not stored all yet."""
+    return any(answer.state is KvState.PENDING for answer in answers)
+
+
 def load(connection: Connection, operation_id: str, tenant: str) -> Operation:
     """Raises OperationNotFound, also for another tenant's."""
     row = connection.execute(
@@ -431,8 +436,9 @@ class Operations:
             answers = max([answers, *await self._of_others(question, question.beside, deadline)], key=_epoch)
         if question.decoding:
             decoded = await self._of_others(question, question.decoding, deadline)
-            # Of equals, the first.
-            answers = max([*sorted(decoded, key=_tokens, reverse=True), answers], key=_epoch)
+            # Of equals, the first: one that has yet to store what it has decoded, then who has stored most.
+            decoded.sort(key=lambda found: (_is_pending(found), _tokens(found)), reverse=True)
+            answers = max([*decoded, answers], key=_epoch)
         worst_first = _STATES[question.kind]
         tokens = _tokens(answers)
         durable_on = None

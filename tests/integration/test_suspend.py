@@ -193,6 +193,21 @@ def test_an_engine_that_has_decoded_in_the_turn_speaks_for_it(
     assert prefills.requests and decodes.requests
 
 
+def test_a_turn_that_several_engines_have_decoded_in_is_not_durable_before_all_have_stored_that(
+    service: Service, start_peer: Any
+) -> None:
+    """Also if one has stored more than the other has so far: the other's request may be the newest."""
+    prefills = start_peer(lambda request: stored("durable", 128, epoch=1))
+    register(service.database, prefills.address, phase=Phase.PREFILL)
+    for number, answer in enumerate((stored("durable", 640, epoch=1), stored("pending", 64, epoch=1))):
+        peer = start_peer(lambda request, answer=answer: answer)
+        elsewhere = {"node": f"n{number + 2}", "base_url": f"http://127.0.0.1:{31000 + number}/v1"}
+        register(service.database, peer.address, **elsewhere, phase=Phase.DECODE)
+    session = service.client.create_session(MODEL)
+    kv = service.client.suspend(session.id, service.client.resume(session.id).lease, durable_timeout_ms=0).kv
+    assert (kv.state, kv.tokens) == (KvState.PENDING, 64)
+
+
 def test_only_the_engine_of_the_session_is_asked(service: Service, running: tuple[str, Lease], start_peer: Any) -> None:
     mine, other = start_peer(lambda request: stored("durable")), start_peer(lambda request: stored("lost"))
     register(service.database, mine.address)

@@ -297,7 +297,7 @@ SAME_KV = """
     mm_global_cache_backend enable_prefix_mm_cache language_only language_model_only encoder_transfer_backend
     encoder_urls encoder_bootstrap_port encoder_register_urls enable_adaptive_dispatch_to_encoder
     engine_info_bootstrap_port kv_cache_dtype load_format disaggregation_transfer_backend disaggregation_ib_device
-    optimistic_prefill_attempts disaggregation_enable_kv_checksum
+    disaggregation_decode_retraction_backup optimistic_prefill_attempts disaggregation_enable_kv_checksum
     speculative_eagle_topk speculative_accept_threshold_single speculative_accept_threshold_acc
     speculative_use_rejection_sampling speculative_use_block_verification speculative_token_map
     speculative_attention_mode speculative_draft_attention_backend speculative_dsa_topk_backend

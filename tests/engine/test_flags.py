@@ -167,6 +167,8 @@ def test_what_keeps_kv_does_not_keep_pages_apart_and_files_count_with_their_cont
         return dict(flags.marks([judge(field, value) for field, value in given.items()]))
 
     assert marks(attention_backend="fa3", enable_two_batch_overlap=True, port=1, dtype="float16", pp_size=2) == {}
+    # Or nothing of what it decodes would be found where prompts are computed.
+    assert marks(disaggregation_mode="decode", disaggregation_decode_retraction_backup="none") == {}
     assert marks(enable_tf32_matmul=True, model_impl="transformers") == {
         "enable_tf32_matmul": "True",
         "model_impl": "transformers",

@@ -50,7 +50,7 @@ def _register() -> None:
 
     # In the order in which SGLang takes these steps.
     sgl.register_resolution_hook("handle_deprecated_dp_attention")(resolution.judge_flags)
-    sgl.register_resolution_hook("handle_pd_disaggregation")(resolution.keep_what_is_decoded)
+    sgl.register_resolution_hook("handle_pd_disaggregation")(resolution.prepare_disaggregation)
     sgl.register_resolution_hook("handle_mxfp8_kv_cache_compatibility")(resolution.choose_page_size)
     sgl.register_resolution_hook("handle_hicache")(resolution.complete)
     sgl.register_resolution_hook("validate_deepep_v2_dispatch_token_budget")(resolution.conclude)

@@ -4,6 +4,7 @@ flag that turns AgentState on, and chooses a page size if nobody has."""
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from engine_patch import contract, flags, versions
@@ -68,14 +69,17 @@ def refuse_resolved(server_args: Any, *, but: set[str] = _OURS) -> None:
         raise FlagRefused(refusal)
 
 
-def keep_what_is_decoded(server_args: Any, previous: Any) -> None:
-    """Have an engine that decodes what others have prefilled keep a radix tree, out of which pages are stored. SGLang's
-    default is none."""
+def prepare_disaggregation(server_args: Any, previous: Any) -> None:
+    """Where prefill and decode are apart, have the engine that decodes keep a radix tree, out of which pages are
+    stored: SGLang's default is none. Have the two tell each other which DP rank prefills a request: the turn's token
+    may name another one than SGLang concludes from the request's room, and it fails such a request."""
     from engine_patch import sglang_api as sgl
 
     cfg = sgl.resolving_view(server_args)
-    if cfg.radix_cache_backend == flags.BACKEND and cfg.disaggregation_mode == "decode":
-        sgl.declare_resolution(server_args, "agentstate", disaggregation_decode_enable_radix_cache=True)
+    if cfg.radix_cache_backend == flags.BACKEND and cfg.disaggregation_mode != "null":
+        os.environ.setdefault("SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK", "1")
+        if cfg.disaggregation_mode == "decode":
+            sgl.declare_resolution(server_args, "agentstate", disaggregation_decode_enable_radix_cache=True)
     previous(server_args)
 
 

@@ -12,10 +12,13 @@ from unittest.mock import MagicMock
 
 import pytest
 from sglang.srt.disaggregation import prefill
+from sglang.srt.disaggregation.common import conn
+from sglang.srt.disaggregation.decode import DecodePreallocQueue
 from sglang.srt.disaggregation.prefill import SchedulerDisaggregationPrefillMixin
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.server_args import ServerArgs
 
-from engine_patch import plugin, radix_cache
+from engine_patch import plugin, radix_cache, resolution
 from engine_patch.radix_cache import AgentStateRadixCache
 
 PAGE, CHUNK = 64, 256
@@ -241,8 +244,8 @@ def test_what_loads_is_not_sent() -> None:
 
 
 def test_what_is_sent_before_a_forward_is_what_is_on_the_device_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With staging, SGLang remembers how much that was at the first try. Of a request that is recomputed, some of it may
-    have been evicted since."""
+    """With staging, SGLang remembers how much that was at the first try. Of a request that is recomputed, some of it
+    may have been evicted since."""
     monkeypatch.setenv("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX", "1")
     req = Request("r", 4 * PAGE, 1, prefix_len=3 * PAGE, host_hit_length=PAGE)
     scheduler = Scheduler(cache_of([req]), overlap=False)
@@ -278,3 +281,28 @@ def test_requests_that_look_for_an_engine_count_as_queued() -> None:
     scheduler = Scheduler(cache_of([req]), overlap=True)
     scheduler.disagg_prefill_bootstrap_queue.queue = [req]
     assert scheduler.tree_cache._queued(scheduler) == {"r"}
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_request_is_prefilled_by_the_dp_rank_that_its_token_names_whatever_its_room(
+    ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the second one, of a room that SGLang takes for the first one's."""
+    name = "SGLANG_DISAGGREGATION_FORCE_QUERY_PREFILL_DP_RANK"
+    monkeypatch.setenv(name, "0")
+    monkeypatch.delenv(name)
+    backend = "agentstate" if ours else None
+    resolution.prepare_disaggregation(
+        ServerArgs(model_path="m", radix_cache_backend=backend, disaggregation_mode="prefill"), lambda arguments: None
+    )
+    parallel = SimpleNamespace(num_dp_ranks=2, load_balance_method="follow_bootstrap_room")
+    monkeypatch.setattr(conn, "get_parallel", lambda: parallel)
+    manager = MagicMock(attn_dp_rank=1, deferred_bootstrap=None, is_dummy_cp_rank=False, sender_trace_module=None)
+    sender = MagicMock()
+    conn.CommonKVSender.__init__(sender, manager, "127.0.0.1:8998", 2)
+    assert (sender._register_prefill_dp_rank.called, manager.record_failure.called) == (ours, not ours)
+    prefills = {"127.0.0.1:8998": SimpleNamespace(dp_size=2, follow_bootstrap_room=True)}
+    queue = SimpleNamespace(kv_manager=SimpleNamespace(prefill_info_table=prefills))
+    where = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 8998, "bootstrap_room": 2}
+    req = SimpleNamespace(**where, disagg_prefill_dp_rank=None)
+    assert DecodePreallocQueue._resolve_prefill_dp_rank(queue, req) == (None if ours else 0)

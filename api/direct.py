@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 _JSON = ("application/json", "application/json; charset=utf-8")
 _ABSENT = object()
@@ -59,14 +60,17 @@ class _Unusual(Exception):
 
 async def _sent(request: Request) -> Any:
     """The body's JSON."""
-    body = await request.body()
+    try:
+        body = await request.body()
+    except ClientDisconnect as error:
+        raise _Unusual from error
     if not body:
         return _ABSENT
     if request.headers.get("content-type") not in _JSON:
         raise _Unusual
     try:
         return json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _Unusual from error
 
 

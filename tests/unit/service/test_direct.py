@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 import pytest
@@ -85,6 +86,7 @@ JSON = {"Content-Type": "application/json"}
         {"content": b'{"number": 1, "name": "\\ud800"}', "headers": JSON},
         {"content": b'{"number": NaN}', "headers": JSON},
         {"content": b"\xff", "headers": JSON},
+        {"content": b"[" * 100_000, "headers": JSON},
         {"content": b"null", "headers": JSON},
         {"json": {"number": 1}, "headers": {"Prefer": "abc"}},
         {"json": {"number": 1}, "headers": {"Prefer": "abcd"}},
@@ -105,6 +107,29 @@ def test_every_request_is_answered_as_on_fastapis_own_way(asked: dict[str, Any])
     headers = {**asked.pop("headers", {}), **({} if seen is None else {"If-Match": seen})}
     usual, direct = (made(kind).post(path, headers=headers, **asked) for kind in (APIRoute, DirectRoute))
     assert (direct.status_code, direct.text) == (usual.status_code, usual.text)
+
+
+@pytest.mark.parametrize("kind", [APIRoute, DirectRoute])
+def test_a_client_that_has_left_is_no_fault_of_the_service(kind: type[APIRoute]) -> None:
+    said: list[int] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            said.append(message["status"])
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/in-a-thread/x",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "app": None,
+    }
+    asyncio.run(made(kind).app(scope, receive, send))  # type: ignore[arg-type]
+    assert said == [400]
 
 
 def test_what_several_depend_on_is_asked_for_once() -> None:

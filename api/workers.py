@@ -8,6 +8,7 @@ successor goes on: another worker would only die of the same.
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -133,9 +134,16 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, _TOLD)
         try:
             process.start()
+        except OSError as error:
+            # There is no memory, or no process, to be had now. The other workers go on.
+            if error.errno not in (errno.EAGAIN, errno.ENOMEM):
+                raise
+            logger.error("worker %d is not started for now: %s", number, error.strerror)
+            self._start_again(number)
+        else:
+            self._running[number] = process
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _TOLD)
-        self._running[number] = process
 
     def _over(self, number: int) -> None:
         process = self._running.pop(number)
@@ -149,15 +157,18 @@ class Supervisor:
                 other.join()
             self._running.clear()
             raise SettingsError("no worker of the service could start: its log says why")
+        self._start_again(number)
+        logger.error(
+            "worker %d (process %d) ended with %s and is started again", number, process.pid, _said(process.exitcode)
+        )
+
+    def _start_again(self, number: int) -> None:
         lived_s = time.monotonic() - self._begun_s[number]
         delay_s = 0.0
         if lived_s < SHORT_S:
             delay_s = min(LONGEST_DELAY_S, max(FIRST_DELAY_S, 2 * self._delay_s.get(number, 0.0)))
         self._delay_s[number] = delay_s
         self._due_s[number] = time.monotonic() + delay_s
-        logger.error(
-            "worker %d (process %d) ended with %s and is started again", number, process.pid, _said(process.exitcode)
-        )
 
     def _stop(self, *_: object) -> None:
         self._stopping = True

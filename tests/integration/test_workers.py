@@ -270,6 +270,42 @@ Supervisor(2, serve, socket.socket()).run()
     assert "ended with status 7 and is started again" in ended.stderr
 
 
+def test_a_successor_that_there_is_no_memory_for_comes_later(tmp_path: Path) -> None:
+    """And the other worker goes on meanwhile."""
+    program = """
+import errno, os, signal, socket, sys, time
+from pathlib import Path
+from agentstate.api.workers import Supervisor
+lives, forked, failures = Path(sys.argv[1]), os.fork, [errno.ENOMEM, errno.EAGAIN]
+def fork():
+    if lives.exists() and failures:
+        raise OSError(failures[0], os.strerror(failures.pop(0)))
+    return forked()
+os.fork = fork
+def serve(worker):
+    worker.started()
+    if worker.is_first:
+        time.sleep(3600)  # until it is told to stop
+    with lives.open("a") as written:
+        written.write(f"{os.getppid()}\\n")
+    if len(lives.read_text().split()) == 2:
+        os.kill(os.getppid(), signal.SIGTERM)
+    os._exit(7)
+Supervisor(2, serve, socket.socket()).run()
+"""
+    lives = tmp_path / "lives"
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(lives)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert len(lives.read_text().split()) >= 2
+    assert ended.stderr.count("worker 2 is not started for now") == 2
+    assert "worker 1" not in ended.stderr
+
+
 def test_what_a_dead_worker_followed_has_failed_and_what_others_follow_has_not(two: Two, start_peer: Any) -> None:
     engine_of(two, start_peer, lambda request: stored("pending"))
     first, second = two.workers

@@ -25,7 +25,8 @@ from agentstate.lookahead.forecast import Forecast
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 1 << 16
+# A pair of sockets holds less than this, unless the system's defaults were raised.
+MAX_BYTES = 1 << 18
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

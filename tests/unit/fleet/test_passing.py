@@ -28,6 +28,7 @@ NOTES: list[tuple[Any, ...]] = [
     ("released", "t", "s", RANK),
     ("over", "s", None),
     ("took", "t", [Took("search", "cd", 3.0, None)]),
+    ("begun", "t", "s", [Awaited("search", "cd", 2.0, 0.5)] * 1000, RANK),  # all that one request may append
 ]
 
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from postgres import PgBouncer, server
 from stage import MODEL, PATIENCE_S
-from test_server import await_end, process, workers_of
+from test_server import await_end, last_workers_of, process, workers_of
 
 from agentstate.cli.local import free_port
 from agentstate.settings import Settings
@@ -155,7 +155,7 @@ def killed_again_and_again(
                 while len(late.notes) < 2:
                     assert threads[-1].is_alive(), "a worker that lives, or the successor, goes on"
                     time.sleep(0.01)
-            left = [worker for service in services for worker in workers_of(service)] if workers > 1 else []
+            left = [worker for service in services for worker in last_workers_of(service)] if workers > 1 else []
             for service in services:
                 service.kill()
             for worker in left:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,29 @@ def workers_of(service: subprocess.Popen[bytes]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()]
 
 
+def last_workers_of(service: subprocess.Popen[bytes]) -> list[int]:
+    """The same, and the service is stopped first: it starts no others until it goes on, or is killed."""
+    service.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + START_S
+    while state_of(service.pid) != "T":
+        assert time.monotonic() < deadline, "the service goes on"
+        time.sleep(0.001)
+    return workers_of(service)
+
+
 def await_end(pid: int) -> None:
     """Wait until a process that is not this one's child has ended."""
     deadline = time.monotonic() + START_S
-    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+    while state_of(pid) not in ("Z", None):
         assert time.monotonic() < deadline, f"process {pid} goes on"
         time.sleep(0.02)
+
+
+def state_of(pid: int) -> str | None:
+    """What a process does, as Linux says it: ``Z``, it has ended; ``T``, it was stopped. None: there is none."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return None
 
 
 def test_a_service_starts_from_nothing_says_where_it_is_and_stops_when_told(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from agentstate import documents
 from agentstate.sessions import transcript
 from agentstate.sessions.history import History
 from agentstate.sessions.rows import Rows
@@ -205,7 +206,7 @@ def _parts(cursor: str | None, *kinds: type) -> list[Any] | None:
         return None
     if not isinstance(parts, list) or [type(part) for part in parts] != list(kinds):
         return None
-    if any(isinstance(part, int) and not 0 <= part < 2**63 or isinstance(part, str) and "\0" in part for part in parts):
+    if not all(documents.is_text(part) if isinstance(part, str) else 0 <= part < 2**63 for part in parts):
         return None
     return parts
 

@@ -31,6 +31,7 @@ from typer.testing import CliRunner
 from agentstate.api import gate
 from agentstate.api.console import snapshot
 from agentstate.cli import top, top_rows
+from agentstate.cli.local import free_port
 from agentstate.cli.main import app
 from agentstate.cli.top_app import Confirm, Lists, Top
 from agentstate.cli.top_rows import Choice
@@ -177,7 +178,7 @@ def test_sessions_are_listed_ordered_and_filtered(fleet: Service) -> None:
         await until(pilot, lambda: ids(screens) == [*NAMES])
         assert "the longest wait first" in text(screens, "#head")
         await pilot.press("down", "down")
-        assert screens.screen.row == NAMES[2]
+        await until(pilot, lambda: screens.screen.row == NAMES[2])
         fleet.client.create_session(MODEL, id="zebra")
         await until(pilot, lambda: len(ids(screens)) == 5)
         assert screens.screen.row == NAMES[2], "the cursor stays on what it is on"
@@ -248,17 +249,17 @@ def test_a_session_is_shown_and_its_text_steers_nothing(fleet: Service) -> None:
         await picture(screens, pilot, "top-sessions")
         await pilot.press("enter")
         await until(pilot, lambda: "Review it." in text(screens, "#told"))
-        assert "p Prefetch" in drawn(screens)
+        await until(pilot, lambda: "p Prefetch" in drawn(screens))
         await picture(screens, pilot, "top-session")
         await pilot.press("c")
-        assert screens.clipboard == NAMES[3]
+        await until(pilot, lambda: screens.clipboard == NAMES[3])
         await pilot.press("escape", "down", "down", "down", "enter")
         await until(pilot, lambda: "What is a page?" in text(screens, "#told"))
         told = text(screens, "#told")
         assert "\\x1b[2J\\u202e[bold]evil[/bold]" in told and "\x1b" not in drawn(screens)
         assert "18,432 tokens" in told and "waits for a tool" in told
         await pilot.press("escape")
-        assert isinstance(screens.screen, Lists)
+        await until(pilot, lambda: isinstance(screens.screen, Lists))
 
     play(fleet.base_url, script, size=(100, 20))
 
@@ -283,7 +284,8 @@ def test_actions_are_done_once_they_are_meant(fleet: Service, key: str, command:
         if key == "p":
             await picture(screens, pilot, "top-confirm")
         await pilot.press("n")
-        assert isinstance(screens.screen, Lists) and text(screens, "#note") == ""
+        await until(pilot, lambda: isinstance(screens.screen, Lists))
+        assert text(screens, "#note") == ""
         await pilot.press(key)
         await until(pilot, lambda: isinstance(screens.screen, Confirm))
         await pilot.press("y")
@@ -302,6 +304,7 @@ def test_a_viewer_and_the_read_only_change_nothing(fleet: Service) -> None:
     async def tried(screens: Top, pilot: Pilot[None]) -> None:
         await until(pilot, lambda: len(ids(screens)) == 4)
         await pilot.press("k")
+        await until(pilot, lambda: isinstance(screens.screen, Confirm) or text(screens, "#note") != "")
         if isinstance(screens.screen, Confirm):
             await pilot.press("y")
         await until(pilot, lambda: text(screens, "#note") != "")
@@ -319,9 +322,9 @@ def test_a_viewer_and_the_read_only_change_nothing(fleet: Service) -> None:
 def test_what_is_out_of_date_says_so_and_is_left_alone(database_url: str, tmp_path: Path) -> None:
     settings = Settings(home=tmp_path, database_url=database_url)
     with ExitStack() as running:
-        service = running.enter_context(serving(settings))
+        port = free_port()  # nobody takes it while the service is away
+        service = running.enter_context(serving(settings, port))
         service.client.create_session(MODEL, id="s")
-        port = int(service.base_url.rpartition(":")[2])
 
         async def script(screens: Top, pilot: Pilot[None]) -> None:
             await until(pilot, lambda: ids(screens) == ["s"])
@@ -329,7 +332,8 @@ def test_what_is_out_of_date_says_so_and_is_left_alone(database_url: str, tmp_pa
             await until(pilot, lambda: "OUT OF DATE" in text(screens, "#head"))
             assert "agentstate serve" in text(screens, "#head") and ids(screens) == ["s"]
             await pilot.press("k")
-            assert "out of date" in text(screens, "#note") and isinstance(screens.screen, Lists)
+            await until(pilot, lambda: "out of date" in text(screens, "#note"))
+            assert isinstance(screens.screen, Lists)
             await asyncio.to_thread(running.enter_context, serving(settings, port))
             await until(pilot, lambda: "OUT OF DATE" not in text(screens, "#head"))
 

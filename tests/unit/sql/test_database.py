@@ -87,7 +87,14 @@ def test_what_is_submitted_runs_in_the_callers_context_and_raises_there(database
 def test_what_waits_for_too_long_to_write_is_not_written(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     threads = 1 if database.is_sqlite else 2 * sql_database.POOL_SIZE
-    before = [database.submit(lambda: gate.wait(60)) for _ in range(threads)]
+    begun = threading.Barrier(threads + 1)
+
+    def busy() -> bool:
+        begun.wait(60)
+        return gate.wait(60)
+
+    before = [database.submit(busy) for _ in range(threads)]
+    begun.wait(60)
     monkeypatch.setattr(sql_database, "BUSY_TIMEOUT_S", -1)
     late = database.submit(lambda: pytest.fail("it ran"))
     gate.set()

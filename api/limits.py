@@ -88,7 +88,7 @@ class Limits:
         """How many turns of a tenant run, at all workers."""
         key = _key(tenant)
         with self._locked(key[0]):
-            return self._all_running(self._row_of(key))
+            return sum(self._all_running(row) for row in self._rows(key[0]) if self._key_of(row) == key)
 
     # --- rows, by where they begin
 
@@ -99,8 +99,7 @@ class Limits:
     def _row_of(self, key: bytes) -> int:
         free = []
         for row in self._rows(key[0]):
-            (found,) = _KEY.unpack_from(self._memory, row)
-            if found == key:
+            if (found := self._key_of(row)) == key:
                 return row
             if not self._all_running(row):
                 free.append((0.0 if found == _NOBODY else self._counted_s(row), row))
@@ -111,6 +110,10 @@ class Limits:
         self._memory[row : row + self._row_bytes] = bytes(self._row_bytes)
         _KEY.pack_into(self._memory, row, key)
         return row
+
+    def _key_of(self, row: int) -> bytes:
+        key: bytes = _KEY.unpack_from(self._memory, row)[0]
+        return key
 
     def _counted_s(self, row: int) -> float:
         at = row + self._of_buckets

@@ -69,6 +69,7 @@ def test_any_number_may_run_where_there_is_no_limit() -> None:
     shared = Limits()
     rows = [shared.begin("a", 0) for _ in range(100)]
     assert None not in rows and shared.begin("a", 100) is None
+    assert (shared.running("a"), shared.running("b")) == (100, 0)
 
 
 def test_of_very_many_tenants_those_that_run_something_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ class Passing:
     def _pass(self, *note: Any) -> None:
         try:
             self._into.send(msgpack.packb(note))
-        except (OSError, ValueError) as error:
+        except (OSError, OverflowError, ValueError) as error:
             logger.warning("what is known of a wait is not passed on: %s", error)
 
 

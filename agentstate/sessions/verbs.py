@@ -812,7 +812,9 @@ class Sessions:
 
 
 def _claimed(payload: dict[str, Any]) -> Awaited:
-    return Awaited(payload["name"], toolcalls.head(payload.get("arguments")), payload.get("expected_s"))
+    # JSON may have it as an integer of any length.
+    announced_s = None if (said := payload.get("expected_s")) is None else float(said)
+    return Awaited(payload["name"], toolcalls.head(payload.get("arguments")), announced_s)
 
 
 def _awaited(calls: Sequence[OpenCall], time_us: int) -> list[Awaited]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from agentstate.errors import LeaseLost
-from agentstate.fleet import engines
+from agentstate.fleet import engines, passing
 from agentstate.fleet.engines import Engine
+from agentstate.fleet.passing import Passing
 from agentstate.fleet.waits import Awaited
 from agentstate.lookahead.durations import OTHER, PERSON
 from agentstate.sessions.belonging import Wanted
@@ -99,6 +100,22 @@ def test_telling_costs_no_statement(database: Database, sessions: Sessions) -> N
     with counted() as with_waits:
         day(sessions, "s2")
     assert with_waits == without
+
+
+def test_what_is_appended_can_be_passed_on_to_another_worker(database: Database) -> None:
+    """Nothing that a client may write keeps an append that is done from being answered."""
+    into, out = passing.pair()
+    told = Told()
+    with closing(into), closing(out):
+        sessions = Sessions(database, 3600, waits=Passing(into))
+        sessions.create("m", session_id="s")
+        key = sessions.resume("s", lease_ttl_s=60, tail=0).lease.key
+        out.recv(passing.MAX_BYTES)
+        long = {"name": "run", "arguments": {"command": "sleep"}, "expected_s": 10**30}
+        sessions.append("s", key, [NewEntry(EntryKind.TOOL_CALL, long, "a")])
+        passing.hear(out.recv(passing.MAX_BYTES), told)  # type: ignore[arg-type]
+    (note,) = told.take()
+    assert note[0] == "begun" and [one.announced_s for one in note[3]] == [1e30]
 
 
 def test_what_is_told_of_a_turn(sessions: Sessions, told: Told) -> None:

@@ -186,7 +186,8 @@ class Supervisor:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _TOLD)
         os.close(self._alive_in)
-        threading.Thread(target=_end_after, args=(self._alive_out,), name="agentstate-parent", daemon=True).start()
+        gone = (self._alive_out, self._metrics_dir)
+        threading.Thread(target=_end_after, args=gone, name="agentstate-parent", daemon=True).start()
         count_in(self._metrics_dir, number)
         self._limits.join(number)
         worker = Worker(number, self._limits, self._metrics_dir, *self._notes, self._starts)
@@ -201,9 +202,10 @@ class Supervisor:
             sys.exit(FAILED)
 
 
-def _end_after(parent: int) -> None:
-    """Stop this process once its parent is gone: nobody would start what dies, or stop what runs."""
+def _end_after(parent: int, metrics_dir: Path) -> None:
+    """Stop this process once its parent is gone: nobody would start what dies, stop what runs, or tidy up."""
     os.read(parent, 1)
+    shutil.rmtree(metrics_dir, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -216,13 +216,17 @@ def test_told_to_stop_both_finish_their_requests(two: Two) -> None:
 
 
 @ON_ONE_DATABASE
-def test_workers_end_with_a_process_that_is_killed(two: Two) -> None:
-    left = two.workers
-    two.process.kill()
-    for worker in left:
-        await_end(worker)
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{two.base_url}/healthz")
+def test_workers_end_with_a_process_that_is_killed(tmp_path: Path, database_url: str) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
+    with serving_two(tmp_path, database_url, TMPDIR=str(temporary)) as two:
+        assert two.counted("agentstate_leases") == 0 and list(temporary.iterdir())
+        left = two.workers
+        two.process.kill()
+        for worker in left:
+            await_end(worker)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{two.base_url}/healthz")
+        assert not list(temporary.iterdir()), "nothing of it is left behind"
 
 
 def test_a_service_whose_workers_cannot_start_ends_and_says_so() -> None:

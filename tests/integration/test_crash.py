@@ -127,6 +127,7 @@ def killed_again_and_again(
         "AGENTSTATE_DATABASE_URL": database_url,
         "AGENTSTATE_COLLECT_INTERVAL_S": "0.2",
         "AGENTSTATE_WORKERS": str(workers),
+        "TMPDIR": str(tmp_path),  # who is killed leaves something there
     }
     agents: list[Agent] = []
     dice = random.Random(11)

@@ -39,7 +39,8 @@ from agentstate.cli import launcher
 from agentstate.cli.local import LocalStack, Spawn, free_port, spawn
 from agentstate.settings import Settings
 
-_ROOT = Path(__file__).parents[1]
+# Imported as a part of agentstate, this file is behind a link.
+_ROOT = Path(__file__).resolve().parents[1]
 _AGENTS = 2
 _LAST_S = 60
 _TESTS = "tests/gpu"

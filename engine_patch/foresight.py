@@ -131,7 +131,7 @@ class Foresight:
     def back(self, session_id: str) -> None:
         """A request of the session is queued."""
         if (fetch := self._fetches.get(session_id)) is not None and fetch.outcome in ("under way", "there"):
-            if self._order.tokens(session_id) >= fetch.tokens:
+            if self._is_there(session_id, fetch.tokens):
                 self._conclude(session_id, "used")
             elif fetch.outcome == "under way":
                 self._conclude(session_id, "late")
@@ -169,9 +169,11 @@ class Foresight:
             if len(self._under_way) >= _AT_ONCE:
                 return
             index, tokens = self._waits.index(session), self._length(session)
-            missing = tokens - self._order.tokens(session)
-            if not self._order.room_of(session, missing):
+            there = self._order.tokens(session)
+            if not self._order.room_of(session, tokens - there):
                 continue
+            # Without its window all of it is brought, for a while beside what is there.
+            missing = tokens - there if self._order.has_window(session) else tokens
             displaced = self._order.displaced(missing - self._room())
             if not worth_fetching(index, displaced):
                 # Others are worth less.
@@ -188,8 +190,11 @@ class Foresight:
         asked_s = [*([wait.foreseen_s] if wait is not None else []), *([pin.since_s] if pin is not None else [])]
         if tried_s >= max(asked_s, default=-math.inf):
             return False
-        there = self._order.tokens(session_id) >= self._length(session_id)
-        return not there or not self._order.has_window(session_id)
+        return not self._is_there(session_id, self._length(session_id))
+
+    def _is_there(self, session_id: str, tokens: int) -> bool:
+        """Whether so many tokens of a context are on the device, and can be gone on from."""
+        return self._order.tokens(session_id) >= tokens and self._order.has_window(session_id)
 
     def _due_s(self, session_id: str) -> float:
         """When nine in ten that wait like this one would be back."""
@@ -218,7 +223,7 @@ class Foresight:
                 else:
                     self._conclude(session, "wasted", "cancelled")
         for session, fetch in self._fetches.items():
-            if fetch.outcome == "there" and self._order.tokens(session) < fetch.tokens:
+            if fetch.outcome == "there" and not self._is_there(session, fetch.tokens):
                 self._waste(session)
 
     def _waste(self, session_id: str) -> None:

@@ -26,12 +26,13 @@ class Order:
         self.waits = waits
         self.there: dict[str, int] = {}
         self.above: set[str] = set()
+        self.without_window: set[str] = set()
 
     def room_of(self, owner: str, tokens: int) -> bool:
         return owner not in self.above
 
     def has_window(self, owner: str) -> bool:
-        return True
+        return owner not in self.without_window
 
     def tokens(self, owner: str) -> int:
         return self.there.get(owner, 0)
@@ -140,6 +141,32 @@ def test_what_is_fetched_is_worth_four_times_what_it_displaces(other_s: float, f
     stage.waits_for("there", other_s, there=LENGTH)
     stage.waits_for("new", 8.0)
     assert stage.step() == fetched
+
+
+def test_a_context_without_its_window_is_brought_whole_and_displaces_as_much() -> None:
+    stage = Stage(room=0)
+    stage.waits_for("there", 10.0, there=LENGTH)
+    stage.waits_for("a", 8.0, there=LENGTH)
+    stage.order.without_window.add("a")
+    assert stage.step() == []
+    stage.room = LENGTH
+    assert stage.step() == ["a"]
+    stage.order.without_window.clear()
+    stage.arrive("a")
+    stage.step()
+    assert (stage.outcome("a"), stage.stats.fetched_bytes) == ("there", 10 * LENGTH)
+    stage.order.without_window.add("a")
+    stage.step()
+    assert (stage.outcome("a"), stage.stats.left) == ("wasted", 1)
+
+
+def test_a_request_that_comes_before_its_window_is_counted_as_late() -> None:
+    stage = Stage()
+    stage.waits_for("a", 5.0, there=LENGTH)
+    stage.order.without_window.add("a")
+    assert stage.step() == ["a"]
+    stage.foresight.back("a")
+    assert (stage.outcome("a"), stage.stats.used) == ("late", 0)
 
 
 def test_nothing_is_fetched_that_does_not_fit_or_where_nothing_can_be_brought() -> None:

@@ -182,11 +182,12 @@ class Deferrals:
 
     def _joined(self, req: Req, hit: StoredHit | None) -> Preload | None:
         """The preload that a request joins: one whose pages the request all begins with, or one that brings a part of
-        what it misses that is long by itself."""
+        what it misses that is long by itself. Of windows those before its end are brought alone: with these, who goes
+        on from elsewhere finds nothing of it."""
         page_size = self._cache.page_size
         for preload in self._preloads:
             common = 0
-            if hit is not None:
+            if hit is not None and not self._linker.window_pages:
                 common = preload.common(hit.keys, hit.device_tokens // page_size, page_size)
             if preload.brings(req) or (common and self._linker.n_bytes(common) >= self._least_bytes):
                 self._preloads.hasten(preload, DEMAND)

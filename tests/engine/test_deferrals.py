@@ -134,6 +134,21 @@ def test_requests_that_begin_alike_share_a_preload(stage: Stage) -> None:
     assert stage.linker.preload_stats.requests == 4
 
 
+def test_with_windows_no_preload_is_joined_that_ends_elsewhere(stage: Stage) -> None:
+    stage.linker.window_pages = 2
+    longer = key_of(LONG + 5 * PAGE_SIZE)
+    fork = RadixKey(key_of(LONG).token_ids + array("q", range(7000, 7000 + 6 * PAGE_SIZE)))
+    for key in (longer, fork):
+        stage.store(key)
+    reqs = [
+        request(key_of(len(longer) + 3), "first"),
+        request(key_of(len(longer) + 2), "same"),
+        request(RadixKey(fork.token_ids + array("q", [1])), "fork"),
+    ]
+    assert stage.step(scheduler(running_request(), waiting=reqs)) == []
+    assert stage.linker.loads == [pages_of(longer), pages_of(fork)]
+
+
 @pytest.mark.parametrize("preload_bytes", [0, 4])
 def test_what_another_request_has_just_restored_is_not_read_again(preload_bytes: int) -> None:
     """A batch is made before the pages of the one before are in the tree."""

@@ -28,6 +28,7 @@ from threading import Timer
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from agentstate.benchmarks import results
 from agentstate.benchmarks.models import GEOMETRIES
@@ -146,7 +147,12 @@ def run(
                     elif not pair.whole and row["found"] == "same":
                         row |= {"found": "recomputed", "reason": f"after {event}"}
     except Exception as error:  # whatever becomes of one case, the others are run
-        row |= {"found": "did not run", "reason": str(error) or repr(error)}
+        reason = str(error) or repr(error)
+        row |= (
+            {"found": "did not run", "reason": reason}
+            if row["found"] == "same"
+            else {"reason": f"{row['reason']}; then {reason}"}
+        )
     return {**row, "seconds": round(time.monotonic() - began_s, 1)}
 
 
@@ -240,7 +246,7 @@ def _print(rows: Sequence[Mapping[str, Any]], cases: Mapping[str, Case]) -> None
         restored = "" if row["restored_tokens"] is None else f"{row['restored_tokens']:,} of {row['whole_tokens']:,}"
         said = (row["reason"] or "").splitlines()[0] if row["reason"] else ""
         said += f" (needs {rare})" if rare else ""
-        table.add_row(row["case"], row["found"], restored, f"{row['seconds']:.0f}", said)
+        table.add_row(row["case"], row["found"], restored, f"{row['seconds']:.0f}", Text(said))
     console.print(table)
     for row in rows:
         if row["found"] == "did not run" and "\n" in (row["reason"] or ""):

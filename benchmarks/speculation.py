@@ -136,8 +136,9 @@ def _rows(name: str, contender: Contender, agents: int) -> list[dict[str, Any]]:
     except _WHAT_PEERS_RAISE as error:
         if isinstance(contender, Ours):
             raise
-        console.print(f"{contender.name}: {error}", highlight=False, markup=False)
-        reason = str(error).splitlines()[0].partition("; the end of")[0]
+        said = str(error) or repr(error)
+        console.print(f"{contender.name}: {said}", highlight=False, markup=False)
+        reason = said.splitlines()[0].partition("; the end of")[0]
         rows.append({**who, "event": None, **_NOTHING, "reason": reason})
     finally:
         contender.stop()
@@ -178,4 +179,5 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     console.print(table)
     for row in rows:
         if row["reason"] is not None:
-            console.print(f"not measured: {row['algorithm']}, {row['engine']}: {row['reason']}", highlight=False)
+            said = f"not measured: {row['algorithm']}, {row['engine']}: {row['reason']}"
+            console.print(said, highlight=False, markup=False)

@@ -7,8 +7,10 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from agentstate.benchmarks import gpu_matrix, speculation, turn2
@@ -199,6 +201,40 @@ def test_a_row_an_event_and_none_but_a_reason_of_a_peer_that_fails(scripted: Cal
     (row,) = speculation._rows("eagle", engine, 1)
     assert (row["engine"], row["reason"], row["ratio"]) == ("scripted", "it does not start", None)
     speculation._print([*rows, row])
+
+    def silent() -> None:
+        raise httpx.ReadTimeout("")
+
+    engine.start = silent  # type: ignore[method-assign]
+    (row,) = speculation._rows("eagle", engine, 1)
+    assert row["reason"] == "ReadTimeout('')"
+
+
+class Nothing:
+    """In the place of a stack, none."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.environment: dict[str, str] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def test_other_tokens_are_told_also_if_the_engine_does_not_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def resumed(engine: object, event: Event, *_: Any, **__: Any) -> list[Pair]:
+        if event is Event.KILL:
+            raise EngineUnreachable("it ended [/with/a/path]")
+        return [Pair(KEPT, answer(tokens=64, restored=320))]
+
+    monkeypatch.setattr(gpu_matrix, "LocalStack", Nothing)
+    monkeypatch.setattr(gpu_matrix, "resume", resumed)
+    case = gpu_matrix.Case("llama", events=(Event.FLUSH, Event.KILL), rare="what is rare")
+    row = {"case": "one", **gpu_matrix.run(case, tmp_path, tmp_path, on_gpu=False)}
+    assert (row["found"], row["reason"]) == ("OTHER TOKENS", "after flush; then it ended [/with/a/path]")
+    assert gpu_matrix.failed([row], {"one": case}) == ["one"]
+    gpu_matrix._print([row], {"one": case})
 
 
 def test_every_algorithm_is_soaked_and_in_the_matrix_of_a_gpu() -> None:

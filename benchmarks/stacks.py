@@ -24,6 +24,7 @@ from agentstate.settings import Settings
 SMOLLM2 = "smollm2-135m-instruct"
 TINY = {f"tiny-{kind}": kind for kind in drafting.KINDS}
 """The tiny models by their names."""
+_PATIENCE_S = 120.0
 
 
 @contextmanager
@@ -66,12 +67,15 @@ def running(
 
 def controls(stack: LocalStack, ranks: int) -> list[ControlClient]:
     """The control endpoints of an engine of so many ranks, once all answer. What a killed one has left is replaced when
-    its successor registers."""
+    its successor registers. Raises EngineError for an engine that has ended."""
+    deadline_s = time.monotonic() + _PATIENCE_S
     while True:
         found = [ControlClient(rank.control_address, rank.control_secret) for rank in stack.ranks()]
         with suppress(EngineUnreachable):
             if len(found) == ranks and all(rank.call("stat", 10) for rank in found):
                 return found
+        if time.monotonic() > deadline_s:
+            raise EngineError(f"{len(found)} of the engine's {ranks} rank(s) are there, or not all answer")
         time.sleep(0.1)
 
 

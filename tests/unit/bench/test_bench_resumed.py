@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from agentstate.benchmarks import gpu_matrix, speculation, turn2
+from agentstate.benchmarks import gpu_matrix, speculation, stacks, turn2
 from agentstate.benchmarks.engine import Answer
 from agentstate.benchmarks.resumed import Event, Pair, resume
 from agentstate.benchmarks.soak import MODES
@@ -235,6 +236,13 @@ def test_other_tokens_are_told_also_if_the_engine_does_not_start_again(
     assert (row["found"], row["reason"]) == ("OTHER TOKENS", "after flush; then it ended [/with/a/path]")
     assert gpu_matrix.failed([row], {"one": case}) == ["one"]
     gpu_matrix._print([row], {"one": case})
+
+
+def test_an_engine_that_has_ended_is_not_waited_for_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "_PATIENCE_S", 0.0)
+    stack: Any = SimpleNamespace(ranks=list)
+    with pytest.raises(EngineError, match="0 of the engine's 1 rank"):
+        stacks.controls(stack, 1)
 
 
 def test_every_algorithm_is_soaked_and_in_the_matrix_of_a_gpu() -> None:

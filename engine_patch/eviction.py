@@ -244,7 +244,9 @@ class EvictionOrder:
             yield from ({end.node for end in passed} for passed in own)
             return
         while names := self._ranks.list_of_first(self._passed_over(own)):
-            yield {self._named[name] for name in names if name in self._named}
+            # A turn may be proven to some ranks only: to these, its session's last end is another one.
+            known = self._ranks.on_all([name in self._named for name in names])
+            yield {self._named[name] for name, on_all in zip(names, known, strict=True) if on_all}
 
     def _passed_over(self, own: Iterator[list[_End]]) -> list[int]:
         """What this rank would pass over next, if it decides."""

@@ -205,8 +205,9 @@ class Tree(AgentStateRadixCache):
         assert op == torch.distributed.ReduceOp.MIN
         self.agree(tensor)
 
-    def compute(self, key: RadixKey, session_id: str = "s", epoch: int = 0) -> None:
-        """A request of a session, in a turn of that number, computes what of ``key`` is not there, and ends."""
+    def compute(self, key: RadixKey, session_id: str = "s", epoch: int = 0, *, proven: bool = True) -> None:
+        """A request of a session, in a turn of that number which is ``proven`` to this rank, computes what of ``key``
+        is not there, and ends."""
         there = self.match_prefix(MatchPrefixParams(key=key))
         slots = self.take(len(key) - there.device_prefix_len)
         root = self.root_node_handle(key.extra_key)
@@ -215,7 +216,8 @@ class Tree(AgentStateRadixCache):
         session = RequestSession(session_id)
         self.insert(InsertParams(key=key, value=value, prev_prefix_len=known, session_id=session))
         self.linker.lost_pages.finished(session, key)
-        self.eviction.ended(session_id or None, self.tree_core.match_full_device_prefix(key)[1], epoch)
+        owner = (session_id or None) if proven else None
+        self.eviction.ended(owner, self.tree_core.match_full_device_prefix(key)[1], epoch)
 
     def take(self, tokens: int) -> torch.Tensor:
         """Slots for a request."""

@@ -126,7 +126,8 @@ def test_a_damaged_page_is_recomputed_before_anything_of_it_is_sent(pair: Pair, 
     with ThreadPoolExecutor(3) as together:
         again = list(together.map(pair.ask, prompts))
     assert [decoded.tokens for _, decoded in again] == wanted
-    assert stat_at_rest(pair.prefill)["restore"]["requests_failed"] == before + 1
+    # Twice where the engine that decodes has linked the file: its copy is found next, and is the same.
+    assert stat_at_rest(pair.prefill)["restore"]["requests_failed"] - before in (1, 2)
     stat_at_rest(pair.decode)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from prompts import PAGE, TINY, Generated, Generator, _generated
-from stacks import MakeStack, stat_at_rest, suspend
+from stacks import MakeStack, stat_at_rest, suspend, until
 from test_models import QUESTION, damage, tokens
 from tools import missing
 
@@ -99,6 +99,8 @@ def pair(
         one.begin_engine(*TINY)
         pair.start()
         one.await_engine()
+        for stack in (prefill, decode):
+            until(lambda stack=stack: "is read from there" in (stack.home / "engine.log").read_text())
         yield pair
 
 

@@ -14,7 +14,7 @@ import torch
 from engine_patch import adapters, plugin
 from engine_patch import sglang_api as sgl
 from engine_patch.adapters import Adapters, apart
-from engine_patch.cpu.adapters import _Unpinned
+from engine_patch.cpu.unpinned import Unpinned
 from engine_patch.radix_cache import AgentStateRadixCache
 
 QKV, OUT = "model.layers.0.self_attn.qkv_proj.lora_A.weight", "model.layers.0.self_attn.o_proj.lora_A.weight"
@@ -40,6 +40,9 @@ class Rank:
         self.lora_names = SimpleNamespace(register=self._register)
         self.least_on_ranks: Any = lambda tensor: None
         self.backend: str | None = None
+
+    def disaggregate(self, mode: str) -> None:
+        pass
 
     def _register(self, *, lora_id: str, lora_name: str) -> None:
         self.names[lora_id] = lora_name
@@ -249,7 +252,7 @@ def test_adapters_that_an_engine_starts_with_are_named_before_its_first_request(
 
 
 def test_a_cpu_pins_no_memory() -> None:
-    unpinned = _Unpinned()
+    unpinned = Unpinned()
     assert unpinned.tensor([1, 2], pin_memory=True).tolist() == [1, 2]
     assert unpinned.zeros((2,), dtype=torch.int32, pin_memory=True).dtype is torch.int32
     assert unpinned.Tensor is torch.Tensor

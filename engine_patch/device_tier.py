@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from agentstate.pages import PLANNED, Need
@@ -115,13 +116,16 @@ class DeviceTier:
     def run(self, scheduler: Scheduler) -> None:
         """Do what was asked for. Called at every step, before the scheduler makes its next batch, and before `land`."""
         for _ in range(self._asked.qsize()):
-            try:
-                self._asked.get_nowait()(scheduler)
-            except Exception:
-                logger.exception("agentstate: a request to the device tier failed")
+            self._do(self._asked.get_nowait(), scheduler)
         self._steps += 1
         if not self._ranks.alone and self.moves and self._steps % _STEPS == 0:
             self._begin_together(scheduler)
+
+    def _do(self, act: Callable[[Scheduler], None], scheduler: Scheduler) -> None:
+        try:
+            act(scheduler)
+        except Exception:
+            logger.exception("agentstate: a request to the device tier failed")
 
     def land(self) -> None:
         """Tell what has been brought, once preloads have landed: before anyone else comes who finds it there."""
@@ -243,7 +247,7 @@ class DeviceTier:
                 # Who is asked for it from now on goes on with it.
                 with self._prefetching:
                     self._prefetches[prefetch.session_id] = prefetch
-            self._start(prefetch, scheduler)
+            self._do(partial(self._start, prefetch), scheduler)
         elif self._ranks.decides:
             # Others are tried before it is tried again.
             self._waiting.remove(prefetch)

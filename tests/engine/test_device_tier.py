@@ -266,6 +266,20 @@ def test_ranks_begin_what_they_have_agreed_on_though_a_drive_does_not_answer_any
     assert progress() is Progress.DONE
 
 
+def test_what_fails_on_all_ranks_ends_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = Together()
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("of this test")
+
+    for rank in together.ranks:
+        monkeypatch.setattr(rank.cache, "match_prefix", breaks)
+    progress = together.ask(together.first, "a")
+    together.step()
+    assert progress() is Progress.FAILED and together.loads == [[], []]
+    assert not any(any(rank.tier.kept().values()) for rank in together.ranks)
+
+
 def test_a_rank_gives_up_what_the_first_one_was_not_asked_for() -> None:
     together = Together()
     progress = together.ask(together.other, "a")

@@ -203,7 +203,12 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         """Weights were updated while it was suspended. On every rank of the model: what one of them doubts, all do."""
         linker = self.cache_linker
         same, of_files = self.on_whole_model([weights is Weights.SAME, weights is Weights.OF_FILES])
-        reason = linker.reload() if of_files else None
+        reason = None
+        if of_files and self.receives:
+            # What it is sent from now on would be stored as computed with these weights, and nobody compares the two.
+            reason = "its weights were updated, and those of the engine that prefills for it cannot be told"
+        elif of_files:
+            reason = linker.reload()
         if of_files and not all(self.on_whole_model([reason is None])):
             reason = reason or "the weights of another rank were updated in a way that cannot be told"
             linker.retire(f"{reason}; {RESTART}")

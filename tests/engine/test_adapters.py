@@ -244,6 +244,7 @@ def test_adapters_that_an_engine_starts_with_are_named_before_its_first_request(
     process.load("x", adapter())
     memory = SimpleNamespace(enable_unified_cache_external_linker=True)
     monkeypatch.setattr(sgl, "get_memory", lambda: memory)
+    monkeypatch.setattr(sgl, "get_disagg", lambda: SimpleNamespace(disaggregation_mode="null"))
     monkeypatch.setattr(sgl, "create_cache", lambda *_: process)
     for manager, found in ((None, "x"), (process.manager, key(adapter()))):
         runner = SimpleNamespace(lora_manager=manager)

@@ -92,6 +92,15 @@ LOADED = Adapters()
 """Those of this process: SGLang makes requests in many places, and tells none of them which engine it is."""
 
 
+def applied_to(req: Any) -> str | None:
+    """Which adapter a request of SGLang's is computed with, by its content, as `Adapters.name` has put it into the
+    request's key: empty without one, None if that is not known."""
+    if req.lora_id is None:
+        return ""
+    found = _LIKE_OURS.search(req.extra_key or "")
+    return None if found is None else found[0]
+
+
 def apart(extra_key: str | None) -> str | None:
     """What a client sent, changed if it reads like the key of a request with an adapter, and different for different
     keys."""

@@ -153,6 +153,7 @@ ENGINE = Contract(
         "managers.scheduler:Scheduler.get_next_disagg_decode_batch_to_run": "self running_batch",
         "managers.scheduler:Scheduler.send_kv_chunk": "self req last_chunk end_idx",
         "managers.scheduler:Scheduler._retire_aborted_prefill_result": "self req",
+        "disaggregation.decode:DecodeTransferQueue._commit_transfer_to_req": "self decode_req",
         "managers.scheduler:Scheduler._process_hicache_events": "self",
         "managers.schedule_policy:SchedulePolicy.calc_priority": "self waiting_queue",
         "managers.schedule_policy:PrefillAdder.add_one_req": "self req has_chunked_req truncation_align_size",
@@ -224,14 +225,18 @@ ENGINE = Contract(
             "retracted_stain retraction_count cached_tokens cached_tokens_device cached_tokens_host "
             "cached_tokens_storage _cache_breakdown_computed origin_input_ids output_ids sampling_params "
             "multimodal_inputs session storage_hit_start storage_hit_length priority prefix_len last_node "
-            "kv_hints extend_len grammar extra_key lora_id beam_group start_send_idx disagg_decode_prefix_len"
+            "kv_hints extend_len grammar extra_key lora_id beam_group start_send_idx disagg_decode_prefix_len "
+            "metadata_buffer_index"
         ),
         "managers.schedule_batch:ReqKvInfo": "holds_kv cache_inserted_len kv_allocated_len",
         "managers.scheduler:Scheduler": (
             "running_batch last_batch chunked_req tree_cache waiting_queue total_prefill_busy_us result_queue "
             "is_generation page_size server_args policy beam_coordinator "
-            "disagg_prefill_bootstrap_queue"
+            "disagg_prefill_bootstrap_queue disagg_metadata_buffers"
         ),
+        "disaggregation.decode:DecodeTransferQueue": "scheduler metadata_buffers",
+        "disaggregation.decode:DecodeRequest": "req metadata_buffer_index",
+        "disaggregation.utils:MetadataBuffers": "bootstrap_room",
         "managers.io_struct:AbortReq": "rid abort_all",
         "session.session_controller:Session": "streaming",
         "beam_search.coordinator:BeamCoordinator": "_num_live_groups",

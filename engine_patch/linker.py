@@ -50,6 +50,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self.foresight_stats = self._rank.foresight_stats
         self.decisions = self._rank.decided
         self.served = self._rank.served
+        self.received = self._rank.received
         self.foresees = self._rank.settings.foresight
         self.pin_max_s = self._rank.settings.pin_max_s
         self.layer_done_counter = self._pools.gate
@@ -251,6 +252,11 @@ class AgentStateLinker(UnifiedCacheLinker):
     def retired(self) -> bool:
         """Whether stored pages must no longer be used."""
         return self._rank.off is not None
+
+    @property
+    def fingerprint(self) -> bytes | None:
+        """What this rank's pages are valid for, 32 bytes; None where it stores none."""
+        return self._rank.fingerprint
 
     @property
     def restores(self) -> bool:

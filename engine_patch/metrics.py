@@ -75,6 +75,15 @@ _COUNTERS = {
     ("foresight", "wrong_bytes"): ("wrong_fetch_bytes", "Bytes of these."),
     ("foresight", "late"): ("late_fetches", "Fetches that were under way when their request came."),
     ("foresight", "cancelled"): ("cancelled_fetches", "Fetches that came to nothing."),
+    ("received", "requests"): ("received_requests", "Requests that another engine had prefilled."),
+    ("received", "silent"): (
+        "silent_received_requests",
+        "Of these, those not stored because that engine did not say what it computes with.",
+    ),
+    ("received", "unlike"): (
+        "unlike_received_requests",
+        "Of these, those not stored because that engine computes with other weights, adapters or flags.",
+    ),
     ("break_even", "computed"): ("break_even_requests", "Requests computed because restoring would take longer."),
     ("store", "pages_evicted"): ("evicted_pages", "Pages that were evicted for room."),
     ("store", "pages_evicted_needed"): ("evicted_needed_pages", "Evicted pages that a live manifest needed."),

@@ -100,6 +100,11 @@ def _register() -> None:
         "sglang.srt.managers.scheduler.Scheduler.send_kv_chunk", _around_kv_send, sgl.HookType.AROUND
     )
     sgl.HookRegistry.register(
+        "sglang.srt.disaggregation.decode.DecodeTransferQueue._commit_transfer_to_req",
+        _before_kv_received,
+        sgl.HookType.AROUND,
+    )
+    sgl.HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler._retire_aborted_prefill_result",
         _around_retired_prefill,
         sgl.HookType.AROUND,
@@ -471,7 +476,16 @@ def _around_kv_send(
             raise RuntimeError(f"KV of request {req.rid} would be sent that was not restored")
         # The next send begins where the last one ended.
         return None
+    if cache is not None:
+        cache.vouch(req, scheduler.disagg_metadata_buffers if last_chunk else None)
     return original(scheduler, req, last_chunk, *args, **kwargs)
+
+
+def _before_kv_received(original: Any, queue: Any, decode_req: Any) -> Any:
+    """The one place in which a request goes on with KV that has arrived, in the same order on every rank."""
+    if (cache := _ours(queue.scheduler)) is not None:
+        cache.received(decode_req.req, queue.metadata_buffers, decode_req.metadata_buffer_index)
+    return original(queue, decode_req)
 
 
 def _around_retired_prefill(original: Any, scheduler: Any, req: Any) -> Any:

@@ -21,12 +21,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from agentstate.pages import PageKeys
-from engine_patch import hints
+from engine_patch import hints, provenance
 from engine_patch.break_even import Word
 from engine_patch.deferrals import Deferrals, StoredHit, running
 from engine_patch.demotions import Demotions, chain_of
@@ -203,12 +204,7 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         """Weights were updated while it was suspended. On every rank of the model: what one of them doubts, all do."""
         linker = self.cache_linker
         same, of_files = self.on_whole_model([weights is Weights.SAME, weights is Weights.OF_FILES])
-        reason = None
-        if of_files and self.receives:
-            # What it is sent from now on would be stored as computed with these weights, and nobody compares the two.
-            reason = "its weights were updated, and those of the engine that prefills for it cannot be told"
-        elif of_files:
-            reason = linker.reload()
+        reason = linker.reload() if of_files else None
         if of_files and not all(self.on_whole_model([reason is None])):
             reason = reason or "the weights of another rank were updated in a way that cannot be told"
             linker.retire(f"{reason}; {RESTART}")
@@ -262,6 +258,8 @@ class AgentStateRadixCache(UnifiedRadixCache):
         super().__init__(params)
         # Requests whose restore failed, until they are queued again.
         self._recomputing: list[_Recomputation] = []
+        # What this rank's pages were valid for when the first KV of a request was sent.
+        self._sent_as: WeakKeyDictionary[Req, bytes | None] = WeakKeyDictionary()
         self._params = params
         # SGLang sends embeddings also of a request that is marked as sent.
         self._generates = True
@@ -548,6 +546,35 @@ class AgentStateRadixCache(UnifiedRadixCache):
         """Whether all of a request's KV is verified or computed from what is, so that it may go to the engine that
         decodes: its load, if it had one, is over, and every rank has found all of it good."""
         return req.discard_output_reason is None and not self.linker.loads(req.rid)
+
+    def vouch(self, req: Req, buffers: Any) -> None:
+        """KV of a request is about to be sent. With its last part, ``buffers``, SGLang's `MetadataBuffers`, take what
+        all of it was computed with."""
+        fingerprint = self.agentstate.fingerprint
+        if req.start_send_idx <= req.disagg_decode_prefix_len:
+            self._sent_as[req] = fingerprint
+        if buffers is not None:
+            same = self._sent_as.get(req) == fingerprint
+            # The first token, which is on its way, has no KV.
+            mark = provenance.mark(fingerprint if same else None, req.origin_input_ids, req)
+            provenance.write(buffers, req.metadata_buffer_index, mark)
+
+    def received(self, req: Req, buffers: Any, index: int) -> None:
+        """All KV of a request has arrived, and its metadata in the row ``index`` of SGLang's ``buffers``. If it is not
+        what this engine would have computed itself, keep it out of the tree, and so out of every store. At the same
+        step on every rank."""
+        if req.skip_radix_cache_insert:
+            return
+        mark = provenance.read(buffers, index)
+        retired = self.agentstate.retired
+        tokens = [*req.origin_input_ids, *req.output_ids]
+        known = mark != provenance.NONE
+        like = known and mark == provenance.mark(self.agentstate.fingerprint, tokens, req)
+        # Ranks have the same tree. One that stores nothing need not know.
+        like, known = self.linker.on_all_ranks([retired or like, retired or known])
+        req.skip_radix_cache_insert = not like
+        if not retired:
+            self.agentstate.received.add(like=like, silent=not known)
 
     def recomputes(self, req: Req) -> bool:
         """Whether a request is on its way back to the queue."""

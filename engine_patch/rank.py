@@ -31,6 +31,7 @@ from engine_patch.metrics import Metrics
 from engine_patch.order import OrderStats
 from engine_patch.pinning import Pinning
 from engine_patch.pools import DevicePool, device_pools
+from engine_patch.provenance import Received
 from engine_patch.restore import PreloadStats
 from engine_patch.served import Served
 from engine_patch.sessions import Sessions
@@ -68,6 +69,7 @@ class Rank:
         self.foresight_stats = ForesightStats()
         self.decided = Decisions()
         self.served = Served()
+        self.received = Received()
         self.accounts = Accounts()
         self.explain_device: Callable[[str], dict[str, Any]] = lambda session_id: {}
         self.kept_by_tree: Callable[[], dict[str, int]] = dict
@@ -238,6 +240,11 @@ class Rank:
             self.off = self._suspended = reason
 
     @property
+    def fingerprint(self) -> bytes | None:
+        """What this rank's pages are valid for, 32 bytes; None while none are stored."""
+        return None if self.off is not None else bytes.fromhex(self._engine.fingerprint)
+
+    @property
     def suspended(self) -> bool:
         """Whether a `suspend` has not ended."""
         return self._suspended is not None
@@ -387,6 +394,7 @@ class Rank:
             "order": asdict(self.order_stats),
             "foresight": asdict(self.foresight_stats),
             "served": asdict(self.served.stats),
+            "received": asdict(self.received.stats),
             "erasures": self.sessions.erasures,
             "sharing": asdict(self.sharing.stats if self.sharing is not None else SharingStats()),
             "accounts": self._accounts(),

@@ -18,6 +18,7 @@ import pytest
 from prompts import PAGE, TINY, Generated, Generator, _generated
 from stacks import MakeStack, stat_at_rest, suspend, until
 from test_models import QUESTION, damage, tokens
+from test_weights import retrained, update
 from tools import missing
 
 from agentstate import Client
@@ -113,6 +114,9 @@ def test_a_next_turn_restores_what_was_prefilled_and_what_was_decoded(pair: Pair
     prefilled, second = pair.ask(context)
     assert second.tokens == pair.wanted(context)
     assert prefilled.restored == STORED
+    received = pair.decode.stat()["received"]
+    assert received["requests"] >= 2
+    assert (received["silent"], received["unlike"]) == (0, 0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -155,3 +159,25 @@ def test_a_session_is_stored_on_both_sides_and_resumed_where_prompts_are_compute
         stored = {found.node: found.tokens for found in manifests.coverage(connection, [uid])}
     nodes = {engine.phase: engine.node for engine in (*pair.prefill.ranks(), *pair.decode.ranks())}
     assert stored[nodes[Phase.DECODE]] > stored[nodes[Phase.PREFILL]] >= STORED
+
+
+def test_what_other_weights_have_prefilled_is_not_stored(pair: Pair, checkpoints: Path, tmp_path: Path) -> None:
+    """Those of the engine that prefills are updated, and then its first ones again."""
+
+    def prefill(seed: int) -> tuple[int, int]:
+        """How many pages the engine that decodes has stored since, and how many requests it has refused to."""
+        before = stat_at_rest(pair.decode)
+        pair.ask(tokens(seed, QUESTION), 2 * PAGE)
+        pair.evict()
+        after = stat_at_rest(pair.decode)
+        stored = [sum(stat["spill"][name] for name in ("pages_spilled", "pages_linked")) for stat in (before, after)]
+        return stored[1] - stored[0], after["received"]["unlike"] - before["received"]["unlike"]
+
+    pair.evict()
+    assert update(pair.prefill.engine_url, retrained(checkpoints / "llama", tmp_path / "retrained"))[0] == 200
+    assert prefill(11) == (0, 1)
+    pair.evict()
+    assert update(pair.prefill.engine_url, checkpoints / "llama")[0] == 200
+    stored, refused = prefill(12)
+    assert stored > 0
+    assert refused == 0

@@ -4,24 +4,33 @@ decodes does not hear of a request that is recomputed."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import logging
 import random
 from array import array
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
+from weakref import WeakKeyDictionary
 
 import pytest
+import torch
 from sglang.srt.disaggregation import prefill
 from sglang.srt.disaggregation.common import conn
-from sglang.srt.disaggregation.decode import DecodePreallocQueue
+from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest, DecodeTransferQueue
 from sglang.srt.disaggregation.prefill import SchedulerDisaggregationPrefillMixin
+from sglang.srt.disaggregation.utils import MetadataBuffers
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.common import checkpoint_kv_cache
 from sglang.srt.server_args import ServerArgs
 
-from engine_patch import plugin, radix_cache, resolution
+from engine_patch import plugin, provenance, radix_cache, resolution
+from engine_patch.provenance import Received, ReceivedStats
 from engine_patch.radix_cache import AgentStateRadixCache
 
 PAGE, CHUNK = 64, 256
+OURS, OTHER = (hashlib.sha256(name).digest() for name in (b"ours", b"other"))
 
 
 class Sender:
@@ -42,8 +51,6 @@ class Request(SimpleNamespace):
         super().__init__(
             rid=rid,
             bad=bad,
-            origin_input_ids=array("q", range(length)),
-            output_ids=array("q"),
             kv=SimpleNamespace(holds_kv=True, holds_mamba=False),
             disagg_kv_sender=Sender(),
             **{
@@ -55,8 +62,12 @@ class Request(SimpleNamespace):
                 **dict.fromkeys(["extend_end", "cache_request_handle", "early_send_prefix_end"]),
                 **dict.fromkeys(["skip_radix_cache_insert", "retracted_stain", "is_retracted"], False),
                 **dict.fromkeys(["pending_bootstrap", "return_logprob", "return_sampling_mask"], False),
+                "origin_input_ids": array("q", range(length)),
+                "output_ids": array("q"),
                 "tmp_end_idx": -1,
                 "_cache_breakdown_computed": True,
+                **dict.fromkeys(["lora_id", "extra_key", "hidden_states_tensor"]),
+                "bootstrap_room": 7,
                 "time_stats": MagicMock(),
                 **fields,
             },
@@ -64,6 +75,9 @@ class Request(SimpleNamespace):
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
+
+    def get_mm_token_counts(self) -> tuple[int, int, int]:
+        return 0, 0, 0
 
     def finished(self) -> bool:
         return self.finished_reason is not None
@@ -73,6 +87,10 @@ class Request(SimpleNamespace):
         self.is_retracted = self.retracted_stain = True
         self.retraction_count += 1
         self.inflight_middle_chunks, self.extend_end = 0, None
+
+
+def metadata() -> MetadataBuffers:
+    return MetadataBuffers(2, 4, torch.float32, 4)
 
 
 class Scheduler(SchedulerDisaggregationPrefillMixin):
@@ -87,6 +105,7 @@ class Scheduler(SchedulerDisaggregationPrefillMixin):
         self.disagg_prefill_inflight_queue: list[Any] = []
         self.disagg_prefill_pending_chunk_rids: set[str] = set()
         self.disagg_prefill_bootstrap_queue = SimpleNamespace(queue=[])
+        self.disagg_metadata_buffers = metadata()
         self.req_to_metadata_buffer_idx_allocator = MagicMock()
         self.batch_result_processor = self.output_streamer = self.metrics_reporter = MagicMock()
         self.maybe_send_health_check_signal = MagicMock()
@@ -106,6 +125,8 @@ class Scheduler(SchedulerDisaggregationPrefillMixin):
             end = len(req.origin_input_ids) if last_chunk else end_idx
             req.disagg_kv_sender.sent.append((req.start_send_idx, end, last_chunk))
             req.start_send_idx = end
+            if last_chunk:
+                self.disagg_metadata_buffers.set_buf(req)
 
         plugin._around_kv_send(send, self, req, last_chunk, end_idx=end_idx)
 
@@ -178,6 +199,7 @@ def cache_of(reqs: list[Any]) -> AgentStateRadixCache:
     cache = AgentStateRadixCache.__new__(AgentStateRadixCache)
     cache._recomputing, cache._generates, cache._beams, cache._hands_over = [], True, None, True
     cache.linker = Linker(reqs)
+    cache.agentstate, cache._sent_as = SimpleNamespace(fingerprint=OURS), WeakKeyDictionary()
     return cache
 
 
@@ -273,6 +295,159 @@ def test_what_was_sent_in_part_is_given_up_with_the_engine_that_decodes() -> Non
         scheduler.send_kv_chunk(req, last_chunk=True)
     assert isinstance(req.discard_output_reason, FINISH_ABORT)
     assert not cache.recomputes(req)
+
+
+class Receiver:
+    """An engine that decodes: SGLang's own commit of what has arrived, with the plug-in's hook around it."""
+
+    def __init__(self, fingerprint: bytes | None = OURS, *, others: bool = True) -> None:
+        self.cache = AgentStateRadixCache.__new__(AgentStateRadixCache)
+        self.cache.agentstate = SimpleNamespace(
+            fingerprint=fingerprint, retired=fingerprint is None, received=Received()
+        )
+        self.cache.linker = SimpleNamespace(on_all_ranks=lambda local: [one and others for one in local])
+        self.buffers = metadata()
+        scheduler = MagicMock(tree_cache=self.cache, kv_checksum_computer=None)
+        self._queue = MagicMock(scheduler=scheduler, metadata_buffers=self.buffers)
+        self._queue.spec_algorithm.is_none.return_value = True
+
+    def receive(self, sent: MetadataBuffers, **fields: Any) -> Request:
+        """A request whose KV and metadata have arrived: SGLang copies the row of each buffer."""
+        req = Request("r", CHUNK, 0, bootstrap_host="prefill", **{"output_ids": [], **fields})
+        for (source, target, item), (local, *_) in zip(
+            zip(*sent.get_buf_infos(), strict=True), zip(*self.buffers.get_buf_infos(), strict=True), strict=True
+        ):
+            assert target == 2 * item
+            ctypes.memmove(local + item, source, item)
+        stock = DecodeTransferQueue._commit_transfer_to_req
+        plugin._before_kv_received(stock, self._queue, DecodeRequest(req, MagicMock(), metadata_buffer_index=1))
+        self.buffers.clear_slot(1)
+        assert req.output_ids[-1] == 7
+        return req
+
+    @property
+    def stats(self) -> ReceivedStats:
+        return self.cache.agentstate.received.stats
+
+
+def send(fingerprint: bytes | None, *, then: bytes | None = None, **fields: Any) -> MetadataBuffers:
+    """What an engine that prefills sends with a request. Its fingerprint is another one ``then``, if any, when half of
+    the KV has been sent."""
+    req = Request("r", CHUNK, 0, **{"output_ids": [7], **fields})
+    scheduler = Scheduler(cache_of([req]), overlap=False)
+    scheduler.tree_cache.agentstate.fingerprint = fingerprint
+    scheduler.send_kv_chunk(req, end_idx=PAGE)
+    if then is not None:
+        scheduler.tree_cache.agentstate.fingerprint = then
+    scheduler.send_kv_chunk(req, last_chunk=True)
+    return scheduler.disagg_metadata_buffers
+
+
+def enters_tree(req: Request) -> bool:
+    """Whether SGLang offers a request's KV to the tree, out of which pages are stored."""
+    tree = MagicMock()
+    req.extend_end = CHUNK
+    checkpoint_kv_cache(req, tree)
+    return bool(tree.checkpoint.called)
+
+
+def adapter(digit: str, client: str = "") -> dict[str, str]:
+    return {"lora_id": f"id of this engine {digit}", "extra_key": f"{client}|adapter:{digit * 64}"}
+
+
+def test_what_is_received_is_stored_if_this_engine_would_have_computed_the_same() -> None:
+    receiver = Receiver()
+    assert enters_tree(receiver.receive(send(OURS)))
+    assert enters_tree(receiver.receive(send(OURS, **adapter("a")), **adapter("a")))
+    assert receiver.stats == ReceivedStats(requests=2)
+
+
+@pytest.mark.parametrize(
+    ("sent", "fields"),
+    [
+        (dict(fingerprint=OTHER), {}),
+        (dict(fingerprint=OURS, then=OTHER), {}),
+        (dict(fingerprint=OTHER, then=OURS), {}),
+        (dict(fingerprint=None, then=OURS), {}),
+        (dict(fingerprint=None), {}),
+        (dict(fingerprint=OURS, **adapter("a")), adapter("b")),
+        (dict(fingerprint=OURS, **adapter("a")), {}),
+        (dict(fingerprint=OURS), adapter("a")),
+        (dict(fingerprint=OURS, lora_id="x", extra_key="x"), {"lora_id": "x", "extra_key": "x"}),
+        (dict(fingerprint=OURS, origin_input_ids=array("q", range(1, CHUNK + 1))), {}),
+        (dict(fingerprint=OURS), {"origin_input_ids": array("q", range(CHUNK - 1))}),
+    ],
+    ids=[
+        "other weights",
+        "updated half-way",
+        "updated half-way to the same",
+        "stores nothing at first",
+        "stores nothing",
+        "another adapter",
+        "an adapter there only",
+        "an adapter here only",
+        "an unknown adapter",
+        "other tokens",
+        "fewer tokens",
+    ],
+)
+def test_what_is_received_is_not_stored_where_anything_else_was_computed(
+    sent: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    """And the request goes on; so do those after it, of an engine that computes the same."""
+    receiver = Receiver()
+    assert not enters_tree(receiver.receive(send(**sent), **fields))
+    stats = receiver.stats
+    assert (stats.requests, stats.silent + stats.unlike) == (1, 1)
+    assert enters_tree(receiver.receive(send(OURS)))
+
+
+def test_an_engine_without_agentstate_says_nothing_whoever_was_at_its_address_before() -> None:
+    receiver = Receiver()
+    assert enters_tree(receiver.receive(send(OURS)))
+    stock = metadata()
+    stock.set_buf(Request("r", CHUNK, 0, output_ids=[7]))
+    assert not enters_tree(receiver.receive(stock))
+    assert receiver.stats == ReceivedStats(requests=2, silent=1)
+
+
+def test_a_row_is_not_taken_for_that_of_the_request_before() -> None:
+    """On the side that prefills, SGLang leaves in it what it does not write."""
+    buffers = send(OURS)
+    scheduler = Scheduler(cache_of([]), overlap=False)
+    scheduler.disagg_metadata_buffers, scheduler.tree_cache.agentstate.fingerprint = buffers, None
+    scheduler.send_kv_chunk(Request("s", CHUNK, 0, output_ids=[7]), last_chunk=True)
+    assert provenance.read(buffers, 0) == provenance.NONE
+
+
+def test_what_one_rank_must_not_store_none_does() -> None:
+    receiver = Receiver(others=False)
+    assert not enters_tree(receiver.receive(send(OURS)))
+
+
+def test_what_is_prefilled_anew_is_compared_with_what_had_been_decoded() -> None:
+    receiver = Receiver()
+    sent = send(OURS, origin_input_ids=array("q", [*range(CHUNK), 7, 8]))
+    prompt = array("q", range(CHUNK))
+    assert not enters_tree(receiver.receive(sent, origin_input_ids=prompt))
+    assert enters_tree(receiver.receive(sent, origin_input_ids=array("q", [*prompt, 7]), output_ids=[8]))
+
+
+def test_who_stores_nothing_keeps_what_it_receives_on_the_device() -> None:
+    receiver = Receiver(None)
+    assert enters_tree(receiver.receive(send(OTHER)))
+    assert receiver.stats == ReceivedStats()
+
+
+def test_either_reason_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    receiver = Receiver()
+    with caplog.at_level(logging.WARNING, "engine_patch.provenance"):
+        for fingerprint in (OURS, OTHER, None, OTHER, None):
+            receiver.receive(send(fingerprint))
+    unlike, silent = [record.getMessage() for record in caplog.records]
+    assert "start both with the same" in unlike
+    assert "--radix-cache-backend agentstate" in silent
+    assert receiver.stats == ReceivedStats(requests=5, silent=2, unlike=2)
 
 
 def test_requests_that_look_for_an_engine_count_as_queued() -> None:

@@ -159,14 +159,6 @@ def test_after_weights_of_other_files_their_store_is_opened() -> None:
     assert Engine().update(SUCCEEDED) == ["suspend", "update", "reload", "resume"]
 
 
-def test_an_engine_that_is_sent_kv_stores_none_after_an_update() -> None:
-    """Whether the one that prefills for it has had the same is not said."""
-    engine = Engine()
-    engine.updater.scheduler.tree_cache.disaggregate("decode")
-    assert engine.update(SUCCEEDED) == ["suspend", "update", "retire"]
-    assert "prefills" in engine.log[-1] and engine.log[-1].endswith("; restart it to store pages again")
-
-
 @pytest.mark.parametrize(
     ("engine", "result", "fields", "steps"),
     [

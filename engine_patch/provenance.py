@@ -47,15 +47,16 @@ class ReceivedStats:
     unlike: int = 0
 
 
-def mark(fingerprint: bytes | None, tokens: Sequence[int], req: Any) -> bytes:
-    """The mark, 32 bytes, of what a rank with this ``fingerprint`` computes of the ``tokens`` of a request (SGLang's);
-    `NONE` where the rank has none, or the request's adapter is not known by its content. Ranks of two engines have the
-    same where they hold the same part of the same KV."""
+def mark(fingerprint: bytes | None, req: Any, *tokens: Sequence[int]) -> bytes:
+    """The mark, 32 bytes, of what a rank with this ``fingerprint`` computes for a request (SGLang's) of these
+    ``tokens``, one part after another; `NONE` where the rank has none, or the request's adapter is not known by its
+    content. Ranks of two engines have the same where they hold the same part of the same KV."""
     adapter = adapters.applied_to(req)
     if fingerprint is None or adapter is None:
         return NONE
     digest = hashlib.sha256(fingerprint + len(adapter).to_bytes(8, "little") + adapter.encode())
-    digest.update(np.asarray(tokens, dtype=np.int64).tobytes())
+    for part in tokens:
+        digest.update(np.asarray(part, dtype=np.int64).tobytes())
     return digest.digest()
 
 

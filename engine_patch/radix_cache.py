@@ -556,7 +556,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
         if buffers is not None:
             same = self._sent_as.get(req) == fingerprint
             # The first token, which is on its way, has no KV.
-            mark = provenance.mark(fingerprint if same else None, req.origin_input_ids, req)
+            mark = provenance.mark(fingerprint if same else None, req, req.origin_input_ids)
             provenance.write(buffers, req.metadata_buffer_index, mark)
 
     def received(self, req: Req, buffers: Any, index: int) -> None:
@@ -567,9 +567,10 @@ class AgentStateRadixCache(UnifiedRadixCache):
             return
         mark = provenance.read(buffers, index)
         retired = self.agentstate.retired
-        tokens = [*req.origin_input_ids, *req.output_ids]
         known = mark != provenance.NONE
-        like = known and mark == provenance.mark(self.agentstate.fingerprint, tokens, req)
+        # With what had been decoded, if the request was prefilled anew.
+        own = provenance.mark(self.agentstate.fingerprint, req, req.origin_input_ids, req.output_ids)
+        like = known and mark == own
         # Ranks have the same tree. One that stores nothing need not know.
         like, known = self.linker.on_all_ranks([retired or like, retired or known])
         req.skip_radix_cache_insert = not like

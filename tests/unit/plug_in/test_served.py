@@ -13,8 +13,11 @@ PAGE = 4
 
 
 def restored(waited_s: float = 0.0, **host_pages: int) -> Any:
-    requests = {rid: SimpleNamespace(host_pages=pages) for rid, pages in host_pages.items()}
-    return SimpleNamespace(requests=requests, waited_s=waited_s)
+    requests = {
+        rid: SimpleNamespace(pages=pages, host_pages=pages, shared_pages=0, n_bytes=pages)
+        for rid, pages in host_pages.items()
+    }
+    return SimpleNamespace(requests=requests, seconds=waited_s, waited_s=waited_s)
 
 
 class Stage:

@@ -135,7 +135,7 @@ class Snapshots:
 
     def __init__(self, service: Service):
         self._service = service
-        self._stale_s = STALE_S if service.settings.workers == 1 else PERIOD_S
+        self._alone = service.settings.workers == 1
         self._newest: Snapshot | None = None
         self._taken_s = float("-inf")
         self._taking: asyncio.Task[Snapshot] | None = None
@@ -151,7 +151,7 @@ class Snapshots:
         if self._newest is not None and age_s < PERIOD_S:
             return self._newest
         taking = self._take()
-        if self._newest is not None and age_s < self._stale_s:
+        if self._newest is not None and age_s < (STALE_S if self._alone else PERIOD_S):
             return self._newest
         return await asyncio.shield(taking)
 

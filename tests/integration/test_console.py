@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -636,7 +637,11 @@ def test_actions_ask_act_and_say_so(service: Service, start_peer: Callable[..., 
         done = operator.post(f"/sessions/s/do/{name}").headers["location"]
         assert "operation=op_" in done
         assert "Operation <code>op_" in operator.http.get(done).text
-    assert {"pin", "demote"} <= {request["verb"] for request in peer.requests}
+    # The operations ask the engine once they are answered.
+    until_s = time.monotonic() + PATIENCE_S
+    while not {"pin", "demote"} <= {request["verb"] for request in peer.requests}:
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
 
     stale = operator.http.get("/sessions/s/do/delete").text
     append(service, headers, "s", message("meanwhile"))

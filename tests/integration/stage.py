@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,14 @@ from agentstate.sql.database import Database
 MODEL = "m"
 PATIENCE_S = 300
 """How long an answer of the service may take before something is taken to hang."""
+
+
+def until(held: Callable[[], Any]) -> None:
+    """Wait until what comes a moment later is so."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not held():
+        assert time.monotonic() < deadline_s, "it never came"
+        time.sleep(0.02)
 
 
 @dataclass

@@ -6,9 +6,7 @@ import csv
 import io
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ import pytest
 import sqlalchemy as sa
 import typer
 from fastapi.routing import APIRoute
-from stage import MODEL, PATIENCE_S, Peer, Service, register, serving, stored
+from sent import statements
+from stage import MODEL, PATIENCE_S, Peer, Service, register, serving, stored, until
 from test_http_api import assert_problem
 
 from agentstate.api import gate
@@ -158,20 +157,6 @@ def message(text: Any) -> dict[str, Any]:
 def suspend(service: Service, headers: dict[str, str], session_id: str, lease: dict[str, Any]) -> None:
     body = {"lease": lease, "reason": "user_wait"}
     service.http.post(f"/v1/sessions/{session_id}/suspend", json=body, headers=headers).raise_for_status()
-
-
-@contextmanager
-def statements() -> Iterator[list[tuple[str, Any]]]:
-    seen: list[tuple[str, Any]] = []
-
-    def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        seen.append((statement, parameters))
-
-    sa.event.listen(sa.Engine, "before_cursor_execute", note)
-    try:
-        yield seen
-    finally:
-        sa.event.remove(sa.Engine, "before_cursor_execute", note)
 
 
 # --- who may look
@@ -638,10 +623,7 @@ def test_actions_ask_act_and_say_so(service: Service, start_peer: Callable[..., 
         assert "operation=op_" in done
         assert "Operation <code>op_" in operator.http.get(done).text
     # The operations ask the engine once they are answered.
-    until_s = time.monotonic() + PATIENCE_S
-    while not {"pin", "demote"} <= {request["verb"] for request in peer.requests}:
-        assert time.monotonic() < until_s
-        time.sleep(0.01)
+    until(lambda: {"pin", "demote"} <= {request["verb"] for request in peer.requests})
 
     stale = operator.http.get("/sessions/s/do/delete").text
     append(service, headers, "s", message("meanwhile"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import httpx
 import psycopg
 import pytest
 from postgres import PgBouncer, Server, server
-from stage import MODEL, PATIENCE_S, Service, serving
+from stage import MODEL, PATIENCE_S, Service, serving, until
 
 from agentstate.errors import DatabaseError, DatabaseUnreachable
 from agentstate.sessions.outcomes import SuspendReason
@@ -45,13 +45,6 @@ def migrated(database_url: str) -> None:
     database = Database(database_url)
     database.upgrade()
     database.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not come to pass"
-        time.sleep(0.05)
 
 
 def ready(service: Service) -> bool:

@@ -11,7 +11,7 @@ import anyio
 import httpx
 import pytest
 import sqlalchemy as sa
-from stage import MODEL, PATIENCE_S, Service, register, stored
+from stage import MODEL, PATIENCE_S, Service, register, stored, until
 
 from agentstate.client import AsyncClient, AsyncTurn, Client, Turn, message, tool_call, tool_output
 from agentstate.errors import EngineUnreachable, LeaseLost, SessionBusy, ToolInFlight
@@ -210,13 +210,6 @@ def test_a_turn_learns_that_its_lease_is_lost(service: Service, run: Both) -> No
 
 
 # --- turns that are cancelled
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "it never happened"
-        time.sleep(0.02)
 
 
 def ends_suspended(service: Service) -> None:

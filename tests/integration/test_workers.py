@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from stage import MODEL, PATIENCE_S, Peer, register, stored
+from stage import MODEL, PATIENCE_S, Peer, register, stored, until
 from test_server import ROOT, START_S, await_end, process, workers_of
 
 from agentstate.cli.local import free_port
@@ -66,7 +65,7 @@ class Two:
     def kill(self, worker: int) -> None:
         """Kill a worker, and wait until its successor is there."""
         os.kill(worker, signal.SIGKILL)
-        eventually(lambda: worker not in self.workers and len(self.workers) == 2)
+        until(lambda: worker not in self.workers and len(self.workers) == 2)
 
     def counted(self, name: str, **labels: str) -> float:
         text = httpx.get(f"{self.base_url}/metrics", timeout=PATIENCE_S).raise_for_status().text
@@ -74,13 +73,6 @@ class Two:
         return sum(
             sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items()
         )
-
-
-def eventually(held: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not held():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
 
 
 @contextmanager
@@ -321,7 +313,7 @@ def test_what_a_dead_worker_followed_has_failed_and_what_others_follow_has_not(t
             ended = post(client, f"/v1/sessions/{name}/suspend", lease=lease, reason="user_wait", durable_timeout_ms=0)
             operations.append(ended["operation"])
         two.kill(first)
-        eventually(lambda: other.get(f"/v1/operations/{operations[0]}").json()["state"] == "failed")
+        until(lambda: other.get(f"/v1/operations/{operations[0]}").json()["state"] == "failed")
         assert other.get(f"/v1/operations/{operations[1]}").json()["state"] in ("pending", "running")
 
 
@@ -336,7 +328,7 @@ def test_metrics_are_of_both_whichever_answers(two: Two) -> None:
                 assert client.get("/v1/sessions/s").status_code == 200
         for client in clients:
             # A request is counted once it is answered.
-            eventually(lambda client=client: requests_counted(client) == [6.0])
+            until(lambda client=client: requests_counted(client) == [6.0])
             assert 'agentstate_sessions{status="idle"} 1.0' in client.get("/metrics").text
 
 
@@ -378,11 +370,11 @@ def test_a_key_ends_at_both_and_its_role_holds_at_both(two: Two) -> None:
         with two.database.write() as connection:
             tenants.set_role(connection, key.id, Role.OPERATOR)
         for client in clients:
-            eventually(lambda client=client: writes(client) == 201)
+            until(lambda client=client: writes(client) == 201)
         with two.database.write() as connection:
             tenants.revoke_key(connection, key.id)
         for client in clients:
-            eventually(lambda client=client: writes(client) == 401)
+            until(lambda client=client: writes(client) == 401)
             assert client.get("/v1/sessions").status_code == 401, "nor is anybody admitted without one"
 
 
@@ -422,14 +414,14 @@ def test_engines_are_told_in_order_whichever_worker_hears_of_it(two: Two, start_
         for first, second in ((one, other), (other, one)):
             lease = resume(first, "s")
             post(second, "/v1/sessions/s/suspend", lease=lease, reason="user_wait")
-            eventually(lambda: len(peer.told) == 1)
+            until(lambda: len(peer.told) == 1)
             (notice,) = peer.told
             assert (notice["verb"], notice["kind"]) == ("foresee", "person")
             assert Forecast.unpack(notice["forecast"]).by(86_000) > 0.5
             peer.told.clear()
         # The turn that ended one wait began at the other worker than the one in which the wait had begun.
-        eventually(lambda: two.counted("agentstate_forecast_waits_total", kind="person") == 1)
-        eventually(lambda: two.counted("agentstate_notices_total", state="accepted") == 2)
+        until(lambda: two.counted("agentstate_forecast_waits_total", kind="person") == 1)
+        until(lambda: two.counted("agentstate_notices_total", state="accepted") == 2)
 
 
 def test_engines_are_told_after_the_worker_that_tells_them_died(two: Two, start_peer: Any) -> None:
@@ -440,4 +432,4 @@ def test_engines_are_told_after_the_worker_that_tells_them_died(two: Two, start_
         lease = resume(other, "s")
         os.kill(first, signal.SIGKILL)
         post(other, "/v1/sessions/s/suspend", lease=lease, reason="user_wait")
-        eventually(lambda: [notice["verb"] for notice in peer.told] == ["foresee"])
+        until(lambda: [notice["verb"] for notice in peer.told] == ["foresee"])

@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sent import statements
 
 from agentstate.errors import (
     EntryNotFound,
@@ -56,21 +57,6 @@ def resume(sessions: Sessions, session_id: str, tail: int = 50) -> Resumed:
 def expire(database: Database, session_id: str) -> None:
     with database.write() as connection:
         connection.execute(sa.text("UPDATE sessions SET expires_us = 1 WHERE id = :id"), {"id": session_id})
-
-
-@contextmanager
-def statements() -> Iterator[list[tuple[str, Any]]]:
-    """What is sent to the database, with its parameters."""
-    seen: list[tuple[str, Any]] = []
-
-    def note(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        seen.append((statement, parameters))
-
-    sa.event.listen(sa.Engine, "before_cursor_execute", note)
-    try:
-        yield seen
-    finally:
-        sa.event.remove(sa.Engine, "before_cursor_execute", note)
 
 
 # --- create and read

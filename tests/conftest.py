@@ -78,7 +78,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith("AGENTSTATE_"):
+        if name.startswith("AGENTSTATE_") or name in ("COLUMNS", "LINES"):
             monkeypatch.delenv(name)
 
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prompts import PAGE, TINY, Generator, prompt
 from stacks import MakeStack
@@ -151,10 +152,32 @@ def test_one_goes_on_when_the_other_was_killed_and_its_directory_deleted(engines
         recomputed = Generator(first.engine_url)(unused)
         first.settle()
 
-        first.kill_engine()
-        shutil.rmtree(first.home / "pages")
-        wait_for(lambda: not first.ranks())
+        alone = prompt(982, 7 * PAGE + 9)
+        served_there = client.create_session(first.model)
+        turn = client.resume(served_there.id)
+        assert turn.engine is not None
+        of_first = Generator(first.engine_url)(alone, **turn.engine.extra_body)
+        kv = f"{engines[0].service_url}/v1/sessions/{served_there.id}/kv"
+        wait_for(lambda: httpx.get(kv, timeout=300, trust_env=False).raise_for_status().json()["durable_on"])
+        client.suspend(served_there.id, turn.lease)
 
+        first.kill_engine()
+        wait_for(lambda: not first.ranks())
+        # What it alone has served is there as long as its directory is.
+        turn = client.resume(served_there.id)
+        assert turn.engine is not None and turn.engine.base_url == f"{second.engine_url}/v1"
+        assert (turn.kv.valid, turn.kv.tokens) == (True, 7 * PAGE)
+        client.suspend(served_there.id, turn.lease)
+        brought = client.wait_operation(client.prefetch(served_there.id, tier="host").id, timeout_s=300)
+        assert brought.result is not None
+        assert (brought.result["state"], brought.result["tokens"]) == ("warm", 7 * PAGE)
+        turn = client.resume(served_there.id)
+        assert turn.engine is not None
+        answer = Generator(second.engine_url)(alone, **turn.engine.extra_body)
+        assert (answer.tokens, answer.restored) == (of_first.tokens, 7 * PAGE)
+        client.suspend(served_there.id, turn.lease, durable_timeout_ms=60_000)
+
+        shutil.rmtree(first.home / "pages")
         second.flush_device()
         turn = client.resume(session.id)
         assert turn.engine is not None and turn.engine.base_url == f"{second.engine_url}/v1"

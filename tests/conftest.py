@@ -1,20 +1,24 @@
-"""The databases: every test that takes ``database`` or ``empty_url`` runs on SQLite and on a real PostgreSQL."""
+"""The databases: every test that takes ``database`` or ``empty_url`` runs on SQLite and on a real PostgreSQL. And what
+engines are forked from."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import ending
 import pytest
 import sqlalchemy as sa
 from tools import missing
 
+from agentstate.cli.local import Spawn
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.database import Database
 
@@ -73,6 +77,22 @@ def pytest_xdist_auto_num_workers() -> int | None:
         return None  # xdist reads it
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory >> 33))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when != "teardown":
+        ending.failed = report.failed
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Everything is told by now. A worker of pytest-xdist is ended by who has started it."""
+    if ending.left_behind and not hasattr(config, "workerinput"):
+        sys.stdout.flush()
+        os._exit(pytest.ExitCode.TESTS_FAILED)
 
 
 @pytest.fixture(autouse=True)
@@ -153,3 +173,12 @@ def database(database_url: str) -> Iterator[Database]:
 @pytest.fixture
 def sessions(database: Database) -> Sessions:
     return Sessions(database, ENGINE_TIMEOUT_S)
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawn]:
+    """Starts an engine's process as a fork: for the tests in `acceptance` and in `clients`."""
+    from zygote import Zygotes
+
+    with closing(Zygotes(tmp_path_factory.mktemp("zygote") / "zygote.log")) as zygotes:
+        yield zygotes.spawn

@@ -1,12 +1,23 @@
-"""What tests need beside Python, and what becomes of them without it."""
+"""What tests need of a machine beside Python, and what becomes of them without it."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
+
+_MEMORY, _ROOM_BYTES = Path("/dev/shm"), 1 << 30
+
+
+def in_memory() -> Path | None:
+    """Where files are kept in memory, for what depends on no disk but for the time it takes. None where there is no
+    room: a container may have 64 MiB."""
+    if os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM_BYTES:
+        return _MEMORY
+    return None
 
 
 def missing(what: str) -> NoReturn:

@@ -80,7 +80,7 @@ def chat(service: Service) -> Iterator[Callable[[Callable[[dict[str, Any]], dict
 
     def start(reply: Callable[[dict[str, Any]], dict[str, Any]]) -> ChatServer:
         server = ChatServer(reply)
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         started.append((server, thread))
         register(service.database, "tcp://127.0.0.1:1", base_url=server.base_url)

@@ -292,9 +292,9 @@ def on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 
     def least(said: torch.Tensor) -> None:
         slots[ranks.number] = said.clone()
-        meeting.wait(10)
+        meeting.wait(60)
         said.copy_(torch.minimum(slots[0], slots[1]))
-        meeting.wait(10)
+        meeting.wait(60)
 
     monkeypatch.setattr(
         "engine_patch.ranks.get_parallel", lambda: SimpleNamespace(attn_tp_size=2, attn_tp_rank=ranks.number)
@@ -306,7 +306,7 @@ def on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             return make(Tree(backend, least), arguments[number])
 
         with ThreadPoolExecutor(2) as pool:
-            return [found.result(20) for found in [pool.submit(of_rank, number) for number in range(2)]]
+            return [found.result(120) for found in [pool.submit(of_rank, number) for number in range(2)]]
 
     return run
 

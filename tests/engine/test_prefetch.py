@@ -221,12 +221,12 @@ def test_giving_up_does_not_wait_for_a_drive(
 
     def hangs(fd: int, buffers: list[object], offset: int) -> int:
         reading.set()
-        assert answers.wait(30)
+        assert answers.wait(60)
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", hangs)
     ahead.for_request("a", keys(0, 1))
-    assert reading.wait(30)
+    assert reading.wait(60)
     ahead.tidy(set())
     assert (len(ahead), ahead.stats.wasted) == (0, 1)
     assert not answers.is_set()

@@ -178,7 +178,7 @@ def restorer_of_a_drive_that_hangs(rank: Rank, monkeypatch: pytest.MonkeyPatch) 
 
     def hangs(fd: int, buffers: list[object], offset: int) -> int:
         if offset:  # headers are read
-            assert answers.wait(30)
+            assert answers.wait(60)
         return real(fd, buffers, offset)
 
     restorer = Restorer(rank.store, rank.pages, reader_for(rank.store.geometry, 1), timeout_s=0.05)
@@ -495,14 +495,14 @@ def test_nothing_writes_to_the_device_once_a_batch_is_over(rank: Rank, monkeypat
     def slow(fd: int, buffers: list[object], offset: int) -> int:
         if offset >= second // 4096 * 4096:
             reading.set()
-            assert released.wait(30)
+            assert released.wait(60)
         return real(fd, buffers, offset)
 
     restorer = Restorer(rank.store, rank.pages, reader_for(rank.store.geometry, 1))
     broken = threading.Event()
 
     def break_down(*_: object) -> None:
-        assert reading.wait(30)
+        assert reading.wait(60)
         broken.set()
         raise RuntimeError("of this test")
 
@@ -510,7 +510,7 @@ def test_nothing_writes_to_the_device_once_a_batch_is_over(rank: Rank, monkeypat
     monkeypatch.setattr(os, "preadv", slow)
     queue(restorer, "a", [0, 1, 2, 3], [10, 11, 12, 13])
     index = restorer.start()
-    assert broken.wait(30)
+    assert broken.wait(60)
     # The first layer is there, the second being read, and the batch broken.
     time.sleep(0.05)
     assert not restorer.landed(index)
@@ -554,7 +554,7 @@ def test_wrong_pages_are_dropped_at_once_after_the_batch_is_over(
     real, over, calls = rank.store.drop, threading.Event(), []
 
     def drop(wrong: Iterable[tuple[bytes, int]]) -> int:
-        assert over.wait(30)
+        assert over.wait(60)
         calls.append(set(wrong))
         return real(wrong)
 
@@ -671,7 +671,7 @@ def test_what_is_loaded_ahead_is_in_no_requests_way(rank: Rank, monkeypatch: pyt
 
     def hangs(fd: int, buffers: list[object], offset: int) -> int:
         if offset and os.fstat(fd).st_ino == inode:
-            assert answers.wait(30)
+            assert answers.wait(60)
         return real(fd, buffers, offset)
 
     restorer = Restorer(rank.store, rank.pages, reader_for(rank.store.geometry, 2))
@@ -751,7 +751,7 @@ class Held:
 
     def synchronize(self) -> None:
         self.waited_for.set()
-        assert self.happened.wait(30)
+        assert self.happened.wait(60)
 
 
 def test_a_preload_waits_for_none_that_is_less_urgent(rank: Rank, restorer: Restorer) -> None:
@@ -761,7 +761,7 @@ def test_a_preload_waits_for_none_that_is_less_urgent(rank: Rank, restorer: Rest
         for page, (need, event) in enumerate(events.items())
     ]
     for event in events.values():
-        assert event.waited_for.wait(30)
+        assert event.waited_for.wait(60)
     later = restorer.preload("later", keys(2), torch.tensor([12]), need=PLANNED)
     assert restorer.finish(restorer.preload("for a request", keys(3), torch.tensor([13]))).failed == set()
     assert is_restored(rank, key(3), 13)
@@ -789,7 +789,7 @@ def test_of_preloads_that_are_due_the_first_one_is_next(rank: Rank, restorer: Re
     due = [
         restorer.preload("due", keys(page), torch.tensor([10 + page]), ready, Need(Urgency.DUE, due_s))
         for page, (ready, due_s) in enumerate([([event], 50.0), ([], 40.0), ([], 30.0), ([], 35.0)])
-        if not page or event.waited_for.wait(30)
+        if not page or event.waited_for.wait(60)
     ]
     restorer.hasten(due[3], Need(Urgency.DUE, 20.0))
     event.happened.set()
@@ -814,7 +814,7 @@ def test_no_device_page_is_written_before_the_forwards_that_were_launched_are_ov
     queue(restorer, "a", [0, 1], [10, 11])
     event = Held()
     index = restorer.start([event])
-    assert event.waited_for.wait(30)
+    assert event.waited_for.wait(60)
     assert all(is_blank(rank, number) for number in (10, 11))
     event.happened.set()
     assert restorer.finish(index).failed == set()

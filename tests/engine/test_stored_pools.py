@@ -362,7 +362,7 @@ def hang_draft(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> threading.Event
 
     def hangs(fd: int, buffers: list[object], offset: int) -> int:
         if offset and os.fstat(fd).st_ino == inode:
-            assert answers.wait(30)
+            assert answers.wait(60)
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", hangs)
@@ -387,7 +387,7 @@ def test_who_waits_for_the_last_layer_waits_for_the_draft(
     pools._pools[0].restorer.drain()
     assert waiting.is_alive()
     answers.set()
-    waiting.join(30)
+    waiting.join(60)
     assert page_of(stage.draft, 9) == right
     assert pools.finish(index).failed == set()
 
@@ -516,7 +516,7 @@ def test_what_one_pool_waits_for_in_vain_is_given_up_in_all(
 
     def hangs(fd: int, buffers: list[object], offset: int) -> int:
         if offset and os.fstat(fd).st_ino == inode:  # headers are read
-            assert answers.wait(30)
+            assert answers.wait(60)
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", hangs)

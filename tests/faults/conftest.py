@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 from compiler import c_compiler
+from tools import in_memory
 
 HERE = Path(__file__).parent
-MEMORY = Path("/dev/shm")
 
 totals: Counter[str] = Counter()
 
@@ -36,8 +36,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """In memory where there is any: nothing here depends on the disk but the time it takes."""
-    path = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
+    path = Path(tempfile.mkdtemp(dir=in_memory()))
     yield path
     shutil.rmtree(path)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 from typing import Any
 from urllib.parse import unquote
@@ -9,7 +11,7 @@ from urllib.parse import unquote
 import httpx
 import sqlalchemy as sa
 from engines import Asked, ScriptedEngine
-from stage import MODEL, Peer, Service
+from stage import MODEL, PATIENCE_S, Peer, Service
 
 from agentstate.fleet import turns
 from agentstate.sessions import tenants
@@ -33,6 +35,15 @@ class Gateway:
 
     def chat(self, *messages: dict[str, Any], **headers: str) -> httpx.Response:
         return self.post("/v1/chat/completions", {"model": MODEL, "messages": list(messages)}, **headers)
+
+    def leave(self, when: threading.Event, **headers: str) -> None:
+        """Ask for a completion, and close the connection ``when`` that is set, without an answer."""
+        url, body = httpx.URL(self.service.base_url), json.dumps(HELLO).encode()
+        own = {"host": url.netloc.decode(), "content-type": "application/json", "content-length": str(len(body))}
+        lines = ["POST /v1/chat/completions HTTP/1.1", *(f"{name}: {value}" for name, value in (own | headers).items())]
+        with socket.create_connection((url.host, url.port)) as client:
+            client.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+            assert when.wait(PATIENCE_S)
 
     def sessions(self) -> list[Any]:
         return list(self.service.client.list_sessions().data)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import ending
 import httpx
 import msgpack
 import zmq
@@ -51,7 +52,7 @@ def serving(settings: Settings, port: int = 0) -> Iterator[Service]:
     port = listener.getsockname()[1]
     app = create_app(settings.model_copy(update={"port": port}))
     server = Server(app)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     base_url = f"http://127.0.0.1:{port}"
     database = Database(settings.sqlalchemy_url)
@@ -63,11 +64,18 @@ def serving(settings: Settings, port: int = 0) -> Iterator[Service]:
         ):
             http.get("/healthz").raise_for_status()
             yield Service(base_url, database, app, client, http)
+    except BaseException:
+        ending.failed = True
+        raise
     finally:
+        if ending.failed:
+            server.config.timeout_graceful_shutdown = 0  # streams that the test has left open end first
         server.should_exit = True
-        thread.join()
-        listener.close()
-        database.close()
+        try:
+            ending.join(thread, "a service")
+        finally:
+            listener.close()
+            database.close()
 
 
 SECRET = new_secret()
@@ -92,7 +100,7 @@ class Peer:
         self._socket.bind("tcp://127.0.0.1:*")
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -112,8 +120,9 @@ class Peer:
 
     def close(self) -> None:
         self._closing.set()
-        self._thread.join()
-        self._socket.close()
+        ending.join(self._thread, "an engine's control endpoint")
+        if not self._thread.is_alive():  # whose socket it is
+            self._socket.close()
 
 
 class Answers:

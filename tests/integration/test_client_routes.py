@@ -90,7 +90,7 @@ def test_resume_of_a_revision_and_waiting_for_it(service: Service, session: Sess
     with pytest.raises(AgentStateError, match="reload it"):
         client.resume("s", revision="1")
     first = client.resume("s", revision=session.revision, lease_ttl_s=0.5)
-    assert client.resume("s", busy_timeout_s=30, prefetch="host").lease.epoch == first.lease.epoch + 1
+    assert client.resume("s", busy_timeout_s=60, prefetch="host").lease.epoch == first.lease.epoch + 1
 
 
 def test_tool_calls(service: Service, session: Session) -> None:
@@ -216,7 +216,7 @@ def test_what_is_no_json_is_refused_before_anything_runs(service: Service, sessi
 
 def test_a_prefetch_without_an_engine(service: Service, session: Session) -> None:
     operation = service.client.prefetch("s", tier="device", deadline_s=2)
-    ended = service.client.wait_operation(operation.id, timeout_s=30)
+    ended = service.client.wait_operation(operation.id, timeout_s=300)
     assert (ended.kind, ended.state) == ("prefetch", "failed")
 
 

@@ -27,7 +27,7 @@ CHECKS = (
 )
 
 
-@pytest.mark.timeout(float(LIMIT_S) + 240)
+@pytest.mark.timeout(float(LIMIT_S) + 900)
 def test_the_service_keeps_to_its_document(database_url: str, tmp_path: Path) -> None:
     settings = Settings(home=tmp_path, database_url=database_url, engine_timeout_s=3600)
     # An engine that takes whatever reaches it: the gateway is what is tried.

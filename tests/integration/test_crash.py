@@ -83,12 +83,12 @@ class Agent:
             self.live()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(database_url: str, tmp_path: Path) -> None:
     killed_again_and_again(database_url, tmp_path, [free_port()], lambda round_number: None)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_nor_where_one_of_two_workers_is_killed(database_url: str, tmp_path: Path) -> None:
     killed_again_and_again(database_url, tmp_path, [free_port()], lambda round_number: None, workers=2)
 

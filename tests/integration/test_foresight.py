@@ -221,7 +221,7 @@ def test_an_announced_time_is_used_once_it_has_proved_true(service: Service, pee
 
     first = run("first", 3.0)
     for number in range(20):
-        run(f"call_{number}", (0.5, 30.0, 400.0)[number % 3])
+        run(f"call_{number}", (10.0, 30.0, 400.0)[number % 3])
     trusted = run("last", 60.0)
     assert forecast_of(first).by(60) - forecast_of(first).by(20) < 0.3
     assert forecast_of(trusted).by(120) - forecast_of(trusted).by(30) > 0.5

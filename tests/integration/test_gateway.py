@@ -338,9 +338,7 @@ def test_a_client_that_leaves_while_the_lease_is_taken_does_not_keep_it(
 
     monkeypatch.setattr(Sessions, "begin", slow)
     limits = gateway.service.app.state.service.limits
-    with httpx.Client(base_url=gateway.service.base_url) as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/chat/completions", json=HELLO, headers={"X-AgentState-Session": "mine"}, timeout=0.5)
-    assert taking.wait(PATIENCE_S)
+    gateway.leave(taking, **{"X-AgentState-Session": "mine"})
     while limits.running("default"):
         threading.Event().wait(0.005)
     left.set()
@@ -351,16 +349,16 @@ def test_a_client_that_leaves_while_the_lease_is_taken_does_not_keep_it(
 
 
 def test_a_client_that_leaves_a_whole_answer_has_it_aborted(make_gateway: Callable[..., Gateway]) -> None:
-    aborted = threading.Event()
+    asked_for, aborted = threading.Event(), threading.Event()
 
     def script(asked: Asked) -> None:
+        asked_for.set()
         if asked.path == "/abort_request":
             aborted.set()
             asked.whole({})
 
     gateway = make_gateway(script)
-    with httpx.Client(base_url=gateway.service.base_url) as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/chat/completions", json=HELLO, timeout=0.5)
+    gateway.leave(asked_for)
     assert aborted.wait(PATIENCE_S)
     asked, abort = gateway.engine.asked
     assert abort.document == {"rid": asked.headers["x-agentstate-request"]}

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
-from stage import MODEL, NOTHING, Service, register, serving
+from stage import MODEL, NOTHING, PATIENCE_S, Service, register, serving
 
 from agentstate.api.gateway import described
 from agentstate.fleet import manifests, turns
@@ -227,7 +227,7 @@ def test_of_many_clients_that_resume_at_once_one_runs_the_session(service: Servi
 
     def race() -> None:
         start.wait()
-        answers.append(httpx.post(f"{service.base_url}/v1/sessions/{session_id}/resume", json={}, timeout=30))
+        answers.append(httpx.post(f"{service.base_url}/v1/sessions/{session_id}/resume", json={}, timeout=PATIENCE_S))
 
     threads = [threading.Thread(target=race) for _ in range(8)]
     for thread in threads:

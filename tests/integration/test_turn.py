@@ -383,7 +383,7 @@ def test_waiting_until_it_is_durable(
     assert turn.suspended is not None
     assert turn.suspended.kv.state == "pending"
     if isinstance(turn, Turn):
-        assert turn.wait_durable(timeout_s=30).model_dump()["tokens"] == 256
+        assert turn.wait_durable(timeout_s=300).model_dump()["tokens"] == 256
         assert service.client.turn("s").suspended is None
 
 
@@ -399,7 +399,7 @@ def test_an_async_turn_waits_until_it_is_durable(
         async with AsyncClient(service.base_url) as client:
             async with client.turn("s", durable_timeout_ms=0) as turn:
                 pass
-            return await turn.wait_durable(timeout_s=30)
+            return await turn.wait_durable(timeout_s=300)
 
     assert asyncio.run(work()).tokens == 256
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from stage import MODEL, PATIENCE_S, Peer, register, stored, until
-from test_server import ROOT, START_S, await_end, process, workers_of
+from test_server import ROOT, START_S, await_end, process, state_of, workers_of
 
 from agentstate.cli.local import free_port
 from agentstate.fleet.engines import Engine
@@ -51,6 +51,7 @@ class Two:
             for other in others:
                 os.kill(other, signal.SIGSTOP)
             try:
+                until(lambda: all(state_of(other) == "T" for other in others))
                 client.get("/healthz").raise_for_status()
             finally:
                 for other in others:

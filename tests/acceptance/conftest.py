@@ -8,11 +8,12 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+import scheduling
 from prompts import EXACT, Generator
 from stacks import MakeStack
-from zygote import Zygotes
 
 from agentstate.benchmarks.slow_drive import Drive
 from agentstate.cli.local import LocalService, LocalStack, Spawn, free_port
@@ -20,23 +21,18 @@ from agentstate.settings import Settings
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever waits for an engine is stopped when it hangs, not when the machine is slow."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.timeout(1800))
+    scheduling.order(items, Path(__file__).parent)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return scheduling.scheduler(config, log)
 
 
 @pytest.fixture(scope="session")
 def engine_python() -> Path:
     """The engine's own environment. Of the session: a test sees no settings from outside."""
     return Path(os.environ["AGENTSTATE_ENGINE_PYTHON"])
-
-
-@pytest.fixture(scope="session")
-def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawn]:
-    """Starts an engine's process as a fork."""
-    with closing(Zygotes(tmp_path_factory.mktemp("zygote") / "zygote.log")) as zygotes:
-        yield zygotes.spawn
 
 
 @pytest.fixture(scope="session")
@@ -131,11 +127,11 @@ def shared_stack(
         yield shared
 
 
-@pytest.fixture(autouse=True)
-def ended_when_others_run(request: pytest.FixtureRequest) -> None:
-    """An idle engine keeps a core busy."""
-    shared = request.config.stash.get(SHARED, None)
-    if shared is not None and "shared_stack" not in request.fixturenames:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """End it before another test starts an engine, also in a fixture of a module."""
+    shared = item.config.stash.get(SHARED, None)
+    if shared is not None and "shared_stack" not in getattr(item, "fixturenames", ()):
         shared.close()
 
 

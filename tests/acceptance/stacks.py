@@ -19,7 +19,7 @@ from agentstate.fleet.control import ControlClient
 from agentstate.fleet.manifests import split_keys
 from agentstate.pages.files import read_header
 from agentstate.sql.database import Database
-from agentstate.sql.models import shared_extents
+from agentstate.sql.models import engines, shared_extents
 
 PATIENCE_S = 600
 
@@ -35,6 +35,15 @@ def until(reached: Callable[[], Any], otherwise: Callable[[], Any] = lambda: "it
     while not reached():
         assert time.monotonic() < deadline, otherwise()
         time.sleep(0.05)
+
+
+def give_up(stack: LocalStack) -> None:
+    """Have the service take the stack's engine, which was killed, for one that has ended: its heartbeats are long
+    ago."""
+    own = engines.c.base_url == f"{stack.engine_url}/v1"
+    with closing(Database(stack.database_url)) as database, database.write() as connection:
+        connection.execute(sa.update(engines).where(own).values(heartbeat_us=1))
+    assert not stack.ranks()
 
 
 def ask_ranks(stack: LocalStack, verb: str, **arguments: Any) -> list[dict[str, Any]]:

@@ -4,28 +4,20 @@ written."""
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from prompts import PAGE, TINY, Generator, prompt
-from stacks import MakeStack
+from stacks import MakeStack, give_up, until
 
 from agentstate.cli.local import LocalStack
 from agentstate.client import Client
 from agentstate.pages.files import read_header
 
 Engines = tuple[LocalStack, LocalStack]
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    while not (found := condition()):
-        time.sleep(0.05)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +34,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, che
         first.start_engine(*TINY)
         second.start_engine(*TINY)
         for stack in (first, second):
-            wait_for(lambda stack=stack: "is read from there" in (stack.home / "engine.log").read_text())
+            until(lambda stack=stack: "is read from there" in (stack.home / "engine.log").read_text())
         yield first, second
 
 
@@ -128,7 +120,7 @@ def test_a_session_that_both_have_served_is_erased_by_both(engines: Engines) -> 
         done = [stack.stat()["erasures"]["done"] for stack in engines]
         client.delete(session.id, revision=client.read(session.id).revision)
         for stack, before in zip(engines, done, strict=True):
-            wait_for(lambda stack=stack, before=before: stack.stat()["erasures"]["done"] > before)
+            until(lambda stack=stack, before=before: stack.stat()["erasures"]["done"] > before)
     assert own.isdisjoint(keys(first) | keys(second))
     files = [path.read_bytes() for stack in engines for path in (stack.home / "pages").rglob("*") if path.is_file()]
     assert not any(some in data for some in bytes_of_pages for data in files)
@@ -158,11 +150,11 @@ def test_one_goes_on_when_the_other_was_killed_and_its_directory_deleted(engines
         assert turn.engine is not None
         of_first = Generator(first.engine_url)(alone, **turn.engine.extra_body)
         kv = f"{engines[0].service_url}/v1/sessions/{served_there.id}/kv"
-        wait_for(lambda: httpx.get(kv, timeout=300, trust_env=False).raise_for_status().json()["durable_on"])
+        until(lambda: httpx.get(kv, timeout=300, trust_env=False).raise_for_status().json()["durable_on"])
         client.suspend(served_there.id, turn.lease)
 
         first.kill_engine()
-        wait_for(lambda: not first.ranks())
+        give_up(first)
         # What it alone has served is there as long as its directory is.
         turn = client.resume(served_there.id)
         assert turn.engine is not None and turn.engine.base_url == f"{second.engine_url}/v1"
@@ -178,6 +170,7 @@ def test_one_goes_on_when_the_other_was_killed_and_its_directory_deleted(engines
         client.suspend(served_there.id, turn.lease, durable_timeout_ms=60_000)
 
         shutil.rmtree(first.home / "pages")
+        until(lambda: not any(rank.reads for rank in second.ranks()))
         second.flush_device()
         turn = client.resume(session.id)
         assert turn.engine is not None and turn.engine.base_url == f"{second.engine_url}/v1"
@@ -187,4 +180,4 @@ def test_one_goes_on_when_the_other_was_killed_and_its_directory_deleted(engines
         again = Generator(second.engine_url)(unused)
         assert (again.tokens, again.cached) == (recomputed.tokens, 0)
         client.suspend(session.id, turn.lease, durable_timeout_ms=60_000)
-    wait_for(lambda: not any(second.stat()["kept"].values()))
+    until(lambda: not any(second.stat()["kept"].values()))

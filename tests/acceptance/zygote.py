@@ -38,10 +38,13 @@ MODULES = (
     "sglang.srt.models.registry",
     "sglang.srt.models.llama",
     "sglang.srt.models.deepseek_v2",
+    "resting",
 )
-"""What an engine imports before it serves, without the plug-in: an engine's own process loads that."""
+"""What an engine imports before it serves, without the plug-in: an engine's own process loads that. The last one lets
+an engine rest that is idle."""
 
-_READ_LATE = ("AGENTSTATE_", "PYTEST_", "PYTHONPATH", "SGLANG_CPU_OMP_", "SGLANG_UNIFIED_RADIX_", "SPEED", "TOLD_")
+_READ_LATE = ("AGENTSTATE_", "AWS_", "COLUMNS", "LINES", "PYTEST_", "PYTHONPATH")
+_READ_LATE += ("SGLANG_CPU_OMP_", "SGLANG_UNIFIED_RADIX_", "SPEED", "TOLD_")
 """Beginnings of the variables that no imported module reads: commands that differ in these alone share a zygote."""
 
 _WITHIN = ("ip", "netns", "exec")

@@ -42,6 +42,7 @@
     ├── KeyNotFound                  there is no such API key
     ├── RequestRefused               the service refused the request itself (seen by clients only)
     ├── ServiceUnreachable           the service did not answer (seen by clients only)
+    │   └── NotAgentState            what answers at its address is something else (seen by clients only)
     ├── EngineError
     │   ├── EngineUnreachable        no answer in time; the engine may still act on the request
     │   └── EngineRefused            the engine answered with an error
@@ -285,6 +286,12 @@ class ServiceUnreachable(AgentStateError):
     """The AgentState service did not answer."""
 
     retryable = True
+
+
+class NotAgentState(ServiceUnreachable):
+    """What answers is no AgentState service, or one of another release."""
+
+    retryable = False
 
 
 class EngineError(AgentStateError):

@@ -11,8 +11,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agentstate import __version__
 from agentstate.cli import launcher
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from agentstate.sql.database import Database
 
 _ANSWER_S = 5.0
+_MOST_BYTES = 1 << 20
 _CLOCK_S = 2.0
 _DENIED = ("authentication failed", "permission denied", "no pg_hba.conf entry", "access denied", "accessdenied")
 
@@ -288,17 +290,29 @@ def service(settings: Settings, url: str | None, api_key: str | None) -> Iterato
             what = f"the service at {at} cannot be reached"
             yield Finding("service", Level.FIX, what, str(why), consequence, command, UNREACHABLE)
         return
+    if said.get("status") not in ("ready", "unavailable"):
+        yield Finding(
+            "service",
+            Level.FIX,
+            f"what answers at {at} is no AgentState service",
+            f"/readyz answers {status}, and not as a service does",
+            "no agent can be resumed through it",
+            "AGENTSTATE_URL: where the service is; or agentstate serve, with another AGENTSTATE_PORT",
+            UNREACHABLE,
+        )
+        return
     if status != 200:
+        checks = [one for one in said.values() if isinstance(one, dict) and not one.get("ok")]
         yield Finding(
             "service",
             Level.FIX,
             f"the service at {at} is not ready",
-            f"/readyz answers {status}: {said}",
+            f"/readyz answers {status}: {'; '.join(str(one.get('detail', '')) for one in checks)}",
             "it answers 503",
             "agentstate doctor --only database, where the service runs",
         )
         return
-    status, said = _get(f"{at}/v1/sessions?limit=1", api_key)
+    status, _ = _get(f"{at}/v1/sessions?limit=1", api_key)
     if status in (401, 403):
         yield Finding(
             "service",
@@ -313,15 +327,21 @@ def service(settings: Settings, url: str | None, api_key: str | None) -> Iterato
         yield Finding("service", Level.OK, "the service is ready", at)
 
 
-def _get(url: str, api_key: str | None) -> tuple[int, str]:
-    """Status and problem of an answer. Raises OSError if there is none."""
+def _get(url: str, api_key: str | None) -> tuple[int, dict[str, Any]]:
+    """Status and document of an answer, empty if that is no JSON object. Raises OSError if there is no answer."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(request, timeout=_ANSWER_S) as answer:
-            return answer.status, ""
-    except urllib.error.HTTPError as error:
         try:
-            return error.code, str(json.loads(error.read()).get("detail", ""))
-        except (ValueError, AttributeError):
-            return error.code, ""
+            answer = direct.open(request, timeout=_ANSWER_S)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            status, content = answer.status, answer.read(_MOST_BYTES)
+    except HTTPException as error:
+        raise OSError(f"it speaks no HTTP: {error}") from error
+    try:
+        said = json.loads(content)
+    except ValueError:
+        said = None
+    return status, said if isinstance(said, dict) else {}

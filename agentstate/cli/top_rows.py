@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from agentstate.errors import AgentStateError, RequestRefused, ServiceUnreachable, Unauthenticated
+from agentstate.errors import AgentStateError, NotAgentState, RequestRefused, ServiceUnreachable, Unauthenticated
 
 if TYPE_CHECKING:
     from agentstate.answers import Held, Overview, SessionOverview
@@ -60,6 +60,8 @@ class Choice:
 
 def remedy(error: AgentStateError) -> str:
     """What to do about an error, in a sentence; empty if there is nothing to say."""
+    if isinstance(error, NotAgentState):
+        return "Say where the service is: --url, or AGENTSTATE_URL."
     if isinstance(error, ServiceUnreachable):
         return "Start the service with `agentstate serve`, or say where it is: --url, or AGENTSTATE_URL."
     if isinstance(error, Unauthenticated):

@@ -18,7 +18,7 @@ from agentstate.client.events import Event, Following
 from agentstate.client.routes import Call
 from agentstate.client.transport import Attempt, exchange, settings_of
 from agentstate.client.turn import AsyncTurn, Turn, TurnOptions
-from agentstate.errors import AgentStateError, SessionExists
+from agentstate.errors import AgentStateError, NotAgentState, SessionExists
 from agentstate.sql.models import OperationState
 
 A = TypeVar("A")
@@ -81,9 +81,10 @@ class Client(_Connection):
     """A connection to one service, thread-safe; use it as a context manager or `close` it.
 
     ``api_key`` is sent as a bearer token. Every method may raise ServiceUnreachable (no answer within ``timeout_s``;
-    the service may still have carried out the request), RequestRefused (the request itself is malformed),
-    DatabaseError, and the errors that it names. The client retries a request that failed in transit up to ``retries``
-    times if that cannot carry it out twice: all but `update` and `delete`, which carry no Idempotency-Key.
+    the service may still have carried out the request), NotAgentState (something else answers at ``base_url``),
+    RequestRefused (the request itself is malformed), DatabaseError, and the errors that it names. The client retries a
+    request that failed in transit up to ``retries`` times if that cannot carry it out twice: all but `update` and
+    `delete`, which carry no Idempotency-Key.
     """
 
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 10.0, retries: int = 2):
@@ -207,6 +208,10 @@ class Client(_Connection):
             except StopIteration as end:
                 answer: A = end.value
                 return answer
+            except NotAgentState:
+                assert isinstance(outcome, httpx.Response)
+                outcome.close()  # it may be a stream
+                raise
 
 
 class AsyncClient(_Connection):
@@ -340,6 +345,10 @@ class AsyncClient(_Connection):
             except StopIteration as end:
                 answer: A = end.value
                 return answer
+            except NotAgentState:
+                assert isinstance(outcome, httpx.Response)
+                await outcome.aclose()  # it may be a stream
+                raise
 
 
 def _ended(operation: Operation) -> bool:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from http import HTTPStatus
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
@@ -50,7 +51,8 @@ class Repeat(Enum):
 
 @dataclass(frozen=True)
 class Call(Generic[A]):
-    """One request and how to parse its answer. The service may take ``wait_s`` longer than usual."""
+    """One request and how to parse its answer: ``parse`` raises ValueError for what is none. The service may take
+    ``wait_s`` longer than usual."""
 
     parse: Callable[[httpx.Response], A]
     method: str
@@ -117,7 +119,7 @@ def update(
 
 def delete(session_id: str, *, revision: str) -> Call[None]:
     """Delete a session; its forks keep what they share with it. Raises RevisionStale, SessionBusy."""
-    return Call(lambda response: None, "DELETE", _session(session_id), Repeat.NEVER, headers=_seen(revision))
+    return Call(_nothing, "DELETE", _session(session_id), Repeat.NEVER, headers=_seen(revision))
 
 
 def entries(session_id: str, *, after: str | None = None, limit: int = 100, order: str = "asc") -> Call[EntryList]:
@@ -255,7 +257,7 @@ def pin(session_id: str, *, ttl_s: float, tier: str = "device") -> Call[Pinned]:
 
 def unpin(session_id: str) -> Call[None]:
     """End the session's pin, if it has one. Raises RateLimited."""
-    return Call(lambda response: None, "DELETE", _session(session_id, "kv", "pin"), Repeat.READ)
+    return Call(_nothing, "DELETE", _session(session_id, "kv", "pin"), Repeat.READ)
 
 
 def activity(session_id: str, kind: str) -> Call[Signalled]:
@@ -339,7 +341,7 @@ def decisions(engine_id: str, *, after: str | None = None, limit: int = 100) -> 
 def events(session_id: str, seq: int) -> Call[httpx.Response]:
     # Not a method by itself: the answer is a stream. The service sends a keep-alive every 15 s.
     params = {"after": str(seq)}
-    return Call(lambda response: response, "GET", _session(session_id, "events"), Repeat.READ, params=params, wait_s=30)
+    return Call(_stream, "GET", _session(session_id, "events"), Repeat.READ, params=params, wait_s=30)
 
 
 def _get(answer: type[M], path: str, params: dict[str, str] | None = None) -> Call[M]:
@@ -354,6 +356,17 @@ def _post(
 
 def _model(answer: type[M]) -> Callable[[httpx.Response], M]:
     return lambda response: documents.parse(answer, response.content)
+
+
+def _nothing(response: httpx.Response) -> None:
+    if response.status_code != HTTPStatus.NO_CONTENT:
+        raise ValueError("the answer was to be empty")
+
+
+def _stream(response: httpx.Response) -> httpx.Response:
+    if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
+        raise ValueError("the answer is no stream of events")
+    return response
 
 
 def _session(session_id: str, *parts: str) -> str:

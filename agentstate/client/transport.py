@@ -16,7 +16,14 @@ import httpx
 
 from agentstate import documents
 from agentstate.client.routes import Call, Repeat, once
-from agentstate.errors import AgentStateError, InvalidEntry, RequestRefused, ServiceUnreachable, SessionBusy
+from agentstate.errors import (
+    AgentStateError,
+    InvalidEntry,
+    NotAgentState,
+    RequestRefused,
+    ServiceUnreachable,
+    SessionBusy,
+)
 from agentstate.loopback import is_loopback
 
 A = TypeVar("A")
@@ -29,6 +36,8 @@ LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepali
 LONGEST_WAIT_S = 5.0
 # After these errors the request has not reached the service.
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+# What a service says of these is a problem.
+_NO_SUCH_ROUTE = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
 GATEWAY = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 
 
@@ -47,7 +56,8 @@ def exchange(
 
     A request is retried, at most ``retries`` times, if the service did not receive it, if the service says that it may
     succeed later, or if its answer was lost and ``call.repeat`` allows it. Waiting for a busy session is up to the
-    caller. Raises InvalidEntry, and sends nothing, if the body cannot be JSON.
+    caller. Raises InvalidEntry, and sends nothing, if the body cannot be JSON; NotAgentState for an answer that no
+    service gives.
     """
     if call.repeat is Repeat.KEYED:
         call = once(call)
@@ -72,7 +82,12 @@ def exchange(
             cause = outcome
             again = isinstance(outcome, _UNSENT) or call.repeat is not Repeat.NEVER
         elif outcome.is_success:
-            return call.parse(outcome)
+            try:
+                return call.parse(outcome)
+            except ValueError as error_of_it:
+                raise _not_agentstate(where, call, outcome) from error_of_it
+        elif _is_of_another(outcome):
+            raise _not_agentstate(where, call, outcome)
         else:
             error = problem(outcome)
             wait_s = max(wait_s, _retry_after_s(outcome))
@@ -97,12 +112,11 @@ def _body(call: Call[Any]) -> bytes | None:
 
 def problem(response: httpx.Response) -> AgentStateError:
     """The error that a problem+json answer means, by its type; RequestRefused for any other answer."""
-    try:
-        told = response.json()
-        slug = told["type"].rpartition("/")[2]
-        detail = told["detail"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return RequestRefused(f"HTTP {response.status_code}: {response.text[:200]}", status=response.status_code)
+    told = _told(response)
+    if told is None:
+        said = " ".join(response.text.split())[:200]
+        return RequestRefused(f"HTTP {response.status_code}: {said}", status=response.status_code)
+    slug, detail = told["type"].rpartition("/")[2], told["detail"]
     kind = next((kind for kind in _tree(AgentStateError) if kind.slug() == slug), RequestRefused)
     if kind is RequestRefused:
         return RequestRefused(f"{slug}: {detail}", status=response.status_code)
@@ -113,6 +127,30 @@ def problem(response: httpx.Response) -> AgentStateError:
     if "retry_after_s" in parameters:
         known["retry_after_s"] = float(told.get("retry_after_s", 1))
     return kind(detail, **known)
+
+
+def _told(response: httpx.Response) -> dict[str, Any] | None:
+    """The problem that a service tells of; None for any other answer."""
+    try:
+        told = response.json()
+    except ValueError:
+        return None
+    is_problem = isinstance(told, dict) and isinstance(told.get("type"), str) and "detail" in told
+    return told if is_problem else None
+
+
+def _is_of_another(response: httpx.Response) -> bool:
+    """Whether no service refuses a request like this. A proxy before one may, with other statuses."""
+    return response.is_redirect or (response.status_code in _NO_SUCH_ROUTE and _told(response) is None)
+
+
+def _not_agentstate(where: str, call: Call[Any], response: httpx.Response) -> NotAgentState:
+    media_type = response.headers.get("Content-Type", "").partition(";")[0]
+    said = f"to {response.headers['Location']}" if response.has_redirect_location else media_type
+    return NotAgentState(
+        f"{where} is no AgentState service, or one of another release: it answers {call.method} {call.path} with "
+        f"{response.status_code} {said}".rstrip()
+    )
 
 
 def _may_succeed_later(error: AgentStateError, status: int, repeat: Repeat) -> bool:

@@ -138,7 +138,7 @@ def _is_told(kind: type[errors.AgentStateError]) -> bool:
     if kind in (errors.AgentStateError, errors.SessionError, errors.ResponseNotFound):
         return False
     # What the client itself raises.
-    clients = (errors.EngineUnreachable, errors.RequestRefused, errors.ServiceUnreachable)
+    clients = (errors.EngineUnreachable, errors.NotAgentState, errors.RequestRefused, errors.ServiceUnreachable)
     answered = [base for base in kind.__mro__ if base in STATUS and base is not errors.AgentStateError]
     return kind in clients or bool(answered)
 

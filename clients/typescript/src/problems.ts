@@ -260,6 +260,13 @@ export class ServiceUnreachable extends AgentStateError {
   static override readonly retryable: boolean = true;
 }
 
+/** What answers is no AgentState service, or one of another release. */
+export class NotAgentState extends ServiceUnreachable {
+  static override readonly code: string = "not-agent-state";
+  static override readonly summary: string = "What answers is no AgentState service, or one of another release.";
+  static override readonly retryable: boolean = false;
+}
+
 /** The engine could not do what was asked. */
 export class EngineError extends AgentStateError {
   static override readonly code: string = "engine-error";

@@ -5,6 +5,7 @@ import { AgentStateError } from "./errors.js";
 import * as problems from "./problems.js";
 import {
   InvalidId,
+  NotAgentState,
   RateLimited,
   RequestRefused,
   ServiceUnreachable,
@@ -57,6 +58,8 @@ const LONGEST_WAIT_S = 5;
 // With these the request has not reached the service.
 const UNSENT = new Set(["ECONNREFUSED", "ENOTFOUND", "EAI_AGAIN", "UND_ERR_CONNECT_TIMEOUT"]);
 const GATEWAY = new Set([502, 503, 504]);
+// What a service says of these is a problem.
+const NO_SUCH_ROUTE = new Set([404, 405]);
 
 /** A session's or a call's id as a segment of a path. Throws InvalidId for one that no path can carry. */
 export function segment(id: string): string {
@@ -95,21 +98,38 @@ export class Transport {
   async json<A>(call: Call, options: CallOptions = {}): Promise<A> {
     return this.#exchange(call, options, async (response) => {
       const text = await response.text();
-      return (text === "" ? undefined : JSON.parse(text)) as A;
+      try {
+        return (text === "" ? undefined : JSON.parse(text)) as A;
+      } catch {
+        throw this.#notAgentState(call, response);
+      }
     });
   }
 
   /** An answer whose body is a stream; who reads it also ends it, by `controller`. */
   async stream(call: Call, controller: AbortController): Promise<ReadableStream<Uint8Array>> {
     return this.#exchange(call, { signal: controller.signal }, async (response) => {
-      if (response.body === null) throw new TypeError("the answer has no body");
+      if (response.body === null || !response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
+        throw this.#notAgentState(call, response);
+      }
       return response.body;
     });
+  }
+
+  #notAgentState(call: Call, { status, headers }: Response): NotAgentState {
+    const type = headers.get("Content-Type")?.replace(/;.*/s, "") ?? "";
+    const said = headers.has("Location") ? `to ${headers.get("Location")}` : type;
+    return new NotAgentState(
+      `${this.baseUrl} is no AgentState service, or one of another release: it answers ${call.method} ${call.path} ` +
+        `with ${status} ${said}`.trimEnd(),
+      { status },
+    );
   }
 
   /**
    * A request is repeated, at most `retries` times, if the service did not receive it, if the service says that it may
    * succeed later, or if its answer was lost and `call.repeat` allows it. Waiting for a busy session is up to the caller.
+   * Throws NotAgentState for an answer that no service gives.
    */
   async #exchange<A>(first: Call, options: CallOptions, read: (response: Response) => Promise<A>): Promise<A> {
     const call = first.repeat === Repeat.Keyed ? once(first) : first;
@@ -142,8 +162,10 @@ export class Transport {
           { cause: outcome.failure },
         );
         again = call.repeat !== Repeat.Never || UNSENT.has(codeOf(outcome.failure));
+      } else if (isOfAnother(outcome.refusal.status, outcome.text)) {
+        throw this.#notAgentState(call, outcome.refusal);
       } else {
-        error = problem(outcome.status, outcome.text);
+        error = problem(outcome.refusal.status, outcome.text);
         waitS = Math.max(waitS, outcome.retryAfterS);
         again = maySucceedLater(error, call.repeat) && waitS <= LONGEST_WAIT_S;
       }
@@ -158,7 +180,7 @@ export class Transport {
     timeoutS: number,
     signal: AbortSignal | undefined,
     read: (response: Response) => Promise<A>,
-  ): Promise<{ answer: A } | { failure: unknown } | { status: number; text: string; retryAfterS: number }> {
+  ): Promise<{ answer: A } | { failure: unknown } | { refusal: Response; text: string; retryAfterS: number }> {
     signal?.throwIfAborted();
     const controller = new AbortController();
     const end = () => controller.abort(signal?.reason);
@@ -175,9 +197,10 @@ export class Transport {
       }
       const retryAfterS = Number(response.headers.get("Retry-After") ?? 0);
       // A date is not a number.
-      return { status: response.status, text: await response.text(), retryAfterS: retryAfterS || 0 };
+      return { refusal: response, text: await response.text(), retryAfterS: retryAfterS || 0 };
     } catch (failure) {
       signal?.throwIfAborted();
+      if (failure instanceof NotAgentState) throw failure;
       return { failure };
     } finally {
       clearTimeout(timer);
@@ -193,24 +216,41 @@ export function isAway(error: unknown): boolean {
 
 /** The error that a problem means, by its type; RequestRefused for any other answer. */
 export function problem(status: number, text: string): AgentStateError {
-  let told: Record<string, unknown>;
-  try {
-    told = JSON.parse(text) as Record<string, unknown>;
-    if (typeof told["type"] !== "string" || typeof told["detail"] !== "string") throw new TypeError();
-  } catch {
-    return new RequestRefused(`HTTP ${status}: ${text.slice(0, 200)}`, { status });
+  const found = told(text);
+  if (found === undefined) {
+    return new RequestRefused(`HTTP ${status}: ${text.trim().replace(/\s+/g, " ").slice(0, 200)}`, { status });
   }
-  const code = (told["type"] as string).slice((told["type"] as string).lastIndexOf("/") + 1);
-  const detail = told["detail"] as string;
+  const { type, detail } = found;
+  const code = type.slice(type.lastIndexOf("/") + 1);
   const known = {
     status,
     code,
-    ...(typeof told["retryable"] === "boolean" ? { retryable: told["retryable"] } : {}),
-    ...(typeof told["revision"] === "string" ? { revision: told["revision"] } : {}),
-    ...(typeof told["retry_after_s"] === "number" ? { retryAfterS: told["retry_after_s"] } : {}),
+    ...(typeof found["retryable"] === "boolean" ? { retryable: found["retryable"] } : {}),
+    ...(typeof found["revision"] === "string" ? { revision: found["revision"] } : {}),
+    ...(typeof found["retry_after_s"] === "number" ? { retryAfterS: found["retry_after_s"] } : {}),
   };
   const kind = Object.values(problems).find((each) => each.code === code);
   return kind === undefined ? new RequestRefused(`${code}: ${detail}`, known) : new kind(detail, known);
+}
+
+/** Whether no service refuses a request like this. A proxy before one may, with other statuses. */
+function isOfAnother(status: number, text: string): boolean {
+  return (status >= 300 && status < 400) || (NO_SUCH_ROUTE.has(status) && told(text) === undefined);
+}
+
+interface Problem extends Record<string, unknown> {
+  type: string;
+  detail: string;
+}
+
+/** The problem that a service tells of; undefined for any other text. */
+function told(text: string): Problem | undefined {
+  try {
+    const found = JSON.parse(text) as Problem | null;
+    return typeof found?.type === "string" && typeof found.detail === "string" ? found : undefined;
+  } catch {
+    return undefined;
+  }
 }
 
 function maySucceedLater(error: AgentStateError, repeat: Repeat): boolean {

@@ -6,6 +6,7 @@ import { answer, broken, connect, freshId, intercepted, MODEL } from "./helpers.
 
 const client = connect();
 const encoder = new TextEncoder();
+const STREAM = { "Content-Type": "text/event-stream; charset=utf-8" };
 
 for (const end of ["\n", "\r", "\r\n"]) {
   test(`events are read line by line that end with ${JSON.stringify(end)}, however they are cut`, () => {
@@ -73,7 +74,7 @@ test("a stream that breaks off is opened anew where it was left, and nothing is 
     if (seen.length === 2) throw broken("ECONNREFUSED");
     if (seen.length === 3) return new Response("", { status: 503 });
     const { body } = await send();
-    return new Response(seen.length > 5 ? body : body?.pipeThrough(cutAfterOne()));
+    return new Response(seen.length > 5 ? body : body?.pipeThrough(cutAfterOne()), { headers: STREAM });
   });
   assert.deepEqual(await followed({ fetch, retries: 0 }), ALL);
   assert.deepEqual(seen, ["0", "1", "1", "1", "2", "1"]);
@@ -82,7 +83,7 @@ test("a stream that breaks off is opened anew where it was left, and nothing is 
 test("a stream that is silent is opened anew", async () => {
   const id = freshId();
   await client.createSession({ model: MODEL, id });
-  const { fetch, sent } = intercepted(async (_, send) => (sent.length === 1 ? new Response(new ReadableStream()) : send()));
+  const { fetch, sent } = intercepted(async (_, send) => (sent.length === 1 ? new Response(new ReadableStream(), { headers: STREAM }) : send()));
   const following = connect({ fetch, stallS: 1 }).events(id);
   assert.equal((await following.next()).value?.type, "session");
   await following.return();

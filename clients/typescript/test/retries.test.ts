@@ -83,6 +83,24 @@ test("a proxy without a service behind it is asked again", async () => {
   assert.equal(sent.length, 2);
 });
 
+test("whoever answers and is no service is named with the answer, at once", async () => {
+  const page = { "Content-Type": "text/html; charset=utf-8" };
+  const others = [
+    [new Response("<html>\n</html>", { headers: page }), "200 text/html"],
+    [new Response(null, { status: 302, headers: { Location: "/login" } }), "302 to /login"],
+    [new Response("<html>", { status: 404, headers: page }), "404 text/html"],
+    [answer({ detail: "Not Found" }, 404, { "Content-Type": "application/json" }), "404 application/json"],
+  ] as const;
+  for (const [response, said] of others) {
+    const { fetch, sent } = intercepted(async () => response.clone());
+    const client = connect({ fetch });
+    const expected = { name: "NotAgentState", retryable: false, message: new RegExp(`no AgentState.* with ${said}$`) };
+    await assert.rejects(client.read("s"), expected);
+    await assert.rejects(client.events("s").next(), expected);
+    assert.equal(sent.length, 2, said);
+  }
+});
+
 test("what will not change is not asked again", async () => {
   for (const code of ["session-busy", "lease-lost", "too-many-sessions", "internal-error"]) {
     const told = { retryable: code === "session-busy" };

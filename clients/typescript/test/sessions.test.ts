@@ -115,9 +115,9 @@ test("a problem that is not known keeps its code, and any other answer its statu
   const expected = { name: "RequestRefused", code: "of-a-later-release", message: "of-a-later-release: told" };
   await assert.rejects(connect({ fetch }).read("s"), expected);
   for (const text of ["<html>no</html>", '{"type": 1}', "null"]) {
-    told = new Response(text, { status: 404 });
+    told = new Response(text, { status: 409 });
     await assert.rejects(connect({ fetch }).read("s"), (error) => {
-      assert.ok(error instanceof RequestRefused && error.status === 404 && error.message === `HTTP 404: ${text}`);
+      assert.ok(error instanceof RequestRefused && error.status === 409 && error.message === `HTTP 409: ${text}`);
       return true;
     });
   }
@@ -148,6 +148,6 @@ test("a key is sent as a bearer token, and redirects are not followed with it", 
     assert.equal(request.redirect, "manual");
     return new Response(null, { status: 307, headers: { Location: "http://elsewhere.example/" } });
   });
-  await assert.rejects(connect({ fetch, apiKey: "ags_1" }).read("s"), { name: "RequestRefused", status: 307 });
+  await assert.rejects(connect({ fetch, apiKey: "ags_1" }).read("s"), { name: "NotAgentState", status: 307 });
   assert.deepEqual(sent.map(({ headers }) => headers["Authorization"]), ["Bearer ags_1"]);
 });

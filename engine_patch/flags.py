@@ -370,6 +370,11 @@ def shown(flag: Flag) -> str:
     return spelling(flag.field) if flag.value is True else f"{spelling(flag.field)} {flag.value}"
 
 
+def told(flags: Iterable[Flag]) -> list[dict[str, str]]:
+    """For those who ask what an engine was started with: each ``flag`` as it is `shown`, its ``class``, and ``why``."""
+    return [{"flag": shown(flag), "class": flag.standing.value, "why": flag.why} for flag in flags]
+
+
 def refusal(flags: Iterable[Flag]) -> str | None:
     """One sentence for each refused one of ``flags``, or None."""
     refused = [flag for flag in flags if flag.standing is Standing.REFUSED]

@@ -21,7 +21,7 @@ from agentstate.settings import ENGINE_LIMITS, Settings
 from agentstate.sql.database import Database
 from agentstate.tiers import shared_extents
 from agentstate.tiers.pages import SharedPages
-from engine_patch import identity
+from engine_patch import flags, identity
 from engine_patch.accounts import TIERS, Accounts
 from engine_patch.break_even import BreakEven
 from engine_patch.control import ControlEndpoint
@@ -35,7 +35,7 @@ from engine_patch.provenance import Received
 from engine_patch.restore import PreloadStats
 from engine_patch.served import Served
 from engine_patch.sessions import Sessions
-from engine_patch.sglang_api import PoolName, get_observability, get_parallel
+from engine_patch.sglang_api import PoolName, get_observability, get_parallel, given_flags
 from engine_patch.sharing import Sharing, SharingStats
 from engine_patch.stored_pools import Share, Store, StoredPools
 from engine_patch.waits import Waits
@@ -62,6 +62,7 @@ class Rank:
         # The reason of a `suspend` that has not ended.
         self._suspended: str | None = None
         self._server_args = server_args
+        self._flags = flags.told(given_flags(server_args))
         self.break_even = BreakEven()
         self.preload_stats = PreloadStats()
         self.order_stats = OrderStats()
@@ -386,6 +387,7 @@ class Rank:
             "model": self._engine.model,
             "fingerprint": self._engine.fingerprint,
             "off": self.off,
+            "flags": self._flags,
             **self.pools.stat(),
             **asdict(largest(self._space.owners())),
             "wear": {"bytes_day": self._space.wear.bytes_written, "budget": self._space.wear.budget},

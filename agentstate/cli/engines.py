@@ -33,8 +33,8 @@ def list_engines(
     if as_json:
         show_json(rows)
         return
-    columns = ("id", "model", "rank", "live", "silent_s", "node")
-    cells = [[_short(row[name]) for name in columns] for row in rows]
+    columns = ("id", "model", "rank", "phase", "live", "silent_s", "node")
+    cells = [[_short(_in_words(row)[name]) for name in columns] for row in rows]
     show_table(columns, cells, right=("rank", "silent_s"))
 
 
@@ -43,7 +43,8 @@ def show_engine(
     engine_id: Annotated[str, typer.Argument(help="As `ls` shows it.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show an engine: how it is registered, and, if it answers, its counters and why it stores nothing."""
+    """Show an engine: how it is registered, and, if it answers, SGLang's flags that it was started with, its counters,
+    and why it stores nothing."""
     from agentstate.errors import EngineError
     from agentstate.fleet.control import ControlClient
     from agentstate.sql.database import Database
@@ -62,11 +63,18 @@ def show_engine(
     if as_json:
         show_json({**about, "stat": stat, "silent": silent})
         return
-    show_fields(about)
+    show_fields(_in_words(about))
     if stat is None:
         say(f"engine {engine_id} does not answer: {silent}")
         raise typer.Exit(UNREACHABLE)
+    # An engine of an earlier release does not say them.
+    if given := stat.pop("flags", None):
+        show_table(("flag", "class", "why"), [[one["flag"], one["class"], one["why"]] for one in given])
     show_fields({name: value for name, value in _flat("", stat) if value not in (None, "", [])})
+
+
+def _in_words(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "phase": row["phase"] or "both"}
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -89,6 +97,7 @@ def _rows() -> list[dict[str, Any]]:
             "id": rank.id,
             "model": rank.model,
             "rank": rank.rank,
+            "phase": rank.phase.value,
             "live": rank.id in live,
             "silent_s": round((now - rank.heartbeat_us) / 1e6, 1),
             "node": rank.node,

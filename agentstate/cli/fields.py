@@ -43,6 +43,7 @@ _ENGINE: Fields = {
     "id": ("string", "The engine's rank."),
     "model": ("string", "The name under which it serves its model."),
     "rank": ("integer", "Its number in the engine."),
+    "phase": ("string", "`prefill` or `decode`, where these are apart; empty: it does both."),
     "live": ("boolean", "Whether it sends heartbeats."),
     "silent_s": ("number", "Seconds since the last one."),
     "node": ("string", "The id of its page directory."),
@@ -123,7 +124,11 @@ FIELDS: dict[str, Fields] = {
     },
     "engines show": {
         **_ENGINE,
-        "stat": ("object or null", "Its counters; `off` says why it stores nothing. Null: it does not answer."),
+        "stat": (
+            "object or null",
+            "Its counters; `off` says why it stores nothing, `flags` what SGLang was started with. Null: it does not "
+            "answer.",
+        ),
         "silent": ("string or null", "Why it does not answer."),
     },
     "sessions kv": {

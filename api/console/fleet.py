@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -48,7 +49,8 @@ _SECTIONS = {
 @router.get("/engines")
 async def read(request: Request, viewer: ViewerDep, console: ConsoleDep) -> Response:
     snapshot = await seen(console, viewer)
-    return await run_in_threadpool(page, request, viewer, "engines.html", snapshot=snapshot)
+    given = {server.first.engine.id: flags(server) for server in snapshot.servers}
+    return await run_in_threadpool(page, request, viewer, "engines.html", snapshot=snapshot, flags=given)
 
 
 @router.get("/engines/{engine_id}")
@@ -70,6 +72,7 @@ async def read_engine(
             snapshot=snapshot,
             server=server,
             sections=list(sections(server)),
+            flags=flags(server),
             hits=server.first.get("served", "hits"),
             penalty=server.first.get("served", "penalty"),
             accounts=accounts(viewer, server),
@@ -90,6 +93,27 @@ def _decided(service: Service, viewer: Viewer, server: Server) -> tuple[list[Dec
         names = decisions.names(connection, viewer.tenant.id, (one.session for one in known))
     own = [one for one in reversed(known) if one.session in names]
     return own[:_DECISIONS], names, silent
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One of SGLang's that an engine was started with. ``standing`` says whether it is tested with AgentState."""
+
+    shown: str
+    standing: str
+    why: str
+
+
+def flags(server: Server) -> list[Flag] | None:
+    """As the first rank says them; None where it says none, as one of an earlier release does."""
+    said = server.first.get("flags")
+    if not isinstance(said, list):
+        return None
+    return [
+        Flag(str(one.get("flag")), str(one.get("class")), str(one.get("why")))
+        for one in said
+        if isinstance(one, Mapping)
+    ]
 
 
 def sections(server: Server) -> Iterator[tuple[str, list[tuple[str, Any]]]]:

@@ -89,7 +89,8 @@ def lasting(seconds: float | None) -> str:
 
 
 def time_of(time_us: int | datetime | None) -> Markup:
-    """A moment as a ``time`` element, in UTC. What is copied is ISO 8601."""
+    """A moment as a ``time`` element, in UTC; a script of the page puts it in the viewer's zone. What is copied is ISO
+    8601 either way."""
     if time_us is None:
         return Markup("–")
     moment = time_us if isinstance(time_us, datetime) else instant(time_us)

@@ -129,6 +129,7 @@ def test_owners_have_limits_over_all_pools_and_stat_says_what_they_have(opened: 
     assert all(full.stored(keys((0, "b"), (1, "b"), (2, "b"))))
     assert full.stored(keys((0, "none"), (1, "none"), (2, "none"))) == [False, False, True]
     stat = one.stat()
+    assert "--model-path" in {given["flag"].split()[0] for given in stat["flags"]}
     assert stat["owners"] == {"tenant b": 3 * each, "tenant a": 2 * each + of_window, "none": each}
     assert (stat["others"], stat["others_bytes"]) == (0, 0)
     one.limit_owners({})

@@ -18,6 +18,7 @@ from agentstate.cli import copies, output, sessions
 from agentstate.cli.main import app
 from agentstate.client import message, note, tool_call, tool_output
 from agentstate.errors import RevisionStale, SessionExists, SessionNotFound, SettingsError
+from agentstate.fleet.engines import Phase
 
 HOSTILE = "\x1b[2J\u202eevil"
 ENTRIES = [
@@ -223,7 +224,8 @@ def test_events_are_lines_of_json(service: Service, run: Run) -> None:
 
 
 def test_engines_are_listed_and_shown(service: Service, run: Run, start_peer: Any) -> None:
-    stat = {"ok": True, "off": HOSTILE, "wear": {"bytes_day": 5}}
+    given = [{"flag": f"--chat-template {HOSTILE}", "class": "tested", "why": "no effect on KV"}]
+    stat = {"ok": True, "off": HOSTILE, "flags": given, "wear": {"bytes_day": 5}}
     engine = register(service.database, start_peer(lambda request: stat).address, model="m\x1b")
     (row,) = printed(run, "engines", "ls", "--live")
     assert row["id"] == engine.id and "control_secret" not in row
@@ -231,7 +233,19 @@ def test_engines_are_listed_and_shown(service: Service, run: Run, start_peer: An
     assert found["stat"]["off"] == HOSTILE and found["silent"] is None
     shown = run("engines", "show", engine.id).stdout + run("engines", "ls").stdout
     assert engine.id in shown and "wear.bytes_day" in shown and "\x1b" not in shown
+    assert found["stat"]["flags"] == given and "--chat-template \\x1b" in shown
     assert str(engine.control_secret) not in shown
+
+
+def test_engines_say_whether_they_prefill_or_decode(service: Service, run: Run, start_peer: Any) -> None:
+    address = start_peer(lambda request: {"ok": True, "off": None}).address
+    for phase in Phase:
+        register(service.database, address, id=f"eng_{phase}", node=f"n_{phase}", phase=phase)
+    assert [row["phase"] for row in printed(run, "engines", "ls")] == [*Phase]
+    shown = [line.split() for line in run("engines", "ls").stdout.splitlines()]
+    assert [line[shown[0].index("phase")] for line in shown[1:]] == ["both", "prefill", "decode"]
+    assert printed(run, "engines", "show", "eng_prefill")["phase"] == "prefill"
+    assert "prefill" in run("engines", "show", "eng_prefill").stdout
 
 
 def test_an_engine_that_does_not_answer_is_shown_as_it_is_registered(

@@ -26,6 +26,7 @@ from agentstate.api.console import assets, commands, reading, render, routes, se
 from agentstate.api.console.render import POLICY
 from agentstate.cli.main import app
 from agentstate.fleet import manifests
+from agentstate.fleet.engines import Phase
 from agentstate.fleet.manifests import Manifest
 from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Role
@@ -653,6 +654,34 @@ def test_an_engine_that_stores_nothing_says_why(service: Service, start_peer: Ca
         assert "its KV is FP4" in service.http.get(path).text, path
     assert service.http.get("/engines/eng_none").status_code == 404
     assert "1.5 MB" in service.http.get("/stores").text
+
+
+def test_an_engine_says_what_it_does_and_to_administrators_which_flags_it_has(
+    service: Service, start_peer: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "PERIOD_S", 0.0)
+    monkeypatch.setattr(snapshot, "STALE_S", 0.0)
+    given = [
+        {"flag": "--max-total-tokens 32768", "class": "tested", "why": "no effect on KV"},
+        {"flag": f"--chat-template {EVIL}", "class": "unknown", "why": "not run with AgentState"},
+    ]
+    peer = start_peer(lambda request: {**answering(request), "flags": given})
+    engine = register(service.database, peer.address, phase=Phase.PREFILL)
+    page, listed = (service.http.get(path).text for path in (f"/engines/{engine.id}", "/engines"))
+    assert "prefill" in page and "--max-total-tokens 32768" in page and "<strong>unknown</strong>" in page
+    assert "&lt;script&gt;" in page and EVIL not in page
+    assert ">prefill<" in listed and "1 tested, <strong>1 unknown</strong>" in listed
+    operator = browser(service, "mine")
+    for path in (f"/engines/{engine.id}", "/engines"):
+        text = operator.http.get(path).text
+        assert "prefill" in text and "max-total-tokens" not in text and "tested" not in text, path
+    # One of an earlier release does not say them, and none may say what is no list of them.
+    administrator = browser(service, "mine", Role.ADMIN)
+    others: list[dict[str, Any]] = [{}, {"flags": "all"}, {"flags": [1]}]
+    for said in others:
+        peer.answer = lambda request, said=said: {**answering(request), **said}
+        for path in (f"/engines/{engine.id}", "/engines"):
+            assert administrator.http.get(path).status_code == 200, (path, said)
 
 
 def test_an_engine_that_does_not_answer_is_told_of(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from stage import PATIENCE_S, Peer, Service, register, serving, stored
 from tools import missing, tool
 
@@ -25,6 +27,7 @@ from agentstate.fleet.manifests import Manifest
 from agentstate.sessions import tenants
 from agentstate.sessions.tenants import Role
 from agentstate.settings import Settings
+from agentstate.sql.models import session_turns, sessions
 
 PICTURES = os.environ.get("AGENTSTATE_TEST_PICTURES")
 PATIENCE_MS = 60_000
@@ -97,6 +100,11 @@ def said(request: dict[str, Any]) -> dict[str, Any]:
     answers: dict[str, dict[str, Any]] = {
         "stat": {
             "off": None,
+            "flags": [
+                {"flag": f"--model-path {MODEL}", "class": "tested", "why": "pages are kept apart by it"},
+                {"flag": "--tp-size 2", "class": "tested", "why": "pages are kept apart by it"},
+                {"flag": "--enable-two-batch-overlap", "class": "unknown", "why": "not run with AgentState"},
+            ],
             "store": {"pages": 81_920, "extents": 640, "bytes": 120 * GIB, "bytes_written": 300 * GIB},
             "restore": {"restores": 1288, "pages_restored": 90_211, "bytes_read": 210 * GIB, "pages_failed": 0},
             "spill": {"pages_spilled": 88_000, "pages_failed": 0, "extents_merged": 31},
@@ -422,6 +430,43 @@ def test_a_revoked_key_closes_the_page(chromium: Any, live: Service) -> None:
             tenants.revoke_key(connection, made.key.id)
         page.wait_for_url("**/sign-in**")
         page.complaints[:] = [one for one in page.complaints if "401" not in one]
+
+
+@pytest.mark.parametrize(
+    ("zone", "winter", "summer"),
+    [
+        ("Australia/Adelaide", "2026-01-15T22:30:00+10:30", "2026-07-15T21:30:00+09:30"),
+        ("America/New_York", "2026-01-15T07:00:00-05:00", "2026-07-15T08:00:00-04:00"),
+        ("America/St_Johns", "2026-01-15T08:30:00-03:30", "2026-07-15T09:30:00-02:30"),
+        ("UTC", "2026-01-15T12:00:00Z", "2026-07-15T12:00:00Z"),
+    ],
+)
+def test_times_are_those_of_the_viewers_zone(chromium: Any, live: Service, zone: str, winter: str, summer: str) -> None:
+    first, second = "review-pull-request-412", "nightly-report"
+    with live.database.write() as connection:
+        for name, month in ((first, 1), (second, 7)):
+            turned_us = round(datetime(2026, month, 15, 12, tzinfo=UTC).timestamp() * 1e6)
+            mine = sa.select(sessions.c.id).where(sessions.c.name == name).scalar_subquery()
+            connection.execute(
+                sa.update(session_turns).where(session_turns.c.session_id == mine).values(turned_us=turned_us)
+            )
+
+    def shown(page: Any, name: str) -> str:
+        return str(page.locator("tr", has=page.get_by_role("link", name=name)).locator("time").text_content())
+
+    with tab(chromium, live, timezone_id=zone) as page:
+        page.goto("/sessions")
+        assert (shown(page, first), shown(page, second)) == (winter, summer)
+        said = page.locator("#zone").text_content()
+        assert zone in said if zone != "UTC" else said == "all times are UTC"
+        # Of what was fetched anew, too.
+        live.http.post("/v1/sessions", json={"id": "made-meanwhile", "model": MODEL}).raise_for_status()
+        page.get_by_role("link", name="made-meanwhile").wait_for()
+        assert (shown(page, first), shown(page, second)) == (winter, summer)
+    with tab(chromium, live, timezone_id=zone, java_script_enabled=False) as page:
+        page.goto("/sessions")
+        assert shown(page, first) == "2026-01-15T12:00:00Z"
+        assert page.locator("#zone").text_content() == "all times are UTC"
 
 
 def test_everything_but_what_is_live_works_without_scripts(chromium: Any, live: Service) -> None:

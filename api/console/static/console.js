@@ -27,6 +27,29 @@
     name();
   });
 
+  // --- times, which the service writes in UTC
+
+  const two = (number) => String(number).padStart(2, "0");
+
+  // As the service writes it, with the offset of the viewer's zone then: what is copied is ISO 8601.
+  function here(iso) {
+    const at = new Date(iso);
+    const minutes = -at.getTimezoneOffset();
+    const local = new Date(at.getTime() + minutes * 60000).toISOString().slice(0, 19);
+    const offset = `${two(Math.trunc(Math.abs(minutes) / 60))}:${two(Math.abs(minutes) % 60)}`;
+    return local + (minutes === 0 ? "Z" : (minutes < 0 ? "-" : "+") + offset);
+  }
+
+  function localize() {
+    for (const one of document.querySelectorAll("time[datetime]")) {
+      const text = here(one.dateTime);
+      if (one.textContent !== text) one.textContent = text;
+    }
+  }
+  localize();
+  const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+  if (zone !== "UTC") document.getElementById("zone").textContent = `all times are of your time zone, ${zone}`;
+
   if (!body.dataset.stream) return;
 
   // --- what is old
@@ -139,6 +162,7 @@
     list.toggleAttribute("hx-morph-skip", !asked && list.getBoundingClientRect().bottom > innerHeight);
   });
   document.addEventListener("htmx:after:swap", () => {
+    localize();
     fresh();
     mark();
     const list = transcript(), button = document.getElementById("follow");

@@ -25,6 +25,7 @@ from agentstate.sql.models import EntryKind, SessionStatus
 from agentstate.sql.models import entries as entries_table
 from agentstate.sql.models import leases as leases_table
 from agentstate.sql.models import manifests as manifests_table
+from agentstate.sql.models import session_turns as turns_table
 from agentstate.sql.models import sessions as sessions_table
 
 MODEL = "bench"
@@ -48,14 +49,15 @@ def names(length: int, count: int) -> list[str]:
 
 def fill(database: Database, counts: Mapping[int, int], engine: Engine, advance: Callable[[int], None]) -> None:
     """Write ``counts[length]`` suspended sessions of ``length`` entries each, with the manifest that ``engine`` would
-    have saved of a page an entry. ``advance`` is told how many entries are written."""
+    have saved of a page an entry. Their turns ended a second apart, the first session's last. ``advance`` is told how
+    many entries are written."""
     with database.write() as connection:
         engines.register(connection, engine)
         time_us = connection.execute(sa.select(now_us())).scalar_one()
     rows: dict[sa.Table, list[dict[str, Any]]] = {}
     for length, count in counts.items():
-        for name in names(length, count):
-            for table, found in _session(name, length, engine, time_us).items():
+        for number, name in enumerate(names(length, count)):
+            for table, found in _session(name, length, engine, time_us - number * 1_000_000).items():
                 rows.setdefault(table, []).extend(found)
             if len(rows[entries_table]) >= BATCH:
                 advance(_write(database, rows))
@@ -117,7 +119,14 @@ def _session(name: str, length: int, engine: Engine, time_us: int) -> dict[sa.Ta
         "waits_for": SuspendReason.USER_WAIT,
     }
     manifest = {**_manifest(uid, length, engine), "updated_us": time_us}
-    return {sessions_table: [session], entries_table: entries, leases_table: [lease], manifests_table: [manifest]}
+    turn = {"session_id": uid, "tenant": DEFAULT_TENANT, "turned_us": time_us}
+    return {
+        sessions_table: [session],
+        entries_table: entries,
+        leases_table: [lease],
+        turns_table: [turn],
+        manifests_table: [manifest],
+    }
 
 
 def _manifest(uid: str, pages: int, engine: Engine) -> dict[str, Any]:
@@ -137,7 +146,7 @@ def _manifest(uid: str, pages: int, engine: Engine) -> dict[str, Any]:
 def _write(database: Database, rows: dict[sa.Table, list[dict[str, Any]]]) -> int:
     written = len(rows.get(entries_table, ()))
     with database.write() as connection:
-        for table in (sessions_table, entries_table, leases_table, manifests_table):
+        for table in (sessions_table, entries_table, leases_table, turns_table, manifests_table):
             if rows.get(table):
                 connection.execute(sa.insert(table), rows[table])
     rows.clear()
@@ -154,8 +163,8 @@ def _rows(connection: sa.Connection, name: str) -> dict[str, Any]:
         "parents": [entry["parent_id"] for entry in entries] == [None, *(entry["id"] for entry in entries[:-1])],
         "entries": [_comparable(entry) for entry in entries],
     }
-    for table, ordered in ((leases_table, leases_table.c.epoch), (manifests_table, manifests_table.c["rank"])):
-        found[table.name] = [_comparable(row) for row in _of(connection, table, session["id"], ordered)]
+    for table in (leases_table, turns_table, manifests_table):
+        found[table.name] = [_comparable(row) for row in _of(connection, table, session["id"], table.c.session_id)]
     return found
 
 
@@ -165,5 +174,6 @@ def _of(connection: sa.Connection, table: sa.Table, uid: str, ordered: Any) -> S
 
 
 def _comparable(row: sa.RowMapping) -> dict[str, Any]:
-    unlike = ("id", "name", "session_id", "head_entry", "parent_id", "created_us", "updated_us", "released_us")
+    unlike = ("id", "name", "session_id", "head_entry", "parent_id")
+    unlike += ("created_us", "updated_us", "released_us", "turned_us")
     return {column: value for column, value in row.items() if column not in unlike}

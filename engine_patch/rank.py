@@ -161,7 +161,9 @@ class Rank:
             directory = identity.store_directory(self.settings, mark, self._group.writer)
             if not self._group.writes:
                 return StoreView(directory, mark, geometry)
-            return PageStore(directory, mark, geometry, space=space)
+            # To device memory pages are read as they are.
+            codec = self.settings.pages_codec if self.settings.read_backend == "posix" else "raw"
+            return PageStore(directory, mark, geometry, space=space, codec=codec)
 
         return open_store
 

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from contents import write
 
 from agentstate.pages import PageKeys, PageStore
+from agentstate.pages.codec import Codec
 from agentstate.tiers import DirectoryTier, Guard, Page, Policy, Range, Reading, SharedExtents, StoreKeys, Tier
 from agentstate.tiers.interface import settle
 from agentstate.tiers.pages import Listed, SharedPages
@@ -55,13 +56,13 @@ class Fragile(Tier):
 class Share:
     """``guard`` is what engines ask. It asks once for each, and gives up after ``failures_in_row``."""
 
-    def __init__(self, root: Path, failures_in_row: int = 1 << 30):
+    def __init__(self, root: Path, failures_in_row: int = 1 << 30, codec: Codec = "raw"):
         self.root = root
         root.mkdir(exist_ok=True)
         self.tier = Fragile(DirectoryTier(root))
         policy = Policy(attempts=1, failures_in_row=failures_in_row, failure_share=2.0, refusals_in_row=1 << 30)
         self.guard = Guard(self.tier, "the share", policy)
-        self.extents = SharedExtents(self.guard, StoreKeys("k" * 32))
+        self.extents = SharedExtents(self.guard, StoreKeys("k" * 32), codec)
         self._others = 0
         self._ids = 0
 

@@ -232,6 +232,33 @@ def bench_tiers(
     room.run(url, directory, mib=mib, at_once=at_once, rounds=rounds, report=report)
 
 
+@app.command("codec")
+def bench_codec(
+    pages: Annotated[
+        Path | None, typer.Option(help="A page directory with raw extents. Default: KV that a model computes now.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="That model.")] = "smollm2-135m-instruct",
+    tokens: Annotated[int, typer.Option(min=64, help="How much it computes: text of AgentState's source.")] = 4096,
+    links: Annotated[str, typer.Option(help="Bandwidths of links, in Gb/s, separated by commas.")] = "1,10",
+    mib: Annotated[int, typer.Option(min=1, help="How much is measured, in whole extents.")] = 512,
+    rounds: Annotated[int, typer.Option(min=2, help="How often each is done.")] = 10,
+    report: JsonPath = None,
+) -> None:
+    """Code real KV without loss: how small it becomes by layer, how fast, and how much sooner it is there over a
+    link."""
+    room = _benchmark("agentstate.benchmarks.codec")
+    try:
+        gigabits = [float(link) for link in links.split(",")]
+    except ValueError:
+        raise SettingsError("give --links as numbers, separated by commas") from None
+    if pages is not None:
+        room.run(pages, "pages", gigabits, mib, rounds, report)
+        return
+    settings = loading.settings()
+    with room.kv_of(settings, model, tokens) as source:
+        room.run(source, model, gigabits, mib, rounds, report)
+
+
 @app.command()
 def throughput(
     models: Models = DEFAULT_MODELS,

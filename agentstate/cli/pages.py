@@ -113,12 +113,13 @@ def _description(report: inventory.ExtentReport, slot: int | None) -> dict[str, 
         "layers": geometry.layers,
         "component_bytes": list(geometry.component_bytes),
         "page_bytes": geometry.page_bytes,
-        "slab_bytes": header.layout.slab_bytes,
-        "data_offset": header.layout.data_offset,
+        "codec": "raw" if header.coding is None else "lossless",
+        **({"slab_bytes": header.layout.slab_bytes} if header.coding is None else {}),
+        "data_offset": header.data_offset,
     }
     if slot is None:
         return {**about, "keys": [key.hex() for key in header.keys]}
-    offset, _ = header.layout.component_range(0, 0, slot, 1)
+    offset, _ = header.component_range(0, 0, slot, 1)
     return {**about, "key": header.keys[slot].hex(), "slot": slot, "offset_in_layer_0": offset}
 
 

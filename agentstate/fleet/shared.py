@@ -111,8 +111,8 @@ class SharedStore:
         if PageKeys.of(header.keys) != PageKeys(extent.keys):
             raise BadExtent(f"{extent.name}: the catalogue lists other pages than its header")
         with os.fdopen(os.memfd_create(extent.name[-64:]), "r+b") as file:
-            file.truncate(header.layout.file_bytes)
-            with mmap.mmap(file.fileno(), header.layout.file_bytes) as memory, memoryview(memory) as whole:
+            file.truncate(header.file_bytes)
+            with mmap.mmap(file.fileno(), header.file_bytes) as memory, memoryview(memory) as whole:
                 ranges = [Range(at, whole[at : at + _RANGE_BYTES]) for at in range(0, len(whole), _RANGE_BYTES)]
                 try:
                     self.extents.tier.read(extent.name, ranges).result()

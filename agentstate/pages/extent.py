@@ -17,6 +17,9 @@ that do not know of owners pass over it. They compute where the slabs begin from
 fits into the padding before that. Where it does not, the slabs begin 4 KiB later, and the extent is of version 3, which
 those releases leave alone.
 
+Pages may be coded (`codec`): the extent is of version 4, they lie side by side without padding between the layers, and
+the header says how many bytes each has in each component.
+
 Every page has a checksum a layer, and so has every block of pages: a block is verified in one call instead of one a
 page, and that call releases Python's interpreter lock. Beside a forward, holding the lock is the largest cost of
 verifying.
@@ -39,12 +42,15 @@ import xxhash
 
 from agentstate.errors import BadExtent, UnknownFormat
 from agentstate.pages import native
+from agentstate.pages.codec import Coding
 from agentstate.pages.keys import KEY_BYTES, PageKeys
 
 ALIGNMENT = 4096
 FORMAT_VERSION = 2
 # An extent whose slabs begin later than those of version 2, because of its owner's name.
 _SHIFTED_VERSION = 3
+# An extent whose pages are coded.
+_CODED_VERSION = 4
 MAGIC = b"AGSEXTNT"
 PREFIX = struct.Struct("<8sIIQ")
 
@@ -215,7 +221,8 @@ class ExtentHeader:
     """What an extent says of itself.
 
     ``keys`` are the pages' 32-byte keys in slot order; ``checksums`` has shape (layers, pages), uint64, and
-    ``block_checksums`` (layers, blocks). ``owner`` is whom the extent's bytes are charged to.
+    ``block_checksums`` (layers, blocks): those of the pages' own bytes, coded or not. ``owner`` is whom the extent's
+    bytes are charged to. ``coding`` says how the pages are coded; None: they lie as the ``layout`` says.
     """
 
     fingerprint: bytes
@@ -224,10 +231,35 @@ class ExtentHeader:
     checksums: np.ndarray
     block_checksums: np.ndarray
     owner: str = ""
+    coding: Coding | None = None
 
     @property
     def layout(self) -> ExtentLayout:
+        """Where everything lies if the pages are not coded."""
         return ExtentLayout(self.geometry, len(self.keys), self.owner)
+
+    @cached_property
+    def data_offset(self) -> int:
+        """Where the first layer starts in the file."""
+        return self.layout.data_offset if self.coding is None else align(PREFIX.size + len(self.packed()))
+
+    @property
+    def file_bytes(self) -> int:
+        if self.coding is None:
+            return self.layout.file_bytes
+        return align(self.data_offset + self.coding.n_bytes)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page in the file: of coded pages the mean."""
+        return self.geometry.page_bytes if self.coding is None else self.coding.n_bytes // max(1, len(self.keys))
+
+    def component_range(self, layer: int, component: int, slot: int, count: int) -> tuple[int, int]:
+        """Offset in the file and length, in bytes, of ``count`` pages from ``slot`` on, coded or not."""
+        if self.coding is None:
+            return self.layout.component_range(layer, component, slot, count)
+        offset, length = self.coding.span(layer, component, slot, count)
+        return self.data_offset + offset, length
 
     @classmethod
     def blank(cls, fingerprint: bytes, geometry: Geometry, keys: PageKeys, owner: str = "") -> ExtentHeader:
@@ -314,13 +346,17 @@ class ExtentHeader:
     def packed(self) -> bytes:
         """The header's msgpack map."""
         fields: dict[str, Any] = {"owner": self.owner} if self.owner else {}
+        plane: dict[str, Any] = {"codec": "raw", "components": list(self.geometry.component_bytes)}
+        if self.coding is not None:
+            lengths = self.coding.lengths.astype("<u4", copy=False).tobytes()
+            plane |= {"codec": "lossless", "tables": self.coding.tables.tobytes(), "lengths": lengths}
         packed: bytes = msgpack.packb(
             fields
             | {
                 "fingerprint": self.fingerprint,
                 "page_size": self.geometry.page_size,
                 "layers": self.geometry.layers,
-                "planes": [{"codec": "raw", "components": list(self.geometry.component_bytes)}],
+                "planes": [plane],
                 "keys": self.keys.packed,
                 "checksum": "xxh3-64",
                 "checksums": self.checksums.astype("<u8", copy=False).tobytes(),
@@ -334,6 +370,8 @@ class ExtentHeader:
         """The first bytes of the file, all but the zeros that pad them to ``layout.data_offset``."""
         packed = self.packed()
         version = _SHIFTED_VERSION if self.layout.shifted else FORMAT_VERSION
+        if self.coding is not None:
+            version = _CODED_VERSION
         return PREFIX.pack(MAGIC, version, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
 
     @classmethod
@@ -350,12 +388,13 @@ class ExtentHeader:
         packed = raw[PREFIX.size : PREFIX.size + length]
         if len(packed) != length or xxhash.xxh3_64_intdigest(packed) != digest:
             raise BadExtent(f"{name}: the header is damaged")
-        if version not in (FORMAT_VERSION, _SHIFTED_VERSION):
-            raise UnknownFormat(f"{name}: format version {version}; this release reads 2 and 3")
+        if version not in (FORMAT_VERSION, _SHIFTED_VERSION, _CODED_VERSION):
+            raise UnknownFormat(f"{name}: format version {version}; this release reads 2 to 4")
         try:
             fields = msgpack.unpackb(packed, raw=False)
             (plane,) = fields["planes"]
-            if plane["codec"] != "raw" or fields["checksum"] != "xxh3-64":
+            known = "lossless" if version == _CODED_VERSION else "raw"
+            if plane["codec"] != known or fields["checksum"] != "xxh3-64":
                 raise UnknownFormat(f"{name}: unknown codec {plane['codec']!r} or checksum {fields['checksum']!r}")
             geometry = Geometry(fields["layers"], fields["page_size"], tuple(plane["components"]))
             keys = PageKeys(fields["keys"])
@@ -369,6 +408,12 @@ class ExtentHeader:
             owner = fields.get("owner", "")
             if not isinstance(owner, str) or len(owner.encode()) > MOST_OWNER_BYTES:
                 raise ValueError(owner)
+            if version == _CODED_VERSION:
+                sizes = geometry.component_bytes
+                coding = Coding.read(plane["tables"], plane["lengths"], geometry.layers, sizes, len(keys))
+                if not coding.known:
+                    raise UnknownFormat(f"{name}: pages are coded in a way that this release does not know")
+                return cls(fingerprint, geometry, keys, sums, block_sums, owner, coding)
             header = cls(fingerprint, geometry, keys, sums, block_sums, owner)
             layout = header.layout
             if align(PREFIX.size + length) != layout.data_offset or (version == _SHIFTED_VERSION) != layout.shifted:

@@ -66,8 +66,8 @@ def header_of(file: BinaryIO, name: str) -> ExtentHeader:
     length = PREFIX.unpack(prefix)[2]
     size = os.fstat(file.fileno()).st_size
     header = ExtentHeader.decode(prefix + file.read(min(length, size)), name)
-    if size < header.layout.file_bytes:
-        raise BadExtent(f"{name}: truncated to {size} of {header.layout.file_bytes} bytes")
+    if size < header.file_bytes:
+        raise BadExtent(f"{name}: truncated to {size} of {header.file_bytes} bytes")
     return header
 
 

@@ -12,13 +12,16 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from agentstate.errors import BadExtent
 from agentstate.pages import native
-from agentstate.pages.backends import Buffer, OpenFile, ReadBackend
-from agentstate.pages.extent import ALIGNMENT, ExtentHeader, ExtentLayout, align
+from agentstate.pages.backends import Buffer, OpenFile, ReadBackend, staging_memory
+from agentstate.pages.extent import ALIGNMENT, PREFIX, ExtentHeader, ExtentLayout, align
 from agentstate.pages.files import hold, open_direct
 from agentstate.pages.pins import Segment, StoredExtent
 
@@ -118,7 +121,7 @@ class Handles:
             if entry.header is None:
                 entry.header = handle.header
                 self._headers[entry.path] = entry
-                self._kept_bytes += _bytes_of(entry.extent.layout)
+                self._kept_bytes += _bytes_of(handle.header)
             if self._kept_bytes > self._header_bytes:
                 for kept in [entry for entry in self._headers.values() if not entry.readers]:
                     closing += self._forget(kept)
@@ -148,7 +151,7 @@ class Handles:
         """Keep neither the header nor the file. Returns the handle to close, if there is one."""
         if entry.header is not None:
             del self._headers[entry.path]
-            self._kept_bytes -= _bytes_of(entry.header.layout)
+            self._kept_bytes -= _bytes_of(entry.header)
             entry.header = None
         return [self._taken_out(entry)] if entry.handle is not None else []
 
@@ -228,8 +231,17 @@ class Handle(ABC):
     def read(self, segment: Segment, layer: int, buffer: Buffer, position: int) -> tuple[Found, int]:
         """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned. Returns it, with
         one array a component, and the next free position."""
-        arrays, fills = [], []
         extent, slot, pages, _ = segment
+        if self.header.coding is not None:
+            if not isinstance(buffer, np.ndarray):
+                raise OSError(errno.EOPNOTSUPP, "coded pages are not read to device memory", extent.path.name)
+            into: list[list[Buffer]] = []
+            for n_bytes in self.header.geometry.component_bytes:
+                end = position + pages * n_bytes
+                into.append([buffer[position:end].reshape(pages, n_bytes)])
+                position = end
+            return self._decoded(layer, slot, into), align(position)
+        arrays, fills = [], []
         offset = extent.layout.layer_offset(layer)
         for start, end, members in extent.layout.ranges(slot, pages):
             skew = start % ALIGNMENT
@@ -244,6 +256,8 @@ class Handle(ABC):
     def read_to(self, components: Sequence[Sequence[Buffer]], segment: Segment, layer: int) -> Found:
         """Read one layer of a segment to where its ``components`` belong, each of them consecutive arrays. Raises
         ValueError for arrays of another size."""
+        if self.header.coding is not None:
+            return self._decoded(layer, segment.slot, components)
         fills, arrays_of = [], iter(components)
         offset = segment.extent.layout.layer_offset(layer)
         for begin, end, members in segment.extent.layout.ranges(segment.slot, segment.pages):
@@ -256,6 +270,30 @@ class Handle(ABC):
             if start != end:
                 raise ValueError(f"{start - end:+,} bytes of memory for pages of {segment.extent.path.name}")
         return self._read(Extract(layer, segment.slot, fills, components), whole_blocks=False)
+
+    def _decoded(self, layer: int, slot: int, components: Sequence[Sequence[Buffer]]) -> Found:
+        """Decode coded pages from ``slot`` on to ``components``, as `read_to` has them. They come by way of memory of
+        the calling thread's."""
+        coding, sizes = self.header.coding, self.header.geometry.component_bytes
+        assert coding is not None
+        pages = sum(len(array) for array in components[0])
+        if slot + pages > len(self.header.keys):
+            raise BadExtent("the extent has fewer pages")
+        ranges = [self.header.component_range(layer, component, slot, pages) for component in range(len(sizes))]
+        if all(offset + n_bytes == after for (offset, n_bytes), (after, _) in pairwise(ranges)):
+            whole = self._load([(ranges[0][0], sum(n_bytes for _, n_bytes in ranges))])[0]
+            ends = list(accumulate(n_bytes for _, n_bytes in ranges))
+            coded = [whole[end - n_bytes : end] for end, (_, n_bytes) in zip(ends, ranges, strict=True)]
+        else:
+            coded = self._load(ranges)
+        for component, (arrays, size) in enumerate(zip(components, sizes, strict=True)):
+            coding.decode(layer, component, slot, size, coded[component], arrays)
+        return Found(components, sum(n_bytes for _, n_bytes in ranges), None)
+
+    @abstractmethod
+    def _load(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """The bytes of some ranges of the extent, each an offset and a length: in memory that is the calling thread's
+        until it loads others."""
 
     @abstractmethod
     def _read(self, extract: Extract, *, whole_blocks: bool) -> Found:
@@ -296,6 +334,11 @@ class FileHandle(Handle):
     def _read_header(self, layout: ExtentLayout) -> ExtentHeader:
         raw = mmap.mmap(-1, layout.data_offset)
         self._require(os.preadv(self._fd, [raw], 0), len(raw), len(raw))
+        # That of coded pages is longer.
+        length = PREFIX.size + PREFIX.unpack_from(raw)[2]
+        if len(raw) < length <= os.fstat(self._fd).st_size:
+            raw = mmap.mmap(-1, align(length))
+            self._require(os.preadv(self._fd, [raw], 0), length, length)
         header = ExtentHeader.decode(memoryview(raw), self._name)
         # An earlier release may have entered the extent into the index, without its owner.
         if not header.layout.agrees(layout):
@@ -316,6 +359,18 @@ class FileHandle(Handle):
         else:
             n_bytes = sum(self._whole(os.preadv(self._fd, fill.arrays, fill.offset), fill) for fill in extract.fills)
         return Found(extract.components, n_bytes, wrong)
+
+    def _load(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        # Direct I/O reads whole blocks.
+        spans = [(offset - offset % ALIGNMENT, align(offset + n_bytes)) for offset, n_bytes in ranges]
+        memory, at, found = _scratch(sum(end - start for start, end in spans)), 0, []
+        for (offset, n_bytes), (start, end) in zip(ranges, spans, strict=True):
+            room = memory[at : at + end - start]
+            skew = offset - start
+            self._require(self._file.read(room, start), skew + n_bytes, offset + n_bytes)
+            found.append(room[skew : skew + n_bytes])
+            at += len(room)
+        return found
 
     def _whole(self, got: int, fill: Fill) -> int:
         """``got``, if that is as much as was wanted."""
@@ -353,11 +408,28 @@ def patiently(work: Callable[[], T], relieve: Callable[[], None] = lambda: None)
     return work()
 
 
+_of_thread = threading.local()
+
+
+def _scratch(n_bytes: int) -> np.ndarray:
+    """Memory of the calling thread, page-aligned, for coded bytes: the same one each time."""
+    memory: np.ndarray | None = getattr(_of_thread, "memory", None)
+    if memory is None or len(memory) < n_bytes:
+        memory = _of_thread.memory = staging_memory(align(n_bytes))
+    return memory[:n_bytes]
+
+
+def scratch(lengths: Sequence[int]) -> list[np.ndarray]:
+    """Memory of the calling thread for so many bytes each: valid until it asks again."""
+    memory, ends = _scratch(sum(lengths)), list(accumulate(lengths))
+    return [memory[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
 def is_of_drive(error: OSError) -> bool:
     """Whether the drive failed to read; a backend other than POSIX gives no error number."""
     return error.errno in (errno.EIO, None)
 
 
-def _bytes_of(layout: ExtentLayout) -> int:
+def _bytes_of(header: ExtentHeader) -> int:
     # Besides its bytes in the file, an object a key and a number a seed.
-    return layout.data_offset + 150 * layout.pages
+    return header.data_offset + 150 * len(header.keys)

@@ -21,7 +21,7 @@ from agentstate.errors import BadExtent, UnknownFormat
 from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.files import header_of, opened
 from agentstate.pages.node import dp_roots, is_of_dp_rank
-from agentstate.pages.rewriting import copy_pages, read_at
+from agentstate.pages.rewriting import copy_pages, read_pages
 from agentstate.pages.store import PageStore
 
 # The least digits of a page's key that `holding` takes for one.
@@ -128,7 +128,8 @@ def usage(store: Path) -> Usage:
         if report.header is None:
             unreadable += report.n_bytes
             continue
-        page_bytes, pages = report.header.geometry.page_bytes, len(report.header.keys)
+        pages = len(report.header.keys)
+        page_bytes = report.header.page_bytes
         live += live_slots[report.path] * page_bytes
         superseded += (pages - live_slots[report.path]) * page_bytes
         overhead += report.n_bytes - pages * page_bytes
@@ -247,41 +248,29 @@ def repair(store: Path, reports: list[ExtentReport]) -> int:
 
 def broken_pages(file: BinaryIO, header: ExtentHeader) -> tuple[int, ...]:
     """The slots of an extent whose bytes are not those that were written, or cannot be read."""
-    layout, sizes = header.layout, header.geometry.component_bytes
-    pages = len(header.keys)
     broken = set[int]()
-    slab = np.empty(layout.slab_bytes, dtype=np.uint8)
+    parts = [np.empty((len(header.keys), size), dtype=np.uint8) for size in header.geometry.component_bytes]
     for layer in range(header.geometry.layers):
-        spans = [layout.component_range(layer, component, 0, pages) for component in range(len(sizes))]
         try:
-            read_at(file, slab[: sum(length for _, length in spans)].data, spans[0][0])
+            read_pages(file, header, layer, 0, parts)
         except OSError:
             # Of a slab with a bad block only the pages on that block are lost.
             broken.update(_unreadable(file, header, layer))
             continue
-        rows = [[slab[offset - spans[0][0] :][:length].reshape(pages, -1)] for offset, length in spans]
-        broken.update(header.wrong_slots(layer, 0, rows))
+        broken.update(header.wrong_slots(layer, 0, [[part] for part in parts]))
     return tuple(sorted(broken))
 
 
 def _unreadable(file: BinaryIO, header: ExtentHeader, layer: int) -> Iterator[int]:
     """The slots of a layer that cannot be read, or are not what was written."""
+    parts = [np.empty((1, size), dtype=np.uint8) for size in header.geometry.component_bytes]
     for slot in range(len(header.keys)):
         try:
-            parts = _components(file, header, layer, slot)
+            read_pages(file, header, layer, slot, parts)
         except OSError:
             yield slot
             continue
-        yield from header.wrong_slots(layer, slot, [[part[None]] for part in parts])
-
-
-def _components(file: BinaryIO, header: ExtentHeader, layer: int, slot: int) -> list[np.ndarray]:
-    parts = []
-    for component, size in enumerate(header.geometry.component_bytes):
-        part = np.empty(size, dtype=np.uint8)
-        read_at(file, part.data, header.layout.component_range(layer, component, slot, 1)[0])
-        parts.append(part)
-    return parts
+        yield from header.wrong_slots(layer, slot, [[part] for part in parts])
 
 
 def _rewrite(writer: PageStore, file: BinaryIO, header: ExtentHeader, broken: tuple[int, ...]) -> None:

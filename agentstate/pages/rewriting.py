@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import BinaryIO
 
+import numpy as np
+
 from agentstate.pages.extent import ExtentDraft, ExtentHeader
 from agentstate.pages.handles import is_of_drive, patiently
 
@@ -29,9 +31,7 @@ def _copy(file: BinaryIO, header: ExtentHeader, layer: int, run: range, draft: E
     components = range(len(header.geometry.component_bytes))
     parts = [draft.component(layer, component)[row : row + len(run)] for component in components]
     try:
-        for component, part in enumerate(parts):
-            offset, _ = header.layout.component_range(layer, component, run.start, len(run))
-            patiently(partial(read_at, file, part.data.cast("B"), offset))
+        patiently(partial(read_pages, file, header, layer, run.start, parts))
     except OSError as error:
         if not is_of_drive(error):
             raise
@@ -41,6 +41,19 @@ def _copy(file: BinaryIO, header: ExtentHeader, layer: int, run: range, draft: E
         each = enumerate(run, row)
         return set().union(*(_copy(file, header, layer, range(slot, slot + 1), draft, at) for at, slot in each))
     return set(header.wrong_slots(layer, run.start, [[part] for part in parts]))
+
+
+def read_pages(file: BinaryIO, header: ExtentHeader, layer: int, slot: int, components: Sequence[np.ndarray]) -> None:
+    """Fill ``components``, each contiguous, uint8 and of shape (pages, component bytes), with an extent's pages from
+    ``slot`` on in one layer. Nothing is verified. Raises OSError like `read_at`."""
+    for component, rows in enumerate(components):
+        offset, n_bytes = header.component_range(layer, component, slot, len(rows))
+        if header.coding is None:
+            read_at(file, rows.data.cast("B"), offset)
+            continue
+        coded = np.empty(n_bytes, dtype=np.uint8)
+        read_at(file, coded.data, offset)
+        header.coding.decode(layer, component, slot, rows.shape[1], coded, [rows])
 
 
 def read_at(file: BinaryIO, into: memoryview, offset: int) -> None:

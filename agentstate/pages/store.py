@@ -41,8 +41,9 @@ from agentstate.errors import (
     PageStoreUnwritable,
     UnknownFormat,
 )
-from agentstate.pages import files, rewriting
+from agentstate.pages import files, recoding, rewriting
 from agentstate.pages.changes import Changes
+from agentstate.pages.codec import Codec
 from agentstate.pages.directory import StoreDirectory
 from agentstate.pages.eviction import ANYONE, Extent
 from agentstate.pages.extent import ExtentDraft, ExtentHeader, ExtentLayout, Geometry, Memory
@@ -68,7 +69,8 @@ class PageStore:
 
     Raises PageStoreLocked when another process has the store open, PageStoreUnwritable when the directory cannot be
     made or written, PageStoreFull when its disk has no room at all, and FingerprintMismatch when ``directory`` holds
-    another fingerprint's extents.
+    another fingerprint's extents. What is published is coded by ``codec`` where that makes it smaller; what was by
+    another is read all the same.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class PageStore:
         quota: Quota = UNLIMITED,
         *,
         space: Space | None = None,
+        codec: Codec = "raw",
     ):
         self.directory = directory
         self.fingerprint = fingerprint
@@ -88,6 +91,7 @@ class PageStore:
         self.changes: Changes | None = None
         # Is told of each extent that is evicted, by the pages that were found in it. It must not call the store.
         self.evicted: Callable[[Extent, Sequence[bytes]], None] | None = None
+        self._codec = codec
         self._directory = StoreDirectory(directory)
         self._space = Space(quota) if space is None else space
         # `_writing` is held while the index changes, which may take as long as the disk does, and by one store of a
@@ -247,7 +251,7 @@ class PageStore:
                 number, status = int(entry.name[:16], 16), entry.stat()
                 numbers.append(number)
                 record, owner = records.get(number), owners.get(number, "")
-                if record and _is_of(record, status, owner, size_of):
+                if record and _is_of(record, Path(entry.path), status, owner, size_of):
                     known = Extent(number, *record, owner=owner)
                     self._extents[number] = _recognized(before.get(number), known)
                     gone.discard(number)
@@ -772,6 +776,8 @@ class PageStore:
 
     def _publish(self, draft: ExtentDraft, again: bool, evict: bool) -> None:
         header, data = draft.seal()
+        if self._codec == "lossless":
+            header, data = _coded(draft)
         charged = None if again else header.owner
         with self._writing:
             self._attend()
@@ -808,7 +814,7 @@ class PageStore:
             header, mtime_ns = files.link(path, partial)
             if (header.fingerprint, header.geometry, header.keys) != (self.fingerprint, self.geometry, keys):
                 raise BadExtent(f"{path.name} is another extent")
-            n_bytes = header.layout.file_bytes
+            n_bytes = header.file_bytes
             with self._writing:
                 self._space.make(self, n_bytes, header.owner)
                 self._space.expect(n_bytes, header.owner)
@@ -1201,6 +1207,14 @@ class PageStore:
             self._directory.release()
 
 
+def _coded(draft: ExtentDraft) -> tuple[ExtentHeader, memoryview]:
+    """A sealed draft with its pages coded, if that makes it smaller: what `ExtentDraft.seal` returns of it."""
+    header, data = draft.seal()
+    memory = mmap.mmap(-1, recoding.most_bytes(header))
+    coded = recoding.recode(header, draft.component, memory)
+    return (header, data) if coded is None else (coded, memoryview(memory)[: coded.file_bytes])
+
+
 def _recognized(before: Extent | None, found: Extent) -> Extent:
     """The extent that it was before, when its file is the same."""
     if before is None or (before.file_bytes, before.mtime_ns) != (found.file_bytes, found.mtime_ns):
@@ -1209,11 +1223,22 @@ def _recognized(before: Extent | None, found: Extent) -> Extent:
     return before
 
 
-def _is_of(record: ExtentRecord, status: os.stat_result, owner: str, size_of: Callable[[int, str], int]) -> bool:
+def _is_of(
+    record: ExtentRecord, path: Path, status: os.stat_result, owner: str, size_of: Callable[[int, str], int]
+) -> bool:
     """Whether a record tells of the file that is there, and is not garbage."""
     return (
         (record.file_bytes, record.mtime_ns) == (status.st_size, status.st_mtime_ns)
         and record.live <= record.pages < record.file_bytes
-        and size_of(record.pages, owner) == record.file_bytes
         and record.used < 1 << 62
+        and (size_of(record.pages, owner) == record.file_bytes or _coded_pages(path) == record.pages)
     )
+
+
+def _coded_pages(path: Path) -> int | None:
+    """How many pages an extent has, if they are coded: its size does not tell."""
+    try:
+        header = files.read_header(path)
+    except (BadExtent, OSError):
+        return None
+    return None if header.coding is None else len(header.keys)

@@ -6,12 +6,15 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from agentstate.errors import BadExtent
+from agentstate.pages.codec import Codec
 from agentstate.pages.extent import PREFIX, ExtentHeader
 from agentstate.pages.files import header_of, opened
+from agentstate.pages.recoding import coded_copy
 from agentstate.tiers.interface import ExtentName, Range, Tier, settle
 from agentstate.tiers.mac import TRAILER_BYTES, StoreKeys
 
@@ -28,27 +31,33 @@ class Published(NamedTuple):
 
 
 class SharedExtents:
-    """``tier`` with ``keys``, or with none: then what has a MAC is read as well, and nothing is signed."""
+    """``tier`` with ``keys``, or with none: then what has a MAC is read as well, and nothing is signed. What is
+    published is coded by ``codec``; what was by another is read all the same."""
 
-    def __init__(self, tier: Tier, keys: StoreKeys | None = None):
+    def __init__(self, tier: Tier, keys: StoreKeys | None = None, codec: Codec = "raw"):
         self.tier = tier
         self._keys = keys
+        self._codec = codec
 
     def publish(self, path: Path, shard: str) -> Future[Published]:
         """Publish the extent of a local store at ``path``, which may be evicted meanwhile: its space is not written to
-        before that has ended.
+        before that has ended. With the codec ``lossless`` its pages are coded first, on the calling thread, unless that
+        would not make it smaller; the copy is in memory until it is published.
 
         Raises at once BadExtent, if it is none, FileNotFoundError, if it is stored no longer, and OSError; the future
         raises what `Tier.publish` says. The pages are not verified: whoever reads them does.
         """
         with opened(path) as file:
             header = header_of(file, path.name)
-            length = PREFIX.size + PREFIX.unpack(os.pread(file.fileno(), PREFIX.size, 0))[2]
-            raw = os.pread(file.fileno(), length, 0)
-            name = str(ExtentName.of(header.fingerprint, shard, raw))
-            trailer = self._keys.trailer(raw) if self._keys is not None else b""
-            n_bytes = os.fstat(file.fileno()).st_size + len(trailer)
-            done = self.tier.publish(name, file, trailer)
+            with ExitStack() as closing:
+                if self._codec == "lossless" and (coded := coded_copy(file, header)) is not None:
+                    file = closing.enter_context(coded)
+                length = PREFIX.size + PREFIX.unpack(os.pread(file.fileno(), PREFIX.size, 0))[2]
+                raw = os.pread(file.fileno(), length, 0)
+                name = str(ExtentName.of(header.fingerprint, shard, raw))
+                trailer = self._keys.trailer(raw) if self._keys is not None else b""
+                n_bytes = os.fstat(file.fileno()).st_size + len(trailer)
+                done = self.tier.publish(name, file, trailer)
         return _then(done, Future(), lambda new: Published(name, n_bytes, new))
 
     def header(self, name: str, n_bytes: int) -> Future[ExtentHeader]:
@@ -87,9 +96,9 @@ class SharedExtents:
         header = ExtentHeader.decode(raw, str(name))
         if header.fingerprint.hex() != name.fingerprint:
             raise BadExtent(f"{name}: this is another extent, of {header.fingerprint.hex()}")
-        behind = n_bytes - header.layout.file_bytes
+        behind = n_bytes - header.file_bytes
         if behind != TRAILER_BYTES and (behind or self._keys is not None):
-            raise BadExtent(f"{name}: {n_bytes:,} bytes; its header says {header.layout.file_bytes:,}")
+            raise BadExtent(f"{name}: {n_bytes:,} bytes; its header says {header.file_bytes:,}")
         return header
 
 

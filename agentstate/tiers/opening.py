@@ -44,4 +44,4 @@ def shared_extents(settings: Settings) -> SharedExtents | None:
         return None
     key = settings.store_key.get_secret_value()
     keys = StoreKeys(key) if key else None
-    return SharedExtents(tier(settings.shared_store), keys)
+    return SharedExtents(tier(settings.shared_store), keys, settings.shared_codec)

@@ -12,10 +12,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from agentstate.errors import BadExtent, TierError, TierMissing, TierShort
 from agentstate.pages.changes import Changes
 from agentstate.pages.extent import ExtentHeader, ExtentLayout, Geometry
-from agentstate.pages.handles import Extract, Found, Handle
+from agentstate.pages.handles import Extract, Found, Handle, scratch
 from agentstate.pages.index import ExtentRecord, PageIndex, Run
 from agentstate.pages.keys import PageKeys
 from agentstate.pages.pins import Pin, Segment, StoredExtent
@@ -310,6 +312,12 @@ class _SharedHandle(Handle):
                 offset += array.nbytes
             self._wait(self._tier.read(self._name, ranges))
         return Found(extract.components, sum(fill.wanted for fill in extract.fills), None)
+
+    def _load(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        found = scratch([n_bytes for _, n_bytes in ranges])
+        into = [Range(offset, memoryview(part.data)) for (offset, _), part in zip(ranges, found, strict=True)]
+        self._wait(self._tier.read(self._name, into))
+        return found
 
     def _wait(self, future: Future[Any]) -> Any:
         try:

@@ -14,6 +14,7 @@ from shares import PATIENCE_S, Share
 
 from agentstate.errors import TierRefused, TierUnavailable
 from agentstate.pages import PosixBackend
+from agentstate.pages.codec import Codec
 from agentstate.settings import Settings
 from agentstate.tiers.pages import Listed, SharedPages
 from engine_patch.feeds import Source
@@ -25,11 +26,11 @@ from engine_patch.shared_pool import SharedPool
 class Stage:
     """A rank whose drive has pages 0 to 3, and a share with 4 to 9 in three extents: 4 5, 6 7 8 and 9."""
 
-    def __init__(self, directory: Path, *, addressable: bool, host: bool = False):
+    def __init__(self, directory: Path, *, addressable: bool, host: bool = False, codec: Codec = "raw"):
         self.rank = Rank(directory / "rank0", addressable)
         self.rank.write(keys(0, 1, 2, 3))
         geometry = self.rank.pages.geometry
-        self.share = Share(directory / "share")
+        self.share = Share(directory / "share", codec=codec)
         self.pages = SharedPages(directory / "shared", self.share.extents, MARK, geometry)
         settings = Settings(staging_bytes=1 << 20, shared_reads=2)
         device = self.rank.pages.device
@@ -81,9 +82,13 @@ class Stage:
         self.rank.close()
 
 
-@pytest.fixture(params=[False, True], ids=["through staging", "straight"])
+WAYS: list[tuple[bool, Codec]] = [(False, "raw"), (True, "raw"), (False, "lossless"), (True, "lossless")]
+
+
+@pytest.fixture(params=WAYS, ids=["through staging", "straight", "coded, through staging", "coded, straight"])
 def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
-    stage = Stage(tmp_path, addressable=request.param)
+    addressable, codec = request.param
+    stage = Stage(tmp_path, addressable=addressable, codec=codec)
     yield stage
     stage.close()
 
@@ -169,7 +174,7 @@ def until(condition: Callable[[], bool]) -> None:
 def flipped(stage: Stage, listed: Listed) -> None:
     """A byte of the last component of the last layer of its first page."""
     header = stage.share.extents.header(listed.name, listed.n_bytes).result(PATIENCE_S)
-    offset, _ = header.layout.component_range(2, 1, 0, 1)
+    offset, _ = header.component_range(2, 1, 0, 1)
     data = bytearray(stage.share.path(listed).read_bytes())
     data[offset] ^= 4
     stage.share.path(listed).write_bytes(data)

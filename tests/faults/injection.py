@@ -34,8 +34,10 @@ GEOMETRY = Geometry(layers=2, page_size=4, component_bytes=(1000, 300))
 EXTENTS = [(1, 2), (3,), (4, 5, 6)]
 BEFORE = {1, 2, 3, 4, 5, 6}
 ERASED = {2, 3, 5}
+# How the store writes its pages.
+CODEC: Any = os.environ.get("CODEC", "raw")
 # A store with these extents holds no more than them.
-FULL = Quota(max_bytes=3 * 12288)
+FULL = Quota(max_bytes=3 * 12288 if CODEC == "raw" else 12288 + 2 * 8192)
 
 shim = ctypes.CDLL(None)
 shim.faults_arm.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_int]
@@ -122,7 +124,7 @@ def older_index(directory: Path) -> None:
 
 def beside(directory: Path) -> None:
     """Another store has pages 7 and 8."""
-    store = PageStore(directory.with_name("beside"), MARK, GEOMETRY)
+    store = PageStore(directory.with_name("beside"), MARK, GEOMETRY, codec=CODEC)
     write(store, keys(7, 8), version=1)
     store.close()
 
@@ -183,7 +185,7 @@ class Run:
         self.outcome.problems.append(text)
 
     def open(self, quota: Quota = UNLIMITED) -> PageStore:
-        return PageStore(self.directory, MARK, GEOMETRY, quota)
+        return PageStore(self.directory, MARK, GEOMETRY, quota, codec=CODEC)
 
     def act(self, arm: Callable[[], None]) -> str | None:
         """Do it with the fault armed: the name of the error that it ended with, and look at the store it left."""
@@ -325,7 +327,7 @@ def disturb(root: Path, name: str, mode: int) -> Outcome:
     outcome = Outcome()
     scenario = SCENARIOS[name]
     base, work = root / "base", root / "work"
-    store = PageStore(base, MARK, GEOMETRY)
+    store = PageStore(base, MARK, GEOMETRY, codec=CODEC)
     for extent in EXTENTS:
         write(store, keys(*extent))
     store.close()

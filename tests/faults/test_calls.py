@@ -103,6 +103,27 @@ def test_what_the_disk_does_not_give_back_now_is_not_lost(
     assert outcome["injected"] > 1
 
 
+@pytest.mark.parametrize(
+    "operation, kinds",
+    [
+        *((name, "changes") for name in ("publish", "publish over a spare", "adopt", "merge", "erase")),
+        *((name, "reads") for name in ("merge", "erase", "open without an index", "read")),
+    ],
+)
+def test_coded_pages_are_all_there_or_none_and_none_is_wrong(
+    operation: str, kinds: str, inject: Inject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODEC", "lossless")
+    ways = [("kill half-way", 0), ("fail from then on", errno.ENOSPC)] if kinds == "changes" else []
+    for mode, error in [*ways, ("fail once", errno.EIO)]:
+        outcome = inject(operation, mode, kinds, error)
+        assert outcome["wrong"] == 0
+        # A header that could not be read when a store was opened is read when it is opened next.
+        later = ["the store that went on lost"] if kinds == "reads" else []
+        assert [problem for problem in outcome["problems"] if not any(text in problem for text in later)] == []
+        assert outcome["injected"] > 1
+
+
 # Builds what `injection.py` builds, and does one of its operations between two calls that are easily found.
 TRACED = """
 import os, sys

@@ -1,5 +1,5 @@
-"""Reading, verifying and summing up pages in C: each of these is one call for all pages of a run in one layer, without
-Python's interpreter lock.
+"""Reading, verifying, summing up and coding pages in C: each of these is one call for all pages of a run in one layer,
+without Python's interpreter lock.
 
 The extension `_native` is optional. It is built with the package where there is a C compiler; where it is missing, or
 `AGENTSTATE_NATIVE=off` says so, Python does the same, call by call. It knows no policy: what is read, in which order,
@@ -27,6 +27,11 @@ and what becomes of an error is decided by its callers, in Python, and both ways
         What `ExtentHeader.sum_up` does, of all pages: ``page_sums`` and ``block_sums``, contiguous uint64 of shapes
         (pages,) and (blocks,), are filled. ``components`` are as for `wrong_slots`.
 
+    encode(pages, page_bytes, into, lengths) -> table
+    decode(table, page_bytes, coded, lengths, arrays)
+        What `codec.encode` and `codec.decode` do, of contiguous bytes: ``lengths`` are uint32 of shape (pages,), and
+        ``arrays`` whole pages each. Raises ValueError for what does not fit each other.
+
     xxh3_64(data, seed=0) -> int
         The XXH3 checksum of 64 bits.
 """
@@ -36,7 +41,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-_INTERFACE = 2
+_INTERFACE = 3
 # Not of Settings: there is nobody to pass them to an import.
 _OFF = os.environ.get("AGENTSTATE_NATIVE", "").lower() in ("off", "0", "false", "no", "n", "f")
 _preadv = os.preadv

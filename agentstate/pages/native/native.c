@@ -10,10 +10,11 @@
 #include <limits.h>
 #include <sys/uio.h>
 
+#include "codec.h"
 #include "xxh3.h"
 
 /* Raised with every change of what is called from Python: an older build of a checkout is then not used. */
-enum { INTERFACE = 2 };
+enum { INTERFACE = 3 };
 
 enum { KEY = 32 };
 
@@ -431,6 +432,75 @@ static PyObject *verifier_read(PyObject *self, PyObject *arguments) {
     return result;
 }
 
+/* ---- coding ---- */
+
+static PyObject *native_encode(PyObject *module, PyObject *arguments) {
+    Py_buffer pages, into, lengths;
+    Py_ssize_t page_bytes;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y*nw*w*", &pages, &page_bytes, &into, &lengths)) return NULL;
+    PyObject *result = NULL;
+    uint8_t table[TABLE];
+    if (page_bytes < 1 || page_bytes > UINT32_MAX || pages.len % page_bytes || into.len < pages.len ||
+        lengths.len != 4 * (pages.len / page_bytes)) {
+        PyErr_SetString(PyExc_ValueError, "no pages of so many bytes, or not room for them");
+    } else {
+        int done;
+        Py_BEGIN_ALLOW_THREADS
+        done = encode_pages(pages.buf, (size_t)(pages.len / page_bytes), (size_t)page_bytes, into.buf, lengths.buf,
+                            table);
+        Py_END_ALLOW_THREADS
+        if (done) result = PyBytes_FromStringAndSize((const char *)table, TABLE);
+        else PyErr_SetString(PyExc_ValueError, "the pages changed while they were coded");
+    }
+    PyBuffer_Release(&pages);
+    PyBuffer_Release(&into);
+    PyBuffer_Release(&lengths);
+    return result;
+}
+
+/* Decodes pages to the arrays that `views` keep, one behind the other. Returns 0 if they are not of these lengths. */
+static int decode_pages(const uint8_t *table, const uint8_t *coded, size_t left, const uint8_t *lengths, size_t pages,
+                        const struct views *views, size_t page_bytes) {
+    size_t page = 0;
+    for (Py_ssize_t i = 0; i < views->count; i++) {
+        uint8_t *into = views->all[i].buf, *end = into + views->all[i].len;
+        for (; into < end; into += page_bytes, page++) {
+            size_t length = page < pages ? load32(lengths + 4 * page) : left + 1;
+            if (length > left || !decode_page(table, coded, length, into, page_bytes)) return 0;
+            coded += length;
+            left -= length;
+        }
+    }
+    return page == pages && left == 0;
+}
+
+static PyObject *native_decode(PyObject *module, PyObject *arguments) {
+    Py_buffer table, coded, lengths;
+    Py_ssize_t page_bytes;
+    PyObject *arrays, *result = NULL;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y*ny*y*O", &table, &page_bytes, &coded, &lengths, &arrays)) return NULL;
+    struct views views = {0};
+    if (add_views(&views, arrays, PyBUF_WRITABLE) >= 0) {
+        int fit = table.len == TABLE && *(const uint8_t *)table.buf < KINDS && page_bytes > 0 && lengths.len % 4 == 0;
+        for (Py_ssize_t i = 0; fit && i < views.count; i++) fit = views.all[i].len % page_bytes == 0;
+        if (fit) {
+            Py_BEGIN_ALLOW_THREADS
+            fit = decode_pages(table.buf, coded.buf, (size_t)coded.len, lengths.buf, (size_t)lengths.len / 4, &views,
+                               (size_t)page_bytes);
+            Py_END_ALLOW_THREADS
+        }
+        if (fit) result = Py_NewRef(Py_None);
+        else PyErr_SetString(PyExc_ValueError, "no coded pages of these lengths");
+    }
+    release(&views);
+    PyBuffer_Release(&table);
+    PyBuffer_Release(&coded);
+    PyBuffer_Release(&lengths);
+    return result;
+}
+
 /* ---- the module ---- */
 
 static PyMethodDef verifier_methods[] = {
@@ -470,11 +540,14 @@ static PyObject *native_xxh3_64(PyObject *module, PyObject *arguments) {
 
 static PyMethodDef native_functions[] = {
     {"xxh3_64", native_xxh3_64, METH_VARARGS, NULL},
+    {"encode", native_encode, METH_VARARGS, NULL},
+    {"decode", native_decode, METH_VARARGS, NULL},
     {0},
 };
 
 static int native_exec(PyObject *module) {
     consume = best_here();
+    choose_decoding();
     PyObject *type = PyType_FromSpec(&verifier_spec);
     if (type == NULL) return -1;
     int failed = PyModule_AddObjectRef(module, "Verifier", type);

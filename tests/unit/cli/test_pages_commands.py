@@ -19,6 +19,7 @@ from agentstate.errors import PageStoreLocked, SchemaOutdated, SettingsError
 from agentstate.fleet import manifests
 from agentstate.fleet.manifests import Manifest
 from agentstate.pages import PageStore
+from agentstate.pages.files import read_header
 from agentstate.pages.wear import Wear, file_of
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
@@ -145,10 +146,25 @@ def test_show_an_extent_and_a_page(store: Path) -> None:
     assert extent["component_bytes"] == list(MHA.component_bytes)
     assert extent["keys"] == [key.hex() for key in keys(1, 2, 3)]
     assert extent["bytes"] == extent["data_offset"] + MHA.layers * extent["slab_bytes"]
+    assert extent["codec"] == "raw"
     name = keys(6)[0].hex()
     (page,) = answer("show", name[:10].upper())
     assert (page["key"], page["slot"], page["extent"]) == (name, 1, str(store / "extents" / f"{3:016x}.ext"))
     assert name in run("show", name).stdout
+
+
+def test_show_and_du_of_coded_extents(home: Path) -> None:
+    directory = home / "pages" / MARK.hex()[:32] / "rank0"
+    store = PageStore(directory, MARK, MHA, codec="lossless")
+    write(store, keys(1, 2, 3))
+    store.close()
+    (page,) = answer("show", keys(2)[0].hex())
+    header = read_header(Path(page["extent"]))
+    assert (page["codec"], page["slot"], page["bytes"]) == ("lossless", 1, header.file_bytes)
+    assert page["offset_in_layer_0"] == header.component_range(0, 0, 1, 1)[0] and "slab_bytes" not in page
+    (usage,) = answer("du")["stores"]
+    assert usage["live"] + usage["overhead"] == page["bytes"] and usage["live"] < 3 * MHA.page_bytes
+    assert answer("check")["broken"] == []
 
 
 def test_show_says_what_is_wrong_with_an_extent(store: Path) -> None:

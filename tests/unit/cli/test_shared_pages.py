@@ -139,7 +139,7 @@ def flip(path: Path) -> None:
     """Change the first byte of the last page in the last layer."""
     header = read_header(path)
     last = len(header.keys) - 1, len(MHA.component_bytes) - 1
-    offset, _ = header.layout.component_range(MHA.layers - 1, last[1], last[0], 1)
+    offset, _ = header.component_range(MHA.layers - 1, last[1], last[0], 1)
     path.chmod(0o600)
     raw = bytearray(path.read_bytes())
     raw[offset] ^= 1

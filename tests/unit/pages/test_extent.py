@@ -182,8 +182,8 @@ def test_the_pages_that_are_wrong_are_found_in_blocks_and_in_parts_of_them(
 
 def test_another_version_is_refused_and_named() -> None:
     raw = bytearray(sealed(TINY, keys(1))[1])
-    raw[8] = 4
-    with pytest.raises(UnknownFormat, match="one.ext: format version 4; this release reads 2 and 3"):
+    raw[8] = 5
+    with pytest.raises(UnknownFormat, match="one.ext: format version 5; this release reads 2 to 4"):
         ExtentHeader.decode(raw, "one.ext")
 
 

@@ -16,7 +16,7 @@ import agentstate.pages.native
 
 HERE = Path(__file__).parent
 SOURCE = Path(agentstate.pages.native.__file__).with_name("native.c")
-TESTS = [HERE / "test_native.py"]
+TESTS = [HERE / "test_native.py", HERE / "test_codec.py"]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def runtime() -> str:
 
 @pytest.mark.parametrize("simd", [0, 256, 512])
 def test_no_memory_is_misused(simd: int, runtime: str, tmp_path: Path) -> None:
-    """With each of the ways to compute checksums, as far as the processor has them; everything else does not depend on
-    which it is."""
+    """With each of the ways to compute checksums and to decode, as far as the processor has them; everything else does
+    not depend on which it is."""
     library = tmp_path / "_native.abi3.so"
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
     include = sysconfig.get_paths()["include"]
@@ -42,7 +42,7 @@ def test_no_memory_is_misused(simd: int, runtime: str, tmp_path: Path) -> None:
     command += ["-Wno-missing-field-initializers", "-shared", "-fPIC", f"-I{include}", str(SOURCE), "-o", str(library)]
     subprocess.run(command, check=True)
     # Those that start processes of their own would start them with the other build.
-    chosen = "not turned_off and not interpreter" if simd == 512 else "checksum"
+    chosen = "not turned_off and not interpreter" if simd == 512 else "checksum or codec"
     run = subprocess.run(
         [sys.executable, HERE / "sanitized.py", library, *TESTS, "-n", "0", "-k", chosen],
         env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"},

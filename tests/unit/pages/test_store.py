@@ -209,7 +209,7 @@ def test_an_extent_of_a_newer_version_is_not_overwritten(store: PageStore) -> No
     write(store, keys(1))
     (path,) = (store.directory / "extents").iterdir()
     newer = bytearray(path.read_bytes())
-    newer[8] = 4
+    newer[8] = 5
     path.write_bytes(newer)
     store = reopened(store)
     write(store, keys(2))

@@ -10,14 +10,26 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from tools import in_memory
 
-from agentstate.pages.testing.machine import DamagedStoreMachine, LinkedStoreMachine, PageStoreMachine
+from agentstate.pages import PageStore, Quota
+from agentstate.pages.testing.machine import GEOMETRY, DamagedStoreMachine, LinkedStoreMachine, PageStoreMachine
+from agentstate.pages.testing.pages import MARK
 from agentstate.pages.testing.sharing import SharedSpaceMachine
 
 EXAMPLES = int(os.environ.get("PAGE_STORE_EXAMPLES", "40"))
 
 
+class CodedStoreMachine(PageStoreMachine):
+    """Of a few pages an extent is smaller if it is coded, and of many it is not."""
+
+    def open(self, directory: Path, quota: Quota) -> PageStore:
+        return PageStore(directory, MARK, GEOMETRY, quota, codec="lossless")
+
+
+MACHINES = [PageStoreMachine, CodedStoreMachine, LinkedStoreMachine, DamagedStoreMachine, SharedSpaceMachine]
+
+
 @pytest.mark.timeout(900 + 10 * EXAMPLES)
-@pytest.mark.parametrize("machine", [PageStoreMachine, LinkedStoreMachine, DamagedStoreMachine, SharedSpaceMachine])
+@pytest.mark.parametrize("machine", MACHINES)
 def test_any_history_ends_with_right_pages(
     machine: type[PageStoreMachine] | type[SharedSpaceMachine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

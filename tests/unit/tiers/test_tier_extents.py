@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import places
 import pytest
 
 from agentstate.errors import BadExtent, MacMismatch, SettingsError, TierMissing, TierUnavailable, UnknownFormat
-from agentstate.pages import PageStore, Quota
+from agentstate.pages import Geometry, PageStore, Quota
 from agentstate.pages.extent import ExtentHeader
 from agentstate.pages.files import read_header
 from agentstate.pages.testing.pages import MARK, MHA, key, keys, write
@@ -72,6 +73,44 @@ def test_an_extent_is_named_by_its_header_and_comes_back_with_every_byte(place: 
             data = read(place.open(), published.name, offset, length)
             components.append([np.frombuffer(data, np.uint8).reshape(3, n_bytes)])
         assert found.wrong_slots(layer, 0, components) == []
+
+
+@pytest.mark.parametrize("keys_", [None, OLD])
+def test_an_extent_is_coded_on_its_way_and_read_by_who_publishes_raw_ones(
+    place: places.Objects, path: Path, keys_: str | None
+) -> None:
+    coding = SharedExtents(place.open(), None if keys_ is None else StoreKeys(keys_), "lossless")
+    published = coding.publish(path, "rank0").result(PATIENCE_S)
+    again = coding.publish(path, "rank0").result(PATIENCE_S)
+    assert published.new and again == published._replace(new=False)
+    assert published.n_bytes < path.stat().st_size and len(names(place.open())) == 1
+    found, local = header(place, published, keys_), read_header(path)
+    assert found.coding is not None and (found.keys, found.geometry) == (local.keys, local.geometry)
+    assert published.n_bytes == found.file_bytes + (TRAILER_BYTES if keys_ else 0)
+    data = read(place.open(), published.name, 0, published.n_bytes)
+    for layer in range(MHA.layers):
+        components = []
+        for component, n_bytes in enumerate(MHA.component_bytes):
+            offset, length = found.component_range(layer, component, 0, 3)
+            rows = np.zeros((3, n_bytes), np.uint8)
+            coded = np.frombuffer(data[offset : offset + length], np.uint8)
+            found.coding.decode(layer, component, 0, n_bytes, coded, [rows])
+            components.append([rows])
+        assert local.wrong_slots(layer, 0, components) == []
+    # The raw one is another object: both may be there.
+    assert publish(place, path, keys_).new and len(names(place.open())) == 2
+
+
+def test_what_coding_makes_no_smaller_is_published_as_it_is(place: places.Objects, tmp_path: Path) -> None:
+    geometry = Geometry(layers=1, page_size=1, component_bytes=(4096,))
+    store = PageStore(tmp_path / "noise", MARK, geometry)
+    draft = store.draft(keys(1), mmap.mmap(-1, store.draft_bytes(1)))
+    draft.component(0, 0)[:] = np.random.default_rng(0).integers(0, 256, (1, 4096), np.uint8)
+    store.publish(draft)
+    (noise,) = (store.directory / "extents").iterdir()
+    published = SharedExtents(place.open(), codec="lossless").publish(noise, "rank0").result(PATIENCE_S)
+    assert read(place.open(), published.name, 0, published.n_bytes) == noise.read_bytes()
+    store.close()
 
 
 def test_equal_extents_of_two_nodes_are_one_object(place: places.Objects, path: Path, tmp_path: Path) -> None:

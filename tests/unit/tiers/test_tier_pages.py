@@ -26,10 +26,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> places.Place:
     return places.Directory(tmp_path / "share")
 
 
-@pytest.fixture
-def extents(place: places.Place) -> Iterator[SharedExtents]:
+@pytest.fixture(params=["raw", "lossless"])
+def extents(place: places.Place, request: pytest.FixtureRequest) -> Iterator[SharedExtents]:
     with Guard(place.open(), "the share") as tier:
-        yield SharedExtents(tier, StoreKeys("k" * 32))
+        yield SharedExtents(tier, StoreKeys("k" * 32), request.param)
 
 
 @pytest.fixture
@@ -120,19 +120,19 @@ def test_an_extent_that_is_not_there_is_reported_once_and_not_asked_for_again(
 def test_wrong_bytes_are_not_used_and_their_extent_is_not_asked_for_again(
     pages: SharedPages, reader: LayerwiseReader, publish: Publish, place: places.Place, extents: SharedExtents
 ) -> None:
-    good, bad = publish(1, 2), publish(3, 4)
+    good, bad = publish(1, 2), publish(3, 4, 5)
     pages.enter([good, bad])
     header = extents.header(bad.name, bad.n_bytes).result(PATIENCE_S)
     right = _object(extents, bad)
     data = bytearray(right)
-    data[header.layout.component_range(1, 0, 1, 1)[0]] ^= 1
+    data[header.component_range(1, 0, 1, 1)[0]] ^= 1
     place.put(bad.name, bytes(data))
-    pin = pages.pin(keys(1, 2, 3, 4))
+    pin = pages.pin(keys(1, 2, 3, 4, 5))
     with reader.open(pin) as stream:
         wrong = {page for chunk in stream for page in chunk.wrong}
     assert wrong == {3}
     assert pages.drop(pin.copies(wrong)) == 1
-    assert pages.stored(keys(1, 2, 3, 4)) == [True, True, False, False]
+    assert pages.stored(keys(1, 2, 3, 4, 5)) == [True, True, False, False, False]
     assert pages.ids() == {good.id, bad.id}
     pages.enter([bad])
     assert pages.stored(keys(3)) == [False]

@@ -121,7 +121,7 @@ def test_coded_pages_are_all_there_or_none_and_none_is_wrong(
         # A header that could not be read when a store was opened is read when it is opened next.
         later = ["the store that went on lost"] if kinds == "reads" else []
         assert [problem for problem in outcome["problems"] if not any(text in problem for text in later)] == []
-        assert outcome["injected"] > 1
+        assert outcome["injected"] > 0
 
 
 # Builds what `injection.py` builds, and does one of its operations between two calls that are easily found.

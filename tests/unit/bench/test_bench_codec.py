@@ -54,7 +54,7 @@ def test_a_wrong_page_ends_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return done
 
     monkeypatch.setattr(codec.Wire, "publish", damaged)
-    with pytest.raises(RuntimeError, match="not what is written"):
+    with pytest.raises(RuntimeError, match="not what was written"):
         codec.run(source, "pages", [80.0], mib=64, rounds=2, report=None)
 
 

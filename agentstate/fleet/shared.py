@@ -247,7 +247,7 @@ class SharedStore:
                     try:
                         with self.fetched(extent) as (file, header):
                             if store is None:
-                                store = PageStore(directory, header.fingerprint, header.geometry)
+                                store = PageStore(directory, header.fingerprint, header.geometry, rows=header.rows)
                             _enter(store, file, header, free_fraction, copied)
                     except (BadExtent, TierMissing):
                         copied.unreadable += 1

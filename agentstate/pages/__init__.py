@@ -4,7 +4,8 @@
 (`draft`, `publish`), finding them again and keeping them where they are (`pin`), and what to do when space runs out
 (`Quota`, `need`, `retain`, `release`). `Writer` fills one extent while the one before it is published.
 `LayerwiseReader` opens a `Stream` of what is pinned, layer by layer, through a bounded staging memory that a
-`ReadBackend` reads into, or straight to a `Destination`; every `Chunk` says which of its pages may be used. `merge`
+`ReadBackend` reads into, or straight to a `Destination`; every `Chunk` says which of its pages may be used. `RowReader`
+reads single rows of pages, verified, to `RowMemory`, where the store that wrote them was to make that possible. `merge`
 makes one extent of many small ones. `StoreView` reads a store that another process writes, and `Replicas` all those
 that have the same pages.
 """
@@ -31,6 +32,7 @@ from agentstate.pages.reading import (
     Urgency,
 )
 from agentstate.pages.replicas import Replicas, stores_beside
+from agentstate.pages.rows import RowMemory, RowReader, RowsRead, RowStream
 from agentstate.pages.space import Quota, Space, StoreStats
 from agentstate.pages.store import PageStore
 from agentstate.pages.view import StoreView
@@ -59,6 +61,10 @@ __all__ = [
     "Quota",
     "ReadBackend",
     "Replicas",
+    "RowMemory",
+    "RowReader",
+    "RowStream",
+    "RowsRead",
     "Segment",
     "Space",
     "StoreStats",

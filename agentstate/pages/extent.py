@@ -7,6 +7,7 @@
     A         slab of layer 0                                      A = the header's end, rounded up to 4 KiB
     A + S     slab of layer 1                                      S = bytes of a slab, rounded up to 4 KiB
     ...
+    B         sums of every sector of 4 KiB of every slab           only where rows can be read alone
 
 A slab holds its layer of every page, component by component (K of all pages, then V of all pages; MLA has one
 component), so that one range of the file is a whole layer of the run. Numbers are little-endian. A reader that does
@@ -23,6 +24,10 @@ the header says how many bytes each has in each component.
 Every page has a checksum a layer, and so has every block of pages: a block is verified in one call instead of one a
 page, and that call releases Python's interpreter lock. Beside a forward, holding the lock is the largest cost of
 verifying.
+
+Where asked for, the extent also has a checksum a sector, 4 KiB, of every slab, so that a token's row can be read and
+verified without its page. They lie behind the slabs, layer by layer: a layer's sums can be read alone, and nothing that
+is read before the first layer grows by them. Such an extent is of version 5.
 """
 
 from __future__ import annotations
@@ -51,6 +56,8 @@ FORMAT_VERSION = 2
 _SHIFTED_VERSION = 3
 # An extent whose pages are coded.
 _CODED_VERSION = 4
+# An extent with a checksum a sector.
+_ROWS_VERSION = 5
 MAGIC = b"AGSEXTNT"
 PREFIX = struct.Struct("<8sIIQ")
 
@@ -59,6 +66,9 @@ Memory = mmap.mmap | np.ndarray
 
 # The longest name of an owner, in UTF-8.
 MOST_OWNER_BYTES = 1024
+
+# What is read and verified of a page alone: the unit in which drives read.
+SECTOR_BYTES = ALIGNMENT
 
 _MASK = (1 << 64) - 1
 _BLOCK_BYTES = 1 << 20
@@ -139,35 +149,55 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class ExtentLayout:
-    """Where everything lies in an extent of ``pages`` pages: it follows from their number, their geometry and the
-    owner's name alone."""
+    """Where everything lies in an extent of ``pages`` pages: it follows from their number, their geometry, the owner's
+    name and whether ``rows`` can be read alone."""
 
     geometry: Geometry
     pages: int
     owner: str = ""
+    rows: bool = False
+
+    @classmethod
+    def of_file(cls, geometry: Geometry, pages: int, owner: str, file_bytes: int) -> ExtentLayout:
+        """That of a file of ``file_bytes``, which tells whether rows can be read alone. Less than 4 KiB may be behind
+        the extent."""
+        # The sums alone take 4 KiB or more.
+        layout = cls(geometry, pages, owner, rows=True)
+        return layout if file_bytes >= layout.file_bytes else cls(geometry, pages, owner)
 
     @cached_property
     def data_offset(self) -> int:
         """Where the first slab starts: what the prefix and the header take, rounded up to 4 KiB."""
-        return align(_head_bytes(self.geometry, self.pages) + len(_packed_owner(self.owner)))
+        return align(_head_bytes(self.geometry, self.pages, self.rows) + len(_packed_owner(self.owner)))
 
     def agrees(self, other: ExtentLayout) -> bool:
         """Whether everything lies in the same places, whoever the owners are."""
-        here = (self.geometry, self.pages, self.data_offset)
-        return here == (other.geometry, other.pages, other.data_offset)
+        here = (self.geometry, self.pages, self.data_offset, self.rows)
+        return here == (other.geometry, other.pages, other.data_offset, other.rows)
 
     @property
     def shifted(self) -> bool:
         """Whether the slabs start later than they would without an owner."""
-        return bool(self.owner) and self.data_offset > align(_head_bytes(self.geometry, self.pages))
+        return bool(self.owner) and self.data_offset > align(_head_bytes(self.geometry, self.pages, self.rows))
 
     @cached_property
     def slab_bytes(self) -> int:
         return self.geometry.slab_bytes(self.pages)
 
     @property
+    def sectors(self) -> int:
+        """How many sectors a slab has."""
+        return self.slab_bytes // SECTOR_BYTES
+
+    @cached_property
     def file_bytes(self) -> int:
-        return self.data_offset + self.geometry.layers * self.slab_bytes
+        slabs = self.data_offset + self.geometry.layers * self.slab_bytes
+        return slabs + align(8 * self.geometry.layers * self.sectors) if self.rows else slabs
+
+    def sector_sums(self, layer: int, layers: int) -> tuple[int, int]:
+        """Offset in the file and length, in bytes, of the sums of the sectors of some layers, from ``layer`` on."""
+        sums = 8 * self.sectors
+        return self.layer_offset(self.geometry.layers) + layer * sums, layers * sums
 
     def layer_offset(self, layer: int) -> int:
         """Where a layer's slab starts in the file: a multiple of 4 KiB."""
@@ -204,10 +234,10 @@ class ExtentLayout:
 
 
 @lru_cache(maxsize=1024)
-def _head_bytes(geometry: Geometry, pages: int) -> int:
+def _head_bytes(geometry: Geometry, pages: int, rows: bool) -> int:
     """Bytes of the prefix and of a header without an owner."""
     # The length of the msgpack map depends on the number of pages alone, since its blobs have fixed widths.
-    header = ExtentHeader.blank(bytes(KEY_BYTES), geometry, PageKeys(bytes(KEY_BYTES * pages)))
+    header = ExtentHeader.blank(bytes(KEY_BYTES), geometry, PageKeys(bytes(KEY_BYTES * pages)), rows=rows)
     return PREFIX.size + len(header.packed())
 
 
@@ -222,7 +252,8 @@ class ExtentHeader:
 
     ``keys`` are the pages' 32-byte keys in slot order; ``checksums`` has shape (layers, pages), uint64, and
     ``block_checksums`` (layers, blocks): those of the pages' own bytes, coded or not. ``owner`` is whom the extent's
-    bytes are charged to. ``coding`` says how the pages are coded; None: they lie as the ``layout`` says.
+    bytes are charged to. ``coding`` says how the pages are coded; None: they lie as the ``layout`` says. With ``rows``
+    the extent has a sum a sector too, which the header has not; then it is not coded.
     """
 
     fingerprint: bytes
@@ -232,11 +263,12 @@ class ExtentHeader:
     block_checksums: np.ndarray
     owner: str = ""
     coding: Coding | None = None
+    rows: bool = False
 
-    @property
+    @cached_property
     def layout(self) -> ExtentLayout:
         """Where everything lies if the pages are not coded."""
-        return ExtentLayout(self.geometry, len(self.keys), self.owner)
+        return ExtentLayout(self.geometry, len(self.keys), self.owner, self.rows)
 
     @cached_property
     def data_offset(self) -> int:
@@ -262,12 +294,36 @@ class ExtentHeader:
         return self.data_offset + offset, length
 
     @classmethod
-    def blank(cls, fingerprint: bytes, geometry: Geometry, keys: PageKeys, owner: str = "") -> ExtentHeader:
+    def blank(
+        cls, fingerprint: bytes, geometry: Geometry, keys: PageKeys, owner: str = "", *, rows: bool = False
+    ) -> ExtentHeader:
         """A header whose checksums are zero until `sum_up` enters them."""
         pages, blocks = (
             np.zeros((geometry.layers, count), dtype="<u8") for count in (len(keys), geometry.blocks(len(keys)))
         )
-        return cls(fingerprint, geometry, keys, pages, blocks, owner)
+        return cls(fingerprint, geometry, keys, pages, blocks, owner, rows)
+
+    def sector_seed(self, layer: int) -> int:
+        """The seed of the sum of a layer's first sector; that of each next one is larger by 1, modulo 2**64. So a sum
+        covers of which pages, in which layer and where in the slab a sector is."""
+        return (self._sector_seed + layer * self.layout.sectors) & _MASK
+
+    @cached_property
+    def _sector_seed(self) -> int:
+        return block_seed(self.fingerprint, self.keys)
+
+    def sum_up_sectors(self, layer: int, slab: np.ndarray) -> np.ndarray:
+        """The sums of a layer's sectors, little-endian uint64: ``slab`` is all of its bytes."""
+        sums = np.empty(self.layout.sectors, dtype="<u8")
+        seed = self.sector_seed(layer)
+        if native.library is not None:
+            native.library.sector_sums(slab, seed, sums)
+        else:
+            sums[:] = [
+                xxhash.xxh3_64_intdigest(sector.data, seed=(seed + number) & _MASK)
+                for number, sector in enumerate(slab.reshape(-1, SECTOR_BYTES))
+            ]
+        return sums
 
     @cached_property
     def _page_seeds(self) -> list[int]:
@@ -350,6 +406,8 @@ class ExtentHeader:
         if self.coding is not None:
             lengths = self.coding.lengths.astype("<u4", copy=False).tobytes()
             plane |= {"codec": "lossless", "tables": self.coding.tables.tobytes(), "lengths": lengths}
+        if self.rows:
+            plane["sector_bytes"] = SECTOR_BYTES
         packed: bytes = msgpack.packb(
             fields
             | {
@@ -370,6 +428,8 @@ class ExtentHeader:
         """The first bytes of the file, all but the zeros that pad them to ``layout.data_offset``."""
         packed = self.packed()
         version = _SHIFTED_VERSION if self.layout.shifted else FORMAT_VERSION
+        if self.rows:
+            version = _ROWS_VERSION
         if self.coding is not None:
             version = _CODED_VERSION
         return PREFIX.pack(MAGIC, version, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
@@ -388,14 +448,17 @@ class ExtentHeader:
         packed = raw[PREFIX.size : PREFIX.size + length]
         if len(packed) != length or xxhash.xxh3_64_intdigest(packed) != digest:
             raise BadExtent(f"{name}: the header is damaged")
-        if version not in (FORMAT_VERSION, _SHIFTED_VERSION, _CODED_VERSION):
-            raise UnknownFormat(f"{name}: format version {version}; this release reads 2 to 4")
+        if version not in (FORMAT_VERSION, _SHIFTED_VERSION, _CODED_VERSION, _ROWS_VERSION):
+            raise UnknownFormat(f"{name}: format version {version}; this release reads 2 to 5")
         try:
             fields = msgpack.unpackb(packed, raw=False)
             (plane,) = fields["planes"]
             known = "lossless" if version == _CODED_VERSION else "raw"
             if plane["codec"] != known or fields["checksum"] != "xxh3-64":
                 raise UnknownFormat(f"{name}: unknown codec {plane['codec']!r} or checksum {fields['checksum']!r}")
+            rows = version == _ROWS_VERSION
+            if rows and plane["sector_bytes"] != SECTOR_BYTES:
+                raise UnknownFormat(f"{name}: sums of sectors of {plane['sector_bytes']!r} bytes")
             geometry = Geometry(fields["layers"], fields["page_size"], tuple(plane["components"]))
             keys = PageKeys(fields["keys"])
             sums, block_sums = (
@@ -414,9 +477,10 @@ class ExtentHeader:
                 if not coding.known:
                     raise UnknownFormat(f"{name}: pages are coded in a way that this release does not know")
                 return cls(fingerprint, geometry, keys, sums, block_sums, owner, coding)
-            header = cls(fingerprint, geometry, keys, sums, block_sums, owner)
+            header = cls(fingerprint, geometry, keys, sums, block_sums, owner, rows=rows)
             layout = header.layout
-            if align(PREFIX.size + length) != layout.data_offset or (version == _SHIFTED_VERSION) != layout.shifted:
+            as_shifted = rows or (version == _SHIFTED_VERSION) == layout.shifted
+            if align(PREFIX.size + length) != layout.data_offset or not as_shifted:
                 raise BadExtent(f"{name}: the header has {length} bytes, which its fields do not add up to")
             return header
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -427,7 +491,16 @@ class ExtentDraft:
     """An extent under construction in page-aligned memory: the caller fills `component` for every layer, then hands
     the draft to `PageStore.publish`. The memory is ``buffer``'s and may be reused after that."""
 
-    def __init__(self, fingerprint: bytes, geometry: Geometry, keys: Sequence[bytes], buffer: Memory, owner: str = ""):
+    def __init__(
+        self,
+        fingerprint: bytes,
+        geometry: Geometry,
+        keys: Sequence[bytes],
+        buffer: Memory,
+        owner: str = "",
+        *,
+        rows: bool = False,
+    ):
         if len(fingerprint) != KEY_BYTES:
             raise ValueError(f"fingerprints have {KEY_BYTES} bytes")
         if len(owner.encode()) > MOST_OWNER_BYTES:
@@ -436,7 +509,7 @@ class ExtentDraft:
         self.geometry = geometry
         self.fingerprint = fingerprint
         self.owner = owner
-        self.layout = ExtentLayout(geometry, len(keys), owner)
+        self.layout = ExtentLayout(geometry, len(keys), owner, rows)
         self.n_bytes = self.layout.file_bytes
         if self.n_bytes > len(buffer):
             raise ValueError(f"a draft of {self.n_bytes} bytes does not fit a buffer of {len(buffer)}")
@@ -454,11 +527,16 @@ class ExtentDraft:
         if self._sealed is not None:
             return self._sealed
         pages, layers = len(self.keys), self.geometry.layers
-        header = ExtentHeader.blank(self.fingerprint, self.geometry, self.keys, self.owner)
+        header = ExtentHeader.blank(self.fingerprint, self.geometry, self.keys, self.owner, rows=self.layout.rows)
         for layer in range(layers):
             header.sum_up(layer, [self.component(layer, c) for c in range(len(self.geometry.component_bytes))])
             start = self.layout.data_offset + layer * self.layout.slab_bytes
             self._bytes[start + pages * self.geometry.layer_bytes : start + self.layout.slab_bytes] = 0
+            if header.rows:
+                slab = self._bytes[start : start + self.layout.slab_bytes]
+                at, length = self.layout.sector_sums(layer, 1)
+                self._bytes[at : at + length] = header.sum_up_sectors(layer, slab).view(np.uint8)
+        self._bytes[sum(self.layout.sector_sums(0, layers)) : self.n_bytes] = 0
         encoded = header.encode()
         self._bytes[: len(encoded)] = np.frombuffer(encoded, dtype=np.uint8)
         self._bytes[len(encoded) : self.layout.data_offset] = 0

@@ -221,12 +221,14 @@ class Found(NamedTuple):
 
 
 class Handle(ABC):
-    """An extent that can be read, wherever it lies, and its ``header``, which has been checked.
+    """An extent that can be read, wherever it lies, and its ``header``, which has been checked. One that is a file has
+    its descriptor, ``fd``.
 
     What reads it raises BadExtent where it is gone or too short, and OSError where nothing is known of it this time.
     """
 
     header: ExtentHeader
+    fd: int | None = None
 
     def read(self, segment: Segment, layer: int, buffer: Buffer, position: int) -> tuple[Found, int]:
         """Read one layer of a segment into ``buffer`` from ``position`` on, which is block-aligned. Returns it, with
@@ -324,6 +326,7 @@ class FileHandle(Handle):
                 hold(self._fd, extent.path)
             self.header = header or self._read_header(extent.layout)
             self._file: OpenFile = backend.open(self._fd, extent.path)
+            self.fd = self._fd
         except FileNotFoundError:
             os.close(self._fd)
             raise BadExtent(f"{self._name} is gone") from None

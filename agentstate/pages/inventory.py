@@ -231,7 +231,8 @@ def repair(store: Path, reports: list[ExtentReport]) -> int:
     ]
     headers = [report.header for report in reports if report.header is not None]
     if headers:
-        writer = PageStore(store, headers[0].fingerprint, headers[0].geometry)
+        rows = any(header.rows for header in headers)
+        writer = PageStore(store, headers[0].fingerprint, headers[0].geometry, rows=rows)
         try:
             for report in reports:
                 if report.header is not None and report.broken:

@@ -56,7 +56,7 @@ def recode(header: ExtentHeader, rows: Rows, memory: Memory) -> ExtentHeader | N
 
 def _blank(header: ExtentHeader) -> ExtentHeader:
     components = len(header.geometry.component_bytes)
-    return replace(header, coding=Coding.blank(header.geometry.layers, components, len(header.keys)))
+    return replace(header, coding=Coding.blank(header.geometry.layers, components, len(header.keys)), rows=False)
 
 
 def coded_copy(file: BinaryIO, header: ExtentHeader) -> BinaryIO | None:

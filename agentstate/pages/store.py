@@ -67,6 +67,8 @@ _WRITING_OVER_S = 1.0
 class PageStore:
     """Pages by key. Every method may be called from any thread.
 
+    With ``rows``, rows of the pages that it writes can be read alone (`rows.RowReader`); such pages are not coded.
+
     Raises PageStoreLocked when another process has the store open, PageStoreUnwritable when the directory cannot be
     made or written, PageStoreFull when its disk has no room at all, and FingerprintMismatch when ``directory`` holds
     another fingerprint's extents. What is published is coded by ``codec`` where that makes it smaller; what was by
@@ -82,10 +84,12 @@ class PageStore:
         *,
         space: Space | None = None,
         codec: Codec = "raw",
+        rows: bool = False,
     ):
         self.directory = directory
         self.fingerprint = fingerprint
         self.geometry = geometry
+        self._rows = rows
         self.stats = StoreStats()
         # Is told which pages leave the store, where somebody wants to know.
         self.changes: Changes | None = None
@@ -241,7 +245,7 @@ class PageStore:
         owners = self._index.owners(records)
         numbers, unknown, gone = [0], [], set(records)
         self._undeleted.clear()
-        size_of = functools.cache(self.draft_bytes)
+        sizes_of = functools.cache(self._sizes_of)
         with os.scandir(self._directory.extents) as entries:
             for entry in entries:
                 if _NAME.fullmatch(entry.name) is None:
@@ -251,7 +255,7 @@ class PageStore:
                 number, status = int(entry.name[:16], 16), entry.stat()
                 numbers.append(number)
                 record, owner = records.get(number), owners.get(number, "")
-                if record and _is_of(record, Path(entry.path), status, owner, size_of):
+                if record and _is_of(record, Path(entry.path), status, owner, sizes_of):
                     known = Extent(number, *record, owner=owner)
                     self._extents[number] = _recognized(before.get(number), known)
                     gone.discard(number)
@@ -478,7 +482,7 @@ class PageStore:
             return [self._stored_extent(self._extents[number]) for number in numbers]
 
     def _stored_extent(self, extent: Extent) -> StoredExtent:
-        layout = ExtentLayout(self.geometry, extent.pages, extent.owner)
+        layout = ExtentLayout.of_file(self.geometry, extent.pages, extent.owner, extent.file_bytes)
         return StoredExtent(self._directory.extent(extent.number), layout, extent.number)
 
     @property
@@ -756,13 +760,17 @@ class PageStore:
         return pages
 
     def draft_bytes(self, pages: int, owner: str = "") -> int:
-        return ExtentLayout(self.geometry, pages, owner).file_bytes
+        return ExtentLayout(self.geometry, pages, owner, self._rows).file_bytes
+
+    def _sizes_of(self, pages: int, owner: str) -> set[int]:
+        """Which sizes an extent may have."""
+        return {ExtentLayout(self.geometry, pages, owner, rows).file_bytes for rows in (False, True)}
 
     def draft(self, keys: list[bytes], buffer: Memory, owner: str = "") -> ExtentDraft:
         """An extent of ``keys`` to fill, in ``buffer``, which must hold `draft_bytes` of them. Its bytes are charged to
         ``owner``. Raises ValueError for keys of another length than 32 bytes, and for an owner whose name is longer
         than `MOST_OWNER_BYTES`."""
-        return ExtentDraft(self.fingerprint, self.geometry, keys, buffer, owner)
+        return ExtentDraft(self.fingerprint, self.geometry, keys, buffer, owner, rows=self._rows)
 
     def publish(self, draft: ExtentDraft, *, again: bool = False) -> None:
         """Make the draft's pages durable and findable: written, `fdatasync`, renamed, directory synced, indexed.
@@ -776,7 +784,7 @@ class PageStore:
 
     def _publish(self, draft: ExtentDraft, again: bool, evict: bool) -> None:
         header, data = draft.seal()
-        if self._codec == "lossless":
+        if self._codec == "lossless" and not self._rows:
             header, data = _coded(draft)
         charged = None if again else header.owner
         with self._writing:
@@ -1224,14 +1232,14 @@ def _recognized(before: Extent | None, found: Extent) -> Extent:
 
 
 def _is_of(
-    record: ExtentRecord, path: Path, status: os.stat_result, owner: str, size_of: Callable[[int, str], int]
+    record: ExtentRecord, path: Path, status: os.stat_result, owner: str, sizes_of: Callable[[int, str], set[int]]
 ) -> bool:
     """Whether a record tells of the file that is there, and is not garbage."""
     return (
         (record.file_bytes, record.mtime_ns) == (status.st_size, status.st_mtime_ns)
         and record.live <= record.pages < record.file_bytes
         and record.used < 1 << 62
-        and (size_of(record.pages, owner) == record.file_bytes or _coded_pages(path) == record.pages)
+        and (record.file_bytes in sizes_of(record.pages, owner) or _coded_pages(path) == record.pages)
     )
 
 

@@ -187,7 +187,7 @@ class StoreView:
         with suppress(lmdb.Error, struct.error):
             described = {} if index is None else index.described(dict.fromkeys(run.number for run in runs))
             for number, (record, owner) in described.items():
-                layout = ExtentLayout(self.geometry, record.pages, owner)
+                layout = ExtentLayout.of_file(self.geometry, record.pages, owner, record.file_bytes)
                 extents[number] = StoredExtent(self._files.extent(number), layout, number)
         for run in runs:
             if run.number not in extents:

@@ -209,7 +209,7 @@ class SharedPages:
         for run in runs:
             if (shared := self._shared.get(run.number)) is None:
                 raise KeyError(keys[run.first])
-            layout = ExtentLayout(self.geometry, shared.pages, shared.owner)
+            layout = ExtentLayout.of_file(self.geometry, shared.pages, shared.owner, shared.n_bytes)
             extents.setdefault(run.number, StoredExtent(Path(shared.name), layout, run.number))
         found = runs[-1].first + runs[-1].pages if runs else 0
         if found < len(keys):

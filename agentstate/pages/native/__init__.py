@@ -32,6 +32,28 @@ and what becomes of an error is decided by its callers, in Python, and both ways
         What `codec.encode` and `codec.decode` do, of contiguous bytes: ``lengths`` are uint32 of shape (pages,), and
         ``arrays`` whole pages each. Raises ValueError for what does not fit each other.
 
+    Queue(depth)
+        Reads of which at most ``depth`` are under way at a time, for one call of `read_rows` after the other. Raises
+        OSError where the kernel has none.
+
+    read_rows(queue, reads, got, scratch, sums, seeds, from, to, row_bytes, into, outcome)
+        Carry out ``reads``, int64 of shape (reads, 4): of a file descriptor, from an offset on, so many bytes, to
+        the ``scratch`` from a sector of 4 KiB on. They fill it without a gap. ``got``, int64 of shape (reads,), is
+        filled: bytes, or an error's number, negative. Where ``queue`` is None, they have been carried out, and ``got``
+        says so. Each sector of ``scratch`` has its sum in ``sums`` with its seed from ``seeds``, both uint64; without
+        ``sums``, nothing is verified. ``from`` and ``to``, int64 of shape (components, rows), say for each row where
+        in the scratch it begins, ascending, and which row of ``into`` it goes to: for each component one array of shape
+        (any, row bytes). ``outcome``, uint8 of shape (rows,), is filled: 1 where all sectors of a row were right and it
+        has been copied; 2 where one was not; 3 where one has not been read. Of such rows some components may have been
+        copied. Raises ValueError if something does not lie where it may.
+
+    sector_sums(data, seed, sums)
+        Fill ``sums`` with the checksums of the sectors of ``data``, the first with ``seed``, each next with one more.
+
+    replaced_preadv() -> bool
+        Whether something else than the C library has taken the place of its `preadv`, which is how tests slow a drive
+        down or make it fail: then no `Queue` is to go around it.
+
     xxh3_64(data, seed=0) -> int
         The XXH3 checksum of 64 bits.
 """
@@ -41,7 +63,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-_INTERFACE = 3
+_INTERFACE = 4
 # Not of Settings: there is nobody to pass them to an import.
 _OFF = os.environ.get("AGENTSTATE_NATIVE", "").lower() in ("off", "0", "false", "no", "n", "f")
 _preadv = os.preadv
@@ -60,6 +82,16 @@ def _load() -> Any:
 
 library: Any = _load()
 """The extension; None where Python takes its place."""
+
+
+def new_queue(depth: int) -> Any:
+    """A `Queue`; None where there is none, or what has taken the place of `preadv` is to see every read."""
+    if library is None or os.preadv is not _preadv or library.replaced_preadv():
+        return None
+    try:
+        return library.Queue(depth)
+    except OSError:
+        return None
 
 
 def replaced_preadv() -> Any:

@@ -14,7 +14,7 @@
 #include "xxh3.h"
 
 /* Raised with every change of what is called from Python: an older build of a checkout is then not used. */
-enum { INTERFACE = 3 };
+enum { INTERFACE = 4 };
 
 enum { KEY = 32 };
 
@@ -55,6 +55,8 @@ static Py_ssize_t add_views(struct views *views, PyObject *arrays, int flags) {
     }
     return count;
 }
+
+#include "rows.h"
 
 /* ---- what an extent's header says ---- */
 
@@ -542,17 +544,25 @@ static PyMethodDef native_functions[] = {
     {"xxh3_64", native_xxh3_64, METH_VARARGS, NULL},
     {"encode", native_encode, METH_VARARGS, NULL},
     {"decode", native_decode, METH_VARARGS, NULL},
+    {"read_rows", native_read_rows, METH_VARARGS, NULL},
+    {"sector_sums", native_sector_sums, METH_VARARGS, NULL},
+    {"replaced_preadv", native_replaced_preadv, METH_NOARGS, NULL},
     {0},
 };
 
 static int native_exec(PyObject *module) {
     consume = best_here();
     choose_decoding();
-    PyObject *type = PyType_FromSpec(&verifier_spec);
-    if (type == NULL) return -1;
-    int failed = PyModule_AddObjectRef(module, "Verifier", type);
-    Py_DECREF(type);
-    return failed ? failed : PyModule_AddIntConstant(module, "INTERFACE", INTERFACE);
+    PyType_Spec *specs[] = {&verifier_spec, &queue_spec};
+    const char *names[] = {"Verifier", "Queue"};
+    for (int i = 0; i < 2; i++) {
+        PyObject *type = PyType_FromSpec(specs[i]);
+        if (type == NULL) return -1;
+        int failed = PyModule_AddObjectRef(module, names[i], type);
+        Py_DECREF(type);
+        if (failed) return failed;
+    }
+    return PyModule_AddIntConstant(module, "INTERFACE", INTERFACE);
 }
 
 static PyModuleDef_Slot native_slots[] = {{Py_mod_exec, native_exec}, {0}};

@@ -20,9 +20,11 @@ from agentstate.pages.keys import PageKeys
 TINY = Geometry(layers=2, page_size=1, component_bytes=(20, 12))
 
 
-def sealed(geometry: Geometry, pages: list[bytes], owner: str = "") -> tuple[ExtentHeader, bytes]:
+def sealed(
+    geometry: Geometry, pages: list[bytes], owner: str = "", *, rows: bool = False
+) -> tuple[ExtentHeader, bytes]:
     buffer = mmap.mmap(-1, 1 << 20)
-    header, data = ExtentDraft(MARK, geometry, pages, buffer, owner).seal()
+    header, data = ExtentDraft(MARK, geometry, pages, buffer, owner, rows=rows).seal()
     return header, bytes(data)
 
 
@@ -180,10 +182,55 @@ def test_the_pages_that_are_wrong_are_found_in_blocks_and_in_parts_of_them(
                 rows[component][slot, 5] ^= 0x20
 
 
+@pytest.mark.usefixtures("read_by")
+@pytest.mark.parametrize("geometry", [MHA, MLA, TINY], ids=["MHA", "MLA", "TINY"])
+def test_every_sector_has_a_sum_that_covers_where_it_is(geometry: Geometry) -> None:
+    """As docs/extent-format.md says."""
+    pages = keys(1, 2, 3, 4, 5)
+    header, data = sealed(geometry, pages, owner="somebody", rows=True)
+    layout = header.layout
+    assert PREFIX.unpack_from(data)[1] == 5 and len(data) == layout.file_bytes
+    found = ExtentHeader.decode(data, "x")
+    assert (found.rows, found.layout, found.owner) == (True, layout, "somebody")
+    seed = xxhash.xxh3_64_intdigest(MARK + b"".join(pages))
+    sectors = layout.slab_bytes // 4096
+    begin = layout.data_offset + geometry.layers * layout.slab_bytes
+    sums = np.frombuffer(data, dtype="<u8", count=geometry.layers * sectors, offset=begin)
+    for number, value in enumerate(sums.tolist()):
+        at = layout.data_offset + 4096 * number
+        assert value == xxhash.xxh3_64_intdigest(data[at : at + 4096], seed=(seed + number) % (1 << 64))
+    assert not any(data[begin + 8 * len(sums) :]) and len(data) % 4096 == 0
+    # But for the version and one field, what is before the sums is what it is without them.
+    plain, without = sealed(geometry, pages, owner="somebody")
+    slabs = geometry.layers * layout.slab_bytes
+    assert without[plain.layout.data_offset :] == data[layout.data_offset :][:slabs]
+
+
+def test_a_file_says_whether_its_rows_can_be_read_alone() -> None:
+    for geometry, pages in ((TINY, 1), (MLA, 400), (WIDE, 3)):
+        for rows in (False, True):
+            layout = ExtentLayout(geometry, pages, "somebody", rows)
+            for behind in (0, 1, 4095):
+                assert ExtentLayout.of_file(geometry, pages, "somebody", layout.file_bytes + behind) == layout
+
+
+def test_sectors_of_another_size_are_refused() -> None:
+    header, data = sealed(TINY, keys(1), rows=True)
+    packed = msgpack.unpackb(data[PREFIX.size : PREFIX.size + PREFIX.unpack_from(data)[2]])
+    for value, error in ((512, UnknownFormat), (None, BadExtent)):
+        packed["planes"][0]["sector_bytes"] = value
+        if value is None:
+            del packed["planes"][0]["sector_bytes"]
+        raw = msgpack.packb(packed)
+        prefix = PREFIX.pack(b"AGSEXTNT", 5, len(raw), xxhash.xxh3_64_intdigest(raw))
+        with pytest.raises(error):
+            ExtentHeader.decode(prefix + raw, "x")
+
+
 def test_another_version_is_refused_and_named() -> None:
     raw = bytearray(sealed(TINY, keys(1))[1])
-    raw[8] = 5
-    with pytest.raises(UnknownFormat, match="one.ext: format version 5; this release reads 2 to 4"):
+    raw[8] = 6
+    with pytest.raises(UnknownFormat, match="one.ext: format version 6; this release reads 2 to 5"):
         ExtentHeader.decode(raw, "one.ext")
 
 

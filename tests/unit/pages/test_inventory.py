@@ -82,10 +82,10 @@ def test_repair_deletes_what_cannot_be_read(store: Path) -> None:
 def test_repair_leaves_what_another_release_reads(store: Path) -> None:
     first, second = sorted((store / "extents").iterdir())
     newer = bytearray(second.read_bytes())
-    newer[8] = 5
+    newer[8] = 6
     second.write_bytes(newer)
     (bad,) = [report for report in inventory.check(store) if not report.good]
-    assert bad.foreign and bad.damage == f"{second.name}: format version 5; this release reads 2 to 4"
+    assert bad.foreign and bad.damage == f"{second.name}: format version 6; this release reads 2 to 5"
     inventory.repair(store, [bad])
     assert second.read_bytes() == newer and first.exists()
 

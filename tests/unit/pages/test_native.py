@@ -582,6 +582,18 @@ def test_sums_of_sectors_are_those_of_python(library: Any, sectors: tuple[int, b
             library.sector_sums(data, seed, room)
 
 
+def test_a_slow_drive_of_another_interpreter_sees_every_read(tmp_path: Path) -> None:
+    """A library that is preloaded takes the place of `preadv`, and there is no queue that goes around it."""
+    slow = tmp_path / "slow_drive.so"
+    source = ROOT / "benchmarks" / "slow_drive.c"
+    subprocess.run([c_compiler(), "-shared", "-fPIC", "-o", slow, source, "-ldl", "-lpthread"], check=True)
+    code = "from agentstate.pages import native; print(native.library.replaced_preadv(), native.new_queue(4))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "LD_PRELOAD": str(slow)}, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout.split()) == (0, ["True", "None"]), run.stderr
+
+
 def test_a_library_in_between_is_seen(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if library.replaced_preadv():
         assert native.new_queue(4) is None

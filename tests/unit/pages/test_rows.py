@@ -474,10 +474,43 @@ def test_a_stream_of_a_drive_that_hangs_is_let_go_when_the_drive_answers(
     assert not stream.idle and store.pinned == 1 and reader.kept()["streams"] == 1
     gate.open.set()
     for choice in choices:
-        assert choice.exception(PATIENCE_S) is None or "closed" in str(choice.exception())
+        error = choice.exception(PATIENCE_S)
+        assert error is None or "closed" in str(error)
     stream.close()
     assert stream.idle and store.pinned == 0 and reader.kept() == {"streams": 0, "extents": 0}
     reader.close()
+    store.close()
+
+
+def test_what_is_read_behind_does_not_wait_for_choices_of_a_stream_that_was_discarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stored(tmp_path, LATENT, 3)
+    reader, to = RowReader(LATENT), memory(LATENT, 3)
+    other = reader.open(store.pin(keys(*range(3))))
+    other.prepare(0).result(PATIENCE_S)
+    stream = reader.open(store.pin(keys(*range(3))))
+    stream.prepare(0).result(PATIENCE_S)
+    real, reached, held = os.preadv, threading.Event(), threading.Event()
+
+    def first_hangs(fd: int, buffers: Sequence[Any], offset: int) -> int:
+        if not reached.is_set():
+            reached.set()
+            assert held.wait(PATIENCE_S)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", first_hangs)
+    choice = stream.read(0, np.array([3]), memory(LATENT, 3))
+    assert reached.wait(PATIENCE_S)
+    rest = other.rest(0, to)
+    stream.discard()
+    assert len(done(rest).rows) == 48 and not choice.done()
+    held.set()
+    assert done(choice).states.tolist() in ([ARRIVED], [UNREAD])
+    stream.close()
+    other.close()
+    reader.close()
+    assert store.pinned == 0
     store.close()
 
 

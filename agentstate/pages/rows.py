@@ -7,7 +7,8 @@ and copied to where it belongs.
 
 `RowStream.read` is a choice: rows that somebody waits for. Sectors that lie close together are one read: reading a gap
 costs its bytes, another read costs what a read costs, and which is less is measured while reading. Whatever other rows
-lie whole in the sectors that are read is delivered with them, and a row that has arrived is not read again.
+lie whole in the sectors that are read is delivered with them, and a row that has arrived is not read again. Of a row
+that goes on in the next sector nothing is kept until all of it is read: so a sector may be read twice for its ends.
 `RowStream.rest` brings what is still missing of a layer, in pieces. Each waits until no choice is being read.
 
 A row whose sectors do not have the sums that they were written with is looked at once more in its whole page, which has

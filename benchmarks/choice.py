@@ -57,6 +57,8 @@ class Model:
         return self.layers * (sum(self.row_bytes) + self.index_bytes)
 
 
+# Bytes a token and layer are as SGLang lays them out. Of the last two, how many layers and tokens a block there are is
+# assumed: shares of bytes do not depend on the first.
 MODELS = {
     "deepseek-v3.2": Model(61, (656,), 132),
     "glm-5": Model(78, (656,), 132),

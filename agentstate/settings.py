@@ -51,6 +51,7 @@ ENGINE_LIMITS = (
     "break_even",
     "read_ahead",
     "read_priorities",
+    "choice",
     "preload_bytes",
     "queue_aging_s",
     "foresight",
@@ -249,6 +250,12 @@ class Settings(BaseSettings):
         True,
         description="Whether prefetches and preloads are read in the order in which they are needed: first what a "
         "queued request needs, then what is due, by its time. off: in the order in which they were asked for.",
+    )
+    choice: bool = Field(
+        False,
+        description="Whether a forward waits only for those rows of a restored prefix that its attention chooses, of a "
+        "model with an index, and the others follow behind the first token: on or off. Where that cannot be exact, "
+        "prefixes are restored whole.",
     )
     preload_bytes: ByteSize = Field(
         ByteSize(256 * MIB),

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine_patch.choice import ChoiceRestorer
+
+_Route = Sequence[tuple["Arrivals", int]]
 
 
 class Arrivals:
@@ -57,6 +67,12 @@ class Arrivals:
         except TimeoutError:
             self.abandon(batch)
             return False
+
+    def wait(self, batch: int, layer: int) -> bool:
+        """Return once a layer of a batch has arrived or failed, or the batch is abandoned: whether it has arrived. An
+        unknown batch counts as arrived."""
+        layers = self.futures.get(batch)
+        return layers is None or self._arrived(batch, layers[layer])
 
     def awaited(self, batch: int) -> bool:
         """Whether a forward would wait for a layer of the batch that has not arrived."""
@@ -120,9 +136,13 @@ class LayerGate:
     Has all members of SGLang's `LayerWiseLoadCounter` that SGLang's pools, worker and graph runner call. A layer
     without a pool is never waited for. Waiting for the last of ``num_layers`` waits for all layers of all pools: a
     forward replayed from one graph waits once, for the last.
+
+    Of a pool that is restored by ``choice``, whoever asks for a layer waits for all of it, also where rows of an
+    earlier batch are still to come; but within `naming` it does not wait for that pool at all: such a reader waits for
+    the rows that it reads (`wait_rows`).
     """
 
-    def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]]):
+    def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]], choice: ChoiceRestorer | None = None):
         self.num_layers = max(routes, default=-1) + 1
         self.consumer_index = -1
         self.waited_s = 0.0
@@ -131,6 +151,8 @@ class LayerGate:
         self._routes = routes
         self._all = [place for layer in sorted(routes) for place in routes[layer]]
         self._arrivals = {arrivals for arrivals, _ in self._all}
+        self._choice = choice
+        self._naming = False
 
     def set_consumer(self, index: int) -> None:
         self.consumer_index = index
@@ -138,8 +160,19 @@ class LayerGate:
             arrivals.set_consumer(index)
 
     def wait_until(self, threshold: int) -> None:
-        index = self.consumer_index
         route = self._all if threshold == self.num_layers - 1 else self._routes.get(threshold, ())
+        if self._choice is not None:
+            if self._naming:
+                own = self._choice.arrivals
+                route = [place for place in self._routes.get(threshold, ()) if place[0] is not own]
+            elif self._choice.open:
+                started = time.perf_counter()
+                self._choice.wait_whole(layer for arrivals, layer in route if arrivals is self._choice.arrivals)
+                self._waited(threshold, time.perf_counter() - started)
+        self._wait(route, threshold)
+
+    def _wait(self, route: _Route, threshold: int) -> None:
+        index = self.consumer_index
         if not any(arrivals.awaited(index) for arrivals, _ in route):
             return
         started = time.perf_counter()
@@ -147,10 +180,32 @@ class LayerGate:
             arrivals.wait_until(layer)
             if arrivals.abandoned(index):
                 self.abandon(index)
-        waited_s = time.perf_counter() - started
+        self._waited(threshold, time.perf_counter() - started)
+
+    def _waited(self, threshold: int, waited_s: float) -> None:
         self.waited_s += waited_s
-        waits_s = self._waits_s.setdefault(index, {})
-        waits_s[threshold] = waits_s.get(threshold, 0.0) + waited_s
+        if self.consumer_index >= 0:
+            waits_s = self._waits_s.setdefault(self.consumer_index, {})
+            waits_s[threshold] = waits_s.get(threshold, 0.0) + waited_s
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Within it, a layer's rows are read that were waited for, or are about to be, by `wait_rows`."""
+        before, self._naming = self._naming, True
+        try:
+            yield
+        finally:
+            self._naming = before
+
+    def wait_rows(self, layer: int, slots: torch.Tensor) -> None:
+        """Return once the rows ``slots`` of a layer, token slots of the device as integers on the host, are there, or
+        are known never to come; the request that reads one of these is recomputed."""
+        if self._choice is not None and self._choice.open:
+            started = time.perf_counter()
+            self._choice.require(layer, slots)
+            if self._choice.arrivals.abandoned(self.consumer_index):
+                self.abandon(self.consumer_index)
+            self._waited(layer, time.perf_counter() - started)
 
     def abandon(self, index: int) -> None:
         """Abandon the batch in every pool: what one has waited for in vain, the others must not wait for."""

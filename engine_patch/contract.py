@@ -188,6 +188,7 @@ ENGINE = Contract(
             "init_cache_linker": "self cache_linker",
             "take_events": "self",
             "checkpoint_into_tree": "self req up_to kwargs",
+            "claim_kv_row": "self req",
             "finish_external_linker_loads": "self reqs",
             "_evict": "self params available_size_targets allocation_reclaim_satisfied",
             "_evict_device_next_node": "self component_type tracker",

@@ -56,6 +56,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self.layer_done_counter = self._pools.gate
         self.pools = self._pools.device_pages
         self.window_pages = self._pools.window_pages
+        self.by_choice = self._pools.by_choice
         if PoolName.MAMBA in self.pools:
             # The state has readers of its own, which do not pass through the KV pool.
             params.req_to_token_pool.register_layer_transfer_counter(self.layer_done_counter)
@@ -165,6 +166,15 @@ class AgentStateLinker(UnifiedCacheLinker):
             if self._rank.metrics is not None:
                 self._rank.metrics.restored(restored)
         return found
+
+    def trail(self, counter_index: int) -> bool:
+        """Whether a batch's forward, which is over, has read nothing but good pages, and the rest of them follows
+        (`StoredPools.trail`). `finish` is still to come."""
+        return self._pools.trail(counter_index)
+
+    def trailed(self, counter_index: int) -> bool:
+        """Whether `finish` of a batch that trails is due: it would not wait, or something of the batch is bad."""
+        return self._pools.failing(counter_index) or self._pools.landed(counter_index)
 
     def quarantine(self, found: Finished) -> None:
         """Quarantine a batch's device pages until `release_quarantine`: a pending read on some rank may still write to

@@ -40,6 +40,11 @@ _COUNTERS = {
     ("restore", "pages_host"): ("host_restored_pages", "Of the restored pages, those that came from the host tier."),
     ("restore", "bytes_host"): ("host_restored_bytes", "Bytes that came from the host tier, and not from the drive."),
     ("restore", "pages_shared"): ("shared_restored_pages", "Of the restored pages, those of the shared store."),
+    ("restore", "bytes_chosen"): ("chosen_bytes", "Bytes that forwards waited for because attention chose their rows."),
+    ("restore", "bytes_before_token"): (
+        "read_before_token_bytes",
+        "Bytes read before a first token, of what is restored by choice.",
+    ),
     ("restore", "seconds"): ("restore_seconds", "Time in which pages were restored."),
     ("restore", "first_layer_s"): ("first_layer_seconds", "Time until the first layer of a restore was there."),
     ("restore", "pages_failed"): ("failed_pages", "Pages that were dropped because they were damaged or unreadable."),

@@ -7,6 +7,7 @@ one flag that a user sets is completed here, when SGLang resolves its arguments,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -418,12 +419,15 @@ def _before_abort(original: Any, scheduler: Any, abort: Any) -> Any:
 
 
 def _before_decode_result(original: Any, processor: Any, batch: Any, result: Any) -> Any:
-    """SGLang passes over an output that is to be discarded in the results of prefills only: here it would be sent.
-    Loads belong to prefills, so that nothing here is marked; an engine in which something is, ends instead."""
-    if isinstance(processor.tree_cache, _cache_class()):
+    """SGLang passes over an output that is to be discarded in the results of prefills only: here it would be sent. What
+    is found out after a prefill is marked as finished and retracted, which SGLang passes over here if schedules
+    overlap: then it expects that. An engine in which something else is marked ends instead."""
+    if isinstance(cache := processor.tree_cache, _cache_class()):
         for req in batch.reqs:
             if req.discard_output_reason is not None and not req.finished() and not req.is_retracted:
                 raise RuntimeError(f"request {req.rid} would be sent an output of KV that was not restored")
+        if any(cache.passes_over(req) for req in batch.reqs) and not processor.enable_overlap:
+            processor = dataclasses.replace(processor, enable_overlap=True)
     return original(processor, batch, result)
 
 

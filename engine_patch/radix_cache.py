@@ -52,6 +52,7 @@ from engine_patch.sglang_api import (
     model_group,
     release_kv_cache,
 )
+from engine_patch.trailing import Trailing
 from engine_patch.turns import RequestSession
 from engine_patch.weights import RESTART, Weights
 
@@ -163,9 +164,11 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         self.shared = word == Word.SHARED
         return 0 if self.cache_linker.computes(self._rid, pages, word) else pages
 
-    def finish_loads(self) -> list[str]:
+    def finish_loads(self, trail: Callable[[int, list[str]], bool] = lambda index, rids: False) -> list[str]:
         """Wait for the loads of the batch that just ran: the rids that failed, identical on every rank. Loads start
-        with a batch of prefills and are over with it, so that a batch that only decodes has none."""
+        with a batch of prefills and are over with it, so that a batch that only decodes has none; unless the requests
+        ``trail`` them, as it tells of the number of the batch of loads and their rids: then nothing is known of them
+        yet, and `conclude` is still to come."""
         if self.inflight_load_index < 0:
             # What is queued belongs to a batch that has not run.
             return []
@@ -173,19 +176,29 @@ class _LinkerWrapper(UnifiedCacheLinkerWrapper):
         if not rids:
             return []
         index, self.inflight_load_index = self.inflight_load_index, -1
-        found = self.cache_linker.finish(index)
-        over, *landed = self.on_all_ranks([not found.writing, *(rid not in found.failed for rid in rids)])
-        if not over:
-            # Ranks give out pages alike.
-            self.cache_linker.quarantine(found)
-        if found.restored is not None and all(landed):
-            self.landed.update(dict.fromkeys(rids, found.restored))
-        failed = [rid for rid, good in zip(rids, landed, strict=True) if not good]
+        if trail(index, rids):
+            for rid in rids:
+                self.private_load_indices.pop(rid, None)
+            return []
+        failed, restored = self.conclude(index, rids)
+        if restored is not None:
+            self.landed.update(dict.fromkeys(rids, restored))
         for rid in rids:
             self.private_load_indices.pop(rid, None)
         for rid in failed:
             self.entering.pop(rid, None)
         return failed
+
+    def conclude(self, index: int, rids: Sequence[str]) -> tuple[list[str], Restored | None]:
+        """Wait for a batch of loads: the rids that failed, identical on every rank, and what was restored if none
+        has."""
+        found = self.cache_linker.finish(index)
+        over, *landed = self.on_all_ranks([not found.writing, *(rid not in found.failed for rid in rids)])
+        if not over:
+            # Ranks give out pages alike.
+            self.cache_linker.quarantine(found)
+        failed = [rid for rid, good in zip(rids, landed, strict=True) if not good]
+        return failed, None if failed else found.restored
 
     def loads(self, rid: str) -> bool:
         """Whether a request's load has not been concluded by `finish_loads`."""
@@ -253,6 +266,8 @@ class AgentStateRadixCache(UnifiedRadixCache):
     agentstate: AgentStateLinker
     # Whether it prefills for another engine, which decodes.
     _hands_over = False
+    # The requests that run before all that they restore is there, where prefixes are restored by choice.
+    trailing: Trailing | None = None
 
     def __init__(self, params: Any):
         super().__init__(params)
@@ -271,6 +286,8 @@ class AgentStateRadixCache(UnifiedRadixCache):
     def init_cache_linker(self, cache_linker: AgentStateLinker) -> None:
         self.agentstate = cache_linker
         self.linker = _LinkerWrapper(self, cache_linker)
+        if cache_linker.by_choice:
+            self.trailing = Trailing(cache_linker.trailed, lambda index, rids: self.linker.conclude(index, rids)[0])
         if self._params.enable_kv_cache_events:
             self.linker.kv_events = KvEvents(self.tree_core, cache_linker, self._params)
         self.preloads = Preloads(self, cache_linker, self.linker.on_all_ranks, self.linker.note_unlocked)
@@ -339,6 +356,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
             "deferrals": self.deferrals.kept,
             "ordered_requests": self.order.kept,
             "recomputations": len(self._recomputing),
+            "trailing_requests": 0 if self.trailing is None else self.trailing.kept,
             "served_requests": self.served.kept,
             "locked_tokens": self._locked_tokens,
         }
@@ -357,9 +375,19 @@ class AgentStateRadixCache(UnifiedRadixCache):
             self.eviction.forget()
             self.foresight.cleared()
             self.linker.entering.clear()
+            if self.trailing is not None:
+                self.trailing.clear()
         super().reset()
 
+    def claim_kv_row(self, req: Req) -> bool:
+        """The first thing that SGLang does when it takes a request's pages away, whyever it does."""
+        if self.trailing is not None and not self.trailing.settle(req):
+            req.skip_radix_cache_insert = True
+        return bool(super().claim_kv_row(req))
+
     def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
+        if self.trailing is not None and self.trailing.postpones(req, up_to):
+            return
         self.agentstate.inserting(req.rid)
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         self.linker.entering.pop(req.rid, None)
@@ -493,6 +521,9 @@ class AgentStateRadixCache(UnifiedRadixCache):
             # lacked may have been locked until it was stored.
             self.linker.unlocked = False
             scheduler.running_batch.batch_is_full = False
+        if self.trailing is not None:
+            for req, up_to in self.trailing.take_whole():
+                self.checkpoint(req, up_to=up_to)
         self.requeue_failed(scheduler)
         self.order.step(scheduler.waiting_queue, scheduler.policy)
         # Whatever became of it, nobody waits for it longer than this step.
@@ -529,7 +560,7 @@ class AgentStateRadixCache(UnifiedRadixCache):
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
         """Mark the requests whose restore failed (see the module's docstring), and return those that the caller must
         abort, as stock SGLang does with all of them: what cannot be made new once it is marked as finished."""
-        rids = set(self.linker.finish_loads())
+        rids = set(self.linker.finish_loads() if self.trailing is None else self._finish_loads(self.trailing, reqs))
         failed = [req for req in reqs if req.rid in rids]
         renewed = [req for req in failed if _can_be_renewed(req)]
         withheld = not self._generates or self._hands_over
@@ -541,6 +572,46 @@ class AgentStateRadixCache(UnifiedRadixCache):
                 # In the middle of a prompt, nothing else says that its KV is not to be sent.
                 req.to_finish = req.discard_output_reason
         return [req for req in failed if req not in renewed]
+
+    def _finish_loads(self, trailing: Trailing, reqs: Sequence[Req]) -> list[str]:
+        """Where prefixes are restored by choice: the rids that failed in the batch that has just run. Requests that
+        turn out to have failed since an earlier one are taken out of all batches."""
+
+        def trail(index: int, rids: Collection[str]) -> bool:
+            loading = [req for req in reqs if req.rid in rids]
+            if self._hands_over or not self._generates or not all(_can_trail(req) for req in loading):
+                return False
+            if trails := self.agentstate.trail(index):
+                trailing.begin(index, loading)
+            return trails
+
+        failed = self.linker.finish_loads(trail)
+        trailing.look()
+        trailing.ended = trailing.failed
+        for req in trailing.ended:
+            self._recompute_late(req)
+        return failed
+
+    def _recompute_late(self, req: Req) -> None:
+        """A request that has trailed turns out to have bad pages, after it may have been sent tokens. These were
+        computed from good ones. The result of the forward that just ran may not have been, and an earlier one may not
+        have been looked at: both are passed over, and computed again."""
+        if not _can_be_renewed(req):
+            # It is being aborted.
+            release_kv_cache(req, self, checkpoint=False)
+            req.to_finish = req.to_finish or FINISH_ABORT("KV restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
+            req.update_finish_state(0)
+            return
+        item = _Recomputation.of(req, self._beams, withheld=True)
+        # What it has reported as cached stays so.
+        item.was_retracted = True
+        self._recomputing.append(item)
+        req.skip_radix_cache_insert = True
+        req.discard_output_reason = FINISH_ABORT("KV restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
+        # Batches pass over what has finished, and nobody hears of what counts as sent.
+        req.finished_output = True
+        release_kv_cache(req, self, checkpoint=False)
+        req.finished_reason = req.discard_output_reason
 
     def may_send(self, req: Req) -> bool:
         """Whether all of a request's KV is verified or computed from what is, so that it may go to the engine that
@@ -581,15 +652,21 @@ class AgentStateRadixCache(UnifiedRadixCache):
         """Whether a request is on its way back to the queue."""
         return any(item.req is req for item in self._recomputing)
 
+    def passes_over(self, req: Req) -> bool:
+        """Whether what the forward that has just run gave for a request must not be looked at, though that decodes."""
+        return self.trailing is not None and (req in self.trailing.ended or self.recomputes(req))
+
     def stepped(self, batch: ScheduleBatch, seconds: float) -> None:
         """A batch is over. It took ``seconds`` if it was one of prompts, or of parts of them; 0 when that is not
         known."""
         waiting = self.linker.landed
         landed = [waiting.pop(req.rid) for req in batch.reqs if req.rid in waiting] if waiting else []
+        untimed = self.trailing is not None and self.trailing.take_untimed(batch.reqs)
         if seconds:
             parts = list(zip(batch.prefix_lens, batch.extend_lens, strict=False))
             self.served.stepped(batch.reqs, parts, landed, self.page_size)
-            self.agentstate.stepped(parts, seconds, landed[0] if landed else None)
+            if not untimed:
+                self.agentstate.stepped(parts, seconds, landed[0] if landed else None)
 
     def requeue_failed(self, scheduler: Scheduler) -> None:
         """Queue again what no batch holds any more."""
@@ -733,6 +810,21 @@ def _can_be_renewed(req: Req) -> bool:
     has been sent in part: a transfer that is under way may still read the slots that would be released."""
     unsent = req.start_send_idx <= req.disagg_decode_prefix_len
     return unsent and req.to_finish is None and (req.session is None or not req.session.streaming)
+
+
+def _can_trail(req: Req) -> bool:
+    """Whether a request could be recomputed once it has been sent tokens, from these and nothing else. One whose prompt
+    has further chunks chooses most of its prefix anyway."""
+    return (
+        _can_be_renewed(req)
+        and not req.inflight_middle_chunks
+        and not req.finished()
+        and req.grammar is None
+        and req.beam_group is None
+        and req.input_embeds is None
+        and req.multimodal_inputs is None
+        and not (req.return_logprob or req.return_hidden_states or req.return_sampling_mask)
+    )
 
 
 def _has_result(scheduler: Scheduler, req: Req) -> bool:

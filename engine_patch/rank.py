@@ -21,7 +21,7 @@ from agentstate.settings import ENGINE_LIMITS, Settings
 from agentstate.sql.database import Database
 from agentstate.tiers import shared_extents
 from agentstate.tiers.pages import SharedPages
-from engine_patch import flags, identity
+from engine_patch import choice, flags, identity
 from engine_patch.accounts import TIERS, Accounts
 from engine_patch.break_even import BreakEven
 from engine_patch.control import ControlEndpoint
@@ -82,6 +82,7 @@ class Rank:
         except EngineError as error:
             self.retire(f"AgentState cannot store what this model keeps: {error}")
         self._device_pools = pools
+        self._by_choice = self._restores_by_choice()
         self._group = identity.group(server_args, pools)
         self._shape = identity.shape()
         self._limits: Limits | None = None
@@ -90,7 +91,14 @@ class Rank:
         share = None if self._extents is None else Share(self._extents.tier, self._open_shared)
         replicas = self._open_replicas if identity.reads_others(settings) else None
         self.pools = StoredPools(
-            pools, self._opening(marks, self._space), settings, self._ranks_here(), self.accounts, share, replicas
+            pools,
+            self._opening(marks, self._space),
+            settings,
+            self._ranks_here(),
+            self.accounts,
+            share,
+            replicas,
+            self._by_choice,
         )
         if settings.foresight and self.pools.host_tier is not None:
             self.pools.host_tier.value = lambda session_id, keys: self.waits.index(session_id, "host")
@@ -139,6 +147,14 @@ class Rank:
             ", ".join(f"{name} {value}" for name, value in limits.items()),
         )
 
+    def _restores_by_choice(self) -> bool:
+        """Whether attention's choice is restored first."""
+        if not self.settings.choice or not self._device_pools:
+            return False
+        if (reason := choice.hindrance(self._server_args, self._device_pools)) is not None:
+            logger.warning("agentstate: AGENTSTATE_CHOICE has no effect, prefixes are restored whole: %s", reason)
+        return reason is None
+
     def _ranks_here(self) -> int:
         """How many ranks share this machine."""
         parallel = get_parallel()
@@ -163,7 +179,8 @@ class Rank:
                 return StoreView(directory, mark, geometry)
             # To device memory pages are read as they are.
             codec = self.settings.pages_codec if self.settings.read_backend == "posix" else "raw"
-            return PageStore(directory, mark, geometry, space=space, codec=codec)
+            rows = self._by_choice and pool.name is PoolName.KV
+            return PageStore(directory, mark, geometry, space=space, codec=codec, rows=rows)
 
         return open_store
 

@@ -40,6 +40,8 @@ class RestoreStats:
     damaged, or could not be read in two restores, and were dropped; ``pages_unread`` could not be read this time and
     were kept; ``timed_out`` are the batches that had not arrived yet when they were abandoned, because a drive did not
     answer.
+    Where rows come as attention chooses them, ``bytes_chosen`` were needed for those that forwards waited for, and
+    ``bytes_before_token`` had been read when the first forward of a batch was over.
     ``first_layer_s`` is the time until the first layer of such a batch had arrived, of ``seconds`` in all, and
     ``forward_wait_s`` the time that forwards waited for layers."""
 
@@ -50,6 +52,8 @@ class RestoreStats:
     pages_host: int = 0
     bytes_host: int = 0
     pages_shared: int = 0
+    bytes_chosen: int = 0
+    bytes_before_token: int = 0
     seconds: float = 0.0
     first_layer_s: float = 0.0
     forward_wait_s: float = 0.0
@@ -119,7 +123,7 @@ class Finished(NamedTuple):
 
 
 @dataclass
-class _Batch:
+class Batch:
     loads: list[Load]
     feeds: list[Feed]
     need: Need
@@ -155,22 +159,22 @@ class _Batches:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: dict[int, _Batch] = {}
+        self._waiting: dict[int, Batch] = {}
         self._running = 0
         self._closed = False
 
-    def put(self, index: int, batch: _Batch) -> None:
+    def put(self, index: int, batch: Batch) -> None:
         with self._changed:
             self._waiting[index] = batch
             self._changed.notify_all()
 
-    def hasten(self, batch: _Batch, need: Need) -> None:
+    def hasten(self, batch: Batch, need: Need) -> None:
         """Let a batch be as urgent as ``need``, if it is less so, also while it runs."""
         with self._changed:
             batch.need = min(batch.need, need)
             self._changed.notify_all()
 
-    def take(self, urgency: Urgency) -> tuple[int, _Batch] | None:
+    def take(self, urgency: Urgency) -> tuple[int, Batch] | None:
         """Wait for a batch, whose end is to be told by `over`. None once it is closed and none is left."""
         with self._changed:
             while True:
@@ -208,7 +212,7 @@ class _Batches:
             self._changed.notify_all()
 
 
-class _Abandoned(Exception):
+class Abandoned(Exception):
     """Nobody waits for the batch any more."""
 
 
@@ -259,7 +263,7 @@ class Restorer:
         self._pending: dict[str, Load] = {}
         # The feeds of the pending loads.
         self._feeds: list[Feed] = []
-        self._batches: dict[int, _Batch] = {}
+        self._batches: dict[int, Batch] = {}
         self._begun = _Batches()
         self._threads = [
             threading.Thread(target=self._run, args=(urgency,), name="agentstate-restore", daemon=True)
@@ -347,6 +351,18 @@ class Restorer:
                 feeds.remove(feed)
                 feed.stream.discard()
 
+    def read_ahead(self, rid: str, keys: Sequence[bytes]) -> None:
+        """Begin to read what a waiting request will load."""
+        self.prefetches.for_request(rid, keys)
+
+    def arrived(self, index: int) -> bool:
+        """Wait until a batch has arrived or is abandoned, and tell whether all of it is good. `finish` is still to
+        come."""
+        layers = range(self._pages.geometry.layers)
+        complete = all([self.arrivals.wait(index, layer) for layer in layers])
+        batch = self._batches.get(index)
+        return complete and (batch is None or not batch.failed)
+
     def cancel(self, rid: str) -> bool:
         load = self._pending.pop(rid, None)
         if load is not None:
@@ -369,7 +385,7 @@ class Restorer:
     def _begin(self, loads: list[Load], feeds: list[Feed], ready: Sequence[torch.Event], need: Need) -> int:
         index = self.arrivals.begin()
         lane = self._pages.inbound if need is AWAITED else self._pages.background
-        batch = self._batches[index] = _Batch(loads, feeds, need, lane, ready)
+        batch = self._batches[index] = Batch(loads, feeds, need, lane, ready)
         self._begun.put(index, batch)
         return index
 
@@ -460,7 +476,7 @@ class Restorer:
                     closing.callback(batch.lane.finish)
                     self._restore(index, batch)
             except Exception as error:
-                if not isinstance(error, _Abandoned):
+                if not isinstance(error, Abandoned):
                     logger.exception("agentstate: a restore failed; its requests are recomputed")
                 # Not before everything is closed: after this the device pages are someone else's.
                 self.arrivals.fail(index, error)
@@ -468,7 +484,7 @@ class Restorer:
             self._drop_bad(batch)
             self._begun.over()
 
-    def _drop_bad(self, batch: _Batch) -> None:
+    def _drop_bad(self, batch: Batch) -> None:
         """Drop the pages that a batch found wrong, and those that a drive failed to read for the second time."""
         try:
             again = set[tuple[bytes, int]]()
@@ -486,7 +502,7 @@ class Restorer:
         except Exception:
             logger.exception("agentstate: pages that are wrong could not be dropped")
 
-    def _remember(self, batch: _Batch) -> set[tuple[bytes, int]]:
+    def _remember(self, batch: Batch) -> set[tuple[bytes, int]]:
         """Remember the pages that a drive failed to read, and forget those that it read. Returns the pages that it had
         failed to read before. The caller holds ``_counting``."""
         again = batch.unread & self._unread.keys()
@@ -496,7 +512,7 @@ class Restorer:
         self._unread = dict(list(kept.items())[-_REMEMBERED_UNREAD:])
         return again
 
-    def _restore(self, index: int, batch: _Batch) -> None:
+    def _restore(self, index: int, batch: Batch) -> None:
         started, first_layer_s = time.perf_counter(), 0.0
         for load in batch.loads:
             if load.missing:
@@ -526,9 +542,9 @@ class Restorer:
 
     def _require_wanted(self, index: int) -> None:
         if self.arrivals.abandoned(index):
-            raise _Abandoned
+            raise Abandoned
 
-    def _land(self, index: int, batch: _Batch, feed: Feed, chunk: Chunk) -> None:
+    def _land(self, index: int, batch: Batch, feed: Feed, chunk: Chunk) -> None:
         """Write a chunk's pages of each request to the device, unless one of them is unusable."""
         if unusable := chunk.unusable():
             for portion in feed.portions:
@@ -544,7 +560,7 @@ class Restorer:
                         self._pages.scatter(chunk.layer, place, rows, batch.lane)
             chunk.keep_until = batch.lane.fence()
 
-    def _reject(self, batch: _Batch, feed: Feed, portion: Portion, bad: list[int], chunk: Chunk) -> None:
+    def _reject(self, batch: Batch, feed: Feed, portion: Portion, bad: list[int], chunk: Chunk) -> None:
         """A request has failed because of the pages ``bad`` of a feed."""
         load, pin = portion.load, feed.stream.pin
         batch.failed.add(load.rid)
@@ -573,7 +589,7 @@ class Restorer:
             reason,
         )
 
-    def _record(self, batch: _Batch, first_layer_s: float, seconds: float) -> Restored | None:
+    def _record(self, batch: Batch, first_layer_s: float, seconds: float) -> Restored | None:
         pages_of: Counter[tuple[str, Source]] = Counter()
         for feed in batch.feeds:
             for portion in feed.portions:

@@ -99,6 +99,14 @@ def given_flags(server_args: Any) -> list[Flag]:
     return [judge(field, value) for field, value in values.items() if value != defaults[field]]
 
 
+def attention_backends() -> set[str | None]:
+    """The names of those that attend while prefilling and while decoding; empty where SGLang does not say."""
+    from sglang.srt import runtime_context
+
+    found = getattr(runtime_context, "attention_backends", tuple)()
+    return set(found)
+
+
 def platform_is_hip() -> bool:
     return bool(get_platform().is_hip)
 
@@ -192,6 +200,7 @@ __all__ = [
     "UnifiedRadixCache",
     "UpdateWeightFromDiskReqOutput",
     "add_attention_backend_choices",
+    "attention_backends",
     "attention_modules",
     "constructs_linkers",
     "create_cache",

@@ -32,12 +32,14 @@ from agentstate.pages import (
     Replicas,
     StoreView,
 )
+from agentstate.pages.rows import RowReader
 from agentstate.pages.space import StoreStats
 from agentstate.settings import Settings
 from agentstate.tiers import Guard
 from agentstate.tiers.pages import SharedPages
 from engine_patch.accounts import Accounts
 from engine_patch.arrivals import Arrivals, LayerGate
+from engine_patch.choice import ChoiceRestorer
 from engine_patch.failures import Failures, together
 from engine_patch.following import FollowingSpiller
 from engine_patch.host_memory import bound
@@ -135,6 +137,7 @@ class _StoredPool:
         tier: HostTier | None = None,
         share: Share | None = None,
         open_replicas: OpenReplicas | None = None,
+        by_choice: bool = False,
     ):
         self.name = pool.name
         # The pool of the tree that says where the pages of this one are.
@@ -157,13 +160,14 @@ class _StoredPool:
         self.most_offered = max(1, min(queue_pages, most))
         backend = read_backend(settings.read_backend, self.device_pages.device)
         staging_bytes = int(settings.staging_bytes * part)
+        open_extent = self.local.opening(backend) if not isinstance(self.local, PageStore) else None
         self.reader = LayerwiseReader(
             self.device_pages.geometry,
             staging_bytes=staging_bytes,
             threads=settings.read_threads or (_READ_THREADS_BESIDE if self.device_pages.addressable else READ_THREADS),
             chunk_bytes=chunk_bytes(self.device_pages.device),
             backend=backend,
-            open_extent=self.local.opening(backend) if not isinstance(self.local, PageStore) else None,
+            open_extent=open_extent,
         )
         self.host = (
             HostPool(tier, self.store, self.device_pages, self.reader, backend.on_host) if tier is not None else None
@@ -183,7 +187,15 @@ class _StoredPool:
             if share is not None
             else None
         )
-        self.restorer = Restorer(self.local, self.device_pages, self.reader, self._timeout_s, self.host, self.shared)
+        self.choice: ChoiceRestorer | None = None
+        if by_choice:
+            rows = RowReader(self.device_pages.geometry, open_extent=open_extent)
+            self.choice = ChoiceRestorer(
+                self.local, self.device_pages, self.reader, rows, self._timeout_s, self.host, self.shared
+            )
+        self.restorer = self.choice or Restorer(
+            self.local, self.device_pages, self.reader, self._timeout_s, self.host, self.shared
+        )
         # Whether nothing is spilled any more.
         self.ended = False
         # What follows another pool is withheld with that one's pages.
@@ -298,7 +310,8 @@ class _StoredPool:
 class StoredPools:
     """``pools``, full attention first, each with a store that ``open_store`` opens. Memory for staging is shared out
     (`_parts`); that of the host tier goes to what is worth most, within the quotas of ``accounts``. ``ranks`` share the
-    machine. Without pools it is a place where nothing is stored and nothing is found.
+    machine. With ``by_choice`` the KV of full attention is restored by choice (`ChoiceRestorer`). Without pools it is a
+    place where nothing is stored and nothing is found.
 
     Every request loads from every pool, so that all pools count their batches alike: one index serves them all.
     """
@@ -312,6 +325,7 @@ class StoredPools:
         accounts: Accounts | None = None,
         share: Share | None = None,
         open_replicas: OpenReplicas | None = None,
+        by_choice: bool = False,
     ):
         device = pools[0].device_pages.device if pools else torch.device("cpu")
         host_bytes = bound(settings.host_bytes, device, ranks)
@@ -320,14 +334,24 @@ class StoredPools:
         self.page_size = pools[0].device_pages.geometry.page_size if pools else 1
         self.host_tier = HostTier(host_bytes, device, threads, accounts) if host_bytes else None
         self._pools = [
-            _StoredPool(pool, open_store, settings, part, self.host_tier, share, open_replicas)
+            _StoredPool(
+                pool,
+                open_store,
+                settings,
+                part,
+                self.host_tier,
+                share,
+                open_replicas,
+                by_choice and pool.name is PoolName.KV,
+            )
             for pool, part in zip(pools, _parts(pools), strict=True)
         ]
+        self._choice = next((pool.choice for pool in self._pools if pool.choice is not None), None)
         routes: dict[int, list[tuple[Arrivals, int]]] = {}
         for pool in self._pools:
             for position, layer in enumerate(pool.model_layers):
                 routes.setdefault(layer, []).append((pool.restorer.arrivals, position))
-        self.gate = LayerGate(routes)
+        self.gate = LayerGate(routes, self._choice)
         self.device_pages = {pool.name: pool.device_pages for pool in self._pools}
         self._budget = OfferBudget([pool.most_offered for pool in self._pools])
         self._pages_refused = 0
@@ -468,7 +492,7 @@ class StoredPools:
     def read_ahead(self, rid: str, keys: Sequence[bytes]) -> None:
         """Begin to read what a waiting request will load."""
         for pool in self._pools:
-            pool.restorer.prefetches.for_request(rid, pool.needed(keys))
+            pool.restorer.read_ahead(rid, pool.needed(keys))
 
     def prefetch(
         self, session_id: str, keys: Sequence[bytes], ttl_s: float, need: Need = PLANNED
@@ -698,6 +722,26 @@ class StoredPools:
 
     def start(self, ready: Sequence[torch.Event]) -> int:
         return _in_step({pool.restorer.start(ready) for pool in self._pools} or {-1})
+
+    @property
+    def by_choice(self) -> bool:
+        """Whether anything is restored by choice, so that batches may `trail`."""
+        return self._choice is not None
+
+    def trail(self, index: int) -> bool:
+        """After a batch's forward: whether what it has not read of its pages may come behind it, as it does from now
+        on. All that it has read is good then. `finish` is still to come, and waits for the rest."""
+        if self._choice is None or not self._choice.trails(index):
+            return False
+        others = [pool.restorer for pool in self._pools if pool.restorer is not self._choice]
+        if not all([restorer.arrived(index) for restorer in others]):
+            return False
+        self._choice.go_on(index)
+        return True
+
+    def failing(self, index: int) -> bool:
+        """Whether a batch that trails has met something that must not be used, or is abandoned."""
+        return self._choice is not None and self._choice.failing(index)
 
     def finish(self, index: int) -> Finished:
         """Wait for the batch: the requests that must not be used, because of whichever pool, and what was restored in

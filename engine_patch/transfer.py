@@ -245,6 +245,13 @@ class DevicePages:
         assert self._arrays is not None
         return [[rows[run] for run in runs] for rows in self._arrays[layer]]
 
+    def rows(self, layer: int) -> list[np.ndarray]:
+        """The memory of a layer: for each component a uint8 array of shape (rows, bytes a row), where row ``r`` is that
+        of slot ``r``. Only on a CPU, and only for components with a token a row."""
+        assert self._arrays is not None
+        size = self.geometry.page_size
+        return [pages.reshape(len(pages) * size, -1) for pages in self._arrays[layer]]
+
     def _on_device(self, numbers: torch.Tensor) -> torch.Tensor:
         # From pageable memory the copy would wait for everything that is queued.
         return numbers.pin_memory().to(self.device, non_blocking=True)

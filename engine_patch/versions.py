@@ -66,6 +66,7 @@ SUPPLIED = frozenset(
         "SWATokenToKVPoolAllocator.set_full_to_swa_mapping",
         "UnifiedRadixCache.full_evictable_size",
         "UnifiedRadixCache.swa_evictable_size",
+        "UnifiedRadixCache.claim_kv_row",
         "InsertParams.set_evicted_seqlen",
         "ServerArgs.unified_cache_external_linker_config",
     }

@@ -201,12 +201,12 @@ class CpuAttention(TorchNativeAttnBackend):
         pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc), k, v)
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = queries.new_empty(queries.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        latents = pool.get_key_buffer(layer.layer_id)
         first = 0
         for slots, prefix in self.sequences():
             of_new = slice(first, first + len(slots) - prefix)
-            keys = latents[_slots(slots)][:, 0].to(q.dtype)
-            out[of_new] = sparse.attend(queries[of_new], keys, layer.v_head_dim, chosen[of_new], layer.scaling)
+            union = sparse.union_of(chosen[of_new])
+            keys = sparse.latents(pool, layer.layer_id, slots[union].long()).to(q.dtype)
+            out[of_new] = sparse.attend(queries[of_new], keys, layer.v_head_dim, chosen[of_new], union, layer.scaling)
             first = of_new.stop
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 

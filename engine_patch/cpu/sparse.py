@@ -6,10 +6,13 @@ are rotated, quantized and laid out as SGLang's kernels do it, so that an engine
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
+
+from engine_patch.arrivals import LayerGate
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _SCALE_BYTES = 4
@@ -79,15 +82,44 @@ def best(queries: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, prefi
     return chosen
 
 
-def attend(queries: torch.Tensor, keys: torch.Tensor, size: int, chosen: torch.Tensor, scale: float) -> torch.Tensor:
+def attend(
+    queries: torch.Tensor, keys: torch.Tensor, size: int, chosen: torch.Tensor, union: torch.Tensor, scale: float
+) -> torch.Tensor:
     """Attention of ``queries`` (queries, heads, latent) to those of a sequence's tokens that `best` chose for each.
-    ``keys`` are (tokens, latent), and their first ``size`` numbers are the values."""
-    tokens = len(keys)
+    ``keys`` (tokens of the ``union``, latent) are those of the tokens in `union_of`, and their first ``size`` numbers
+    are the values."""
+    tokens = len(union)
+    place = torch.searchsorted(union, chosen.long().clamp(min=0))
     seen = torch.zeros(len(queries), tokens + 1, dtype=torch.bool)
-    seen.scatter_(1, chosen.long().masked_fill(chosen < 0, tokens), True)
+    seen.scatter_(1, place.masked_fill(chosen < 0, tokens), True)
     scores = torch.einsum("qhd,td->qht", queries, keys) * scale
     scores.masked_fill_(~seen[:, None, :tokens], -torch.inf)
     return torch.einsum("qht,td->qhd", scores.softmax(-1), keys[:, :size])
+
+
+def union_of(chosen: torch.Tensor) -> torch.Tensor:
+    """The tokens that any query chose, in order, as int64: nothing else of a sequence is read."""
+    return torch.unique(chosen[chosen >= 0]).long()
+
+
+def latents(pool: Any, layer_id: int, slots: torch.Tensor) -> torch.Tensor:
+    """The rows ``slots`` of a layer's KV, shape (slots, latent). Others of the layer may not be there yet."""
+    if (gate := _gate(pool)) is not None:
+        gate.wait_rows(layer_id - pool.start_layer, slots)
+    with _naming(pool):
+        rows: torch.Tensor = pool.get_key_buffer(layer_id)[slots][:, 0]
+    return rows
+
+
+def _naming(pool: Any) -> AbstractContextManager[None]:
+    """Within it, SGLang's ``pool`` does not wait until all KV of a layer is there."""
+    gate = _gate(pool)
+    return nullcontext() if gate is None else gate.naming()
+
+
+def _gate(pool: Any) -> LayerGate | None:
+    gate = getattr(pool, "layer_transfer_counter", None)
+    return gate if isinstance(gate, LayerGate) else None
 
 
 def choose(
@@ -108,8 +140,9 @@ def choose(
     turned = indexer.rotary_emb(positions, queries[..., :rope].clone(), keys[:, None, :rope].clone())
     queries = rotate(torch.cat([turned[0].view_as(queries[..., :rope]), queries[..., rope:]], -1).float())
     keys = rotate(torch.cat([turned[1].view_as(keys[..., :rope]), keys[..., rope:]], -1).float())
-    # Waits until what is restored of the layer is there.
-    buffer = pool.get_index_k_with_scale_buffer(layer_id)
+    # Waits until what is restored of the layer's index is there.
+    with _naming(pool):
+        buffer = pool.get_index_k_with_scale_buffer(layer_id)
     powers_of_two = indexer.scale_fmt is not None
     store(buffer, pool.page_size, forward_batch.out_cache_loc, *quantize(keys, powers_of_two))
     if not return_indices:

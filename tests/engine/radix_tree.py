@@ -49,6 +49,7 @@ class Linker:
     word = Word.RESTORE
     restores = reads_ahead = True
     preload_bytes = window_pages = 0
+    by_choice = False
     retired = False
     drive_timeout_s = 3600.0
     quarantines_pages = stuck = demotes = False

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import re
@@ -154,6 +155,25 @@ def test_an_engine_ends_before_it_sends_what_is_to_be_discarded_while_decoding(p
     other = SimpleNamespace(tree_cache=object())
     plugin._before_decode_result(lambda *given: done.append(given), other, batch, "theirs")
     assert done[-1] == (other, batch, "theirs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    tree_cache: Any
+    enable_overlap: bool
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_what_is_recomputed_while_it_decodes_is_passed_over(overlaps: bool) -> None:
+    """SGLang does so only if it believes that schedules overlap."""
+    withheld = marked(rid="late", discard_output_reason="not restored", over=True, is_retracted=True)
+    cache = scheduler(trailing=SimpleNamespace(ended=[withheld]), _recomputing=[]).tree_cache
+    processor, done = Processor(cache, overlaps), []
+    for reqs in ([marked(), withheld], [marked()]):
+        batch = SimpleNamespace(reqs=reqs)
+        plugin._before_decode_result(lambda given, *_: done.append(given), processor, batch, "tokens")
+    assert [given.enable_overlap for given in done] == [True, overlaps]
+    assert all(given.tree_cache is cache for given in done) and done[1] is processor
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the platform is the GPU's")

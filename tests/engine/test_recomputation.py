@@ -4,6 +4,7 @@ its requests. That the answer is right in the end is for the acceptance tests, w
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ from sglang.srt.beam_search.coordinator import BeamCoordinator
 
 from engine_patch import radix_cache
 from engine_patch.radix_cache import AgentStateRadixCache
+from engine_patch.sglang_api import UnifiedRadixCache
+from engine_patch.trailing import Trailing
 
 
 class Request(SimpleNamespace):
@@ -43,11 +46,23 @@ class Request(SimpleNamespace):
             "_cache_breakdown_computed": True,
             "start_send_idx": 0,
             "disagg_decode_prefix_len": 0,
+            "inflight_middle_chunks": 0,
+            "input_embeds": None,
+            "return_logprob": False,
+            "return_hidden_states": False,
+            "return_sampling_mask": False,
         }
         super().__init__(**{**defaults, **fields})
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
+
+    def finished(self) -> bool:
+        return self.finished_reason is not None
+
+    def update_finish_state(self, new_accepted_len: int) -> None:
+        assert new_accepted_len == 0
+        self.finished_reason, self.to_finish = self.to_finish, None
 
     def reset_for_retract(self) -> None:
         assert not self.kv.holds_kv
@@ -298,3 +313,176 @@ def test_one_that_was_retracted_before_keeps_what_it_reported(
     finish(req)
     cache.requeue_failed(scheduler)
     assert (req.retracted_stain, req.cached_tokens) == (True, 192)
+
+
+class Loads:
+    """What a linker and a tree say of batches of loads by their numbers: whether they may trail, are over, and who has
+    failed. ``released`` are the requests whose pages were taken away, with whether they entered the tree."""
+
+    def __init__(self, cache: AgentStateRadixCache, monkeypatch: pytest.MonkeyPatch):
+        self.may_trail = True
+        self.over: set[int] = set()
+        self.failed: set[str] = set()
+        self.concluded: list[int] = []
+        self.released: list[tuple[str, bool]] = []
+        self._cache = cache
+        cache.trailing = Trailing(lambda index: index in self.over, self.conclude)
+        cache.agentstate = SimpleNamespace(trail=lambda index: self.may_trail)
+        monkeypatch.setattr(radix_cache, "release_kv_cache", self.release)
+        monkeypatch.setattr(UnifiedRadixCache, "claim_kv_row", lambda cache, req: False)
+
+    def conclude(self, index: int, rids: Sequence[str]) -> list[str]:
+        self.concluded.append(index)
+        return [rid for rid in rids if rid in self.failed]
+
+    def release(self, req: Any, tree: Any, checkpoint: bool) -> None:
+        """As SGLang's: it asks the tree first."""
+        assert not tree.claim_kv_row(req)
+        checkpoint = checkpoint and not req.skip_radix_cache_insert
+        assert not (checkpoint and tree.trailing.postpones(req, 192))
+        self.released.append((req.rid, checkpoint))
+        req.kv.holds_kv = False
+
+    def forward(self, *requests: Request, loads: int | None = None) -> list[Any]:
+        """A batch has run, which had a batch of loads of that number."""
+
+        def finish_loads(trail: Callable[[int, list[str]], bool]) -> list[str]:
+            rids = [req.rid for req in requests]
+            if loads is None or trail(loads, rids):
+                return []
+            return self.conclude(loads, rids)
+
+        self._cache.linker = SimpleNamespace(finish_loads=finish_loads)
+        return self._cache.finish_external_linker_loads(list(requests))
+
+
+@pytest.fixture
+def loads(cache: AgentStateRadixCache, monkeypatch: pytest.MonkeyPatch) -> Loads:
+    return Loads(cache, monkeypatch)
+
+
+def test_a_request_goes_on_before_all_is_there_and_enters_the_tree_after(
+    cache: AgentStateRadixCache, loads: Loads
+) -> None:
+    req, other = Request("r"), Request("o")
+    assert loads.forward(req, other, loads=3) == []
+    trailing = cache.trailing
+    assert trailing is not None and trailing.kept == 2 and loads.concluded == []
+    assert trailing.postpones(req, 128) and trailing.postpones(other, 64) and not trailing.postpones(Request("x"), 64)
+    loads.forward(req, other)
+    assert trailing.take_whole() == []
+    loads.over = {3}
+    loads.forward(req, other)
+    assert loads.concluded == [3] and not trailing.postpones(req, 128)
+    assert trailing.take_whole() == [(req, 128), (other, 64)]
+    assert trailing.take_untimed([req, other, Request("x")]) and not trailing.take_untimed([req])
+    assert trailing.take_whole() == [] and trailing.kept == 0
+
+
+def test_one_that_ends_early_waits_for_the_rest(cache: AgentStateRadixCache, loads: Loads) -> None:
+    """Whatever takes its pages away: an end, an abort, a retraction."""
+    req, other = Request("r"), Request("o")
+    loads.forward(req, other, loads=3)
+    loads.release(req, cache, checkpoint=True)
+    assert (loads.concluded, loads.released) == ([3], [("r", True)])
+    assert cache.trailing is not None and cache.trailing.take_whole() == []
+    loads.release(other, cache, checkpoint=False)
+    assert loads.released[1:] == [("o", False)] and cache.trailing.kept == 0
+
+
+@pytest.mark.parametrize("sent", [0, 5], ids=["before its first token", "after some"])
+def test_a_bad_page_found_late_takes_the_request_out_of_all_batches(
+    cache: AgentStateRadixCache, scheduler: Scheduler, loads: Loads, sent: int
+) -> None:
+    req, other = Request("r", output_ids=array("q", range(sent))), Request("o")
+    loads.forward(req, other, loads=3)
+    loads.over, loads.failed = {3}, {"r"}
+    assert loads.forward(req, other) == []
+    # Batches pass over it, and its client hears nothing; nothing of it enters the tree.
+    assert req.is_retracted and req.finished() and req.finished_output is True
+    assert loads.released == [("r", False)]
+    assert cache.passes_over(req) and not cache.passes_over(other) and not other.finished()
+    batch = SimpleNamespace(reqs=[req, other])
+    scheduler.running_batch, scheduler.result_queue = batch, [(batch, None)]
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == []
+    batch.reqs.remove(req)
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == [req]
+    assert (req.finished_reason, req.finished_output, req.discard_output_reason) == (None, None, None)
+    # It goes on after what was sent, and has reported what it reported.
+    assert (len(req.output_ids), req.cached_tokens, req.skip_radix_cache_insert) == (sent, 128, False)
+    assert loads.forward(other) == [] and not cache.passes_over(req)
+
+
+def test_one_that_was_being_aborted_ends_as_such(cache: AgentStateRadixCache, loads: Loads) -> None:
+    req, reason = Request("r"), object()
+    loads.forward(req, loads=3)
+    req.to_finish, loads.over, loads.failed = reason, {3}, {"r"}
+    assert loads.forward(req) == []
+    assert (req.finished_reason, req.finished_output, loads.released) == (reason, None, [("r", False)])
+    assert cache.passes_over(req) and not cache.recomputes(req)
+    loads.forward(Request("o"))
+    assert not cache.passes_over(req)
+
+
+def test_a_bad_page_found_when_it_ends_keeps_its_kv_from_the_tree(cache: AgentStateRadixCache, loads: Loads) -> None:
+    """Its answer is right: every row that was read was good. So is that of its neighbour, which goes on for a step."""
+    req, other = Request("r"), Request("o")
+    loads.forward(req, other, loads=3)
+    loads.failed = {"r", "o"}
+    loads.release(req, cache, checkpoint=True)
+    assert loads.released == [("r", False)] and not other.finished()
+    assert cache.trailing is not None and cache.trailing.postpones(other, 64)
+    loads.forward(other)
+    assert other.finished() and cache.recomputes(other) and loads.released[1:] == [("o", False)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"inflight_middle_chunks": 1},
+        {"grammar": object()},
+        {"beam_group": object()},
+        {"input_embeds": object()},
+        {"multimodal_inputs": object()},
+        {"return_logprob": True},
+        {"return_hidden_states": "last"},
+        {"return_sampling_mask": True},
+        {"session": SimpleNamespace(streaming=True)},
+        {"to_finish": object()},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_could_not_be_computed_again_from_its_tokens_waits_for_all(
+    cache: AgentStateRadixCache, loads: Loads, fields: dict[str, Any]
+) -> None:
+    loads.forward(Request("r", **fields), Request("o"), loads=3)
+    assert loads.concluded == [3] and cache.trailing is not None and cache.trailing.kept == 0
+
+
+def test_the_time_of_its_first_forward_says_nothing(cache: AgentStateRadixCache, loads: Loads) -> None:
+    req, other, told = Request("r"), Request("o"), []
+    loads.forward(req, loads=3)
+    cache.agentstate.stepped = lambda parts, seconds, restored: told.append(parts)
+    cache.linker.landed, cache.served = {}, SimpleNamespace(stepped=lambda *_: None)
+    cache.tree_core = SimpleNamespace(page_size=64)
+    for reqs in ([other], [req, other], [req]):
+        lengths = [10 * len(reqs)] * len(reqs)
+        cache.stepped(SimpleNamespace(reqs=reqs, prefix_lens=lengths, extend_lens=lengths), 0.5)
+    assert told == [[(10, 10)], [(10, 10)]]
+
+
+def test_what_has_read_something_bad_does_not_go_on(cache: AgentStateRadixCache, loads: Loads) -> None:
+    loads.may_trail, loads.failed = False, {"r"}
+    req, other = Request("r"), Request("o")
+    assert loads.forward(req, other, loads=3) == []
+    assert req.discard_output_reason is not None and not req.is_retracted
+    assert other.discard_output_reason is None and cache.recomputes(req)
+
+
+def test_a_flush_forgets_them(cache: AgentStateRadixCache, loads: Loads) -> None:
+    loads.forward(Request("r"), loads=3)
+    assert cache.trailing is not None
+    cache.trailing.clear()
+    assert cache.trailing.kept == 0

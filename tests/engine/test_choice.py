@@ -15,19 +15,22 @@ from typing import Any
 
 import pytest
 import torch
-from contents import MARK, content, key, keys, reader_for
-from device import LAYERS, PAGE_SIZE, Rank, page_of
+from contents import MARK, content, key, keys, reader_for, write
+from device import LAYERS, PAGE_SIZE, PAGES, Rank, kv_tensors, page_of
 from sglang.srt.runtime_context import get_parallel
 
-from agentstate.pages import PageStore, staging_memory
+from agentstate.pages import PageStore, fingerprint, staging_memory
 from agentstate.pages import native as native_pages
 from agentstate.pages.rows import RowReader
+from agentstate.settings import Settings
 from engine_patch import choice, flags, versions
 from engine_patch.arrivals import Arrivals, LayerGate
 from engine_patch.choice import ChoiceRestorer
 from engine_patch.cpu.attention import CpuAttention
 from engine_patch.feeds import Source
-from engine_patch.sglang_api import DSATokenToKVPool, PagedTokenToKVPoolAllocator, PoolName
+from engine_patch.pools import DevicePool
+from engine_patch.sglang_api import DSATokenToKVPool, PagedTokenToKVPoolAllocator, PoolName, PoolTransfer
+from engine_patch.stored_pools import StoredPools
 from engine_patch.transfer import DevicePages
 
 POISON = b"\xff"
@@ -416,6 +419,113 @@ def test_what_has_hung_in_one_pool_is_waited_for_in_no_other(
         gate.wait_until(1)
     answers.set()
     restorer.finish(batch)
+
+
+# Beside an index.
+
+
+class Stage:
+    """A rank whose KV is restored by choice, and an index that follows it."""
+
+    def __init__(self, directory: Path):
+        self.stores: dict[PoolName, PageStore] = {}
+        self._directory = directory
+        allocator = PagedTokenToKVPoolAllocator(PAGES * PAGE_SIZE, PAGE_SIZE, torch.float32, "cpu", None, False)
+        kv, index = (
+            DevicePool(name, kv_tensors(components=1), PAGE_SIZE, (0, 1, 2), ("float32",), None, allocator, follows=of)
+            for name, of in ((PoolName.KV, None), (PoolName.INDEXER, PoolName.KV))
+        )
+        settings = Settings(staging_bytes=1 << 20, spill_staging_bytes=1 << 20, read_threads=1)
+        self.pools = StoredPools([kv, index], self._open_store, settings, by_choice=True)
+        for store in self.stores.values():
+            write(store, keys(0, 1, 2, 3))
+
+    def _open_store(self, pool: DevicePool) -> PageStore:
+        mark, geometry = fingerprint(pool=pool.name), pool.device_pages.geometry
+        store = PageStore(self._directory / pool.name, mark, geometry, rows=pool.name is PoolName.KV)
+        self.stores[pool.name] = store
+        return store
+
+    def begin(self, rid: str, numbers: Sequence[int]) -> int:
+        """The batch of loads of a request for the first pages."""
+        names = [key(page).hex() for page in range(len(numbers))]
+        transfer = PoolTransfer(name=PoolName.KV, keys=names, device_indices=slots_of(*numbers))
+        assert self.pools.load(rid, [transfer])
+        return self.pools.start(())
+
+    def damage(self, name: PoolName, page: int) -> None:
+        with self.stores[name].pin(keys(page)) as pin:
+            (segment,) = pin.segments
+        offset = segment.extent.layout.component_range(LAYERS - 1, 0, segment.slot, 1)[0] + 5
+        with segment.extent.path.open("r+b") as file:
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ 0x20]))
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    stage = Stage(tmp_path)
+    yield stage
+    stage.pools.finish_spilling(PATIENCE_S)
+    stage.pools.close()
+
+
+def test_a_batch_trails_and_is_finished_when_all_of_it_is_there(stage: Stage) -> None:
+    assert stage.pools.by_choice
+    batch = stage.begin("r", [10, 11, 12])
+    stage.pools.gate.set_consumer(batch)
+    with stage.pools.gate.naming():
+        stage.pools.gate.wait_until(0)
+    stage.pools.gate.wait_rows(0, slots_of(11))
+    assert stage.pools.trail(batch)
+    assert eventually(lambda: stage.pools.landed(batch)) and not stage.pools.failing(batch)
+    found = stage.pools.finish(batch)
+    assert found.restored is not None and found.restored.requests["r"].pages == 3
+    stat = stage.pools.stat()["restore"]
+    assert 0 < stat["bytes_chosen"] <= stat["bytes_before_token"] <= stat["bytes_read"]
+    # What is over trails no more; and what has no choice never does.
+    assert not stage.pools.trail(batch)
+    ahead = stage.pools.preload("p", keys(0, 1), {PoolName.KV: slots_of(5, 6)}, ())
+    assert not stage.pools.trail(ahead)
+    stage.pools.finish(ahead)
+
+
+@pytest.mark.parametrize("name", [PoolName.KV, PoolName.INDEXER])
+def test_a_bad_page_of_the_index_is_known_at_once_and_one_of_the_rest_late(stage: Stage, name: PoolName) -> None:
+    stage.damage(name, 1)
+    batch = stage.begin("r", [10, 11, 12])
+    stage.pools.gate.wait_rows(0, slots_of(10))
+    assert stage.pools.trail(batch) is (name is PoolName.KV)
+    if name is PoolName.KV:
+        assert eventually(lambda: stage.pools.failing(batch))
+    found = stage.pools.finish(batch)
+    assert (found.failed, found.unusable) == ({"r"}, {"r": frozenset(keys(1))})
+    assert stage.pools.restorable_for("r", keys(0, 1, 2)) == [1]
+
+
+def test_reading_ahead_reads_the_index_alone(stage: Stage) -> None:
+    stage.pools.read_ahead("r", keys(0, 1))
+    kv, index = stage.pools._pools
+    assert not kv.restorer.prefetches and index.restorer.prefetches
+    batch = stage.begin("r", [10, 11])
+    assert stage.pools.trail(batch)
+    assert stage.pools.finish(batch).failed == set()
+
+
+def test_old_extents_are_restored_whole(stage: Stage) -> None:
+    """They have no checksums of rows."""
+    old = PageStore(stage._directory / "old", fingerprint(pool=PoolName.KV), stage.stores[PoolName.KV].geometry)
+    write(old, keys(0, 1))
+    choosing = stage.pools._choice
+    assert choosing is not None
+    choosing.move(old)
+    batch = stage.begin("r", [10, 11])
+    assert not choosing.open and not stage.pools.trail(batch)
+    assert stage.pools.finish(batch).failed == set()
+    choosing.move(stage.stores[PoolName.KV])
+    old.close()
 
 
 # Attention, with SGLang's own pool.

@@ -379,6 +379,26 @@ def test_a_request_goes_on_before_all_is_there_and_enters_the_tree_after(
     assert trailing.take_whole() == [] and trailing.kept == 0
 
 
+def test_sglang_asks_the_tree_before_it_gives_pages_back() -> None:
+    asked: list[str] = []
+
+    class Asked:
+        """A tree that keeps what it is asked for."""
+
+        def claim_kv_row(self, req: Any) -> bool:
+            asked.append("claim_kv_row")
+            req.kv.holds_kv = False
+            return True
+
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            raise AttributeError(name)
+
+    kv = SimpleNamespace(holds_kv=True, is_kv_released=False)
+    radix_cache.release_kv_cache(Request("r", kv=kv), Asked(), checkpoint=True)
+    assert asked == ["claim_kv_row"]
+
+
 def test_one_that_ends_early_waits_for_the_rest(cache: AgentStateRadixCache, loads: Loads) -> None:
     """Whatever takes its pages away: an end, an abort, a retraction."""
     req, other = Request("r"), Request("o")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import datetime
 from typing import Any, TypeVar
 
+import orjson
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
@@ -46,6 +48,37 @@ def dump(model: BaseModel) -> str:
         return model.model_dump_json()
     except PydanticSerializationError:
         return json.dumps(model.model_dump(mode="json"), allow_nan=False)
+
+
+class Raw:
+    """What is JSON already, as a part of what is written by `join`."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: str):
+        self.content = content
+
+
+def join(value: Any) -> bytes:
+    """``value`` as JSON, with parts that are `Raw`. Times, in UTC, are written as in a model."""
+    try:
+        return orjson.dumps(value, default=_fragment, option=orjson.OPT_UTC_Z)
+    except TypeError:  # it has lone surrogates, or an integer of more than 64 bits
+        return json.dumps(value, default=_plain, allow_nan=False).encode()
+
+
+def _fragment(value: Any) -> Any:
+    if isinstance(value, Raw):
+        return orjson.Fragment(value.content)
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Raw):
+        return json.loads(value.content)
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def parse(kind: type[M], content: str | bytes) -> M:

@@ -33,6 +33,7 @@ from agentstate.api.bodies import BodyLimit
 from agentstate.api.changes import Changes
 from agentstate.api.console import routes as console_routes
 from agentstate.api.console.room import Console
+from agentstate.api.direct import Shortcut
 from agentstate.api.gate import Gate
 from agentstate.api.gateway import described
 from agentstate.api.gateway.app import Gateway, GatewayRoutes
@@ -125,6 +126,11 @@ def create_app(settings: Settings, worker: Worker | None = None) -> FastAPI:
         # The framework's pages load their scripts from other hosts.
         docs_url=None,
         redoc_url=None,
+        # The framework would ask for each request whether somebody wants its own. `Observation` has all of it.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.add_middleware(
+        Shortcut, routes=[route for resource in (entries, turns, branches) for route in resource.router.routes]
     )
     app.add_middleware(EncodedSlashes)
     app.add_middleware(BodyLimit)

@@ -1,80 +1,129 @@
 """A shorter way to the endpoints that agents call all the time.
 
-FastAPI works out anew for each request what its endpoint wants. A `DirectRoute` has worked that out once. It serves
-requests that are as they should be; every other one goes FastAPI's way, which says what is wrong with it. What a route
-is in the API's description, and what it answers, stays the same.
+For each request FastAPI looks for its route, and works out anew what the endpoint wants. A `DirectRoute` has worked
+that out once, and `Shortcut` finds it by its path. Together they serve requests that are as they should be; every other
+one goes FastAPI's way, which says what is wrong with it. What a route is in the API's description, and what it answers,
+stays the same.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from inspect import iscoroutinefunction
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from agentstate.api.problems import PreconditionRequired, answer_to
+from agentstate.errors import AgentStateError
 
 _JSON = ("application/json", "application/json; charset=utf-8")
 _ABSENT = object()
+_PREFIX, _ID = ["", "v1", "sessions"], "{session_id}"
 
 
 class DirectRoute(APIRoute):
     """For an endpoint that returns a `Response`, and takes no queries, cookies or forms: `is_direct` says whether it
     is one. What it depends on is asynchronous, and changes nothing."""
 
-    is_direct = False
+    direct: Callable[[Request, bytes], Coroutine[Any, Any, Response]] | None = None
+
+    @property
+    def is_direct(self) -> bool:
+        return self.direct is not None
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        usual = super().get_route_handler()
         endpoint: Any = self.dependant.call
-        if endpoint.__annotations__.get("return") not in ("Response", Response):
-            return usual
+        if endpoint.__annotations__.get("return") in ("Response", Response):
+            with suppress(_Unusual):
+                self.direct = _direct(endpoint, _values(self.dependant))
+        return super().get_route_handler()
+
+
+class Shortcut:
+    """ASGI middleware, the innermost: serves those of ``routes`` that are direct, of one session each."""
+
+    def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute]):
+        self._app = app
+        self._routes = {
+            (method, route.path_format): route
+            for route in routes
+            if isinstance(route, DirectRoute) and route.is_direct
+            for method in route.methods or ()
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = None
+        if scope["type"] == "http" and not scope.get("root_path"):
+            parts = scope["path"].split("/")
+            if len(parts) > 4 and parts[:3] == _PREFIX and parts[3]:
+                session_id, parts[3] = parts[3], _ID
+                route = self._routes.get((scope["method"], "/".join(parts)))
+        if route is None or route.direct is None:
+            await self._app(scope, receive, send)
+            return
+        scope["path_params"] = {"session_id": session_id}
+        request = Request(scope, receive, send)
         try:
-            values_of = _values(self.dependant)
+            content = await request.body()
+        except ClientDisconnect:
+            await self._app(scope, receive, send)
+            return
+        response: Response
+        try:
+            # Observed also while it waits.
+            scope["route"], scope["endpoint"] = route, route.endpoint
+            response = await route.direct(request, content)
         except _Unusual:
-            return usual
-        self.is_direct = True
-        asynchronous = iscoroutinefunction(endpoint)
-
-        async def handle(request: Request) -> Response:
-            try:
-                values = await values_of(request, await _sent(request), {})
-            except _Unusual:
-                return await usual(request)
-            answer: Response
-            if asynchronous:
-                answer = await endpoint(**values)
-            else:
-                answer = await run_in_threadpool(endpoint, **values)
-            return answer
-
-        return handle
+            await self._app(scope, _again(content, receive), send)
+            return
+        except AgentStateError as error:
+            response = answer_to(error)
+        await response(scope, receive, send)
 
 
 class _Unusual(Exception):
     """FastAPI sees to it."""
 
 
-async def _sent(request: Request) -> Any:
-    """The body's JSON."""
-    try:
-        body = await request.body()
-    except ClientDisconnect as error:
-        raise _Unusual from error
-    if not body:
-        return _ABSENT
-    if request.headers.get("content-type") not in _JSON:
-        raise _Unusual
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise _Unusual from error
+def _again(content: bytes, receive: Receive) -> Receive:
+    """Receives a body that was received already."""
+    held: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def replay() -> Message:
+        return held.pop() if held else await receive()
+
+    return replay
 
 
-def _values(dependant: Any) -> Callable[[Request, Any, dict[Any, Any]], Coroutine[Any, Any, dict[str, Any]]]:
+def _direct(endpoint: Any, values_of: Any) -> Callable[[Request, bytes], Coroutine[Any, Any, Response]]:
+    asynchronous = iscoroutinefunction(endpoint)
+
+    async def direct(request: Request, content: bytes) -> Response:
+        if content and request.headers.get("content-type") not in _JSON:
+            raise _Unusual
+        try:
+            values = await values_of(request, content, {})
+        except PreconditionRequired:
+            raise _Unusual from None
+        answer: Response
+        if asynchronous:
+            answer = await endpoint(**values)
+        else:
+            answer = await run_in_threadpool(endpoint, **values)
+        return answer
+
+    return direct
+
+
+def _values(dependant: Any) -> Callable[[Request, bytes, dict[Any, Any]], Coroutine[Any, Any, dict[str, Any]]]:
     """What makes a call's arguments of a request, its body, and what others depended on before. Raises _Unusual if
     the call wants what is not known here."""
     if (
@@ -92,23 +141,23 @@ def _values(dependant: Any) -> Callable[[Request, Any, dict[Any, Any]], Coroutin
         if not iscoroutinefunction(one.call) or not one.use_cache:
             raise _Unusual
         needed.append((one.name, one.call, _values(one)))
-    path = [(field.name, field.alias, field) for field in dependant.path_params]
-    headers = [(field.name, field.alias, field) for field in dependant.header_params]
-    body = dependant.body_params[0] if dependant.body_params else None
+    path = [(field.name, field.alias, _Value(field)) for field in dependant.path_params]
+    headers = [(field.name, field.alias, _Value(field)) for field in dependant.header_params]
+    body = (dependant.body_params[0].name, _Value(dependant.body_params[0])) if dependant.body_params else None
     wants_request = dependant.request_param_name
 
-    async def values(request: Request, sent: Any, known: dict[Any, Any]) -> dict[str, Any]:
+    async def values(request: Request, content: bytes, known: dict[Any, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, call, of_call in needed:
             if call not in known:
-                known[call] = await call(**await of_call(request, sent, known))
+                known[call] = await call(**await of_call(request, content, known))
             found[name] = known[call]
-        for name, alias, field in path:
-            found[name] = _valid(field, request.path_params.get(alias, _ABSENT), "path")
-        for name, alias, field in headers:
-            found[name] = _valid(field, request.headers.get(alias, _ABSENT), "header")
+        for name, alias, value in path:
+            found[name] = value.of(request.path_params.get(alias, _ABSENT))
+        for name, alias, value in headers:
+            found[name] = value.of(request.headers.get(alias, _ABSENT))
         if body is not None:
-            found[body.name] = _valid(body, _ABSENT if sent is None else sent, "body")
+            found[body[0]] = body[1].of_json(content)
         if wants_request is not None:
             found[wants_request] = request
         return found
@@ -116,13 +165,33 @@ def _values(dependant: Any) -> Callable[[Request, Any, dict[Any, Any]], Coroutin
     return values
 
 
-def _valid(field: Any, given: Any, where: str) -> Any:
-    if given is _ABSENT:
-        default = field.default
-        if field.field_info.is_required() or not (default is None or isinstance(default, int | str)):
+class _Value:
+    """One argument, as FastAPI has it in ``field``. Raises _Unusual for what is not valid."""
+
+    def __init__(self, field: Any):
+        self._default = _ABSENT if field.field_info.is_required() else field.default
+        if not (self._default is _ABSENT or self._default is None or isinstance(self._default, int | str)):
             raise _Unusual
-        return default
-    value, errors = field.validate(given, {}, loc=(where, field.alias))
-    if errors:
-        raise _Unusual
-    return value
+        kind, rules = field.field_info.annotation, field.field_info.metadata
+        self._kind: TypeAdapter[Any] = TypeAdapter(Annotated[(kind, *rules)] if rules else kind)
+
+    def of(self, given: Any) -> Any:
+        if given is _ABSENT:
+            return self._absent()
+        try:
+            return self._kind.validate_python(given)
+        except ValidationError as error:
+            raise _Unusual from error
+
+    def of_json(self, content: bytes) -> Any:
+        if not content or content == b"null":
+            return self._absent()
+        try:
+            return self._kind.validate_json(content)
+        except ValidationError as error:
+            raise _Unusual from error
+
+    def _absent(self) -> Any:
+        if self._default is _ABSENT:
+            raise _Unusual
+        return self._default

@@ -13,7 +13,7 @@ from agentstate.api.problems import COMMON, responses
 from agentstate.api.schemas import MAX_ENTRIES, AppendEntries, LeaseProof, Name, PathId
 from agentstate.api.service import SessionsDep
 from agentstate.api.sessions import GONE
-from agentstate.api.writes import Answer, WriteDep, entry
+from agentstate.api.writes import Answer, WriteDep
 from agentstate.sessions.leases import LeaseKey
 from agentstate.sessions.outcomes import Order
 from agentstate.sessions.transcript import EntryPage, NewEntry
@@ -35,7 +35,8 @@ def read(
     order: Annotated[Order, Query(description="By seq.")] = Order.ASCENDING,
 ) -> Response:
     """Page through the transcript."""
-    return Answer(page(sessions.entries(session_id, after=after, limit=limit, order=order))).response()
+    found = sessions.entries(session_id, after=after, limit=limit, order=order)
+    return Answer(page(found), entries=found.entries).response()
 
 
 @router.post(
@@ -53,17 +54,18 @@ async def append(session_id: PathId, body: AppendEntries, write: WriteDep, sessi
         appended = sessions.append(session_id, proof(body.lease), new)
         shown = page(EntryPage(appended.entries, has_more=False))
         answer = answers.AppendedEntries(**vars(shown), revision=str(appended.session.revision))
-        return Answer(answer, status.HTTP_201_CREATED)
+        return Answer(answer, status.HTTP_201_CREATED, entries=appended.entries)
 
     return (await write.carry_out(act)).response()
 
 
 def page(page: EntryPage) -> answers.EntryList:
-    data = [entry(item) for item in page.entries]
+    """The list, without the entries (`Answer`)."""
+    found = page.entries
     return answers.EntryList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
+        data=[],
+        first_id=found[0].id if found else None,
+        last_id=found[-1].id if found else None,
         has_more=page.has_more,
     )
 

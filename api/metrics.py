@@ -49,13 +49,14 @@ class Metrics:
 
     def __init__(self, database: Database, directory: Path | None = None):
         self.registry = CollectorRegistry()
-        self.request_seconds = Histogram(
+        self._request_seconds = Histogram(
             "agentstate_request_seconds",
             "Time to answer, by route; of a stream, how long it lasted.",
             ["method", "route", "status"],
             buckets=BUCKETS_S,
             registry=self.registry,
         )
+        self._series: dict[tuple[str, str, int], Histogram] = {}
         self.suspends = Counter(
             "agentstate_suspends", "Suspends, by what was known of the KV.", ["kv_state"], registry=self.registry
         )
@@ -113,6 +114,14 @@ class Metrics:
         self._rows = _Rows(database)
         for registry in {self.registry, self._exposed}:
             registry.register(self._rows)
+
+    def took(self, method: str, route: str, status: int, seconds: float) -> None:
+        """A request was answered. Used on one event loop."""
+        key = (method, route, status)
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = self._request_seconds.labels(method, route, str(status))
+        series.observe(seconds)
 
     def exposition(self) -> bytes:
         """The metrics in Prometheus' text format. Raises DatabaseError."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 
@@ -109,7 +108,7 @@ async def start(
             raise EngineError("no live engine serves the session")
         if not all(pages.keys):
             raise EngineError("the engine has stored no pages of the session")
-        outcome = await asyncio.wrap_future(service.operations.ask(question, 0))
+        outcome = await service.operations.ask(question, 0)
     except EngineUnreachable:
         # A busy engine may miss a question: `follow` asks again.
         outcome = Outcome(PrefetchState.PENDING)

@@ -115,7 +115,7 @@ async def resume(
         then = None
         if operation_id is not None:
             then = BackgroundTask(start_later, service, sessions, session_id, operation_id, Tier(wanted.prefetch))
-        return Answer(_resumed(resumed, operation_id), then=then)
+        return Answer(_resumed(resumed, operation_id), then=then, entries=resumed.tail.entries)
 
     if wanted.on_busy == "reject":
         return (await write.carry_out(act)).response()
@@ -205,7 +205,7 @@ async def suspend(
         try:
             if reason is None:
                 try:
-                    outcome = await asyncio.wrap_future(service.operations.ask(flush, body.durable_timeout_ms))
+                    outcome = await service.operations.ask(flush, body.durable_timeout_ms)
                 except EngineRefused as error:
                     if flush.durability is not Durability.SHARED:
                         raise
@@ -214,7 +214,7 @@ async def suspend(
                 # It is to be durable on the node at least.
                 flush = replace(flush, durability=Durability.NODE)
                 left_ms = body.durable_timeout_ms - (time.perf_counter() - asked_s) * 1000
-                outcome = await asyncio.wrap_future(service.operations.ask(flush, max(0, round(left_ms))))
+                outcome = await service.operations.ask(flush, max(0, round(left_ms)))
         except EngineError as error:
             logger.warning("the KV of session %s: %s", session_id, error)
         timing = {"Server-Timing": f"engine;dur={(time.perf_counter() - asked_s) * 1000:.3f}"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -27,7 +27,9 @@ from agentstate.sql.database import Database, instant
 
 @dataclass
 class Answer:
-    """The answer to a write, before serialization. It is not ``final`` while it waits for an engine."""
+    """The answer to a write, before serialization. It is not ``final`` while it waits for an engine. A ``body`` that is
+    a list of entries, or has one, is without them: they are ``entries``, whose payloads are passed on as they are
+    stored."""
 
     body: BaseModel | None
     status: int = 200
@@ -35,13 +37,14 @@ class Answer:
     final: bool = True
     replayed: bool = False
     then: BackgroundTask | None = None
+    entries: Sequence[Entry] | None = None
 
     def response(self) -> Response:
         headers = {**self.headers, **({"Idempotency-Replayed": "true"} if self.replayed else {})}
         if self.body is None:
             return Response(status_code=self.status, headers=headers, background=self.then)
         return Response(
-            documents.dump(self.body),
+            documents.dump(self.body) if self.entries is None else _with_entries(self.body, self.entries),
             status_code=self.status,
             headers=headers,
             media_type="application/json",
@@ -100,29 +103,54 @@ class Write:
         return None if self.once is None else self.once.derived_secret("lease")
 
     def _replay(self, connection: Connection, stored: dict[str, Any]) -> Answer:
-        body = stored["body"]
+        body, entries = stored["body"], None
         if body is not None:
-            for part in (body, body.get("entries")):
-                if isinstance(part, dict) and "entry_ids" in part:
-                    wanted, name = part.pop("entry_ids"), part.pop("of")
-                    found = transcript.by_id(connection, name, wanted) if wanted else {}
-                    part["data"] = [entry(found[item]).model_dump(mode="json") for item in wanted if item in found]
+            of = _entries_of(body)
+            if "entry_ids" in of:
+                wanted, name = of.pop("entry_ids"), of.pop("of")
+                found = transcript.by_id(connection, name, wanted) if wanted else {}
+                entries = [found[item] for item in wanted if item in found]
             if "lease" in body:
                 body["lease"]["token"] = self.lease_secret()
-        return Answer(None if body is None else Stored(**body), stored["status"], stored["headers"], replayed=True)
+        body = None if body is None else Stored(**body)
+        return Answer(body, stored["status"], stored["headers"], replayed=True, entries=entries)
 
 
 def _without_entries(answer: Answer) -> dict[str, Any]:
-    if answer.body is None:
-        body = None
-    else:
-        body = answer.body.model_dump(mode="json", exclude={"lease": {"token"}, "data": True, "entries": {"data"}})
-        for part, source in ((body, answer.body), (body.get("entries"), getattr(answer.body, "entries", None))):
-            if isinstance(source, answers.EntryList) and part is not None:
-                part["data"] = []
-                part["entry_ids"] = [item.id for item in source.data]
-                part["of"] = source.data[0].session_id if source.data else None
+    body = None
+    if answer.body is not None:
+        body = answer.body.model_dump(mode="json", exclude={"lease": {"token"}})
+        if answer.entries is not None:
+            ids = [item.id for item in answer.entries]
+            name = answer.entries[0].session_id if answer.entries else None
+            _entries_of(body).update(data=[], entry_ids=ids, of=name)
     return {"body": body, "status": answer.status, "headers": answer.headers}
+
+
+def _with_entries(body: BaseModel, entries: Sequence[Entry]) -> bytes:
+    shown = body.model_dump(mode="json")
+    _entries_of(shown)["data"] = [_shown(item) for item in entries]
+    return documents.join(shown)
+
+
+def _entries_of(body: dict[str, Any]) -> dict[str, Any]:
+    """Of an answer's body, the list of entries."""
+    found: dict[str, Any] = body.get("entries", body)
+    return found
+
+
+def _shown(entry: Entry) -> dict[str, Any]:
+    """What `entry` is as JSON."""
+    return {
+        "id": entry.id,
+        "session_id": entry.session_id,
+        "parent_id": entry.parent_id,
+        "seq": entry.seq,
+        "kind": entry.kind.value,
+        "payload": documents.Raw(entry.content),
+        "call_id": entry.call_id,
+        "created_at": instant(entry.created_us),
+    }
 
 
 def entry(entry: Entry) -> answers.Entry:

@@ -129,9 +129,7 @@ def weka(agents: int, horizon_s: float, seed: int) -> Workload:
     """The recorded conversations of coding agents (`data/README.md`), dealt to the agents at random, each begun
     anywhere. What of a prompt was cached is taken for what it shares with the prompt before; the trace names no tools.
     """
-    with (DATA / "weka_conversations.json.xz").open("rb") as packed, lzma.open(packed, "rt") as text:
-        everything = [[row for row in c["rows"] if row[0] != "sub"] for c in json.load(text)]
-    recorded = [rows for rows in everything if len(rows) >= 5 and max(row[2] for row in rows) < CONTEXT_MOST]
+    recorded = _recordings()
     workload = Workload(f"{agents} recorded agents, seed {seed}")
     system = workload.add(ROOT, SYSTEM_TOKENS)
     for agent in range(agents):
@@ -154,12 +152,28 @@ def weka(agents: int, horizon_s: float, seed: int) -> Workload:
     return workload
 
 
+def paces() -> list[list[tuple[float, float]]]:
+    """For each recorded conversation its turns: the seconds that it waited for the turn, and that the model took."""
+    return [[(_gap_s(number, row), float(row[5] or 0.0)) for number, row in enumerate(rows)] for rows in _recordings()]
+
+
+def _recordings() -> list[list[Any]]:
+    with (DATA / "weka_conversations.json.xz").open("rb") as packed, lzma.open(packed, "rt") as text:
+        everything = [[row for row in c["rows"] if row[0] != "sub"] for c in json.load(text)]
+    return [rows for rows in everything if len(rows) >= 5 and max(row[2] for row in rows) < CONTEXT_MOST]
+
+
+def _gap_s(number: int, row: list[Any]) -> float:
+    """The wait before a turn. Before a conversation's first one a person has thought of it."""
+    return min(MAX_GAP_S, max(row[6] or 0.0, 60.0 if number == 0 else 0.0))
+
+
 def _recorded(
     workload: Workload, system: int, turns: list[Turn], number: int, row: list[Any], start_s: float
 ) -> Turn | None:
-    who, _, input_tokens, output_tokens, prefix_tokens, _, gap_s, *_ = row
+    who, _, input_tokens, output_tokens, prefix_tokens, *_ = row
     gap = Gap.PERSON if who == "human" or (turns and number == 0) else Gap.TOOL
-    gap_s = min(MAX_GAP_S, max(gap_s or 0.0, 60.0 if number == 0 else 0.0))
+    gap_s = _gap_s(number, row)
     base = system
     if number and turns and prefix_tokens >= workload.ends[turns[-1].prompt] // 2:
         base = turns[-1].answer if workload.end(turns[-1].answer) < input_tokens else turns[-1].prompt

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import statistics
 import tempfile
@@ -29,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from agentstate.benchmarks import databases, forwarders, results, stacks, stand_in
+from agentstate.benchmarks import databases, forwarders, groups, results, stacks, stand_in
 from agentstate.benchmarks.conversations import message
 from agentstate.benchmarks.forwarders import Forwarder
 from agentstate.benchmarks.streams import Answer, Connection
@@ -205,7 +204,7 @@ async def measure_turns(
             first = number % len(targets)
             for target in (*targets[first:], *targets[:first]):
                 bodies = [agent.body(target) for agent in asking]
-                before_s = _cpu_s(target.group)
+                before_s = _cpu_s(target)
                 answers = await asyncio.gather(
                     *(agent.ask(target, body) for agent, body in zip(asking, bodies, strict=True))
                 )
@@ -217,7 +216,7 @@ async def measure_turns(
                     if target.name == OURS:
                         found.begin_ms += [answer.server_ms["begin"] for answer in answers]
                 await asyncio.sleep(PAUSE_S)
-                if place and number >= TURNS and before_s is not None and (after_s := _cpu_s(target.group)) is not None:
+                if place and number >= TURNS and before_s is not None and (after_s := _cpu_s(target)) is not None:
                     found.cpu_s[target.name] = found.cpu_s.get(target.name, 0.0) + after_s - before_s
             number += 1
             step(f"{agents} at once, turn {len(found.ttft_ms[DIRECT]):,} of {turns:,}")
@@ -256,9 +255,9 @@ async def measure_chunks(target: Target, streams: int, seconds: float) -> Paced:
         try:
             await _unless_failed(running, RAMP_S + 0.5)
             late_ms.clear()
-            answers, before_s = 0, _cpu_s(target.group)
+            answers, before_s = 0, _cpu_s(target)
             await _unless_failed(running, seconds)
-            after_s = _cpu_s(target.group)
+            after_s = _cpu_s(target)
             cpu_s = None if before_s is None or after_s is None else after_s - before_s
             return Paced(list(late_ms), cpu_s, answers)
         finally:
@@ -293,7 +292,7 @@ async def measure_memory(target: Target, requests: int, step: Callable[[str], No
     done = 0
 
     def note() -> None:
-        points.append({"requests": done, "rss_mb": round(_rss_bytes(target.group) / 1e6, 1)})
+        points.append({"requests": done, "rss_mb": round(groups.rss_bytes(target.group) / 1e6, 1)})
 
     async def agent(number: int, connection: Connection) -> None:
         nonlocal done
@@ -493,34 +492,11 @@ def remarks(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             )
 
 
-# --- processes
-
-
-def _cpu_s(group: int | None) -> float | None:
-    """The CPU time that the processes of a group have used."""
-    if group is None:
-        return None
-    tick_s = 1 / os.sysconf("SC_CLK_TCK")
-    return sum((int(fields[11]) + int(fields[12])) * tick_s for _, fields in _processes(group))
-
-
-def _rss_bytes(group: int | None) -> int:
-    page = os.sysconf("SC_PAGE_SIZE")
-    return sum(int(fields[21]) * page for _, fields in _processes(group))
-
-
-def _processes(group: int | None) -> Iterator[tuple[int, list[str]]]:
-    """The processes of a group, with the fields of their stat from the third, their state, on."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        if int(fields[2]) == group:
-            yield int(path.parent.name), fields
-
-
 # --- helpers
+
+
+def _cpu_s(target: Target) -> float | None:
+    return None if target.group is None else groups.cpu_s(target.group)
 
 
 def _body(model: str, messages: Sequence[Mapping[str, str]], chunks: int, **more: Any) -> bytes:

@@ -218,8 +218,13 @@ def _inside(row: dict[str, Any]) -> list[str]:
 
 
 def _service(found: Sequence[Result], pictures: Path) -> list[str]:
-    result = found[-1]
-    rows, settings = result["rows"], result["settings"]
+    result = next((one for one in reversed(found) if one["settings"]["sessions"]), found[-1])
+    settings = result["settings"]
+    rows = [row for row in result["rows"] if "part" not in row]
+    at_once = []
+    for part in ("load", "crowd"):
+        of_part = ([row for row in one["rows"] if row.get("part") == part] for one in reversed(found))
+        at_once += next(filter(None, of_part), [])
     sessions = ", ".join(f"{count:,} sessions of {int(length):,}" for length, count in settings["sessions"].items())
     lines = [
         f"{sessions} entries, all in one database. Milliseconds, p50 / p99, by the length of a session's history; at",
@@ -247,6 +252,46 @@ def _service(found: Sequence[Result], pictures: Path) -> list[str]:
             )
         header = ["system", "operation", "at the", *(f"{length:,}" for length in lengths)]
         lines += ["", f"### {database}, {concurrency} at once", "", *_table(header, table, left=3)]
+    return lines + _at_once(at_once)
+
+
+def _at_once(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How much a service serves at once: rows of `agentstate.benchmarks.crowds`."""
+    lines = []
+    loads = [
+        [
+            row["database"],
+            str(row["workers"]),
+            str(row["agents"]),
+            f"{row['per_s']:,.0f}",
+            f"{row['p50_ms']:.1f} / {row['p99_ms']:.1f}",
+            f"{row['cpu_ms']:.2f}",
+            _maybe(row.get("cpu_ratio"), "{:.2f}"),
+            _maybe(row.get("speed_ratio"), "{:.2f}"),
+        ]
+        for row in rows
+        if row["part"] == "load"
+    ]
+    if loads:
+        header = ["database", "workers", "at once", "requests/s", "p50 / p99, ms", "CPU, ms", "CPU ÷ 1", "speed ÷ 1"]
+        lines += ["", "### Load", "", *_table(header, loads)]
+    crowds = [
+        [
+            row["database"],
+            f"{row['sessions']:,}",
+            f"{row['seconds'] / 60:g}",
+            f"{row['offered_per_s']:,.0f}",
+            f"{row['per_s']:,.0f}",
+            f"{_maybe(row['p50_ms'], '{:.1f}')} / {_maybe(row['p99_ms'], '{:.1f}')}",
+            str(row["errors"]),
+            " → ".join(f"{mb:.0f}" for mb in row["memory_mb"]),
+        ]
+        for row in rows
+        if row["part"] == "crowd"
+    ]
+    if crowds:
+        header = ["database", "sessions", "minutes", "offered/s", "served/s", "p50 / p99, ms", "errors", "MB"]
+        lines += ["", "### Sessions that wait and have turns as agents do", "", *_table(header, crowds)]
     return lines
 
 

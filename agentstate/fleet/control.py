@@ -67,7 +67,6 @@ from typing import Any
 
 import msgpack
 import zmq
-import zmq.asyncio
 
 from agentstate.errors import EngineRefused, EngineUnreachable
 
@@ -168,7 +167,7 @@ class ControlConnections:
     used on the loop; closed after its last call."""
 
     def __init__(self) -> None:
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._idle: dict[tuple[str, str | None], list[tuple[Any, asyncio.TimerHandle]]] = {}
 
     async def call(
@@ -179,10 +178,10 @@ class ControlConnections:
         with _reported(address, verb):
             socket = self._take(address, secret)
             try:
-                await socket.send(pack({"verb": verb, **arguments}))
-                if not await socket.poll(int(timeout_s * 1000), zmq.POLLIN):
+                socket.send(pack({"verb": verb, **arguments}), zmq.NOBLOCK)
+                if not await _is_answered(socket, timeout_s):
                     raise _silent(address, verb, timeout_s)
-                raw = await socket.recv()
+                raw = socket.recv(zmq.NOBLOCK)
             except BaseException:
                 # Its exchange is half-finished, and an answer may still come.
                 socket.close()
@@ -201,7 +200,8 @@ class ControlConnections:
                 expiry.cancel()
                 socket.close()
         self._idle.clear()
-        self._context.term()
+        # Also those of exchanges that are given up.
+        self._context.destroy(linger=0)
 
     def _take(self, address: str, secret: str | None) -> Any:
         kept = self._idle.get((address, secret))
@@ -223,6 +223,32 @@ class ControlConnections:
         kept.pop(0)[0].close()
         if not kept:
             del self._idle[address, secret]
+
+
+async def _is_answered(socket: Any, timeout_s: float) -> bool:
+    """Whether something can be received within ``timeout_s``. What ZeroMQ has for this wakes up several times."""
+    loop = asyncio.get_running_loop()
+    answered = loop.create_future()
+
+    def look() -> None:
+        # Its descriptor says that there is news, not which.
+        if not answered.done() and socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            answered.set_result(True)
+
+    def give_up() -> None:
+        if not answered.done():
+            answered.set_result(False)
+
+    descriptor = socket.getsockopt(zmq.FD)
+    loop.add_reader(descriptor, look)
+    timer = loop.call_later(timeout_s, give_up)
+    try:
+        look()
+        found: bool = await answered
+        return found
+    finally:
+        timer.cancel()
+        loop.remove_reader(descriptor)
 
 
 def _connected(context: Any, address: str, secret: str | None) -> Any:

@@ -6,7 +6,7 @@ says that an engine runs, and a live engine may have died a moment ago.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -117,8 +117,13 @@ def unregister(connection: Connection, engine_id: str) -> None:
 
 def live(connection: Connection, timeout_s: float, model: str | None = None) -> list[Engine]:
     """The engines whose last heartbeat is at most ``timeout_s`` old, the youngest heartbeat first."""
-    rows = _LIVE.all(connection, {"timeout_us": round(timeout_s * 1_000_000)})
-    return [engine for row in rows if (engine := _engine(row)) and model in (None, engine.model)]
+    return [engine for engine in live_later(connection, timeout_s)() if model in (None, engine.model)]
+
+
+def live_later(connection: Connection, timeout_s: float) -> Callable[[], list[Engine]]:
+    """`live`, asked now and answered later."""
+    sent = _LIVE.send(connection, {"timeout_us": round(timeout_s * 1_000_000)})
+    return lambda: [_engine(row) for row in sent.all()]
 
 
 def registered(connection: Connection) -> list[Engine]:

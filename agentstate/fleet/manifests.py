@@ -9,7 +9,7 @@ once where the session is gone or its pages are out of reach, and with the sessi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -471,8 +471,14 @@ def keys_of_sessions(connection: Connection, *, session: str | None = None, mode
 def coverage(connection: Connection, session_ids: Collection[str]) -> list[Coverage]:
     """What is stored of these sessions, wherever it is, the newest first. Never reads the keys."""
     if len(session_ids) == 1:
-        return [Coverage(*row) for row in _COVERAGE_OF_ONE.all(connection, {"of_session": next(iter(session_ids))})]
+        return coverage_later(connection, next(iter(session_ids)))()
     return [Coverage(*row) for row in connection.execute(_COVERAGE, {"of_sessions": list(session_ids)})]
+
+
+def coverage_later(connection: Connection, session_id: str) -> Callable[[], list[Coverage]]:
+    """`coverage` of one session, asked now and answered later."""
+    sent = _COVERAGE_OF_ONE.send(connection, {"of_session": session_id})
+    return lambda: [Coverage(*row) for row in sent.all()]
 
 
 _STORED = sa.select(*(manifests.c[name] for name in Coverage.__dataclass_fields__)).order_by(

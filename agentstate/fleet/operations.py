@@ -223,6 +223,85 @@ def part_of(owner: str, part: object) -> str:
     return f"{owner}/{part}"
 
 
+class _Asker:
+    """Asks engines, on the event loop that it is made on."""
+
+    def __init__(self) -> None:
+        self.connections = ControlConnections()
+        self._questions = asyncio.Semaphore(MAX_QUESTIONS)
+
+    def close(self) -> None:
+        self.connections.close()
+
+    async def ask(self, question: Question, timeout_ms: int) -> Outcome:
+        """Ask all ranks once, for up to ``timeout_ms``. Raises EngineUnreachable, EngineRefused."""
+        deadline = time.monotonic() + timeout_ms / 1000
+        answers = await self._answers(question, deadline)
+        if question.beside and _epoch(answers) < question.epoch:
+            answers = max([answers, *await self._of_others(question, question.beside, deadline)], key=_epoch)
+        if question.decoding:
+            decoded = await self._of_others(question, question.decoding, deadline)
+            # Of equals, the first: one that has yet to store what it has decoded, then who has stored most.
+            decoded.sort(key=lambda found: (_is_pending(found), _tokens(found)), reverse=True)
+            answers = max([*decoded, answers], key=_epoch)
+        worst_first = _STATES[question.kind]
+        tokens = _tokens(answers)
+        durable_on = None
+        if question.kind is Kind.FLUSH and tokens > 0:
+            shared = all(answer.shared_tokens >= tokens for answer in answers)
+            durable_on = Durability.SHARED if shared else Durability.NODE
+        state = min((answer.state for answer in answers), key=worst_first.index, default=worst_first[0])
+        if question.durability is Durability.SHARED and durable_on is Durability.NODE and state is KvState.DURABLE:
+            # Whatever the engine makes of the question: it is not durable where that asks for it.
+            state = KvState.PENDING
+        return Outcome(
+            state=state,
+            tokens=tokens,
+            pages=sum(answer.pages for answer in answers),
+            nbytes=sum(answer.nbytes for answer in answers),
+            durable_on=durable_on,
+        )
+
+    async def _answers(self, question: Question, deadline: float) -> list[_Answer]:
+        async with self._questions:
+            return await asyncio.gather(
+                *(self._ask_rank(question, number, deadline) for number in range(len(question.ranks)))
+            )
+
+    async def _of_others(
+        self, question: Question, others: Sequence[Sequence[Engine]], deadline: float
+    ) -> list[list[_Answer]]:
+        questions = [replace(question, ranks=ranks, beside=(), decoding=()) for ranks in others]
+        return await asyncio.gather(*(self._answers_if_any(one, deadline) for one in questions))
+
+    async def _answers_if_any(self, question: Question, deadline: float) -> list[_Answer]:
+        try:
+            return await self._answers(question, deadline)
+        except EngineError:
+            return []
+
+    async def _ask_rank(self, question: Question, number: int, deadline: float) -> _Answer:
+        rank = question.ranks[number]
+        left_ms = max(0, round((deadline - time.monotonic()) * 1000))
+        answer = await self.connections.call(
+            rank.control_address,
+            rank.control_secret,
+            question.kind,
+            left_ms / 1000 + GRACE_S,
+            timeout_ms=left_ms,
+            **question.arguments(number),
+        )
+        try:
+            states = {state.value: state for state in _STATES[question.kind]}
+            tokens, pages, nbytes = (int(answer[name]) for name in ("tokens", "pages", "bytes"))
+            more = (int(answer.get(name, 0)) for name in ("shared_tokens", "epoch"))
+            return _Answer(states[answer["state"]], tokens, pages, nbytes, *more)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineRefused(
+                f"the engine at {rank.control_address} gave an answer that is none to a {question.kind}: {error!r}"
+            ) from error
+
+
 class Operations:
     """The operations of one process of a service. ``owner`` names it, the same after a restart; ``on_told`` is called
     with what became of each notice (`Notices`). Close it to end its threads."""
@@ -235,6 +314,7 @@ class Operations:
         self._writers = ThreadPoolExecutor(2, thread_name_prefix="agentstate-operations-sql")
         self._loop = asyncio.new_event_loop()
         self._stop: asyncio.Event | None = None
+        self._here: _Asker | None = None  # for whoever waits for an answer
         self._followed: set[asyncio.Task[None]] = set()
         started = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(started,), name="agentstate-operations", daemon=True)
@@ -262,9 +342,12 @@ class Operations:
         )
         return operation_id
 
-    def ask(self, question: Question, timeout_ms: int) -> Future[Outcome]:
-        """Ask all ranks once, for up to ``timeout_ms``. The future raises EngineUnreachable, EngineRefused."""
-        return asyncio.run_coroutine_threadsafe(self._ask(question, timeout_ms), self._loop)
+    async def ask(self, question: Question, timeout_ms: int) -> Outcome:
+        """Ask all ranks once, for up to ``timeout_ms``, on the caller's event loop: always the same one. Raises
+        EngineUnreachable, EngineRefused."""
+        if self._here is None:
+            self._here = _Asker()
+        return await self._here.ask(question, timeout_ms)
 
     def explain(self, session_id: str, ranks: Sequence[Engine], timeout_s: float) -> Future[list[dict[str, Any]]]:
         """Ask every rank where a session is, and why. The future raises EngineUnreachable, EngineRefused."""
@@ -282,7 +365,7 @@ class Operations:
     ) -> Future[list[dict[str, Any]]]:
         async def ask() -> list[dict[str, Any]]:
             said = (
-                self._connections.call(rank.control_address, rank.control_secret, verb, timeout_s, **arguments)
+                self._asker.connections.call(rank.control_address, rank.control_secret, verb, timeout_s, **arguments)
                 for rank in ranks
             )
             return list(await asyncio.gather(*said))
@@ -293,7 +376,7 @@ class Operations:
         """Ask a rank for its counters. The future raises EngineUnreachable, EngineRefused."""
 
         async def ask() -> dict[str, Any]:
-            return await self._connections.call(rank.control_address, rank.control_secret, "stat", timeout_s)
+            return await self._asker.connections.call(rank.control_address, rank.control_secret, "stat", timeout_s)
 
         return asyncio.run_coroutine_threadsafe(ask(), self._loop)
 
@@ -301,7 +384,7 @@ class Operations:
         """Ask a rank for its decisions after an id, and wait for them. Raises EngineUnreachable, EngineRefused."""
 
         async def ask() -> dict[str, Any]:
-            return await self._connections.call(
+            return await self._asker.connections.call(
                 rank.control_address, rank.control_secret, "decisions", timeout_s, after=after
             )
 
@@ -352,10 +435,13 @@ class Operations:
             self._loop.call_soon_threadsafe(act)
 
     def close(self) -> None:
-        """End the threads; what they followed fails. Waits for at most one question to an engine."""
+        """End the threads; what they followed fails. Waits for at most one question to an engine. On the event loop
+        that has asked, if one has."""
         if self._closing.is_set():
             return
         self._closing.set()
+        if self._here is not None:
+            self._here.close()
         assert self._stop is not None
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
@@ -370,11 +456,9 @@ class Operations:
 
     async def _serve(self, started: threading.Event) -> None:
         self._stop = asyncio.Event()
-        self._connections = ControlConnections()
-        self._questions = asyncio.Semaphore(MAX_QUESTIONS)
-        connections = self._connections
+        self._asker = asker = _Asker()
         self._notices = Notices(
-            lambda address, secret, verb, timeout_s, arguments: connections.call(
+            lambda address, secret, verb, timeout_s, arguments: asker.connections.call(
                 address, secret, verb, timeout_s, **arguments
             ),
             self._on_told,
@@ -384,7 +468,7 @@ class Operations:
         self._notices.close()
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*rest, return_exceptions=True)
-        self._connections.close()
+        asker.close()
 
     def _start(self, operation_id: str, steps: Sequence[Callable[[], Coroutine[Any, Any, Outcome]]]) -> None:
         task = self._loop.create_task(self._follow(operation_id, steps))
@@ -416,7 +500,7 @@ class Operations:
             if self._closing.is_set():
                 raise TimeoutError(f"the service was stopped before the {question.kind} ended")
             try:
-                outcome = await self._ask(question, SLICE_MS)
+                outcome = await self._asker.ask(question, SLICE_MS)
                 missed = 0
             except EngineUnreachable:
                 missed += 1
@@ -428,73 +512,6 @@ class Operations:
             # Do not ask an engine in a tight loop that answers at once although it was told to wait.
             await asyncio.sleep(0.05)
         raise TimeoutError(f"the {question.kind} did not end within {limit_s:g} s")
-
-    async def _ask(self, question: Question, timeout_ms: int) -> Outcome:
-        deadline = time.monotonic() + timeout_ms / 1000
-        answers = await self._answers(question, deadline)
-        if question.beside and _epoch(answers) < question.epoch:
-            answers = max([answers, *await self._of_others(question, question.beside, deadline)], key=_epoch)
-        if question.decoding:
-            decoded = await self._of_others(question, question.decoding, deadline)
-            # Of equals, the first: one that has yet to store what it has decoded, then who has stored most.
-            decoded.sort(key=lambda found: (_is_pending(found), _tokens(found)), reverse=True)
-            answers = max([*decoded, answers], key=_epoch)
-        worst_first = _STATES[question.kind]
-        tokens = _tokens(answers)
-        durable_on = None
-        if question.kind is Kind.FLUSH and tokens > 0:
-            shared = all(answer.shared_tokens >= tokens for answer in answers)
-            durable_on = Durability.SHARED if shared else Durability.NODE
-        state = min((answer.state for answer in answers), key=worst_first.index, default=worst_first[0])
-        if question.durability is Durability.SHARED and durable_on is Durability.NODE and state is KvState.DURABLE:
-            # Whatever the engine makes of the question: it is not durable where that asks for it.
-            state = KvState.PENDING
-        return Outcome(
-            state=state,
-            tokens=tokens,
-            pages=sum(answer.pages for answer in answers),
-            nbytes=sum(answer.nbytes for answer in answers),
-            durable_on=durable_on,
-        )
-
-    async def _answers(self, question: Question, deadline: float) -> list[_Answer]:
-        async with self._questions:
-            return await asyncio.gather(
-                *(self._ask_rank(question, number, deadline) for number in range(len(question.ranks)))
-            )
-
-    async def _of_others(
-        self, question: Question, others: Sequence[Sequence[Engine]], deadline: float
-    ) -> list[list[_Answer]]:
-        questions = [replace(question, ranks=ranks, beside=(), decoding=()) for ranks in others]
-        return await asyncio.gather(*(self._answers_if_any(one, deadline) for one in questions))
-
-    async def _answers_if_any(self, question: Question, deadline: float) -> list[_Answer]:
-        try:
-            return await self._answers(question, deadline)
-        except EngineError:
-            return []
-
-    async def _ask_rank(self, question: Question, number: int, deadline: float) -> _Answer:
-        rank = question.ranks[number]
-        left_ms = max(0, round((deadline - time.monotonic()) * 1000))
-        answer = await self._connections.call(
-            rank.control_address,
-            rank.control_secret,
-            question.kind,
-            left_ms / 1000 + GRACE_S,
-            timeout_ms=left_ms,
-            **question.arguments(number),
-        )
-        try:
-            states = {state.value: state for state in _STATES[question.kind]}
-            tokens, pages, nbytes = (int(answer[name]) for name in ("tokens", "pages", "bytes"))
-            more = (int(answer.get(name, 0)) for name in ("shared_tokens", "epoch"))
-            return _Answer(states[answer["state"]], tokens, pages, nbytes, *more)
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineRefused(
-                f"the engine at {rank.control_address} gave an answer that is none to a {question.kind}: {error!r}"
-            ) from error
 
     async def _write(self, operation_id: str, **values: Any) -> None:
         await self._loop.run_in_executor(self._writers, lambda: self._update(operation_id, **values))

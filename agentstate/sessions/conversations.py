@@ -179,7 +179,7 @@ def remember(
     connection: Connection, tenant: str, session_uid: str, conversation: Conversation, head_entry: str | None
 ) -> None:
     """Note that a turn of the session has ended with ``conversation``."""
-    _REMEMBER.all(
+    _REMEMBER.send(
         connection,
         {
             "tenant": tenant,
@@ -191,7 +191,7 @@ def remember(
             "head_entry": head_entry,
         },
     )
-    _FORGET.all(connection, {"of_session": session_uid, "before_oldest": KEPT - 1})
+    _FORGET.send(connection, {"of_session": session_uid, "before_oldest": KEPT - 1})
 
 
 # Built once: every request runs some of them, and building one takes longer than running it. So a request has always as

@@ -138,19 +138,18 @@ class History:
 
     def store(self, connection: Connection, session_id: str) -> None:
         """Like `close`, for a new session."""
-        if self.segments:
-            connection.execute(
-                sa.insert(segments),
-                [
-                    {
-                        "session_id": session_id,
-                        "owner_id": part.owner_id,
-                        "first_seq": part.first,
-                        "last_seq": part.last,
-                    }
-                    for part in self.segments
-                ],
-            )
+        _STORE.send_each(
+            connection,
+            [
+                {
+                    "session_id": session_id,
+                    "owner_id": part.owner_id,
+                    "first_seq": part.first,
+                    "last_seq": part.last,
+                }
+                for part in self.segments
+            ],
+        )
 
 
 _CLOSED = Prepared(
@@ -158,3 +157,4 @@ _CLOSED = Prepared(
     .where(segments.c.session_id == sa.bindparam("session"))
     .order_by(segments.c.first_seq)
 )
+_STORE = Prepared(sa.insert(segments))

@@ -22,6 +22,7 @@ from sqlalchemy.engine import Connection
 from agentstate.errors import IdempotencyKeyInUse, IdempotencyKeyReused
 from agentstate.sql.database import insert, now_us
 from agentstate.sql.models import idempotency
+from agentstate.sql.prepared import Prepared
 
 # If an answer has waited for an engine for longer than any request does, its service is gone.
 UNFINISHED_S = 300
@@ -54,9 +55,9 @@ def begin(connection: Connection, once: Once) -> dict[str, Any] | None:
     if connection.dialect.name == "postgresql":
         # Try the lock, do not wait for it: an impatient client must not hold a connection.
         number = int.from_bytes(once.row_key[:8], "big", signed=True)
-        if not connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(number))).scalar_one():
+        if not _TRY.scalar(connection, {"number": number}):
             raise IdempotencyKeyInUse(f"the first request with Idempotency-Key {once.key!r} is still being answered")
-    row = connection.execute(_FIND, {"of_key": once.row_key}).one_or_none()
+    row = _FIND.first(connection, {"of_key": once.row_key})
     if row is None:
         return None
     if bytes(row.request_hash) != once.request_hash:
@@ -72,15 +73,20 @@ def begin(connection: Connection, once: Once) -> dict[str, Any] | None:
 def store(connection: Connection, once: Once, answer: dict[str, Any], *, final: bool = True) -> None:
     """Store the answer in the transaction of its write, or later in place of one that was not ``final``."""
     row = {"key": once.row_key, "request_hash": once.request_hash, "answer": answer, "final": final}
-    connection.execute(_storing(connection.dialect.name), row)
+    _storing(connection.dialect.name).send(connection, row)
 
 
-_FIND = sa.select(idempotency, now_us().label("time_us")).where(idempotency.c.key == sa.bindparam("of_key"))
+_TRY = Prepared(
+    sa.select(sa.func.pg_try_advisory_xact_lock(sa.bindparam("number", type_=sa.BigInteger())).label("got"))
+)
+_FIND = Prepared(sa.select(idempotency, now_us().label("time_us")).where(idempotency.c.key == sa.bindparam("of_key")))
 
 
 @cache
-def _storing(dialect: str) -> Any:
+def _storing(dialect: str) -> Prepared:
     new = insert(dialect, idempotency).values(created_us=now_us())
-    return new.on_conflict_do_update(
-        index_elements=["key"], set_={"answer": new.excluded.answer, "final": new.excluded.final}
+    return Prepared(
+        new.on_conflict_do_update(
+            index_elements=["key"], set_={"answer": new.excluded.answer, "final": new.excluded.final}
+        )
     )

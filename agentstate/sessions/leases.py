@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -48,24 +49,24 @@ class Lease:
     installation: bytes | None = field(default=None, repr=False)
 
 
-def take(
+def take_later(
     connection: Connection,
     session_id: str,
     ttl_s: float,
     revision: int,
     *,
-    token: str | None = None,
-    engine: str | None = None,
-    dp_rank: int | None = None,
-) -> Lease:
-    """Take a session's lease, or take it over when it has lapsed, with the next epoch.
+    token: str,
+    engine: str | None,
+    dp_rank: int | None,
+) -> Callable[[], Lease]:
+    """Take a session's lease, or take it over when it has lapsed, with the next epoch: now, answered later. What is
+    sent meanwhile is carried out whatever the answer.
 
-    ``token`` is the secret of the new lease; without one it is generated. ``engine`` is the base URL of the engine that
-    is to serve the turn, and ``dp_rank`` which of its DP ranks, where it has several. One statement decides, so only
-    one of several callers gets the lease. Raises SessionBusy, with ``revision``, while another lease is valid.
+    ``token`` is the secret of the new lease. ``engine`` is the base URL of the engine that is to serve the turn, and
+    ``dp_rank`` which of its DP ranks, where it has several. One statement decides, so only one of several callers gets
+    the lease. Raises SessionBusy, with ``revision``, while another lease is valid.
     """
-    token = token or secrets.token_urlsafe(32)
-    row = _taking(connection.dialect.name).first(
+    sent = _taking(connection.dialect.name).send(
         connection,
         {
             "session": session_id,
@@ -75,10 +76,25 @@ def take(
             "dp_rank": dp_rank,
         },
     )
-    if row is None:
-        raise _busy(remaining_s(connection, session_id), revision)
-    installation = None if row.installation is None else bytes(row.installation)
-    return Lease(LeaseKey(token, row.epoch), row.expires_us, row.released_us, row.waits_for, installation)
+
+    def answer() -> Lease:
+        row = sent.first()
+        if row is None:
+            raise _busy(remaining_s(connection, session_id), revision)
+        installation = None if row.installation is None else bytes(row.installation)
+        return Lease(LeaseKey(token, row.epoch), row.expires_us, row.released_us, row.waits_for, installation)
+
+    return answer
+
+
+def new_token() -> str:
+    """The secret of a new lease."""
+    return secrets.token_urlsafe(32)
+
+
+def is_held(session_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    """SQL: whether the token whose hash is the parameter ``hash`` is that of a session's lease."""
+    return sa.exists().where(leases.c.session_id == session_id, leases.c.token_hash == sa.bindparam("hash"))
 
 
 def remaining_s(connection: Connection, session_id: str) -> float:
@@ -114,16 +130,20 @@ def renew(connection: Connection, session_id: str, key: LeaseKey, ttl_s: float, 
     return Lease(key, expires_us)
 
 
-def release(
+def release_later(
     connection: Connection, session_id: str, key: LeaseKey, revision: int, reason: str
-) -> tuple[str | None, int | None]:
-    """End a valid lease, so that the session can be resumed at once, and remember the reason. Returns the engine and
-    the DP rank that it was taken for. Raises LeaseLost."""
-    shown = {**_shown(session_id, key), "reason": reason}
-    released = _RELEASE.first(connection, shown)
-    if released is None:
-        raise _lost(key, revision)
-    return released.engine, released.dp_rank
+) -> Callable[[], tuple[str | None, int | None]]:
+    """End a valid lease, so that the session can be resumed at once, and remember the reason. Answers, later, with the
+    engine and the DP rank that it was taken for, or raises LeaseLost: what is sent meanwhile is to be rolled back."""
+    sent = _RELEASE.send(connection, {**_shown(session_id, key), "reason": reason})
+
+    def answer() -> tuple[str | None, int | None]:
+        released = sent.first()
+        if released is None:
+            raise _lost(key, revision)
+        return released.engine, released.dp_rank
+
+    return answer
 
 
 def running(connection: Connection, engine: str) -> dict[int, int]:

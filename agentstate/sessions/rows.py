@@ -60,17 +60,18 @@ _SESSION_BEYOND = _ROW_BEYOND.where(
 
 
 @cache
-def _making(dialect: str, expires: bool, branched: bool) -> Any:
+def _making(dialect: str, names: frozenset[str], expires: bool, branched: bool) -> Prepared:
+    """Makes a session of values of these ``names``."""
     default_s = (
         sa.select(tenants_table.c.expires_in_s).where(tenants_table.c.id == sa.bindparam("of_tenant")).scalar_subquery()
     )
     after_us = (
         sa.bindparam("ttl_us", type_=sa.BigInteger()) if expires else sa.cast(default_s * 1_000_000, sa.BigInteger)
     )
-    return (
+    return Prepared(
         insert(dialect, table)
         .values(
-            status=SessionStatus.IDLE,
+            status=SessionStatus.IDLE.value,
             revision=1,
             created_us=now_us(),
             updated_us=now_us(),
@@ -121,7 +122,6 @@ class Rows:
     ) -> Session:
         """Make a session, in the scope of KV that the tenant's sessions have now (`salts`). Without ``expires_in_s`` it
         expires as the tenant's do. Raises SessionExists, TooManySessions."""
-        statement = _making(connection.dialect.name, expires_in_s is not None, branched)
         values["tenant"] = self.tenant
         values["account"] = salts.scope_of_tenant(self.tenant)
         values["kv_scope"] = salts.scope_of(connection, self.tenant)
@@ -129,7 +129,8 @@ class Rows:
             values["of_tenant"] = self.tenant
         else:
             values["ttl_us"] = round(expires_in_s * 1_000_000)
-        row = connection.execute(statement, values).one_or_none()
+        making = _making(connection.dialect.name, frozenset(values), expires_in_s is not None, branched)
+        row = making.first(connection, values)
         if row is None:
             # An id is free again once its session has expired, whether or not that was collected yet.
             expired = connection.execute(
@@ -139,7 +140,7 @@ class Rows:
             ).one_or_none()
             if expired is not None:
                 branches.bury(connection, expired)
-                row = connection.execute(statement, values).one_or_none()
+                row = making.first(connection, values)
         if row is None:
             raise SessionExists(f"the session id {values['name']} is taken: choose another, or resume that session")
         if row.most is not None:
@@ -170,7 +171,7 @@ class Rows:
                     parent_id=parent_id,
                     seq=seq,
                     kind=entry.kind,
-                    payload=entry.payload,
+                    content=entry.content,
                     call_id=entry.call_id,
                     created_us=time_us,
                 )
@@ -238,13 +239,28 @@ def current() -> sa.Select[Any]:
     ).select_from(table.outerjoin(leases_table))
 
 
+_RUN = Prepared(_CHANGE.values(status=SessionStatus.RUNNING.value).where(leases.is_held(table.c.id)))
 _FIND = Prepared(current().where(_named))
+_SCOPE = Prepared(sa.select(table.c.id, table.c.kv_scope).where(table.c.id == sa.bindparam("uid")))
 
 
 def stored(connection: Connection, row: Any, history: History) -> Stored:
     """What is stored of a session: its own pages or, until there are some, those from before its last branch."""
-    owners = [row.id, *_in_scope(connection, row, [owner for owner in history.owners() if owner != row.id])]
+    return stored_later(connection, row, history)()
+
+
+def stored_later(connection: Connection, row: Any, history: History) -> Callable[[], Stored]:
+    """`stored`, asked now and answered later."""
+    ancestors = [owner for owner in history.owners() if owner != row.id]
+    if not ancestors:
+        coverage = manifests.coverage_later(connection, row.id)
+        return lambda: _stored(row, [row.id], coverage())
+    owners = [row.id, *_in_scope(connection, row, ancestors)]
     found = manifests.coverage(connection, owners)
+    return lambda: _stored(row, owners, found)
+
+
+def _stored(row: Any, owners: Sequence[str], found: Sequence[manifests.Coverage]) -> Stored:
     own = [coverage for coverage in found if coverage.session_id == row.id and coverage.updated_us > row.branched_us]
     if own:
         return Stored(own)
@@ -257,9 +273,11 @@ def stored(connection: Connection, row: Any, history: History) -> Stored:
 
 def _in_scope(connection: Connection, row: Any, owners: Sequence[str]) -> list[str]:
     """The ancestors whose pages a session finds: the keys of the others have another salt."""
-    if not owners:
-        return []
-    scopes = connection.execute(sa.select(table.c.id, table.c.kv_scope).where(table.c.id.in_(owners)))
+    scopes: Sequence[Any]
+    if len(owners) == 1:
+        scopes = _SCOPE.all(connection, {"uid": owners[0]})
+    else:
+        scopes = connection.execute(sa.select(table.c.id, table.c.kv_scope).where(table.c.id.in_(owners))).all()
     same = {uid for uid, scope in scopes if scope == row.kv_scope}
     return [owner for owner in owners if owner in same]
 
@@ -268,10 +286,24 @@ def change(connection: Connection, uid: str, *, expires_in_s: float | None = Non
     """Change a session, its expiry too if ``expires_in_s`` from now is given."""
     if any(isinstance(value, sa.ColumnElement) for value in values.values()):
         return session_of(connection.execute(_CHANGE.values(values), {"uid": uid}).one())
-    if expires_in_s is None:
-        return session_of(_changing(frozenset(values), False).first(connection, {"uid": uid, **values}))
-    expiry = {"expiry_us": round(expires_in_s * 1_000_000)}
-    return session_of(_changing(frozenset(values), True).first(connection, {"uid": uid, **values, **expiry}))
+    return change_later(connection, uid, expires_in_s=expires_in_s, **values)()
+
+
+def change_later(
+    connection: Connection, uid: str, *, expires_in_s: float | None = None, **values: Any
+) -> Callable[[], Session]:
+    """`change` to values that SQL does not compute, asked now and answered later."""
+    expiry = {} if expires_in_s is None else {"expiry_us": round(expires_in_s * 1_000_000)}
+    changing = _changing(frozenset(values), bool(expiry))
+    sent = changing.send(connection, {"uid": uid, **values, **expiry})
+    return lambda: session_of(sent.first())
+
+
+def run_later(connection: Connection, uid: str, token: str) -> Callable[[], Session]:
+    """Note that a session is being run, if its lease is that of ``token``: asked now, and answered later, if it is."""
+    shown = {"uid": uid, "hash": LeaseKey(token, 0).token_hash}
+    sent = _RUN.send(connection, shown)
+    return lambda: session_of(sent.first())
 
 
 @cache
@@ -285,7 +317,7 @@ def _changing(names: frozenset[str], expiry: bool) -> Prepared:
 
 def note_turn(connection: Connection, tenant: str, uid: str) -> None:
     """Note that a session's turn ends now, or that it is made."""
-    _turned(connection.dialect.name).all(connection, {"uid": uid, "of_tenant": tenant})
+    _turned(connection.dialect.name).send(connection, {"uid": uid, "of_tenant": tenant})
 
 
 @cache

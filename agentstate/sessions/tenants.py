@@ -12,6 +12,7 @@ import re
 import secrets
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -20,6 +21,7 @@ from agentstate import ids
 from agentstate.errors import KeyNotFound, SettingsError
 from agentstate.sql.database import insert, now_us
 from agentstate.sql.models import api_keys, tenants
+from agentstate.sql.prepared import Prepared
 
 PREFIX = "ags_"
 EVERYBODY = "*"
@@ -104,7 +106,7 @@ def put(connection: Connection, tenant: Tenant) -> None:
 
 def find(connection: Connection, tenant_id: str) -> Tenant:
     """A tenant's limits; the defaults if it was never put."""
-    row = connection.execute(sa.select(tenants).where(tenants.c.id == tenant_id)).one_or_none()
+    row = _FIND.first(connection, {"tenant": tenant_id})
     return Tenant(tenant_id, None, None) if row is None else _tenant(row)
 
 
@@ -171,7 +173,7 @@ def _no_key(key_id: str) -> KeyNotFound:
 
 def any_key(connection: Connection) -> bool:
     """Whether a key was ever made."""
-    return connection.execute(sa.select(api_keys.c.id).limit(1)).scalar() is not None
+    return _ANY_KEY.scalar(connection, {}) is not None
 
 
 def authenticate(connection: Connection, secret: str) -> Caller | None:
@@ -198,7 +200,7 @@ def role_of(stored: str) -> Role:
     return Role(stored) if stored in set(Role) else Role.VIEWER
 
 
-def _tenant(row: sa.Row[tuple[object, ...]]) -> Tenant:
+def _tenant(row: Any) -> Tenant:
     return Tenant(**{name: row._mapping[name] for name in Tenant.__dataclass_fields__})
 
 
@@ -210,3 +212,7 @@ def _hash(secret: str) -> bytes:
 def _key(row: sa.Row[tuple[object, ...]]) -> ApiKey:
     stored = {name: row._mapping[name] for name in ApiKey.__dataclass_fields__}
     return ApiKey(**{**stored, "role": role_of(row._mapping["role"])})
+
+
+_ANY_KEY = Prepared(sa.select(api_keys.c.id).limit(1))
+_FIND = Prepared(sa.select(tenants).where(tenants.c.id == sa.bindparam("tenant")))

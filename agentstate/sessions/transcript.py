@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +24,7 @@ from agentstate.sessions.history import History
 from agentstate.sql.database import insert, now_us
 from agentstate.sql.models import EntryKind, blobs
 from agentstate.sql.models import entries as table
+from agentstate.sql.prepared import Prepared
 
 BLOB_BYTES = 256 * 1024
 # Bound of the payloads of one page: more than the body of a request may have, so that any entry fits.
@@ -46,20 +47,34 @@ class NewEntry:
     payload: dict[str, Any]
     call_id: str | None = None
 
+    @cached_property
+    def content(self) -> str:
+        """The payload as JSON, as it is stored. Raises InvalidEntry if it has no such form."""
+        content = check_json(self.payload, f"the payload of a {self.kind}")
+        if content.isascii() or len(content) >= BLOB_BYTES:
+            return content.decode()
+        return json.dumps(self.payload, separators=(",", ":"))
+
 
 @dataclass(frozen=True)
 class Entry:
     """An appended entry. ``seq`` numbers the entries of a history, without gaps if nothing was taken back;
-    ``session_id`` is the session whose history it was read from."""
+    ``session_id`` is the session whose history it was read from. ``content`` is its payload as JSON: most entries are
+    passed on without a look at it."""
 
     id: str
     session_id: str
     parent_id: str | None
     seq: int
     kind: EntryKind
-    payload: dict[str, Any]
+    content: str
     call_id: str | None
     created_us: int
+
+    @cached_property
+    def payload(self) -> dict[str, Any]:
+        payload: dict[str, Any] = json.loads(self.content)
+        return payload
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,7 @@ def check_metadata(metadata: dict[str, Any]) -> None:
 
 
 def _check_entry(entry: NewEntry) -> None:
-    check_json(entry.payload, f"the payload of a {entry.kind}")
+    _ = entry.content  # it has one
     if entry.kind not in (EntryKind.TOOL_CALL, EntryKind.TOOL_RESULT):
         if entry.call_id is not None:
             raise InvalidEntry(f"a {entry.kind} has no call_id, {entry.call_id!r} was given")
@@ -169,16 +184,31 @@ def write(connection: Connection, tenant: str, owner_id: str, new: Sequence[Entr
 
     ``open_calls`` is how many were open before them.
     """
-    rows, large = [], {}
+    rows: list[dict[str, Any]] = []
+    large: dict[bytes, bytes] = {}
     for entry in new:
         open_calls += {EntryKind.TOOL_CALL: 1, EntryKind.TOOL_RESULT: -1}.get(entry.kind, 0)
-        row = {**vars(entry), "session_id": owner_id, "open_calls": open_calls, "blob": None}
-        content = check_json(entry.payload, "a payload")
-        if len(content) >= BLOB_BYTES:
-            row["blob"] = hashlib.sha256(tenant.encode() + b"\0" + content).digest()
-            row["payload"] = {}
-            large[row["blob"]] = content
-        rows.append(row)
+        stored, blob = entry.content, None
+        # Of ASCII, if it is no blob: as many bytes as characters.
+        if len(stored) >= BLOB_BYTES or not stored.isascii():
+            content = stored.encode()
+            blob = hashlib.sha256(tenant.encode() + b"\0" + content).digest()
+            large[blob] = content
+            stored = "{}"
+        rows.append(
+            {
+                "id": entry.id,
+                "session_id": owner_id,
+                "parent_id": entry.parent_id,
+                "seq": entry.seq,
+                "kind": entry.kind.value,
+                "stored": stored,
+                "call_id": entry.call_id,
+                "open_calls": open_calls,
+                "created_us": entry.created_us,
+                "blob": blob,
+            }
+        )
     # In the order of their keys: two transactions with the same blobs must not wait for each other in a circle.
     for key, content in sorted(large.items()):
         connection.execute(
@@ -186,7 +216,7 @@ def write(connection: Connection, tenant: str, owner_id: str, new: Sequence[Entr
             .values(key=key, content=content, used_us=now_us())
             .on_conflict_do_update(index_elements=["key"], set_={"used_us": now_us()})
         )
-    connection.execute(sa.insert(table), rows)
+    _writing(connection.dialect.name).send_each(connection, rows)
     return open_calls
 
 
@@ -194,8 +224,8 @@ def read(connection: Connection, name: str, history: History) -> list[Entry]:
     """All entries of ``history``, a part of the history of the session called ``name``."""
     if not history.segments:
         return []
-    found = connection.execute(_reading(len(history.segments)), history.as_parameters())
-    return _complete(connection, name, found.all())
+    found = _reading(len(history.segments)).all(connection, history.as_parameters())
+    return _complete(connection, name, found)
 
 
 def page(connection: Connection, name: str, rest: History, limit: int, *, newest: bool = False) -> EntryPage:
@@ -207,15 +237,26 @@ def page(connection: Connection, name: str, rest: History, limit: int, *, newest
 
 def _read_bounded(connection: Connection, name: str, wanted: History, *, newest: bool) -> list[Entry]:
     """Like `read`, but only as many of the oldest entries, or the newest, as fit into ``MAX_PAGE_BYTES``."""
+    return _read_bounded_later(connection, name, wanted, newest=newest)()
+
+
+def _read_bounded_later(
+    connection: Connection, name: str, wanted: History, *, newest: bool
+) -> Callable[[], list[Entry]]:
     if not wanted.segments:
-        return []
+        return list
     if wanted.length > MAX_UNMEASURED:
         wanted = _within_bytes(connection, wanted, newest=newest)
-    rows = connection.execute(_reading(len(wanted.segments)), wanted.as_parameters()).all()
-    if any(row.blob is not None for row in rows):
-        wanted = _within_bytes(connection, wanted, newest=newest)
-        rows = [row for row in rows if wanted.owner_of(row.seq) is not None]
-    return _complete(connection, name, rows)
+    sent = _reading(len(wanted.segments)).send(connection, wanted.as_parameters())
+
+    def answer() -> list[Entry]:
+        rows = sent.all()
+        if any(row.blob is not None for row in rows):
+            fitting = _within_bytes(connection, wanted, newest=newest)
+            rows = [row for row in rows if fitting.owner_of(row.seq) is not None]
+        return _complete(connection, name, rows)
+
+    return answer
 
 
 def _within_bytes(connection: Connection, wanted: History, *, newest: bool) -> History:
@@ -280,15 +321,19 @@ def find(connection: Connection, name: str, history: History, entry_id: str) -> 
     return Place(row.seq, row.open_calls)
 
 
-def tail(connection: Connection, name: str, history: History, length: int) -> EntryPage:
-    """The newest ``length`` entries, or more to keep a tool result with its call.
+def tail_later(connection: Connection, name: str, history: History, length: int) -> Callable[[], EntryPage]:
+    """The newest ``length`` entries, or more to keep a tool result with its call: asked now, answered later.
 
     If that is more than ``MAX_PAGE_BYTES``, fewer: the tail then begins after the results whose calls do not fit.
     """
     if length == 0 or not history.segments:
-        return EntryPage([], has_more=bool(history.segments))
+        return lambda: EntryPage([], has_more=bool(history.segments))
     wanted = history.newest(length)
-    found = _read_bounded(connection, name, wanted, newest=True)
+    read = _read_bounded_later(connection, name, wanted, newest=True)
+    return lambda: _tail(connection, name, history, wanted, read())
+
+
+def _tail(connection: Connection, name: str, history: History, wanted: History, found: list[Entry]) -> EntryPage:
     newest = history.between(found[0].seq, wanted.segments[-1].last)
     called = {entry.call_id for entry in found if entry.kind is EntryKind.TOOL_CALL}
     cut = newest.first
@@ -315,13 +360,30 @@ def _whole(found: list[Entry]) -> list[Entry]:
 
 
 _KINDS = {kind.value: kind for kind in EntryKind}
-_COLUMNS = ("id", "parent_id", "seq", "kind", "payload", "call_id", "created_us", "blob")
-_SELECT = sa.select(*(table.c[name] for name in _COLUMNS))
+# A payload's text: neither the driver nor SQLAlchemy is to parse it.
+_SELECT = sa.select(
+    table.c.id,
+    table.c.parent_id,
+    table.c.seq,
+    table.c.kind,
+    sa.cast(table.c.payload, sa.Text).label("content"),
+    table.c.call_id,
+    table.c.created_us,
+    table.c.blob,
+)
 
 
 @cache
-def _reading(parts: int) -> sa.Select[Any]:
-    return _SELECT.where(History.entries(parts)).order_by(table.c.seq)
+def _reading(parts: int) -> Prepared:
+    return Prepared(_SELECT.where(History.entries(parts)).order_by(table.c.seq))
+
+
+@cache
+def _writing(dialect: str) -> Prepared:
+    stored: sa.ColumnElement[Any] = sa.bindparam("stored", type_=sa.Text())
+    if dialect == "postgresql":
+        stored = sa.cast(stored, sa.JSON)
+    return Prepared(sa.insert(table).values(payload=stored))
 
 
 def _complete(connection: Connection, name: str, rows: Sequence[Any]) -> list[Entry]:
@@ -329,7 +391,7 @@ def _complete(connection: Connection, name: str, rows: Sequence[Any]) -> list[En
     contents = {}
     if wanted:
         found = connection.execute(sa.select(blobs.c.key, blobs.c.content).where(blobs.c.key.in_(wanted)))
-        contents = {bytes(blob.key): json.loads(blob.content) for blob in found}
+        contents = {bytes(blob.key): bytes(blob.content).decode() for blob in found}
     return [
         Entry(
             entry_id,
@@ -337,9 +399,9 @@ def _complete(connection: Connection, name: str, rows: Sequence[Any]) -> list[En
             parent_id,
             seq,
             _KINDS[kind],
-            payload if blob is None else contents[bytes(blob)],
+            content if blob is None else contents[bytes(blob)],
             call_id,
             created_us,
         )
-        for entry_id, parent_id, seq, kind, payload, call_id, created_us, blob in rows
+        for entry_id, parent_id, seq, kind, content, call_id, created_us, blob in rows
     ]

@@ -442,15 +442,18 @@ class Sessions:
     ) -> Resumed:
         """Begin a turn of the session whose locked row is ``before``. Raises SessionBusy, having changed nothing."""
         history = History.of(connection, before)
-        stored = rows.stored(connection, before, history)
-        live = engines.live(connection, self._engine_timeout_s)
+        stored_later = rows.stored_later(connection, before, history)
+        live_later = engines.live_later(connection, self._engine_timeout_s)
+        tail_later = transcript.tail_later(connection, before.name, history, tail)
+        stored, live = stored_later(), live_later()
         if by_gateway:
             # Engines of an earlier release do not know its headers: they would compute without the tenant's salt.
             live = [rank for rank in live if rank.control_secret is not None]
         equal = best(before.model, stored, live, preferred)
         running = leases.running(connection, equal[0].base_url) if len(equal) > 1 else {}
         server = spread(equal, before.id, running)
-        lease = leases.take(
+        token = token or leases.new_token()
+        lease_later = leases.take_later(
             connection,
             before.id,
             lease_ttl_s,
@@ -459,6 +462,8 @@ class Sessions:
             engine=server.base_url if server else None,
             dp_rank=server.dp_rank if server else None,
         )
+        session_later = rows.run_later(connection, before.id, token)
+        lease = lease_later()
         if before.status == SessionStatus.RUNNING:  # its lease was not released: it lapsed
             toolcalls.abandon(connection, before.id)
         elif before.status == SessionStatus.SUSPENDED and lease.released_us is not None:
@@ -466,7 +471,7 @@ class Sessions:
             if tool is not None:
                 self._took([Took(tool, "", (before.time_us - lease.released_us) / 1_000_000)])
         self._tell(lambda waits: waits.over(before.id, server.ranks[0] if server else None))
-        session = rows.change(connection, before.id, status=SessionStatus.RUNNING)
+        session = session_later()
         installation = lease.installation or secret.read(connection)
         engine_session = before.id
         if server is None or server.takes_tokens:
@@ -476,7 +481,7 @@ class Sessions:
         return Resumed(
             session=session,
             lease=lease,
-            tail=transcript.tail(connection, before.name, history, tail),
+            tail=tail_later(),
             pending_tool_calls=(
                 [call.call_id for call in toolcalls.pending(connection, before.id)] if before.open_calls else []
             ),
@@ -496,7 +501,13 @@ class Sessions:
         release_kv: bool = False,
     ) -> Suspended:
         """End the turn of the session whose locked row is ``before``."""
-        engine, dp_rank = leases.release(connection, before.id, key, before.revision, reason)
+        released_later = leases.release_later(connection, before.id, key, before.revision, reason)
+        session_later = rows.change_later(
+            connection, before.id, status=SessionStatus.SUSPENDED.value, expires_in_s=expires_in_s
+        )
+        rows.note_turn(connection, before.tenant, before.id)
+        live_later = engines.live_later(connection, self._engine_timeout_s)
+        engine, dp_rank = released_later()
         running = toolcalls.in_flight(connection, before.id) if reason is SuspendReason.DONE else []
         if running:
             raise ToolInFlight(
@@ -504,9 +515,7 @@ class Sessions:
                 "or suspend with reason tool_wait",
                 revision=before.revision,
             )
-        session = rows.change(connection, before.id, status=SessionStatus.SUSPENDED, expires_in_s=expires_in_s)
-        rows.note_turn(connection, before.tenant, before.id)
-        live = engines.live(connection, self._engine_timeout_s)
+        session, live = session_later(), live_later()
         if engine is not None:
             server = named(engine, dp_rank, live)
         else:

@@ -1,9 +1,10 @@
 """The database: SQLite by default, PostgreSQL when its URL is set. Both hold the same schema.
 
 **SQLite** runs in WAL mode. Reads never wait for writes. A process has one writing connection, and every write starts
-with ``BEGIN IMMEDIATE``, so two writers wait for each other instead of failing half-way. With ``synchronous = NORMAL``
-a committed transaction survives a crash of the process; after a power loss the newest transactions may be missing, but
-the database is never corrupt.
+with ``BEGIN IMMEDIATE``, so two writers wait for each other instead of failing half-way. What is submitted shares
+transactions: each write in a savepoint of its own, and nobody is told of his before the commit that holds it. With
+``synchronous = NORMAL`` a committed transaction survives a crash of the process; after a power loss the newest
+transactions may be missing, but the database is never corrupt.
 
 **PostgreSQL** writes at READ COMMITTED: statements after the lock of a row see all that was committed before it. Reads
 run at REPEATABLE READ, read-only, so that several statements see one snapshot. There are limits on how long a statement
@@ -22,11 +23,12 @@ Transactions are short by design: never hold one while waiting for an engine or 
 
 from __future__ import annotations
 
+import logging
 import select
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
@@ -61,14 +63,18 @@ from agentstate.errors import (
     SettingsError,
 )
 from agentstate.private import close_to_others, make_directory, make_file
-from agentstate.sql import address, prepared
+from agentstate.sql import address, pipelined, prepared
+from agentstate.sql.batches import Batcher, Job, Turnstile
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 10
 CONNECT_TIMEOUT_S = 5
 POOL_SIZE = 10
 UNASKED_S = 0.25
+MOST_TOGETHER = 64  # writes in one transaction
 POSTGRESQL_LIMITS = {
     "statement_timeout": "15s",
     "lock_timeout": "10s",
@@ -129,13 +135,15 @@ class Database:
         self._address = address.parse(url)
         self._url = self._address.url
         self.is_sqlite = self._address.is_sqlite
-        self._thread = threading.local()  # the transaction that the thread has begun
-        self._threads: ThreadPoolExecutor | None = None
+        self._thread = threading.local()  # what the thread has begun: a block of `write`, and a transaction of several
+        self._threads: ThreadPoolExecutor | Batcher | None = None
+        self._starting = threading.Lock()
+        self._turns = Turnstile()
         self.url = self._address.shown  # safe to log
         if self.is_sqlite:
             if self._url.database in (None, "", ":memory:"):
                 raise SettingsError("AGENTSTATE_DATABASE_URL must name a file: an in-memory SQLite cannot be shared")
-            # A pool of one is the queue in which this process's writers wait for each other.
+            # This process's writers wait for each other's turn to use it (`_transaction`).
             self._writer = sa.create_engine(
                 self._url,
                 pool_size=1,
@@ -188,22 +196,83 @@ class Database:
         if outer is not None:
             yield outer
             return
-        with self._errors(), self._writer.begin() as connection:
+        shared: Connection | None = getattr(self._thread, "shared", None)
+        with self._errors(), self._transaction() if shared is None else self._part_of(shared) as connection:
             self._thread.connection, self._thread.then = connection, []
             try:
                 yield connection
             finally:
                 self._thread.connection, then = None, self._thread.then
+        if shared is not None:
+            self._thread.shared_then += then
+            return
         for act in then:
             act()
 
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        if self.is_sqlite and not self._turns.acquire(BUSY_TIMEOUT_S):
+            raise DatabaseError(f"{self.url}: no connection became free in time; try again")
+        try:
+            with self._writer.begin() as connection:
+                yield connection
+        finally:
+            if self.is_sqlite:
+                self._turns.release()
+
+    @contextmanager
+    def _part_of(self, shared: Connection) -> Iterator[Connection]:
+        """A part of a transaction that is rolled back alone if the block raises."""
+        self._require_transaction(shared)
+        prepared.say(shared, "SAVEPOINT part")
+        try:
+            yield shared
+        except BaseException:
+            driver = _driver_of(shared)
+            # Some errors make SQLite roll back the whole of it: a full disk, for example.
+            if driver.in_transaction:
+                try:
+                    driver.execute("ROLLBACK TO part")
+                    driver.execute("RELEASE part")
+                except BaseException:
+                    driver.rollback()  # all of it, rather than half of this
+            raise
+        prepared.say(shared, "RELEASE part")
+
+    def _require_transaction(self, shared: Connection) -> None:
+        if not _driver_of(shared).in_transaction:
+            raise DatabaseError(f"{self.url}: a write that shared this one's transaction has ended it; try again")
+
+    def _together(self, jobs: Sequence[Job]) -> None:
+        """Carry out what was submitted, in one transaction; each learns its outcome once that has committed."""
+        thread, failed = self._thread, None
+        then: list[Callable[[], None]] = []
+        try:
+            with self._errors(), self._transaction() as connection:
+                thread.shared, thread.shared_then = connection, then
+                try:
+                    for job in jobs:
+                        job.run()
+                        self._require_transaction(connection)
+                finally:
+                    thread.shared = None
+        except BaseException as error:
+            failed = error
+        else:
+            for act in then:
+                try:
+                    act()
+                except Exception:  # it must not; whoever waits for the commit is told all the same
+                    logger.exception("what was to be done after a commit failed")
+        for job in jobs:
+            job.tell(failed)
+
     def submit(self, act: Callable[[], T]) -> Future[T]:
-        """Have ``act``, which writes, run on a thread for that, in the caller's context. On SQLite there is one: who
-        waits for another writer of this process waits in its queue, without a thread. The future raises what ``act``
-        raises, and DatabaseError if its turn has not come within ``BUSY_TIMEOUT_S``."""
-        if self._threads is None:
-            threads = 1 if self.is_sqlite else 2 * POOL_SIZE
-            self._threads = ThreadPoolExecutor(threads, thread_name_prefix="agentstate-write")
+        """Have ``act``, which writes, run on a thread for that, in the caller's context. On SQLite there is one, on
+        which writes that wait for each other share a transaction: what ``act`` writes is there, for itself too, when
+        the future is done, and not before. The future raises what ``act`` raises, DatabaseError if its turn has not
+        come within ``BUSY_TIMEOUT_S``, and what `write` raises if the transaction cannot be committed; then nothing
+        was written."""
         submitted_s = time.monotonic()
 
         def run() -> T:
@@ -211,7 +280,14 @@ class Database:
                 raise DatabaseError(f"{self.url}: no connection became free in time; try again")
             return act()
 
-        return self._threads.submit(copy_context().run, run)
+        with self._starting:  # or closing
+            if self._threads is None and self.is_sqlite:
+                self._threads = Batcher(self._together, MOST_TOGETHER, "agentstate-write")
+            elif self._threads is None:
+                self._threads = ThreadPoolExecutor(2 * POOL_SIZE, thread_name_prefix="agentstate-write")
+            if isinstance(self._threads, Batcher):
+                return self._threads.submit(run)
+            return self._threads.submit(copy_context().run, run)
 
     def once_committed(self, act: Callable[[], None]) -> None:
         """In a block of `write`: call ``act`` on this thread once the transaction has committed, if it does. It must
@@ -285,7 +361,8 @@ class Database:
 
     def close(self) -> None:
         """Close the idle connections, after what was submitted. The object opens new ones if it is used again."""
-        threads, self._threads = self._threads, None
+        with self._starting:
+            threads, self._threads = self._threads, None
         if threads is not None:
             threads.shutdown()
         self._writer.dispose()
@@ -379,12 +456,16 @@ def _is_full(error: BaseException | None) -> bool:
     return sqlite_code == sqlite3.SQLITE_FULL or _sqlstate(error) == FULL
 
 
+def _driver_of(connection: Connection) -> sqlite3.Connection:
+    driver: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
+    return driver
+
+
 def _reads(connection: Connection) -> bool:
     return bool(connection.get_execution_options().get(SNAPSHOT))
 
 
 def _configure_postgresql(engine: sa.Engine, where: address.Address) -> None:
-    from psycopg import IsolationLevel
     from psycopg import OperationalError as OperationalDriverError
 
     @sa.event.listens_for(engine, "handle_error")
@@ -394,15 +475,8 @@ def _configure_postgresql(engine: sa.Engine, where: address.Address) -> None:
         if _sqlstate(context.original_exception) == READ_ONLY and not reads:
             context.is_disconnect = True  # with this connection goes the whole pool
 
-    @sa.event.listens_for(engine, "begin")
-    def on_begin(connection: Connection) -> None:
-        # The driver's BEGIN says it, so it costs no round trip. SQLAlchemy's own option costs as much as a statement:
-        # it sets and resets everything each time.
-        reads = _reads(connection)
-        driver: Any = connection.connection.driver_connection
-        if bool(driver.read_only) != reads:
-            driver.read_only = reads or None
-            driver.isolation_level = IsolationLevel.REPEATABLE_READ if reads else None
+    begin = {False: "BEGIN", True: "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"}
+    pipelined.follow(engine, begin, _reads, prepares=not where.pooled)
 
     def has_spoken(connection: Any) -> bool:
         poll = select.poll()
@@ -453,7 +527,7 @@ def _configure_sqlite(engine: sa.Engine, *, begin: str, read_only: bool) -> None
 
     @sa.event.listens_for(engine, "begin")
     def on_begin(connection: Connection) -> None:
-        prepared.begin(connection, begin)
+        prepared.say(connection, begin)
 
 
 def _enter_wal(connection: sqlite3.Connection) -> None:

@@ -330,7 +330,7 @@ class Turns:
     async def _ask(self, session_id: str, question: Question) -> None:
         state = KvState.UNKNOWN
         try:
-            state = KvState((await asyncio.wrap_future(self.service.operations.ask(question, FLUSH_MS))).state)
+            state = KvState((await self.service.operations.ask(question, FLUSH_MS)).state)
         except EngineError as error:
             logger.warning("the KV of session %s: %s", session_id, error)
         self.service.metrics.suspends.labels(state).inc()

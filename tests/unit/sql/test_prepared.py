@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from agentstate.errors import DatabaseError, DatabaseUnreachable
 from agentstate.sessions.verbs import Sessions
+from agentstate.sql import pipelined
 from agentstate.sql.database import Database, now_us
 from agentstate.sql.models import sessions, settings
 from agentstate.sql.prepared import Prepared
@@ -99,6 +100,71 @@ def test_who_watches_statements_sees_it(database: Database) -> None:
         finally:
             sa.event.remove(sa.Engine, "before_cursor_execute", note)
         assert [statement.split()[0] for statement in seen] == ["SELECT", "INSERT", "UPDATE"]
+
+
+def test_what_is_sent_is_there_for_all_that_follows_it(database: Database) -> None:
+    with database.write() as connection:
+        PUT.send_each(connection, [{"name": name, "value": b"\0\xff"} for name in ("x", "y")])
+        counted = COUNT.send(connection, {})
+        PUT.send(connection, {"name": "z", "value": b""})
+        longer = LONGER.send(connection, {"called": "z"})
+        # What SQLAlchemy executes comes after it, too.
+        assert connection.execute(sa.select(sa.func.count()).select_from(settings)).scalar_one() == 3
+        assert counted.first().settings == 2
+        assert longer.first().value == b"" and longer.first() == longer.all()[0]
+        PUT.send(connection, {"name": "last", "value": b"1"})
+    with database.read() as connection:
+        assert COUNT.scalar(connection, {}) == 4
+
+
+def test_what_is_sent_and_fails_fails_the_transaction(database: Database) -> None:
+    with pytest.raises(sa.exc.IntegrityError), database.write() as connection:
+        PUT.send_each(connection, [{"name": "x", "value": b""}, {"name": "x", "value": b""}])
+    with pytest.raises(sa.exc.IntegrityError), database.write() as connection:
+        PUT.send(connection, {"name": "y", "value": b""})
+        PUT.send(connection, {"name": "y", "value": b""})
+        COUNT.scalar(connection, {})
+    with pytest.raises(RuntimeError, match="broken"), database.write() as connection:
+        PUT.send(connection, {"name": "z", "value": b""})
+        raise RuntimeError("broken")
+    with database.write() as connection:
+        assert COUNT.scalar(connection, {}) == 0
+        PUT.all(connection, {"name": "x", "value": b"1"})
+        assert LONGER.first(connection, {"called": "x"}).value == b"1", "what the server kept is prepared anew"
+
+
+@pytest.mark.parametrize("name", ["nul\0", "half\ud800"], ids=["nul", "surrogate"])
+def test_what_cannot_be_stored_is_refused_and_the_connection_stays(postgresql: Any, name: str) -> None:
+    with closing(Database(postgresql.create_database(postgresql.template))) as database:
+        with database.write() as connection:
+            before = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+        with pytest.raises((sa.exc.DataError, sa.exc.StatementError)), database.write() as connection:
+            PUT.send(connection, {"name": name, "value": b""})
+        with database.write() as connection:
+            assert COUNT.scalar(connection, {}) == 0
+            assert connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one() == before
+
+
+def test_statements_that_wait_travel_together(postgresql: Any) -> None:
+    with closing(Database(postgresql.create_database(postgresql.template))) as database:
+        with database.write() as connection:
+            pipeline = pipelined.of(connection)
+            assert pipeline is not None
+            assert COUNT.scalar(connection, {}) == 0
+            trips: list[int] = []
+            exchange = pipeline._exchange
+
+            def counted(pgconn: Any, sent: Any) -> Any:
+                trips.append(len(sent))
+                return exchange(pgconn, sent)
+
+            pipeline._exchange = counted  # type: ignore[method-assign]
+            PUT.send(connection, {"name": "x", "value": b""})
+            first, second = LONGER.send(connection, {"called": "x"}), COUNT.send(connection, {})
+            assert (first.first().value, second.first().settings) == (b"", 1)
+            assert trips == [3]
+            PUT.send(connection, {"name": "y", "value": b""})
+        assert trips == [3, 2], "what waits goes with the commit"
 
 
 def test_a_list_is_refused(database: Database) -> None:

@@ -146,6 +146,7 @@ class Pipeline:
                     self._kept.add(what)
                 else:
                     what.rows = ()
+        self._loader.set_pgresult(None)  # it would keep the last one
         return error
 
     def _packed(self, parameters: Sequence[Any]) -> tuple[list[bytes | None], list[int]]:

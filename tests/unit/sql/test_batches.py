@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,7 +19,7 @@ from agentstate.errors import DatabaseError, SessionExists, SessionNotFound
 from agentstate.sessions.verbs import Sessions
 from agentstate.sql.batches import Batcher, Turnstile
 from agentstate.sql.database import Database
-from agentstate.sql.models import sessions
+from agentstate.sql.models import session_turns, sessions
 
 PATIENCE_S = 60
 
@@ -164,6 +166,51 @@ def test_an_error_that_ends_the_transaction_fails_all_of_it(embedded: Database) 
         with pytest.raises(DatabaseError, match="try again"):
             after.result(PATIENCE_S)
         assert names(embedded) == set()
+
+
+WRITER = """
+import sys
+from agentstate.sessions.verbs import Sessions
+from agentstate.sql.database import Database
+
+database = Database(sys.argv[1])
+verbs = Sessions(database, 30.0)
+number = 0
+while True:
+    waiting = []
+    for _ in range(40):
+        number += 1
+        name = f"s{number}"
+        future = database.submit(lambda name=name: verbs.create("m", session_id=name))
+        future.add_done_callback(lambda done, name=name: done.exception() or print(name, flush=True))
+        waiting.append(future)
+        waiting.append(database.submit(lambda name=name: verbs.create("m", session_id=name)))  # it fails
+    for future in waiting:
+        future.exception()
+"""
+
+
+def test_what_was_acknowledged_is_there_after_a_kill(embedded: Database) -> None:
+    """Of a process that is killed amid its commits: each of them holds many writes, every second of which fails."""
+    acknowledged: list[str] = []
+    for number in range(4):
+        with embedded.write() as connection:
+            connection.execute(sa.delete(sessions))
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, embedded._url.render_as_string()], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        acknowledged = [writer.stdout.readline().strip() for _ in range(150 + 37 * number)]
+        writer.kill()
+        acknowledged += writer.stdout.read().split("\n")[:-1]
+        writer.wait(PATIENCE_S)
+        assert len(acknowledged) == len(set(acknowledged))
+        there = names(embedded)
+        assert set(acknowledged) <= there
+        with embedded.read() as connection:
+            noted = sa.select(sa.func.count()).select_from(sessions.outerjoin(session_turns))
+            whole = noted.where(session_turns.c.session_id.is_not(None))
+            assert connection.execute(whole).scalar_one() == len(there), "none is half there"
 
 
 def test_what_was_cancelled_is_not_carried_out(embedded: Database) -> None:

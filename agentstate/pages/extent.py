@@ -301,7 +301,7 @@ class ExtentHeader:
         pages, blocks = (
             np.zeros((geometry.layers, count), dtype="<u8") for count in (len(keys), geometry.blocks(len(keys)))
         )
-        return cls(fingerprint, geometry, keys, pages, blocks, owner, rows)
+        return cls(fingerprint, geometry, keys, pages, blocks, owner, rows=rows)
 
     def sector_seed(self, layer: int) -> int:
         """The seed of the sum of a layer's first sector; that of each next one is larger by 1, modulo 2**64. So a sum

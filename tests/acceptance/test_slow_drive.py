@@ -6,8 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,25 @@ from agentstate.cli.local import LocalStack
 
 READS = "extents"
 
-Start = Callable[[float], LocalStack]
+patient = pytest.mark.parametrize("stack", [3600], indirect=True, ids=["patient"])
+impatient = pytest.mark.parametrize("stack", [5], indirect=True, ids=["impatient"])
 
 
 @pytest.fixture(scope="module")
-def start(
-    tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, checkpoints: Path, slow_drive: dict[str, str]
-) -> Iterator[Start]:
-    """Starts an engine that waits for its drive so many seconds."""
-    with ExitStack() as running:
-
-        def start(timeout_s: float) -> LocalStack:
-            home = tmp_path_factory.mktemp("slow_stack")
-            stack = running.enter_context(closing(make_stack(home, checkpoints / "llama")))
-            own = {"AGENTSTATE_DRIVE_TIMEOUT_S": str(timeout_s), "AGENTSTATE_PRELOAD_BYTES": "1"}
-            stack.environment = {**stack.environment, **slow_drive, **own}
-            stack.create_database()
-            stack.start_engine(*TINY)
-            return stack
-
-        yield start
-
-
-@pytest.fixture(scope="module")
-def patient(start: Start) -> LocalStack:
-    return start(3600)
+def stack(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_stack: MakeStack,
+    checkpoints: Path,
+    slow_drive: dict[str, str],
+) -> Iterator[LocalStack]:
+    """An engine that waits for its drive so many seconds."""
+    with closing(make_stack(tmp_path_factory.mktemp("slow_stack"), checkpoints / "llama")) as stack:
+        own = {"AGENTSTATE_DRIVE_TIMEOUT_S": str(request.param), "AGENTSTATE_PRELOAD_BYTES": "1"}
+        stack.environment = {**stack.environment, **slow_drive, **own}
+        stack.create_database()
+        stack.start_engine(*TINY)
+        yield stack
 
 
 def prefetching(stack: LocalStack, drive: Drive, session: str) -> tuple[threading.Thread, list[dict[str, Any]]]:
@@ -61,14 +55,15 @@ def prefetching(stack: LocalStack, drive: Drive, session: str) -> tuple[threadin
     return asking, answers
 
 
-def test_a_request_joins_what_is_on_its_way_to_the_device(patient: LocalStack, drive: Drive) -> None:
-    generate = Generator(patient.engine_url)
+@patient
+def test_a_request_joins_what_is_on_its_way_to_the_device(stack: LocalStack, drive: Drive) -> None:
+    generate = Generator(stack.engine_url)
     text, other = prompt(300, 10 * PAGE + 9), prompt(301, 2 * PAGE)
-    turn = patient.begin_turn()
+    turn = stack.begin_turn()
     right = generate(text, session_id=turn.engine_session)
-    suspend(patient)
-    before = patient.stat()["restore"]["restores"]
-    asking, answers = prefetching(patient, drive, turn.session.uid)
+    suspend(stack)
+    before = stack.stat()["restore"]["restores"]
+    asking, answers = prefetching(stack, drive, turn.session.uid)
     found: list[Any] = []
     joining = threading.Thread(target=lambda: found.append(generate(text, session_id=turn.engine_session)))
     joining.start()
@@ -80,16 +75,17 @@ def test_a_request_joins_what_is_on_its_way_to_the_device(patient: LocalStack, d
         thread.join()
     assert (answers[0]["state"], answers[0]["tier"]) == ("warm", "device")
     assert (found[0].tokens, found[0].cached, found[0].restored) == (right.tokens, 10 * PAGE, 0)
-    assert patient.stat()["restore"]["restores"] == before + 1
+    assert stack.stat()["restore"]["restores"] == before + 1
 
 
-def test_what_comes_while_its_pages_are_restored_does_not_restore_them_again(patient: LocalStack, drive: Drive) -> None:
-    generate = Generator(patient.engine_url)
+@patient
+def test_what_comes_while_its_pages_are_restored_does_not_restore_them_again(stack: LocalStack, drive: Drive) -> None:
+    generate = Generator(stack.engine_url)
     text = prompt(307, 10 * PAGE)
     forks = [text + prompt(308 + number, 30) for number in range(2)]
     right = [generate(fork).tokens for fork in forks]
-    suspend(patient)
-    before = patient.stat()["restore"]["pages_restored"]
+    suspend(stack)
+    before = stack.stat()["restore"]["pages_restored"]
     drive.hang(READS)
     found: list[Any] = []
     asked = [threading.Thread(target=lambda fork=fork: found.append(generate(fork))) for fork in forks]
@@ -104,20 +100,21 @@ def test_what_comes_while_its_pages_are_restored_does_not_restore_them_again(pat
         request.join()
     assert sorted(answer.tokens for answer in found) == sorted(right)
     assert [answer.cached for answer in found] == [10 * PAGE] * 2
-    assert patient.stat()["restore"]["pages_restored"] == before + 10
+    assert stack.stat()["restore"]["pages_restored"] == before + 10
 
 
-def test_the_device_is_cleared_while_pages_are_on_their_way(patient: LocalStack, drive: Drive) -> None:
-    generate = Generator(patient.engine_url)
+@patient
+def test_the_device_is_cleared_while_pages_are_on_their_way(stack: LocalStack, drive: Drive) -> None:
+    generate = Generator(stack.engine_url)
     text = prompt(304, 10 * PAGE + 9)
-    turn = patient.begin_turn()
+    turn = stack.begin_turn()
     right = generate(text, session_id=turn.engine_session)
-    suspend(patient)
+    suspend(stack)
     pause_s = 0.2
     while True:
-        asking, answers = prefetching(patient, drive, turn.session.uid)
+        asking, answers = prefetching(stack, drive, turn.session.uid)
         # It waits for the drive: nothing may write to memory that is given out again.
-        clearing = threading.Thread(target=patient.flush_device)
+        clearing = threading.Thread(target=stack.flush_device)
         clearing.start()
         time.sleep(pause_s)
         drive.answer()
@@ -134,8 +131,8 @@ def test_the_device_is_cleared_while_pages_are_on_their_way(patient: LocalStack,
     assert generate(text).cached == 10 * PAGE
 
 
-def test_a_request_whose_pages_do_not_come_is_recomputed(start: Start, drive: Drive) -> None:
-    stack = start(5)
+@impatient
+def test_a_request_whose_pages_do_not_come_is_recomputed(stack: LocalStack, drive: Drive) -> None:
     generate = Generator(stack.engine_url)
     text, later = prompt(302, 10 * PAGE + 9), prompt(303, 6 * PAGE + 9)
     right, right_later = generate(text), generate(later)
@@ -173,8 +170,8 @@ def restores_again(stack: LocalStack, text: list[int], tokens: tuple[int, ...]) 
     assert generate(text).tokens == tokens
 
 
-def test_nobody_waits_for_a_long_restore_whose_pages_do_not_come(start: Start, drive: Drive) -> None:
-    stack = start(5)
+@impatient
+def test_nobody_waits_for_a_long_restore_whose_pages_do_not_come(stack: LocalStack, drive: Drive) -> None:
     generate = Generator(stack.engine_url)
     text = prompt(305, 10 * PAGE + 9)
     right = generate(text)

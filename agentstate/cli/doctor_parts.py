@@ -198,7 +198,7 @@ def _answers(rank: Engine, of: str) -> Iterator[Finding]:
             f"{of} sends heartbeats and does not answer at its control endpoint",
             f"{rank.control_address}: {error}",
             "suspends report KV as unknown; prefetches, demotions and pins fail",
-            "on the engine's machine AGENTSTATE_CONTROL_ADDRESS=tcp://eth0:*, and start it again"
+            "has it just ended? Ask again in 10 s. If it runs elsewhere: AGENTSTATE_CONTROL_ADDRESS=tcp://eth0:* there"
             if loopback
             else "open that port between services and engines",
             UNREACHABLE,

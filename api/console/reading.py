@@ -102,6 +102,7 @@ class Counts:
 
 
 _BIG = sa.BigInteger()
+_NEVER_US = 2**62
 _here = (sessions.c.tenant == sa.bindparam("tenant"), sessions.c.deleted_us.is_(None))
 
 
@@ -115,10 +116,17 @@ def _capped(rows: sa.Select[Any], cap: int) -> Any:
 
 
 def _leased(lapsed: bool) -> sa.Select[Any]:
-    holds = leases.c.expires_us > now_us()
-    which = sa.and_(leases.c.expires_us > 0, leases.c.expires_us <= now_us()) if lapsed else holds
     of_tenant = sa.select(sa.literal(1)).select_from(leases.join(sessions))
-    return of_tenant.where(which, *_here, sessions.c.status == SessionStatus.RUNNING)
+    return of_tenant.where(_held(lapsed), *_here, sessions.c.status == SessionStatus.RUNNING)
+
+
+def _held(lapsed: bool) -> sa.ColumnElement[bool]:
+    """Whether a lease holds still, or has lapsed; neither if it was released."""
+    # PostgreSQL goes through an index for a time that is computed once, and not for a clock that it would have to look
+    # at for each row. Of a range whose ends it does not know, it expects few rows.
+    now = sa.select(now_us()).scalar_subquery()
+    least, most = (sa.literal(0, _BIG), now) if lapsed else (now, sa.literal(_NEVER_US, _BIG))
+    return sa.and_(leases.c.expires_us > least, leases.c.expires_us <= most)
 
 
 _COUNTS = sa.select(
@@ -259,17 +267,20 @@ def _by_lease(
 ) -> tuple[Sequence[Any], str | None]:
     """Those first whose leases lapse first, or lapsed last."""
     lapsed = state is State.LAPSED
-    until = leases.c.expires_us
-    which = sa.and_(until > 0, until <= now_us()) if lapsed else until > now_us()
-    key = (until, leases.c.session_id)
-    query = sa.select(*_LISTED).select_from(
-        leases.join(sessions).outerjoin(session_turns, session_turns.c.session_id == sessions.c.id)
-    )
-    query = query.where(which, *_here, sessions.c.status == SessionStatus.RUNNING)
+    key = (leases.c.expires_us, leases.c.session_id)
+    query = sa.select(*key).select_from(leases.join(sessions))
+    query = query.where(_held(lapsed), *_here, sessions.c.status == SessionStatus.RUNNING)
     if (after := _parts(cursor, int, str)) is not None:
         query = query.where(_beyond(key, after, lapsed))
-    query = query.order_by(*(column.desc() if lapsed else column for column in key)).limit(PAGE + 1)
-    rows = connection.execute(query, {"tenant": tenant}).all()
+    # First the rows by the index alone, and then what belongs to them.
+    some = query.order_by(*(column.desc() if lapsed else column for column in key)).limit(PAGE + 1).subquery()
+    place = (some.c.expires_us, some.c.session_id)
+    of_them = some.join(sessions, sessions.c.id == some.c.session_id)
+    of_them = of_them.join(leases, leases.c.session_id == sessions.c.id).outerjoin(
+        session_turns, session_turns.c.session_id == sessions.c.id
+    )
+    ordered = sa.select(*_LISTED).select_from(of_them).order_by(*(one.desc() if lapsed else one for one in place))
+    rows = connection.execute(ordered, {"tenant": tenant}).all()
     return rows[:PAGE], _cursor(rows[PAGE - 1].lease_us, rows[PAGE - 1].uid) if len(rows) > PAGE else None
 
 

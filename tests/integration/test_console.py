@@ -602,6 +602,18 @@ def test_a_session_tells_its_calls_its_kv_and_its_relatives(service: Service, st
     assert 'href="/sessions/s"' in fork and "shares its history" in fork and "<strong>failed</strong>" in fork
 
 
+def test_what_is_stored_for_an_engine_that_was_started_otherwise_is_told_apart(service: Service) -> None:
+    make(service, {}, "s")
+    with service.database.write() as connection:
+        uid = connection.exec_driver_sql("SELECT id FROM sessions").scalar_one()
+    for fingerprint, rank, several in (("f1", 0, False), ("f2", 1, False), ("f3", 1, True)):
+        with service.database.write() as connection:
+            manifests.save(connection, Manifest(uid, fingerprint, rank, "n", "e", 64, 64, b"k" * 32, 5000))
+        page = service.http.get("/sessions/s").text
+        assert fingerprint in page and ("Of rank 1 there are pages of several fingerprints" in page) == several
+        assert "Of rank 0" not in page, "each rank has a fingerprint of its own"
+
+
 def test_actions_ask_act_and_say_so(service: Service, start_peer: Callable[..., Peer]) -> None:
     peer = start_peer(answering)
     register(service.database, peer.address)

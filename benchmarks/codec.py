@@ -4,9 +4,10 @@ The KV is what an engine has stored in a page directory, or what a model compute
 source. Each component of each layer is coded and decoded by itself, on one thread, as a spill, an upload and a restore
 do it, and compared.
 
-Then the pages are read over links of some bandwidth: through a shared store's tier, verified, into the reader's memory,
-and nothing else is done with them. A link is modelled: it gives a range when all bytes asked for so far would have come
-over it, and costs no processor. Raw and coded extents alternate, round by round, in one run.
+Then the pages are read over links of some bandwidth, again and again up to ``--mib``: through a shared store's tier,
+verified, into the reader's memory, and nothing else is done with them. A link is modelled: it gives a range when all
+bytes asked for so far would have come over it, and costs no processor. Raw and coded extents alternate, round by
+round, in one run.
 
     python -m agentstate.benchmarks.codec CHECKPOINT TOKENS DIRECTORY     where torch is: the model's KV, as extents
 """
@@ -213,16 +214,17 @@ class Wire(Tier):
     def __init__(self) -> None:
         self.bits_per_s = 1e9
         self.objects: dict[str, bytes] = {}
-        self._asked: queue.SimpleQueue[tuple[str, Sequence[Range], Reading] | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[float, str, Sequence[Range], Reading] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
         free_s = 0.0
         while (asked := self._asked.get()) is not None:
-            name, ranges, reading = asked
+            asked_s, name, ranges, reading = asked
             n_bytes = sum(len(wanted.into) for wanted in ranges)
-            free_s = max(free_s, time.perf_counter()) + n_bytes * 8 / self.bits_per_s
+            # From when it was asked for: a link does not wait for this thread.
+            free_s = max(free_s, asked_s) + n_bytes * 8 / self.bits_per_s
             time.sleep(max(0.0, free_s - time.perf_counter()))
             data = memoryview(self.objects[name])
             for offset, into in ranges:
@@ -231,7 +233,7 @@ class Wire(Tier):
 
     def read(self, name: str, ranges: Sequence[Range]) -> Reading:
         reading = Reading()
-        self._asked.put((name, ranges, reading))
+        self._asked.put((time.perf_counter(), name, ranges, reading))
         return reading
 
     def publish(self, name: str, file: BinaryIO, trailer: bytes = b"") -> Future[bool]:
@@ -263,8 +265,9 @@ def _done(result: Any) -> Future[Any]:
     return future
 
 
-def over_links(kv: Kv, gigabits: Sequence[float], rounds: int, directory: Path) -> list[dict[str, Any]]:
-    """A row a link: seconds for all pages, raw and coded, and how often sooner the coded ones are there."""
+def over_links(kv: Kv, gigabits: Sequence[float], times: int, rounds: int, directory: Path) -> list[dict[str, Any]]:
+    """A row a link: seconds for all pages, each so many ``times``, raw and coded, and how much sooner the coded ones
+    are there."""
     rows = []
     with Wire() as wire:
         chains, opened_ = {}, {}
@@ -278,7 +281,7 @@ def over_links(kv: Kv, gigabits: Sequence[float], rounds: int, directory: Path) 
                     keys = header_of(file, path.name).keys
                 pages.enter([Listed(number, published.name, published.n_bytes, "", PageKeys.of(keys))])
                 chain += keys
-            chains[chosen], opened_[chosen] = list(dict.fromkeys(chain)), pages
+            chains[chosen], opened_[chosen] = list(dict.fromkeys(chain)) * times, pages
         readers = {
             chosen: LayerwiseReader(
                 kv.geometry,
@@ -292,13 +295,15 @@ def over_links(kv: Kv, gigabits: Sequence[float], rounds: int, directory: Path) 
         for link in gigabits:
             wire.bits_per_s = link * 1e9
             seconds: defaultdict[str, list[float]] = defaultdict(list)
+            cpu_s: defaultdict[str, list[float]] = defaultdict(list)
             n_bytes: dict[str, int] = {}
             for number in range(-1, rounds):
                 for chosen in CODECS if number % 2 else CODECS[::-1]:
-                    began_s = time.perf_counter()
+                    began_cpu_s, began_s = time.process_time(), time.perf_counter()
                     n_bytes[chosen] = _read(readers[chosen], opened_[chosen], chains[chosen])
                     if number >= 0:  # the first touches memory
                         seconds[chosen].append(time.perf_counter() - began_s)
+                        cpu_s[chosen].append(time.process_time() - began_cpu_s)
             ratio, low, high = paired_ratio(seconds["raw"], seconds["lossless"])
             rows.append(
                 {
@@ -308,6 +313,9 @@ def over_links(kv: Kv, gigabits: Sequence[float], rounds: int, directory: Path) 
                     "coded_bytes": n_bytes["lossless"],
                     "raw_s": median(seconds["raw"]),
                     "coded_s": median(seconds["lossless"]),
+                    # Of all threads, the link's too.
+                    "raw_cpu_s_per_gb": median(cpu_s["raw"]) / n_bytes["raw"] * 1e9,
+                    "coded_cpu_s_per_gb": median(cpu_s["lossless"]) / n_bytes["raw"] * 1e9,
                     "sooner": ratio,
                     "sooner_95": [low, high],
                 }
@@ -331,9 +339,11 @@ def _read(reader: LayerwiseReader, pages: SharedPages, chain: Sequence[bytes]) -
 def run(source: Path, name: str, gigabits: Sequence[float], mib: int, rounds: int, report: Path | None) -> None:
     """Measure the KV in the page directory ``source`` and print it."""
     kv = Kv.of(source, mib << 20)
-    found = ratios(kv)
+    found, of_speed = ratios(kv), speeds(kv, rounds)
+    # A second of a fast link is more than a short context.
+    times = max(1, (mib << 20) // of_speed[0]["bytes"])
     with tempfile.TemporaryDirectory() as directory:
-        rows = [*found, *speeds(kv, rounds), *over_links(kv, gigabits, rounds, Path(directory))]
+        rows = [*found, *of_speed, *over_links(kv, gigabits, times, rounds, Path(directory))]
     _print(rows)
     if report is not None:
         settings = {"kv": name, "mib": mib, "rounds": rounds, "native": native.library is not None}
@@ -358,11 +368,13 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         if row["part"] == "speed":
             table.add_row(row["way"], f"{row['encode_gb_s']:.2f}", f"{row['decode_gb_s']:.2f}")
     console.print(table)
-    table = Table("link", *(Column(name, justify="right") for name in ("raw, s", "coded, s", "sooner", "95 %")))
+    names = ("raw, s", "CPU s/GB", "coded, s", "CPU s/GB", "sooner", "95 %")
+    table = Table("link", *(Column(name, justify="right") for name in names))
     for row in rows:
         if row["part"] == "link":
             sooner = f"{row['sooner']:.3f}×", interval(row["sooner_95"])
-            table.add_row(f"{row['gigabits']:g} Gb/s", f"{row['raw_s']:.3f}", f"{row['coded_s']:.3f}", *sooner)
+            cells = [f"{row[f'{way}_{figure}']:.3f}" for way in ("raw", "coded") for figure in ("s", "cpu_s_per_gb")]
+            table.add_row(f"{row['gigabits']:g} Gb/s", *cells, *sooner)
     console.print(table)
 
 

@@ -248,7 +248,7 @@ def bench_codec(
     model: Annotated[str, typer.Option(help="That model.")] = "smollm2-135m-instruct",
     tokens: Annotated[int, typer.Option(min=64, help="How much it computes: text of AgentState's source.")] = 4096,
     links: Annotated[str, typer.Option(help="Bandwidths of links, in Gb/s, separated by commas.")] = "1,10",
-    mib: Annotated[int, typer.Option(min=1, help="How much is measured, in whole extents.")] = 512,
+    mib: Annotated[int, typer.Option(min=1, help="How much is measured, and read over a link.")] = 512,
     rounds: Annotated[int, typer.Option(min=2, help="How often each is done.")] = 10,
     report: JsonPath = None,
 ) -> None:

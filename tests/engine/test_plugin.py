@@ -6,13 +6,17 @@ import os
 import re
 import sys
 import traceback
+from array import array
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from sglang.srt.arg_groups import pipeline
+from sglang.srt.managers.scheduler_components import batch_result_processor
+from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
 
 from agentstate.errors import PageStoreLocked
 from engine_patch import contract, plugin, resolution, versions
@@ -174,6 +178,29 @@ def test_what_is_recomputed_while_it_decodes_is_passed_over(overlaps: bool) -> N
         plugin._before_decode_result(lambda given, *_: done.append(given), processor, batch, "tokens")
     assert [given.enable_overlap for given in done] == [True, overlaps]
     assert all(given.tree_cache is cache for given in done) and done[1] is processor
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_sglang_passes_over_such_a_result_and_takes_the_others(overlaps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_result_processor, "get_observability", lambda: SimpleNamespace(enable_metrics=False))
+    for after in ("_handle_finish_state_updated_req", "_maybe_update_reasoning_tokens"):
+        monkeypatch.setattr(SchedulerBatchResultProcessor, after, lambda *_: None)
+    withheld = marked(rid="late", discard_output_reason="not restored", over=True, is_retracted=True)
+    cache = scheduler(trailing=SimpleNamespace(ended=[withheld]), _recomputing=[]).tree_cache
+    fields = {field.name: MagicMock() for field in dataclasses.fields(SchedulerBatchResultProcessor)}
+    fields |= {"tree_cache": cache, "enable_overlap": overlaps, "enable_overlap_mlx": False}
+    processor = SchedulerBatchResultProcessor(**fields)
+    other = MagicMock(output_ids=array("q", [5]), discard_output_reason=None, beam_group=None, grammar=None)
+    other.finished.return_value = other.is_retracted = other.return_sampling_mask = False
+    other.return_logprob = other.return_hidden_states = False
+    withheld.output_ids, withheld.beam_group = array("q", [3, 4]), None
+    batch, result = MagicMock(reqs=[withheld, other], return_logprob=False), MagicMock(next_token_ids=[7, 8])
+    batch.spec_algorithm.is_none.return_value = True
+    result.logits_output.sampling_mask_output = None
+    result.copy_done = result.auxiliary_host_output = result.routed_experts_output = result.indexer_topk_output = None
+    plugin._before_decode_result(SchedulerBatchResultProcessor.process_batch_result_decode, processor, batch, result)
+    assert (list(withheld.output_ids), list(other.output_ids)) == ([3, 4], [5, 8])
+    assert other.update_finish_state.called and processor.output_streamer.stream_output.called
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the platform is the GPU's")

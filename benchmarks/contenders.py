@@ -187,6 +187,7 @@ class AgentStateStore(Contender):
         for layer in range(self._geometry.layers):
             for component in range(len(self._geometry.component_bytes)):
                 device.gather(layer, component, first, draft.component(layer, component))
+            draft.sum_up(layer)
 
     def read(self, device: DeviceMemory) -> None:
         with self._reader.open(self._store.pin(self._keys)) as stream:

@@ -376,6 +376,8 @@ class Spiller:
                 place = self._pages.place(numbers, self._pages.outbound)
                 for layer in range(draft.geometry.layers):
                     self._pages.gather(layer, place, [draft.component(layer, c) for c in components])
+                    if self._pages.outbound.immediate:
+                        draft.sum_up(layer)
             finally:
                 # Nothing may arrive in the buffer any more when it is checksummed, or used for something else.
                 self._pages.outbound.finish()

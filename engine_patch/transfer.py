@@ -29,6 +29,11 @@ class CopyLane:
         self._module = torch.get_device_module(device)
         self._stream = None if device.type == "cpu" else self._module.Stream(device)
 
+    @property
+    def immediate(self) -> bool:
+        """Whether a copy is over when the method that makes it returns."""
+        return self._stream is None
+
     def after(self, events: Iterable[torch.Event]) -> None:
         """What is queued from now on begins after these events."""
         for event in events:

@@ -514,6 +514,8 @@ class ExtentDraft:
         if self.n_bytes > len(buffer):
             raise ValueError(f"a draft of {self.n_bytes} bytes does not fit a buffer of {len(buffer)}")
         self._bytes = np.frombuffer(buffer, dtype=np.uint8, count=self.n_bytes)
+        self._header = ExtentHeader.blank(fingerprint, geometry, self.keys, owner, rows=rows)
+        self._to_sum = set(range(geometry.layers))
         self._sealed: tuple[ExtentHeader, memoryview] | None = None
 
     def component(self, layer: int, component: int) -> np.ndarray:
@@ -521,17 +523,24 @@ class ExtentDraft:
         start, length = self.layout.component_range(layer, component, 0, len(self.keys))
         return self._bytes[start : start + length].reshape(len(self.keys), self.geometry.component_bytes[component])
 
+    def sum_up(self, layer: int) -> None:
+        """Checksum a layer, of which nothing is changed any more: while the next one is filled, and the processor still
+        has it."""
+        components = range(len(self.geometry.component_bytes))
+        self._header.sum_up(layer, [self.component(layer, component) for component in components])
+        self._to_sum.discard(layer)
+
     def seal(self) -> tuple[ExtentHeader, memoryview]:
-        """Checksum every page and write the header; nothing may be filled after that. Returns the header and the whole
-        file's bytes. `PageStore.publish` seals a draft that has not been sealed."""
+        """Checksum what has not been yet, and write the header; nothing may be filled after that. Returns the header
+        and the whole file's bytes. `PageStore.publish` seals a draft that has not been sealed."""
         if self._sealed is not None:
             return self._sealed
-        pages, layers = len(self.keys), self.geometry.layers
-        header = ExtentHeader.blank(self.fingerprint, self.geometry, self.keys, self.owner, rows=self.layout.rows)
+        layers, header = self.geometry.layers, self._header
+        for layer in sorted(self._to_sum):
+            self.sum_up(layer)
         for layer in range(layers):
-            header.sum_up(layer, [self.component(layer, c) for c in range(len(self.geometry.component_bytes))])
             start = self.layout.data_offset + layer * self.layout.slab_bytes
-            self._bytes[start + pages * self.geometry.layer_bytes : start + self.layout.slab_bytes] = 0
+            self._bytes[start + len(self.keys) * self.geometry.layer_bytes : start + self.layout.slab_bytes] = 0
             if header.rows:
                 slab = self._bytes[start : start + self.layout.slab_bytes]
                 at, length = self.layout.sector_sums(layer, 1)

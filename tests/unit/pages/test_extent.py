@@ -50,6 +50,17 @@ def with_header(**changes: object) -> bytes:
     return PREFIX.pack(b"AGSEXTNT", FORMAT_VERSION, len(packed), xxhash.xxh3_64_intdigest(packed)) + packed
 
 
+def test_layers_are_summed_up_as_they_are_filled_or_when_all_are() -> None:
+    drafts = [ExtentDraft(MARK, MHA, keys(1, 2, 3), mmap.mmap(-1, 1 << 20)) for _ in range(2)]
+    for layer in range(MHA.layers):
+        for draft in drafts:
+            for component in range(len(MHA.component_bytes)):
+                draft.component(layer, component)[:] = layer + component + 1
+        if layer != 1:
+            drafts[0].sum_up(layer)
+    assert bytes(drafts[0].seal()[1]) == bytes(drafts[1].seal()[1])
+
+
 @pytest.mark.parametrize("geometry", [MHA, MLA, WIDE], ids=["MHA", "MLA", "WIDE"])
 def test_a_header_says_what_was_sealed(geometry: Geometry) -> None:
     header, data = sealed(geometry, keys(1, 2, 3))

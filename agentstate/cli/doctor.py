@@ -17,6 +17,7 @@ from agentstate.settings import Settings
 NAMES = (
     "python",
     "sglang",
+    "native",
     "drive",
     "descriptors",
     "memory",
@@ -37,6 +38,7 @@ def checks(flags: list[str], url: str | None, api_key: str | None) -> Mapping[st
     every: tuple[Check, ...] = (
         parts.python,
         partial(parts.sglang, flags=flags),
+        parts.native,
         machine.drive,
         machine.descriptors,
         machine.memory,

@@ -81,6 +81,29 @@ def sglang(settings: Settings, flags: list[str]) -> Iterator[Finding]:
             yield Finding("sglang", Level.OK, "SGLang's flags go with AgentState", said)
 
 
+def native(settings: Settings) -> Iterator[Finding]:
+    """Whether the Python that runs engines reads pages by the native extension."""
+    try:
+        python = launcher.engine_python(settings)
+    except EngineError:
+        python = sys.executable
+    done = _run([python, "-W", "ignore", "-m", "agentstate.pages.native"])
+    said = done.stdout.strip() or done.stderr.strip().rpartition("\n")[2]
+    if done.returncode == 0:
+        yield Finding("native", Level.OK, "pages are read and verified by the native extension", said)
+        return
+    options = "--force-reinstall --no-deps --no-binary agentstate"
+    built = f"install a C compiler, then: {python} -m pip install {options} agentstate"
+    yield Finding(
+        "native",
+        Level.KNOW,
+        "pages are read and verified in Python, without the native extension",
+        said,
+        "the same pages, for more CPU time, part of it with the interpreter lock that forwards need",
+        "unset AGENTSTATE_NATIVE" if said.startswith("off") else built,
+    )
+
+
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 

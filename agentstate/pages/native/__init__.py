@@ -69,19 +69,23 @@ _OFF = os.environ.get("AGENTSTATE_NATIVE", "").lower() in ("off", "0", "false", 
 _preadv = os.preadv
 
 
-def _load() -> Any:
+def _load() -> tuple[Any, str]:
+    """The extension, or None and why."""
     if _OFF:
-        return None
+        return None, "off (AGENTSTATE_NATIVE)"
     try:
         from agentstate.pages.native import _native  # type: ignore[attr-defined]
-    except ImportError:
-        return None
+    except ImportError as error:
+        return None, f"not built ({error})"
     # A checkout may have been updated without being built again.
-    return _native if _native.INTERFACE == _INTERFACE else None
+    return (_native, "") if _native.INTERFACE == _INTERFACE else (None, "built from other sources than these")
 
 
-library: Any = _load()
+library: Any
 """The extension; None where Python takes its place."""
+why_not: str
+"""Why that is, in a few words; empty where the extension is used."""
+library, why_not = _load()
 
 
 def new_queue(depth: int) -> Any:

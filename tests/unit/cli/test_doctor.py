@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -134,6 +135,22 @@ def test_memory_that_may_not_be_locked(settings: Settings, monkeypatch: pytest.M
     assert worst(doctor_machine.memory_lock(settings)).measured.startswith("CAP_IPC_LOCK is not in effect")
     monkeypatch.setattr(doctor_machine, "_capabilities", lambda: 1 << 14)
     assert level(doctor_machine.memory_lock(settings)) == [Level.OK]
+
+
+def test_the_native_extension(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = run_in_python(["-m", "agentstate.pages.native"])
+    assert level(doctor_parts.native(settings)) == [Level.KNOW if used.returncode else Level.OK]
+    monkeypatch.setenv("AGENTSTATE_NATIVE", "off")
+    found = worst(doctor_parts.native(settings))
+    assert (found.level, found.measured) == (Level.KNOW, "off (AGENTSTATE_NATIVE)")
+    assert found.command == "unset AGENTSTATE_NATIVE"
+    monkeypatch.setattr(doctor_parts, "_run", lambda _: subprocess.CompletedProcess([], 1, "not built (…)\n", ""))
+    found = worst(doctor_parts.native(settings))
+    assert found.level is Level.KNOW and "C compiler" in found.command
+
+
+def run_in_python(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
 
 
 def test_the_rest_of_a_machine_is_looked_at(settings: Settings) -> None:

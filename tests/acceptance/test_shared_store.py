@@ -14,7 +14,7 @@ from unittest.mock import patch
 import obstore
 import pytest
 from prompts import PAGE, TINY, Generator, prompt
-from stacks import MakeStack, all_shared, stat_at_rest, until
+from stacks import MakeStack, all_shared, give_up, stat_at_rest, until
 from tools import missing
 
 from agentstate.cli.local import LocalStack
@@ -45,8 +45,6 @@ def nodes(
         "AGENTSTATE_STORE_KEY": "k" * 32,
         "AGENTSTATE_SHARE": "through",
         "AGENTSTATE_DRIVE_TIMEOUT_S": "3600",
-        # A test waits until one that was killed is given up.
-        "AGENTSTATE_ENGINE_TIMEOUT_S": "30",
     }
     with ExitStack() as started:
         first = started.enter_context(closing(make_stack(tmp_path_factory.mktemp("node-a"), checkpoints / "llama")))
@@ -156,8 +154,8 @@ def test_an_agent_goes_on_elsewhere_after_its_node_died_with_its_drive(nodes: No
 
         first.kill_engine()
         shutil.rmtree(first.home / "pages")
-        # Until then, the service takes it for an engine that is busy.
-        until(lambda: not first.ranks())
+        give_up(first)
+        all_shared(second)
 
         turn = client.resume(session.id, prefetch="device")
         assert turn.engine is not None and turn.engine.base_url == f"{second.engine_url}/v1"

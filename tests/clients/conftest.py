@@ -10,32 +10,30 @@ from pathlib import Path
 
 import httpx
 import pytest
+import scheduling
 from models import VOCABULARY, with_words
 from npm import installed
 from served import ENGINE_KEY, HERE, make_model, serving
 
-from agentstate.cli.local import LocalStack
+from agentstate.cli.local import LocalStack, Spawn
 from agentstate.settings import Settings
 
 ENDS = list(range(2, VOCABULARY, 16))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever waits for an engine is stopped when it hangs, not when the machine is slow."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.timeout(1800))
+    scheduling.order(items, HERE)
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+def stack(tmp_path_factory: pytest.TempPathFactory, fork: Spawn) -> Iterator[LocalStack]:
     """A service, and an engine with a tiny model, both running."""
     home = tmp_path_factory.mktemp("clients")
     make_model(HERE.parent / "models.py", home / "models", "llama")
     checkpoint = with_words(home / "models" / "llama", home / "llama")
     # Programs that set no limit to an answer need one that ends.
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
-    with serving(home, checkpoint) as stack:
+    with serving(home, checkpoint, fork) as stack:
         yield stack
 
 

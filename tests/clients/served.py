@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from agentstate.cli.local import LocalStack, free_port
+from agentstate.cli.local import LocalStack, Spawn, free_port
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "acceptance"))
 
 from prompts import EXACT  # noqa: E402
-from zygote import Zygotes  # noqa: E402
 
 HERE = Path(__file__).parent
 ENGINE_KEY = "for-the-gateway-alone"
@@ -27,21 +26,13 @@ def make_model(*command: str | Path) -> None:
 
 
 @contextmanager
-def serving(home: Path, checkpoint: Path) -> Iterator[LocalStack]:
+def serving(home: Path, checkpoint: Path, fork: Spawn) -> Iterator[LocalStack]:
     """A service, and an engine with a model, both running."""
-    with (
-        closing(Zygotes(home / "zygote.log")) as zygotes,
-        closing(
-            LocalStack(
-                home / "stack",
-                checkpoint,
-                engine_python=Path(os.environ["AGENTSTATE_ENGINE_PYTHON"]),
-                spawn_engine=zygotes.spawn,
-                service_port=free_port(),
-                engine_port=free_port(),
-            )
-        ) as stack,
-    ):
+    ports = {"service_port": free_port(), "engine_port": free_port()}
+    engine_python = Path(os.environ["AGENTSTATE_ENGINE_PYTHON"])
+    with closing(
+        LocalStack(home / "stack", checkpoint, engine_python=engine_python, spawn_engine=fork, **ports)
+    ) as stack:
         stack.environment = {
             **stack.environment,
             "AGENTSTATE_ENGINE_API_KEY": ENGINE_KEY,

@@ -14,7 +14,7 @@ from npm import installed
 from served import HERE, make_model, serving
 from tools import tool
 
-from agentstate.cli.local import LocalStack
+from agentstate.cli.local import LocalStack, Spawn
 
 # Read here: a test sees none of these variables.
 CHECKOUT = os.environ.get("AGENTSTATE_OPENRESPONSES", "")
@@ -50,11 +50,11 @@ def suite(node_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+def scripted(tmp_path_factory: pytest.TempPathFactory, fork: Spawn) -> Iterator[LocalStack]:
     """A service, and an engine that calls a tool whenever it is offered one."""
     home = tmp_path_factory.mktemp("scripted")
     make_model(HERE / "scripted.py", home / "model")
-    with serving(home, home / "model") as stack:
+    with serving(home, home / "model", fork) as stack:
         yield stack
 
 

@@ -19,6 +19,7 @@ PEERS["sqlite"]["AsyncSqliteSaver"] = PEERS["postgresql"]["AsyncPostgresSaver"] 
 def test_every_figure_of_every_system_is_there(tmp_path: Path) -> None:
     report = tmp_path / "service.json"
     command = [sys.executable, "-m", "agentstate.cli", "bench", "service", "--json", str(report), "--rounds", "2"]
+    command += ["--load", "0"]
     command += ["--sessions", "5x10,2x60", "--concurrency", "1,3"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -40,12 +40,27 @@ def test_rows_that_the_service_would_not_write_are_found(service: Service, chang
         conversations.check(service.database, service.client, 10, engine)
 
 
+def test_what_a_service_serves_at_once_is_printed_and_kept(tmp_path: Path) -> None:
+    report = tmp_path / "service.json"
+    command = [sys.executable, "-m", "agentstate.cli", "bench", "service", "--json", str(report), "--rounds", "1"]
+    command += ["--sessions", "3x10,12", "--concurrency", "2", "--databases", "sqlite", "--load", "1"]
+    run = subprocess.run(
+        [*command, "--minutes", "0.05"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [row for row in json.loads(report.read_text())["rows"] if "part" in row]
+    assert [(row["part"], row["workers"]) for row in rows] == [("load", 1), ("load", 2), ("crowd", 2)]
+    assert all(row["requests"] > 0 and row["cpu_ms"] > 0 for row in rows[:2])
+    assert (rows[2]["sessions"], rows[2]["errors"], len(rows[2]["memory_mb"])) == (12, 0, 3)
+    assert "Load: requests a second" in run.stdout and "Crowd: requests a second" in run.stdout
+
+
 def test_peers_that_are_not_installed_are_named(tmp_path: Path) -> None:
     if subprocess.run([sys.executable, "-c", "import agents"], capture_output=True).returncode == 0:
         pytest.skip("they are installed here: tests/adapters has the run with them")
     report = tmp_path / "service.json"
     command = [sys.executable, "-m", "agentstate.cli", "bench", "service", "--json", str(report), "--rounds", "1"]
-    command += ["--sessions", "3x10", "--concurrency", "1", "--databases", "sqlite"]
+    command += ["--sessions", "3x10", "--concurrency", "1", "--databases", "sqlite", "--load", "0"]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
     assert run.returncode == 0, run.stderr
     result = json.loads(report.read_text())

@@ -163,8 +163,8 @@ class Comparison:
                 # Forth and back, so that a machine that slows down more and more favours none.
                 for variant in list(self._stacks)[:: 1 if number % 2 else -1]:
                     self._say(f"round {number + 1}: {variant}")
-                    answers[variant] = await self._round(variant, agents)
-                    found[variant].append(_figures(answers[variant]))
+                    answers[variant], served = await self._round(variant, agents)
+                    found[variant].append(_figures(answers[variant]) | served)
                     self._step()
                 _compare(answers)
         finally:
@@ -173,14 +173,15 @@ class Comparison:
                 stack.thaw_engine()
         return {"drive_bytes_per_s": speed, "rounds": {variant.value: rows for variant, rows in found.items()}}
 
-    async def _round(self, variant: Variant, agents: Agents) -> list[list[Answer]]:
+    async def _round(self, variant: Variant, agents: Agents) -> tuple[list[list[Answer]], dict[str, Any]]:
         stack = self._stacks[variant]
         stack.thaw_engine()
         try:
             stack.flush_device()
+            before = stack.stat()["served"]
             answers = await agents.play(stack, announce=variant is Variant.SIGNALS)
             stack.settle()
-            return answers
+            return answers, _served(before, stack.stat()["served"])
         finally:
             stack.freeze_engine()
 
@@ -218,6 +219,19 @@ def _figures(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
     }
 
 
+def _served(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the tokens of a round's prompts came from, and the seconds that its requests waited for each cause: of the
+    agents' first turns too. The arguments are the engine's counters."""
+    tiers: dict[str, int] = {}
+    for gap, by_tier in after["hits"].items():
+        for tier, of_tier in by_tier.items():
+            tiers[tier] = tiers.get(tier, 0) + of_tier["tokens"] - before["hits"][gap][tier]["tokens"]
+    waited = {
+        cause: round(of["seconds"] - before["penalty"][cause]["seconds"], 3) for cause, of in after["penalty"].items()
+    }
+    return {"tokens_from": tiers, "waited_s": waited}
+
+
 def _compare(answers: Mapping[Variant, Sequence[Sequence[Answer]]]) -> None:
     first, *others = answers.items()
     for variant, of_variant in others:
@@ -232,7 +246,7 @@ def policies(settings: Settings, model: str, rounds: int, forwards: float, plan:
     with ExitStack() as started:
         drive = Drive(Path(started.enter_context(tempfile.TemporaryDirectory())))
         stacks = {}
-        for variant, (share, environment) in _engines(plan).items():
+        for variant, (share, environment) in _engines(plan, settings.queue_aging_s).items():
             pool = int(share * plan.working_set) + plan.longest
             # In bfloat16 a token in another batch may round to another answer.
             arguments = ["--dtype", "float32", "--max-total-tokens", str(pool), "--skip-tokenizer-init"]
@@ -247,16 +261,17 @@ def policies(settings: Settings, model: str, rounds: int, forwards: float, plan:
     _print(rows)
     if report is not None:
         asked = {"model": model, "rounds": rounds, "forwards": forwards, "plan": vars(plan)}
-        asked["drive_bytes_per_s"] = found["drive_bytes_per_s"]
+        asked |= {"drive_bytes_per_s": found["drive_bytes_per_s"], "queue_aging_s": settings.queue_aging_s}
         results.write(report, results.record("policies", asked, rows))
         console.print(f"raw result written to {report}")
 
 
-def _engines(plan: Plan) -> dict[Variant, tuple[float, dict[str, str]]]:
-    """The pool, as a share of all contexts, and the environment of each variant's engine."""
+def _engines(plan: Plan, aging_s: float) -> dict[Variant, tuple[float, dict[str, str]]]:
+    """The pool, as a share of all contexts, and the environment of each variant's engine. Requests that have waited for
+    ``aging_s`` go first, where there is an order."""
     off = ("PRELOAD_BYTES", "QUEUE_AGING_S", "HOST_BYTES", "FORESIGHT")
     plain = _settings(STAGING_BYTES="128MiB", **dict.fromkeys(off, "0"))
-    simple = plain | _settings(PRELOAD_BYTES="1MiB", QUEUE_AGING_S="10", HOST_BYTES="256MiB")
+    simple = plain | _settings(PRELOAD_BYTES="1MiB", QUEUE_AGING_S=str(aging_s), HOST_BYTES="256MiB")
     return {
         Variant.FULL: (1.2, plain),
         Variant.LRU: (plan.share, plain),
@@ -282,13 +297,17 @@ def _rows(rounds: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, A
                 ratio, low, high = paired_ratio(own, theirs)
                 row[f"{name}_to_{other.name.lower()}"] = [round(value, 4) for value in (ratio, low, high)]
         cached = sum(one["device_tokens"] for one in of_variant)
+        for name in ("tokens_from", "waited_s"):
+            if all(name in one for one in of_variant):
+                row[name] = {key: round(sum(one[name][key] for one in of_variant), 3) for key in of_variant[0][name]}
         row["device_share"] = round(cached / (cached + sum(one["restored_tokens"] for one in of_variant)), 4)
         rows.append(row)
     return rows
 
 
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
-    names = ["p50, s", "p90", "p99", "p90 ÷ LRU", "95 %", "p90 ÷ pool for all", "95 %", "hits on the device"]
+    names = ["p50, s", "p90", "p99", "p90 ÷ LRU", "95 %", "÷ pool for all", "95 %", "on the device"]
+    names += ["waited for reads, s", "for memory"]
     table = Table("policy", *(Column(name, justify="right") for name in names))
     for row in rows:
         (lru, *lru_95), (full, *full_95) = row["p90_to_lru"], row["p90_to_full"]
@@ -300,5 +319,6 @@ def _print(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{full:.3f}",
             interval(full_95),
             f"{row['device_share']:.0%}",
+            *(f"{row['waited_s'][cause]:.0f}" for cause in ("reads", "memory")),
         )
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -307,17 +308,17 @@ def test_a_guessed_session_whose_turn_another_gateway_is_ending_is_waited_for(
 ) -> None:
     first = make_gateway(says_hi)
     hold, may_end = threading.Event(), threading.Event()
-    begin, end = Sessions.begin, Sessions.end
+    begin, end = Sessions.begin, turns.Turns.end
 
     def begun(*args: Any, **options: Any) -> Any:
         found = begin(*args, **options)
         may_end.set()  # the second gateway has met the first one's lease
         return found
 
-    def ended(*args: Any, **options: Any) -> Any:
+    async def ended(*args: Any) -> None:
         if hold.is_set():
-            may_end.wait(PATIENCE_S)
-        return end(*args, **options)
+            await asyncio.to_thread(may_end.wait, PATIENCE_S)
+        await end(*args)
 
     monkeypatch.setattr(turns, "ENDING_S", PATIENCE_S)
     with serving(Settings(home=tmp_path, database_url=database_url, engine_timeout_s=3600)) as service:
@@ -326,7 +327,7 @@ def test_a_guessed_session_whose_turn_another_gateway_is_ending_is_waited_for(
         on = [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "on"}]
         answers = [first.chat(*said, **harness)]
         first.ended()
-        monkeypatch.setattr(Sessions, "end", ended)
+        monkeypatch.setattr(turns.Turns, "end", ended)
         hold.set()
         answers.append(first.chat(*said, *on, **harness))
         monkeypatch.setattr(Sessions, "begin", begun)
@@ -381,7 +382,7 @@ def test_a_named_session_whose_turn_another_gateway_is_ending_is_waited_for(
 ) -> None:
     first = make_gateway(says_hi)
     may_end = threading.Event()
-    begin, end = Sessions.begin, Sessions.end
+    begin, end = Sessions.begin, turns.Turns.end
 
     def begun(*args: Any, **options: Any) -> Any:
         try:
@@ -390,13 +391,13 @@ def test_a_named_session_whose_turn_another_gateway_is_ending_is_waited_for(
             may_end.set()  # the second gateway has met the first one's lease
             raise
 
-    def ended(*args: Any, **options: Any) -> Any:
-        may_end.wait()
-        return end(*args, **options)
+    async def ended(*args: Any) -> None:
+        await asyncio.to_thread(may_end.wait, PATIENCE_S)
+        await end(*args)
 
     monkeypatch.setattr(turns, "ENDING_S", PATIENCE_S)
     monkeypatch.setattr(Sessions, "begin", begun)
-    monkeypatch.setattr(Sessions, "end", ended)
+    monkeypatch.setattr(turns.Turns, "end", ended)
     with serving(Settings(home=tmp_path, database_url=database_url, engine_timeout_s=3600)) as service:
         second = Gateway(service, first.engine, first.peer)
         answers = [gateway.chat(*HELLO["messages"], X_AgentState_Session="s") for gateway in (first, second)]

@@ -138,8 +138,8 @@ class LayerGate:
     forward replayed from one graph waits once, for the last.
 
     Of a pool that is restored by ``choice``, whoever asks for a layer waits for all of it, also where rows of an
-    earlier batch are still to come; but within `naming` it does not wait for that pool at all: such a reader waits for
-    the rows that it reads (`wait_rows`).
+    earlier batch are still to come; but within `naming` it does not wait for that pool, if its own batch is read as
+    rows are named: such a reader waits for the rows that it reads (`wait_rows`).
     """
 
     def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]], choice: ChoiceRestorer | None = None):
@@ -163,8 +163,9 @@ class LayerGate:
         route = self._all if threshold == self.num_layers - 1 else self._routes.get(threshold, ())
         if self._choice is not None:
             if self._naming:
-                own = self._choice.arrivals
-                route = [place for place in self._routes.get(threshold, ()) if place[0] is not own]
+                route = self._routes.get(threshold, ())
+                if self._choice.chooses(self.consumer_index):
+                    route = [place for place in route if place[0] is not self._choice.arrivals]
             elif self._choice.open:
                 started = time.perf_counter()
                 self._choice.wait_whole(layer for arrivals, layer in route if arrivals is self._choice.arrivals)

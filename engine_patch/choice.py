@@ -132,6 +132,10 @@ class ChoiceRestorer(Restorer):
         """Whether rows of any batch may be missing on the device."""
         return bool(self._chosen)
 
+    def chooses(self, index: int) -> bool:
+        """Whether rows of a batch are read as they are named, and it is not restored whole."""
+        return index in self._chosen
+
     def trails(self, index: int) -> bool:
         """Whether rows of a batch may come behind its forward: none that it has asked for was bad or late."""
         return index in self._chosen and not self.failing(index)

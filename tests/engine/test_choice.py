@@ -403,6 +403,54 @@ def test_a_reader_that_names_rows_waits_for_these_and_for_the_index(
     restorer.finish(batch)
 
 
+@pytest.mark.parametrize("trailing", [False, True], ids=["alone", "beside one that trails"])
+def test_a_reader_that_names_rows_waits_for_a_batch_that_is_restored_whole(
+    rank: Rank, restorer: ChoiceRestorer, trailing: bool
+) -> None:
+    """Nothing else would wait for its rows."""
+    gate, index = gate_of(restorer)
+    if trailing:
+        queue(restorer, "before", [0, 1], [10, 11])
+        restorer.start()
+        index.begin()
+    restorer.prefetches.for_session("s", keys(4, 5), PATIENCE_S)
+    queue(restorer, "a", [4, 5], [5, 6])
+    may_begin = Begins()
+    batch = restorer.start([may_begin])
+    assert index.begin() == batch and not restorer.trails(batch)
+    index.complete(batch, 0)
+    gate.set_consumer(batch)
+    went_on, read = threading.Event(), list[list[bytes]]()
+
+    def forward() -> None:
+        gate.wait_rows(0, slots_of(5))
+        with gate.naming():
+            gate.wait_until(0)
+        read.append(row(rank, 0, 5 * PAGE_SIZE))
+        went_on.set()
+
+    thread = threading.Thread(target=forward)
+    thread.start()
+    assert may_begin.asked.wait(PATIENCE_S)
+    went_on.wait(0.05)
+    may_begin.now.set()
+    assert went_on.wait(PATIENCE_S)
+    thread.join()
+    assert read == [written(rank, 4, 0, 0)]
+    assert restorer.finish(batch).failed == set()
+
+
+class Begins:
+    """An event after which a batch may write to the device."""
+
+    def __init__(self) -> None:
+        self.asked, self.now = threading.Event(), threading.Event()
+
+    def synchronize(self) -> None:
+        self.asked.set()
+        assert self.now.wait(PATIENCE_S)
+
+
 def test_what_has_hung_in_one_pool_is_waited_for_in_no_other(
     rank: Rank, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,19 +215,22 @@ class ChoiceRestorer(Restorer):
             wanted = self._page_at[pages[own]] * size + rows[own] % size
             try:
                 asked.append((batch, named, wanted, named.stream.read(layer, wanted, self._memory(named, layer))))
-            except ValueError:
-                self._closed(batch, named, layer)
+            except Exception as error:
+                self._not_read(batch, named, layer, error)
         for batch, named, wanted, reading in asked:
             try:
                 self._note(batch, named, layer, wanted, reading.result(self._timeout_s), chosen=True)
             except TimeoutError:
                 self.arrivals.abandon(named.index)
-            except ValueError:
-                self._closed(batch, named, layer)
+            except Exception as error:
+                self._not_read(batch, named, layer, error)
 
-    def _closed(self, batch: _ChosenBatch, named: _Named, layer: int) -> None:
-        """A stream was closed while rows of it were asked for: because all were there, or because of a failure."""
+    def _not_read(self, batch: _ChosenBatch, named: _Named, layer: int, error: Exception) -> None:
+        """Rows could not even be asked for. Where the stream was closed, all were there, or something has failed. No
+        page is at fault, and the forward must not fail."""
         if layer not in named.whole:
+            if not isinstance(error, ValueError):
+                logger.error("agentstate: rows could not be read; %s is recomputed", named.load.rid, exc_info=error)
             with self._noting:
                 batch.failed.add(named.load.rid)
                 batch.unusable.setdefault(named.load.rid, None)

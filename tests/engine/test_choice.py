@@ -21,7 +21,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from agentstate.pages import PageStore, fingerprint, staging_memory
 from agentstate.pages import native as native_pages
-from agentstate.pages.rows import RowReader
+from agentstate.pages.rows import RowReader, RowStream
 from agentstate.settings import Settings
 from engine_patch import choice, flags, versions
 from engine_patch.arrivals import Arrivals, LayerGate
@@ -298,6 +298,25 @@ def test_a_drive_that_hangs_is_given_up(rank: Rank, make: Make, monkeypatch: pyt
     poison(rank)
     restorer.drain()
     assert all(is_poisoned(rank, number, layer) for number in (10, 11, 12) for layer in range(LAYERS))
+
+
+def test_a_forward_does_not_fail_where_rows_cannot_even_be_asked_for(
+    rank: Rank, restorer: ChoiceRestorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("of this test")
+
+    queue(restorer, "a", [0, 1], [10, 11])
+    index = restorer.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(RowStream, "_claim", fails)
+        restorer.require(0, slots_of(10))
+    assert restorer.failing(index)
+    found = restorer.finish(index)
+    assert (found.failed, found.unusable, found.writing) == ({"a"}, {"a": frozenset()}, False)
+    restorer.drain()
+    assert all(key(page) in rank.store for page in (0, 1))
+    assert eventually(lambda: nothing_is_kept(restorer, rank))
 
 
 def test_what_is_cancelled_is_read_no_more(rank: Rank, restorer: ChoiceRestorer) -> None:

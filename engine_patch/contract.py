@@ -48,6 +48,7 @@ ENGINE = Contract(
         "mem_cache.events:KVCacheEventRecorder.record_store": "self node",
         "mem_cache.events:KVCacheEventRecorder.enqueue": "self event",
         "mem_cache.events:KVCacheEventRecorder.take": "self",
+        "managers.io_struct:AbortReq": "* rid finished_reason",
         "managers.io_struct:GenerateReqInput": (
             "* input_ids sampling_params bootstrap_host bootstrap_room routed_dp_rank"
         ),

@@ -43,6 +43,7 @@ from engine_patch.ranks import Ranks
 from engine_patch.restore import Restored
 from engine_patch.sglang_api import (
     FINISH_ABORT,
+    AbortReq,
     EvictParams,
     EvictResult,
     PoolTransfer,
@@ -57,7 +58,6 @@ from engine_patch.turns import RequestSession
 from engine_patch.weights import RESTART, Weights
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.base_prefix_cache import EvictResult, MatchResult
@@ -596,13 +596,10 @@ class AgentStateRadixCache(UnifiedRadixCache):
         """A request that has trailed turns out to have bad pages, after it may have been sent tokens. These were
         computed from good ones. The result of the forward that just ran may not have been, and an earlier one may not
         have been looked at: both are passed over, and computed again."""
-        if not _can_be_renewed(req):
-            # It is being aborted.
-            release_kv_cache(req, self, checkpoint=False)
-            req.to_finish = req.to_finish or FINISH_ABORT("KV restore failed", HTTPStatus.SERVICE_UNAVAILABLE)
-            req.update_finish_state(0)
-            return
         item = _Recomputation.of(req, self._beams, withheld=True)
+        if (reason := req.to_finish) is not None:
+            # It is being aborted: in the queue, since no batch with it may come that would tell its client.
+            item.abort = AbortReq(rid=req.rid, finished_reason=reason.to_json())
         # What it has reported as cached stays so.
         item.was_retracted = True
         self._recomputing.append(item)

@@ -19,7 +19,7 @@ from sglang.srt.disaggregation.kv_events import (
 )
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.entrypoints.warmup import warmup
-from sglang.srt.managers.io_struct import GenerateReqInput, UpdateWeightFromDiskReqOutput
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, UpdateWeightFromDiskReqOutput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, CacheAgnosticPolicy
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
@@ -166,6 +166,7 @@ __all__ = [
     "CLIP_MAX_NEW_TOKENS",
     "FAKE_BOOTSTRAP_HOST",
     "FINISH_ABORT",
+    "AbortReq",
     "AddReqResult",
     "AllBlocksCleared",
     "BlockRemoved",

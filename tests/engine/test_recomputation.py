@@ -14,7 +14,7 @@ from sglang.srt.beam_search.coordinator import BeamCoordinator
 
 from engine_patch import radix_cache
 from engine_patch.radix_cache import AgentStateRadixCache
-from engine_patch.sglang_api import UnifiedRadixCache
+from engine_patch.sglang_api import FINISH_ABORT, UnifiedRadixCache
 from engine_patch.trailing import Trailing
 
 
@@ -435,15 +435,19 @@ def test_a_bad_page_found_late_takes_the_request_out_of_all_batches(
     assert loads.forward(other) == [] and not cache.passes_over(req)
 
 
-def test_one_that_was_being_aborted_ends_as_such(cache: AgentStateRadixCache, loads: Loads) -> None:
-    req, reason = Request("r"), object()
+def test_one_that_was_being_aborted_is_aborted_in_the_queue(
+    cache: AgentStateRadixCache, scheduler: Scheduler, loads: Loads
+) -> None:
+    """Its client is told, also when no batch with it follows: others may be prefilled, and it runs no more."""
+    req, other = Request("r"), Request("o")
     loads.forward(req, loads=3)
-    req.to_finish, loads.over, loads.failed = reason, {3}, {"r"}
-    assert loads.forward(req) == []
-    assert (req.finished_reason, req.finished_output, loads.released) == (reason, None, [("r", False)])
-    assert cache.passes_over(req) and not cache.recomputes(req)
-    loads.forward(Request("o"))
-    assert not cache.passes_over(req)
+    req.to_finish, loads.over, loads.failed = FINISH_ABORT("of this test"), {3}, {"r"}
+    assert loads.forward(other) == []
+    assert req.finished() and cache.passes_over(req) and loads.released == [("r", False)]
+    cache.requeue_failed(scheduler)
+    assert scheduler.waiting_queue == [req] and req.to_finish is None
+    (abort,) = scheduler.aborted
+    assert (abort.rid, abort.abort_all, abort.finished_reason["message"]) == ("r", False, "of this test")
 
 
 def test_a_bad_page_found_when_it_ends_keeps_its_kv_from_the_tree(cache: AgentStateRadixCache, loads: Loads) -> None:

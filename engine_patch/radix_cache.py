@@ -549,7 +549,8 @@ class AgentStateRadixCache(UnifiedRadixCache):
     def _queued(self, scheduler: Scheduler) -> set[str]:
         """The requests that are queued, or about to be queued again."""
         handshakes = scheduler.disagg_prefill_bootstrap_queue.queue if self._hands_over else ()
-        waiting = (*scheduler.waiting_queue, *handshakes, *(item.req for item in self._recomputing))
+        failed = () if self.trailing is None else self.trailing.failed
+        waiting = (*scheduler.waiting_queue, *handshakes, *failed, *(item.req for item in self._recomputing))
         return {req.rid for req in waiting}
 
     @property

@@ -450,7 +450,9 @@ def test_one_that_was_being_aborted_is_aborted_in_the_queue(
     assert (abort.rid, abort.abort_all, abort.finished_reason["message"]) == ("r", False, "of this test")
 
 
-def test_a_bad_page_found_when_it_ends_keeps_its_kv_from_the_tree(cache: AgentStateRadixCache, loads: Loads) -> None:
+def test_a_bad_page_found_when_it_ends_keeps_its_kv_from_the_tree(
+    cache: AgentStateRadixCache, scheduler: Scheduler, loads: Loads
+) -> None:
     """Its answer is right: every row that was read was good. So is that of its neighbour, which goes on for a step."""
     req, other = Request("r"), Request("o")
     loads.forward(req, other, loads=3)
@@ -458,6 +460,8 @@ def test_a_bad_page_found_when_it_ends_keeps_its_kv_from_the_tree(cache: AgentSt
     loads.release(req, cache, checkpoint=True)
     assert loads.released == [("r", False)] and not other.finished()
     assert cache.trailing is not None and cache.trailing.postpones(other, 64)
+    # What of it failed is not forgotten until it looks for its prefix again.
+    assert cache._queued(scheduler) == {"o"}
     loads.forward(other)
     assert other.finished() and cache.recomputes(other) and loads.released[1:] == [("o", False)]
 

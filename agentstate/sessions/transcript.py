@@ -32,6 +32,8 @@ MAX_PAGE_BYTES = 16 * 1024 * 1024
 # So many entries fit a page without adding up their sizes: what is no blob has less than ``BLOB_BYTES``.
 MAX_UNMEASURED = MAX_PAGE_BYTES // BLOB_BYTES
 MAX_METADATA_BYTES = 64 * 1024  # it is read whenever its session is
+# Histories of more segments are rare, and PostgreSQL would keep a long statement for each number of them.
+MOST_KEPT_PARTS = 8
 MAX_JSON_DEPTH = 64  # well within what every JSON reader and writer takes
 
 
@@ -375,7 +377,7 @@ _SELECT = sa.select(
 
 @cache
 def _reading(parts: int) -> Prepared:
-    return Prepared(_SELECT.where(History.entries(parts)).order_by(table.c.seq))
+    return Prepared(_SELECT.where(History.entries(parts)).order_by(table.c.seq), kept=parts <= MOST_KEPT_PARTS)
 
 
 @cache

@@ -227,6 +227,7 @@ class Database:
         prepared.say(shared, "SAVEPOINT part")
         try:
             yield shared
+            prepared.say(shared, "RELEASE part")
         except BaseException:
             driver = _driver_of(shared)
             # Some errors make SQLite roll back the whole of it: a full disk, for example.
@@ -237,7 +238,6 @@ class Database:
                 except BaseException:
                     driver.rollback()  # all of it, rather than half of this
             raise
-        prepared.say(shared, "RELEASE part")
 
     def _require_transaction(self, shared: Connection) -> None:
         if not _driver_of(shared).in_transaction:

@@ -42,7 +42,7 @@ class Waiting:
 
 _COMMIT = Statement("COMMIT", prepared=False)
 _ROLLBACK = Statement("ROLLBACK", prepared=False)
-_ENDS_BY_ROLLBACK = (2, 3)  # libpq's statuses of a transaction that is open, or has failed
+_OPEN, _FAILED = 2, 3  # libpq's statuses of a transaction
 NOT_KEPT = "26000"  # SQLSTATE of a name that no statement has
 
 
@@ -73,17 +73,28 @@ class Pipeline:
         return found
 
     def commit(self) -> None:
-        """Commit with what still waits. Without any, it is the driver's to commit."""
+        """Commit with what still waits. Without any, it is the driver's to commit. If that fails, roll back: after a
+        commit SQLAlchemy does not, and psycopg would have the server forget all statements that it keeps."""
+        if self._begun and self._driver.info.transaction_status == _FAILED:
+            from psycopg.errors import InFailedSqlTransaction
+
+            self.rollback()
+            # The server would roll back, and call it no error.
+            raise InFailedSqlTransaction("a statement of the transaction has failed: it cannot be committed")
         if len(self._waiting) == (0 if self._begun else 1):
             self._waiting = []  # nothing has begun
             return
         self._waiting.append(Waiting(_COMMIT))
-        self.flush()
+        try:
+            self.flush()
+        except BaseException:
+            self.rollback()
+            raise
 
     def rollback(self) -> None:
-        """Roll back. psycopg would have the server forget all statements that it keeps."""
+        """Roll back, if something has begun."""
         self._waiting = []
-        if self._begun and self._driver.info.transaction_status in _ENDS_BY_ROLLBACK:
+        if self._begun and self._driver.info.transaction_status in (_OPEN, _FAILED):
             self._waiting = [Waiting(_ROLLBACK)]
             self.flush()
 

@@ -24,11 +24,12 @@ FLOAT8 = 701  # PostgreSQL's number of what a Float is stored as
 class Prepared:
     """Runs ``statement`` in the transaction of a connection, with values for its parameters: always the same ones. It
     must have no parameter that expands to a list. Rows have the columns' names as attributes, and ``_mapping``. Raises
-    what SQLAlchemy raises.
+    what SQLAlchemy raises. PostgreSQL keeps it, parsed, as long as each connection lives, unless ``kept`` is False.
     """
 
-    def __init__(self, statement: Executable):
+    def __init__(self, statement: Executable, *, kept: bool = True):
         self._statement: Any = statement
+        self._kept = kept
         self._compiled: dict[str, _Compiled] = {}
 
     def send(self, connection: Connection, values: Mapping[str, Any]) -> Sent:
@@ -56,7 +57,7 @@ class Prepared:
     def _compiled_for(self, connection: Connection, values: Mapping[str, Any]) -> _Compiled:
         compiled = self._compiled.get(connection.dialect.name)
         if compiled is None:
-            compiled = _Compiled(self._statement, connection.dialect, list(values))
+            compiled = _Compiled(self._statement, connection.dialect, list(values), self._kept)
             self._compiled[connection.dialect.name] = compiled
         return compiled
 
@@ -79,7 +80,7 @@ class Sent:
 class _Compiled:
     """A statement as a dialect's driver takes it."""
 
-    def __init__(self, statement: Any, dialect: Dialect, names: Sequence[str]):
+    def __init__(self, statement: Any, dialect: Dialect, names: Sequence[str], kept: bool):
         compiled: Any = statement.compile(dialect=dialect, column_keys=list(names))
         self._text = str(compiled)
         self._positions: list[str] | None = compiled.positiontup
@@ -106,7 +107,7 @@ class _Compiled:
             # As the server takes it, not the driver.
             kind: Any = type(dialect)
             numbered: Any = statement.compile(dialect=kind(paramstyle="numeric_dollar"), column_keys=list(names))
-            self._numbered = pipelined.Statement(str(numbered))
+            self._numbered = pipelined.Statement(str(numbered), prepared=kept)
             self._order: list[str] = numbered.positiontup or []
 
     def send(self, connection: Connection, values: Mapping[str, Any]) -> Sent:
@@ -124,7 +125,9 @@ class _Compiled:
         def read() -> list[Any]:
             if waiting.rows is None:
                 pipelined.flush(connection, pipeline, self._numbered)
-            return self._rows(waiting.rows or ())
+            if waiting.rows is None:  # the transaction has ended, or has failed before
+                raise sa.exc.InvalidRequestError("this statement was not carried out")
+            return self._rows(waiting.rows)
 
         return Sent(read)
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
@@ -133,6 +133,44 @@ def test_what_is_sent_and_fails_fails_the_transaction(database: Database) -> Non
         assert LONGER.first(connection, {"called": "x"}).value == b"1", "what the server kept is prepared anew"
 
 
+def test_a_commit_that_fails_costs_nobody_else_what_the_server_keeps(postgresql: Any) -> None:
+    with closing(Database(postgresql.create_database(postgresql.template))) as database:
+        with database.write() as connection:
+            before = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+            assert COUNT.scalar(connection, {}) == 0
+            for _ in range(8):  # so that psycopg has something kept, too
+                connection.execute(sa.select(sa.func.count()).select_from(settings)).scalar_one()
+        with pytest.raises(sa.exc.IntegrityError), database.write() as connection:
+            PUT.send_each(connection, [{"name": "x", "value": b""}, {"name": "x", "value": b""}])
+        with database.write() as connection:
+            assert COUNT.scalar(connection, {}) == 0
+            assert connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one() == before
+
+
+def test_what_has_failed_is_not_committed_whoever_passes_over_the_error(postgresql: Any) -> None:
+    with closing(Database(postgresql.create_database(postgresql.template))) as database:
+        for fails in (PUT.all, lambda *given: connection.exec_driver_sql("SELECT 1 / 0")):
+            with pytest.raises(sa.exc.InternalError, match="cannot be committed"), database.write() as connection:
+                PUT.all(connection, {"name": "x", "value": b""})
+                with suppress(sa.exc.DBAPIError):
+                    fails(connection, {"name": "x", "value": b""})
+            with database.write() as connection:
+                assert COUNT.scalar(connection, {}) == 0
+
+
+def test_what_was_not_carried_out_has_no_rows(postgresql: Any) -> None:
+    with closing(Database(postgresql.create_database(postgresql.template))) as database:
+        with pytest.raises(RuntimeError, match="broken"), database.write() as connection:
+            unsent = COUNT.send(connection, {})
+            raise RuntimeError("broken")
+        with pytest.raises(sa.exc.IntegrityError), database.write() as connection:
+            PUT.send_each(connection, [{"name": "x", "value": b""}, {"name": "x", "value": b""}])
+            skipped = COUNT.send(connection, {})
+        for sent in (unsent, skipped):
+            with pytest.raises(sa.exc.InvalidRequestError, match="not carried out"):
+                sent.first()
+
+
 @pytest.mark.parametrize("name", ["nul\0", "half\ud800"], ids=["nul", "surrogate"])
 def test_what_cannot_be_stored_is_refused_and_the_connection_stays(postgresql: Any, name: str) -> None:
     with closing(Database(postgresql.create_database(postgresql.template))) as database:
@@ -171,3 +209,15 @@ def test_a_list_is_refused(database: Database) -> None:
     several = Prepared(sa.select(settings).where(settings.c.name.in_(sa.bindparam("names", expanding=True))))
     with database.read() as connection, pytest.raises(ValueError, match="list"):
         several.all(connection, {"names": ["x"]})
+
+
+def test_a_statement_that_is_not_kept_is_sent_whole(postgresql: Any) -> None:
+    once = Prepared(sa.select(sa.func.count().label("settings")).select_from(settings), kept=False)
+    kept = "SELECT count(*) FROM pg_prepared_statements WHERE NOT from_sql"
+    url = postgresql.create_database(postgresql.template)
+    with closing(Database(url)) as database, database.write() as connection:
+        before = connection.exec_driver_sql(kept).scalar_one()
+        assert once.scalar(connection, {}) == 0
+        assert connection.exec_driver_sql(kept).scalar_one() == before
+        assert COUNT.scalar(connection, {}) == 0
+        assert connection.exec_driver_sql(kept).scalar_one() == before + 1

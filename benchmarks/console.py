@@ -146,10 +146,13 @@ class Load:
             await asyncio.gather(*self._agents, return_exceptions=True)
 
     async def measured(self, seconds: float) -> tuple[list[float], float]:
-        """Milliseconds of the requests of so many seconds, and entries appended a second. Raises what ends an agent."""
+        """Milliseconds of the requests of so many seconds, or of as many more as the first one takes, and entries
+        appended a second. Raises what ends an agent."""
         self.ms, self.appended, self.counting = [], 0, True
         began_s = time.perf_counter()
-        ended, _ = await asyncio.wait(self._agents, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        ended: set[asyncio.Task[None]] = set()
+        while not (ended or self.ms):
+            ended, _ = await asyncio.wait(self._agents, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         self.counting = False
         for agent in ended:
             agent.result()

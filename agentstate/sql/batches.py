@@ -6,6 +6,7 @@ thread, and as many of it at once as have gathered meanwhile: a commit costs as 
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections import deque
@@ -15,6 +16,8 @@ from contextvars import Context, copy_context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Turnstile:
@@ -77,7 +80,7 @@ class Job:
 
 class Batcher:
     """``carry_out`` is called on the thread with 1 to ``most`` jobs, in the order of their submission: it runs each and
-    tells it its outcome."""
+    tells it its outcome. If it raises, those that it has not told learn that, and the thread goes on."""
 
     def __init__(self, carry_out: Callable[[Sequence[Job]], None], most: int, name: str):
         self._carry_out = carry_out
@@ -104,5 +107,11 @@ class Batcher:
                 gathered.append(self._jobs.get())
             ending = gathered[-1] is None
             jobs = [job for job in gathered if job is not None and job.future.set_running_or_notify_cancel()]
-            if jobs:
-                self._carry_out(jobs)
+            try:
+                if jobs:
+                    self._carry_out(jobs)
+            except BaseException as error:  # without this thread nobody would be answered any more
+                logger.exception("what was submitted could not be carried out")
+                for job in jobs:
+                    if not job.future.done():
+                        job.tell(error)

@@ -262,7 +262,7 @@ class Database:
             for act in then:
                 try:
                     act()
-                except Exception:  # it must not; whoever waits for the commit is told all the same
+                except BaseException:  # it must not; whoever waits for the commit is told all the same
                     logger.exception("what was to be done after a commit failed")
         for job in jobs:
             job.tell(failed)

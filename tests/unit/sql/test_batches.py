@@ -243,6 +243,39 @@ def test_a_batch_has_no_more_than_it_may() -> None:
     assert sizes == [1, 3, 3, 1]
 
 
+def test_whatever_is_raised_the_thread_goes_on() -> None:
+    def carry_out(jobs: Any) -> None:
+        for job in jobs:
+            job.run()
+            if job.error is not None:
+                raise SystemExit("ended")
+            job.tell()
+
+    batcher = Batcher(carry_out, 1, "test")
+
+    def fail() -> None:
+        raise ValueError("its own error")
+
+    failed, good = batcher.submit(fail), batcher.submit(lambda: "good")
+    with pytest.raises(ValueError, match="its own error"):
+        failed.result(PATIENCE_S)
+    assert good.result(PATIENCE_S) == "good"
+    batcher.shutdown()
+
+
+def test_what_fails_after_the_commit_changes_no_answer(embedded: Database) -> None:
+    def end() -> None:
+        raise SystemExit("ended")
+
+    def act(name: str) -> str:
+        with embedded.write():
+            embedded.once_committed(end)
+            return Sessions(embedded, 30.0).create("m", session_id=name).id
+
+    assert [embedded.submit(lambda name=name: act(name)).result(PATIENCE_S) for name in "ab"] == ["a", "b"]
+    assert names(embedded) == {"a", "b"}
+
+
 def test_turns_come_in_the_order_of_asking() -> None:
     turns = Turnstile()
     assert turns.acquire(0)

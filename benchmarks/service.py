@@ -235,8 +235,13 @@ class Measurement:
 
 def run(plan: Plan, chosen: Sequence[str], report: Path | None) -> None:
     """Measure on each of the ``chosen`` databases, print tables, and keep the raw result. Raises SettingsError for an
-    unknown one."""
+    unknown one, and where a load has fewer sessions than agents."""
     databases.require(chosen)
+    if plan.sessions and plan.load_rounds and (most := max(plan.concurrencies)) > plan.sessions[min(plan.sessions)]:
+        raise SettingsError(
+            f"a load of {most} agents needs as many sessions of {min(plan.sessions)} entries: give more of them, "
+            "or --load 0"
+        )
     rows: list[dict[str, Any]] = []
     settings: dict[str, Any] = {
         "sessions": {str(length): count for length, count in plan.sessions.items()},
@@ -339,8 +344,6 @@ async def _load(name: str, plan: Plan, database_url: str, home: Path, progress: 
             service = stack.enter_context(_serving(database_url, home / f"workers-{workers}", workers))
             services[workers] = (service.service_url, service.group)
         for agents in plan.concurrencies:
-            if len(sessions) < agents:
-                raise SettingsError(f"a load of {agents} agents needs as many sessions of {length} entries")
             found = await crowds.load(
                 services, sessions, agents, plan.load_rounds, plan.load_s, lambda: progress.advance(task)
             )

@@ -71,8 +71,8 @@ def test_peers_that_are_not_installed_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--databases", "oracle"], ["--sessions", "many"], ["--concurrency", "one"]],
-    ids=lambda given: given[0],
+    [["--databases", "oracle"], ["--sessions", "many"], ["--concurrency", "one"], ["--sessions", "31x10,40x20"]],
+    ids=str,
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str]) -> None:
     run = subprocess.run(
@@ -80,4 +80,4 @@ def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str]) ->
     )
     assert run.returncode == 1
     assert len(run.stderr.strip().splitlines()) == 1
-    assert any(name in run.stderr for name in (*SERVERS, "COUNTxENTRIES"))
+    assert any(name in run.stderr for name in (*SERVERS, "COUNTxENTRIES", "--load 0"))

@@ -13,6 +13,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from agentstate.sql.address import mask
+
 BACKEND = "agentstate"
 # Our attention on a CPU, which SGLang lets be chosen once the plug-in has told it so.
 CPU_ATTENTION = "agentstate_cpu"
@@ -367,7 +369,8 @@ def shown(flag: Flag) -> str:
     """As it is given on a command line, but for secrets."""
     if flag.field in _SECRETS:
         return f"{spelling(flag.field)} …"
-    return spelling(flag.field) if flag.value is True else f"{spelling(flag.field)} {flag.value}"
+    # A URL, such as that of weights or of a collector of traces, may have a password.
+    return spelling(flag.field) if flag.value is True else f"{spelling(flag.field)} {mask(str(flag.value))}"
 
 
 def told(flags: Iterable[Flag]) -> list[dict[str, str]]:

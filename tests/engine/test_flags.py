@@ -187,11 +187,16 @@ def test_the_document_is_written_from_the_table() -> None:
 
 
 def test_who_asks_is_told_every_flag_but_no_secret() -> None:
-    arguments = ServerArgs(model_path="m", api_key="ags_secret", enable_two_batch_overlap=True)
+    arguments = ServerArgs(
+        model_path="m",
+        api_key="ags_secret",
+        enable_two_batch_overlap=True,
+        otlp_traces_endpoint="https://user:secret@traces.example:4317",
+    )
     told = {one["flag"]: one["class"] for one in flags.told(sgl.given_flags(arguments))}
     assert told["--model-path m"] == "tested" and told["--api-key …"] == "tested"
     assert told["--enable-two-batch-overlap"] == judge("enable_two_batch_overlap", True).standing.value
-    assert "secret" not in str(told)
+    assert "secret" not in str(told) and "traces.example" in str(told)
 
 
 def test_a_flag_is_spelled_as_sglang_takes_it() -> None:

@@ -476,11 +476,11 @@ class ExtentHeader:
                 coding = Coding.read(plane["tables"], plane["lengths"], geometry.layers, sizes, len(keys))
                 if not coding.known:
                     raise UnknownFormat(f"{name}: pages are coded in a way that this release does not know")
-                return cls(fingerprint, geometry, keys, sums, block_sums, owner, coding)
-            header = cls(fingerprint, geometry, keys, sums, block_sums, owner, rows=rows)
-            layout = header.layout
-            as_shifted = rows or (version == _SHIFTED_VERSION) == layout.shifted
-            if align(PREFIX.size + length) != layout.data_offset or not as_shifted:
+                header = cls(fingerprint, geometry, keys, sums, block_sums, owner, coding)
+            else:
+                header = cls(fingerprint, geometry, keys, sums, block_sums, owner, rows=rows)
+            as_shifted = version >= _CODED_VERSION or (version == _SHIFTED_VERSION) == header.layout.shifted
+            if align(PREFIX.size + length) != header.data_offset or not as_shifted:
                 raise BadExtent(f"{name}: the header has {length} bytes, which its fields do not add up to")
             return header
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:

@@ -259,6 +259,9 @@ class Handle(ABC):
         """Read one layer of a segment to where its ``components`` belong, each of them consecutive arrays. Raises
         ValueError for arrays of another size."""
         if self.header.coding is not None:
+            pages = {sum(len(array) for array in arrays) for arrays in components}
+            if pages != {segment.pages} or len(components) != len(self.header.geometry.component_bytes):
+                raise ValueError(f"no memory for {segment.pages} pages of {segment.extent.path.name}")
             return self._decoded(layer, segment.slot, components)
         fills, arrays_of = [], iter(components)
         offset = segment.extent.layout.layer_offset(layer)

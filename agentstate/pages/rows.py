@@ -282,12 +282,15 @@ class RowStream:
             if self._letting_go:
                 return
             self._letting_go = True
-        reader._handles.leave(self._extents)
-        self.pin.close()
-        with reader._changed:
-            reader._open_streams -= 1
-            self._let_go_of = True
-            reader._changed.notify_all()
+        try:
+            reader._handles.leave(self._extents)
+        finally:
+            # Or whoever closes it would wait for ever.
+            self.pin.close()
+            with reader._changed:
+                reader._open_streams -= 1
+                self._let_go_of = True
+                reader._changed.notify_all()
 
     def __enter__(self) -> RowStream:
         return self
@@ -321,7 +324,9 @@ class RowStream:
                     if ended:
                         self._let_go()
             except BaseException as error:
-                future.set_exception(error)
+                # What has been read, or nobody waits for any more, stays as it is.
+                if not future.done():
+                    future.set_exception(error)
             finally:
                 with reader._changed:
                     # Nothing waits for those of a stream that is closed.

@@ -328,6 +328,26 @@ def test_a_plane_that_cannot_be_is_refused(
     assert type(raised.value) is error
 
 
+def test_a_header_that_says_more_is_refused(store: PageStore) -> None:
+    """Pages begin behind it, and not where it would end without that."""
+    write(store, keys(1, 2))
+    path = path_of(store, 1)
+    with pytest.raises(BadExtent, match="do not add up"):
+        ExtentHeader.decode(with_plane(path, more=bytes(ALIGNMENT)), "x")
+
+
+def test_memory_of_another_size_is_refused(store: PageStore) -> None:
+    write(store, keys(1, 2, 3))
+    with store.pin(keys(1, 2, 3)) as pin:
+        handle = FileHandle(PosixBackend(), pin.segments[0].extent)
+        arrays = [[np.zeros((3, size), dtype=np.uint8)] for size in SMALL.component_bytes]
+        assert handle.read_to(arrays, pin.segments[0], 0).components == arrays
+        for few in ([[arrays[0][0][:2]], [arrays[1][0][:2]]], [arrays[0], [arrays[1][0][:2]]], arrays[:1]):
+            with pytest.raises(ValueError, match="no memory for 3 pages"):
+                handle.read_to(few, pin.segments[0], 0)
+        handle.close()
+
+
 def test_small_extents_are_merged_and_erased_from(store: PageStore) -> None:
     for number in range(8):
         write(store, keys(number))

@@ -482,6 +482,32 @@ def test_a_stream_of_a_drive_that_hangs_is_let_go_when_the_drive_answers(
     store.close()
 
 
+def test_a_file_that_cannot_be_closed_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a call that somebody has cancelled: its thread goes on to the next."""
+    store = stored(tmp_path, LATENT, 3)
+    reader, to = RowReader(LATENT, threads=1), memory(LATENT, 3)
+    real = handles.FileHandle.close
+
+    def failing(handle: handles.FileHandle) -> None:
+        real(handle)
+        raise OSError(errno.EIO, "of this test")
+
+    gate = Gate(monkeypatch)
+    stream = reader.open(store.pin(keys(*range(3))))
+    calls = [stream.read(0, np.array([row]), to) for row in (3, 20, 40)]
+    assert gate.reached.wait(PATIENCE_S)
+    assert calls[1].cancel()
+    monkeypatch.setattr(handles.FileHandle, "close", failing)
+    gate.open.set()
+    assert done(calls[2]).states.tolist() == [ARRIVED]
+    with pytest.raises(OSError, match="of this test"):
+        stream.close()
+    assert store.pinned == 0 and reader.kept() == {"streams": 0, "extents": 0}
+    stream.close()
+    reader.close()
+    store.close()
+
+
 def test_what_is_read_behind_does_not_wait_for_choices_of_a_stream_that_was_discarded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

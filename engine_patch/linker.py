@@ -126,7 +126,7 @@ class AgentStateLinker(UnifiedCacheLinker):
             return word
         if staged:
             return Word.STAGED
-        return self._rank.break_even.word(self._cached, tokens, self._pools.n_bytes(len(keys)))
+        return self._rank.break_even.word(self._cached, tokens, self._pools.read_bytes(len(keys)))
 
     def computes(self, rid: str, pages: int, word: int) -> bool:
         """Whether to compute a request's ``pages`` stored pages because that is faster, decided from what all ranks
@@ -328,7 +328,7 @@ class AgentStateLinker(UnifiedCacheLinker):
         self._rank.pinning.pin(session_id, "device", for_s)
 
     def n_bytes(self, pages: int) -> int:
-        """The bytes that one rank reads to restore a prefix of so many pages."""
+        """The bytes that restoring a prefix of so many pages brings to the device, on one rank."""
         return self._pools.n_bytes(pages)
 
     def stored(self, transfers: Sequence[PoolTransfer]) -> bool:

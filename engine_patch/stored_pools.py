@@ -208,6 +208,18 @@ class _StoredPool:
         """What this machine has: the store, and those of other engines."""
         return self.replicas or self.store
 
+    @property
+    def drive_page_bytes(self) -> float:
+        """What a page takes on the drive, as far as is known: coded ones have fewer bytes."""
+        pages = self.store.stats.pages
+        return min(self.page_bytes, self.store.stats.bytes / pages) if pages else self.page_bytes
+
+    @property
+    def shared_page_bytes(self) -> float:
+        """The same in the shared store."""
+        there = 0.0 if self.shared is None else self.shared.pages.page_bytes
+        return min(self.page_bytes, there) if there else self.page_bytes
+
     def _new_spiller(self) -> Spiller | FollowingSpiller:
         if isinstance(self.store, StoreView):
             return FollowingSpiller(self.store, self.device_pages, self.pool.dtypes[0], self._timeout_s)
@@ -413,7 +425,7 @@ class StoredPools:
         """How long the shared store takes to give what a prefix of ``keys`` needs and this node does not have, as far
         as that was measured; None where this node has all of it."""
         missing = [(pool, pool.local.stored(pool.needed(keys)).count(False)) for pool in self._pools]
-        n_bytes = sum(pages * pool.page_bytes for pool, pages in missing)
+        n_bytes = sum(pages * pool.shared_page_bytes for pool, pages in missing)
         if not n_bytes or self.share is None:
             return None
         latency_s, bytes_per_s = self.share.tier.figures()
@@ -486,8 +498,12 @@ class StoredPools:
         return list(zip(full.store.extent_names(keys), there, strict=True))
 
     def n_bytes(self, pages: int) -> int:
-        """What restoring a prefix of so many pages reads."""
+        """What a prefix of so many pages takes on the device: the same on every rank."""
         return sum(min(pages, pool.window_pages or pages) * pool.page_bytes for pool in self._pools)
+
+    def read_bytes(self, pages: int) -> int:
+        """What restoring a prefix of so many pages reads from this rank's drive, about."""
+        return round(sum(min(pages, pool.window_pages or pages) * pool.drive_page_bytes for pool in self._pools))
 
     def read_ahead(self, rid: str, keys: Sequence[bytes]) -> None:
         """Begin to read what a waiting request will load."""

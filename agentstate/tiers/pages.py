@@ -66,6 +66,8 @@ class SharedPages:
         # Held while the index changes.
         self._writing = threading.Lock()
         self._shared: dict[int, _Shared] = {}
+        # Of all of them together.
+        self._pages = self._n_bytes = 0
         # How many pages of each are found in it, where that is not all of them: others have them too.
         self._partly: dict[int, int] = {}
         self._rejected: set[int] = set()
@@ -85,7 +87,14 @@ class SharedPages:
     @property
     def pages(self) -> int:
         """How many pages they have; one that several have counts for each."""
-        return sum(shared.pages for shared in list(self._shared.values()))
+        return self._pages
+
+    @property
+    def page_bytes(self) -> float:
+        """How many bytes of an object a page takes, on average: coded ones fewer than on a device. 0 while none is
+        known."""
+        pages = self._pages
+        return self._n_bytes / pages if pages else 0.0
 
     def ids(self) -> set[int]:
         """Those that were entered and have not left, rejected ones included."""
@@ -107,6 +116,8 @@ class SharedPages:
                 (number, _Shared(listed.name, listed.n_bytes, listed.owner, len(listed.keys)))
                 for number, listed in new.items()
             )
+            self._pages += sum(len(listed.keys) for listed in new.values())
+            self._n_bytes += sum(listed.n_bytes for listed in new.values())
             live = {}
             with self._index.change() as change:
                 for number, listed in new.items():
@@ -136,8 +147,10 @@ class SharedPages:
             return
         lists = self._index.listed(gone)
         for number in gone:
-            self.left += self._shared[number].pages
-            del self._shared[number]
+            shared = self._shared.pop(number)
+            self.left += shared.pages
+            self._pages -= shared.pages
+            self._n_bytes -= shared.n_bytes
             self._partly.pop(number, None)
         others = self._index.listed(self._partly)
         live = {}

@@ -151,7 +151,7 @@ class Stored:
     def shared_takes_s(self, keys: list[bytes]) -> float | None:
         return None
 
-    def n_bytes(self, pages: int) -> int:
+    def read_bytes(self, pages: int) -> int:
         return 1000 * pages
 
 

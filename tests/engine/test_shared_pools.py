@@ -14,9 +14,9 @@ from device import PAGE_SIZE, aligned_kv_tensors, fill, kv_tensors, page_of
 from shares import PATIENCE_S, Share
 
 from agentstate.errors import TierUnavailable
-from agentstate.pages import ANYONE, PageStore, fingerprint
+from agentstate.pages import ANYONE, PageKeys, PageStore, fingerprint
 from agentstate.settings import Settings
-from agentstate.tiers.pages import SharedPages
+from agentstate.tiers.pages import Listed, SharedPages
 from engine_patch.break_even import BreakEven, Word
 from engine_patch.linker import AgentStateLinker
 from engine_patch.pools import DevicePool
@@ -170,6 +170,22 @@ def test_a_window_may_be_in_the_share(windowed: Stage) -> None:
     assert windowed.pools.shared_takes_s(keys(*range(4))) is not None
     assert windowed.pools.stat()["pools"][SWA.value]["restore"]["pages_shared"] == 3
     assert not any(windowed.pools.kept().values())
+
+
+def test_coded_pages_take_less_time(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read is reckoned with, as far as it is less than what the device has; and that is measured, too."""
+    monkeypatch.setattr(stage.share.guard, "figures", lambda: (0.0, 1e6))
+    stage.here(FULL, 0, 1)
+    stage.there(FULL, 2, 3)
+    store, pages = stage.of(FULL)
+    page_bytes = store.geometry.page_bytes
+    assert stage.pools.shared_takes_s(keys(0, 1, 2, 3)) == pytest.approx(2 * page_bytes / 1e6)
+    assert stage.pools.read_bytes(2) == stage.pools.n_bytes(2) == 2 * page_bytes
+    pages.leave(pages.ids())
+    pages.enter([Listed(9, "a" * 64, page_bytes * 2 * 3 // 4, "", PageKeys.of(keys(2, 3)))])
+    assert stage.pools.shared_takes_s(keys(0, 1, 2, 3)) == pytest.approx(2 * page_bytes * 3 // 4 / 1e6)
+    store.stats.bytes = store.stats.pages * page_bytes * 3 // 4
+    assert (stage.pools.read_bytes(2), stage.pools.n_bytes(2)) == (2 * page_bytes * 3 // 4, 2 * page_bytes)
 
 
 def test_a_window_that_is_cut_short_in_the_share_ends_before_it(windowed: Stage) -> None:

@@ -104,6 +104,18 @@ def test_what_has_left_is_not_found_and_a_second_copy_of_it_is(
     assert not any(pages.stored(keys(1, 2, 3, 4))) and pages.extents == 0
 
 
+def test_what_a_page_takes_is_told(pages: SharedPages, publish: Publish) -> None:
+    assert pages.page_bytes == 0
+    some, others = publish(1, 2), publish(3, 4, 5)
+    pages.enter([some, others])
+    assert pages.pages == 5 and pages.page_bytes == (some.n_bytes + others.n_bytes) / 5
+    pages.enter([some])
+    pages.leave([others.id])
+    assert pages.pages == 2 and pages.page_bytes == some.n_bytes / 2
+    pages.leave([some.id, others.id])
+    assert pages.pages == pages.page_bytes == 0
+
+
 def test_an_extent_that_is_not_there_is_reported_once_and_not_asked_for_again(
     pages: SharedPages, reader: LayerwiseReader, publish: Publish, place: places.Place
 ) -> None:

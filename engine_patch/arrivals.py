@@ -6,12 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-
-    from engine_patch.choice import ChoiceRestorer
 
 _Route = Sequence[tuple["Arrivals", int]]
 
@@ -137,12 +135,12 @@ class LayerGate:
     without a pool is never waited for. Waiting for the last of ``num_layers`` waits for all layers of all pools: a
     forward replayed from one graph waits once, for the last.
 
-    Of a pool that is restored by ``choice``, whoever asks for a layer waits for all of it, also where rows of an
-    earlier batch are still to come; but within `naming` it does not wait for that pool, if its own batch is read as
-    rows are named: such a reader waits for the rows that it reads (`wait_rows`).
+    Of a pool that is restored by ``choice``, a `ChoiceRestorer`, whoever asks for a layer waits for all of it, also
+    where rows of an earlier batch are still to come; but within `naming` it does not wait for that pool, if its own
+    batch is read as rows are named: such a reader waits for the rows that it reads (`wait_rows`).
     """
 
-    def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]], choice: ChoiceRestorer | None = None):
+    def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]], choice: Any = None):
         self.num_layers = max(routes, default=-1) + 1
         self.consumer_index = -1
         self.waited_s = 0.0

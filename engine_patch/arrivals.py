@@ -135,9 +135,9 @@ class LayerGate:
     without a pool is never waited for. Waiting for the last of ``num_layers`` waits for all layers of all pools: a
     forward replayed from one graph waits once, for the last.
 
-    Of a pool that is restored by ``choice``, a `ChoiceRestorer`, whoever asks for a layer waits for all of it, also
-    where rows of an earlier batch are still to come; but within `naming` it does not wait for that pool, if its own
-    batch is read as rows are named: such a reader waits for the rows that it reads (`wait_rows`).
+    Of a pool that is restored by ``choice``, whoever asks for a layer waits for all of it, also where rows of an
+    earlier batch are still to come; but within `naming` it does not wait for that pool, if its own batch is read as
+    rows are named: such a reader waits for the rows that it reads (`wait_rows`).
     """
 
     def __init__(self, routes: dict[int, list[tuple[Arrivals, int]]], choice: Any = None):
@@ -149,6 +149,7 @@ class LayerGate:
         self._routes = routes
         self._all = [place for layer in sorted(routes) for place in routes[layer]]
         self._arrivals = {arrivals for arrivals, _ in self._all}
+        # A `ChoiceRestorer`, which leans on this file.
         self._choice = choice
         self._naming = False
 

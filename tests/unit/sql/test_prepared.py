@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import Any
 
@@ -147,15 +148,25 @@ def test_a_commit_that_fails_costs_nobody_else_what_the_server_keeps(postgresql:
             assert connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one() == before
 
 
-def test_what_has_failed_is_not_committed_whoever_passes_over_the_error(postgresql: Any) -> None:
+def put_again(connection: sa.Connection) -> None:
+    PUT.all(connection, {"name": "x", "value": b""})
+
+
+def divide_by_zero(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("SELECT 1 / 0")
+
+
+@pytest.mark.parametrize("fail", [put_again, divide_by_zero])
+def test_what_has_failed_is_not_committed_whoever_passes_over_the_error(
+    postgresql: Any, fail: Callable[[sa.Connection], None]
+) -> None:
     with closing(Database(postgresql.create_database(postgresql.template))) as database:
-        for fails in (PUT.all, lambda *given: connection.exec_driver_sql("SELECT 1 / 0")):
-            with pytest.raises(sa.exc.InternalError, match="cannot be committed"), database.write() as connection:
-                PUT.all(connection, {"name": "x", "value": b""})
-                with suppress(sa.exc.DBAPIError):
-                    fails(connection, {"name": "x", "value": b""})
-            with database.write() as connection:
-                assert COUNT.scalar(connection, {}) == 0
+        with pytest.raises(sa.exc.InternalError, match="cannot be committed"), database.write() as connection:
+            PUT.all(connection, {"name": "x", "value": b""})
+            with suppress(sa.exc.DBAPIError):
+                fail(connection)
+        with database.write() as connection:
+            assert COUNT.scalar(connection, {}) == 0
 
 
 def test_what_was_not_carried_out_has_no_rows(postgresql: Any) -> None:

@@ -51,10 +51,6 @@ _JSON = {"Content-Type": "application/json"}
 _ANY = {"If-Match": "*", **_JSON}
 
 
-class Refused(EngineError):
-    """The service answered with an error."""
-
-
 class Asking:
     """Sends requests to a service, and notes how long each took: ``ms``."""
 
@@ -66,7 +62,7 @@ class Asking:
     async def post(
         self, session: str, what: str, body: Mapping[str, Any], headers: Mapping[str, str] = _JSON
     ) -> dict[str, Any]:
-        """Raises Refused, and OSError, aiohttp.ClientError and TimeoutError if nothing was answered."""
+        """Raises EngineError, and OSError, aiohttp.ClientError and TimeoutError if nothing was answered."""
         started_s = time.perf_counter()
         async with self._http.post(
             f"{self._url}/{session}/{what}", data=orjson.dumps(body), headers=headers
@@ -74,7 +70,7 @@ class Asking:
             content = await response.read()
         self.ms.append((time.perf_counter() - started_s) * 1000)
         if response.status >= 300:
-            raise Refused(f"{what} of {session}: {response.status} {content[:200].decode(errors='replace')}")
+            raise EngineError(f"{what} of {session}: {response.status} {content[:200].decode(errors='replace')}")
         answer: dict[str, Any] = orjson.loads(content)
         return answer
 
@@ -136,7 +132,7 @@ async def load(
     step: Callable[[], None],
 ) -> dict[int, list[Round]]:
     """What ``agents`` agents get in ``rounds`` of ``seconds`` each from ``services``: by the number of workers, the URL
-    and the process group. Each agent has ``sessions`` of its own. Raises Refused."""
+    and the process group. Each agent has ``sessions`` of its own. Raises EngineError."""
     found: dict[int, list[Round]] = {workers: [] for workers in services}
     own = [sessions[number::agents] for number in range(agents)]
     async with AsyncExitStack() as closing:
@@ -350,7 +346,7 @@ async def _live(
             await asked.append(session, lease, 1)
             await asked.suspend(session, lease)
             found.turns += 1
-        except (Refused, aiohttp.ClientError, OSError, TimeoutError) as error:
+        except (EngineError, aiohttp.ClientError, OSError, TimeoutError) as error:
             found.errors[f"{type(error).__name__}: {str(error).replace(session, 'SESSION')}"[:200]] += 1
         lease = None
         conversation, turn = known.after(place, source)

@@ -90,7 +90,7 @@ def test_resume_of_a_revision_and_waiting_for_it(service: Service, session: Sess
     with pytest.raises(AgentStateError, match="reload it"):
         client.resume("s", revision="1")
     first = client.resume("s", revision=session.revision, lease_ttl_s=0.5)
-    assert client.resume("s", busy_timeout_s=60, prefetch="host").lease.epoch == first.lease.epoch + 1
+    assert client.resume("s", busy_timeout_s=30, prefetch="host").lease.epoch == first.lease.epoch + 1
 
 
 def test_tool_calls(service: Service, session: Session) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from contents import MHA, expected, keys, read, reader_for, write
 from last_release_path import last_release
@@ -23,6 +24,8 @@ from agentstate.fleet import engines, manifests
 from agentstate.fleet.control import ControlClient
 from agentstate.fleet.engines import Engine
 from agentstate.pages import PageStore
+from agentstate.pages.extent import Geometry
+from agentstate.pages.testing import pages
 from agentstate.settings import Settings
 from agentstate.sql.database import Database
 from engine_patch.catalog import Catalog
@@ -161,9 +164,16 @@ def test_a_service_of_the_last_release_does_not_reach_an_engine_of_this_one(rele
     endpoint.close()
 
 
+def last_content(geometry: Geometry, page: bytes, layer: int, component: int, version: int = 0) -> bytes:
+    """What the pages of the last release's tests hold."""
+    seed = int.from_bytes(page[:8], "little")
+    return np.random.default_rng([seed, layer, component, version]).bytes(geometry.component_bytes[component])
+
+
 def test_pages_of_the_last_release_are_restored_and_it_restores_those_of_this_one(
-    release: Path, tmp_path: Path
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pages, "content", last_content)
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     with old(release, f"sqlite:///{tmp_path / 'unused.db'}") as rank:
         rank("write", theirs, "a", "b", "c")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from models import VOCABULARY
 from prompts import TINY, Generated, Generator, Stream
-from stacks import MakeStack, ask_ranks, stat_at_rest, suspend
+from stacks import MakeStack, ask_ranks, stat_at_rest, suspend, until
 
 from agentstate.benchmarks.slow_drive import Drive
 from agentstate.cli.local import LocalStack
@@ -77,9 +77,9 @@ def suspend_and_overwrite(stack: LocalStack) -> None:
     suspend(stack)
 
 
-def chosen(stack: LocalStack) -> bool:
-    """Whether some restore of the engine was by choice."""
-    return "agentstate: by choice: " in (stack.home / "engine.log").read_text()
+def chosen(stack: LocalStack) -> int:
+    """How many batches the engine has restored by choice."""
+    return (stack.home / "engine.log").read_text().count("agentstate: by choice: ")
 
 
 def latents(stack: LocalStack) -> dict[Path, ExtentHeader]:
@@ -118,6 +118,24 @@ def test_tokens_are_those_of_an_engine_that_never_evicted(start: Start, drive: D
     assert stat_at_rest(stack)["restore"]["requests_failed"] == 0
 
 
+def test_what_was_stored_before_is_restored_whole_and_waited_for(start: Start, drive: Drive) -> None:
+    stack = start(AGENTSTATE_CHOICE="off")
+    wanted = Agent(stack, 9, cache_salt="never suspended").turn()
+    agent = Agent(stack, 9)
+    suspend(stack)
+    stack.kill_engine()
+    stack.environment = {**stack.environment, "AGENTSTATE_CHOICE": "on"}
+    stack.start_engine(*TINY)
+    for speed in (1e12, 30e6):
+        suspend_and_overwrite(stack)
+        drive.set(speed, "rank0")
+        before = chosen(stack)
+        resumed = agent.turn()
+        assert resumed.tokens == wanted.tokens and resumed.restored >= wanted.cached
+        assert chosen(stack) == before
+        drive.answer()
+
+
 def test_a_drive_that_hangs(start: Start, drive: Drive) -> None:
     stack = start(AGENTSTATE_DRIVE_TIMEOUT_S="5")
     wanted = Agent(stack, 5, cache_salt="never suspended").turn()
@@ -129,9 +147,15 @@ def test_a_drive_that_hangs(start: Start, drive: Drive) -> None:
     assert (recomputed.tokens, recomputed.cached) == (wanted.tokens, 0)
     assert stack.stat()["restore"]["timed_out"] == 1
     drive.answer()
-    suspend(stack)
-    restored = agent.turn()
-    assert restored.tokens == wanted.tokens and restored.restored >= wanted.cached
+
+    def restores_again() -> bool:
+        suspend(stack)
+        restored = agent.turn()
+        assert restored.tokens == wanted.tokens
+        return restored.restored >= wanted.cached
+
+    # A drive that was late once may be again.
+    until(restores_again)
     assert stat_at_rest(stack)["restore"]["pages_failed"] == 0
 
 

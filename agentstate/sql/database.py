@@ -75,6 +75,7 @@ CONNECT_TIMEOUT_S = 5
 POOL_SIZE = 10
 UNASKED_S = 0.25
 MOST_TOGETHER = 64  # writes in one transaction
+TOGETHER_S = 0.25  # other processes wait for it: large entries on a slow drive take as long as that
 POSTGRESQL_LIMITS = {
     "statement_timeout": "15s",
     "lock_timeout": "10s",
@@ -244,14 +245,24 @@ class Database:
             raise DatabaseError(f"{self.url}: a write that shared this one's transaction has ended it; try again")
 
     def _together(self, jobs: Sequence[Job]) -> None:
-        """Carry out what was submitted, in one transaction; each learns its outcome once that has committed."""
+        """Carry out what was submitted, in one transaction, or in several where one would take long; each learns its
+        outcome once that has committed."""
+        while jobs:
+            jobs = jobs[self._as_many(jobs) :]
+
+    def _as_many(self, jobs: Sequence[Job]) -> int:
+        """Carry out in one transaction as many of the jobs as begin within ``TOGETHER_S``: how many were told."""
         thread, failed = self._thread, None
         then: list[Callable[[], None]] = []
         try:
             with self._errors(), self._transaction() as connection:
                 thread.shared, thread.shared_then = connection, then
+                began_s = time.monotonic()
                 try:
-                    for job in jobs:
+                    for number, job in enumerate(jobs):
+                        if number and time.monotonic() - began_s > TOGETHER_S:
+                            jobs = jobs[:number]
+                            break
                         job.run()
                         self._require_transaction(connection)
                 finally:
@@ -266,6 +277,7 @@ class Database:
                     logger.exception("what was to be done after a commit failed")
         for job in jobs:
             job.tell(failed)
+        return len(jobs)
 
     def submit(self, act: Callable[[], T]) -> Future[T]:
         """Have ``act``, which writes, run on a thread for that, in the caller's context. On SQLite there is one, on

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from agentstate.errors import DatabaseError, SessionExists, SessionNotFound
 from agentstate.sessions.verbs import Sessions
+from agentstate.sql import database
 from agentstate.sql.batches import Batcher, Turnstile
 from agentstate.sql.database import Database
 from agentstate.sql.models import session_turns, sessions
@@ -25,10 +26,11 @@ PATIENCE_S = 60
 
 
 @pytest.fixture
-def embedded(tmp_path: Path) -> Iterator[Database]:
-    with closing(Database(f"sqlite:///{tmp_path}/agentstate.db")) as database:
-        database.upgrade()
-        yield database
+def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+    monkeypatch.setattr(database, "TOGETHER_S", float(PATIENCE_S))  # however slow the machine is
+    with closing(Database(f"sqlite:///{tmp_path}/agentstate.db")) as made:
+        made.upgrade()
+        yield made
 
 
 @contextmanager
@@ -166,6 +168,21 @@ def test_an_error_that_ends_the_transaction_fails_all_of_it(embedded: Database) 
         with pytest.raises(DatabaseError, match="try again"):
             after.result(PATIENCE_S)
         assert names(embedded) == set()
+
+
+def test_what_takes_long_shares_no_transaction(embedded: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "TOGETHER_S", -1.0)
+    verbs = Sessions(embedded, 30.0)
+    with held(embedded):
+        seen = commits(embedded)
+        good = [embedded.submit(lambda name=name: verbs.create("m", session_id=name)) for name in ("a", "b")]
+        twice = embedded.submit(lambda: verbs.create("m", session_id="a"))
+        last = embedded.submit(lambda: verbs.create("m", session_id="c"))
+    assert [future.result(PATIENCE_S).id for future in (*good, last)] == ["a", "b", "c"]
+    with pytest.raises(SessionExists):
+        twice.result(PATIENCE_S)
+    assert names(embedded) == {"a", "b", "c"}
+    assert len(seen) == 5, "one of what held them, and one of each"
 
 
 WRITER = """

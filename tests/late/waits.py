@@ -30,6 +30,7 @@ NOT_OF_A_DEVICE = {
     "_linker": "is asked what became of a batch",
     "cache_linker": "is asked what became of a batch",
     "AgentStateLinker": "is asked what became of a batch",
+    "super": "is asked what became of a batch",
     "futures": "are of a shared store's answers",
     "page": "is part of a listing",
 }
@@ -207,6 +208,8 @@ def _is_wait(node: ast.expr, function: str, methods: set[str]) -> bool:
     if not isinstance(node, ast.Attribute):
         return False
     on = node.value
+    if isinstance(on, ast.Call):
+        on = on.func
     receiver = on.attr if isinstance(on, ast.Attribute) else on.id if isinstance(on, ast.Name) else ""
     receiver = function.partition(".")[0] if receiver == "self" else receiver
     return node.attr in _MEMORY or (node.attr in methods and receiver not in NOT_OF_A_DEVICE)

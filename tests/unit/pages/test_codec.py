@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tools import missing
 
 from agentstate.pages import codec, native
 from agentstate.pages.codec import RAW, Coding
+
+pytestmark = pytest.mark.usefixtures("read_by")
 
 EVERY_NUMBER = np.arange(1 << 16, dtype="<u2")
 NOT_A_NUMBER = np.array([0x7F81, 0xFF81, 0x7FC0, 0xFFFF, 0x7F80, 0xFF80], dtype="<u2")  # infinities too
@@ -61,16 +62,6 @@ def numbers(chance: np.random.Generator, shape: tuple[int, int], spread: float =
     widths = np.exp(spread * chance.standard_normal(shape[1])).astype("f")
     wide = chance.standard_normal(shape, dtype=np.float32) * widths
     return (wide.view("<u4") >> 16).astype("<u2").view(np.uint8)
-
-
-@pytest.fixture(scope="module", params=["native", "python"], autouse=True)
-def coded_by(request: pytest.FixtureRequest) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "python":
-            patch.setattr(native, "library", None)
-        elif native.library is None:
-            missing("the native extension is not built, or off")
-        yield request.param
 
 
 def test_numbers_in_bfloat16_take_three_quarters() -> None:
@@ -197,7 +188,7 @@ def test_lengths_that_no_pages_have_are_refused(data: st.DataObject) -> None:
             decoded(table, coded, some, 80, [3])
 
 
-def test_what_does_not_fit_is_refused(coded_by: str) -> None:
+def test_what_does_not_fit_is_refused(read_by: str) -> None:
     pages = numbers(np.random.default_rng(7), (3, 40))
     table, coded, lengths = encoded(pages)
     with pytest.raises(ValueError):
@@ -207,7 +198,7 @@ def test_what_does_not_fit_is_refused(coded_by: str) -> None:
         decoded(table, coded, lengths, 79)
     with pytest.raises(ValueError):
         decoded(RAW, pages.tobytes(), [80, 80, 80], 79)
-    if coded_by == "native":
+    if read_by == "native":
         room = np.zeros(240, dtype=np.uint8)
         for arguments in (
             (pages.reshape(-1), 79, room, np.zeros(3, dtype="<u4")),

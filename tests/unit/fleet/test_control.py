@@ -201,16 +201,18 @@ def test_exchanges_that_follow_one_another_share_a_connection() -> None:
 
 def test_exchanges_at_once_have_connections_of_their_own_and_get_their_own_answers() -> None:
     peers: set[bytes] = set()
+    all_asked = threading.Event()
 
     def answer(request: bytes, peer: bytes) -> bytes:
+        assert all_asked.wait(60)
         peers.add(peer)
         return pack({"ok": True, "echo": unpack(request)["number"]})
 
     async def calls(connections: ControlConnections) -> list[object]:
-        answers = await asyncio.gather(
-            *(connections.call(address, None, "stat", 60, number=number) for number in range(12))
-        )
-        return [answer["echo"] for answer in answers]
+        asked = asyncio.gather(*(connections.call(address, None, "stat", 60, number=number) for number in range(12)))
+        # After the first step of each.
+        asyncio.get_running_loop().call_soon(all_asked.set)
+        return [answer["echo"] for answer in await asked]
 
     with engine_of_peers(answer) as address:
         assert on_a_loop(calls) == list(range(12))

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,15 @@ def _postgresql() -> Iterator[Server]:
 
 
 SERVERS: dict[str, Callable[[], AbstractContextManager[Server]]] = {"sqlite": _sqlite, "postgresql": _postgresql}
+
+
+def entered(name: str, stack: ExitStack, left_out: dict[str, str]) -> Server | None:
+    """Start a database, until ``stack`` ends. None, and why in ``left_out``, where a package of it is missing."""
+    try:
+        return stack.enter_context(SERVERS[name]())
+    except ImportError as error:
+        left_out[name] = f"{error.name} is not installed"
+        return None
 
 
 def require(names: Iterable[str]) -> None:

@@ -335,10 +335,7 @@ def run(plan: Plan, chosen: Sequence[str], executables: Mapping[Forwarder, str |
     rows: list[dict[str, Any]] = []
     for number, name in enumerate(chosen):
         with ExitStack() as stack:
-            try:
-                server = stack.enter_context(databases.SERVERS[name]())
-            except ImportError as error:
-                settings["left_out"][name] = f"{error.name} is not installed"
+            if (server := databases.entered(name, stack, settings["left_out"])) is None:
                 continue
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
             step = stack.enter_context(_progress(name))

@@ -257,10 +257,7 @@ def run(plan: Plan, chosen: Sequence[str], report: Path | None) -> None:
     }
     for name in chosen:
         with ExitStack() as stack:
-            try:
-                server = stack.enter_context(databases.SERVERS[name]())
-            except ImportError as error:
-                settings["left_out"][name] = f"{error.name} is not installed"
+            if (server := databases.entered(name, stack, settings["left_out"])) is None:
                 continue
             progress = stack.enter_context(_progress())
             if plan.sessions:

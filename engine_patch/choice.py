@@ -356,6 +356,10 @@ class ChoiceRestorer(Restorer):
 
     def drain(self) -> None:
         super().drain()
+        self._read_all_behind()
+
+    def _read_all_behind(self) -> None:
+        """Return once nobody reads rows of any batch any more."""
         for index in list(self._chosen):
             self.go_on(index)
         for thread in list(self._threads_behind):
@@ -372,9 +376,6 @@ class ChoiceRestorer(Restorer):
     def close(self) -> None:
         for rid in list(self._queued):
             self.cancel(rid)
-        for index in list(self._chosen):
-            self.go_on(index)
-        for thread in list(self._threads_behind):
-            thread.join()
+        self._read_all_behind()
         super().close()
         self._rows.close()

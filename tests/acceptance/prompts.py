@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from models import VOCABULARY
 
 PAGE = 64
 EXACT = ("--dtype", "float32")
@@ -114,3 +115,9 @@ def _generated(answer: dict[str, Any]) -> Generated:
 def prompt(seed: int, tokens: int) -> list[int]:
     """Token ids, of the tiny models' vocabulary and of larger ones, that no other seed's prompt shares a page with."""
     return [random.Random(seed * 1_000_003 + i).randrange(100, 1000) for i in range(tokens)]
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    """Token ids of the tiny models' vocabulary, which no other seed's prompt shares a page with."""
+    numbers = random.Random(seed)
+    return [numbers.randrange(2, VOCABULARY) for _ in range(count)]

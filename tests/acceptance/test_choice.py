@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from models import VOCABULARY
-from prompts import TINY, Generated, Generator, Stream
+from prompts import TINY, Generated, Generator, Stream, tokens
 from stacks import MakeStack, ask_ranks, stat_at_rest, suspend, until
 
 from agentstate.benchmarks.slow_drive import Drive
@@ -41,11 +39,6 @@ def start(
             return stack
 
         yield start
-
-
-def tokens(seed: int, count: int) -> list[int]:
-    numbers = random.Random(seed)
-    return [numbers.randrange(2, VOCABULARY) for _ in range(count)]
 
 
 class Agent:

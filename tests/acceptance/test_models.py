@@ -3,7 +3,6 @@ tokens are those of an agent that was never suspended."""
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import VOCABULARY
-from prompts import TINY, Generated, Generator, Stream
+from prompts import TINY, Generated, Generator, Stream, tokens
 from stacks import MakeStack, ask_ranks, stat_at_rest, stats_at_rest, suspend, until
 
 from agentstate.benchmarks.slow_drive import Drive
@@ -47,11 +45,6 @@ def start(
             return stack
 
         yield start
-
-
-def tokens(seed: int, count: int) -> list[int]:
-    numbers = random.Random(seed)
-    return [numbers.randrange(2, VOCABULARY) for _ in range(count)]
 
 
 class Agent:

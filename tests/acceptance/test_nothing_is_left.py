@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import threading
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -12,8 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from models import VOCABULARY
-from prompts import EXACT, PAGE, Generator
+from prompts import EXACT, PAGE, Generator, tokens
 from stacks import MakeStack, stat_at_rest
 
 from agentstate.cli.local import LocalStack
@@ -38,12 +36,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory, make_stack: MakeStack, check
         # Requests are admitted that there is no room for in the end.
         stack.start_engine("--skip-tokenizer-init", *EXACT, *memory, "--schedule-conservativeness", "0.1")
         yield stack
-
-
-def tokens(seed: int, count: int) -> list[int]:
-    """Token ids of the model's, which no other seed's prompt shares a page with."""
-    numbers = random.Random(seed)
-    return [numbers.randrange(2, VOCABULARY) for _ in range(count)]
 
 
 def open_extents(stack: LocalStack) -> list[str]:

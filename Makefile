@@ -20,7 +20,7 @@ PYTEST := -m pytest --durations=5
 # A process a core, each with databases and engines of its own.
 PARALLEL := -n auto
 
-.PHONY: help demo docs test test-service test-adapters test-engine test-late test-gpu canary lint setup clean
+.PHONY: help demo docs test test-service test-adapters test-engine test-acceptance test-late test-gpu canary lint setup clean
 
 help:
 	@echo "make demo          an agent is suspended, its engine killed, and it goes on from disk (ARGS='--json FILE')"
@@ -29,6 +29,8 @@ help:
 	@echo "make test          everything this machine can run"
 	@echo "make test-service  what needs no SGLang"
 	@echo "make test-adapters what needs the agent frameworks"
+	@echo "make test-engine   the plug-in in SGLang's process"
+	@echo "make test-acceptance  whole engines: every promise, end to end"
 	@echo "make test-late     the tests on the late device, at length (POLICIES=late,random:1,...; see docs/testing.md)"
 	@echo "make test-gpu      what needs a GPU (PYTHON=one that has torch for CUDA; no SGLang is needed)"
 	@echo "make canary        does the newest SGLang go with AgentState? (ARGS='--restore 0.5.22': does this one?)"
@@ -41,7 +43,7 @@ demo: $(SERVICE_SET_UP) $(ENGINE_SET_UP)
 docs: $(SERVICE_SET_UP)
 	@$(SERVICE) .ci/site_pages.py site
 
-test: lint test-service test-adapters test-engine
+test: lint test-service test-adapters test-engine test-acceptance
 
 test-service: $(SERVICE_SET_UP)
 	$(SERVICE) $(PYTEST) $(PARALLEL) tests/unit tests/integration tests/migration tests/faults
@@ -52,8 +54,10 @@ test-adapters: $(ADAPTERS_SET_UP) $(ADK_SET_UP)
 	$(ADK) -m mypy agentstate/adapters/google_adk.py
 	$(ADK) $(PYTEST) $(PARALLEL) tests/adapters
 
-test-engine: setup model
+test-engine: $(ENGINE_SET_UP) model
 	$(RUN) $(ENGINE) $(PYTEST) $(PARALLEL) --disable-warnings tests/engine tests/gpu tests/late
+
+test-acceptance: setup model
 	$(RUN) $(ADAPTERS) $(PYTEST) $(PARALLEL) --dist loadfile tests/acceptance tests/clients
 
 # Every policy, many seeds, and for every wait each of the tests that are named for it.

@@ -241,7 +241,9 @@ def test_engines_say_whether_they_prefill_or_decode(service: Service, run: Run, 
     address = start_peer(lambda request: {"ok": True, "off": None}).address
     for phase in Phase:
         register(service.database, address, id=f"eng_{phase}", node=f"n_{phase}", phase=phase)
-    assert {row["id"]: row["phase"] for row in printed(run, "engines", "ls")} == {f"eng_{phase}": phase for phase in Phase}
+    assert {row["id"]: row["phase"] for row in printed(run, "engines", "ls")} == {
+        f"eng_{phase}": phase for phase in Phase
+    }
     head, *rows = [line.split() for line in run("engines", "ls").stdout.splitlines()]
     assert sorted(row[head.index("phase")] for row in rows) == ["both", "decode", "prefill"]
     assert printed(run, "engines", "show", "eng_prefill")["phase"] == "prefill"
